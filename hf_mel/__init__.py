@@ -1,0 +1,41 @@
+"""hf_mel: multimodal entity linking on the Hugging Face Hub.
+
+Importing the package registers its methods with `AutoConfig`, `AutoModel` and `AutoProcessor`, so that
+`AutoModel.from_pretrained("org/mimic-wikimel")` needs no remote code.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hf_mel.linking.knowledge_base import KnowledgeBase
+    from hf_mel.linking.linker import EntityLinker
+    from hf_mel.training.arguments import MelTrainingArguments
+    from hf_mel.training.trainer import MelTrainer
+
+# Heavy modules (torch, transformers) load on first use of a name, not on import of the package.
+_EXPORTS = {
+    "KnowledgeBase": "hf_mel.linking.knowledge_base",
+    "EntityLinker": "hf_mel.linking.linker",
+    "MelTrainer": "hf_mel.training.trainer",
+    "MelTrainingArguments": "hf_mel.training.arguments",
+}
+
+__all__ = ["EntityLinker", "KnowledgeBase", "MelTrainer", "MelTrainingArguments", "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'hf_mel' has no attribute {name!r}")
+
+
+# The console script answers `--help` without paying seconds for torch; its verbs register when they need a model.
+if Path(sys.argv[0]).name not in ("hf-mel", "hf-mel.exe"):
+    import hf_mel.auto  # noqa: F401

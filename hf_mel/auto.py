@@ -1,0 +1,18 @@
+"""The one place that knows the shipped methods: registers each with transformers' Auto classes on import."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from hf_mel.modeling.mimic.configuration_mimic import MimicConfig
+from hf_mel.modeling.mimic.modeling_mimic import MimicModel
+from hf_mel.modeling.mimic.processing_mimic import MimicProcessor
+
+_METHODS = [
+    (MimicConfig, MimicModel, MimicProcessor),
+]
+
+for _config, _model, _processor in _METHODS:
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoProcessor.register(_config, _processor, exist_ok=True)

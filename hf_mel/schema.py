@@ -1,0 +1,163 @@
+"""The vocabulary every part of hf_mel shares: the rows of a data set, NIL, and what a model must offer.
+
+A *mention* is a surface form in a text with an optional image; its *gold* is the id of an entity of a *knowledge
+base*, or [`NIL`] when the knowledge base holds no such entity. Scores are always higher-is-better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import datasets
+
+try:
+    from datasets import List
+except ImportError:  # datasets < 4 calls the same type Sequence
+    from datasets import Sequence as List
+
+#: The gold (and the prediction) of a mention whose entity is not in the knowledge base.
+NIL = "NIL"
+
+#: `start` and `end` of a mention that the release does not locate in its text.
+NO_SPAN = -1
+
+
+def mention_features(**extra: Any) -> datasets.Features:
+    """Columns of the `mentions` configuration: one row per mention.
+
+    - `mention_id` (`str`): unique in the data set.
+    - `context_id` (`str`): shared by the mentions of one text.
+    - `text` (`str`): the whole text; `mention` (`str`): the surface form.
+    - `start`, `end` (`int`): character offsets of the mention in `text`, end exclusive; [`NO_SPAN`] if not located.
+    - `mention_type`, `topic` (`str`): empty where the release has none.
+    - `image` (`Image` or `None`): the image of the context.
+    - `entity_id` (`str`): the gold, or [`NIL`].
+    - `candidates` (list of `str`): entity ids the release ships for this mention; may be empty.
+
+    Args:
+        extra: further columns of one data set (for instance FlagsMEL's `stratum`).
+    """
+    return datasets.Features(
+        {
+            "mention_id": datasets.Value("string"),
+            "context_id": datasets.Value("string"),
+            "text": datasets.Value("string"),
+            "mention": datasets.Value("string"),
+            "start": datasets.Value("int32"),
+            "end": datasets.Value("int32"),
+            "mention_type": datasets.Value("string"),
+            "topic": datasets.Value("string"),
+            "image": datasets.Image(),
+            "entity_id": datasets.Value("string"),
+            "candidates": List(datasets.Value("string")),
+            **extra,
+        }
+    )
+
+
+def entity_features(**extra: Any) -> datasets.Features:
+    """Columns of the `entities` configuration: one row per entity of the knowledge base.
+
+    - `entity_id` (`str`): unique; a Wikidata QID where the release has one.
+    - `name` (`str`), `description` (`str`), `aliases` (list of `str`).
+    - `attributes` (`str`): facts as one text, "Key: value. Key: value." as the releases have them; may be empty.
+    - `images` (list of `Image`): zero or more, the first is the one evaluation uses.
+    """
+    return datasets.Features(
+        {
+            "entity_id": datasets.Value("string"),
+            "name": datasets.Value("string"),
+            "description": datasets.Value("string"),
+            "attributes": datasets.Value("string"),
+            "aliases": List(datasets.Value("string")),
+            "images": List(datasets.Image()),
+            **extra,
+        }
+    )
+
+
+def post_features(**extra: Any) -> datasets.Features:
+    """Columns of the `posts` configuration: texts with images written about (or by) an entity.
+
+    `post_id` (`str`), `entity_id` (`str`), `text` (`str`), `image` (`Image` or `None`).
+    """
+    return datasets.Features(
+        {
+            "post_id": datasets.Value("string"),
+            "entity_id": datasets.Value("string"),
+            "text": datasets.Value("string"),
+            "image": datasets.Image(),
+            **extra,
+        }
+    )
+
+
+#: A row of `mentions`, `entities` or `posts`, as `datasets` yields it.
+Row = Mapping[str, Any]
+
+#: Named tensors that share their first axis: what a model keeps of M mentions or N entities.
+Encodings = Mapping[str, Any]
+
+
+@runtime_checkable
+class MelProcessor(Protocol):
+    """Turns rows into tensors; the only place that knows a method's templates, lengths and image handling."""
+
+    def __call__(
+        self,
+        mentions: Sequence[Row] | None = None,
+        entities: Sequence[Row] | None = None,
+        pairs: Sequence[tuple[Row, Sequence[Row]]] | None = None,
+        **kwargs: Any,
+    ) -> Mapping[str, Any]:
+        """Tensors of M mention rows, N entity rows, or M mentions with C candidates each.
+
+        Args:
+            mentions: M rows → tensors named `mention_*`, first axis M.
+            entities: N rows → tensors named `entity_*`, first axis N. The image of an entity is
+                `row["images"][0]`; whoever wants another one puts it first.
+            pairs: M times (mention row, its C candidate rows) → tensors named `pair_*`, first axes M, C.
+        """
+        ...
+
+
+@runtime_checkable
+class Retriever(Protocol):
+    """A model that encodes mentions and entities apart and scores every pair from the encodings (late interaction).
+
+    `forward(**mention_tensors, **entity_tensors, labels=None)` returns an output with `loss` (given `labels`),
+    `scores` [M, N] and `unit_scores` (a dict of [M, N], one per interaction unit). `labels` [M] holds the column of
+    each mention's gold; several mentions may share one column, so the same entity twice is never a negative.
+    """
+
+    def encode_mentions(self, **mention_inputs: Any) -> Encodings:
+        """What scoring needs of M mentions: tensors with first axis M."""
+        ...
+
+    def encode_entities(self, **entity_inputs: Any) -> Encodings:
+        """What scoring needs of N entities, computed once each: tensors with first axis N. A KB index stores these."""
+        ...
+
+    def score(self, mentions: Encodings, entities: Encodings) -> Any:
+        """Scores [M, N] of every pair, higher is better. Both arguments may be plain dicts of tensors."""
+        ...
+
+    def unit_scores(self, mentions: Encodings, entities: Encodings) -> dict[str, Any]:
+        """The parts the score is made of, by name, each [M, N]; `score` is their mean. Empty for a single-part model."""
+        ...
+
+
+@runtime_checkable
+class Reranker(Protocol):
+    """A model that reads a mention and its candidates together (cross-encoder, document model).
+
+    `forward(**pair_tensors, labels=None)` returns an output with `loss` and `scores` [M, C].
+    """
+
+    #: What one example is: `"mention"`, `"context"` (all mentions of one text) or `"document"`.
+    example_unit: str
+
+    def forward(self, **pair_inputs: Any) -> Any:
+        """`loss` and `scores` [M, C] for `pair_*` tensors with first axes M, C."""
+        ...
