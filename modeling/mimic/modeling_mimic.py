@@ -1,0 +1,587 @@
+"""MIMIC: Multi-Grained Multimodal Interaction Network for Entity Linking (Luo et al., KDD 2023).
+
+Equation numbers are the paper's. Where paper and published network differ, the defaults follow the network:
+
+- TGLU scales its attention by the root of d_t (the paper prints d_T, the width before projection, in eq. 9);
+- the inputs of the units each pass a LayerNorm first; VDLU projects them once more, and normalises its query (eq. 14);
+- CMFU's gate (eq. 17) is one scalar per item, not a d_c × d_c map;
+- softmax and mean of eq. 9–10 run over padding too, unless `config.mask_padding`.
+
+Scoring is factorised. The printed equations build an [M, N, d] (VDLU) or [M, N, L, L] (TGLU) tensor per pair; a
+LayerNorm followed by a linear map or a dot product expands into inner products of per-item vectors, so that all pairs
+come out of matrix products, equal up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_mimic import MimicConfig
+
+#: Elements of one block of attention weights in TGLU; bounds its memory, and keeps a block near the processor's caches.
+_BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
+
+
+@dataclass
+class MimicMentionEncodings(ModelOutput):
+    """What scoring needs of M mentions; a field is `None` where the model lacks the unit.
+
+    Args:
+        text_global (`torch.Tensor` [M, d_T]): t_M^G, normalised (eq. 8).
+        text_keys, text_values (`torch.Tensor` [M, L, d_t]): K and V of eq. 9.
+        text_mask (`torch.Tensor` [M, L]): 1 where a token is not padding; only with `config.mask_padding`.
+        vision_query, vision_pooled, vision_key (`torch.Tensor` [M, d_v]): v_A^G as query of mention-to-entity, and
+            pooled patches and v_B^G as target of entity-to-mention (eq. 11–14).
+        cross_modal (`torch.Tensor` [M, d_c]): h_m of eq. 18.
+    """
+
+    text_global: torch.Tensor | None = None
+    text_keys: torch.Tensor | None = None
+    text_values: torch.Tensor | None = None
+    text_mask: torch.Tensor | None = None
+    vision_query: torch.Tensor | None = None
+    vision_pooled: torch.Tensor | None = None
+    vision_key: torch.Tensor | None = None
+    cross_modal: torch.Tensor | None = None
+
+
+@dataclass
+class MimicEntityEncodings(ModelOutput):
+    """What scoring needs of N entities; a field is `None` where the model lacks the unit.
+
+    Args:
+        text_global (`torch.Tensor` [N, d_T]): t_E^G, normalised (eq. 8).
+        text_query_global (`torch.Tensor` [N, d_t]): FC(t_E^G) of eq. 10.
+        text_queries (`torch.Tensor` [N, L, d_t]): Q of eq. 9.
+        text_mask (`torch.Tensor` [N, L]): 1 where a token is not padding; only with `config.mask_padding`.
+        vision_query, vision_pooled, vision_key (`torch.Tensor` [N, d_v]): v_A^G as query of entity-to-mention, and
+            pooled patches and v_B^G as target of mention-to-entity (eq. 11–14).
+        cross_modal (`torch.Tensor` [N, d_c]): h_e of eq. 18.
+    """
+
+    text_global: torch.Tensor | None = None
+    text_query_global: torch.Tensor | None = None
+    text_queries: torch.Tensor | None = None
+    text_mask: torch.Tensor | None = None
+    vision_query: torch.Tensor | None = None
+    vision_pooled: torch.Tensor | None = None
+    vision_key: torch.Tensor | None = None
+    cross_modal: torch.Tensor | None = None
+
+
+@dataclass
+class MimicOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor` []): eq. 22, given `labels`.
+        scores (`torch.Tensor` [M, N]): eq. 7, higher is better.
+        unit_scores (`dict[str, torch.Tensor]`): eq. 4–6, each [M, N], by unit name.
+    """
+
+    loss: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    unit_scores: dict[str, torch.Tensor] | None = None
+
+
+def _centre(x: torch.Tensor) -> torch.Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+def _masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of [B, L, d] over the L positions where `mask` [B, L] is 1."""
+    mask = mask.to(x.dtype).unsqueeze(-1)
+    return (x * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+class TGLU(nn.Module):
+    """Text-based Global-Local interaction Unit (§3.3.1, eq. 4 and 8–10)."""
+
+    def __init__(self, config: MimicConfig, global_dim: int, local_dim: int):
+        super().__init__()
+        self.local, self.mask_padding = config.text_local, config.mask_padding
+        if self.local:
+            self.fc_query = nn.Linear(local_dim, config.text_dim)
+            self.fc_key = nn.Linear(local_dim, config.text_dim)
+            self.fc_value = nn.Linear(local_dim, config.text_dim)
+            self.fc_global = nn.Linear(global_dim, config.text_dim)
+            self.layer_norm = nn.LayerNorm(config.text_dim)
+            if config.local_init == "aligned":
+                for linear in (self.fc_query, self.fc_key, self.fc_value):
+                    linear.aligned_gain = 1.0
+                # Orthonormal rows keep d_t of the d_T dimensions, and the LayerNorm of eq. 10 lengthens to the root of
+                # d_t: undoing both makes the local score of unit-length global features start as a cosine.
+                self.fc_global.aligned_gain = global_dim**0.5 / config.text_dim
+
+    def encode_mentions(self, text_global, text_local, mask) -> dict[str, torch.Tensor]:
+        encoded = {"text_global": text_global}
+        if self.local:
+            encoded |= {"text_keys": self.fc_key(text_local), "text_values": self.fc_value(text_local)}
+            if self.mask_padding:
+                encoded["text_mask"] = mask.bool()
+        return encoded
+
+    def encode_entities(self, text_global, text_local, mask) -> dict[str, torch.Tensor]:
+        encoded = {"text_global": text_global}
+        if self.local:
+            encoded |= {
+                "text_query_global": self.fc_global(encoded["text_global"]),
+                "text_queries": self.fc_query(text_local),
+            }
+            if self.mask_padding:
+                encoded["text_mask"] = mask.bool()
+        return encoded
+
+    def forward(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """S_T [M, N] (eq. 4), or S_T^G2G alone (eq. 8) without the local half."""
+        global_to_global = mentions["text_global"] @ entities["text_global"].T
+        if not self.local:
+            return global_to_global
+        return (global_to_global + self._global_to_local(mentions, entities)) / 2
+
+    def _global_to_local(self, mentions, entities) -> torch.Tensor:
+        """S_T^G2L [M, N] (eq. 9–10).
+
+        H_t = softmax(QK^T)V is only needed as its mean over entity tokens, so the attention weights are averaged first
+        and meet the values once per pair; and LayerNorm(h)·q needs of h only h·q' and |h|², both quadratic forms in
+        those averaged weights.
+        """
+        keys, values = mentions["text_keys"], _centre(mentions["text_values"])
+        queries, query_global = entities["text_queries"], entities["text_query_global"]
+        key_mask, query_mask = mentions.get("text_mask"), entities.get("text_mask")
+        # LayerNorm is γ·h̃/σ + β with h̃ = h centred; centring is linear, so it was done to the values.
+        target = query_global * self.layer_norm.weight
+        offset = query_global @ self.layer_norm.bias
+        gram = values @ values.transpose(-1, -2)  # [M, L, L]; |h̃|² = wᵀ gram w
+
+        M, N = keys.shape[0], queries.shape[0]
+        pair = keys.shape[1] * queries.shape[1]
+        budget = max(1, _BLOCK_ELEMENTS.get(keys.device.type, 2**24) // pair)
+        m_step = max(1, min(M, 16, budget))
+        n_step = max(1, budget // m_step)
+        rows = []
+        for m in range(0, M, m_step):
+            m_mask = None if key_mask is None else key_mask[m : m + m_step]
+            blocks = []
+            for n in range(0, N, n_step):
+                weights = self._mean_attention(
+                    queries[n : n + n_step],
+                    keys[m : m + m_step],
+                    None if query_mask is None else query_mask[n : n + n_step],
+                    m_mask,
+                )  # [m, n, L]
+                projected = target[n : n + n_step] @ values[m : m + m_step].transpose(-1, -2)  # [m, n, L]
+                variance = ((weights @ gram[m : m + m_step]) * weights).sum(-1) / values.shape[-1]
+                normed = (weights * projected).sum(-1) * torch.rsqrt(variance.clamp(min=0) + self.layer_norm.eps)
+                blocks.append(normed + offset[n : n + n_step])
+            rows.append(torch.cat(blocks, 1))
+        return torch.cat(rows, 0)
+
+    @staticmethod
+    def _mean_attention(queries, keys, query_mask, key_mask) -> torch.Tensor:
+        """Attention of every entity token over the mention's tokens (eq. 9), averaged over entity tokens: [m, n, L]."""
+        n, query_len, dim = queries.shape
+        m, key_len, _ = keys.shape
+        logits = (queries.reshape(n * query_len, dim) * dim**-0.5) @ keys.reshape(m * key_len, dim).T
+        logits = logits.view(n, query_len, m, key_len)
+        if key_mask is not None:
+            logits = logits.masked_fill(~key_mask, torch.finfo(logits.dtype).min)
+        attention = logits.softmax(-1)
+        if query_mask is None:
+            return attention.mean(1).transpose(0, 1)
+        share = query_mask.to(attention.dtype)
+        share = share / share.sum(-1, keepdim=True).clamp(min=1)
+        return torch.einsum("nq,nqmk->mnk", share, attention)
+
+
+class DualGate(nn.Module):
+    """DUAL_A2B of eq. 11–14: scores every A against every B, gated by both (§3.3.2)."""
+
+    def __init__(self, config: MimicConfig):
+        super().__init__()
+        dim = config.vision_dim
+        self.query_norm = config.query_norm
+        self.fc_global = nn.Linear(dim, dim)
+        self.fc_local = nn.Linear(dim, dim)
+        self.add_layer_norm = nn.LayerNorm(dim)
+        self.fc = nn.Linear(dim, dim)
+        self.fc_gate = nn.Linear(dim, 1)
+        self.layer_norm = nn.LayerNorm(dim)
+
+    def encode_query(self, image_global: torch.Tensor) -> torch.Tensor:
+        """v_A^G [A, d_v]."""
+        return self.fc_global(image_global)
+
+    def encode_target(self, image_global: torch.Tensor, image_local: torch.Tensor):
+        """Mean of V_B^L (eq. 12) and v_B^G, each [B, d_v]. Mean and linear map commute, so the mean comes first."""
+        return self.fc_local(image_local.mean(1)), self.fc_global(image_global)
+
+    def forward(self, query: torch.Tensor, pooled: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """S_V^A2B [A, B] from v_A^G [A, d_v] and the pooled patches and v_B^G [B, d_v].
+
+        With x̃ for "centred", eq. 12 is h_vc = W(γ(p̃ + ã)/σ₁ + β) + c = (P + Q)/σ₁ + c', where P = Wγp̃ depends on B
+        alone and Q = Wγã on A alone; so the gate of eq. 13 needs one inner product per pair (inside σ₁), and the
+        second LayerNorm four more.
+        """
+        # The expansion subtracts nearly equal terms, which half precision would not survive.
+        with torch.autocast(query.device.type, enabled=False):
+            query, pooled, key = query.float(), pooled.float(), key.float()
+            norm1, norm2 = self.add_layer_norm, self.layer_norm
+            dim = query.shape[-1]
+            a, p = _centre(query), _centre(pooled)
+            weight = self.fc.weight * norm1.weight
+            q_map, p_map = a @ weight.T, p @ weight.T
+            constant = self.fc.weight @ norm1.bias + self.fc.bias
+            gate_weight = self.fc_gate.weight[0]
+
+            inverse1 = torch.rsqrt((_norms(a, p) + 2 * a @ p.T).clamp(min=0) / dim + norm1.eps)  # 1/σ₁ [A, B]
+            gate = torch.tanh(
+                inverse1 * ((q_map @ gate_weight)[:, None] + (p_map @ gate_weight)[None])
+                + constant @ gate_weight
+                + self.fc_gate.bias
+            )  # h_vg [A, B]
+
+            # y = u(P + Q) + g c' + k is the sum inside the LayerNorm of eq. 13.
+            u = gate * inverse1
+            k = _centre(key)
+            q_map, p_map, constant = _centre(q_map), _centre(p_map), _centre(constant)
+            squared = (
+                u.square() * (_norms(q_map, p_map) + 2 * q_map @ p_map.T)
+                + gate.square() * constant.square().sum()
+                + k.square().sum(-1)[None]
+                + 2 * u * gate * ((q_map @ constant)[:, None] + (p_map @ constant)[None])
+                + 2 * u * ((p_map * k).sum(-1)[None] + q_map @ k.T)
+                + 2 * gate * (k @ constant)[None]
+            )  # |ỹ|²
+            inverse2 = torch.rsqrt(squared.clamp(min=0) / dim + norm2.eps)
+
+            final = norm2(query) if self.query_norm else query
+            r = final * norm2.weight
+            dot = u * ((q_map * r).sum(-1)[:, None] + r @ p_map.T) + gate * (r @ constant)[:, None] + r @ k.T
+            return dot * inverse2 + (final @ norm2.bias)[:, None]
+
+
+def _norms(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """|a|² + |b|² for every pair, [A, B]."""
+    return a.square().sum(-1)[:, None] + b.square().sum(-1)[None]
+
+
+class VDLU(nn.Module):
+    """Vision-based DuaL interaction Unit (§3.3.2, eq. 5 and 11–14)."""
+
+    def __init__(self, config: MimicConfig):
+        super().__init__()
+        self.entity_to_mention = DualGate(config)
+        self.mention_to_entity = DualGate(config)
+
+    def encode_mentions(self, image_global, image_local) -> dict[str, torch.Tensor]:
+        pooled, key = self.entity_to_mention.encode_target(image_global, image_local)
+        query = self.mention_to_entity.encode_query(image_global)
+        return {"vision_query": query, "vision_pooled": pooled, "vision_key": key}
+
+    def encode_entities(self, image_global, image_local) -> dict[str, torch.Tensor]:
+        pooled, key = self.mention_to_entity.encode_target(image_global, image_local)
+        query = self.entity_to_mention.encode_query(image_global)
+        return {"vision_query": query, "vision_pooled": pooled, "vision_key": key}
+
+    def forward(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """S_V [M, N] (eq. 5)."""
+        e2m = self.entity_to_mention(entities["vision_query"], mentions["vision_pooled"], mentions["vision_key"])
+        m2e = self.mention_to_entity(mentions["vision_query"], entities["vision_pooled"], entities["vision_key"])
+        return (e2m.T + m2e) / 2
+
+
+class CMFU(nn.Module):
+    """Cross-Modal Fusion-based interaction Unit (§3.3.3, eq. 15–19)."""
+
+    def __init__(self, config: MimicConfig, global_dim: int):
+        super().__init__()
+        dim = config.fusion_dim
+        self.fc_text = nn.Linear(global_dim, dim)
+        self.fc_image = nn.Linear(config.vision_dim, dim)
+        self.fc_gate = nn.Linear(dim, 1 if config.gate == "scalar" else dim)
+        self.layer_norm = nn.LayerNorm(dim)
+
+    def fuse(self, text_global: torch.Tensor, image_local: torch.Tensor) -> torch.Tensor:
+        """FUSE(h_ot, H_ov), eq. 15–18: h_o [B, d_c]."""
+        text, patches = self.fc_text(text_global), self.fc_image(image_local)
+        alpha = (patches @ text.unsqueeze(-1)).squeeze(-1).softmax(-1)
+        context = (alpha.unsqueeze(1) @ patches).squeeze(1)
+        return self.layer_norm(torch.tanh(self.fc_gate(text)) * text + context)
+
+    def forward(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """S_C [M, N] (eq. 19)."""
+        return mentions["cross_modal"] @ entities["cross_modal"].T
+
+
+class MimicPreTrainedModel(PreTrainedModel):
+    """What every MIMIC model shares: configuration, weight initialisation, and what the backbones support."""
+
+    config: MimicConfig
+    config_class = MimicConfig
+    base_model_prefix = "mimic"
+    main_input_name = "mention_input_ids"
+    accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer must scale it when accumulating
+    _no_split_modules = []
+    # The model's own parts have no self-attention; these flags let an implementation pass through to the backbones.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear) and hasattr(module, "aligned_gain"):
+            # One seed for all, so that query, key, value and global map start as the same projection.
+            shared = torch.empty(module.weight.shape)
+            nn.init.orthogonal_(shared, generator=torch.Generator().manual_seed(0))
+            init.copy_(module.weight, shared.to(module.weight) * module.aligned_gain)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):  # PyTorch's own start, which the published network keeps
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                bound = module.in_features**-0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class MimicModel(MimicPreTrainedModel):
+    """MIMIC, a retriever: mentions and entities are encoded apart, every pair is scored by up to three units.
+
+    ```python
+    >>> from transformers import AutoModel, AutoProcessor
+    >>> model = AutoModel.from_pretrained("hf-mel/mimic-wikimel")  # doctest: +SKIP
+    >>> processor = AutoProcessor.from_pretrained("hf-mel/mimic-wikimel")  # doctest: +SKIP
+    >>> mentions = model.encode_mentions(**processor(mentions=mention_rows))  # doctest: +SKIP
+    >>> entities = model.encode_entities(**processor(entities=entity_rows))  # doctest: +SKIP
+    >>> model.score(mentions, entities)  # [M, N] # doctest: +SKIP
+    ```
+    """
+
+    #: Submodules that come pretrained; the trainer may give everything else its own learning rate.
+    backbone_names = ("text_model", "vision_model", "text_projection", "visual_projection")
+
+    def __init__(self, config: MimicConfig):
+        super().__init__(config)
+        units = set(config.units)
+        has_text, has_vision = bool(units & {"text", "cross_modal"}), bool(units & {"vision", "cross_modal"})
+
+        if has_text:
+            # A pooling head that no score uses would be a parameter without a gradient.
+            self.text_model = _build_backbone(config.text_config, config.text_pooling == "pooler")
+            local_dim = config.text_config.hidden_size
+            global_dim = config.projection_dim or local_dim
+            if config.projection_dim:
+                self.text_projection = nn.Linear(local_dim, config.projection_dim, bias=False)
+            if config.global_norm == "layer_norm":
+                self.text_global_norm = nn.LayerNorm(global_dim)
+            if config.local_init == "aligned" and global_dim != local_dim:
+                raise ValueError(
+                    f"local_init='aligned' needs global and local text features of one width, not {global_dim} and "
+                    f"{local_dim}; leave projection_dim unset or use local_init='default'."
+                )
+        if has_vision:
+            self.vision_model = _build_backbone(config.vision_config, False)
+            patch_dim = _last_width(config.vision_config)
+            if config.projection_dim:
+                self.visual_projection = nn.Linear(patch_dim, config.projection_dim, bias=False)
+            self.image_local_fc = nn.Linear(patch_dim, config.vision_dim)
+            self.image_local_norm = nn.LayerNorm(config.vision_dim)
+
+        if "text" in units:
+            if config.text_local:
+                self.text_local_norm = nn.LayerNorm(local_dim)
+            self.tglu = TGLU(config, global_dim, local_dim)
+        if "vision" in units:
+            self.image_global_fc = nn.Linear(config.projection_dim or patch_dim, config.vision_dim)
+            self.image_global_norm = nn.LayerNorm(config.vision_dim)
+            self.vdlu = VDLU(config)
+        if "cross_modal" in units:
+            self.cmfu = CMFU(config, global_dim)
+        self.post_init()
+
+    @classmethod
+    def from_backbones(cls, text: str | None = None, vision: str | None = None, **config) -> MimicModel:
+        """A model whose encoders are pretrained and whose units start untrained.
+
+        Args:
+            text (`str`, *optional*): Hub id or folder of a text encoder, or of a CLIP model, which then gives both
+                encoders and the joint space.
+            vision (`str`, *optional*): Hub id or folder of an image encoder.
+            config: fields of [`MimicConfig`].
+        """
+        if text is None and vision is None:
+            raise ValueError("from_backbones needs the Hub id or folder of a text encoder, a vision encoder, or both.")
+        parts: dict[str, nn.Module] = {}
+        if text is not None and AutoConfig.from_pretrained(text).model_type == "clip":
+            clip = AutoModel.from_pretrained(text)
+            parts = {name: getattr(clip, name) for name in cls.backbone_names}
+            config.setdefault("projection_dim", clip.config.projection_dim)
+        elif text is not None:
+            parts["text_model"] = AutoModel.from_pretrained(text)
+        if vision is not None:
+            parts["vision_model"] = AutoModel.from_pretrained(vision)
+            parts.pop("visual_projection", None)
+        for name in ("text_model", "vision_model"):
+            if name in parts:
+                config.setdefault(name.replace("model", "config"), parts[name].config.to_dict())
+        model = cls(MimicConfig(**config))
+        for name, part in parts.items():
+            target = getattr(model, name, None)
+            if target is not None and (name.endswith("model") or config["projection_dim"]):
+                wanted = target.state_dict()
+                target.load_state_dict({k: v for k, v in part.state_dict().items() if k in wanted})
+        return model
+
+    def _text_features(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """t^G [B, d_T] and T^L [B, L, d] (§3.2.2)."""
+        output = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
+        local, pooling = output.last_hidden_state, self.config.text_pooling
+        if pooling == "mean":
+            pooled = _masked_mean(local, attention_mask)
+        elif pooling == "cls":
+            pooled = local[:, 0]
+        else:
+            pooled = output.pooler_output
+            if pooled is None:
+                raise ValueError(
+                    f"The text encoder {type(self.text_model).__name__} has no pooled output; set text_pooling to "
+                    "'cls' or 'mean'."
+                )
+        if self.config.projection_dim:
+            pooled = F.normalize(self.text_projection(pooled), dim=-1)
+        if self.config.global_norm == "l2":
+            return F.normalize(pooled, dim=-1), local
+        return self.text_global_norm(pooled), local
+
+    def _image_features(self, pixel_values) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """v^G [B, d_v] (only where VDLU is) and V^L [B, n, d_v] (§3.2.1)."""
+        output = self.vision_model(pixel_values=pixel_values)
+        local, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
+        if local.dim() == 4:  # a CNN's feature map [B, C, H, W]: every cell is a patch
+            local = local.flatten(2).transpose(1, 2)
+            pooled = local.mean(1) if pooled is None else pooled.flatten(1)
+        elif pooled is None:
+            pooled = local[:, 0]
+        patches = self.image_local_norm(self.image_local_fc(local))
+        if not hasattr(self, "vdlu"):
+            return None, patches
+        if self.config.projection_dim:
+            pooled = F.normalize(self.visual_projection(pooled), dim=-1)
+        return self.image_global_norm(self.image_global_fc(pooled)), patches
+
+    def _encode(self, side: str, input_ids, attention_mask, pixel_values) -> dict[str, torch.Tensor]:
+        encoded: dict[str, torch.Tensor] = {}
+        if hasattr(self, "text_model"):
+            if input_ids is None:
+                raise ValueError(f"This model reads text: {side}_input_ids is missing.")
+            if attention_mask is None:
+                attention_mask = torch.ones_like(input_ids)
+            text_global, text_local = self._text_features(input_ids, attention_mask)
+        if hasattr(self, "vision_model"):
+            if pixel_values is None:
+                raise ValueError(f"This model sees images: {side}_pixel_values is missing.")
+            image_global, image_local = self._image_features(pixel_values)
+        if hasattr(self, "tglu"):
+            encode = self.tglu.encode_mentions if side == "mention" else self.tglu.encode_entities
+            text_local = self.text_local_norm(text_local) if self.config.text_local else text_local
+            encoded |= encode(text_global, text_local, attention_mask)
+        if hasattr(self, "vdlu"):
+            encode = self.vdlu.encode_mentions if side == "mention" else self.vdlu.encode_entities
+            encoded |= encode(image_global, image_local)
+        if hasattr(self, "cmfu"):
+            encoded["cross_modal"] = self.cmfu.fuse(text_global, image_local)
+        return encoded
+
+    def encode_mentions(
+        self,
+        mention_input_ids: torch.LongTensor | None = None,
+        mention_attention_mask: torch.Tensor | None = None,
+        mention_pixel_values: torch.Tensor | None = None,
+    ) -> MimicMentionEncodings:
+        """Encodes M mentions: `input_ids` and `attention_mask` [M, L], `pixel_values` [M, 3, H, W]."""
+        return MimicMentionEncodings(
+            **self._encode("mention", mention_input_ids, mention_attention_mask, mention_pixel_values)
+        )
+
+    def encode_entities(
+        self,
+        entity_input_ids: torch.LongTensor | None = None,
+        entity_attention_mask: torch.Tensor | None = None,
+        entity_pixel_values: torch.Tensor | None = None,
+    ) -> MimicEntityEncodings:
+        """Encodes N entities: `input_ids` and `attention_mask` [N, L], `pixel_values` [N, 3, H, W]."""
+        return MimicEntityEncodings(
+            **self._encode("entity", entity_input_ids, entity_attention_mask, entity_pixel_values)
+        )
+
+    def unit_scores(
+        self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """S_T, S_V, S_C (eq. 4–6) of every pair, each [M, N], for the units the model has. Scores are float32."""
+        mentions, entities = _as_float(mentions), _as_float(entities)
+        modules = {"text": "tglu", "vision": "vdlu", "cross_modal": "cmfu"}
+        return {unit: getattr(self, modules[unit])(mentions, entities).float() for unit in self.config.units}
+
+    def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """S [M, N] (eq. 7): the mean of the units' scores."""
+        return _mean(self.unit_scores(mentions, entities))
+
+    def forward(
+        self,
+        mention_input_ids: torch.LongTensor | None = None,
+        mention_attention_mask: torch.Tensor | None = None,
+        mention_pixel_values: torch.Tensor | None = None,
+        entity_input_ids: torch.LongTensor | None = None,
+        entity_attention_mask: torch.Tensor | None = None,
+        entity_pixel_values: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+    ) -> MimicOutput:
+        """
+        Args:
+            labels (`torch.LongTensor` [M], *optional*): the column of each mention's gold among the N entities.
+                Every other column is a negative, so an entity must not stand in two columns.
+        """
+        mentions = self.encode_mentions(mention_input_ids, mention_attention_mask, mention_pixel_values)
+        entities = self.encode_entities(entity_input_ids, entity_attention_mask, entity_pixel_values)
+        unit_scores = self.unit_scores(mentions, entities)
+        scores = _mean(unit_scores)
+        loss = None
+        if labels is not None:
+            terms = [scores, *(unit_scores[unit] for unit in self.config.unit_losses)]
+            loss = sum(F.cross_entropy(term / self.config.temperature, labels) for term in terms)  # eq. 20–22
+        return MimicOutput(loss=loss, scores=scores, unit_scores=unit_scores)
+
+
+def _mean(unit_scores: dict[str, torch.Tensor]) -> torch.Tensor:
+    return sum(unit_scores.values()) / len(unit_scores)
+
+
+def _as_float(encodings: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Encodings as a plain dict in float32 (a knowledge base may store halves); masks stay."""
+    return {k: v.float() if v.is_floating_point() else v for k, v in encodings.items() if v is not None}
+
+
+def _build_backbone(config, pooling_layer: bool) -> PreTrainedModel:
+    try:
+        return AutoModel.from_config(config, add_pooling_layer=pooling_layer)
+    except TypeError:  # this encoder has no optional pooling layer
+        return AutoModel.from_config(config)
+
+
+def _last_width(config) -> int:
+    """Width of an image encoder's last layer: `hidden_sizes[-1]` of a CNN, `hidden_size` of a transformer."""
+    sizes = getattr(config, "hidden_sizes", None)
+    return sizes[-1] if sizes else config.hidden_size
+
+
+__all__ = ["MimicModel", "MimicPreTrainedModel"]

@@ -1,0 +1,157 @@
+"""Rows to tensors for MIMIC: templates of eq. 2–3, 40 tokens, 224-pixel images, zeros for a missing image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, CLIPImageProcessorPil, ProcessorMixin
+
+
+class MimicProcessor(ProcessorMixin):
+    r"""
+    Turns rows of `mentions` and `entities` into the inputs of a [`MimicModel`].
+
+    ```python
+    >>> processor(mentions=[{"mention": "Swift", "text": "Swift on stage", "image": None}])  # doctest: +SKIP
+    ```
+
+    Args:
+        image_processor: Prepares images; its own configuration holds size, cropping and normalisation.
+        tokenizer: Prepares text.
+        max_length (`int`, *optional*, defaults to 40): Tokens per text; longer ones are cut at the end.
+        padding (`str`, *optional*, defaults to `"max_length"`): `"max_length"`, or `"longest"` of the batch. The
+            published network sees padding, so only a model with `mask_padding` scores the same under both.
+        mention_template (`str`, *optional*): The text of a mention (eq. 3), over the columns of its row.
+        entity_template (`str`, *optional*): The text of an entity (eq. 2), over the columns of its row.
+        use_images (`bool`, *optional*, defaults to `True`): Whether to prepare images at all.
+        use_text (`bool`, *optional*, defaults to `True`): Whether to prepare text at all.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        max_length=40,
+        padding="max_length",
+        mention_template="{mention} [SEP] {text}",
+        entity_template="{name} [SEP] {attributes}",
+        use_images=True,
+        use_text=True,
+    ):
+        super().__init__(image_processor, tokenizer)
+        self.max_length = max_length
+        self.padding = padding
+        self.mention_template = mention_template
+        self.entity_template = entity_template
+        self.use_images = use_images
+        self.use_text = use_text
+        if padding not in ("max_length", "longest"):
+            raise ValueError(f"padding={padding!r} is not 'max_length' or 'longest'.")
+
+    @classmethod
+    def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> MimicProcessor:
+        """A processor for [`MimicModel.from_backbones`] with the same arguments.
+
+        Args:
+            text, vision (`str`, *optional*): Hub ids or folders of the encoders. A CLIP model gives both.
+            options: options of the processor.
+        """
+        if text is None:
+            raise ValueError("from_backbones needs the Hub id or folder of a text encoder, whose tokenizer it takes.")
+        if vision is None and AutoConfig.from_pretrained(text).model_type == "clip":
+            vision = text
+        return cls.from_parts(AutoTokenizer.from_pretrained(text), vision, **options)
+
+    @classmethod
+    def from_parts(cls, tokenizer, vision: str | Mapping[str, Any] | None = None, **options) -> MimicProcessor:
+        """A processor around a tokenizer.
+
+        Args:
+            tokenizer: any tokenizer.
+            vision (`str` or `dict`, *optional*): Hub id or folder of an image encoder, or settings of CLIP's image
+                processor (for instance `{"size": {"height": 64, "width": 64}}`). `None`: no images.
+            options: options of the processor.
+        """
+        settings = {} if vision is None or isinstance(vision, str) else dict(vision)
+        if isinstance(vision, str):
+            image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil")
+        else:
+            # The published network stretches to a square (Lanczos) instead of cropping, so that nothing is cut off.
+            settings = {"size": {"height": 224, "width": 224}, "resample": 1, "do_center_crop": False} | settings
+            image_processor = CLIPImageProcessorPil(**settings)
+        if vision is None:
+            options.setdefault("use_images", False)
+        return cls(image_processor, tokenizer, **options)
+
+    def __call__(
+        self,
+        mentions: Sequence[Mapping[str, Any]] | None = None,
+        entities: Sequence[Mapping[str, Any]] | None = None,
+        pairs: Any = None,
+        padding: str | None = None,
+    ) -> BatchFeature:
+        """
+        Args:
+            mentions (M rows, *optional*): rows with `mention`, `text`, `image` (a PIL image or `None`).
+            entities (N rows, *optional*): rows with `name`, `attributes`, `images` (the first is taken; may be empty).
+            pairs: not for a retriever; raises.
+            padding (`str`, *optional*): overrides the saved option for this call.
+
+        Returns:
+            `BatchFeature` of tensors: `mention_input_ids`, `mention_attention_mask` [M, L], `mention_pixel_values`
+            [M, 3, H, W] (zeros for a missing image), and the same for `entity_*`.
+        """
+        if pairs is not None:
+            raise ValueError("MIMIC scores mentions and entities apart; give mentions= and entities= instead of pairs=.")
+        batch: dict[str, torch.Tensor] = {}
+        if mentions is not None:
+            images = [row.get("image") for row in mentions]
+            batch |= self._side("mention", mentions, self.mention_template, images, padding)
+        if entities is not None:
+            images = [images[0] if (images := row.get("images")) else None for row in entities]
+            batch |= self._side("entity", entities, self.entity_template, images, padding)
+        return BatchFeature(batch)
+
+    def _side(self, side: str, rows, template: str, images: list, padding: str | None) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        if self.use_text:
+            texts = [self._fill(template, row) for row in rows]
+            encoded = self.tokenizer(
+                texts,
+                max_length=self.max_length,
+                padding=padding or self.padding,
+                truncation=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+            tensors[f"{side}_input_ids"] = encoded["input_ids"]
+            tensors[f"{side}_attention_mask"] = encoded["attention_mask"]
+        if self.use_images:
+            tensors[f"{side}_pixel_values"] = self._pixels(images)
+        return tensors
+
+    @staticmethod
+    def _fill(template: str, row: Mapping[str, Any]) -> str:
+        try:
+            return template.format_map(row)
+        except KeyError as error:
+            raise ValueError(f"The template {template!r} needs the column {error}; the row has {sorted(row)}.") from None
+
+    def _pixels(self, images: list) -> torch.Tensor:
+        present = [image.convert("RGB") for image in images if image is not None]
+        if present:
+            pixels = self.image_processor(present, return_tensors="pt")["pixel_values"]
+            shape = pixels.shape[1:]
+        else:
+            size = getattr(self.image_processor, "crop_size", None) if self.image_processor.do_center_crop else None
+            size = size or self.image_processor.size
+            shape = (3, size["height"], size["width"])
+        out = torch.zeros(len(images), *shape)
+        if present:
+            out[[i for i, image in enumerate(images) if image is not None]] = pixels
+        return out
+
+
+__all__ = ["MimicProcessor"]
