@@ -1,0 +1,190 @@
+"""A retriever and a processor small enough to check by hand, for tests of everything that only sees the Protocols.
+
+`ToyRetriever` has two units, `text` (bag of hashed characters) and `vision` (mean colour), each a bilinear score;
+`ToyProcessor` turns schema rows into its tensors. Both save, load and train like the shipped methods, and are not
+registered with the Auto classes unless a test calls [`register`].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.utils import ModelOutput
+
+from hf_mel.schema import NIL, entity_features, mention_features
+
+
+class ToyConfig(PreTrainedConfig):
+    model_type = "toy_retriever"
+
+    vocab_size: int = 97
+    dim: int = 16
+
+
+@dataclass
+class ToyEncodings(ModelOutput):
+    """`text` [N, dim] and `vision` [N, dim]."""
+
+    text: torch.FloatTensor | None = None
+    vision: torch.FloatTensor | None = None
+
+
+@dataclass
+class ToyOutput(ModelOutput):
+    """`loss` [], `scores` [M, N], `unit_scores` {name: [M, N]}."""
+
+    loss: torch.FloatTensor | None = None
+    scores: torch.FloatTensor | None = None
+    unit_scores: dict[str, torch.FloatTensor] | None = None
+
+
+class ToyRetriever(PreTrainedModel):
+    config: ToyConfig
+    config_class = ToyConfig
+    main_input_name = "mention_input_ids"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: ToyConfig):
+        super().__init__(config)
+        self.characters = nn.Embedding(config.vocab_size, config.dim)
+        self.mention_text = nn.Linear(config.dim, config.dim)
+        self.mention_vision = nn.Linear(3, config.dim)
+        self.entity_vision = nn.Linear(3, config.dim)
+        self.post_init()
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Embedding | nn.Linear):
+            nn.init.normal_(module.weight, std=0.5)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def _text(self, input_ids, attention_mask):
+        mask = attention_mask[..., None].to(self.characters.weight.dtype)
+        return (self.characters(input_ids) * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    def encode_mentions(self, mention_input_ids, mention_attention_mask, mention_colours, **_):
+        text = self.mention_text(self._text(mention_input_ids, mention_attention_mask))
+        return ToyEncodings(text=text, vision=self.mention_vision(mention_colours))
+
+    def encode_entities(self, entity_input_ids, entity_attention_mask, entity_colours, **_):
+        text = self._text(entity_input_ids, entity_attention_mask)
+        return ToyEncodings(text=text, vision=self.entity_vision(entity_colours))
+
+    def unit_scores(self, mentions, entities):
+        return {unit: mentions[unit] @ entities[unit].T for unit in ("text", "vision")}
+
+    def score(self, mentions, entities):
+        units = self.unit_scores(mentions, entities)
+        return (units["text"] + units["vision"]) / 2
+
+    def forward(self, labels=None, **inputs):
+        mentions = self.encode_mentions(**{k: v for k, v in inputs.items() if k.startswith("mention_")})
+        entities = self.encode_entities(**{k: v for k, v in inputs.items() if k.startswith("entity_")})
+        units = self.unit_scores(mentions, entities)
+        scores = (units["text"] + units["vision"]) / 2
+        loss = None if labels is None else nn.functional.cross_entropy(scores, labels)
+        return ToyOutput(loss=loss, scores=scores, unit_scores=units)
+
+
+class ToyProcessor(ProcessorMixin):
+    """Characters of "mention text" or "name attributes", padded to `text_width`; the mean colour of the image."""
+
+    attributes = []
+
+    def __init__(self, text_width: int = 48, vocab_size: int = 97):
+        super().__init__()
+        self.text_width, self.vocab_size = text_width, vocab_size
+
+    def _encode(self, texts, images):
+        ids = np.zeros((len(texts), self.text_width), dtype=np.int64)
+        for row, text in zip(ids, texts, strict=True):
+            for position, character in enumerate(text[: self.text_width]):
+                row[position] = 1 + ord(character) % (self.vocab_size - 1)
+        colours = np.zeros((len(texts), 3), dtype=np.float32)
+        for row, image in zip(colours, images, strict=True):
+            if image is not None:
+                row[:] = np.asarray(image.convert("RGB"), dtype=np.float32).mean((0, 1)) / 255
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy((ids > 0).astype(np.int64)),
+            "colours": torch.from_numpy(colours),
+        }
+
+    def __call__(self, mentions=None, entities=None, pairs=None, **kwargs):
+        batch = {}
+        if mentions is not None:
+            texts = [f"{row['mention']} {row['text']}" for row in mentions]
+            tensors = self._encode(texts, [row["image"] for row in mentions])
+            batch |= {f"mention_{name}": tensor for name, tensor in tensors.items()}
+        if entities is not None:
+            texts = [f"{row['name']} {row['attributes']}" for row in entities]
+            images = [row["images"][0] if row["images"] else None for row in entities]
+            batch |= {f"entity_{name}": tensor for name, tensor in self._encode(texts, images).items()}
+        return BatchFeature(batch)
+
+
+def register() -> None:
+    """Makes the toy method loadable with `AutoConfig`, `AutoModel` and `AutoProcessor` in this process."""
+    AutoConfig.register(ToyConfig.model_type, ToyConfig, exist_ok=True)
+    AutoModel.register(ToyConfig, ToyRetriever, exist_ok=True)
+    AutoProcessor.register(ToyConfig, ToyProcessor, exist_ok=True)
+
+
+def toy_model(seed: int = 0, **config) -> ToyRetriever:
+    """An untrained model, the same for the same seed whatever ran before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ToyRetriever(ToyConfig(**config)).eval()
+
+
+def toy_entities(count: int = 12, images: bool = True) -> datasets.Dataset:
+    """`count` entities Q1, Q2, … with distinct names and, but for every fifth, a plain-coloured image."""
+    rows = [
+        {
+            "entity_id": f"Q{i + 1}",
+            "name": f"Entity {chr(97 + i % 26) * (1 + i // 26)}",
+            "description": "",
+            "attributes": f"Number: {i}.",
+            "aliases": [],
+            "images": [_image(i)] if images and i % 5 else [],
+        }
+        for i in range(count)
+    ]
+    return datasets.Dataset.from_list(rows, features=entity_features())
+
+
+def toy_mentions(count: int = 20, entities: int = 12, nil_every: int = 0) -> datasets.Dataset:
+    """`count` mentions of entities Q1…Q`entities` in turn, two to a context; each `nil_every`-th gold is NIL."""
+    rows = []
+    for i in range(count):
+        nil, gold = nil_every and i % nil_every == nil_every - 1, i * 7 % entities
+        mention = f"Entity {chr(97 + gold % 26)}"
+        rows.append(
+            {
+                "mention_id": f"m{i}",
+                "context_id": f"c{i // 2 if i % 4 < 2 else i + count}",
+                "text": f"Here {mention} met somebody, {i} times.",
+                "mention": mention,
+                "start": 5,
+                "end": 5 + len(mention),
+                "mention_type": "",
+                "topic": "",
+                "image": _image(gold) if i % 3 else None,
+                "entity_id": NIL if nil else f"Q{gold + 1}",
+                "candidates": [],
+                "stratum": ("text", "image", "both")[i % 3],
+            }
+        )
+    return datasets.Dataset.from_list(rows, features=mention_features(stratum=datasets.Value("string")))
+
+
+def _image(i: int):
+    from PIL import Image
+
+    return Image.new("RGB", (4, 4), (i * 37 % 256, i * 91 % 256, i * 53 % 256))
