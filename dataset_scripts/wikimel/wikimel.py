@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-
 from hf_mel.dataset_scripts.release import (
     Release,
     cleaned_entities,
@@ -25,6 +24,7 @@ from hf_mel.dataset_scripts.release import (
     mapped_entities,
     read_image,
 )
+
 from hf_mel.errors import DataFormatError, DuplicateIdError
 from hf_mel.schema import entity_features, mention_features
 

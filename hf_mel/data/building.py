@@ -224,8 +224,11 @@ class _Checks:
             return False
         if config == "mentions":
             start, end = row["start"], row["end"]
-            if start < 0:
-                self.report.problem("mention_not_in_text", where, row_id, row["mention"])
+            if start < 0:  # two kinds: the text lacks it, or an earlier mention has its only place
+                absent = row["mention"] not in row["text"]
+                self.report.problem(
+                    "mention_not_in_text" if absent else "mention_not_located", where, row_id, row["mention"]
+                )
             elif row["text"][start:end] != row["mention"]:
                 raise SpanError(
                     f"{row['text'][start:end]!r} stands at {start}:{end}, not the mention {row['mention']!r}.",
@@ -264,9 +267,7 @@ class _Checks:
         }
 
 
-def _write_config(
-    builder: Any, config: str, work: Path, report: BuildReport, checks: _Checks
-) -> datasets.DatasetInfo:
+def _write_config(builder: Any, config: str, work: Path, report: BuildReport, checks: _Checks) -> datasets.DatasetInfo:
     """Writes the Parquet files of one configuration; returns its info with features and sizes."""
     features = builder.info.features
     generators = builder._split_generators(datasets.DownloadManager())
@@ -392,7 +393,9 @@ def _check_counts(builder_class: Any, report: BuildReport, allow: bool) -> None:
         dropped = {kind: len(entries) for kind, entries in report.problems.items()}
         raise CountMismatchError(
             f"{report.dataset} is not the official release. {'; '.join(wrong)}."
-            + (f" Found on the way: {', '.join(f'{k} {n:,}' for k, n in sorted(dropped.items()))}." if dropped else ""),
+            + (
+                f" Found on the way: {', '.join(f'{k} {n:,}' for k, n in sorted(dropped.items()))}." if dropped else ""
+            ),
             remedy="Check the raw files, or build what is there with allow_count_mismatch (--allow-count-mismatch).",
         )
 
@@ -455,7 +458,9 @@ def _dump(report: dict[str, Any]) -> str:
             + "\n      ]"
             for file, entries in found["entries"].items()
         )
-        kinds.append(f'    {json.dumps(kind)}: {{\n    "count": {found["count"]},\n    "entries": {{\n{files}\n    }}}}')
+        kinds.append(
+            f'    {json.dumps(kind)}: {{\n    "count": {found["count"]},\n    "entries": {{\n{files}\n    }}}}'
+        )
     return head[:-2] + ',\n  "problems": {\n' + ",\n".join(kinds) + "\n  }\n}\n"
 
 
@@ -521,7 +526,7 @@ def _schema_tables(infos: dict[str, datasets.DatasetInfo]) -> str:
 def _type_name(kind: Any) -> str:
     if (item := getattr(kind, "feature", None)) is not None:
         return f"list of {_type_name(item)}"
-    return getattr(kind, "names", None) and "class label" or getattr(kind, "dtype", type(kind).__name__.lower())
+    return "image" if isinstance(kind, datasets.Image) else kind.dtype
 
 
 def _problems_table(report: BuildReport) -> str:

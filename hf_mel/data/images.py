@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from io import BytesIO
 from os import PathLike, fspath
-from typing import Any, Union
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -16,7 +16,7 @@ from hf_mel.errors import ImageError
 MAX_PIXELS = 89_478_485
 
 #: A path, the file's bytes, `{"bytes", "path"}` as `datasets` stores an image, or an open PIL image.
-ImageSource = Union[str, PathLike, bytes, bytearray, Mapping, Image.Image]
+ImageSource = str | PathLike[str] | bytes | bytearray | Mapping[str, Any] | Image.Image
 
 
 def open_image(
@@ -64,13 +64,14 @@ def verify_image(
 def _open(source: ImageSource, file: str | PathLike[str] | None, row: int | str | None) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
+    content: Any = source
     if isinstance(source, Mapping):
-        source = source["path"] if source.get("bytes") is None else source["bytes"]
+        content = source["path"] if source.get("bytes") is None else source["bytes"]
     try:
         with warnings.catch_warnings():
             # PIL warns at its own limit and raises at twice that; ours is checked below.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(BytesIO(source) if isinstance(source, (bytes, bytearray)) else source)
+            image = Image.open(BytesIO(content) if isinstance(content, (bytes, bytearray)) else content)
     except Exception as error:
         raise _broken(error, source, file, row) from error
     width, height = image.size

@@ -1,0 +1,361 @@
+"""Loading a data set in the schema of hf_mel, from a folder or the Hub, and a user's own file of entities."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from tqdm.auto import tqdm
+
+from hf_mel.data.images import verify_image
+from hf_mel.errors import (
+    DataFormatError,
+    DuplicateIdError,
+    ImageError,
+    KnowledgeBaseError,
+    UnknownDatasetError,
+    UnknownEntityError,
+    UnknownSplitError,
+)
+from hf_mel.schema import NIL, entity_features, mention_features, post_features
+
+#: Columns of a user's file of entities; `id` and `image` may also be written `entity_id` and `images`.
+ENTITY_COLUMNS = ("id", "name", "description", "attributes", "aliases", "image")
+_COLUMN_NAMES = {**{column: column for column in ENTITY_COLUMNS}, "entity_id": "id", "images": "image"}
+_LIST_SEPARATOR = "|"
+
+
+def load_mentions(dataset: str | os.PathLike[str], split: str, revision: str | None = None) -> datasets.Dataset:
+    """The mentions of one split, one row each (columns: [`~hf_mel.schema.mention_features`]).
+
+    Args:
+        dataset (`str` or `os.PathLike`): A folder written by `hf-mel data build`, or a data set on the Hub.
+        split (`str`): "train", "validation", "test" or whatever the data set has.
+        revision (`str`, *optional*): Branch, tag or commit, for a data set on the Hub.
+
+    Returns:
+        `datasets.Dataset` of M rows; images decode to PIL on access.
+
+    Raises:
+        UnknownDatasetError: Neither a folder nor a data set on the Hub that can be reached.
+        UnknownSplitError: It has no mentions, or not that split; the message lists what there is.
+        DataFormatError: Columns of the schema are missing.
+    """
+    return _load(dataset, "mentions", split, revision, mention_features())
+
+
+def load_entities(dataset: str | os.PathLike[str], revision: str | None = None) -> datasets.Dataset:
+    """The knowledge base, one entity a row (columns: [`~hf_mel.schema.entity_features`]).
+
+    Args and errors as in [`load_mentions`], and
+
+    Raises:
+        KnowledgeBaseError: The knowledge base is empty.
+    """
+    entities = _load(dataset, "entities", "kb", revision, entity_features())
+    if not len(entities):
+        raise KnowledgeBaseError("the knowledge base is empty.", file=dataset, remedy="Build the data set again.")
+    return entities
+
+
+def load_posts(dataset: str | os.PathLike[str], split: str = "kb", revision: str | None = None) -> datasets.Dataset:
+    """The posts about the entities (columns: [`~hf_mel.schema.post_features`]); few data sets have them.
+
+    Args and errors as in [`load_mentions`].
+    """
+    return _load(dataset, "posts", split, revision, post_features())
+
+
+def _load(
+    dataset: str | os.PathLike[str], config: str, split: str, revision: str | None, features: datasets.Features
+) -> datasets.Dataset:
+    source = os.fspath(dataset)
+    _check_source(source, revision)
+    try:
+        splits = datasets.load_dataset(source, config, revision=revision)
+    except (DatasetNotFoundError, DataFilesNotFoundError, ConnectionError) as error:
+        raise _not_found(source, error) from error
+    except Exception as error:  # no common base: a missing configuration, damaged Parquet, a full disk …
+        try:
+            configs = datasets.get_dataset_config_names(source, revision=revision)
+        except Exception:
+            raise _not_found(source, error) from error
+        if config not in configs:
+            raise UnknownSplitError(
+                f"has no configuration {config!r}; it has {', '.join(map(repr, configs))}.",
+                file=source,
+                remedy="Is this a data set built by `hf-mel data build`?",
+            ) from error
+        raise DataFormatError(
+            f"the configuration {config!r} cannot be read ({error}).", file=source, remedy="Build it again."
+        ) from error
+    if split not in splits:
+        raise UnknownSplitError(
+            f"{config} has no split {split!r}; it has {', '.join(map(repr, splits))}.", file=source
+        )
+    rows = splits[split]
+    missing = [column for column in features if column not in rows.column_names]
+    if missing:
+        raise DataFormatError(
+            f"{config} lacks the columns {missing}; it has {rows.column_names}.",
+            file=source,
+            remedy="Build it with this version of hf_mel.",
+        )
+    return rows
+
+
+def _check_source(source: str, revision: str | None) -> None:
+    if Path(source).is_dir():
+        if revision is not None:
+            raise UnknownDatasetError(f"is a folder, and has no revision {revision!r}.", file=source)
+    elif Path(source).exists():
+        raise UnknownDatasetError("is a file, not a data set.", file=source, remedy="Give the folder it lies in.")
+    else:
+        try:
+            huggingface_hub.utils.validate_repo_id(source)
+        except huggingface_hub.errors.HFValidationError as error:
+            raise _not_found(source, None) from error
+
+
+def _not_found(source: str, error: Exception | None) -> UnknownDatasetError:
+    if Path(source).is_dir():
+        return UnknownDatasetError(f"holds no data set ({error}).", file=source, remedy="Run `hf-mel data build`.")
+    reason = f" that could be reached ({type(error).__name__}: {error})" if error is not None else ""
+    return UnknownDatasetError(
+        f"{source!r} is neither a folder here nor a data set on the Hub{reason}.",
+        remedy="Check the path or the Hub id; build a folder with `hf-mel data build`.",
+    )
+
+
+def dataset_version(dataset: str | os.PathLike[str], revision: str | None = None) -> dict[str, str | None]:
+    """What pins down the data a score was computed on.
+
+    Returns:
+        `dict` with `dataset` (Hub id, or the folder's name), `revision` (the commit on the Hub; `None` for a folder)
+        and `sha256`: one digest of the paths and contents of all Parquet files, the same for a folder and its copy
+        on the Hub; `None` if the Hub cannot be asked (a data set read from the cache while offline).
+
+    Raises:
+        UnknownDatasetError: As in [`load_mentions`]; also a folder without Parquet files.
+    """
+    source = os.fspath(dataset)
+    _check_source(source, revision)
+    if Path(source).is_dir():
+        root = Path(source)
+        files = {path.relative_to(root).as_posix(): _sha256(path) for path in root.rglob("*.parquet")}
+        if not files:
+            raise _not_found(source, FileNotFoundError("no Parquet files"))
+        return {"dataset": root.resolve().name, "revision": None, "sha256": _combine(files)}
+    try:
+        info = huggingface_hub.HfApi().dataset_info(source, revision=revision, files_metadata=True)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise _not_found(source, error) from error
+    except Exception:  # offline or the Hub is down: the data may still come from the cache
+        return {"dataset": source, "revision": revision, "sha256": None}
+    parquet = [file for file in info.siblings or [] if file.rfilename.endswith(".parquet")]
+    known = {file.rfilename: file.lfs.sha256 for file in parquet if file.lfs is not None}
+    return {
+        "dataset": source,
+        "revision": info.sha,
+        "sha256": _combine(known) if known and len(known) == len(parquet) else None,
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _combine(files: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
+
+
+def check_golds(
+    mentions: datasets.Dataset | Iterable[Mapping[str, Any]], entity_ids: Iterable[str], *, file: str | None = None
+) -> None:
+    """Checks that ids are unique and that every gold is in the knowledge base or [`~hf_mel.schema.NIL`].
+
+    Args:
+        mentions (`datasets.Dataset` or rows): M mentions.
+        entity_ids (iterable of `str`): The ids of the knowledge base.
+        file (`str`, *optional*): Where the mentions come from, for the error.
+
+    Raises:
+        DuplicateIdError: A mention or an entity id occurs twice.
+        UnknownEntityError: A gold is not in the knowledge base.
+    """
+    known: set[str] = set()
+    for entity_id in entity_ids:
+        if entity_id in known:
+            raise DuplicateIdError(f"the entity id {entity_id!r} occurs twice.", file=file)
+        known.add(entity_id)
+    if isinstance(mentions, datasets.Dataset):
+        mentions = mentions.select_columns(["mention_id", "entity_id"])  # leaves the images undecoded
+    first: dict[str, int] = {}
+    for k, row in enumerate(mentions):
+        if row["mention_id"] in first:
+            raise DuplicateIdError(
+                f"the mention id {row['mention_id']!r} is that of row {first[row['mention_id']]} too.",
+                file=file,
+                row=k,
+            )
+        first[row["mention_id"]] = k
+        if row["entity_id"] != NIL and row["entity_id"] not in known:
+            raise UnknownEntityError(
+                f"the gold {row['entity_id']!r} of mention {row['mention_id']!r} is not in the knowledge base.",
+                file=file,
+                row=k,
+                remedy=f"Add the entity to the knowledge base, or set the gold to {NIL!r}.",
+            )
+
+
+def read_entity_file(path: str | os.PathLike[str]) -> datasets.Dataset:
+    """A user's own entities from a JSONL or CSV file (UTF-8, with or without BOM, any line ends).
+
+    Columns: `id` (or `entity_id`) and `name`, both needed; `description`, `attributes`, `aliases`, and `image` (or
+    `images`): paths relative to the file. `aliases` and `image` hold several values as a JSON list, or separated by
+    "|". Every image is decoded once here, so that a damaged one is found now and not in the middle of a run.
+
+    Args:
+        path (`str` or `os.PathLike`): A file ending in .jsonl or .csv.
+
+    Returns:
+        `datasets.Dataset` of N entities (columns: [`~hf_mel.schema.entity_features`]); images stay on disk and
+        decode to PIL on access.
+
+    Raises:
+        DataFormatError: Not such a file, a line that cannot be parsed, an unknown column, a missing or ill-typed
+            value; with the line number.
+        DuplicateIdError: An id occurs twice.
+        ImageError: An image is missing, damaged, huge or not an image.
+        KnowledgeBaseError: The file has no rows.
+    """
+    path = Path(path)
+    readers = {".jsonl": _jsonl_records, ".csv": _csv_records}
+    if path.suffix.lower() not in readers:
+        raise DataFormatError("is neither .jsonl nor .csv.", file=path, remedy="Entities come as JSONL or CSV.")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataFormatError(f"cannot be read ({error.strerror}).", file=path, remedy="Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise DataFormatError(f"is not UTF-8 text ({error}).", file=path, remedy="Save it as UTF-8.") from error
+    rows: list[dict[str, Any]] = []
+    lines: dict[str, int] = {}
+    for line, record in tqdm(readers[path.suffix.lower()](path, text), desc=f"reading {path.name}", unit=" entities"):
+        row = _entity_row(path, line, record)
+        if row["entity_id"] in lines:
+            raise DuplicateIdError(
+                f"the id {row['entity_id']!r} is that of line {lines[row['entity_id']]} too.", file=path, row=line
+            )
+        lines[row["entity_id"]] = line
+        rows.append(row)
+    if not rows:
+        raise KnowledgeBaseError("holds no entities.", file=path, remedy="A knowledge base needs at least one.")
+    return datasets.Dataset.from_list(rows, features=entity_features())
+
+
+def _jsonl_records(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Not splitlines: it also splits at characters that JSON allows inside a text (U+2028, form feed).
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            record = json.loads(content)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataFormatError(f"is not JSON ({error}).", file=path, row=line) from error
+        if not isinstance(record, dict):
+            raise DataFormatError("is not a JSON object.", file=path, row=line, remedy='Write {"id": …, "name": …}.')
+        _check_columns(path, line, record)
+        yield line, record
+
+
+def _csv_records(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    limit = csv.field_size_limit(max(len(text), 1))  # the default refuses fields over 131,072 characters
+    try:
+        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+        _check_columns(path, 1, reader.fieldnames or [])
+        for record in reader:
+            if None in record or None in record.values():
+                raise DataFormatError(
+                    f"does not have {len(reader.fieldnames or [])} fields as the header has.",
+                    file=path,
+                    row=reader.line_num,
+                    remedy="Quote fields that hold commas or line ends.",
+                )
+            yield reader.line_num, record
+    except csv.Error as error:
+        raise DataFormatError(f"is not CSV ({error}).", file=path, row=reader.line_num) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _check_columns(path: Path, line: int, columns: Collection[str]) -> None:
+    seen: set[str] = set()
+    for column in columns:
+        if column not in _COLUMN_NAMES:
+            raise DataFormatError(
+                f"has a column {column!r}, which means nothing here.",
+                file=path,
+                row=line,
+                remedy=f"Rename or remove it; columns are {', '.join(ENTITY_COLUMNS)}.",
+            )
+        if _COLUMN_NAMES[column] in seen:
+            raise DataFormatError(f"has the column {column!r} twice.", file=path, row=line)
+        seen.add(_COLUMN_NAMES[column])
+
+
+def _entity_row(path: Path, line: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    values = {_COLUMN_NAMES[column]: value for column, value in record.items() if value not in (None, "")}
+    entity_id = values.get("id")
+    if isinstance(entity_id, int) and not isinstance(entity_id, bool):
+        values["id"] = str(entity_id)
+    for column in ("id", "name", "description", "attributes"):
+        if not isinstance(values.get(column, ""), str):
+            raise DataFormatError(f"{column!r} is {values[column]!r}, expected a text.", file=path, row=line)
+    for column in ("id", "name"):
+        if not values.get(column, "").strip():
+            raise DataFormatError(f"has no {column!r}.", file=path, row=line, remedy="Every entity needs one.")
+    if values["id"] == NIL:
+        raise DataFormatError(f"the id {NIL!r} stands for no entity.", file=path, row=line, remedy="Choose another.")
+    images = []
+    for name in _texts(path, line, "image", values.get("image")):
+        picture = path.parent / name
+        if not picture.is_file():
+            raise ImageError(
+                f"there is no image {picture}.", file=path, row=line, remedy="Image paths start at the file's folder."
+            )
+        try:
+            verify_image(picture)
+        except ImageError as error:
+            raise ImageError(f"{picture}: {error.message}", file=path, row=line, remedy=error.remedy) from error
+        images.append({"path": str(picture.absolute()), "bytes": None})
+    return {
+        "entity_id": values["id"],
+        "name": values["name"],
+        "description": values.get("description", ""),
+        "attributes": values.get("attributes", ""),
+        "aliases": _texts(path, line, "aliases", values.get("aliases")),
+        "images": images,
+    }
+
+
+def _texts(path: Path, line: int, column: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    items = [part.strip() for part in value.split(_LIST_SEPARATOR)] if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise DataFormatError(f"{column!r} is {value!r}, expected texts.", file=path, row=line)
+    return [item for item in items if item]
