@@ -57,7 +57,6 @@ class WikiMel(datasets.GeneratorBasedBuilder):
 
     NAME = "wikimel"
     TITLE = "WikiMEL"
-    TASK = "multimodal entity linking"
     LICENSE = "other"
     LANGUAGES = ("en",)
     HOMEPAGE = "https://github.com/seukgcode/MELBench"

@@ -4,7 +4,7 @@ The pipeline knows no data set by name. It finds the builders in `hf_mel.dataset
 `<name>/<name>.py` one thing, `BUILDER_CLASS`, a `datasets.GeneratorBasedBuilder` with the configurations `mentions`,
 `entities` and possibly `posts`, and the class attributes
 
-- `NAME`, `TITLE`, `LICENSE` (a Hub licence id), `LANGUAGES`, `HOMEPAGE`, `CITATION`, `TASK`;
+- `NAME`, `TITLE`, `LICENSE` (a Hub licence id), `LANGUAGES`, `HOMEPAGE`, `CITATION`;
 - `NEEDS_RAW`: whether it reads a folder of raw files (its config then has `data_dir`, `images`, `entity_images`);
 - `OFFICIAL_COUNTS`: `{config: {split: rows}}`, or `{layout: {config: {split: rows}}}` if it reads several layouts.
 
@@ -24,6 +24,7 @@ import pkgutil
 import shutil
 import string
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -236,7 +237,7 @@ class _Checks:
                     row=row_id,
                     remedy="This is a bug of the builder.",
                 )
-            for candidate in row["candidates"]:
+            for candidate in row["candidates"] or []:
                 if candidate not in self.entity_ids:
                     self.report.problem("candidate_not_in_kb", where, row_id, candidate)
         return True
@@ -297,7 +298,7 @@ def _write_config(builder: Any, config: str, work: Path, report: BuildReport, ch
                     row[column] = checks.image(config, where, row_id, row[column])
                     pictures += row[column] is not None
                 elif isinstance(getattr(kind, "feature", None), datasets.Image):
-                    kept = [checks.image(config, where, row_id, image) for image in row[column]]
+                    kept = [checks.image(config, where, row_id, image) for image in row[column] or []]
                     row[column] = [image for image in kept if image is not None]
                     pictures += len(row[column])
             stats["images"] += pictures
@@ -429,11 +430,11 @@ def _check_replaceable(target: Path, name: str, overwrite: bool, sources: list[A
 def _staging(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place if the block succeeds, and vanishes if it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    work = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     old = work.with_name(f"{work.name}.old")
+    work.mkdir()
     try:
         yield work
-        work.chmod(0o755)  # mkdtemp makes it private
         if target.exists():
             target.rename(old)
         try:
@@ -470,6 +471,8 @@ def _card(builder_class: Any, infos: dict[str, datasets.DatasetInfo], report: Bu
         pretty_name=builder_class.TITLE,
         language=list(builder_class.LANGUAGES),
         license=builder_class.LICENSE,
+        task_categories=["text-retrieval"],
+        task_ids=["entity-linking-retrieval"],
         tags=["entity-linking", "multimodal", "knowledge-base"],
         size_categories=_size_category(sum(n for splits in report.counts.values() for n in splits.values())),
     )
