@@ -83,3 +83,7 @@ class RecipeError(MelError, ValueError):
 
 class MissingExtraError(MelError, ImportError):
     """An optional dependency is not installed; the remedy names the extra."""
+
+
+class ScoreError(MelError, ValueError):
+    """A model gave a score that cannot be ranked: nan or infinite."""

@@ -1,0 +1,223 @@
+"""`rank` against plain NumPy over the whole score matrix."""
+
+import numpy as np
+import pytest
+import torch
+from hf_mel.spaces.mel_ranking.mel_ranking import ranks_from_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from hf_mel.errors import KnowledgeBaseError, ScoreError, UnknownEntityError
+from hf_mel.linking import ranking
+from hf_mel.linking.ranking import EncodedEntities, RankingResult, rank
+
+
+class DotProduct:
+    """Scores by inner product, and keeps the shape of every block it scored."""
+
+    def __init__(self):
+        self.blocks = []
+
+    def score(self, mentions, entities):
+        self.blocks.append((len(mentions["x"]), len(entities["x"])))
+        return mentions["x"] @ entities["x"].T
+
+
+def table(scores):
+    """Encodings of M mentions and N entities whose inner products are exactly `scores` [M, N] (small integers)."""
+    scores = torch.as_tensor(np.asarray(scores, dtype=np.float32))
+    return {"x": scores}, source({"x": torch.eye(scores.shape[1])})
+
+
+def source(encodings):
+    return EncodedEntities([f"Q{i}" for i in range(len(encodings["x"]))], encodings)
+
+
+def brute_force(scores, golds, k, tolerance=1e-6):
+    """One mention at a time, one entity at a time."""
+    top, best, worst = [], [], []
+    for row, gold in zip(np.asarray(scores, dtype=np.float64), golds, strict=True):
+        top.append(sorted(range(len(row)), key=lambda i: (-row[i], i))[:k])
+        margin = tolerance * max(1.0, abs(row[gold]))
+        better = sum(1 for s in row if s > row[gold] + margin)
+        equal = sum(1 for i, s in enumerate(row) if i != gold and abs(s - row[gold]) <= margin)
+        best.append(1 + better)
+        worst.append(1 + better + equal)
+    return top, best, worst
+
+
+# Budgets from "one mention and one entity at a time" to "all at once"; few values, so that ties abound.
+budgets = st.sampled_from([1, 400, 2_000, 20_000, 2**29])
+matrices = hnp.arrays(np.int64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(-3, 3))
+
+
+@settings(max_examples=200, deadline=None)
+@given(matrices, budgets, st.integers(1, 12), st.data())
+def test_chunks_and_batches_equal_brute_force(scores, budget, k, data):
+    golds = data.draw(st.lists(st.integers(0, scores.shape[1] - 1), min_size=len(scores), max_size=len(scores)))
+    mentions, entities = table(scores)
+    result = rank(DotProduct(), mentions, entities, gold_rows=golds, top_k=k, byte_budget=budget)
+    top, best, worst = brute_force(scores, golds, k)
+    assert result.top_rows.tolist() == top
+    assert result.top_scores.tolist() == [[row[i] for i in rows] for row, rows in zip(scores, top, strict=True)]
+    assert result.gold_score.tolist() == [row[gold] for row, gold in zip(scores, golds, strict=True)]
+    assert result.best_rank.tolist() == best
+    assert result.worst_rank.tolist() == worst
+
+
+@settings(max_examples=100, deadline=None)
+@given(matrices, budgets, st.data())
+def test_the_order_of_the_entities_does_not_change_ranks(scores, budget, data):
+    size = scores.shape[1]
+    golds = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=len(scores), max_size=len(scores))))
+    order = np.array(data.draw(st.permutations(range(size))))  # new row of each old row
+    shuffled = np.empty_like(scores)
+    shuffled[:, order] = scores
+    plain = rank(DotProduct(), *table(scores), gold_rows=golds, byte_budget=budget)
+    other = rank(DotProduct(), *table(shuffled), gold_rows=order[golds], byte_budget=budget)
+    assert torch.equal(plain.best_rank, other.best_rank)
+    assert torch.equal(plain.worst_rank, other.worst_rank)
+    assert torch.equal(plain.top_scores, other.top_scores)
+
+
+def test_real_numbers_in_chunks_of_any_shape():
+    generator = torch.Generator().manual_seed(0)
+    mentions = {"x": torch.randn(23, 16, generator=generator)}
+    entities = torch.randn(211, 16, generator=generator)
+    entities[100:105] = entities[7]  # duplicates, which rounding may pull apart between chunks
+    golds = torch.randint(0, 211, (23,), generator=generator)
+    golds[:5] = 7
+    scores = mentions["x"].double() @ entities.double().T
+    top, best, worst = brute_force(scores.numpy(), golds.tolist(), 5, tolerance=1e-6)
+    assert max(worst[i] - best[i] for i in range(5)) == 5
+    for budget in (1, 3_000, 30_000, 300_000, 2**29):
+        model = DotProduct()
+        result = rank(model, mentions, source({"x": entities}), gold_rows=golds, top_k=5, byte_budget=budget)
+        assert result.best_rank.tolist() == best
+        assert result.worst_rank.tolist() == worst
+        duplicates = {7, *range(100, 105)}
+        for row, expected in zip(result.top_rows.tolist(), top, strict=True):
+            if not duplicates & set(expected):
+                assert row == expected
+
+
+def test_tolerance_is_relative_above_one_and_absolute_below():
+    mentions, entities = {"x": torch.eye(3)}, torch.zeros(4, 3)
+    entities[:, 0] = torch.tensor([0.5, 0.5 + 8e-7, 0.5 + 4e-6, 0.5 - 8e-7])
+    entities[:, 1] = torch.tensor([1e4, 1e4 + 5e-3, 1e4 + 0.1, 1e4 - 5e-3])
+    entities[:, 2] = torch.tensor([-1e4, -1e4 + 5e-3, -1e4 + 0.1, -1e4 - 5e-3])
+    result = rank(DotProduct(), mentions, source({"x": entities}), gold_rows=[0, 0, 0])
+    assert result.best_rank.tolist() == [2, 2, 2]
+    assert result.worst_rank.tolist() == [4, 4, 4]
+    wide = rank(DotProduct(), mentions, source({"x": entities}), gold_rows=[0, 0, 0], tie_tolerance=1e-4)
+    assert wide.best_rank.tolist() == [1, 1, 1]
+    assert wide.worst_rank.tolist() == [4, 4, 4]
+
+
+def test_ties_as_the_metric_defines_them():
+    generator = np.random.default_rng(0)
+    scores = generator.integers(-5, 5, (30, 12))
+    golds = generator.integers(0, 12, 30)
+    result = rank(DotProduct(), *table(scores), gold_rows=golds, top_k=12)
+    best, worst = ranks_from_ids(
+        [[f"Q{i}" for i in rows] for rows in result.top_rows.tolist()],
+        [f"Q{gold}" for gold in golds],
+        result.top_scores.tolist(),
+    )
+    assert result.best_rank.tolist() == best.tolist()
+    assert result.worst_rank.tolist() == worst.tolist()
+
+
+def test_constant_scorer():
+    result = rank(DotProduct(), *table(np.zeros((4, 9))), gold_rows=[0, 3, 8, 8], top_k=3, byte_budget=900)
+    assert result.best_rank.tolist() == [1] * 4
+    assert result.worst_rank.tolist() == [9] * 4
+    assert result.top_rows.tolist() == [[0, 1, 2]] * 4
+
+
+def test_mentions_without_a_gold():
+    result = rank(DotProduct(), *table([[3, 2, 1], [1, 2, 3]]), gold_rows=[-1, 0])
+    assert result.best_rank.tolist() == result.worst_rank.tolist() == [0, 3]
+    assert torch.isnan(result.gold_score).tolist() == [True, False]
+    without = rank(DotProduct(), *table([[3, 2, 1]]))
+    assert without.gold_score is without.best_rank is without.worst_rank is None
+
+
+def test_smallest_inputs():
+    one = rank(DotProduct(), *table([[5]]), gold_rows=[0], top_k=10)
+    assert (one.top_scores.tolist(), one.top_rows.tolist()) == ([[5]], [[0]])
+    assert one.best_rank.tolist() == one.worst_rank.tolist() == [1]
+    none = rank(DotProduct(), *table(np.zeros((0, 4))), gold_rows=[], top_k=2)
+    assert none.top_scores.shape == none.top_rows.shape == (0, 2)
+    assert none.best_rank.shape == none.worst_rank.shape == none.gold_score.shape == (0,)
+    assert none.top_rows.dtype == none.best_rank.dtype == torch.int64
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("budget", [1, 2**29])
+def test_a_score_that_cannot_be_ranked_is_named(value, budget):
+    scores = torch.zeros(5, 7)
+    scores[3, 4] = value
+    mentions = {"x": torch.arange(5.0)[:, None]}
+    entities = {"x": torch.arange(7.0)[:, None]}
+
+    def look_up(mention, entity):
+        return scores[mention["x"][:, 0].long()][:, entity["x"][:, 0].long()]
+
+    with pytest.raises(ScoreError, match="mention 3 and entity row 4"):
+        rank(None, mentions, source(entities), byte_budget=budget, score=look_up)
+
+
+def test_wrong_arguments():
+    mentions, entities = table([[1, 2], [2, 1]])
+    with pytest.raises(ValueError, match="top_k"):
+        rank(DotProduct(), mentions, entities, top_k=0)
+    with pytest.raises(ValueError, match="2 mentions"):
+        rank(DotProduct(), mentions, entities, gold_rows=[0])
+    with pytest.raises(UnknownEntityError, match=r"row 1: Gold row 2 .* 2 entities"):
+        rank(DotProduct(), mentions, entities, gold_rows=[0, 2])
+    with pytest.raises(KnowledgeBaseError, match="no entities"):
+        rank(DotProduct(), mentions, source({"x": torch.empty(0, 2)}))
+    with pytest.raises(ScoreError, match="2 mentions and 2 entities"):
+        rank(DotProduct(), mentions, entities, score=lambda m, e: torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="3 entity ids but 2"):
+        EncodedEntities(["a", "b", "c"], {"x": torch.zeros(2, 2)})
+
+
+def test_chunks_with_a_gap():
+    class Gap(EncodedEntities):
+        def iter_chunks(self, chunk_size):
+            chunks = list(super().iter_chunks(1))
+            return iter(chunks[:1] + chunks[2:])
+
+    with pytest.raises(KnowledgeBaseError, match="row 1 is missing"):
+        rank(DotProduct(), {"x": torch.ones(1, 2)}, Gap(["a", "b", "c"], {"x": torch.ones(3, 2)}))
+
+
+@pytest.mark.parametrize("budget", [200_000, 1_000_000])
+def test_blocks_stay_within_the_budget(budget):
+    mentions, width = {"x": torch.ones(300, 8)}, 8 * 4
+    for size in (10, 500, 3_000):
+        model = DotProduct()
+        rank(model, mentions, source({"x": torch.ones(size, 8)}), gold_rows=[0] * 300, byte_budget=budget)
+        rows, columns = (max(axis) for axis in zip(*model.blocks, strict=True))
+        # The scores of whole rows, the entities of the chunk, and a scorer that holds two dozen tensors of the block.
+        assert rows * size * 4 + columns * width + rows * columns * 4 * 24 <= budget
+        assert sum(m * n for m, n in model.blocks) == 300 * size
+
+
+def test_scores_are_not_computed_under_autocast():
+    mentions, entities = {"x": torch.tensor([[1.0, 2**-12]])}, {"x": torch.tensor([[1.0, 0.0], [1.0, 1.0]])}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = rank(DotProduct(), mentions, source(entities), gold_rows=[0])
+    assert (result.best_rank.item(), result.worst_rank.item()) == (2, 2)
+
+
+def test_result_is_on_the_cpu_and_free_of_gradients():
+    mentions, entities = table([[1, 2]])
+    mentions["x"].requires_grad_()
+    result = rank(DotProduct(), mentions, entities, gold_rows=[0])
+    assert isinstance(result, RankingResult)
+    assert not result.top_scores.requires_grad
+    assert ranking.rank is rank
