@@ -1,0 +1,138 @@
+"""Training batches for retrievers: mentions, the entities they mean, and who means whom."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import Dataset
+
+from hf_mel.errors import ImageError, UnknownEntityError
+from hf_mel.schema import MelProcessor, Row
+
+
+class LazyRow(Mapping[str, Any]):
+    """A row of a data set whose images are decoded when they are looked at, so that a text model never pays for them.
+
+    Args:
+        values: the row with its images as `datasets` stores them.
+        features: the columns of the data set.
+    """
+
+    def __init__(self, values: dict[str, Any], features: datasets.Features):
+        self._values, self._features = values, features
+
+    def __getitem__(self, column: str) -> Any:
+        value, feature = self._values[column], self._features[column]
+        if isinstance(feature, datasets.Image):
+            return self._decode(value, feature)
+        if isinstance(getattr(feature, "feature", None), datasets.Image):
+            return [self._decode(image, feature.feature) for image in value or ()]
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def with_image(self, column: str, index: int) -> LazyRow:
+        """The same row with only one image, number `index`, in the list `column`."""
+        return LazyRow({**self._values, column: [self._values[column][index]]}, self._features)
+
+    def stored(self, column: str) -> Any:
+        """The value of a column with its images undecoded."""
+        return self._values[column]
+
+    def _decode(self, image: dict[str, Any] | None, feature: datasets.Image) -> Any:
+        if image is None:
+            return None
+        try:
+            return feature.decode_example(image)
+        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ValueError and others
+            key = next((name for name in ("mention_id", "entity_id") if name in self._values), None)
+            raise ImageError(
+                f"the image is damaged ({error}).",
+                row=self._values.get(key) if key else None,
+                remedy="Build the data set again; the builder lists damaged images.",
+            ) from error
+
+
+class LazyRows(Dataset):
+    """Rows of a data set as [`LazyRow`]s, for a `DataLoader`.
+
+    Args:
+        dataset (`datasets.Dataset`): M rows.
+    """
+
+    def __init__(self, dataset: datasets.Dataset):
+        self.dataset = dataset
+        self._stored = dataset.with_format("arrow")  # plain formatting would decode every image
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> LazyRow:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[LazyRow]:
+        """The rows of one batch, in the order asked for."""
+        return [LazyRow(values, self.dataset.features) for values in self._stored[indices].to_pylist()]
+
+
+class RetrieverCollator:
+    """Turns mention rows into the batch of a [`~hf_mel.schema.Retriever`] with in-batch negatives.
+
+    Every entity stands in the batch once: mentions of one entity share its column, so that it is never their negative.
+
+    Args:
+        processor ([`~hf_mel.schema.MelProcessor`]): Turns rows into tensors.
+        entities (`datasets.Dataset`): The knowledge base, N rows.
+        random_image (`bool`, *optional*, defaults to `True`): Whether an entity shows a random one of its images
+            instead of the first, which is the one evaluation uses. The choice is a function of the seed, the entity
+            and the mentions it meets, so it changes from epoch to epoch and comes out the same in a resumed run.
+        seed (`int`, *optional*, defaults to 0): Seed of that choice.
+    """
+
+    def __init__(
+        self, processor: MelProcessor, entities: datasets.Dataset, *, random_image: bool = True, seed: int = 0
+    ):
+        self.processor, self.random_image, self.seed = processor, random_image, seed
+        self.entities = LazyRows(entities)
+        self._row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
+
+    def __call__(self, mentions: Sequence[Row]) -> dict[str, Any]:
+        """The batch of M mentions, whose golds are U entities.
+
+        Returns:
+            `dict` of the processor's `mention_*` tensors (first axis M) and `entity_*` tensors (first axis U), and
+            `labels` [M]: the column of each mention's gold.
+
+        Raises:
+            UnknownEntityError: a gold is not in the knowledge base, or is NIL.
+        """
+        columns: dict[str, int] = {}
+        for mention in mentions:
+            gold = mention["entity_id"]
+            if gold not in self._row_of:
+                raise UnknownEntityError(
+                    f"the gold {gold!r} is not in the knowledge base.",
+                    row=mention.get("mention_id"),
+                    remedy="Train on mentions whose entity is in it; NIL mentions are for evaluation.",
+                )
+            columns.setdefault(gold, len(columns))
+        entities = self.entities.__getitems__([self._row_of[gold] for gold in columns])
+        if self.random_image:
+            met = " ".join(str(mention.get("mention_id")) for mention in mentions)
+            entities = [self._with_random_image(entity, met) for entity in entities]
+        batch = {**self.processor(mentions=mentions), **self.processor(entities=entities)}
+        return {**batch, "labels": torch.tensor([columns[mention["entity_id"]] for mention in mentions])}
+
+    def _with_random_image(self, entity: LazyRow, met: str) -> LazyRow:
+        count = len(entity.stored("images") or ())
+        if count < 2:
+            return entity
+        return entity.with_image("images", random.Random(f"{self.seed} {entity['entity_id']} {met}").randrange(count))
