@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -254,7 +255,9 @@ def read_entity_file(path: str | os.PathLike[str]) -> datasets.Dataset:
         raise DataFormatError(f"is not UTF-8 text ({error}).", file=path, remedy="Save it as UTF-8.") from error
     rows: list[dict[str, Any]] = []
     lines: dict[str, int] = {}
-    for line, record in tqdm(readers[path.suffix.lower()](path, text), desc=f"reading {path.name}", unit=" entities"):
+    for line, record in tqdm(
+        readers[path.suffix.lower()](path, text), desc=f"reading {path.name}", unit=" entities", delay=1
+    ):
         row = _entity_row(path, line, record)
         if row["entity_id"] in lines:
             raise DuplicateIdError(
@@ -285,7 +288,7 @@ def _jsonl_records(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]
 def _csv_records(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     limit = csv.field_size_limit(max(len(text), 1))  # the default refuses fields over 131,072 characters
     try:
-        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         _check_columns(path, 1, reader.fieldnames or [])
         for record in reader:
             if None in record or None in record.values():
@@ -297,7 +300,7 @@ def _csv_records(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 )
             yield reader.line_num, record
     except csv.Error as error:
-        raise DataFormatError(f"is not CSV ({error}).", file=path, row=reader.line_num) from error
+        raise DataFormatError(f"is not CSV ({error}).", file=path, row=reader.reader.line_num) from error
     finally:
         csv.field_size_limit(limit)
 

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_mel.data.images import open_image, verify_image
+from hf_mel.errors import ImageError
+from tests.dataset_scripts.fixtures import picture
+
+
+def photo(form="JPEG", size=(64, 48)):
+    """An image no two rows of which are alike, so that a cut takes something away."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, form)
+    return buffer.getvalue()
+
+
+def huge():
+    """90 million pixels in a few kilobytes."""
+    buffer = BytesIO()
+    Image.new("1", (10_000, 9_000)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
+    data = photo("PNG")
+    path = tmp_path / "photo.png"
+    path.write_bytes(data)
+    expected = np.asarray(Image.open(path))
+    sources = [
+        path,
+        str(path),
+        data,
+        bytearray(data),
+        {"bytes": data, "path": None},
+        {"bytes": None, "path": str(path)},
+    ]
+    for source in [*sources, Image.open(path)]:
+        image = open_image(source)
+        assert image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), expected)
+        verify_image(source)
+
+
+def test_transparent_pixels_become_white():
+    for mode, colour in (("RGBA", (9, 9, 9, 0)), ("LA", (9, 0))):
+        assert open_image(Image.new(mode, (2, 2), colour)).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (2, 2))
+    palette.info["transparency"] = 0
+    assert open_image(palette).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(Image.new("L", (2, 2), 7)).getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_exif_rotation_is_applied():
+    buffer = BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of the picture is at the right of the file
+    Image.new("RGB", (30, 10)).save(buffer, "JPEG", exif=exif)
+    assert open_image(buffer.getvalue()).size == (10, 30)
+
+
+@pytest.mark.parametrize("check", [open_image, verify_image])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_truncated(check, form):
+    data = photo(form)
+    with pytest.raises(ImageError) as caught:
+        check(data[: len(data) // 2], file="release.json", row="7")
+    assert str(caught.value).startswith("release.json, row 7: ")
+
+
+@pytest.mark.parametrize("check", [open_image, verify_image])
+@pytest.mark.parametrize("source", [b"", b"<html>404 Not Found</html>", {"bytes": None, "path": None}])
+def test_not_an_image(check, source):
+    with pytest.raises(ImageError):
+        check(source)
+
+
+@pytest.mark.parametrize("check", [open_image, verify_image])
+def test_missing_file_is_named(check, tmp_path):
+    with pytest.raises(ImageError, match="no such image file") as caught:
+        check(tmp_path / "gone.jpg")
+    assert caught.value.file == str(tmp_path / "gone.jpg")
+
+
+@pytest.mark.parametrize("check", [open_image, verify_image])
+def test_huge(check, recwarn):
+    with pytest.raises(ImageError, match="10000 × 9000 pixels"):
+        check(huge())
+    assert not recwarn.list
+
+
+def test_verify_accepts_what_opens():
+    for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP"):
+        verify_image(picture("red", form=form))
