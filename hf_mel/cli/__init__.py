@@ -1,0 +1,45 @@
+"""`hf-mel`: one file per verb. Heavy imports live inside the verbs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from hf_mel.cli import data, kb
+from hf_mel.cli.convert import convert
+from hf_mel.cli.demo import demo
+from hf_mel.cli.evaluate import evaluate
+from hf_mel.cli.link import link
+from hf_mel.cli.train import train
+from hf_mel.errors import MelError
+
+app = typer.Typer(
+    name="hf-mel",
+    help="Multimodal entity linking: from raw releases to a linked mention.\n\n"
+    "The usual way: [b]data build[/b] → [b]train[/b] → [b]evaluate[/b] → [b]kb build[/b] → [b]link[/b]. "
+    "To see all of it at once on the embedded data set: [b]demo[/b].",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(data.app, name="data")
+app.command()(train)
+app.command()(evaluate)
+app.add_typer(kb.app, name="kb")
+app.command()(link)
+app.command()(convert)
+app.command()(demo)
+
+
+def main() -> None:
+    """Runs the command line; an error of ours is one message and exit status 1, not a traceback."""
+    try:
+        app()
+    except MelError as error:
+        from rich.console import Console
+
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]", end=" ")
+        print(error, file=sys.stderr)
+        sys.exit(1)

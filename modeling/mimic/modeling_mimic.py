@@ -232,7 +232,7 @@ class DualGate(nn.Module):
         """
         # The expansion subtracts nearly equal terms, which half precision would not survive.
         with torch.autocast(query.device.type, enabled=False):
-            query, pooled, key = query.float(), pooled.float(), key.float()
+            query, pooled, key = _full(query), _full(pooled), _full(key)
             norm1, norm2 = self.add_layer_norm, self.layer_norm
             dim = query.shape[-1]
             a, p = _centre(query), _centre(pooled)
@@ -527,10 +527,11 @@ class MimicModel(MimicPreTrainedModel):
     def unit_scores(
         self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """S_T, S_V, S_C (eq. 4–6) of every pair, each [M, N], for the units the model has. Scores are float32."""
-        mentions, entities = _as_float(mentions), _as_float(entities)
+        """S_T, S_V, S_C (eq. 4–6) of every pair, each [M, N], for the units the model has, in float32."""
+        mentions = {name: _full(tensor) for name, tensor in mentions.items() if tensor is not None}
+        entities = {name: _full(tensor) for name, tensor in entities.items() if tensor is not None}
         modules = {"text": "tglu", "vision": "vdlu", "cross_modal": "cmfu"}
-        return {unit: getattr(self, modules[unit])(mentions, entities).float() for unit in self.config.units}
+        return {unit: _full(getattr(self, modules[unit])(mentions, entities)) for unit in self.config.units}
 
     def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """S [M, N] (eq. 7): the mean of the units' scores."""
@@ -566,9 +567,9 @@ def _mean(unit_scores: dict[str, torch.Tensor]) -> torch.Tensor:
     return sum(unit_scores.values()) / len(unit_scores)
 
 
-def _as_float(encodings: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Encodings as a plain dict in float32 (a knowledge base may store halves); masks stay."""
-    return {k: v.float() if v.is_floating_point() else v for k, v in encodings.items() if v is not None}
+def _full(x: torch.Tensor) -> torch.Tensor:
+    """Half precision (of an autocast, or of a knowledge base on disk) as float32; anything else as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _build_backbone(config, pooling_layer: bool) -> PreTrainedModel:

@@ -1,0 +1,31 @@
+"""`hf-mel convert`: other people's checkpoints → model folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    method: Annotated[str, typer.Argument(help="Whose checkpoint it is, for instance [b]mimic[/b].")],
+    state_dict: Annotated[Path, typer.Option(help="The published weights as a safetensors file.")],
+    config: Annotated[Path, typer.Option(help="The published configuration as JSON.")],
+    output: Annotated[Path, typer.Option(help="The model folder to write; must be new or empty.")],
+) -> None:
+    """Turn published weights into a model folder that [b]AutoModel.from_pretrained[/b] reads.
+
+    Every key of the checkpoint must find its place; a key that is unknown, missing or of another shape is an error that
+    names it, and nothing is written.
+    """
+    from rich.console import Console
+
+    from hf_mel.hub.convert import convert_checkpoint
+
+    report = convert_checkpoint(method, state_dict, config, output)
+    console = Console()
+    console.print(f"{report.converted} tensors converted to [b]{report.output}[/b].")
+    if report.unused:
+        console.print(f"Left out, since no score uses them: {', '.join(report.unused)}.")
+    console.print(f'Next: AutoModel.from_pretrained("{report.output}")', markup=False)

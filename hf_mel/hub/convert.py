@@ -1,0 +1,129 @@
+"""Other people's checkpoints → model folders that `AutoModel.from_pretrained` reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from hf_mel.errors import DataFormatError, MelError, RecipeError
+
+
+@dataclass
+class ConversionReport:
+    """What became of every key of a checkpoint.
+
+    Args:
+        output (`Path`): the model folder.
+        converted (`int`): tensors taken over.
+        unused (`list[str]`): keys that are the method's but that no score uses.
+    """
+
+    output: Path
+    converted: int
+    unused: list[str] = field(default_factory=list)
+
+
+def convert_checkpoint(
+    method: str, state_dict: str | os.PathLike, config: str | os.PathLike, output: str | os.PathLike
+) -> ConversionReport:
+    """Writes a model folder from published weights.
+
+    Args:
+        method (`str`): a folder of `modeling/` with a `convert_<method>.py` that offers `convert_config` and
+            `convert_state_dict`.
+        state_dict: a safetensors file with the weights under their published names. Pickled checkpoints are not read.
+        config: a JSON file with the published configuration.
+        output: the folder to write; must not exist or be empty.
+
+    Raises:
+        RecipeError: no such method.
+        DataFormatError: a file is missing or unreadable, or keys are unknown, missing or of another shape.
+    """
+    import hf_mel.auto  # noqa: F401 (registers the method's model with AutoModel)
+    from transformers import AutoModel
+
+    state_dict, config, output = Path(state_dict), Path(config), Path(output)
+    try:
+        module = import_module(f"hf_mel.modeling.{method}.convert_{method}")
+    except ModuleNotFoundError:
+        raise RecipeError(f"No conversion for {method!r}.", remedy=f"Known: {', '.join(_convertible())}.") from None
+    if output.exists() and any(output.iterdir()):
+        raise MelError("The output folder is not empty.", file=output, remedy="Give a new folder.")
+
+    model_config = _call(module.convert_config, _read_json(config), file=config)
+    try:
+        published = load_file(state_dict)
+    except FileNotFoundError:
+        raise DataFormatError("No such file.", file=state_dict, remedy="Check --state-dict.") from None
+    except SafetensorError as error:
+        raise DataFormatError(
+            f"Not a safetensors file ({error}).",
+            file=state_dict,
+            remedy="Save the checkpoint's state dict with safetensors.torch.save_file first.",
+        ) from None
+    weights, unused, unknown = module.convert_state_dict(published)
+
+    model = AutoModel.from_config(model_config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"unknown key {key}" for key in unknown]
+    problems += [f"missing {key}" for key in sorted(expected.keys() - weights.keys())]
+    problems += [f"no place for {key}" for key in sorted(weights.keys() - expected.keys())]
+    problems += [
+        f"{key} is {tuple(weights[key].shape)}, the configuration needs {expected[key]}"
+        for key in sorted(expected.keys() & weights.keys())
+        if tuple(weights[key].shape) != expected[key]
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise DataFormatError(
+            f"The weights do not fit the configuration: {shown}.", file=state_dict, remedy="Check that both are of one run."
+        )
+    model.load_state_dict(weights)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        type(model).register_for_auto_class("AutoModel")
+        type(model.config).register_for_auto_class()
+        model.save_pretrained(temporary)
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return ConversionReport(output, len(weights), unused)
+
+
+def _convertible() -> list[str]:
+    import hf_mel.modeling
+
+    roots = [Path(path) for path in hf_mel.modeling.__path__]
+    return sorted(path.parent.name for root in roots for path in root.glob("*/convert_*.py"))
+
+
+def _call(convert, published: Mapping, *, file: Path):
+    try:
+        return convert(published)
+    except (ValueError, TypeError) as error:
+        raise DataFormatError(str(error), file=file, remedy="Compare it with the method's convert_ module.") from error
+
+
+def _read_json(path: Path) -> Mapping:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataFormatError("No such file.", file=path, remedy="Check --config.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataFormatError(f"Not JSON ({error}).", file=path) from None
+    if not isinstance(content, Mapping):
+        raise DataFormatError(f"Expected a JSON object, found {type(content).__name__}.", file=path)
+    return content

@@ -1,0 +1,99 @@
+"""Published MIMIC weights → the weights of a [`MimicModel`] (github.com/pengfei-luo/MIMIC, CLIP backbone)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .configuration_mimic import MimicConfig
+
+#: Published name → ours, tried in this order at the start of a key.
+_PREFIXES = (
+    ("encoder.clip.", ""),
+    ("encoder.image_cls_fc.", "image_global_fc."),
+    ("encoder.image_tokens_fc.", "image_local_fc."),
+    ("matcher.text_cls_layernorm.", "text_global_norm."),
+    ("matcher.text_tokens_layernorm.", "text_local_norm."),
+    ("matcher.image_cls_layernorm.", "image_global_norm."),
+    ("matcher.image_tokens_layernorm.", "image_local_norm."),
+    ("matcher.tglu.fc_cls.", "tglu.fc_global."),
+    ("matcher.tglu.", "tglu."),
+    ("matcher.vdlu.dual_ent2men.", "vdlu.entity_to_mention."),
+    ("matcher.vdlu.dual_men2ent.", "vdlu.mention_to_entity."),
+    ("matcher.cmfu.text_fc.", "cmfu.fc_text."),
+    ("matcher.cmfu.image_fc.", "cmfu.fc_image."),
+    ("matcher.cmfu.gate_fc.", "cmfu.fc_gate."),
+    ("matcher.cmfu.gate_layer_norm.", "cmfu.layer_norm."),
+)
+_VDLU_PARTS = {"cls_fc": "fc_global", "tokens_fc": "fc_local", "gate_fc": "fc_gate"}
+
+#: Weights a checkpoint holds that no score uses: a LayerNorm that is never called, CLIP's own temperature, and the
+#: position numbers that older transformers saved.
+_UNUSED = re.compile(r"matcher\.cmfu\.context_layer_norm\.|.*\.logit_scale$|.*\.position_ids$")
+
+
+def convert_state_dict(published: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str], list[str]]:
+    """Renames published weights.
+
+    Args:
+        published: weights by published name. A training checkpoint's leading `model.` or `module.` is taken off.
+
+    Returns:
+        The weights by our names; the keys left out because nothing uses them; the keys that are not MIMIC's.
+    """
+    converted: dict[str, torch.Tensor] = {}
+    unused, unknown = [], []
+    for full_key, tensor in published.items():
+        key = re.sub(r"^(model\.|module\.)+", "", full_key)
+        if _UNUSED.match(key):
+            unused.append(full_key)
+            continue
+        for old, new in _PREFIXES:
+            if key.startswith(old):
+                name = new + key[len(old) :]
+                if new.startswith("vdlu."):
+                    unit, direction, part, rest = name.split(".", 3)
+                    name = ".".join((unit, direction, _VDLU_PARTS.get(part, part), rest))
+                converted[name] = tensor
+                break
+        else:
+            unknown.append(full_key)
+    return converted, unused, unknown
+
+
+def convert_config(published: Mapping[str, Any]) -> MimicConfig:
+    """The configuration of a published network.
+
+    Args:
+        published: `clip_config` (a CLIP configuration as a dict) and `dims` with the widths under their published
+            names: `dv` (d_v), `TGLU_hidden_dim` (d_t), `IDLU_hidden_dim` (VDLU), `CMFU_hidden_dim` (d_c).
+
+    Raises:
+        ValueError: a key is missing, or VDLU's width differs from d_v, which the network itself cannot have.
+    """
+    missing = [key for key in ("clip_config", "dims") if not isinstance(published.get(key), Mapping)]
+    if not missing:
+        missing = [
+            f"dims.{key}"
+            for key in ("dv", "TGLU_hidden_dim", "IDLU_hidden_dim", "CMFU_hidden_dim")
+            if key not in published["dims"]
+        ]
+    if missing:
+        raise ValueError(f"The configuration lacks {', '.join(missing)}; it has {', '.join(sorted(published))}.")
+    clip, dims = published["clip_config"], published["dims"]
+    if dims["dv"] != dims["IDLU_hidden_dim"]:
+        raise ValueError(f"dims.dv={dims['dv']} and dims.IDLU_hidden_dim={dims['IDLU_hidden_dim']} must be equal.")
+    return MimicConfig(
+        text_config=clip.get("text_config") or {},
+        vision_config=clip.get("vision_config") or {},
+        projection_dim=clip.get("projection_dim", 512),
+        text_dim=dims["TGLU_hidden_dim"],
+        vision_dim=dims["dv"],
+        fusion_dim=dims["CMFU_hidden_dim"],
+    )
+
+
+__all__ = ["convert_config", "convert_state_dict"]

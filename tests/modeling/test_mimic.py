@@ -1,0 +1,361 @@
+"""MIMIC's model: factorised scores against the printed equations, losses, switches, saving, and the laws of scoring."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, BertConfig, CLIPModel, ConvNextConfig, ViTConfig
+
+import hf_mel.auto  # noqa: F401
+from hf_mel.modeling.mimic import MimicConfig, MimicModel
+from hf_mel.modeling.mimic import modeling_mimic
+from hf_mel.schema import Retriever
+from tests.modeling import direct_mimic, published_mimic
+
+BERT = dict(
+    model_type="bert",
+    vocab_size=60,
+    hidden_size=24,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=32,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+VIT = dict(
+    model_type="vit",
+    hidden_size=20,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=8,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+CNN = dict(model_type="convnext", hidden_sizes=[8, 20], depths=[1, 1], num_stages=2, patch_size=4, image_size=16)
+DIMS = dict(text_dim=12, vision_dim=12, fusion_dim=16, text_pooling="cls")
+
+
+def build(seed=0, **fields) -> MimicModel:
+    torch.manual_seed(seed)
+    config = {"text_config": dict(BERT), "vision_config": dict(VIT)} | DIMS | fields
+    model = MimicModel(MimicConfig(**config)).eval()
+    with torch.no_grad():  # norms start as ones and zeros, which would hide a forgotten weight
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def batch_for(model: MimicModel, **sizes) -> dict[str, torch.Tensor]:
+    batch = published_mimic.inputs(**sizes)
+    if model.config.vision_config is None:
+        batch = {k: v for k, v in batch.items() if "pixel" not in k}
+    if model.config.text_config is None:
+        batch = {k: v for k, v in batch.items() if "pixel" in k}
+    return batch
+
+
+def features(model: MimicModel, batch: dict[str, torch.Tensor], side: str) -> list[dict]:
+    """What the units read, item by item (this part is not under test here; the golden values test it)."""
+    count = len(next(v for k, v in batch.items() if k.startswith(side)))
+    text = image = None
+    with torch.no_grad():
+        if hasattr(model, "text_model"):
+            text = model._text_features(batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"])
+        if hasattr(model, "vision_model"):
+            image = model._image_features(batch[f"{side}_pixel_values"])
+    norm = model.text_local_norm if hasattr(model, "text_local_norm") else torch.nn.Identity()
+    rows = []
+    for i in range(count):
+        row = {}
+        if text:
+            mask = batch[f"{side}_attention_mask"][i]
+            row["text"] = {"global": text[0][i], "local": norm(text[1][i]).detach(), "mask": mask}
+        if image:
+            row["image"] = {"global": None if image[0] is None else image[0][i], "local": image[1][i]}
+        rows.append(row)
+    return rows
+
+
+VARIANTS = {
+    "published": {},
+    "mask_padding": {"mask_padding": True},
+    "vector gate": {"gate": "vector"},
+    "raw query (eq. 14 as printed)": {"query_norm": False},
+    "cosine": {"global_norm": "l2"},
+    "global text only": {"text_local": False},
+    "text unit": {"units": ["text"], "vision_config": None},
+    "vision unit": {"units": ["vision"], "text_config": None},
+    "fusion unit": {"units": ["cross_modal"]},
+    "no fusion": {"units": ["text", "vision"]},
+    "feature map": {"vision_config": dict(CNN)},
+    "aligned": {"global_norm": "l2", "local_init": "aligned", "mask_padding": True, "text_pooling": "mean"},
+}
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
+def test_scores_are_the_printed_equations(fields):
+    model = build(**fields)
+    batch = batch_for(model)
+    with torch.no_grad():
+        out = model(**batch)
+    weights = {k: v.detach() for k, v in model.state_dict().items()}
+    config = model.config
+    expected = direct_mimic.all_scores(
+        weights,
+        features(model, batch, "mention"),
+        features(model, batch, "entity"),
+        config.units,
+        direct_mimic.Switches(config.mask_padding, config.query_norm, config.text_local),
+    )
+    assert set(out.unit_scores) == set(config.units)
+    for unit in config.units:
+        torch.testing.assert_close(out.unit_scores[unit], expected[unit], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(out.scores, expected["score"], atol=2e-5, rtol=1e-5)
+
+
+def test_gradients_are_those_of_the_printed_equations():
+    model = build(mask_padding=True).double()
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch_for(model).items()}
+    model(**batch).scores.square().sum().backward()
+    units = [n for n, _ in model.named_parameters() if n.split(".")[0] in ("tglu", "vdlu", "cmfu")]
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if n in units}
+
+    weights = {n: p.detach().clone().requires_grad_(n in units) for n, p in model.named_parameters()}
+    rows = [features(model, batch, side) for side in ("mention", "entity")]
+    switches = direct_mimic.Switches(mask_padding=True)
+    direct_mimic.all_scores(weights, *rows, model.config.units, switches)["score"].square().sum().backward()
+    for name in units:
+        torch.testing.assert_close(found[name], weights[name].grad, atol=1e-8, rtol=1e-6, msg=name)
+
+
+def test_blocks_do_not_change_scores(monkeypatch):
+    model = build(mask_padding=True)
+    batch = batch_for(model, mentions=7, entities=9)
+    with torch.no_grad():
+        whole = model(**batch).scores
+        for elements in (1, 150, 900, 5000):
+            monkeypatch.setattr(modeling_mimic, "_BLOCK_ELEMENTS", {"cpu": elements})
+            torch.testing.assert_close(model(**batch).scores, whole)
+
+
+def test_laws_of_scoring():
+    """Single = batched, chunked = whole, and permuting entities permutes columns."""
+    model = build()
+    batch = batch_for(model, mentions=5, entities=8)
+    with torch.no_grad():
+        mentions = model.encode_mentions(**{k: v for k, v in batch.items() if k.startswith("mention")})
+        entities = model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")})
+        scores = model.score(mentions, entities)
+        singles = [
+            model.encode_entities(**{k: v[i : i + 1] for k, v in batch.items() if k.startswith("entity")})
+            for i in range(8)
+        ]
+        one_by_one = torch.cat([model.score(mentions, single) for single in singles], 1)
+        order = torch.randperm(8)
+        permuted = model.score(mentions, {k: v[order] for k, v in entities.items()})
+        chunked = torch.cat([model.score(mentions, {k: v[i : i + 3] for k, v in entities.items()}) for i in (0, 3, 6)], 1)
+    torch.testing.assert_close(one_by_one, scores, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(permuted, scores[:, order])
+    torch.testing.assert_close(chunked, scores)
+    assert all(len(v) == 8 for v in entities.values())
+    assert all(len(v) == 5 for v in mentions.values())
+
+
+def test_masking_makes_padding_harmless_and_the_published_form_does_not():
+    for masked in (True, False):
+        model = build(mask_padding=masked, units=["text"], vision_config=None)
+        batch = batch_for(model)
+        longer = {k: torch.nn.functional.pad(v, (0, 6)) for k, v in batch.items()}
+        with torch.no_grad():
+            difference = (model(**batch).scores - model(**longer).scores).abs().max()
+        assert (difference < 1e-5) == masked
+
+
+def test_encodings_hold_projections_and_no_token_states():
+    model = build()
+    batch = batch_for(model)
+    encoded = model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")})
+    widths = {name: tensor.shape[-1] for name, tensor in encoded.items()}
+    assert widths["text_queries"] == model.config.text_dim
+    assert [name for name, tensor in encoded.items() if tensor.dim() == 3] == ["text_queries"]
+
+
+@pytest.mark.parametrize("unit_losses", [None, ["text"], []], ids=str)
+def test_loss_is_equation_22(unit_losses):
+    model = build(unit_losses=unit_losses, temperature=0.5)
+    batch = batch_for(model, mentions=5, entities=4)
+    labels = torch.tensor([2, 0, 2, 3, 1])  # mentions 0 and 2 share a gold: no negative of each other
+    out = model(**batch, labels=labels)
+    terms = [out.scores] + [out.unit_scores[u] for u in (model.config.units if unit_losses is None else unit_losses)]
+    expected = 0.0
+    for term in terms:
+        scores = term.detach().double().numpy() / 0.5
+        for row, gold in enumerate(labels.tolist()):
+            expected += -(scores[row, gold] - np.log(np.exp(scores[row]).sum())) / len(labels)
+    assert out.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["published", "text unit", "vision unit", "aligned", "feature map"])
+def test_every_parameter_learns(name):
+    """A parameter no loss reaches would break distributed training."""
+    model = build(**VARIANTS[name]).train()
+    model(**batch_for(model), labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_save_and_load(name, tmp_path):
+    model = build(**VARIANTS[name])
+    batch = batch_for(model)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(loaded, MimicModel)
+    assert isinstance(loaded, Retriever)
+    assert not any(info.values())
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**batch).scores, model(**batch).scores, atol=1e-5, rtol=1e-5)
+
+
+def test_missing_weights_are_initialised_not_garbage(tmp_path):
+    model = build(local_init="aligned", global_norm="l2", units=["text"], vision_config=None)
+    kept = {k: v for k, v in model.state_dict().items() if not k.startswith("tglu")}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    query, key = loaded.tglu.fc_query.weight, loaded.tglu.fc_key.weight
+    torch.testing.assert_close(query, key)
+    torch.testing.assert_close(query @ query.T, torch.eye(12), atol=1e-5, rtol=0)
+    assert loaded.tglu.fc_query.bias.abs().max() == 0
+    torch.testing.assert_close(loaded.tglu.layer_norm.weight, torch.ones(12))
+
+
+def test_aligned_start_scores_like_a_cosine():
+    """Before training, identical texts must have a local score near one and above that of other texts."""
+    torch.manual_seed(0)
+    fields = {"global_norm": "l2", "local_init": "aligned", "mask_padding": True, "text_pooling": "mean"}
+    model = MimicModel(MimicConfig(text_config=dict(BERT), units=["text"], text_dim=24, **fields)).eval()
+    ids = torch.randint(2, 59, (12, 10))
+    batch = {f"{side}_input_ids": ids for side in ("mention", "entity")}
+    with torch.no_grad():
+        out = model(**batch)
+    assert (out.scores.argmax(1) == torch.arange(12)).all()
+    local = 2 * out.scores.diagonal() - 1  # the global half of a text with itself is a cosine of one
+    assert 0.8 < local.mean() <= 1.01
+
+
+def test_remote_code_loads_without_the_package(tmp_path):
+    for cls, auto in ((MimicConfig, "AutoConfig"), (MimicModel, "AutoModel")):
+        cls.register_for_auto_class(auto)
+    model = build()
+    model.save_pretrained(tmp_path)
+    torch.save(model(**batch_for(model)).scores.detach(), tmp_path / "scores.pt")
+    program = f"""
+import sys
+sys.modules["hf_mel"] = None  # any import of it fails
+import torch
+from transformers import AutoModel
+batch = torch.load({str(tmp_path / "batch.pt")!r})
+model = AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eval()
+with torch.no_grad():
+    difference = (model(**batch).scores - torch.load({str(tmp_path / "scores.pt")!r})).abs().max()
+assert difference < 1e-5, difference
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+print("loaded")
+"""
+    torch.save(batch_for(model), tmp_path / "batch.pt")
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert run.stdout.strip() == "loaded", run.stderr
+
+
+def test_from_backbones_takes_the_pretrained_weights(tmp_path):
+    torch.manual_seed(0)
+    bert = AutoModel.from_config(BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"}))
+    vit = AutoModel.from_config(ViTConfig(**{k: v for k, v in VIT.items() if k != "model_type"}))
+    clip = CLIPModel(published_mimic.clip_config())
+    for name, part in (("bert", bert), ("vit", vit), ("clip", clip)):
+        part.save_pretrained(tmp_path / name)
+    both = MimicModel.from_backbones(text=str(tmp_path / "bert"), vision=str(tmp_path / "vit"), **DIMS)
+    assert both.config.units == ["text", "vision", "cross_modal"]
+    assert both.config.projection_dim is None
+    for ours, theirs in ((both.text_model, bert), (both.vision_model, vit)):
+        wanted = theirs.state_dict()
+        for key, value in ours.state_dict().items():
+            torch.testing.assert_close(value, wanted[key], msg=key)
+    text_only = MimicModel.from_backbones(text=str(tmp_path / "bert"), **DIMS)
+    assert text_only.config.units == ["text"]
+    assert text_only.config.vision_config is None
+    dual = MimicModel.from_backbones(text=str(tmp_path / "clip"), text_dim=12, vision_dim=12, fusion_dim=12)
+    assert dual.config.projection_dim == 24
+    for name in MimicModel.backbone_names:
+        for key, value in getattr(dual, name).state_dict().items():
+            torch.testing.assert_close(value, getattr(clip, name).state_dict()[key], msg=f"{name}.{key}")
+
+
+def test_default_configuration_is_the_published_network():
+    config = MimicConfig()
+    assert (config.text_config.hidden_size, config.vision_config.hidden_size, config.projection_dim) == (512, 768, 512)
+    assert config.vision_config.image_size // config.vision_config.patch_size == 7
+    assert (config.text_dim, config.vision_dim, config.fusion_dim) == (96, 96, 96)
+    assert config.units == config.unit_losses == ["text", "vision", "cross_modal"]
+
+
+def test_configuration_survives_saving(tmp_path):
+    config = MimicConfig(text_config=dict(BERT), units=["text"], temperature=0.05, nil_threshold=0)
+    config.save_pretrained(tmp_path)
+    loaded, saved = AutoConfig.from_pretrained(tmp_path).to_dict(), config.to_dict()
+    assert {k: v for k, v in loaded.items() if k != "_name_or_path"} == {
+        k: v for k, v in saved.items() if k != "_name_or_path"
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"units": ["vision"], "vision_config": None}, ["vision_config", "'vision'"]),
+        ({"units": ["txet"]}, ["txet", "'text'"]),
+        ({"units": []}, ["units"]),
+        ({"units": ["text"], "unit_losses": ["vision"]}, ["unit_losses"]),
+        ({"gate": "matrix"}, ["gate", "'vector'"]),
+        ({"temperature": 0}, ["temperature"]),
+    ],
+)
+def test_impossible_configurations_say_why(fields, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        MimicConfig(**({"text_config": dict(BERT), "vision_config": dict(VIT)} | fields))
+    assert all(word in str(error.value) for word in words)
+
+
+def test_missing_inputs_say_which():
+    model = build()
+    batch = batch_for(model)
+    del batch["entity_pixel_values"]
+    with pytest.raises(ValueError, match="entity_pixel_values"):
+        model(**batch)
+
+
+def test_half_precision_encodings_are_scored_in_float32():
+    model = build()
+    batch = batch_for(model, mentions=5, entities=8)
+    with torch.no_grad():
+        mentions = model.encode_mentions(**{k: v for k, v in batch.items() if k.startswith("mention")})
+        entities = model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")})
+        halves = {k: v.half() if v.is_floating_point() else v for k, v in entities.items()}
+        scores = model.score(mentions, halves)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, model.score(mentions, entities).detach(), atol=0.05, rtol=0.01)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementation_reaches_the_backbones(tmp_path, implementation):
+    build().save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, attn_implementation=implementation)
+    assert model.text_model.config._attn_implementation == implementation

@@ -1,0 +1,132 @@
+"""Published weights come out as the published network's scores; anything that does not fit is an error that says so."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel, CLIPModel
+from typer.testing import CliRunner
+
+import hf_mel.cli
+from hf_mel.errors import DataFormatError, MelError, RecipeError
+from hf_mel.hub.convert import convert_checkpoint
+from tests.modeling import published_mimic
+
+
+@pytest.fixture()
+def published(tmp_path):
+    """Files as a user has them, and what the published network computes, by loops over pairs and tokens."""
+    weights, batch = published_mimic.state_dict(), published_mimic.inputs()
+    clip = CLIPModel(published_mimic.clip_config())
+    clip.load_state_dict(
+        {k.removeprefix("encoder.clip."): v for k, v in weights.items() if k.startswith("encoder.clip.")}
+    )
+    config = {"clip_config": published_mimic.clip_config().to_dict(), "dims": published_mimic.DIMS}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "weights.safetensors")
+    return tmp_path, weights, batch, published_mimic.outputs(weights, batch, clip)
+
+
+def convert(folder, **changes):
+    arguments = {
+        "method": "mimic",
+        "state_dict": folder / "weights.safetensors",
+        "config": folder / "config.json",
+        "output": folder / "model",
+    }
+    return convert_checkpoint(**(arguments | changes))
+
+
+def test_converted_weights_score_as_published(published):
+    folder, weights, batch, expected = published
+    report = convert(folder)
+    assert report.converted + len(report.unused) == len(weights)
+    assert sorted(report.unused) == [
+        "encoder.clip.logit_scale",
+        "matcher.cmfu.context_layer_norm.bias",
+        "matcher.cmfu.context_layer_norm.weight",
+    ]
+    model = AutoModel.from_pretrained(folder / "model").eval()
+    with torch.no_grad():
+        out = model(**batch)
+        first = {k: v[:4] if k.startswith("entity") else v for k, v in batch.items()}
+        loss = model(**first, labels=torch.arange(4)).loss
+    torch.testing.assert_close(out.scores, expected["score"], atol=1e-5, rtol=1e-5)
+    for unit, scores in out.unit_scores.items():
+        torch.testing.assert_close(scores, expected[f"{unit}_score"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss.reshape(1), expected["loss_first_entities_as_positives"], atol=1e-5, rtol=1e-5)
+
+
+def test_training_checkpoint_prefixes_are_taken_off(published):
+    folder, weights, *_ = published
+    save_file({f"model.{k}": v.contiguous() for k, v in weights.items()}, folder / "weights.safetensors")
+    convert(folder)
+    assert (folder / "model" / "model.safetensors").exists()
+
+
+def break_weights(folder, change):
+    weights = published_mimic.state_dict()
+    change(weights)
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "weights.safetensors")
+
+
+BAD = {
+    "a key is missing": (lambda w: w.pop("matcher.tglu.fc_key.bias"), "tglu.fc_key.bias"),
+    "a key is unknown": (lambda w: w.update(surprise=torch.ones(1)), "surprise"),
+    "a shape is another": (lambda w: w.update({"matcher.cmfu.text_fc.bias": torch.ones(3)}), "cmfu.fc_text.bias"),
+}
+
+
+@pytest.mark.parametrize(("change", "word"), BAD.values(), ids=BAD.keys())
+def test_weights_that_do_not_fit_are_named_and_nothing_is_written(published, change, word):
+    folder = published[0]
+    break_weights(folder, change)
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(DataFormatError) as error:
+        convert(folder)
+    assert word in str(error.value)
+    assert "weights.safetensors" in str(error.value)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_files_that_are_not_what_they_say(published):
+    folder = published[0]
+    with pytest.raises(DataFormatError, match="No such file"):
+        convert(folder, state_dict=folder / "none.safetensors")
+    with pytest.raises(DataFormatError, match="No such file"):
+        convert(folder, config=folder / "none.json")
+    (folder / "pickle.bin").write_bytes(b"\x80\x04not tensors")
+    with pytest.raises(DataFormatError, match="Not a safetensors file"):
+        convert(folder, state_dict=folder / "pickle.bin")
+    (folder / "bad.json").write_text("{")
+    with pytest.raises(DataFormatError, match="Not JSON"):
+        convert(folder, config=folder / "bad.json")
+    (folder / "list.json").write_text("[]")
+    with pytest.raises(DataFormatError, match="JSON object"):
+        convert(folder, config=folder / "list.json")
+    (folder / "short.json").write_text('{"clip_config": {}, "dims": {"dv": 3}}')
+    with pytest.raises(DataFormatError, match=r"dims\.TGLU_hidden_dim"):
+        convert(folder, config=folder / "short.json")
+    with pytest.raises(RecipeError, match="mimic"):
+        convert(folder, method="nothing")
+
+
+def test_a_full_folder_is_not_overwritten(published):
+    folder = published[0]
+    (folder / "model").mkdir()
+    (folder / "model" / "mine.txt").write_text("keep")
+    with pytest.raises(MelError, match="not empty"):
+        convert(folder)
+    assert [path.name for path in (folder / "model").iterdir()] == ["mine.txt"]
+
+
+def test_command_line(published):
+    folder = published[0]
+    arguments = ["convert", "mimic", "--state-dict", str(folder / "weights.safetensors")]
+    arguments += ["--config", str(folder / "config.json"), "--output", str(folder / "model")]
+    result = CliRunner().invoke(hf_mel.cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "context_layer_norm" in result.output.replace("\n", "")

@@ -1,0 +1,141 @@
+"""MIMIC's processor: templates, lengths, images, and that its options survive saving."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoProcessor, PreTrainedTokenizerFast
+
+import hf_mel.auto  # noqa: F401
+from hf_mel.modeling.mimic import MimicProcessor
+from hf_mel.schema import MelProcessor
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "swift", "on", "stage", "taylor", "singer", "bird", "."]
+
+
+@pytest.fixture()
+def tokenizer():
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+@pytest.fixture()
+def processor(tokenizer):
+    return MimicProcessor.from_parts(tokenizer, {"size": {"height": 8, "width": 8}}, max_length=9)
+
+
+def picture(width=12, height=6, colour=(200, 30, 30)):
+    return Image.fromarray(np.full((height, width, 3), colour, dtype=np.uint8))
+
+
+MENTION = {"mention": "swift", "text": "swift on stage", "image": None}
+ENTITY = {"name": "taylor swift", "attributes": "singer .", "images": []}
+
+
+def words(ids):
+    return " ".join(WORDS[i] for i in ids)
+
+
+def test_templates_are_equations_2_and_3(processor):
+    batch = processor(mentions=[MENTION], entities=[ENTITY])
+    assert words(batch["mention_input_ids"][0]) == "[CLS] swift [SEP] swift on stage [SEP] [PAD] [PAD]"
+    assert words(batch["entity_input_ids"][0]) == "[CLS] taylor swift [SEP] singer . [SEP] [PAD] [PAD]"
+    assert batch["mention_attention_mask"][0].tolist() == [1] * 7 + [0] * 2
+    assert isinstance(processor, MelProcessor)
+
+
+def test_padding_and_cutting(processor):
+    long = MENTION | {"text": "bird " * 3000}
+    assert processor(mentions=[long])["mention_input_ids"].shape == (1, 9)
+    assert words(processor(mentions=[long])["mention_input_ids"][0]).endswith("bird [SEP]")
+    assert processor(mentions=[MENTION], padding="longest")["mention_input_ids"].shape == (1, 7)
+    name = ENTITY | {"name": "bird" * 2500}
+    assert processor(entities=[name])["entity_input_ids"].shape == (1, 9)
+
+
+def test_batched_is_single(processor):
+    rows = [MENTION | {"image": picture()}, MENTION | {"mention": "bird"}, MENTION | {"image": picture(5, 30)}]
+    batch = processor(mentions=rows)
+    for i, row in enumerate(rows):
+        for name, tensor in processor(mentions=[row]).items():
+            torch.testing.assert_close(tensor[0], batch[name][i])
+
+
+def test_images_are_stretched_normalised_and_zero_where_missing(processor):
+    pixels = processor(mentions=[MENTION | {"image": picture()}, MENTION])["mention_pixel_values"]
+    mean, std = np.array(processor.image_processor.image_mean), np.array(processor.image_processor.image_std)
+    expected = (np.array([200, 30, 30]) / 255 - mean) / std
+    assert pixels.shape == (2, 3, 8, 8)
+    np.testing.assert_allclose(pixels[0].mean((1, 2)), expected, atol=1e-5)
+    assert pixels[1].abs().max() == 0
+
+
+def test_the_first_image_of_an_entity_counts(processor):
+    red, blue = picture(colour=(255, 0, 0)), picture(colour=(0, 0, 255))
+    both = processor(entities=[ENTITY | {"images": [blue, red]}])["entity_pixel_values"]
+    torch.testing.assert_close(both, processor(entities=[ENTITY | {"images": [blue]}])["entity_pixel_values"])
+    assert not torch.allclose(both, processor(entities=[ENTITY | {"images": [red]}])["entity_pixel_values"])
+    grey = processor(entities=[ENTITY | {"images": [picture().convert("L")]}])["entity_pixel_values"]
+    assert grey.shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_a_batch_without_any_image_has_the_same_shape(tokenizer, crop):
+    settings = {"size": {"height": 10, "width": 10}, "crop_size": {"height": 6, "width": 6}, "do_center_crop": crop}
+    processor = MimicProcessor.from_parts(tokenizer, settings)
+    none = processor(mentions=[MENTION])["mention_pixel_values"]
+    some = processor(mentions=[MENTION | {"image": picture()}])["mention_pixel_values"]
+    assert none.shape == some.shape == (1, 3, 6 if crop else 10, 6 if crop else 10)
+
+
+def test_text_only_and_image_only(tokenizer):
+    assert set(MimicProcessor.from_parts(tokenizer)(mentions=[MENTION])) == {
+        "mention_input_ids",
+        "mention_attention_mask",
+    }
+    images = MimicProcessor.from_parts(tokenizer, {"size": {"height": 8, "width": 8}}, use_text=False)
+    assert set(images(mentions=[MENTION])) == {"mention_pixel_values"}
+
+
+def test_options_survive_saving(tokenizer, tmp_path):
+    options = {
+        "max_length": 7,
+        "padding": "longest",
+        "mention_template": "{mention}",
+        "entity_template": "{name} {attributes}",
+        "use_images": True,
+        "use_text": True,
+    }
+    processor = MimicProcessor.from_parts(tokenizer, {"size": {"height": 8, "width": 8}}, **options)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(loaded, MimicProcessor)
+    assert {name: getattr(loaded, name) for name in options} == options
+    rows = {"mentions": [MENTION | {"image": picture()}], "entities": [ENTITY]}
+    for name, tensor in processor(**rows).items():
+        torch.testing.assert_close(loaded(**rows)[name], tensor)
+
+
+def test_a_template_over_a_missing_column_says_which(tokenizer):
+    processor = MimicProcessor.from_parts(tokenizer, mention_template="{topic}: {mention}")
+    with pytest.raises(ValueError, match="topic"):
+        processor(mentions=[MENTION])
+
+
+def test_braces_in_a_text_are_only_text(processor):
+    batch = processor(mentions=[MENTION | {"text": "{name} {0} {mention.__class__}"}])
+    assert words(batch["mention_input_ids"][0]).count("[UNK]") == 3
+
+
+def test_pairs_are_refused(processor):
+    with pytest.raises(ValueError, match="pairs"):
+        processor(pairs=[(MENTION, [ENTITY])])
