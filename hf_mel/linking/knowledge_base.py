@@ -1,0 +1,843 @@
+"""A knowledge base on disk: entities, and what a model keeps of each to score it.
+
+A knowledge base is a folder:
+
+- `kb.json`: everything else by name, size and sha256; which model and processor made it; which rows are removed;
+- `encodings-00000.safetensors`, …: the encodings of the rows of one shard, memory-mapped when read;
+- `entities-00000.parquet`, …: the same rows in the columns of [`~hf_mel.schema.entity_features`], the first image only.
+
+A file is never changed once `kb.json` names it. Adding writes one more shard, removing marks rows, and either takes
+effect when a new `kb.json` is renamed into place: a reader, or a crash, sees the state before or the state after.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from hf_mel.data.images import open_image
+from hf_mel.data.loading import load_entities, read_entity_file
+from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError, UnknownEntityError
+from hf_mel.linking.encodings import concat_encodings, encode_batches, num_rows, row_bytes, slice_encodings
+from hf_mel.linking.fingerprint import (
+    describe_model,
+    describe_processor,
+    file_sha256,
+    model_difference,
+    processor_difference,
+)
+from hf_mel.schema import NIL, List, MelProcessor, entity_features
+
+#: Types a knowledge base can store floating-point encodings in.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_MANIFEST = "kb.json"
+_FORMAT, _VERSION = "hf_mel.knowledge_base", 1
+#: A shard is closed when its encodings reach this size: it bounds the memory of a build.
+_SHARD_BYTES = 256 << 20
+#: A Parquet row group is what reading one entity reads.
+_GROUP_ROWS, _GROUP_BYTES = 256, 16 << 20
+_TEXT_COLUMNS = ["entity_id", "name", "description", "attributes", "aliases"]
+
+#: A data set's folder or Hub id, a .jsonl or .csv file, or rows of [`~hf_mel.schema.entity_features`].
+EntitiesLike: TypeAlias = str | os.PathLike[str] | datasets.Dataset
+
+
+class KnowledgeBase:
+    """N entities and their encodings in a folder, in a fixed order; row numbers count the entities that are there.
+
+    ```python
+    >>> kb = KnowledgeBase.build("data/wikimel", model, processor, output="kb/wikimel")  # doctest: +SKIP
+    >>> kb.add("mine.jsonl", model, processor)  # doctest: +SKIP
+    >>> kb.remove(["Q42"])  # doctest: +SKIP
+    >>> kb = KnowledgeBase.load("kb/wikimel")  # doctest: +SKIP
+    ```
+
+    It is made by [`~KnowledgeBase.build`] or [`~KnowledgeBase.load`]. `add` and `remove` change the folder itself, at
+    once and atomically; there is nothing to save afterwards. A folder has one writer at a time (a second one is
+    refused) and any number of readers.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._temporary: tempfile.TemporaryDirectory | None = None  # holds a folder that nobody named
+        self.path = Path(path)
+        self._read()
+
+    def _read(self) -> None:
+        self._written, self._manifest = _read_manifest(self.path)
+        sizes = [shard["rows"] for shard in self._manifest["shards"]]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        here = np.ones(self._starts[-1], dtype=bool)
+        here[self._manifest["removed"]] = False
+        self._active = np.flatnonzero(here)  # physical row of each row
+        self._tensors: dict[int, dict[str, torch.Tensor]] = {}
+        self._parquets: dict[int, pq.ParquetFile] = {}
+        for name in ("entity_ids", "_rows_by_id"):
+            self.__dict__.pop(name, None)
+
+    @classmethod
+    def build(
+        cls,
+        entities: EntitiesLike,
+        model: Any,
+        processor: MelProcessor,
+        *,
+        output: str | os.PathLike[str] | None = None,
+        batch_size: int = 64,
+        dtype: str = "float32",
+        progress: bool = True,
+    ) -> KnowledgeBase:
+        """Encodes entities, batch by batch, into a new folder that appears whole or not at all.
+
+        Memory holds one shard, whatever the number of entities. Images are decoded as they are needed, and not at
+        all for a processor that does not look at them.
+
+        Args:
+            entities ([`EntitiesLike`]): A data set's folder or Hub id, a .jsonl or .csv file of your own entities
+                ([`~hf_mel.data.loading.read_entity_file`]), or a `datasets.Dataset` with
+                the columns of [`~hf_mel.schema.entity_features`].
+            model ([`~hf_mel.schema.Retriever`]): What encodes them, in eval mode.
+            processor ([`~hf_mel.schema.MelProcessor`]): What prepares them; it has to pad all batches alike.
+            output (`str` or `os.PathLike`, *optional*): The folder. A knowledge base that is there is replaced.
+                Default: a temporary folder that goes when the object does.
+            batch_size (`int`): Entities per forward pass.
+            dtype (`str`): `"float32"`, `"float16"` or `"bfloat16"`, the type floating-point encodings are stored in.
+            progress (`bool`): Whether to show a progress bar.
+
+        Returns:
+            [`KnowledgeBase`] of N entities in the order given.
+
+        Raises:
+            KnowledgeBaseError: No entities; `output` is something else; the model is no retriever, or gives encodings
+                that are not finite in `dtype` or change shape between batches.
+            DuplicateIdError: An id occurs twice.
+            DataFormatError: Columns or ids are missing.
+            ImageError: An image is missing or damaged.
+        """
+        if dtype not in DTYPES:
+            raise KnowledgeBaseError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
+        temporary = tempfile.TemporaryDirectory(prefix="hf_mel-kb-") if output is None else None
+        target = Path(temporary.name if temporary else os.fspath(output))  # type: ignore[arg-type]
+        _check_target(target)
+        source, name = _entity_rows(entities)
+        _checked_ids(source, name)
+        with _staging(target) as work:
+            writer = _ShardWriter(work, 0, dtype)
+            _encode(source, name, model, processor, writer, batch_size, progress)
+            shards = writer.close()
+            _write_manifest(
+                work,
+                {
+                    "format": _FORMAT,
+                    "version": _VERSION,
+                    "model": describe_model(model),
+                    "processor": describe_processor(processor),
+                    "dtype": dtype,
+                    "encodings": writer.layout,
+                    "shards": shards,
+                    "removed": [],
+                },
+            )
+        kb = cls(target)
+        kb._temporary = temporary
+        return kb
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, verify: bool = False) -> KnowledgeBase:
+        """Opens a folder; encodings stay on disk and are memory-mapped, shard by shard, when they are first read.
+
+        Args:
+            path (`str` or `os.PathLike`): The folder.
+            verify (`bool`): Also compare the sha256 of every file, which reads all of them. Sizes are always compared.
+
+        Raises:
+            KnowledgeBaseError: No knowledge base there, a file is missing, cut off or not the one that was written.
+        """
+        kb = cls(path)
+        if verify:
+            files = [shard[part] for shard in kb._manifest["shards"] for part in ("encodings", "entities")]
+            for entry in tqdm(files, desc="Verifying", unit="file", delay=1):
+                if file_sha256(kb.path / entry["file"]) != entry["sha256"]:
+                    raise _damaged(kb.path / entry["file"], "its content is not what was written")
+        return kb
+
+    def save(self, path: str | os.PathLike[str], *, progress: bool = True) -> KnowledgeBase:
+        """Writes a compact copy: removed entities left out, shards merged. The folder appears whole or not at all.
+
+        Args:
+            path (`str` or `os.PathLike`): The folder. A knowledge base that is there is replaced; this one's own
+                folder may be given, too.
+            progress (`bool`): Whether to show a progress bar.
+
+        Returns:
+            [`KnowledgeBase`]: the copy.
+
+        Raises:
+            KnowledgeBaseError: `path` is something else, cannot be written, or this knowledge base is damaged.
+        """
+        target = Path(path)
+        _check_target(target)
+        with (
+            _staging(target) as work,
+            tqdm(total=len(self), desc="Saving", unit="row", delay=1, disable=not progress) as bar,
+        ):
+            writer = _ShardWriter(work, 0, self.dtype)
+            for first, encodings in self._stored_chunks(1024):
+                rows = np.arange(first, first + num_rows(encodings))
+                writer.add(encodings, self._table(rows, [*_TEXT_COLUMNS, "images"]))
+                bar.update(len(rows))
+            _write_manifest(work, self._manifest | {"shards": writer.close(), "removed": []})
+        if target.resolve() == self.path.resolve():
+            self._read()
+        return KnowledgeBase(target)
+
+    def add(
+        self,
+        entities: EntitiesLike,
+        model: Any,
+        processor: MelProcessor,
+        *,
+        replace: bool = False,
+        batch_size: int = 64,
+        progress: bool = True,
+    ) -> int:
+        """Encodes more entities into a new shard; the ones there are not touched. The folder changes at once.
+
+        Args:
+            entities, model, processor, batch_size, progress: As in [`~KnowledgeBase.build`].
+            replace (`bool`): An entity whose id is there takes the place of the old one, at the end of the order,
+                instead of being an error.
+
+        Returns:
+            `int`: how many entities were added.
+
+        Raises:
+            KnowledgeBaseError: Another model or processor made this knowledge base, or somebody changed it meanwhile.
+            DuplicateIdError: An id is there already, or occurs twice.
+            DataFormatError, ImageError: As in [`~KnowledgeBase.build`].
+        """
+        self.check_made_by(model, processor)
+        source, name = _entity_rows(entities)
+        ids = _checked_ids(source, name)
+        known = [(k, entity_id) for k, entity_id in enumerate(ids) if entity_id in self._rows_by_id]
+        if known and not replace:
+            raise DuplicateIdError(
+                f"the knowledge base has {known[0][1]!r} already"
+                + (f" (and {len(known) - 1} more of these)." if len(known) > 1 else "."),
+                file=name,
+                row=known[0][0],
+                remedy="Remove it first, leave it out, or replace it (replace=True, --replace).",
+            )
+        replaced = self._active[[self._rows_by_id[entity_id] for _, entity_id in known]]
+        work = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.path))
+        try:
+            writer = _ShardWriter(work, len(self._manifest["shards"]), self.dtype, self._manifest["encodings"])
+            _encode(source, name, model, processor, writer, batch_size, progress)
+            shards = writer.close()
+            self._check_unchanged()
+            for entry in (shard[part] for shard in shards for part in ("encodings", "entities")):
+                os.replace(work / entry["file"], self.path / entry["file"])
+            self._commit({"shards": self._manifest["shards"] + shards}, replaced)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return len(ids)
+
+    def remove(self, ids: Sequence[str]) -> int:
+        """Marks entities as removed; nothing ranks or shows them any more. The folder changes at once.
+
+        [`~KnowledgeBase.save`] is what gives their bytes back. A removed id may be added again.
+
+        Args:
+            ids (sequence of `str`): Which.
+
+        Returns:
+            `int`: how many entities were removed.
+
+        Raises:
+            UnknownEntityError: An id is not in the knowledge base; nothing is removed.
+            KnowledgeBaseError: None would be left, or somebody changed the folder meanwhile.
+        """
+        rows = sorted({self.row_of(entity_id) for entity_id in ([ids] if isinstance(ids, str) else ids)})
+        if len(rows) == len(self):
+            raise KnowledgeBaseError(
+                "nothing would be left of the knowledge base.", file=self.path, remedy="Delete the folder instead."
+            )
+        self._check_unchanged()
+        self._commit({}, self._active[rows])
+        return len(rows)
+
+    def check_made_by(self, model: Any, processor: MelProcessor) -> None:
+        """Checks that this model and this processor would make these encodings.
+
+        Raises:
+            KnowledgeBaseError: They would not; the message says what differs.
+        """
+        made = self._manifest["model"]
+        difference = model_difference(made, describe_model(model))
+        culprit = "model"
+        if difference is None:
+            difference = processor_difference(self._manifest["processor"], describe_processor(processor))
+            culprit = "processor"
+        if difference is not None:
+            revision = f" (revision {made['revision']})" if made["revision"] else ""
+            raise KnowledgeBaseError(
+                f"this knowledge base was built by another {culprit} than the one given, by that of "
+                f"{made['name']!r}{revision}: {difference}.",
+                file=self.path,
+                remedy=f"Use the {culprit} it was built with, or build it again (hf-mel kb build).",
+            )
+
+    def __len__(self) -> int:
+        return len(self._active)
+
+    def __repr__(self) -> str:
+        return f"KnowledgeBase({str(self.path)!r}, {len(self):,} entities)"
+
+    @property
+    def dtype(self) -> str:
+        """What floating-point encodings are stored in; they are always given as float32."""
+        return self._manifest["dtype"]
+
+    @cached_property
+    def entity_ids(self) -> list[str]:
+        """The id of every row, [N]."""
+        ids: list[str] = []
+        for shard in range(len(self._manifest["shards"])):
+            with _reading(self._file(shard, "entities")):
+                ids += self._parquet(shard).read(columns=["entity_id"]).column(0).to_pylist()
+        return ids if len(ids) == len(self) else [ids[row] for row in self._active]
+
+    @cached_property
+    def _rows_by_id(self) -> dict[str, int]:
+        return {entity_id: row for row, entity_id in enumerate(self.entity_ids)}
+
+    def row_of(self, entity_id: str) -> int:
+        """The row number of an entity.
+
+        Raises:
+            UnknownEntityError: It is not in the knowledge base.
+        """
+        try:
+            return self._rows_by_id[entity_id]
+        except (KeyError, TypeError):
+            raise UnknownEntityError(
+                f"there is no entity {entity_id!r} in the knowledge base.",
+                file=self.path,
+                remedy=f"Its {len(self):,} ids look like {self.entity_ids[0]!r}.",
+            ) from None
+
+    def __contains__(self, entity_id: object) -> bool:
+        return entity_id in self._rows_by_id
+
+    def rows(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+        """Entity rows to show: `entity_id`, `name`, `description`, `attributes`, `aliases`.
+
+        Args:
+            indices (integers [R]): Row numbers, in any order.
+        """
+        return self._table(np.asarray(indices, dtype=np.int64), _TEXT_COLUMNS).to_pylist()
+
+    def image(self, index: int) -> Image.Image | None:
+        """The first image of the entity in a row, RGB; `None` if it has none.
+
+        Raises:
+            ImageError: It is damaged.
+        """
+        row = self._table(np.array([index]), ["entity_id", "images"]).to_pylist()[0]
+        return open_image(row["images"][0], file=self.path, row=row["entity_id"]) if row["images"] else None
+
+    def encodings(self, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
+        """Encodings of some entities: tensors with first axis R, on the CPU, floating point as float32.
+
+        Args:
+            indices (integers [R]): Row numbers, in any order.
+        """
+        return _as_float(self._stored(np.asarray(indices, dtype=np.int64)))
+
+    def iter_chunks(self, chunk_size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """Yields (number of the first row, encodings of up to `chunk_size` rows), in row order and without gaps.
+
+        Tensors are on the CPU, floating point as float32; a chunk of a float32 shard is a view of the mapped file.
+        """
+        for first, encodings in self._stored_chunks(chunk_size):
+            yield first, _as_float(encodings)
+
+    def info(self) -> dict[str, Any]:
+        """What it is made of: counts, sizes in bytes, types, model."""
+        shards = self._manifest["shards"]
+        return {
+            "path": str(self.path),
+            "entities": len(self),
+            "removed": len(self._manifest["removed"]),
+            "shards": len(shards),
+            "encoding_bytes": sum(shard["encodings"]["bytes"] for shard in shards),
+            "entity_bytes": sum(shard["entities"]["bytes"] for shard in shards),
+            "dtype": self.dtype,
+            "encodings": self._manifest["encodings"],
+            "model": {k: v for k, v in self._manifest["model"].items() if k != "config"},
+        }
+
+    def _stored_chunks(self, chunk_size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        for first in range(0, len(self), chunk_size):
+            yield first, self._stored(np.arange(first, min(first + chunk_size, len(self))))
+
+    def _stored(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        physical = self._active[rows]
+        parts, places = [], []
+        for shard, where in _by_block(physical, self._starts):
+            local = physical[where] - self._starts[shard]
+            tensors = self._shard_tensors(shard)
+            if local[-1] - local[0] + 1 == len(local) and (np.diff(local) == 1).all():
+                parts.append(slice_encodings(tensors, slice(int(local[0]), int(local[-1]) + 1)))
+            else:
+                parts.append(slice_encodings(tensors, torch.from_numpy(local)))
+            places.append(where)
+        if not parts:
+            return slice_encodings(self._shard_tensors(0), slice(0, 0))
+        order = np.concatenate(places)
+        joined = parts[0] if len(parts) == 1 else concat_encodings(parts)
+        return joined if (np.diff(order) > 0).all() else slice_encodings(joined, torch.from_numpy(np.argsort(order)))
+
+    def _table(self, rows: np.ndarray, columns: list[str]) -> pa.Table:
+        physical = self._active[rows]
+        parts, places = [entity_features().arrow_schema.empty_table().select(columns)], []
+        for shard, where in _by_block(physical, self._starts):
+            local = physical[where] - self._starts[shard]
+            with _reading(self._file(shard, "entities")):
+                file = self._parquet(shard)
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                starts = np.concatenate([[0], np.cumsum(sizes)])
+                for group, inside in _by_block(local, starts):
+                    table = file.read_row_group(group, columns=columns).select(columns)
+                    parts.append(table.take(pa.array(local[inside] - starts[group])))
+                    places.append(where[inside])
+        order = np.argsort(np.concatenate(places)) if places else np.array([], dtype=np.int64)
+        return pa.concat_tables(parts).take(pa.array(order))
+
+    def _file(self, shard: int, part: str) -> Path:
+        return self.path / self._manifest["shards"][shard][part]["file"]
+
+    def _shard_tensors(self, shard: int) -> dict[str, torch.Tensor]:
+        if shard not in self._tensors:
+            path, rows = self._file(shard, "encodings"), self._manifest["shards"][shard]["rows"]
+            with _reading(path), safe_open(path, framework="pt") as file:
+                # Mapped: a tensor's pages are read when they are used, and the system drops them when memory is short.
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
+            layout = self._manifest["encodings"]
+            if found != {name: (spec["dtype"], [rows, *spec["shape"]]) for name, spec in layout.items()}:
+                raise _damaged(path, f"its tensors are not those {_MANIFEST} tells of")
+            self._tensors[shard] = tensors
+        return self._tensors[shard]
+
+    def _parquet(self, shard: int) -> pq.ParquetFile:
+        if shard not in self._parquets:
+            path = self._file(shard, "entities")
+            with _reading(path):
+                file = pq.ParquetFile(path, memory_map=True)
+            if file.metadata.num_rows != self._manifest["shards"][shard]["rows"]:
+                raise _damaged(path, f"it has {file.metadata.num_rows} rows, not those {_MANIFEST} tells of")
+            self._parquets[shard] = file
+        return self._parquets[shard]
+
+    def _check_unchanged(self) -> None:
+        if _read_manifest(self.path)[0] != self._written:
+            raise KnowledgeBaseError(
+                "the knowledge base was changed by somebody else since it was loaded.",
+                file=self.path,
+                remedy="Load it again and repeat.",
+            )
+
+    def _commit(self, changes: dict[str, Any], removed: np.ndarray) -> None:
+        marked = sorted({*self._manifest["removed"], *removed.tolist()})
+        _write_manifest(self.path, self._manifest | changes | {"removed": marked})
+        self._read()
+
+
+class _ShardWriter:
+    """Writes encodings and entity rows side by side, a new pair of files whenever one is full."""
+
+    def __init__(self, folder: Path, first: int, dtype: str, layout: dict[str, Any] | None = None):
+        self.folder, self.first, self.dtype, self.layout = folder, first, DTYPES[dtype], layout
+        self._shards: list[dict[str, Any]] = []
+        self._encodings: list[dict[str, torch.Tensor]] = []
+        self._tables: list[pa.Table] = []
+        self._rows = self._bytes = 0
+        self._parquet: pq.ParquetWriter | None = None
+
+    def add(self, encodings: Mapping[str, torch.Tensor], table: pa.Table) -> None:
+        stored = {
+            name: tensor.to("cpu", self.dtype if tensor.is_floating_point() else None)
+            for name, tensor in encodings.items()
+        }
+        layout = {
+            name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape[1:])}
+            for name, t in stored.items()
+        }
+        if self.layout is None:
+            self.layout = layout
+        elif layout != self.layout:
+            raise KnowledgeBaseError(
+                f"the encodings of a batch are {_layout_text(layout)}, those before were {_layout_text(self.layout)}.",
+                remedy="The processor has to pad every batch to the same length (padding='max_length').",
+            )
+        self._encodings.append(stored)
+        self._tables.append(table)
+        self._rows += table.num_rows
+        self._bytes += row_bytes(stored) * table.num_rows
+        if sum(t.num_rows for t in self._tables) >= _GROUP_ROWS or sum(t.nbytes for t in self._tables) >= _GROUP_BYTES:
+            self._write_group()
+        if self._bytes >= _SHARD_BYTES:
+            self._close_shard()
+
+    def close(self) -> list[dict[str, Any]]:
+        """What `kb.json` says of the shards."""
+        if self._rows:
+            self._close_shard()
+        return self._shards
+
+    def _path(self, kind: str, suffix: str) -> Path:
+        return self.folder / f"{kind}-{self.first + len(self._shards):05d}.{suffix}"
+
+    def _write_group(self) -> None:
+        path = self._path("entities", "parquet")
+        with _writing(path):
+            if self._parquet is None:
+                self._parquet = pq.ParquetWriter(path, self._tables[0].schema, compression="zstd")
+            table = pa.concat_tables(self._tables)
+            self._parquet.write_table(table, row_group_size=table.num_rows)
+        self._tables = []
+
+    def _close_shard(self) -> None:
+        if self._tables:
+            self._write_group()
+        entities, encodings = self._path("entities", "parquet"), self._path("encodings", "safetensors")
+        with _writing(entities):
+            if self._parquet is not None:
+                self._parquet.close()
+        with _writing(encodings):
+            save_file(concat_encodings(self._encodings), encodings)
+        self._shards.append({"rows": self._rows, "encodings": _sealed(encodings), "entities": _sealed(entities)})
+        self._encodings, self._parquet = [], None
+        self._rows = self._bytes = 0
+
+
+def _encode(
+    source: datasets.Dataset,
+    name: str | None,
+    model: Any,
+    processor: MelProcessor,
+    writer: _ShardWriter,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    if not hasattr(model, "encode_entities"):
+        raise KnowledgeBaseError(
+            f"{type(model).__name__} does not encode entities by themselves.",
+            remedy="A knowledge base needs a retriever; a reranker orders the candidates a retriever finds.",
+        )
+    schema = entity_features().arrow_schema
+    training = getattr(model, "training", False)
+    if training:
+        model.eval()
+    try:
+        first = 0
+        stored = source.with_format("arrow")  # plain formatting would decode every image
+        batches = encode_batches(model, processor, source, "entities", batch_size=batch_size, progress=progress)
+        for encodings in batches:
+            columns = _as_stored(stored[first : first + batch_size].to_pydict(), name)
+            ids = columns["entity_id"]
+            if num_rows(encodings) != len(ids):
+                raise KnowledgeBaseError(f"the model gave {num_rows(encodings)} encodings of {len(ids)} entities.")
+            _check_finite(encodings, writer.dtype, ids, name)
+            writer.add(encodings, pa.Table.from_pydict(columns, schema=schema))
+            first += len(ids)
+    finally:
+        if training:
+            model.train()
+
+
+def _entity_rows(entities: EntitiesLike) -> tuple[datasets.Dataset, str | None]:
+    """The rows, and what to call their source in an error."""
+    if isinstance(entities, datasets.Dataset):
+        source, name = entities.with_format(None), None
+    else:
+        name = os.fspath(entities)
+        source = read_entity_file(name) if name.lower().endswith((".jsonl", ".csv")) else load_entities(name)
+    missing = [column for column in entity_features() if column not in source.column_names]
+    if missing:
+        raise DataFormatError(
+            f"the entities lack the columns {missing}; they have {source.column_names}.",
+            file=name,
+            remedy="Columns are those of hf_mel.schema.entity_features; descriptions and the like may be empty.",
+        )
+    if not len(source):
+        raise KnowledgeBaseError(
+            "there are no entities.", file=name, remedy="A knowledge base needs at least one entity."
+        )
+    if source.features["images"] != List(datasets.Image()):
+        source = source.cast_column("images", List(datasets.Image()))
+    return source, name
+
+
+def _checked_ids(source: datasets.Dataset, name: str | None) -> list[str]:
+    ids = source.select_columns(["entity_id"])[:]["entity_id"]
+    first: dict[str, int] = {}
+    for k, entity_id in enumerate(ids):
+        if not isinstance(entity_id, str) or not entity_id or entity_id == NIL:
+            raise DataFormatError(
+                f"the entity id is {entity_id!r}.",
+                file=name,
+                row=k,
+                remedy=f"Ids are texts, not empty and not {NIL!r}.",
+            )
+        if first.setdefault(entity_id, k) != k:
+            raise DuplicateIdError(
+                f"the entity id {entity_id!r} is that of row {first[entity_id]} too.",
+                file=name,
+                row=k,
+                remedy="Keep one of them.",
+            )
+    return ids
+
+
+def _as_stored(columns: dict[str, list], file: str | None) -> dict[str, list]:
+    """The columns of the schema without nulls; of the images the first, as bytes."""
+    stored: dict[str, list] = {}
+    for column in _TEXT_COLUMNS:
+        empty: Any = [] if column == "aliases" else ""
+        stored[column] = [empty if value is None else value for value in columns[column]]
+    stored["images"] = [
+        [_image_bytes(images[0], file, entity_id)] if images and images[0] else []
+        for images, entity_id in zip(columns["images"], columns["entity_id"], strict=True)
+    ]
+    return stored
+
+
+def _image_bytes(image: Mapping[str, Any], file: str | None, entity_id: str) -> dict[str, Any]:
+    data = image.get("bytes")
+    if data is None:
+        try:
+            data = Path(image["path"]).read_bytes()
+        except (OSError, TypeError) as error:
+            raise ImageError(
+                f"there is no image {image['path']!r}.",
+                file=file,
+                row=entity_id,
+                remedy="Put it there, or leave it out.",
+            ) from error
+    # Without its path: a file's name may give the answer away, and is nobody's business once the file is published.
+    return {"bytes": data, "path": None}
+
+
+def _check_finite(
+    encodings: Mapping[str, torch.Tensor], dtype: torch.dtype, ids: Sequence[str], file: str | None
+) -> None:
+    for name, tensor in encodings.items():
+        if tensor.is_floating_point() and not tensor.to(dtype).isfinite().all():
+            bad = (
+                (~tensor.to(dtype).isfinite()).flatten(1).any(1) if tensor.dim() > 1 else ~tensor.to(dtype).isfinite()
+            )
+            row = int(bad.nonzero()[0])
+            overflow = bool(tensor[row].isfinite().all())
+            raise KnowledgeBaseError(
+                f"the encoding {name!r} of entity {ids[row]!r} "
+                + (f"is too large for {str(dtype).removeprefix('torch.')}." if overflow else "is nan or infinite."),
+                file=file,
+                remedy="Use bfloat16 or float32." if overflow else "Look at the weights of the model.",
+            )
+
+
+def _as_float(encodings: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in encodings.items()}
+
+
+def _by_block(numbers: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Groups numbers by the block `starts[b] … starts[b+1]` they are in: (b, their positions in `numbers`)."""
+    blocks = np.searchsorted(starts, numbers, side="right") - 1
+    for block in np.unique(blocks):
+        yield int(block), np.flatnonzero(blocks == block)
+
+
+def _layout_text(layout: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {spec['dtype']}{spec['shape']}" for name, spec in layout.items())
+
+
+def _sealed(path: Path) -> dict[str, Any]:
+    with _writing(path), path.open("rb+") as file:
+        os.fsync(file.fileno())
+        path.chmod(0o644)
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    temporary = folder / f".{_MANIFEST}.{os.getpid()}"
+    try:
+        with _writing(folder / _MANIFEST), temporary.open("w", encoding="utf-8") as file:
+            file.write(_dump(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / _MANIFEST)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _dump(manifest: Mapping[str, Any]) -> str:
+    """JSON for people, with the (perhaps long) list of removed rows on one line."""
+    text = json.dumps({k: v for k, v in manifest.items() if k != "removed"}, indent=2, ensure_ascii=False)
+    return f'{text[:-2]},\n  "removed": {json.dumps(manifest["removed"])}\n}}\n'
+
+
+def _read_manifest(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The text of kb.json and its checked content; the files it names exist and have their sizes."""
+    path = folder / _MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise KnowledgeBaseError(
+            f"there is no knowledge base here (no {_MANIFEST}).",
+            file=folder,
+            remedy="Check the path, or build one: hf-mel kb build MODEL --dataset … --output …",
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, str(error)) from error
+    try:
+        manifest = json.loads(text)
+        kind, version = manifest["format"], manifest["version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, "it is not what hf_mel writes") from error
+    if kind != _FORMAT or version != _VERSION:
+        raise KnowledgeBaseError(
+            f"its format is {kind!r}, version {version!r}; this hf_mel reads {_FORMAT!r}, version {_VERSION}.",
+            file=path,
+            remedy="Update hf_mel, or build the knowledge base again.",
+        )
+    try:
+        problem = _manifest_problem(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        problem = f"a field is missing or malformed ({type(error).__name__}: {error})"
+    if problem:
+        raise _damaged(path, problem)
+    for shard in manifest["shards"]:
+        for entry in (shard["encodings"], shard["entities"]):
+            file = folder / entry["file"]
+            if not file.is_file():
+                raise _damaged(file, "the file is missing")
+            if file.stat().st_size != entry["bytes"]:
+                raise _damaged(file, f"it has {file.stat().st_size:,} bytes, {entry['bytes']:,} were written")
+    return text, manifest
+
+
+def _manifest_problem(manifest: dict[str, Any]) -> str | None:
+    model, processor = manifest["model"], manifest["processor"]
+    if not isinstance(model["config"], dict) or not all(
+        isinstance(value, str)
+        for value in (
+            *(model[k] for k in ("name", "type", "dtype", "weights")),
+            processor["type"],
+            processor["tensors"],
+        )
+    ):
+        return "model or processor are malformed"
+    if manifest["dtype"] not in DTYPES:
+        return f"dtype is {manifest['dtype']!r}"
+    for spec in manifest["encodings"].values():
+        if not isinstance(spec["dtype"], str) or not all(type(size) is int and size >= 0 for size in spec["shape"]):
+            return "encodings are malformed"
+    total = 0
+    for shard in manifest["shards"]:
+        if type(shard["rows"]) is not int or shard["rows"] < 1:
+            return f"a shard has {shard['rows']!r} rows"
+        total += shard["rows"]
+        for part, pattern in (("encodings", r"encodings-\d+\.safetensors"), ("entities", r"entities-\d+\.parquet")):
+            entry = shard[part]
+            # A name from the Hub must not lead out of the folder.
+            if not re.fullmatch(pattern, entry["file"], re.ASCII) or type(entry["bytes"]) is not int:
+                return f"a shard names the file {entry['file']!r}"
+            if not isinstance(entry["sha256"], str):
+                return "a shard has no sha256"
+    removed = manifest["removed"]
+    if not all(type(row) is int and 0 <= row < total for row in removed) or len(set(removed)) != len(removed):
+        return "removed rows are malformed"
+    if total - len(removed) < 1:
+        return "it has no entities"
+    return None
+
+
+def _damaged(file: Path, what: str) -> KnowledgeBaseError:
+    return KnowledgeBaseError(
+        f"the knowledge base is damaged: {what}.",
+        file=file,
+        remedy="Build it again, or copy it again from where it was.",
+    )
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, pa.ArrowException, ValueError) as error:
+        if isinstance(error, KnowledgeBaseError):
+            raise
+        raise _damaged(path, str(error)) from error
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise KnowledgeBaseError(
+            f"cannot be written ({error}).", file=path, remedy="Check that the disk has room and the folder is yours."
+        ) from error
+
+
+def _check_target(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise KnowledgeBaseError("is there and is not a folder.", file=target, remedy="Choose another output.")
+    if target.exists() and any(target.iterdir()) and not (target / _MANIFEST).is_file():
+        raise KnowledgeBaseError(
+            "is not empty and is not a knowledge base.", file=target, remedy="Choose another output."
+        )
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place if the block succeeds, and vanishes if it does not."""
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = work.with_name(f"{work.name}.old")
+    try:
+        yield work
+        with _writing(target):
+            work.chmod(0o755)  # mkdtemp makes it private
+            if target.exists():
+                target.rename(old)
+            try:
+                work.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
