@@ -73,6 +73,10 @@ class UnknownSplitError(MelError, ValueError):
     """The data set has no such split or configuration."""
 
 
+class UnknownModelError(MelError, ValueError):
+    """No model of that name, or one that cannot be used as it is."""
+
+
 class KnowledgeBaseError(MelError, ValueError):
     """A knowledge base is empty, damaged, or was built by another model."""
 

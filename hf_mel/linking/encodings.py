@@ -14,6 +14,7 @@ import datasets
 import torch
 from tqdm.auto import tqdm
 
+from hf_mel.data.collator import LazyRows
 from hf_mel.schema import Encodings, MelProcessor
 
 
@@ -73,24 +74,27 @@ def encode_batches(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Encodes the rows of a data set batch by batch; images are decoded one batch at a time.
+    """Encodes the rows of a data set batch by batch; images are decoded one batch at a time, and only if looked at.
 
     Args:
         model ([`~hf_mel.schema.Retriever`]): Its mode (dropout on or off) is the caller's business.
         processor ([`~hf_mel.schema.MelProcessor`]): Called as `processor(mentions=rows)` or `processor(entities=rows)`.
-        rows (`datasets.Dataset`): N rows of the schema.
+        rows (`datasets.Dataset`): N rows of the schema. A transform that is set on them is respected.
         kind (`str`): "mentions" or "entities".
         batch_size (`int`): Rows per batch.
         progress (`bool`): Whether to show a progress bar.
 
     Yields:
         `dict[str, torch.Tensor]`: encodings of up to `batch_size` rows, on the CPU, floating point as float32.
+
+    Raises:
+        [`~hf_mel.errors.ImageError`]: an image is damaged; names its mention or entity.
     """
     encode: Callable = model.encode_mentions if kind == "mentions" else model.encode_entities
     device, dtype = getattr(model, "device", "cpu"), getattr(model, "dtype", torch.float32)
     with tqdm(total=len(rows), desc=f"Encoding {kind}", unit="row", delay=1, disable=not progress) as bar:
-        for columns in rows.iter(batch_size):
-            batch = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        for first in range(0, len(rows), batch_size):
+            batch = _rows(rows, kind, range(first, min(first + batch_size, len(rows))))
             tensors = processor(mentions=batch) if kind == "mentions" else processor(entities=batch)
             inputs = {
                 name: tensor.to(device, dtype if tensor.is_floating_point() else None)
@@ -132,6 +136,17 @@ def encode_rows(
             encodings[name][first:last] = tensor
         first = last
     return encodings
+
+
+def _rows(rows: datasets.Dataset, kind: str, numbers: range) -> list[Any]:
+    if rows.format["type"] is not None:
+        columns = rows[numbers]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    batch = LazyRows(rows).__getitems__(list(numbers))
+    if kind == "mentions":
+        return batch
+    # An entity is known by its first image: the others need not be decoded.
+    return [row.with_image("images", 0) if row.stored("images") else row for row in batch]
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
