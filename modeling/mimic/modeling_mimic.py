@@ -230,42 +230,39 @@ class DualGate(nn.Module):
         alone and Q = Wγã on A alone; so the gate of eq. 13 needs one inner product per pair (inside σ₁), and the
         second LayerNorm four more.
         """
-        # The expansion subtracts nearly equal terms, which half precision would not survive.
-        with torch.autocast(query.device.type, enabled=False):
-            query, pooled, key = _full(query), _full(pooled), _full(key)
-            norm1, norm2 = self.add_layer_norm, self.layer_norm
-            dim = query.shape[-1]
-            a, p = _centre(query), _centre(pooled)
-            weight = self.fc.weight * norm1.weight
-            q_map, p_map = a @ weight.T, p @ weight.T
-            constant = self.fc.weight @ norm1.bias + self.fc.bias
-            gate_weight = self.fc_gate.weight[0]
+        norm1, norm2 = self.add_layer_norm, self.layer_norm
+        dim = query.shape[-1]
+        a, p = _centre(query), _centre(pooled)
+        weight = self.fc.weight * norm1.weight
+        q_map, p_map = a @ weight.T, p @ weight.T
+        constant = self.fc.weight @ norm1.bias + self.fc.bias
+        gate_weight = self.fc_gate.weight[0]
 
-            inverse1 = torch.rsqrt((_norms(a, p) + 2 * a @ p.T).clamp(min=0) / dim + norm1.eps)  # 1/σ₁ [A, B]
-            gate = torch.tanh(
-                inverse1 * ((q_map @ gate_weight)[:, None] + (p_map @ gate_weight)[None])
-                + constant @ gate_weight
-                + self.fc_gate.bias
-            )  # h_vg [A, B]
+        inverse1 = torch.rsqrt((_norms(a, p) + 2 * a @ p.T).clamp(min=0) / dim + norm1.eps)  # 1/σ₁ [A, B]
+        gate = torch.tanh(
+            inverse1 * ((q_map @ gate_weight)[:, None] + (p_map @ gate_weight)[None])
+            + constant @ gate_weight
+            + self.fc_gate.bias
+        )  # h_vg [A, B]
 
-            # y = u(P + Q) + g c' + k is the sum inside the LayerNorm of eq. 13.
-            u = gate * inverse1
-            k = _centre(key)
-            q_map, p_map, constant = _centre(q_map), _centre(p_map), _centre(constant)
-            squared = (
-                u.square() * (_norms(q_map, p_map) + 2 * q_map @ p_map.T)
-                + gate.square() * constant.square().sum()
-                + k.square().sum(-1)[None]
-                + 2 * u * gate * ((q_map @ constant)[:, None] + (p_map @ constant)[None])
-                + 2 * u * ((p_map * k).sum(-1)[None] + q_map @ k.T)
-                + 2 * gate * (k @ constant)[None]
-            )  # |ỹ|²
-            inverse2 = torch.rsqrt(squared.clamp(min=0) / dim + norm2.eps)
+        # y = u(P + Q) + g c' + k is the sum inside the LayerNorm of eq. 13.
+        u = gate * inverse1
+        k = _centre(key)
+        q_map, p_map, constant = _centre(q_map), _centre(p_map), _centre(constant)
+        squared = (
+            u.square() * (_norms(q_map, p_map) + 2 * q_map @ p_map.T)
+            + gate.square() * constant.square().sum()
+            + k.square().sum(-1)[None]
+            + 2 * u * gate * ((q_map @ constant)[:, None] + (p_map @ constant)[None])
+            + 2 * u * ((p_map * k).sum(-1)[None] + q_map @ k.T)
+            + 2 * gate * (k @ constant)[None]
+        )  # |ỹ|²
+        inverse2 = torch.rsqrt(squared.clamp(min=0) / dim + norm2.eps)
 
-            final = norm2(query) if self.query_norm else query
-            r = final * norm2.weight
-            dot = u * ((q_map * r).sum(-1)[:, None] + r @ p_map.T) + gate * (r @ constant)[:, None] + r @ k.T
-            return dot * inverse2 + (final @ norm2.bias)[:, None]
+        final = norm2(query) if self.query_norm else query
+        r = final * norm2.weight
+        dot = u * ((q_map * r).sum(-1)[:, None] + r @ p_map.T) + gate * (r @ constant)[:, None] + r @ k.T
+        return dot * inverse2 + (final @ norm2.bias)[:, None]
 
 
 def _norms(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -527,11 +524,16 @@ class MimicModel(MimicPreTrainedModel):
     def unit_scores(
         self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """S_T, S_V, S_C (eq. 4–6) of every pair, each [M, N], for the units the model has, in float32."""
+        """S_T, S_V, S_C (eq. 4–6) of every pair, each [M, N], for the units the model has.
+
+        Scores are float32 even under autocast: half precision has too few digits to rank by, and VDLU's expansion
+        subtracts nearly equal terms.
+        """
         mentions = {name: _full(tensor) for name, tensor in mentions.items() if tensor is not None}
         entities = {name: _full(tensor) for name, tensor in entities.items() if tensor is not None}
         modules = {"text": "tglu", "vision": "vdlu", "cross_modal": "cmfu"}
-        return {unit: _full(getattr(self, modules[unit])(mentions, entities)) for unit in self.config.units}
+        with torch.autocast(self.device.type, enabled=False):
+            return {unit: getattr(self, modules[unit])(mentions, entities) for unit in self.config.units}
 
     def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """S [M, N] (eq. 7): the mean of the units' scores."""

@@ -354,6 +354,18 @@ def test_half_precision_encodings_are_scored_in_float32():
     torch.testing.assert_close(scores, model.score(mentions, entities).detach(), atol=0.05, rtol=0.01)
 
 
+def test_autocast_does_not_reach_the_scores():
+    model = build(mask_padding=True)
+    batch = batch_for(model, mentions=5, entities=8)
+    with torch.no_grad():
+        mentions = model.encode_mentions(**{k: v for k, v in batch.items() if k.startswith("mention")})
+        entities = model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")})
+        with torch.autocast("cpu", torch.bfloat16):
+            under = model.score(mentions, entities)
+            assert model(**batch).scores.dtype == torch.float32
+    torch.testing.assert_close(under, model.score(mentions, entities).detach())
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attention_implementation_reaches_the_backbones(tmp_path, implementation):
     build().save_pretrained(tmp_path)
