@@ -483,14 +483,21 @@ class MimicModel(MimicPreTrainedModel):
                 raise ValueError(f"This model reads text: {side}_input_ids is missing.")
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
-            text_global, text_local = self._text_features(input_ids, attention_mask)
+            width = input_ids.shape[1]
+            if self.config.mask_padding or not self.config.text_local:
+                # No score sees padding, so columns that are padding in every row need no forward pass.
+                used = attention_mask.any(0).nonzero()
+                width = int(used[-1]) + 1 if len(used) else 1
+            text_global, text_local = self._text_features(input_ids[:, :width], attention_mask[:, :width])
+            text_local = F.pad(text_local, (0, 0, 0, input_ids.shape[1] - width))
         if hasattr(self, "vision_model"):
             if pixel_values is None:
                 raise ValueError(f"This model sees images: {side}_pixel_values is missing.")
             image_global, image_local = self._image_features(pixel_values)
         if hasattr(self, "tglu"):
             encode = self.tglu.encode_mentions if side == "mention" else self.tglu.encode_entities
-            text_local = self.text_local_norm(text_local) if self.config.text_local else text_local
+            if self.config.text_local:
+                text_local = self.text_local_norm(text_local)
             encoded |= encode(text_global, text_local, attention_mask)
         if hasattr(self, "vdlu"):
             encode = self.vdlu.encode_mentions if side == "mention" else self.vdlu.encode_entities

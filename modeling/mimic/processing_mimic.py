@@ -20,9 +20,8 @@ class MimicProcessor(ProcessorMixin):
     Args:
         image_processor: Prepares images; its own configuration holds size, cropping and normalisation.
         tokenizer: Prepares text.
-        max_length (`int`, *optional*, defaults to 40): Tokens per text; longer ones are cut at the end.
-        padding (`str`, *optional*, defaults to `"max_length"`): `"max_length"`, or `"longest"` of the batch. The
-            published network sees padding, so only a model with `mask_padding` scores the same under both.
+        max_length (`int`, *optional*, defaults to 40): Tokens per text; longer ones are cut at the end, shorter ones
+            padded, so that encodings of all batches have one shape (and because the published network sees padding).
         mention_template (`str`, *optional*): The text of a mention (eq. 3), over the columns of its row.
         entity_template (`str`, *optional*): The text of an entity (eq. 2), over the columns of its row.
         use_images (`bool`, *optional*, defaults to `True`): Whether to prepare images at all.
@@ -34,7 +33,6 @@ class MimicProcessor(ProcessorMixin):
         image_processor=None,
         tokenizer=None,
         max_length=40,
-        padding="max_length",
         mention_template="{mention} [SEP] {text}",
         entity_template="{name} [SEP] {attributes}",
         use_images=True,
@@ -42,13 +40,10 @@ class MimicProcessor(ProcessorMixin):
     ):
         super().__init__(image_processor, tokenizer)
         self.max_length = max_length
-        self.padding = padding
         self.mention_template = mention_template
         self.entity_template = entity_template
         self.use_images = use_images
         self.use_text = use_text
-        if padding not in ("max_length", "longest"):
-            raise ValueError(f"padding={padding!r} is not 'max_length' or 'longest'.")
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> MimicProcessor:
@@ -90,14 +85,12 @@ class MimicProcessor(ProcessorMixin):
         mentions: Sequence[Mapping[str, Any]] | None = None,
         entities: Sequence[Mapping[str, Any]] | None = None,
         pairs: Any = None,
-        padding: str | None = None,
     ) -> BatchFeature:
         """
         Args:
             mentions (M rows, *optional*): rows with `mention`, `text`, `image` (a PIL image or `None`).
             entities (N rows, *optional*): rows with `name`, `attributes`, `images` (the first is taken; may be empty).
             pairs: not for a retriever; raises.
-            padding (`str`, *optional*): overrides the saved option for this call.
 
         Returns:
             `BatchFeature` of tensors: `mention_input_ids`, `mention_attention_mask` [M, L], `mention_pixel_values`
@@ -108,20 +101,20 @@ class MimicProcessor(ProcessorMixin):
         batch: dict[str, torch.Tensor] = {}
         if mentions is not None:
             images = [row.get("image") for row in mentions]
-            batch |= self._side("mention", mentions, self.mention_template, images, padding)
+            batch |= self._side("mention", mentions, self.mention_template, images)
         if entities is not None:
             images = [images[0] if (images := row.get("images")) else None for row in entities]
-            batch |= self._side("entity", entities, self.entity_template, images, padding)
+            batch |= self._side("entity", entities, self.entity_template, images)
         return BatchFeature(batch)
 
-    def _side(self, side: str, rows, template: str, images: list, padding: str | None) -> dict[str, torch.Tensor]:
+    def _side(self, side: str, rows, template: str, images: list) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         if self.use_text:
             texts = [self._fill(template, row) for row in rows]
             encoded = self.tokenizer(
                 texts,
                 max_length=self.max_length,
-                padding=padding or self.padding,
+                padding="max_length",
                 truncation=True,
                 return_attention_mask=True,
                 return_tensors="pt",

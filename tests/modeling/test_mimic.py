@@ -176,7 +176,9 @@ def test_masking_makes_padding_harmless_and_the_published_form_does_not():
         longer = {k: torch.nn.functional.pad(v, (0, 6)) for k, v in batch.items()}
         with torch.no_grad():
             difference = (model(**batch).scores - model(**longer).scores).abs().max()
+            encoded = model.encode_mentions(**{k: v for k, v in longer.items() if k.startswith("mention")})
         assert (difference < 1e-5) == masked
+        assert encoded.text_keys.shape[1] == longer["mention_input_ids"].shape[1]
 
 
 def test_encodings_hold_projections_and_no_token_states():

@@ -57,7 +57,6 @@ def test_padding_and_cutting(processor):
     long = MENTION | {"text": "bird " * 3000}
     assert processor(mentions=[long])["mention_input_ids"].shape == (1, 9)
     assert words(processor(mentions=[long])["mention_input_ids"][0]).endswith("bird [SEP]")
-    assert processor(mentions=[MENTION], padding="longest")["mention_input_ids"].shape == (1, 7)
     name = ENTITY | {"name": "bird" * 2500}
     assert processor(entities=[name])["entity_input_ids"].shape == (1, 9)
 
@@ -109,7 +108,6 @@ def test_text_only_and_image_only(tokenizer):
 def test_options_survive_saving(tokenizer, tmp_path):
     options = {
         "max_length": 7,
-        "padding": "longest",
         "mention_template": "{mention}",
         "entity_template": "{name} {attributes}",
         "use_images": True,
