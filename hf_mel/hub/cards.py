@@ -1,0 +1,110 @@
+"""The card of a model repository, written from what a run recorded."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+_METRICS = (("hits@1", "H@1"), ("hits@3", "H@3"), ("hits@5", "H@5"), ("hits@10", "H@10"), ("mrr", "MRR"), ("mr", "MR"))
+
+
+def model_card(run_info: Mapping[str, Any]) -> str:
+    """The README.md of a trained model: Hub metadata, use, data, results, training, limits, citation.
+
+    Args:
+        run_info (mapping): What `results.json` of a run folder holds (see [`~hf_mel.training.run.run_recipe`]), and
+            optionally `repo_id`, the repository the model goes to; default: the recipe's name under `hf-mel/`.
+    """
+    model, data, recipe = run_info["model"], run_info["data"], run_info["recipe"]
+    bases = [name for name in (model.get("from_pretrained"), model.get("text"), model.get("vision")) if name]
+    hub_bases = list(dict.fromkeys(name for name in bases if _is_hub_id(name)))
+    metadata = ModelCardData(
+        license=run_info["license"],
+        library_name="transformers",
+        tags=["entity-linking", "multimodal", "hf_mel", model["type"]],
+        datasets=[data["dataset"]] if data.get("revision") and _is_hub_id(data["dataset"]) else None,
+        base_model=hub_bases or None,
+    )
+    template = string.Template((resources.files("hf_mel.hub") / "templates/model_card.md").read_text(encoding="utf-8"))
+    citation = run_info.get("citation", "").strip()
+    body = template.substitute(
+        name=recipe,
+        repo_id=run_info.get("repo_id") or f"hf-mel/{recipe}",
+        description=run_info.get("description", ""),
+        model_type=model["type"],
+        parameters=f"{model['parameters']:,}",
+        base=f"built on {' and '.join(f'`{name}`' for name in bases)}" if bases else "started from scratch",
+        data=_data(data),
+        kb_size=f"{data['entities']:,}",
+        results=_results(run_info["validation"], data["validation_split"]),
+        nil=_nil(run_info.get("nil")),
+        training=_table(["argument", "value"], ([f"`{k}`", f"`{v}`"] for k, v in run_info["training"].items())),
+        run=_run(run_info),
+        citation=f"```bibtex\n{citation}\n```" if citation else "Cite the data set above and hf_mel.",
+    )
+    return f"---\n{metadata.to_yaml()}\n---\n\n{re.sub(chr(10) + '{3,}', chr(10) * 2, body).strip()}\n"
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    rows = [
+        ["data set", f"`{data['dataset']}`"],
+        ["revision", f"`{data['revision']}`" if data.get("revision") else "a local build"],
+        ["sha256 of its files", f"`{data['sha256']}`" if data.get("sha256") else "not known"],
+        [f"mentions for training (`{data['train_split']}`)", f"{data['train_mentions']:,}"],
+        [f"mentions for validation (`{data['validation_split']}`)", f"{data['validation_mentions']:,}"],
+        ["entities of the knowledge base", f"{data['entities']:,}"],
+    ]
+    if data["train_nil"]:
+        rows.insert(4, ["of these left out, because their entity is NIL", f"{data['train_nil']:,}"])
+    return _table(["", ""], rows)
+
+
+def _results(evaluation: Mapping[str, Any], split: str) -> str:
+    """One line for all mentions, and one for each stratum."""
+    lines = [(f"`{split}`", evaluation["metrics"])]
+    for stratum, groups in evaluation.get("strata", {}).items():
+        lines += [(f"{stratum}: {group}", metrics) for group, metrics in groups.items()]
+    shown = [(key, title) for key, title in _METRICS if key in evaluation["metrics"]]
+    rows = [
+        [label, f"{metrics['num_ranked']:,}", *(_number(key, metrics.get(key)) for key, _ in shown)]
+        for label, metrics in lines
+    ]
+    return _table(["mentions", "number", *(title for _, title in shown)], rows)
+
+
+def _number(key: str, value: float | None) -> str:
+    if value is None or value != value:  # nan: a stratum of NIL mentions has nothing to rank
+        return ""
+    return f"{value:.1f}" if key == "mr" else f"{100 * value:.1f}"
+
+
+def _nil(nil: Mapping[str, Any] | None) -> str:
+    if not nil:
+        return ""
+    how = "mentions whose golds were left out for it" if nil["simulated"] else "the NIL mentions of this split"
+    return (
+        f"A mention whose best score is below {nil['threshold']:.4g} is taken for NIL (`config.nil_threshold`); set on "
+        f"{how}, where {100 * nil['accuracy']:.1f} % of the decisions are right."
+    )
+
+
+def _run(info: Mapping[str, Any]) -> str:
+    run, versions = info["run"], ", ".join(f"{name} {number}" for name, number in info["versions"].items())
+    best = f"epoch {info['best']['epoch']:g} was the best" if info.get("best") else "the last step was kept"
+    minutes = run["seconds"] / 60
+    resumed = " since it was last resumed" if run["resumed"] else ""
+    return f"{minutes:.1f} minutes on {run['device']}{resumed}; {best}; seed {info['seed']}. With {versions}."
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(("./", "../"))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [list(header), ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

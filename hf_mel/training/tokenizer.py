@@ -1,0 +1,61 @@
+"""A WordPiece tokenizer trained on a data set's own texts, for models that start from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import datasets
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+_SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedTokenizerFast:
+    """Trains a lower-casing, BERT-style WordPiece tokenizer ("[CLS] text [SEP]"); the same for the same texts.
+
+    Args:
+        texts (iterable of `str`): What to learn the pieces from.
+        vocab_size (`int`): At most this many pieces, the five special tokens among them ([PAD] is 0).
+    """
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    texts = list(texts)
+    words = (word for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text)))
+    inner = sorted({f"##{character}" for word in words for character in word[1:]})
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizer
+    # The trainer numbers inner characters in the order of a hash table and breaks ties by number, so its pieces change
+    # from run to run; given as special tokens, they have fixed numbers.
+    learner.train_from_iterator(
+        texts,
+        trainers.WordPieceTrainer(
+            vocab_size=vocab_size, special_tokens=[*_SPECIAL.values(), *inner], show_progress=False
+        ),
+    )
+    # A new one: in the first, inner characters would be special in texts as well.
+    tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL)
+
+
+def texts_of(*rows: datasets.Dataset) -> Iterator[str]:
+    """Every text in the columns that hold text or lists of text, except ids."""
+    for dataset in rows:
+        for column, feature in dataset.features.items():
+            inner = getattr(feature, "feature", feature)
+            if column.endswith("_id") or column == "candidates" or getattr(inner, "dtype", None) != "string":
+                continue
+            for value in dataset[column]:
+                yield from [value] if isinstance(value, str) else value or ()

@@ -1,0 +1,70 @@
+"""Laws of the sampling order."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_mel.data.batching import GroupingSampler, surface_key
+
+KEYS = st.lists(st.integers(0, 5), max_size=60)
+
+
+@given(KEYS, st.integers(1, 6), st.integers(0, 3), st.integers(0, 3))
+def test_every_index_comes_once_and_the_same_for_the_same_seed_and_epoch(keys, group_size, seed, epoch):
+    orders = []
+    for _ in range(2):
+        sampler = GroupingSampler(keys, group_size, seed)
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert sorted(orders[0]) == list(range(len(keys)))
+    assert orders[0] == orders[1]
+    assert len(sampler) == len(keys)
+
+
+@given(KEYS, st.integers(1, 6))
+def test_equal_keys_stand_in_as_few_groups_as_their_size_allows(keys, group_size):
+    order = [keys[index] for index in GroupingSampler(keys, group_size)]
+    runs = [key for i, key in enumerate(order) if i == 0 or order[i - 1] != key]
+    for key, count in Counter(keys).items():
+        assert runs.count(key) <= -(-count // group_size)
+
+
+def test_groups_are_full_but_for_the_last_of_a_key_and_not_in_key_order():
+    keys = [i % 3 for i in range(300)]
+    order = [keys[index] for index in GroupingSampler(keys, 4)]
+    assert all(len(set(order[i : i + 4])) == 1 for i in range(0, 300, 4))  # 100 of each key: 25 groups of 4
+    assert order != sorted(order)
+    assert len({tuple(order[i : i + 40 : 4]) for i in range(0, 280, 40)}) > 1
+
+
+def test_epochs_and_seeds_differ():
+    sampler = GroupingSampler(range(50))
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(GroupingSampler(range(50), seed=1)) != first
+
+
+def test_members_of_a_group_change_between_epochs():
+    sampler = GroupingSampler([0] * 20, 4)
+    epochs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        epochs.append({frozenset(order[i : i + 4]) for i in range(0, 20, 4)})
+    assert epochs[0] != epochs[1]
+
+
+def test_a_group_needs_a_member():
+    with pytest.raises(ValueError, match="group_size=0"):
+        GroupingSampler([1], 0)
+
+
+def test_surface_key_is_the_last_word_whatever_its_case():
+    assert surface_key("Tom HIDDLESTON ") == surface_key("hiddleston") == "hiddleston"
+    assert surface_key("STRASSE") == surface_key("Straße")
+    assert surface_key(" ") == ""

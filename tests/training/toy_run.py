@@ -1,0 +1,78 @@
+"""A data set folder and a recipe small enough to train in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.toy import toy_entities, toy_mentions
+
+_README = """---
+configs:
+- config_name: mentions
+  default: true
+  data_files:
+  - {split: train, path: mentions/train.parquet}
+  - {split: validation, path: mentions/validation.parquet}
+- config_name: entities
+  data_files:
+  - {split: kb, path: entities/kb.parquet}
+---
+"""
+
+
+def write_dataset(folder: Path, mentions: int = 24, entities: int = 12, nil_every: int = 0) -> Path:
+    (folder / "mentions").mkdir(parents=True)
+    (folder / "entities").mkdir()
+    train = toy_mentions(mentions, entities, nil_every)
+    validation = toy_mentions(mentions // 2, entities, nil_every).map(
+        lambda row: {"mention_id": f"v{row['mention_id']}"}
+    )
+    train.to_parquet(folder / "mentions/train.parquet")
+    validation.to_parquet(folder / "mentions/validation.parquet")
+    toy_entities(entities).to_parquet(folder / "entities/kb.parquet")
+    (folder / "README.md").write_text(_README)
+    return folder
+
+
+def recipe_dict(dataset: Path, **training) -> dict:
+    """Both modalities, from scratch, with dropout: so that a resumed run needs the same random numbers."""
+    text = {
+        "model_type": "bert",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 40,
+    }
+    vision = {
+        "model_type": "vit",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    dims = {"text_dim": 8, "vision_dim": 8, "fusion_dim": 8}
+    return {
+        "name": "tiny",
+        "description": "A tiny model.",
+        "model": {
+            "type": "mimic",
+            "config": {"text_config": text, "vision_config": vision, "text_pooling": "mean", **dims},
+        },
+        "processor": {
+            "tokenizer": {"type": "wordpiece", "vocab_size": 200},
+            "vision": {"size": {"height": 16, "width": 16}},
+            "options": {"max_length": 16},
+        },
+        "data": {"dataset": str(dataset)},
+        "training": {
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-3,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **training,
+        },
+    }
