@@ -8,6 +8,7 @@ registered with the Auto classes unless a test calls [`register`].
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -182,6 +183,29 @@ def toy_mentions(count: int = 20, entities: int = 12, nil_every: int = 0) -> dat
             }
         )
     return datasets.Dataset.from_list(rows, features=mention_features(stratum=datasets.Value("string")))
+
+
+def write_toy_dataset(folder: Path, entities: datasets.Dataset | None = None, **splits: datasets.Dataset) -> Path:
+    """A data-set folder as `hf-mel data build` writes it.
+
+    Args:
+        folder: Where to.
+        entities: The knowledge base; default [`toy_entities`].
+        splits: Mentions by split; default train, validation and test of [`toy_mentions`].
+    """
+    if not splits:
+        whole = toy_mentions(60, nil_every=6)
+        names = ("train", "validation", "test")
+        splits = {name: whole.select(range(20 * i, 20 * i + 20)) for i, name in enumerate(names)}
+    lines = ["---", "configs:", "- config_name: mentions", "  default: true", "  data_files:"]
+    lines += [f"  - {{split: {name}, path: mentions/{name}.parquet}}" for name in splits]
+    lines += ["- config_name: entities", "  data_files:", "  - {split: kb, path: entities/kb.parquet}", "---", ""]
+    for name, rows in {**{f"mentions/{name}": rows for name, rows in splits.items()}, "entities/kb": entities}.items():
+        path = folder / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (toy_entities() if rows is None else rows).to_parquet(path)
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    return folder
 
 
 def _image(i: int):

@@ -74,7 +74,8 @@ def calibrate_nil_threshold(top_scores, correct, gold_is_nil, other_scores=None)
     elif best == len(scores):
         threshold = np.nextafter(scores[-1], np.inf)
     else:
-        threshold = scores[best] - (scores[best] - scores[best - 1]) / 2  # never the lower one, even if adjacent
+        middle = (scores[best - 1] + scores[best]) / 2
+        threshold = middle if middle > scores[best - 1] else scores[best]  # nothing lies between adjacent numbers
     return NilThreshold(float(threshold), float(correct_counts[best] / len(scores)), simulated)
 
 

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
 
 import hf_mel.auto  # noqa: F401 (registers the shipped methods)
@@ -36,12 +37,12 @@ def load_retriever(
         [`~hf_mel.errors.UnknownModelError`]: no such model, weights that lack a part, or not a retriever.
     """
     name = os.fspath(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
         processor = AutoProcessor.from_pretrained(name, **options)
-        model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UnknownModelError(
             f"{name!r} cannot be loaded as a model ({reason[:300]}).",
@@ -54,6 +55,7 @@ def load_retriever(
             f"{name!r}: the weights lack {len(missing)} of the model's tensors, among them {', '.join(missing[:3])}.",
             remedy="The file is incomplete, or belongs to another configuration.",
         )
+    model.eval().to(device)
     if not isinstance(model, Retriever):
         raise UnknownModelError(f"{name!r} is a {type(model).__name__}, which does not encode and score entities.")
     if "mentions" not in inspect.signature(type(processor).__call__).parameters:

@@ -1,0 +1,114 @@
+import json
+
+import datasets
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from hf_mel.cli.evaluate import evaluate
+from hf_mel.data.loading import dataset_version
+from hf_mel.errors import RecipeError, UnknownDatasetError, UnknownModelError, UnknownSplitError
+from hf_mel.evaluation.full import evaluate_full
+from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model, write_toy_dataset
+
+APP = typer.Typer()
+APP.command()(evaluate)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    register()
+    folder = tmp_path_factory.mktemp("evaluate")
+    toy_model().save_pretrained(folder / "model")
+    ToyProcessor().save_pretrained(folder / "model")
+    write_toy_dataset(folder / "data")
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(*arguments, model=folder / "model", dataset=folder / "data"):
+        words = [str(model), "--dataset", str(dataset), "--device", "cpu", *map(str, arguments)]
+        return CliRunner().invoke(APP, words, env={"COLUMNS": "200"}, catch_exceptions=False)
+
+    return run
+
+
+def test_results_and_predictions(run, folder, tmp_path):
+    outcome = run("--output", tmp_path / "r.json", "--predictions", tmp_path / "p.jsonl", "--top-k", 3, "--ks", "1,4")
+    assert outcome.exit_code == 0
+    results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+
+    whole = toy_mentions(60, nil_every=6)
+    test, train = whole.select(range(40, 60)), whole.select(range(20))
+    expected = evaluate_full(
+        toy_model(), ToyProcessor(), test, toy_entities(), ks=(1, 4), train_golds=set(train["entity_id"]), top_k=3
+    )
+    assert results["metrics"] == pytest.approx(expected.metrics)
+    assert results["strata"].keys() == {"stratum", "mentions in context", "gold in training"}
+    assert results["strata"]["gold in training"] == expected.strata["gold in training"]
+    assert results["data"] == {**dataset_version(folder / "data"), "split": "test"}
+    assert len(results["data"]["sha256"]) == 64
+    assert results["model"]["weights"] == expected.setting["model"]["weights"]
+
+    records = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["mention_id"] for record in records] == list(test["mention_id"])
+    assert {len(record["candidates"]) for record in records} == {3}
+
+    assert f"{100 * expected.metrics['mrr']:.1f}" in outcome.stdout
+    assert "stratum: image" in outcome.stdout
+
+
+def test_options_reach_the_protocol(run, tmp_path):
+    run("--output", tmp_path / "r.json", "--units", "vision", "--ties", "pessimistic", "--split", "validation")
+    results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert (results["units"], results["ties"], results["data"]["split"]) == (["vision"], "pessimistic", "validation")
+    assert results["nil_threshold"] is None
+
+
+def test_nil_threshold_from_another_split(run, tmp_path):
+    run("--output", tmp_path / "r.json", "--nil-from", "validation")
+    results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    validation = toy_mentions(60, nil_every=6).select(range(20, 40))
+    expected = evaluate_full(toy_model(), ToyProcessor(), validation, toy_entities()).calibrate_nil_threshold()
+    assert results["nil_threshold"] == results["nil_calibration"]["threshold"] == pytest.approx(expected.threshold)
+    assert results["nil_calibration"]["split"] == "validation"
+    assert not results["nil_calibration"]["simulated"]
+    assert "nil_recall" in results["metrics"]
+
+
+def test_the_models_own_threshold(run, tmp_path):
+    model = toy_model()
+    model.config.nil_threshold = 0.125
+    model.save_pretrained(tmp_path / "model")
+    ToyProcessor().save_pretrained(tmp_path / "model")
+    run("--output", tmp_path / "r.json", model=tmp_path / "model")
+    assert json.loads((tmp_path / "r.json").read_text())["nil_threshold"] == 0.125
+    run("--output", tmp_path / "r.json", "--units", "text", model=tmp_path / "model")
+    assert json.loads((tmp_path / "r.json").read_text())["nil_threshold"] is None
+
+
+def test_data_without_a_training_split(run, tmp_path):
+    dataset = write_toy_dataset(tmp_path / "data", test=toy_mentions(6))
+    run("--output", tmp_path / "r.json", dataset=dataset)
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert "gold in training" not in results["strata"]
+
+
+def test_bad_input(run, tmp_path):
+    output = tmp_path / "r.json"
+    with pytest.raises(UnknownSplitError, match="'dev'"):
+        run("--split", "dev", "--output", output)
+    with pytest.raises(UnknownDatasetError):
+        run("--output", output, dataset=tmp_path / "typo")
+    with pytest.raises(UnknownModelError, match="typo"):
+        run("--output", output, model=tmp_path / "typo")
+    with pytest.raises(RecipeError, match="sound"):
+        run("--units", "sound", "--output", output)
+    for wrong in (["--ks", "1,x"], ["--ks", "0"], ["--nil-threshold", "1", "--nil-from", "test"], ["--ties", "fair"]):
+        outcome = run(*wrong, "--output", output)
+        assert outcome.exit_code == 2
+        assert wrong[-2] in outcome.output
+    assert not output.exists()
