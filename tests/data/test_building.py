@@ -14,6 +14,7 @@ from datasets import load_dataset
 from hf_mel.dataset_scripts.wikimel.wikimel import WikiMel
 from typer.testing import CliRunner
 
+from hf_mel.cli.data import app
 from hf_mel.data import building
 from hf_mel.data.building import build_dataset, find_builder, known_datasets
 from hf_mel.errors import (
@@ -338,6 +339,8 @@ def test_a_builder_of_three_configurations_is_found_and_built(toy, tmp_path):
     assert report.counts == {"mentions": {"test": 1}, "entities": {"kb": 1}, "posts": {"kb": 1}}
     assert report.problems == {"candidate_not_in_kb": [("mentions/test", "m", "E9")]}
     path.unlink()
+    [stored] = pq.read_table(tmp_path / "out/posts/kb-00000-of-00001.parquet")["image"].to_pylist()
+    assert stored == {"bytes": picture("red", form="PNG"), "path": None}
     assert load_dataset(str(tmp_path / "out"), "posts")["kb"][0]["image"].size == (24, 16)
     with pytest.raises(MelError, match="takes no raw_dir"):
         build_dataset("toy", output=tmp_path / "out", raw_dir=tmp_path)
@@ -367,8 +370,6 @@ def test_wrong_offsets_are_an_error(toy, tmp_path):
 
 
 def test_cli(raw, tmp_path, wikimel):
-    from hf_mel.cli.data import app
-
     arguments = ["build", "wikimel", "--raw-dir", str(raw), "--images", str(raw / "mention_images"), "--output"]
     done = CliRunner().invoke(app, [*arguments, str(tmp_path / "out")])
     assert done.exit_code == 0, done.output

@@ -152,7 +152,7 @@ def own(tmp_path):
     def read(content, suffix=".jsonl"):
         path = tmp_path / f"own{suffix}"
         if isinstance(content, list):
-            content = "".join(json.dumps(row) + "\n" for row in content)
+            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return read_entity_file(path)
 
