@@ -429,11 +429,10 @@ def _check_replaceable(target: Path, name: str, overwrite: bool, sources: list[A
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place if the block succeeds, and vanishes if it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     old = work.with_name(f"{work.name}.old")
-    work.mkdir()
     try:
+        work.mkdir(parents=True)
         yield work
         if target.exists():
             target.rename(old)
@@ -443,6 +442,10 @@ def _staging(target: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(target)
             raise
+    except OSError as error:
+        raise MelError(
+            f"cannot be built ({error}).", file=target, remedy="Check the paths, permissions and free space."
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -538,9 +541,11 @@ def _problems_table(report: BuildReport) -> str:
         for kind, entries in sorted(report.problems.items())
     ]
     rows += [[kind.replace("_", " "), f"{n:,}", ""] for kind, n in report.duplicates.items() if n]
-    return _table(["kind", "count", "first"], rows) if rows else "None."
+    return _table(["kind", "count", "first"], rows)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "None."
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import hf_mel.dataset_scripts
 import pyarrow.parquet as pq
@@ -247,6 +248,25 @@ def test_what_is_not_ours_is_not_replaced(raw, tmp_path, wikimel, monkeypatch):
     file.touch()
     with pytest.raises(DataFormatError, match="is not a folder"):
         build_dataset("wikimel", output=file, raw_dir=raw, overwrite=True)
+    with pytest.raises(MelError, match="cannot be built"):
+        build_dataset("wikimel", output=file / "out", raw_dir=raw)
+
+
+def test_a_failed_swap_puts_the_earlier_build_back(raw, tmp_path, wikimel, monkeypatch):
+    out = tmp_path / "data" / "wikimel"
+    build_dataset("wikimel", output=out, raw_dir=raw)
+    before, rename = files_of(out), Path.rename
+
+    def full_disk(self, target):
+        if Path(target) == out and not self.name.endswith(".old"):
+            raise OSError("no space left")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full_disk)
+    with pytest.raises(MelError, match="no space left"):
+        build_dataset("wikimel", output=out, raw_dir=raw)
+    assert files_of(out) == before
+    assert [path.name for path in out.parent.iterdir()] == ["wikimel"]
 
 
 def test_large_splits_go_to_several_files_in_order(raw, tmp_path, wikimel, monkeypatch):
