@@ -76,12 +76,11 @@ def model_difference(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
     """
     if recorded["type"] != current["type"]:
         return f"it is a {current['type']!r}, not a {recorded['type']!r}"
-    if recorded["weights"] != current["weights"]:
-        if recorded["dtype"] != current["dtype"]:
-            return f"its weights are {current['dtype']}, not {recorded['dtype']}"
-        return "its weights are others"
-    changed = list(_changed(recorded["config"], current["config"], ""))
-    return f"its configuration differs: {'; '.join(changed[:3])}" if changed else None
+    if changed := list(_changed(recorded["config"], current["config"], "")):
+        return f"its configuration differs: {'; '.join(changed[:3])}"
+    if recorded["dtype"] != current["dtype"]:
+        return f"its weights are {current['dtype']}, not {recorded['dtype']}"
+    return "its weights differ (was it trained since?)" if recorded["weights"] != current["weights"] else None
 
 
 def processor_difference(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str | None:

@@ -297,12 +297,12 @@ class KnowledgeBase:
             difference = processor_difference(self._manifest["processor"], describe_processor(processor))
             culprit = "processor"
         if difference is not None:
-            revision = f" (revision {made['revision']})" if made["revision"] else ""
+            revision = f", revision {made['revision']}" if made["revision"] else ""
             raise KnowledgeBaseError(
-                f"this knowledge base was built by another {culprit} than the one given, by that of "
-                f"{made['name']!r}{revision}: {difference}.",
+                f"the {culprit} given is not the one that built this knowledge base ({made['name']}{revision}): "
+                f"{difference}.",
                 file=self.path,
-                remedy=f"Use the {culprit} it was built with, or build it again (hf-mel kb build).",
+                remedy="Use that one, or build the knowledge base again: hf-mel kb build.",
             )
 
     def __len__(self) -> int:

@@ -1,0 +1,356 @@
+"""Linking: a mention in a text, with or without an image → the entities of a knowledge base it may mean, or NIL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, overload
+
+import datasets
+import torch
+from tqdm.auto import tqdm
+
+from hf_mel.data.collator import LazyRows
+from hf_mel.data.images import ImageSource, open_image
+from hf_mel.errors import DataFormatError, KnowledgeBaseError, SpanError
+from hf_mel.linking.encodings import slice_encodings
+from hf_mel.linking.fingerprint import sees_images
+from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.linking.loading import load_retriever
+from hf_mel.linking.ranking import rank
+from hf_mel.schema import NIL, NO_SPAN, MelProcessor
+
+#: A mention to link: `text`, and `mention`, or `start` and `end`, or all three; `image` if there is one.
+MentionLike = Mapping[str, Any]
+
+_EXAMPLE = '{"text": "Swift on stage.", "mention": "Swift"}'
+# What a mention row of the schema has and a mention to link need not have.
+_DEFAULTS = {"mention_id": "", "context_id": "", "mention_type": "", "topic": "", "image": None, "candidates": ()}
+
+# What loading a model and loading its processor have in common; any other keyword is for the model alone.
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
+@dataclass
+class Candidate:
+    """One entity a mention may mean.
+
+    Args:
+        rank (`int`): 1 for the best.
+        entity_id, name, description, attributes (`str`): The entity.
+        score (`float`): The model's score, higher is better.
+        unit_scores (`dict[str, float]`): The parts it is the mean of; empty for a model of one part.
+    """
+
+    rank: int
+    entity_id: str
+    name: str
+    description: str
+    attributes: str
+    score: float
+    unit_scores: dict[str, float]
+
+
+@dataclass
+class LinkResult:
+    """What a mention was linked to.
+
+    Args:
+        mention (`str`): The surface form.
+        start, end (`int`): Where it stands in the text, end exclusive; -1 if it was given as not located.
+        entity_id (`str`): The best candidate, or "NIL".
+        is_nil (`bool`): Whether the best candidate's score is below `nil_threshold`.
+        nil_threshold (`float`, *optional*): `None` if the model has none and none was given: never NIL.
+        candidates (`list[Candidate]`): The best first, as many as asked for; also where the mention is NIL.
+        warnings (`list[str]`): What the reader should know, for instance that an image was not looked at.
+    """
+
+    mention: str
+    start: int
+    end: int
+    entity_id: str
+    is_nil: bool
+    nil_threshold: float | None
+    candidates: list[Candidate]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate with the highest score, taken or not."""
+        return self.candidates[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON."""
+        return asdict(self)
+
+
+class EntityLinker:
+    """Links mentions to the entities of a knowledge base.
+
+    ```python
+    >>> linker = EntityLinker.from_pretrained("hf-mel/mimic-wikimel", kb="kb/wikimel")  # doctest: +SKIP
+    >>> result = linker(text="Hiddleston at the Comic-Con.", mention="Hiddleston", image="photo.jpg")  # doctest: +SKIP
+    >>> result.entity_id, result.best.name  # doctest: +SKIP
+    ('Q295964', 'Tom Hiddleston')
+    ```
+
+    Args:
+        model ([`~hf_mel.schema.Retriever`]): The model; it is put in eval mode.
+        processor ([`~hf_mel.schema.MelProcessor`]): Its processor.
+        kb ([`KnowledgeBase`], `str` or `os.PathLike`): The knowledge base or its folder, built by this model.
+        nil_threshold (`float`, *optional*): A mention whose best score is below it is NIL. Default: the model's own
+            (`config.nil_threshold`, set by calibration); without one, no mention is NIL.
+
+    Raises:
+        KnowledgeBaseError: There is no knowledge base, it is damaged, or another model or processor built it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: MelProcessor,
+        kb: KnowledgeBase | str | os.PathLike[str],
+        *,
+        nil_threshold: float | None = None,
+    ):
+        self.model, self.processor = model, processor
+        self.kb = kb if isinstance(kb, KnowledgeBase) else KnowledgeBase.load(kb)
+        self.kb.check_made_by(model, processor)
+        if nil_threshold is None:
+            nil_threshold = getattr(getattr(model, "config", None), "nil_threshold", None)
+        self.nil_threshold = nil_threshold
+        model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        kb: KnowledgeBase | str | os.PathLike[str] | None = None,
+        *,
+        nil_threshold: float | None = None,
+        **kwargs: Any,
+    ) -> EntityLinker:
+        """A linker from a model folder (a run) or a Hub id, and a knowledge base built by that model.
+
+        Args:
+            model (`str` or `os.PathLike`): Folder or Hub id.
+            kb ([`KnowledgeBase`], `str` or `os.PathLike`): The knowledge base or its folder.
+            nil_threshold (`float`, *optional*): As in [`EntityLinker`].
+            kwargs: As in [`~hf_mel.linking.loading.load_retriever`]: `revision`, `device`, `trust_remote_code`.
+
+        Raises:
+            KnowledgeBaseError: As in [`EntityLinker`].
+            UnknownModelError: As in [`~hf_mel.linking.loading.load_retriever`].
+        """
+        if kb is None:
+            raise KnowledgeBaseError(
+                "no knowledge base was given.",
+                remedy=f'Pass kb="FOLDER"; build one with: hf-mel kb build {os.fspath(model)} --dataset … --output FOLDER',
+            )
+        if not isinstance(kb, KnowledgeBase):
+            kb = KnowledgeBase.load(kb)  # first, because it is where typing errors show soonest
+        return cls(*load_retriever(model, **kwargs), kb, nil_threshold=nil_threshold)
+
+    @overload
+    def __call__(
+        self, mentions: MentionLike, *, top_k: int = 10, batch_size: int = 32, progress: bool = False
+    ) -> LinkResult: ...
+    @overload
+    def __call__(
+        self,
+        mentions: Sequence[MentionLike] | datasets.Dataset,
+        *,
+        top_k: int = 10,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> list[LinkResult]: ...
+    @overload
+    def __call__(
+        self,
+        *,
+        text: str,
+        mention: str | None = None,
+        start: int | None = None,
+        end: int | None = None,
+        image: ImageSource | None = None,
+        top_k: int = 10,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> LinkResult: ...
+
+    def __call__(
+        self,
+        mentions: MentionLike | Sequence[MentionLike] | datasets.Dataset | None = None,
+        *,
+        text: str | None = None,
+        mention: str | None = None,
+        start: int | None = None,
+        end: int | None = None,
+        image: ImageSource | None = None,
+        top_k: int = 10,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> LinkResult | list[LinkResult]:
+        """Links one mention, or a list of them.
+
+        Args:
+            mentions (mapping, sequence of mappings or `datasets.Dataset`, *optional*): One mention, or M of them, each
+                with the keys below; rows of the schema (`start` and `end` -1 where not located) fit as they are.
+            text, mention, start, end, image (*optional*): One mention in words instead. `mention` is the surface
+                form in `text`: the first occurrence, unless `start` and `end` (characters, end exclusive) say which.
+                `image` is a path, bytes, or a PIL image.
+            top_k (`int`): How many candidates to give; all entities if there are fewer.
+            batch_size (`int`): Mentions per pass over the knowledge base.
+            progress (`bool`): Whether to show a progress bar.
+
+        Returns:
+            [`LinkResult`], or a list of M of them in the order of `mentions`.
+
+        Raises:
+            SpanError: A mention is empty, not in its text, or not at its offsets; names its row in the list.
+            DataFormatError: A mention lacks `text`, or a value has a wrong type.
+            ImageError: An image is missing or damaged.
+            ScoreError: The model's scores cannot be ranked.
+        """
+        single = {"text": text, "mention": mention, "start": start, "end": end, "image": image}
+        if (mentions is None) == all(value is None for value in single.values()):
+            raise DataFormatError("give either mentions, or text= and mention=.")
+        if mentions is None:
+            mentions = single
+        if isinstance(mentions, Mapping):
+            return self._link([mentions], [_span(mentions, None)], None, top_k)[0]
+        # Of a data set, the images of one batch at a time are in memory.
+        many: Any = LazyRows(mentions) if isinstance(mentions, datasets.Dataset) else mentions
+        spans = [_span(many[k], k) for k in range(len(many))]  # all of them first: an error comes before the work
+        results: list[LinkResult] = []
+        with tqdm(total=len(spans), desc="Linking", unit="mention", delay=1, disable=not progress) as bar:
+            for first in range(0, len(spans), batch_size):
+                batch = range(first, min(first + batch_size, len(spans)))
+                results += self._link([many[k] for k in batch], [spans[k] for k in batch], first, top_k)
+                bar.update(len(batch))
+        return results
+
+    def _link(
+        self, mentions: list[MentionLike], spans: list[tuple[str, int, int]], first: int | None, top_k: int
+    ) -> list[LinkResult]:
+        rows = []
+        for k, (mention, (surface, start, end)) in enumerate(zip(mentions, spans, strict=True)):
+            row = {**_DEFAULTS, **mention, "mention": surface, "start": start, "end": end}
+            if row["image"] is not None:
+                row["image"] = open_image(row["image"], row=None if first is None else first + k)
+            rows.append(row)
+        device, dtype = getattr(self.model, "device", "cpu"), getattr(self.model, "dtype", torch.float32)
+        inputs = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.processor(mentions=rows).items()
+        }
+        with torch.inference_mode():
+            encoded = {
+                name: tensor.float() if tensor.is_floating_point() else tensor
+                for name, tensor in self.model.encode_mentions(**inputs).items()
+            }
+            ranking = rank(self.model, encoded, self.kb, top_k=top_k)  # type: ignore[arg-type]
+            return [
+                self._result(
+                    row,
+                    slice_encodings(encoded, slice(k, k + 1)),
+                    ranking.top_rows[k].tolist(),
+                    ranking.top_scores[k].tolist(),
+                )
+                for k, row in enumerate(rows)
+            ]
+
+    def _result(
+        self, mention: dict[str, Any], encoded: Mapping[str, torch.Tensor], rows: list[int], scores: list[float]
+    ) -> LinkResult:
+        device = getattr(self.model, "device", "cpu")
+        entities = {name: tensor.to(device) for name, tensor in self.kb.encodings(rows).items()}
+        units = {unit: values[0].tolist() for unit, values in self.model.unit_scores(encoded, entities).items()}
+        candidates = [
+            Candidate(
+                rank=k + 1,
+                score=score,
+                unit_scores={unit: values[k] for unit, values in units.items()},
+                **{column: entity[column] for column in ("entity_id", "name", "description", "attributes")},
+            )
+            for k, (entity, score) in enumerate(zip(self.kb.rows(rows), scores, strict=True))
+        ]
+        is_nil = self.nil_threshold is not None and candidates[0].score < self.nil_threshold
+        warnings = []
+        if mention["image"] is None and self._sees_images:
+            warnings.append("The model looks at images, and none was given: only the text decides.")
+        if mention["image"] is not None and not self._sees_images:
+            warnings.append("The image was not used: this model reads text only.")
+        return LinkResult(
+            mention=mention["mention"],
+            start=mention["start"],
+            end=mention["end"],
+            entity_id=NIL if is_nil else candidates[0].entity_id,
+            is_nil=is_nil,
+            nil_threshold=self.nil_threshold,
+            candidates=candidates,
+            warnings=warnings,
+        )
+
+    @cached_property
+    def _sees_images(self) -> bool:
+        return sees_images(self.processor)
+
+
+def _span(mention: MentionLike, row: int | None) -> tuple[str, int, int]:
+    """Surface form, start and end of a mention, found or checked."""
+    if not isinstance(mention, Mapping):
+        raise DataFormatError(f"a mention is a {type(mention).__name__}.", row=row, remedy=f"Give {_EXAMPLE}.")
+    for key, kind in (("text", str), ("mention", str), ("start", int), ("end", int)):
+        value = mention.get(key)
+        if (value is None and key == "text") or (value is not None and not isinstance(value, kind)):
+            expected = "a text" if kind is str else "a whole number"
+            raise DataFormatError(f"{key!r} is {value!r}, expected {expected}.", row=row, remedy=f"Give {_EXAMPLE}.")
+    text: str = mention["text"]
+    surface: Any = mention.get("mention")
+    start: Any = mention.get("start")
+    end: Any = mention.get("end")
+    if surface is None and start is None and end is None:
+        raise SpanError("there is no mention.", row=row, remedy=f"Give {_EXAMPLE}, or start and end.")
+    if surface is not None and not surface.strip():
+        raise SpanError("the mention is empty.", row=row, remedy="Give the words of the text that name something.")
+    if (start is None) != (end is None):
+        raise SpanError("only one of start and end is given.", row=row, remedy="Give both, or neither.")
+    if start is None:
+        start = text.find(surface)
+        end = start + len(surface)
+        if start < 0:
+            raise SpanError(
+                f"the mention {_short(surface)} is not in its text.",
+                row=row,
+                remedy="Write it exactly as in the text (case counts); start=-1, end=-1 says that it is not there.",
+            )
+    elif start == end == NO_SPAN and surface is not None:
+        pass  # a release that does not locate it
+    elif not (0 <= start < end <= len(text)) or (surface is None and not text[start:end].strip()):
+        raise SpanError(
+            f"the span {start}:{end} holds no mention in a text of {len(text)} characters.",
+            row=row,
+            remedy="Offsets count characters from 0, end exclusive.",
+        )
+    elif surface is not None and text[start:end] != surface:
+        raise SpanError(
+            f"the text at {start}:{end} is {_short(text[start:end])}, not {_short(surface)}.",
+            row=row,
+            remedy="Offsets count characters from 0, end exclusive; without them the first occurrence is taken.",
+        )
+    return text[start:end] if surface is None else surface, start, end
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:39] + "…")
