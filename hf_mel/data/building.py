@@ -436,18 +436,15 @@ def _staging(target: Path) -> Iterator[Path]:
         yield work
         if target.exists():
             target.rename(old)
-        try:
-            work.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
+        work.rename(target)
     except OSError as error:
         raise MelError(
             f"cannot be built ({error}).", file=target, remedy="Check the paths, permissions and free space."
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if old.exists() and not target.exists():  # interrupted between the two renames
+            old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
 
 
