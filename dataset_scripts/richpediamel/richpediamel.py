@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+
 from hf_mel.dataset_scripts.release import (
     Release,
     cleaned_entities,
@@ -27,7 +28,6 @@ from hf_mel.dataset_scripts.release import (
     mapped_entities,
     read_image,
 )
-
 from hf_mel.errors import DataFormatError
 from hf_mel.schema import entity_features, mention_features
 

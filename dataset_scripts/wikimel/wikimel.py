@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+
 from hf_mel.dataset_scripts.release import (
     Release,
     cleaned_entities,
@@ -24,7 +25,6 @@ from hf_mel.dataset_scripts.release import (
     mapped_entities,
     read_image,
 )
-
 from hf_mel.errors import DataFormatError, DuplicateIdError
 from hf_mel.schema import entity_features, mention_features
 

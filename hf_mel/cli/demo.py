@@ -137,5 +137,3 @@ def _units_table(results: dict[str, Any]) -> Table:
             f"hits@1 {stratum}": metrics["hits@1"] for stratum, metrics in result["strata"]["stratum"].items()
         }
     return comparison_table(rows, title="What each unit knows: H@1 by what decides")
-
-

@@ -48,8 +48,9 @@ def convert_checkpoint(
         RecipeError: no such method.
         DataFormatError: a file is missing or unreadable, or keys are unknown, missing or of another shape.
     """
-    import hf_mel.auto  # noqa: F401 (registers the method's model with AutoModel)
     from transformers import AutoModel
+
+    import hf_mel.auto  # noqa: F401 (registers the method's model with AutoModel)
 
     state_dict, config, output = Path(state_dict), Path(config), Path(output)
     try:
@@ -85,7 +86,9 @@ def convert_checkpoint(
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise DataFormatError(
-            f"The weights do not fit the configuration: {shown}.", file=state_dict, remedy="Check that both are of one run."
+            f"The weights do not fit the configuration: {shown}.",
+            file=state_dict,
+            remedy="Check that both are of one run.",
         )
     model.load_state_dict(weights)
 

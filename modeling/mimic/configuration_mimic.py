@@ -110,11 +110,16 @@ class MimicConfig(PreTrainedConfig):
         for unit in self.units:
             missing = [
                 name
-                for name, units in (("text_config", ("text", "cross_modal")), ("vision_config", ("vision", "cross_modal")))
+                for name, units in (
+                    ("text_config", ("text", "cross_modal")),
+                    ("vision_config", ("vision", "cross_modal")),
+                )
                 if unit in units and getattr(self, name) is None
             ]
             if missing:
-                raise ValueError(f"The unit {unit!r} needs {' and '.join(missing)}; give it, or leave the unit out of units.")
+                raise ValueError(
+                    f"The unit {unit!r} needs {' and '.join(missing)}; give it, or leave the unit out of units."
+                )
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive.")
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +102,12 @@ def _masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (x * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
+class _AlignedLinear(nn.Linear):
+    """Starts as the orthogonal projection that all others of its shape start as, times `gain`, without a bias."""
+
+    gain = 1.0
+
+
 class TGLU(nn.Module):
     """Text-based Global-Local interaction Unit (§3.3.1, eq. 4 and 8–10)."""
 
@@ -108,17 +115,16 @@ class TGLU(nn.Module):
         super().__init__()
         self.local, self.mask_padding = config.text_local, config.mask_padding
         if self.local:
-            self.fc_query = nn.Linear(local_dim, config.text_dim)
-            self.fc_key = nn.Linear(local_dim, config.text_dim)
-            self.fc_value = nn.Linear(local_dim, config.text_dim)
-            self.fc_global = nn.Linear(global_dim, config.text_dim)
+            linear = _AlignedLinear if config.local_init == "aligned" else nn.Linear
+            self.fc_query = linear(local_dim, config.text_dim)
+            self.fc_key = linear(local_dim, config.text_dim)
+            self.fc_value = linear(local_dim, config.text_dim)
+            self.fc_global = linear(global_dim, config.text_dim)
             self.layer_norm = nn.LayerNorm(config.text_dim)
-            if config.local_init == "aligned":
-                for linear in (self.fc_query, self.fc_key, self.fc_value):
-                    linear.aligned_gain = 1.0
+            if isinstance(self.fc_global, _AlignedLinear):
                 # Orthonormal rows keep d_t of the d_T dimensions, and the LayerNorm of eq. 10 lengthens to the root of
                 # d_t: undoing both makes the local score of unit-length global features start as a cosine.
-                self.fc_global.aligned_gain = global_dim**0.5 / config.text_dim
+                self.fc_global.gain = global_dim**0.5 / config.text_dim
 
     def encode_mentions(self, text_global, text_local, mask) -> dict[str, torch.Tensor]:
         encoded = {"text_global": text_global}
@@ -335,11 +341,11 @@ class MimicPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear) and hasattr(module, "aligned_gain"):
+        if isinstance(module, _AlignedLinear):
             # One seed for all, so that query, key, value and global map start as the same projection.
             shared = torch.empty(module.weight.shape)
             nn.init.orthogonal_(shared, generator=torch.Generator().manual_seed(0))
-            init.copy_(module.weight, shared.to(module.weight) * module.aligned_gain)
+            init.copy_(module.weight, shared.to(module.weight) * module.gain)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):  # PyTorch's own start, which the published network keeps
             init.kaiming_uniform_(module.weight, a=5**0.5)
@@ -369,13 +375,13 @@ class MimicModel(MimicPreTrainedModel):
 
     def __init__(self, config: MimicConfig):
         super().__init__(config)
-        units = set(config.units)
+        units = set(config.units or ())
         has_text, has_vision = bool(units & {"text", "cross_modal"}), bool(units & {"vision", "cross_modal"})
 
         if has_text:
             # A pooling head that no score uses would be a parameter without a gradient.
             self.text_model = _build_backbone(config.text_config, config.text_pooling == "pooler")
-            local_dim = config.text_config.hidden_size
+            local_dim: int = config.text_config.hidden_size  # type: ignore[union-attr]
             global_dim = config.projection_dim or local_dim
             if config.projection_dim:
                 self.text_projection = nn.Linear(local_dim, config.projection_dim, bias=False)
@@ -418,7 +424,7 @@ class MimicModel(MimicPreTrainedModel):
         """
         if text is None and vision is None:
             raise ValueError("from_backbones needs the Hub id or folder of a text encoder, a vision encoder, or both.")
-        parts: dict[str, nn.Module] = {}
+        parts: dict[str, Any] = {}
         if text is not None and AutoConfig.from_pretrained(text).model_type == "clip":
             clip = AutoModel.from_pretrained(text)
             parts = {name: getattr(clip, name) for name in cls.backbone_names}
@@ -495,13 +501,13 @@ class MimicModel(MimicPreTrainedModel):
                 raise ValueError(f"This model sees images: {side}_pixel_values is missing.")
             image_global, image_local = self._image_features(pixel_values)
         if hasattr(self, "tglu"):
-            encode = self.tglu.encode_mentions if side == "mention" else self.tglu.encode_entities
             if self.config.text_local:
                 text_local = self.text_local_norm(text_local)
-            encoded |= encode(text_global, text_local, attention_mask)
+            encode_text = self.tglu.encode_mentions if side == "mention" else self.tglu.encode_entities
+            encoded |= encode_text(text_global, text_local, attention_mask)
         if hasattr(self, "vdlu"):
-            encode = self.vdlu.encode_mentions if side == "mention" else self.vdlu.encode_entities
-            encoded |= encode(image_global, image_local)
+            encode_image = self.vdlu.encode_mentions if side == "mention" else self.vdlu.encode_entities
+            encoded |= encode_image(image_global, image_local)
         if hasattr(self, "cmfu"):
             encoded["cross_modal"] = self.cmfu.fuse(text_global, image_local)
         return encoded
@@ -540,7 +546,7 @@ class MimicModel(MimicPreTrainedModel):
         entities = {name: _full(tensor) for name, tensor in entities.items() if tensor is not None}
         modules = {"text": "tglu", "vision": "vdlu", "cross_modal": "cmfu"}
         with torch.autocast(self.device.type, enabled=False):
-            return {unit: getattr(self, modules[unit])(mentions, entities) for unit in self.config.units}
+            return {unit: getattr(self, modules[unit])(mentions, entities) for unit in self.config.units or ()}
 
     def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """S [M, N] (eq. 7): the mean of the units' scores."""
@@ -567,13 +573,15 @@ class MimicModel(MimicPreTrainedModel):
         scores = _mean(unit_scores)
         loss = None
         if labels is not None:
-            terms = [scores, *(unit_scores[unit] for unit in self.config.unit_losses)]
-            loss = sum(F.cross_entropy(term / self.config.temperature, labels) for term in terms)  # eq. 20–22
+            terms = [scores, *(unit_scores[unit] for unit in self.config.unit_losses or ())]
+            losses = [F.cross_entropy(term / self.config.temperature, labels) for term in terms]  # eq. 20–21
+            loss = torch.stack(losses).sum()  # eq. 22
         return MimicOutput(loss=loss, scores=scores, unit_scores=unit_scores)
 
 
 def _mean(unit_scores: dict[str, torch.Tensor]) -> torch.Tensor:
-    return sum(unit_scores.values()) / len(unit_scores)
+    first, *others = unit_scores.values()
+    return sum(others, first) / len(unit_scores)
 
 
 def _full(x: torch.Tensor) -> torch.Tensor:

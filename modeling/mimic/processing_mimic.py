@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, CLIPImageProcessorPil, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    CLIPImageProcessorPil,
+    ProcessorMixin,
+)
 
 
 class MimicProcessor(ProcessorMixin):
@@ -97,13 +104,15 @@ class MimicProcessor(ProcessorMixin):
             [M, 3, H, W] (zeros for a missing image), and the same for `entity_*`.
         """
         if pairs is not None:
-            raise ValueError("MIMIC scores mentions and entities apart; give mentions= and entities= instead of pairs=.")
+            raise ValueError(
+                "MIMIC scores mentions and entities apart; give mentions= and entities= instead of pairs=."
+            )
         batch: dict[str, torch.Tensor] = {}
         if mentions is not None:
             images = [row.get("image") for row in mentions]
             batch |= self._side("mention", mentions, self.mention_template, images)
         if entities is not None:
-            images = [images[0] if (images := row.get("images")) else None for row in entities]
+            images = [next(iter(row.get("images") or ()), None) for row in entities]
             batch |= self._side("entity", entities, self.entity_template, images)
         return BatchFeature(batch)
 
@@ -130,7 +139,9 @@ class MimicProcessor(ProcessorMixin):
         try:
             return template.format_map(row)
         except KeyError as error:
-            raise ValueError(f"The template {template!r} needs the column {error}; the row has {sorted(row)}.") from None
+            raise ValueError(
+                f"The template {template!r} needs the column {error}; the row has {sorted(row)}."
+            ) from None
 
     def _pixels(self, images: list) -> torch.Tensor:
         present = [image.convert("RGB") for image in images if image is not None]

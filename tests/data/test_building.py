@@ -7,17 +7,17 @@ import sys
 import textwrap
 from pathlib import Path
 
-import hf_mel.dataset_scripts
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import load_dataset
-from hf_mel.dataset_scripts.wikimel.wikimel import WikiMel
 from typer.testing import CliRunner
 
+import hf_mel.dataset_scripts
 from hf_mel.cli.data import app
 from hf_mel.data import building
 from hf_mel.data.building import build_dataset, find_builder, known_datasets
+from hf_mel.dataset_scripts.wikimel.wikimel import WikiMel
 from hf_mel.errors import (
     CountMismatchError,
     DataFormatError,

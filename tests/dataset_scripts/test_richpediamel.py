@@ -4,8 +4,8 @@ import hashlib
 import json
 
 import pytest
-from hf_mel.dataset_scripts.richpediamel.richpediamel import RichpediaMel, held_out
 
+from hf_mel.dataset_scripts.richpediamel.richpediamel import RichpediaMel, held_out
 from hf_mel.errors import DataFormatError
 from tests.dataset_scripts.fixtures import picture, write_cleaned, write_ghmfc, write_json
 

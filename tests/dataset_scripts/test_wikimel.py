@@ -3,11 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from hf_mel.dataset_scripts.release import locate, read_image
-from hf_mel.dataset_scripts.wikimel.wikimel import WikiMel
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_mel.dataset_scripts.release import locate, read_image
+from hf_mel.dataset_scripts.wikimel.wikimel import WikiMel
 from hf_mel.errors import DataFormatError, DuplicateIdError, UnknownEntityError
 from hf_mel.schema import NIL, entity_features, mention_features
 from tests.dataset_scripts.fixtures import NAMES, melbench_samples, write_cleaned, write_json, write_melbench

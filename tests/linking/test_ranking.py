@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from hf_mel.spaces.mel_ranking.mel_ranking import ranks_from_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -11,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 from hf_mel.errors import KnowledgeBaseError, ScoreError, UnknownEntityError
 from hf_mel.linking import ranking
 from hf_mel.linking.ranking import EncodedEntities, RankingResult, rank
+from hf_mel.spaces.mel_ranking.mel_ranking import ranks_from_ids
 
 
 class DotProduct:

@@ -33,7 +33,9 @@ def text_score(weights, mention, entity, switches=Switches()):
     score = mention["global"] @ entity["global"]
     if not switches.text_local:
         return score
-    keep = (lambda mask: [i for i in range(len(mask)) if mask[i]]) if switches.mask_padding else (lambda m: range(len(m)))
+    keep = (
+        (lambda mask: [i for i in range(len(mask)) if mask[i]]) if switches.mask_padding else (lambda m: range(len(m)))
+    )
     keys = [linear(mention["local"][i], weights, "tglu.fc_key") for i in keep(mention["mask"])]
     values = [linear(mention["local"][i], weights, "tglu.fc_value") for i in keep(mention["mask"])]
     context = 0
@@ -64,9 +66,7 @@ def vision_score(weights, mention, entity, switches=Switches()):
     e2m = dual_score(
         weights, "vdlu.entity_to_mention", entity["global"], mention["global"], mention["local"], switches
     )
-    m2e = dual_score(
-        weights, "vdlu.mention_to_entity", mention["global"], entity["global"], entity["local"], switches
-    )
+    m2e = dual_score(weights, "vdlu.mention_to_entity", mention["global"], entity["global"], entity["local"], switches)
     return (e2m + m2e) / 2
 
 

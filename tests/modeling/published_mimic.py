@@ -99,7 +99,9 @@ def inputs(seed: int = 1, mentions: int = 4, entities: int = 6) -> dict[str, tor
     return batch
 
 
-def outputs(weights: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], clip: CLIPModel) -> dict[str, torch.Tensor]:
+def outputs(
+    weights: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], clip: CLIPModel
+) -> dict[str, torch.Tensor]:
     """What the published network computes: unit scores, their mean, and the loss with entity i as mention i's gold."""
     clip.eval()
     units = {k.removeprefix("matcher."): v for k, v in weights.items() if k.startswith("matcher.")}

@@ -8,38 +8,44 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, BertConfig, CLIPModel, ConvNextConfig, ViTConfig
+from transformers import AutoConfig, AutoModel, BertConfig, CLIPModel, ViTConfig
 
 import hf_mel.auto  # noqa: F401
-from hf_mel.modeling.mimic import MimicConfig, MimicModel
-from hf_mel.modeling.mimic import modeling_mimic
+from hf_mel.modeling.mimic import MimicConfig, MimicModel, modeling_mimic
 from hf_mel.schema import Retriever
 from tests.modeling import direct_mimic, published_mimic
 
-BERT = dict(
-    model_type="bert",
-    vocab_size=60,
-    hidden_size=24,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    max_position_embeddings=32,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-)
-VIT = dict(
-    model_type="vit",
-    hidden_size=20,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    image_size=16,
-    patch_size=8,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-)
-CNN = dict(model_type="convnext", hidden_sizes=[8, 20], depths=[1, 1], num_stages=2, patch_size=4, image_size=16)
-DIMS = dict(text_dim=12, vision_dim=12, fusion_dim=16, text_pooling="cls")
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 60,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 20,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+CNN = {
+    "model_type": "convnext",
+    "hidden_sizes": [8, 20],
+    "depths": [1, 1],
+    "num_stages": 2,
+    "patch_size": 4,
+    "image_size": 16,
+}
+DIMS = {"text_dim": 12, "vision_dim": 12, "fusion_dim": 16, "text_pooling": "cls"}
 
 
 def build(seed=0, **fields) -> MimicModel:
@@ -161,7 +167,9 @@ def test_laws_of_scoring():
         one_by_one = torch.cat([model.score(mentions, single) for single in singles], 1)
         order = torch.randperm(8)
         permuted = model.score(mentions, {k: v[order] for k, v in entities.items()})
-        chunked = torch.cat([model.score(mentions, {k: v[i : i + 3] for k, v in entities.items()}) for i in (0, 3, 6)], 1)
+        chunked = torch.cat(
+            [model.score(mentions, {k: v[i : i + 3] for k, v in entities.items()}) for i in (0, 3, 6)], 1
+        )
     torch.testing.assert_close(one_by_one, scores, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(permuted, scores[:, order])
     torch.testing.assert_close(chunked, scores)

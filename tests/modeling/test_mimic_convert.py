@@ -16,7 +16,7 @@ from hf_mel.hub.convert import convert_checkpoint
 from tests.modeling import published_mimic
 
 
-@pytest.fixture()
+@pytest.fixture
 def published(tmp_path):
     """Files as a user has them, and what the published network computes, by loops over pairs and tokens."""
     weights, batch = published_mimic.state_dict(), published_mimic.inputs()

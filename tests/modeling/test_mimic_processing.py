@@ -16,7 +16,7 @@ from hf_mel.schema import MelProcessor
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "swift", "on", "stage", "taylor", "singer", "bird", "."]
 
 
-@pytest.fixture()
+@pytest.fixture
 def tokenizer():
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -28,7 +28,7 @@ def tokenizer():
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def processor(tokenizer):
     return MimicProcessor.from_parts(tokenizer, {"size": {"height": 8, "width": 8}}, max_length=9)
 

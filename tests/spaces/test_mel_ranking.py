@@ -7,10 +7,11 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
-from hf_mel.spaces.mel_ranking import mel_ranking
-from hf_mel.spaces.mel_ranking.mel_ranking import nil_metrics, ranking_metrics, ranks_from_ids, resolve_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from hf_mel.spaces.mel_ranking import mel_ranking
+from hf_mel.spaces.mel_ranking.mel_ranking import nil_metrics, ranking_metrics, ranks_from_ids, resolve_ranks
 
 FOLDER = Path(mel_ranking.__file__).parent
 
