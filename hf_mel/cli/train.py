@@ -14,7 +14,7 @@ def train(
         typer.Argument(help="A recipe file, or the name of one that comes with hf_mel, such as [b]mimic_flags[/b]."),
     ],
     overrides: Annotated[
-        Optional[list[str]],  # noqa: UP007, UP045 (typer evaluates this on Python 3.10)
+        Optional[list[str]],  # noqa: UP045 (typer evaluates this on Python 3.10)
         typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be given several times."),
     ] = None,
     resume: Annotated[

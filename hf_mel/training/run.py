@@ -283,7 +283,7 @@ def _finish(
     resumed: bool,
 ) -> None:
     """Everything that comes after training, on one process: evaluate, calibrate, write; results.json last."""
-    model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processing_class
+    model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processor
     version = dataset_version(recipe.data.dataset, revision=recipe.data.revision)
     batch_size = trainer.args.per_device_eval_batch_size
     evaluation = evaluate_full(model, processor, validation, entities, batch_size=batch_size, data_version=version)

@@ -38,7 +38,8 @@ class MelTrainer(Trainer):
         train_dataset (`datasets.Dataset`, *optional*): Mentions; those whose gold is NIL are left out, with a count.
         eval_dataset (`datasets.Dataset`, *optional*): Mentions to evaluate on.
         entities (`datasets.Dataset`): The knowledge base.
-        processing_class ([`~hf_mel.schema.MelProcessor`]): Turns rows into tensors; saved with every checkpoint.
+        processing_class ([`~hf_mel.schema.MelProcessor`]): Turns rows into tensors; saved with every checkpoint. It is the
+            attribute `processor` of the trainer.
         callbacks (`list[TrainerCallback]`, *optional*): Further callbacks.
         kwargs: further arguments of `transformers.Trainer`.
 
@@ -51,7 +52,6 @@ class MelTrainer(Trainer):
 
     args: MelTrainingArguments
     model: Any
-    processing_class: Any
 
     def __init__(
         self,
@@ -75,6 +75,9 @@ class MelTrainer(Trainer):
             # DataParallel would cut the batch between mentions and the columns their labels point to.
             logger.warning("Using one of %d GPUs; start with `accelerate launch` to use them all.", args.n_gpu)
             args._n_gpu = 1
+        # Kept from the Trainer, which would write the tokenizer's special tokens into the text encoder's configuration,
+        # and could not train with a processor that has no tokenizer.
+        self.processor: Any = processing_class
         self.entities = entities
         #: What is trained on: the mentions whose entity is in the knowledge base.
         self.mentions: datasets.Dataset | None = None
@@ -94,10 +97,12 @@ class MelTrainer(Trainer):
             data_collator=collator,
             train_dataset=rows,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,  # type: ignore[arg-type]
             callbacks=[_SetEpoch(self), *(callbacks or [])],
             **kwargs,
         )
+        # The loss is a mean over the batch, whatever keywords `forward` takes: the Trainer must divide it when it
+        # accumulates gradients.
+        self.model_accepts_loss_kwargs = False
         if config is not None and not declared and hasattr(config, "use_cache"):
             del config.use_cache  # the Trainer sets it on every model; it would end up in config.json
         if args.early_stopping_patience is not None:
@@ -128,6 +133,29 @@ class MelTrainer(Trainer):
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.state.best_model_checkpoint is None:
+            super()._load_best_model()
+        else:
+            self._load_weights(self.state.best_model_checkpoint)
+
+    def _load_weights(self, folder: str) -> None:
+        """Weights of a checkpoint. The Trainer's own loading skips, silently, those that are renamed on saving (ViT)."""
+        saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves model and processor to `output_dir`, by default that of the arguments."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self.processor.save_pretrained(output_dir or self.args.output_dir)
+
     def evaluate(  # type: ignore[override]
         self,
         eval_dataset: datasets.Dataset | None = None,
@@ -152,7 +180,7 @@ class MelTrainer(Trainer):
         with self.accelerator.autocast():
             result = evaluate_full(
                 self.accelerator.unwrap_model(self.model),
-                self.processing_class,
+                self.processor,
                 mentions,
                 self.entities,
                 batch_size=self.args.per_device_eval_batch_size,

@@ -1,0 +1,211 @@
+"""The whole rendered card, values included."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from huggingface_hub import ModelCard
+
+from hf_mel.hub.cards import model_card
+from hf_mel.hub.saving import save_model_repository
+from tests.toy import ToyProcessor, ToyRetriever, toy_model
+
+
+def metrics(num_ranked: int, **values: float) -> dict:
+    return {
+        "hits@1": 0.5,
+        "hits@3": 0.625,
+        "hits@20": 1.0,
+        "mrr": 0.61234,
+        "mr": 2.25,
+        "num_ranked": num_ranked,
+        **values,
+    }
+
+
+def run_info(**changes) -> dict:
+    return {
+        "recipe": "toy_planets",
+        "description": "A toy on planets.",
+        "license": "mit",
+        "citation": "@misc{toy, title = {Toy}}\n",
+        "model": {
+            "type": "toy_retriever",
+            "parameters": 1234567,
+            "from_pretrained": None,
+            "text": "org/encoder",
+            "vision": "package:some_weights/vision",
+        },
+        "data": {
+            "dataset": "org/planets",
+            "revision": "abc123",
+            "sha256": "f00d",
+            "train_split": "train",
+            "train_mentions": 1000,
+            "train_nil": 10,
+            "validation_split": "validation",
+            "validation_mentions": 200,
+            "entities": 3000,
+        },
+        "validation": {
+            "metrics": metrics(190),
+            "strata": {"stratum": {"text": metrics(100, mr=1.0), "none": metrics(0, mrr=float("nan"), mr=None)}},
+        },
+        "nil": {"threshold": 1.23456789, "accuracy": 0.875, "simulated": True},
+        "best": {"step": 80, "epoch": 10.0},
+        "training": {"num_train_epochs": 20, "learning_rate": 1e-05},
+        "seed": 7,
+        "run": {"seconds": 90.0, "resumed": False, "device": "2 CPU cores"},
+        "versions": {"hf_mel": "0.1.0", "torch": "2.13.0"},
+        **changes,
+    }
+
+
+EXPECTED = """---
+base_model:
+- org/encoder
+datasets:
+- org/planets
+library_name: transformers
+license: mit
+tags:
+- entity-linking
+- multimodal
+- hf_mel
+- toy_retriever
+---
+
+# toy_planets
+
+A toy on planets.
+
+This model links mentions to entities: given a mention in a text, with or without an image, it scores the entities of a
+knowledge base, each known by its name, its attributes and its images. Mentions and entities are encoded apart, so the
+entities of a knowledge base are encoded once.
+
+It is a `toy_retriever` retriever of 1,234,567 parameters, built on `org/encoder` and `package:some_weights/vision`, trained with
+[hf_mel](https://pypi.org/project/hf_mel/).
+
+## Use
+
+With transformers alone (the repository carries the code of the model):
+
+```python
+import torch
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("hf-mel/toy_planets", trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained("hf-mel/toy_planets", trust_remote_code=True)
+mention = {"mention": "Jordan", "text": "Jordan scored 41 points in the final.", "image": None}
+names = {"Jordan": "Capital: Amman. Continent: Asia.", "Michael Jordan": "Occupation: basketball player."}
+entities = [{"name": name, "attributes": facts, "description": "", "images": []} for name, facts in names.items()]
+with torch.no_grad():
+    mentions = model.encode_mentions(**processor(mentions=[mention]))
+    scores = model.score(mentions, model.encode_entities(**processor(entities=entities)))  # [1, 2], higher is better
+print(entities[scores[0].argmax()]["name"])
+```
+
+Images are PIL images: one per mention in `"image"`, any number per entity in `"images"`, of which the first counts.
+Over a knowledge base of your own, from the command line:
+
+```bash
+pip install hf_mel
+hf-mel kb build hf-mel/toy_planets --entities entities.jsonl --output my_kb
+hf-mel link hf-mel/toy_planets --kb my_kb --text "Jordan scored 41 points in the final." --mention Jordan
+```
+
+## Training data
+
+|  |  |
+| --- | --- |
+| data set | `org/planets` |
+| revision | `abc123` |
+| sha256 of its files | `f00d` |
+| mentions for training (`train`) | 1,000 |
+| of these left out, because their entity is NIL | 10 |
+| mentions for validation (`validation`) | 200 |
+| entities of the knowledge base | 3,000 |
+
+## Results
+
+Every mention is ranked against all 3,000 entities of the knowledge base. Ties count as the mean of the best and the
+worst position. The checkpoint was chosen by MRR on this split, so a test split will be a little lower.
+
+| mentions | number | H@1 | H@3 | MRR | MR |
+| --- | --- | --- | --- | --- | --- |
+| `validation` | 190 | 50.0 | 62.5 | 61.2 | 2.2 |
+| stratum: text | 100 | 50.0 | 62.5 | 61.2 | 1.0 |
+| stratum: none | 0 | 50.0 | 62.5 |  |  |
+
+A mention whose best score is below 1.235 is taken for NIL (`config.nil_threshold`); set on mentions whose golds were left out for it, where 87.5 % of the decisions are right.
+
+## Training
+
+| argument | value |
+| --- | --- |
+| `num_train_epochs` | `20` |
+| `learning_rate` | `1e-05` |
+
+1.5 minutes on 2 CPU cores; epoch 10 was the best; seed 7. With hf_mel 0.1.0, torch 2.13.0.
+
+## Limits
+
+- It ranks what is in the knowledge base. Whether the right entity is there at all is a matter of a threshold on the
+  best score; scores are not probabilities, and a threshold holds for the model and the kind of text it was set on.
+- It has seen the languages, subjects and kinds of entity of its training data only. Measure it on your own before
+  relying on it.
+- A missing image is not an error: the model then decides by the rest, less well.
+- Linking people in pictures and posts to who they are can harm them. Mind the law and the people where you use it.
+
+## Citation
+
+```bibtex
+@misc{toy, title = {Toy}}
+```
+"""
+
+
+def test_the_whole_card():
+    assert model_card(run_info()) == EXPECTED
+
+
+def test_a_local_build_from_scratch_names_no_repository_it_does_not_have():
+    info = run_info(citation="", nil=None, best=None, repo_id="me/mine")
+    info["model"] |= {"text": None, "vision": None}
+    info["data"] |= {"dataset": "planets", "revision": None, "sha256": None, "train_nil": 0}
+    info["run"]["resumed"] = True
+    card = model_card(info)
+    metadata = ModelCard(card).data
+    assert metadata.base_model is None
+    assert metadata.datasets is None
+    assert "NIL (`config" not in card
+    assert "left out" not in card
+    assert "started from scratch" in card
+    assert "| revision | a local build |" in card
+    assert "1.5 minutes on 2 CPU cores since it was last resumed; the last step was kept; seed 7." in card
+    assert 'from_pretrained("me/mine"' in card
+    assert "hf-mel/" not in card
+    assert card.endswith("Cite the data set above and hf_mel.\n")
+    assert not re.search(r"\n{3}|\$\w", card)
+
+
+def test_a_model_goes_on_from_its_base():
+    info = run_info()
+    info["model"] |= {"from_pretrained": "org/first", "text": None, "vision": None}
+    assert ModelCard(model_card(info)).data.base_model == ["org/first"]
+
+
+def test_a_repository_carries_the_code_of_its_classes_and_leaves_them_as_they_were(tmp_path):
+    model = toy_model()
+    save_model_repository(model, ToyProcessor(), tmp_path)
+    assert (tmp_path / "toy.py").exists()
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "toy.ToyConfig",
+        "AutoModel": "toy.ToyRetriever",
+    }
+    assert '"AutoProcessor": "toy.ToyProcessor"' in (tmp_path / "processor_config.json").read_text()
+    for kind in (ToyRetriever, type(model.config), ToyProcessor):
+        assert kind._auto_class is None
+    ToyRetriever.from_pretrained(tmp_path).save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain/toy.py").exists()

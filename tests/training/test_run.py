@@ -1,0 +1,280 @@
+"""Run folders: complete, resumable, loadable elsewhere, and never taken for finished when they are not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from hf_mel.data.loading import dataset_version, load_entities, load_mentions
+from hf_mel.errors import MissingExtraError, RecipeError
+from hf_mel.evaluation.full import evaluate_full
+from hf_mel.training import run
+from hf_mel.training.recipe import Recipe
+from hf_mel.training.run import build_model, run_recipe, training_arguments
+from hf_mel.training.trainer import MelTrainer
+from tests.training.toy_run import recipe_dict, write_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("toy") / "toy_data", nil_every=6)
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory) -> Path:
+    return run_recipe(Recipe.from_dict(recipe_dict(dataset)), tmp_path_factory.mktemp("runs") / "tiny")
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_folder_holds_a_model_repository_and_the_record_of_its_run(finished, dataset):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "README.md", "config.json", "configuration_mimic.py", "model.safetensors", "modeling_mimic.py",
+        "processing_mimic.py", "processor_config.json", "recipe.yaml", "results.json", "tokenizer.json",
+        "tokenizer_config.json", "training.png", "training_log.json",
+    }  # fmt: skip
+    assert Recipe.load(finished / "recipe.yaml").to_dict() == Recipe.from_dict(recipe_dict(dataset)).to_dict()
+    results = results_of(finished)
+    assert results["data"] == {
+        **dataset_version(dataset),
+        "train_split": "train",
+        "train_mentions": 24,
+        "train_nil": 4,
+        "validation_split": "validation",
+        "validation_mentions": 12,
+        "entities": 12,
+    }
+    assert results["model"]["type"] == "mimic"
+    assert (finished / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_model_that_was_kept_reaches_the_numbers_that_were_written(finished, dataset):
+    model = AutoModel.from_pretrained(finished)
+    processor = AutoProcessor.from_pretrained(finished)
+    again = evaluate_full(
+        model, processor, load_mentions(dataset, "validation"), load_entities(dataset), progress=False
+    )
+    results = results_of(finished)
+    assert again.metrics == pytest.approx(results["validation"]["metrics"])
+    log = json.loads((finished / "training_log.json").read_text())
+    best = max((entry for entry in log if "eval_mrr" in entry), key=lambda entry: entry["eval_mrr"])
+    assert results["best"] == {"step": best["step"], "epoch": best["epoch"]}
+    assert again.metrics["mrr"] == pytest.approx(best["eval_mrr"])
+    assert model.config.nil_threshold == results["nil"]["threshold"]
+    assert model.config.nil_threshold == again.calibrate_nil_threshold().threshold
+    assert model.config.text_config.vocab_size == len(processor.tokenizer)
+    assert model.config.text_config.pad_token_id == processor.tokenizer.pad_token_id
+
+
+def test_the_card_runs_where_hf_mel_is_not_installed(finished, tmp_path):
+    card = (finished / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("hf-mel/tiny", str(finished))
+    script = (
+        "import sys\nsys.modules['hf_mel'] = None\n" + snippet + "\nprint(tuple(scores.shape), type(model).__module__)"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = done.stdout.strip().splitlines()[-2:]
+    assert first in ("Jordan", "Michael Jordan")
+    assert second.startswith("(1, 2) transformers_modules.")
+
+
+class Interrupted(BaseException):
+    """Like a Ctrl-C."""
+
+
+@pytest.mark.parametrize(
+    ("training", "fail_at"),
+    [
+        ({}, 4),  # in the second epoch; goes on from its beginning
+        (  # the checkpoint lies inside an epoch, and the random numbers of dropout go on with it
+            {
+                "eval_strategy": "steps",
+                "save_strategy": "steps",
+                "eval_steps": 2,
+                "save_steps": 2,
+                "save_total_limit": 1,
+            },
+            6,
+        ),
+    ],
+    ids=["between epochs", "inside an epoch"],
+)
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    dataset, tmp_path, monkeypatch, training, fail_at
+):
+    recipe = Recipe.from_dict(recipe_dict(dataset, batch_grouping="surface", group_size=2, **training))
+    whole = run_recipe(recipe, tmp_path / "whole")
+
+    steps, training_step = [], MelTrainer.training_step
+
+    def failing(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == fail_at:
+            raise Interrupted
+        return training_step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MelTrainer, "training_step", failing)
+        with pytest.raises(Interrupted):
+            run_recipe(recipe, tmp_path / "parts")
+    assert not (tmp_path / "parts/results.json").exists()
+    assert not (tmp_path / "parts/config.json").exists()
+    with pytest.raises(RecipeError, match=r"holds an interrupted run\. Continue it with --resume"):
+        run_recipe(recipe, tmp_path / "parts")
+
+    torch.manual_seed(99)
+    parts = run_recipe(recipe, tmp_path / "parts", resume=True)
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
+    assert results_of(parts)["run"]["resumed"]
+    assert results_of(parts)["validation"]["metrics"] == results_of(whole)["validation"]["metrics"]
+    assert not (parts / "checkpoints").exists()
+
+
+def test_an_interruption_at_the_end_is_mended_without_training_again(dataset, tmp_path, monkeypatch):
+    recipe = Recipe.from_dict(recipe_dict(dataset))
+
+    def fail(*args, **kwargs):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "model_card", fail)
+        with pytest.raises(Interrupted):
+            run_recipe(recipe, tmp_path / "tiny")
+    assert not (tmp_path / "tiny/results.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(MelTrainer, "training_step", fail)
+        folder = run_recipe(recipe, tmp_path / "tiny", resume=True)
+        before = (folder / "results.json").stat().st_mtime_ns
+        assert run_recipe(recipe, folder, resume=True) == folder  # finished: nothing to do
+    assert (folder / "results.json").stat().st_mtime_ns == before
+    with pytest.raises(RecipeError, match=r"holds a finished run\. Keep it with --resume"):
+        run_recipe(recipe, folder)
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    for step, complete in ((2, True), (10, True), (12, False)):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        if complete:
+            (checkpoint / "trainer_state.json").touch()
+    assert run._last_checkpoint(tmp_path).name == "checkpoint-10"
+    assert run._last_checkpoint(tmp_path / "none") is None
+
+
+def test_a_folder_of_something_else_is_left_alone(dataset, tmp_path):
+    recipe = Recipe.from_dict(recipe_dict(dataset))
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="is not empty, and holds no run"):
+        run_recipe(recipe, tmp_path)
+    with pytest.raises(RecipeError, match="is not empty, and holds no run"):
+        run_recipe(recipe, tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_resuming_with_another_recipe_names_what_differs(dataset, finished):
+    content = recipe_dict(dataset, num_train_epochs=3)
+    content["model"]["config"]["text_dim"] = 16
+    with pytest.raises(RecipeError, match=r"other values of model.config.text_dim, training.num_train_epochs\."):
+        run_recipe(Recipe.from_dict(content), finished, resume=True)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_starts_over(dataset, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("name: before\n")
+    recipe = Recipe.from_dict(
+        recipe_dict(dataset, max_steps=1, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
+    )
+    folder = run_recipe(recipe, tmp_path)
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["name"] == "tiny"
+
+
+def test_training_goes_on_from_a_model_repository(dataset, finished, tmp_path):
+    content = {key: value for key, value in recipe_dict(dataset).items() if key != "processor"}
+    content["model"] = {"from_pretrained": str(finished), "config": {"temperature": 0.5}}
+    recipe = Recipe.from_dict(content)
+    model, _ = build_model(recipe)
+    assert model.config.temperature == 0.5
+    weights = AutoModel.from_pretrained(finished).state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    content["model"]["from_pretrained"] = str(tmp_path / "nothing")
+    with pytest.raises(RecipeError, match="nothing' cannot be loaded"):
+        build_model(Recipe.from_dict(content))
+
+
+def test_without_matplotlib_there_is_no_plot_and_a_note(dataset, tmp_path, monkeypatch, capsys):
+    def missing(*args, **kwargs):
+        raise MissingExtraError("The plot needs matplotlib.", remedy='Run pip install "hf_mel[plot]".')
+
+    monkeypatch.setattr(run, "plot_training", missing)
+    recipe = Recipe.from_dict(
+        recipe_dict(dataset, max_steps=1, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
+    )
+    folder = run_recipe(recipe, tmp_path / "tiny")
+    assert not (folder / "training.png").exists()
+    assert results_of(folder)["best"] is None
+    assert 'No training.png: The plot needs matplotlib. Run pip install "hf_mel[plot]".' in capsys.readouterr().out
+
+
+def changed(dataset, *overrides: str) -> Recipe:
+    content = recipe_dict(dataset)
+    from hf_mel.training.recipe import _override
+
+    for override in overrides:
+        _override(content, override, "mine.yaml")
+    return Recipe.from_dict(content, file="mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.type=mimik", "model.type: 'mimik' is not a model type that AutoConfig knows"),
+        ("model.type=bert", "model.type: 'bert' has no model and processor class"),
+        ("model.type=clip", "unknown key 'model.config.text_pooling'"),
+        ("model.config.text_dims=8", r"unknown key 'model.config.text_dims'. Did you mean 'text_dim'\?"),
+        (
+            "model.config.text_config.hiden_size=8",
+            r"'model.config.text_config.hiden_size'. Did you mean 'hidden_size'\?",
+        ),
+        ("model.config.gate=vectro", "model: gate='vectro' is not one of"),
+        ("processor.options.max_lenght=8", r"unknown key 'processor.options.max_lenght'. Did you mean 'max_length'\?"),
+    ],
+)
+def test_what_the_method_does_not_take_is_refused(dataset, override, message):
+    with pytest.raises(RecipeError, match=f"mine.yaml: .*{message}"):
+        build_model(changed(dataset, override), ["some text"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.num_epochs=3", r"unknown key 'training.num_epochs'. Did you mean 'num_train_epochs'\?"),
+        ("training.output_dir=x", "unknown key 'training.output_dir'"),
+        ("training.learning_rate=fast", "training.learning_rate: 'fast' is not a number"),
+        ("training.bf16=yes please", "training.bf16: 'yes please' is not true or false"),
+        ("training.num_train_epochs=true", "training.num_train_epochs: True is not a number"),
+        ("training.batch_grouping=name", "training: batch_grouping='name' is not one of"),
+        ("training.eval_strategy=sometimes", "training: '?sometimes'? is not a valid IntervalStrategy"),
+    ],
+)
+def test_training_arguments_are_checked(dataset, override, message):
+    with pytest.raises(RecipeError, match=f"mine.yaml: {message}"):
+        training_arguments(changed(dataset, override), "nowhere")

@@ -1,0 +1,218 @@
+"""MelTrainer on a toy retriever, against plain loops."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from hf_mel.data.batching import GroupingSampler, surface_key
+from hf_mel.data.collator import RetrieverCollator
+from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
+from hf_mel.training.arguments import MelTrainingArguments
+from hf_mel.training.trainer import MelTrainer
+from tests.toy import ToyProcessor, ToyRetriever, toy_entities, toy_mentions, toy_model
+
+ENTITIES = toy_entities(12)
+
+
+def trainer(tmp_path, model=None, train=None, validation=None, **arguments) -> MelTrainer:
+    options = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
+    return MelTrainer(
+        model if model is not None else toy_model(),
+        MelTrainingArguments(output_dir=str(tmp_path / "checkpoints"), **{**options, **arguments}),
+        train_dataset=toy_mentions(16) if train is None else train,
+        eval_dataset=toy_mentions(12) if validation is None else validation,
+        entities=ENTITIES,
+        processing_class=ToyProcessor(),
+    )
+
+
+class Greedy(ToyRetriever):
+    """A retriever whose `forward` takes any keyword and does not say what it does with them."""
+
+    accepts_loss_kwargs = True
+
+    def forward(self, labels=None, num_items_in_batch=None, **inputs):
+        return super().forward(labels=labels, **inputs)
+
+
+@pytest.mark.parametrize("kind", [ToyRetriever, Greedy])
+def test_accumulated_gradients_are_the_mean_over_the_batches(tmp_path, kind):
+    mentions, start = toy_mentions(16), toy_model()
+    model = kind(start.config)
+    model.load_state_dict(start.state_dict())
+    trained = trainer(
+        tmp_path,
+        model,
+        mentions,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=0.5,
+        max_grad_norm=0,
+        lr_scheduler_type="constant",
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        logging_steps=1,
+    )
+    output = trained.train()
+
+    collator = RetrieverCollator(ToyProcessor(), ENTITIES)
+    order = list(GroupingSampler(range(16)))
+    losses = [start(**collator([mentions[i] for i in order[first : first + 4]])).loss for first in (0, 4)]
+    mean = sum(losses) / 2
+    mean.backward()
+    assert output.training_loss == pytest.approx(mean.item(), rel=1e-5)
+    for (name, before), after in zip(start.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(after, before - 0.5 * before.grad, msg=name)
+
+
+def test_every_epoch_has_an_order_of_its_own_and_groups_surfaces(tmp_path):
+    mentions, seen = toy_mentions(24), []
+    trained = trainer(
+        tmp_path, train=mentions, num_train_epochs=2, batch_grouping="surface", group_size=2, eval_strategy="no",
+        save_strategy="no", load_best_model_at_end=False,
+    )  # fmt: skip
+    collate = trained.data_collator
+    trained.data_collator = lambda rows: seen.append([row["mention_id"] for row in rows]) or collate(rows)
+    trained.train()
+    sampler = GroupingSampler([surface_key(mention) for mention in mentions["mention"]], 2, seed=0)
+    expected = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order = [mentions["mention_id"][index] for index in sampler]
+        expected += [order[first : first + 4] for first in range(0, 24, 4)]
+    assert seen == expected
+    assert seen[:6] != seen[6:]
+
+
+class Named(ToyRetriever):
+    """With a LayerNorm, and with an encoder that came pretrained."""
+
+    backbone_names = ("characters",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.out_norm = nn.LayerNorm(config.dim)
+
+
+def test_learning_rates_and_weight_decay_by_parameter(tmp_path):
+    model = Named(toy_model().config)
+    built = trainer(tmp_path, model, weight_decay=0.1, learning_rate=1e-3, head_learning_rate=1e-2)
+    optimizer = built.create_optimizer()
+    assert built.create_optimizer() is optimizer
+    found = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            (name,) = (name for name, other in model.named_parameters() if other is parameter)
+            assert name not in found
+            found[name] = (group["lr"], group["weight_decay"])
+    assert found == {
+        "characters.weight": (1e-3, 0.1),
+        "mention_text.weight": (1e-2, 0.1),
+        "mention_text.bias": (1e-2, 0.0),
+        "mention_vision.weight": (1e-2, 0.1),
+        "mention_vision.bias": (1e-2, 0.0),
+        "entity_vision.weight": (1e-2, 0.1),
+        "entity_vision.bias": (1e-2, 0.0),
+        "out_norm.weight": (1e-2, 0.0),
+        "out_norm.bias": (1e-2, 0.0),
+    }
+    scheduler = built.create_scheduler(10)
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] / group["initial_lr"] for group in optimizer.param_groups] == pytest.approx([0.9] * 3)
+
+
+def test_a_head_learning_rate_needs_a_model_that_names_its_backbones(tmp_path):
+    with pytest.raises(RecipeError, match="ToyRetriever does not name its pretrained parts"):
+        trainer(tmp_path, head_learning_rate=1e-2)
+
+
+def test_training_learns_and_ends_with_the_best_checkpoint(tmp_path):
+    trained = trainer(tmp_path, num_train_epochs=6, learning_rate=0.05)
+    before = trained.evaluate()["eval_mrr"]
+    trained.train()
+    evaluations = [entry["eval_mrr"] for entry in trained.state.log_history if "eval_mrr" in entry]
+    assert len(evaluations) == 6
+    assert max(evaluations) > before + 0.05
+    assert max(evaluations) > evaluations[-1]  # or this test would not see which checkpoint was kept
+    again = trained.evaluate(metric_key_prefix="again")
+    assert again["again_mrr"] == max(evaluations)
+    assert {"again_hits@1", "again_mr", "again_num_ranked"} <= set(again)
+
+
+def test_evaluation_is_that_of_a_double_loop_and_leaves_the_mode_alone(tmp_path):
+    mentions, model = toy_mentions(12), toy_model()
+    built = trainer(tmp_path, model, validation=mentions)
+    model.train()
+    metrics = built.evaluate()
+    assert model.training
+    processor, ranks = ToyProcessor(), []
+    with torch.no_grad():
+        entities = model.encode_entities(**processor(entities=list(ENTITIES)))
+        for mention in mentions:
+            scores = model.score(model.encode_mentions(**processor(mentions=[mention])), entities)[0]
+            gold = scores[ENTITIES["entity_id"][:].index(mention["entity_id"])]
+            ranks.append(1 + int((scores > gold + 1e-5).sum()))
+    assert metrics["eval_mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / 12)
+    assert metrics["eval_hits@1"] == pytest.approx(ranks.count(1) / 12)
+
+
+def test_early_stopping_counts_evaluations_without_improvement(tmp_path):
+    trained = trainer(tmp_path, num_train_epochs=9, learning_rate=0.0, early_stopping_patience=2)
+    trained.train()
+    assert trained.state.epoch == 3  # the first is the best, the next two are no better
+
+
+def test_nil_mentions_are_left_out_with_a_count(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="hf_mel.training.trainer"):
+        built = trainer(tmp_path, train=toy_mentions(16, nil_every=4))
+    assert "4 mentions whose gold is NIL" in caplog.text
+    assert len(built.train_dataset) == 12
+    assert len(built.mentions) == 12
+
+
+def test_golds_are_checked_before_training(tmp_path):
+    with pytest.raises(UnknownEntityError, match="row 2: the gold 'Q15' of mention 'm2'"):
+        trainer(tmp_path, train=toy_mentions(16, entities=24))
+    with pytest.raises(UnknownEntityError):
+        trainer(tmp_path, validation=toy_mentions(16, entities=24))
+    with pytest.raises(DataFormatError, match="every gold is NIL"):
+        trainer(tmp_path, train=toy_mentions(3, nil_every=1))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"batch_grouping": "name"}, {"group_size": 0}, {"early_stopping_patience": 0}, {"remove_unused_columns": True}],
+)
+def test_arguments_are_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        MelTrainingArguments(output_dir="nowhere", **wrong)
+
+
+def test_half_precision_training_keeps_full_weights(tmp_path):
+    start = toy_model()
+    trained = trainer(tmp_path, copy.deepcopy(start), bf16=True)
+    trained.train()
+    assert all(parameter.dtype == torch.float32 for parameter in trained.model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), trained.model.parameters(), strict=True))
+
+
+def test_the_configuration_gains_no_field_from_the_trainer(tmp_path):
+    model = toy_model()
+    before = model.config.to_dict()
+    trainer(tmp_path, model)
+    assert model.config.to_dict() == before
