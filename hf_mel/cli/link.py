@@ -12,6 +12,8 @@ import typer
 from hf_mel.errors import DataFormatError, MelError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from hf_mel.linking.linker import LinkResult
 
 
@@ -47,8 +49,9 @@ def link(
 ) -> None:
     """Link a mention in a text to the entities of a knowledge base.
 
-    Shows the candidates, the score of each, and the parts it is the mean of. Where the mention occurs several times in
-    the text, its first occurrence is taken; --start and --end choose another.
+    Shows the candidates, the score of each, and the parts it is the mean of.
+
+    Where the mention occurs several times, the first one is meant; --start and --end choose another.
 
     Examples:
 
@@ -98,28 +101,24 @@ def link(
 
 def _show(result: LinkResult) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
+    console = Console()
     units = list(result.best.unit_scores) if len(result.best.unit_scores) > 1 else []
-    table = Table(title=Text(f"{result.mention!r} may mean"))
-    table.add_column("", justify="right")
-    table.add_column("entity", max_width=36)
-    table.add_column("id", no_wrap=True)
-    for name in ("score", *units):
-        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
-    table.add_column("about", no_wrap=True, overflow="ellipsis")
+    header = ["", "entity", "id", "score", *(unit.replace("_", " ") for unit in units)]
+    rows: list[list[Any]] = []
     for candidate in result.candidates:
         scores = [candidate.score, *(candidate.unit_scores[unit] for unit in units)]
-        about = " ".join(f"{candidate.description} {candidate.attributes}".split())
-        table.add_row(
-            str(candidate.rank),
-            Text(_cut(candidate.name, 120)),  # Text: a name in square brackets is no markup
-            Text(candidate.entity_id),
-            *(f"{score:.3f}" for score in scores),
-            Text(_cut(about, 200)),
-        )
-    console = Console()
+        # Text, because a name in square brackets is no markup.
+        entity = [Text(_cut(candidate.name, 32)), Text(candidate.entity_id)]
+        rows.append([str(candidate.rank), *entity, *(f"{score:.3f}" for score in scores)])
+    title = Text(f"{_cut(result.mention, 60)!r} may mean")
+    table = _table(title, header, rows)
+    about = [" ".join(f"{candidate.description} {candidate.attributes}".split()) for candidate in result.candidates]
+    room = console.width - console.measure(table).maximum - 3
+    if any(about) and room >= 16:  # otherwise names and scores have the whole width
+        cells = [Text(_cut(words, room)) for words in about]
+        table = _table(title, [*header, "about"], [[*row, cell] for row, cell in zip(rows, cells, strict=True)])
     console.print(table)
     best = result.best
     if result.is_nil:
@@ -130,6 +129,18 @@ def _show(result: LinkResult) -> None:
             decision += "\nThe model has no NIL threshold: the best entity is taken, however low its score."
     for line in (decision, *result.warnings):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(title: Any, header: list[str], rows: list[list[Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in header:
+        texts = name in ("entity", "id", "about")
+        table.add_column(name, justify="left" if texts else "right", no_wrap=name != "entity", overflow="ellipsis")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _cut(text: str, length: int) -> str:

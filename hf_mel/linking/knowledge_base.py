@@ -237,16 +237,15 @@ class KnowledgeBase:
         self.check_made_by(model, processor)
         source, name = _entity_rows(entities)
         ids = _checked_ids(source, name)
-        known = [(k, entity_id) for k, entity_id in enumerate(ids) if entity_id in self._rows_by_id]
+        known = [entity_id for entity_id in ids if entity_id in self._rows_by_id]
         if known and not replace:
             raise DuplicateIdError(
-                f"the knowledge base has {known[0][1]!r} already"
+                f"the knowledge base has {known[0]!r} already"
                 + (f" (and {len(known) - 1} more of these)." if len(known) > 1 else "."),
                 file=name,
-                row=known[0][0],
                 remedy="Remove it first, leave it out, or replace it (replace=True, --replace).",
             )
-        replaced = self._active[[self._rows_by_id[entity_id] for _, entity_id in known]]
+        replaced = self._active[[self._rows_by_id[entity_id] for entity_id in known]]
         work = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.path))
         try:
             writer = _ShardWriter(work, len(self._manifest["shards"]), self.dtype, self._manifest["encodings"])

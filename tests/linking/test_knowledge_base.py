@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from io import BytesIO
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,7 +16,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tests.toy import ToyProcessor, ToyRetriever, toy_entities, toy_model
 
 from hf_mel.errors import (
     DataFormatError,
@@ -30,6 +27,7 @@ from hf_mel.errors import (
 from hf_mel.linking import knowledge_base
 from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.schema import entity_features
+from tests.toy import ToyProcessor, ToyRetriever, toy_entities, toy_model
 
 MODEL, PROCESSOR = toy_model(), ToyProcessor()
 WORLD = toy_entities(30)
@@ -276,9 +274,9 @@ def test_the_last_entity_stays():
     assert len(kb) == 2
 
 
-def test_adding_an_entity_that_is_there_is_an_error_that_names_its_row():
+def test_adding_an_entity_that_is_there_is_an_error_that_names_it():
     kb = build(WORLD.select(range(5)))
-    with pytest.raises(DuplicateIdError, match=r"row 1: .*'Q5' already \(and 1 more"):
+    with pytest.raises(DuplicateIdError, match=r"'Q5' already \(and 1 more"):
         kb.add(WORLD.select([7, 4, 2]), MODEL, PROCESSOR, progress=False)
     assert_holds(kb, list(WORLD.select(range(5))))
 

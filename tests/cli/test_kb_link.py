@@ -1,0 +1,173 @@
+"""`hf-mel kb` and `hf-mel link` from end to end on a toy model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from hf_mel.cli import kb
+from hf_mel.cli.link import link
+from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError, SpanError
+from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.linking.linker import EntityLinker
+from tests.toy import ToyProcessor, register, toy_entities, toy_model
+
+MODEL, PROCESSOR = toy_model(), ToyProcessor()
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.add_typer(kb.app, name="kb")
+app.command()(link)
+
+
+@pytest.fixture
+def model(tmp_path):
+    register()
+    MODEL.save_pretrained(tmp_path / "model")
+    PROCESSOR.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def base(tmp_path):
+    KnowledgeBase.build(toy_entities(12), MODEL, PROCESSOR, output=tmp_path / "kb", progress=False)
+    return str(tmp_path / "kb")
+
+
+def run(*arguments, ok: bool = True):
+    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "120"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert (result.exit_code == 0) == ok, result.output
+    return result
+
+
+def test_build_add_remove_info(tmp_path, model):
+    Image.new("RGB", (3, 3), "red").save(tmp_path / "a.png")
+    (tmp_path / "mine.csv").write_text("id,name,image\na,Ada,a.png\nb,Bob,\n")
+    (tmp_path / "more.jsonl").write_text('{"id": "c", "name": "Cleo"}\n')
+    folder = tmp_path / "kb"
+    run("kb", "build", model, "--entities", tmp_path / "mine.csv", "--output", folder, "--dtype", "float16")
+    assert KnowledgeBase.load(folder).entity_ids == ["a", "b"]
+    assert KnowledgeBase.load(folder).image(0).size == (3, 3)
+    assert "3" in run("kb", "add", folder, "--model", model, "--entities", tmp_path / "more.jsonl").stdout
+    with pytest.raises(DuplicateIdError, match="'c'"):
+        run("kb", "add", folder, "--model", model, "--entities", tmp_path / "more.jsonl")
+    run("kb", "add", folder, "--model", model, "--entities", tmp_path / "more.jsonl", "--replace")
+    run("kb", "remove", folder, "a", "b")
+    assert KnowledgeBase.load(folder).entity_ids == ["c"]
+    shown = run("kb", "info", folder, "--verify").stdout
+    for word in ("1, and 3 removed", "float16", "model (toy_retriever)", "Every file is as it was written"):
+        assert word in shown
+
+
+def test_build_takes_one_source(tmp_path, model):
+    run("kb", "build", model, "--output", tmp_path / "kb", ok=False)
+    run("kb", "build", model, "--output", tmp_path / "kb", "--dataset", "a", "--entities", "b.csv", ok=False)
+    assert not (tmp_path / "kb").exists()
+
+
+def test_json_is_the_linkers_result_and_nothing_else(tmp_path, model, base):
+    image = tmp_path / "image.png"
+    Image.new("RGB", (3, 3), "red").save(image)
+    mention = {"text": "Here Entity c met.", "mention": "Entity c", "image": image}
+    options = [option for name, value in mention.items() for option in (f"--{name}", value)]
+    shown = run("link", model, "--kb", base, *options, "--top-k", 3, "--nil-threshold", "-5", "--json").stdout
+    expected = EntityLinker(MODEL, PROCESSOR, base, nil_threshold=-5)(mention, top_k=3).to_dict()
+    assert json.loads(shown) == expected
+    assert len(expected["candidates"]) == 3
+
+
+def test_the_table_shows_candidates_units_and_the_decision(model, base):
+    arguments = ("link", model, "--kb", base, "--text", "Here Entity c met.", "--mention", "Entity c", "--top-k", 4)
+    result = EntityLinker(MODEL, PROCESSOR, base)(text="Here Entity c met.", mention="Entity c", top_k=4)
+    shown = run(*arguments).stdout
+    rows = [line.split("│") for line in shown.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in row[1:-1]] for row in rows]
+    assert cells == [
+        [
+            str(c.rank),
+            c.name,
+            c.entity_id,
+            f"{c.score:.3f}",
+            *(f"{u:.3f}" for u in c.unit_scores.values()),
+            c.attributes,
+        ]
+        for c in result.candidates
+    ]
+    assert f"Entity c → {result.best.name} ({result.best.entity_id})" in shown
+    assert "no NIL threshold" in shown
+    assert result.warnings[0] in shown
+    assert f"NIL: the best score, {result.best.score:.3f}, is below" in run(*arguments, "--nil-threshold", 99).stdout
+
+
+def test_a_name_with_markup_is_shown_as_it_is(tmp_path, model):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"id": "[red]", "name": "[b]x[/b] :smile:" + "y" * 10_000}))
+    run("kb", "build", model, "--entities", tmp_path / "mine.jsonl", "--output", tmp_path / "kb")
+    shown = run("link", model, "--kb", tmp_path / "kb", "--text", "[/b] x", "--mention", "[/b] x").stdout
+    assert "[b]x[/b] :smile:yyy" in shown
+    assert "[red]" in shown
+    assert "'[/b] x' may mean" in shown
+    assert len(shown) < 2_000
+
+
+def test_a_file_of_mentions(tmp_path, model, base):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (3, 3), "red").save(tmp_path / "in" / "image.png")
+    records = [
+        {"text": "Here Entity c met.", "mention": "Entity c", "image": "image.png", "entity_id": "Q3"},
+        {"text": "Entity d, Entity d", "start": 10, "end": 18},
+    ]
+    source, output = tmp_path / "in" / "mentions.jsonl", tmp_path / "out" / "linked.jsonl"
+    source.write_text(f"{json.dumps(records[0])}\n\n{json.dumps(records[1])}\n")
+    shown = run("link", model, "--kb", base, "--input", source, "--output", output, "--top-k", 2).stdout
+    linker = EntityLinker(MODEL, PROCESSOR, base)
+    expected = [
+        linker(records[0] | {"image": tmp_path / "in" / "image.png"}, top_k=2).to_dict(),
+        linker(records[1], top_k=2).to_dict(),
+    ]
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    for line, record, result in zip(lines, records, expected, strict=True):
+        assert line.pop("linked")["entity_id"] == result["entity_id"]
+        assert line == record
+    assert "2 mentions linked, 0 of them NIL" in shown
+    assert "For 1 of them: The model looks at images" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        ('{"text": "a", "mention": "b"}', SpanError, "row 3: the mention 'b'"),
+        ('{"text": "a", "mention": "a", "image": "none.png"}', ImageError, r"row 3: .*none\.png: no such"),
+        ("{", DataFormatError, "row 3: is not JSON"),
+        ("[]", DataFormatError, "row 3: is not a mention"),
+        ('{"text": "a", "mention": "a", "image": 3}', DataFormatError, "row 3: is not a mention"),
+    ],
+)
+def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, model, base, line, error, message):
+    source = tmp_path / "mentions.jsonl"
+    source.write_text('{"text": "a", "mention": "a"}\n\n' + line)
+    with pytest.raises(error, match=rf"mentions\.jsonl, {message}"):
+        run("link", model, "--kb", base, "--input", source, "--output", tmp_path / "linked.jsonl")
+    assert not (tmp_path / "linked.jsonl").exists()
+
+
+def test_options_that_do_not_go_together(tmp_path, model, base):
+    for options in (
+        (),
+        ("--mention", "a"),
+        ("--input", "m.jsonl"),
+        ("--output", "o.jsonl", "--text", "a", "--mention", "a"),
+        ("--input", "m.jsonl", "--output", "o.jsonl", "--text", "a"),
+        ("--input", "m.jsonl", "--output", "o.jsonl", "--json"),
+    ):
+        assert "Error" in run("link", model, "--kb", base, *options, ok=False).output
+
+
+def test_a_model_and_a_knowledge_base_that_do_not_belong_together(model, base):
+    toy_model(seed=1).save_pretrained(model)
+    with pytest.raises(KnowledgeBaseError, match=r"its weights differ.*hf-mel kb build"):
+        run("link", model, "--kb", base, "--text", "a", "--mention", "a")

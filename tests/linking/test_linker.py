@@ -1,0 +1,289 @@
+"""EntityLinker against scores worked out one pair at a time."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hf_mel.errors import DataFormatError, ImageError, KnowledgeBaseError, SpanError
+from hf_mel.linking import knowledge_base
+from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.linking.linker import EntityLinker
+from hf_mel.schema import NIL, entity_features
+from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model
+
+MODEL, PROCESSOR = toy_model(), ToyProcessor()
+WORLD, MENTIONS = toy_entities(30), list(toy_mentions(20, entities=30))
+
+
+def build(rows=WORLD, **options) -> KnowledgeBase:
+    return KnowledgeBase.build(rows, MODEL, PROCESSOR, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def linker() -> EntityLinker:
+    return EntityLinker(MODEL, PROCESSOR, build())
+
+
+@torch.no_grad()
+def by_hand(mention, entities=WORLD) -> list[tuple[str, float, dict[str, float]]]:
+    """Every entity's id, score and unit scores, the best first, one pair at a time."""
+    encoded = MODEL.encode_mentions(**PROCESSOR(mentions=[mention]))
+    found = []
+    for entity in entities:
+        units = MODEL.unit_scores(encoded, MODEL.encode_entities(**PROCESSOR(entities=[entity])))
+        units = {unit: score.item() for unit, score in units.items()}
+        found.append((entity["entity_id"], sum(units.values()) / len(units), units))
+    return sorted(found, key=lambda entry: -entry[1])
+
+
+def assert_same(results, others) -> None:
+    """Equal but for rounding; candidates that tie within it may stand in either order."""
+    assert len(results) == len(others)
+    for one, other in zip(results, others, strict=True):
+        assert (one.mention, one.start, one.end, one.warnings) == (
+            other.mention,
+            other.start,
+            other.end,
+            other.warnings,
+        )
+        assert [c.score for c in one.candidates] == pytest.approx([c.score for c in other.candidates], abs=1e-5)
+        scores = {c.entity_id: c for c in other.candidates}
+        for candidate in one.candidates:
+            twin = scores.get(candidate.entity_id)
+            if twin is None:  # it ties with the last one
+                assert candidate.score == pytest.approx(other.candidates[-1].score, abs=1e-5)
+                continue
+            assert candidate.unit_scores == pytest.approx(twin.unit_scores, abs=1e-5)
+            assert (candidate.name, candidate.attributes) == (twin.name, twin.attributes)
+
+
+# Ranking
+
+
+def test_candidates_and_all_their_scores_are_those_worked_out_by_hand(linker):
+    for mention, result in zip(MENTIONS, linker(MENTIONS, top_k=7), strict=True):
+        expected = by_hand(mention)[:7]
+        assert [c.entity_id for c in result.candidates] == [entity_id for entity_id, _, _ in expected]
+        assert [c.score for c in result.candidates] == pytest.approx([score for _, score, _ in expected], abs=1e-5)
+        for candidate, (_, _, units) in zip(result.candidates, expected, strict=True):
+            assert candidate.unit_scores == pytest.approx(units, abs=1e-5)
+        assert [c.rank for c in result.candidates] == [1, 2, 3, 4, 5, 6, 7]
+        names = {row["entity_id"]: row["name"] for row in WORLD}
+        assert [c.name for c in result.candidates] == [names[c.entity_id] for c in result.candidates]
+        assert result.best is result.candidates[0]
+        assert result.entity_id == result.best.entity_id
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(chosen=st.lists(st.integers(0, 19), min_size=1, max_size=12), batch_size=st.integers(1, 13))
+def test_a_batch_gives_what_each_mention_gives_alone(linker, chosen, batch_size):
+    mentions = [MENTIONS[k] for k in chosen]
+    assert_same(linker(mentions, batch_size=batch_size), [linker(mention) for mention in mentions])
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(range(30)), shard=st.integers(1, 4000))
+def test_order_and_sharding_of_the_entities_change_nothing(linker, order, shard):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knowledge_base, "_SHARD_BYTES", shard)
+        kb = build(WORLD.select(order), batch_size=5)
+    assert_same(EntityLinker(MODEL, PROCESSOR, kb)(MENTIONS), linker(MENTIONS))
+
+
+def test_a_knowledge_base_that_was_changed_links_like_one_built_so(tmp_path):
+    build(WORLD.select(range(20)), output=tmp_path / "kb")
+    kb = KnowledgeBase.load(tmp_path / "kb")
+    kb.add(WORLD.select(range(20, 30)), MODEL, PROCESSOR, progress=False)
+    changed, expected = EntityLinker(MODEL, PROCESSOR, kb), EntityLinker(MODEL, PROCESSOR, build())
+    assert_same(changed(MENTIONS), expected(MENTIONS))
+    best = sorted({result.entity_id for result in changed(MENTIONS)})
+    kb.remove(best)  # the linker that is open sees it
+    left = WORLD.filter(lambda row: row["entity_id"] not in best)
+    assert_same(changed(MENTIONS), EntityLinker(MODEL, PROCESSOR, build(left))(MENTIONS))
+    assert_same(EntityLinker(MODEL, PROCESSOR, tmp_path / "kb")(MENTIONS), changed(MENTIONS))
+
+
+def test_half_precision_scores_what_the_rounded_encodings_score():
+    result = EntityLinker(MODEL, PROCESSOR, build(dtype="bfloat16"))(MENTIONS[0], top_k=30)
+    exact = {entity_id: score for entity_id, score, _ in by_hand(MENTIONS[0])}
+    assert {c.entity_id: c.score for c in result.candidates} == pytest.approx(exact, abs=0.02)
+    for candidate in result.candidates:
+        assert sum(candidate.unit_scores.values()) / 2 == pytest.approx(candidate.score, abs=1e-5)
+
+
+def test_more_candidates_than_entities_and_a_knowledge_base_of_one(linker):
+    assert len(linker(MENTIONS[0], top_k=99).candidates) == 30
+    one = EntityLinker(MODEL, PROCESSOR, build(WORLD.select([7])))(MENTIONS[0])
+    assert [c.entity_id for c in one.candidates] == ["Q8"]
+
+
+# Mentions
+
+
+def test_a_mention_in_words_as_a_mapping_and_as_rows_of_a_data_set(linker):
+    row = MENTIONS[4]
+    alone = linker(text=row["text"], mention=row["mention"], image=row["image"])
+    assert_same([alone], [linker({"text": row["text"], "mention": row["mention"], "image": row["image"]})])
+    assert_same([alone], [linker(row)])
+    rows = datasets.Dataset.from_list(MENTIONS, features=toy_mentions(1).features)
+    assert_same(linker(rows, batch_size=3), linker(MENTIONS))
+    assert linker([]) == []
+
+
+def test_the_span_is_found_or_taken_as_given(linker):
+    text = "Georgia, and then Georgia again."
+    first, second = linker(text=text, mention="Georgia"), linker(text=text, mention="Georgia", start=18, end=25)
+    assert (first.start, first.end, first.mention) == (0, 7, "Georgia")
+    assert (second.start, second.end, second.mention) == (18, 25, "Georgia")
+    assert linker(text=text, start=18, end=25).mention == "Georgia"
+    assert linker({"text": text, "mention": "Tbilisi", "start": -1, "end": -1}).start == -1  # as the releases have it
+
+
+@pytest.mark.parametrize(
+    ("mention", "error", "message"),
+    [
+        ({"text": "Swift", "mention": "Taylor"}, SpanError, r"'Taylor' is not in its text.*case counts"),
+        ({"text": "Swift", "mention": "swift"}, SpanError, "not in its text"),
+        ({"text": "Swift", "mention": ""}, SpanError, "empty"),
+        ({"text": "a b", "mention": " "}, SpanError, "empty"),
+        ({"text": "a b", "start": 1, "end": 2}, SpanError, "1:2 holds no mention"),
+        ({"text": "Swift", "start": 2, "end": 9}, SpanError, "2:9 holds no mention in a text of 5"),
+        ({"text": "Swift", "start": -3, "end": 2}, SpanError, "-3:2"),
+        ({"text": "Swift", "start": 3, "end": 3}, SpanError, "3:3"),
+        ({"text": "Swift", "start": -1, "end": -1}, SpanError, "-1:-1"),
+        (
+            {"text": "Swift", "mention": "Swi", "start": 0, "end": 2},
+            SpanError,
+            r"at 0:2 is 'Sw', not 'Swi'.*exclusive",
+        ),
+        ({"text": "Swift", "mention": "Swift", "start": 0}, SpanError, "only one of start and end"),
+        ({"text": "Swift"}, SpanError, "no mention"),
+        ({"text": "", "mention": "Swift"}, SpanError, "not in its text"),
+        ({"mention": "Swift"}, DataFormatError, "'text' is None"),
+        ({"text": "Swift", "mention": 3}, DataFormatError, "'mention' is 3"),
+        ({"text": "Swift", "start": 0.0, "end": 2}, DataFormatError, "'start' is 0.0"),
+        ("Swift", DataFormatError, "a mention is a str"),
+    ],
+)
+def test_a_mention_that_is_none_is_an_error_with_its_row(linker, mention, error, message):
+    good = {"text": "Swift", "mention": "Swift", "image": "/nowhere.png"}  # found before any image is opened
+    with pytest.raises(error, match=rf"row 1: .*{message}"):
+        linker([good, mention])
+
+
+def test_nothing_or_two_things_to_link(linker):
+    with pytest.raises(DataFormatError, match="either"):
+        linker()
+    with pytest.raises(DataFormatError, match="either"):
+        linker(MENTIONS, text="Swift")
+
+
+def test_very_long_texts_are_fine(linker):
+    result = linker(text="Swift " * 10_000, mention="Swift " * 2_000)
+    assert len(result.candidates) == 10
+
+
+# Images
+
+
+def test_an_image_counts_and_is_the_same_as_path_bytes_and_pil(linker, tmp_path):
+    path = tmp_path / "image.png"
+    image = Image.new("RGB", (4, 4), (200, 30, 90))
+    image.save(path)
+    mention = {"text": "Entity c", "mention": "Entity c"}
+    results = [linker(**mention, image=source) for source in (image, path, str(path), path.read_bytes())]
+    without = linker(mention)
+    for result in results:
+        assert_same([result], [results[0]])
+        assert result.warnings == []
+        assert result.best.unit_scores["vision"] != 0
+    assert without.best.unit_scores["vision"] == 0
+    assert len(without.warnings) == 1
+    assert "only the text decides" in without.warnings[0]
+
+
+def test_an_image_that_a_text_model_does_not_see_is_mentioned():
+    class Reader(ToyProcessor):
+        def _encode(self, texts, images):
+            return super()._encode(texts, [None] * len(images))
+
+    kb = KnowledgeBase.build(WORLD, MODEL, Reader(), progress=False)
+    reader = EntityLinker(MODEL, Reader(), kb)
+    assert reader(text="Swift", mention="Swift").warnings == []
+    (warning,) = reader(text="Swift", mention="Swift", image=Image.new("RGB", (2, 2))).warnings
+    assert "not used" in warning
+
+
+def test_an_image_that_cannot_be_opened_is_named(linker, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not an image")
+    mention = {"text": "Swift", "mention": "Swift"}
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        linker(mention | {"image": broken})
+    with pytest.raises(ImageError, match=r"nowhere\.png, row 1: no such"):
+        linker([mention, mention | {"image": tmp_path / "nowhere.png"}], batch_size=1)
+    with pytest.raises(ImageError, match="row 3"):
+        linker([mention] * 3 + [mention | {"image": b"123"}], batch_size=2)
+
+
+# NIL
+
+
+def test_a_mention_is_nil_below_the_threshold_and_not_at_it():
+    kb, best = build(), by_hand(MENTIONS[0])[0]
+    exact = EntityLinker(MODEL, PROCESSOR, kb)(MENTIONS[0]).best.score
+    for threshold, nil in ((exact, False), (exact + 1e-3, True), (-1e9, False), (0, exact < 0)):
+        result = EntityLinker(MODEL, PROCESSOR, kb, nil_threshold=threshold)(MENTIONS[0])
+        assert (result.is_nil, result.entity_id) == (nil, NIL if nil else best[0])
+        assert result.nil_threshold == threshold
+        assert result.best.entity_id == best[0]  # still shown
+
+
+def test_the_threshold_is_the_argument_then_the_models_then_none():
+    kb, model = build(), toy_model()
+    assert EntityLinker(model, PROCESSOR, kb)(MENTIONS[0]).nil_threshold is None
+    model.config.nil_threshold = 1e9
+    assert EntityLinker(model, PROCESSOR, kb)(MENTIONS[0]).is_nil
+    assert not EntityLinker(model, PROCESSOR, kb, nil_threshold=-1e9)(MENTIONS[0]).is_nil
+    assert EntityLinker(model, PROCESSOR, kb)(MENTIONS[0]).to_dict()["is_nil"] is not None
+
+
+# Putting it together
+
+
+def test_from_pretrained_links_like_the_parts(linker, tmp_path):
+    register()
+    MODEL.save_pretrained(tmp_path / "model")
+    PROCESSOR.save_pretrained(tmp_path / "model")
+    build(output=tmp_path / "kb")
+    loaded = EntityLinker.from_pretrained(tmp_path / "model", tmp_path / "kb", device="cpu")
+    assert_same(loaded(MENTIONS), linker(MENTIONS))
+    assert not loaded.model.training
+    with pytest.raises(KnowledgeBaseError, match="hf-mel kb build"):
+        EntityLinker.from_pretrained(tmp_path / "model")
+    toy_model(seed=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(KnowledgeBaseError, match="its weights differ"):
+        EntityLinker.from_pretrained(tmp_path / "model", tmp_path / "kb")
+
+
+def test_a_result_as_plain_data(linker):
+    data = linker(MENTIONS[1], top_k=2).to_dict()
+    assert set(data) == {
+        "mention", "start", "end", "entity_id", "is_nil", "nil_threshold", "candidates", "warnings"
+    }  # fmt: skip
+    assert set(data["candidates"][0]) == {
+        "rank", "entity_id", "name", "description", "attributes", "score", "unit_scores"
+    }  # fmt: skip
+    assert set(data["candidates"][0]["unit_scores"]) == {"text", "vision"}
+
+
+def test_identical_entities_come_in_their_order(linker):
+    twins = [WORLD[3] | {"entity_id": f"twin-{k}"} for k in range(6)]
+    kb = build(datasets.Dataset.from_list(twins, features=entity_features()), batch_size=6)
+    result = EntityLinker(MODEL, PROCESSOR, kb)(MENTIONS[0], top_k=4)
+    assert [c.entity_id for c in result.candidates] == ["twin-0", "twin-1", "twin-2", "twin-3"]
