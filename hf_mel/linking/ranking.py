@@ -25,8 +25,10 @@ _ROW_BYTES_PER_PAIR = 16
 class EntitySource(Protocol):
     """N encoded entities that can be read again and again, in chunks: a knowledge base, or [`EncodedEntities`]."""
 
-    #: Entity id of each row, [N].
-    entity_ids: Sequence[str]
+    @property
+    def entity_ids(self) -> Sequence[str]:
+        """Entity id of each row, [N]."""
+        ...
 
     def __len__(self) -> int:
         """Number of entities."""
