@@ -35,7 +35,9 @@ class MimicConfig(PreTrainedConfig):
             the tokens that are not padding.
         global_norm (`str`, *optional*, defaults to `"layer_norm"`):
             How eq. 8 normalises global text features: `"layer_norm"` as the published network, or `"l2"`, which makes
-            it a cosine.
+            S_T^G2G a cosine, and S_T^G2L (eq. 10) one too: FC(t_E^G) is normalised as well.
+        local_scale (`int` or `float`, *optional*, defaults to 1.0):
+            Weight of S_T^G2L beside S_T^G2G; only with `global_norm="l2"`, where neither can grow on its own.
         temperature (`int` or `float`, *optional*, defaults to 1.0):
             Divides every score inside the losses of eq. 20–21; ranking does not see it. The paper has none.
         text_dim, vision_dim, fusion_dim (`int`, *optional*, defaults to 96):
@@ -71,6 +73,7 @@ class MimicConfig(PreTrainedConfig):
     unit_losses: list[str] | None = None
     text_pooling: str = "pooler"
     global_norm: str = "layer_norm"
+    local_scale: int | float = 1.0
     temperature: int | float = 1.0
     text_dim: int = 96
     vision_dim: int = 96
@@ -122,6 +125,8 @@ class MimicConfig(PreTrainedConfig):
                 )
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive.")
+        if self.local_scale != 1 and self.global_norm != "l2":
+            raise ValueError(f"local_scale={self.local_scale} needs global_norm='l2'.")
 
 
 __all__ = ["MimicConfig"]

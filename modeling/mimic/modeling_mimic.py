@@ -103,9 +103,7 @@ def _masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class _AlignedLinear(nn.Linear):
-    """Starts as the orthogonal projection that all others of its shape start as, times `gain`, without a bias."""
-
-    gain = 1.0
+    """Starts as the orthogonal projection that all others of its shape start as, without a bias."""
 
 
 class TGLU(nn.Module):
@@ -121,10 +119,8 @@ class TGLU(nn.Module):
             self.fc_value = linear(local_dim, config.text_dim)
             self.fc_global = linear(global_dim, config.text_dim)
             self.layer_norm = nn.LayerNorm(config.text_dim)
-            if isinstance(self.fc_global, _AlignedLinear):
-                # Orthonormal rows keep d_t of the d_T dimensions, and the LayerNorm of eq. 10 lengthens to the root of
-                # d_t: undoing both makes the local score of unit-length global features start as a cosine.
-                self.fc_global.gain = global_dim**0.5 / config.text_dim
+            # With cosines, FC(t_E^G) has unit length too; LayerNorm gives h_t that of √d_t, which is divided out here.
+            self.cosine_scale = config.local_scale * config.text_dim**-0.5 if config.global_norm == "l2" else None
 
     def encode_mentions(self, text_global, text_local, mask) -> dict[str, torch.Tensor]:
         encoded = {"text_global": text_global}
@@ -137,10 +133,10 @@ class TGLU(nn.Module):
     def encode_entities(self, text_global, text_local, mask) -> dict[str, torch.Tensor]:
         encoded = {"text_global": text_global}
         if self.local:
-            encoded |= {
-                "text_query_global": self.fc_global(encoded["text_global"]),
-                "text_queries": self.fc_query(text_local),
-            }
+            query_global = self.fc_global(text_global)
+            if self.cosine_scale is not None:
+                query_global = F.normalize(query_global, dim=-1) * self.cosine_scale
+            encoded |= {"text_query_global": query_global, "text_queries": self.fc_query(text_local)}
             if self.mask_padding:
                 encoded["text_mask"] = mask.bool()
         return encoded
@@ -345,7 +341,7 @@ class MimicPreTrainedModel(PreTrainedModel):
             # One seed for all, so that query, key, value and global map start as the same projection.
             shared = torch.empty(module.weight.shape)
             nn.init.orthogonal_(shared, generator=torch.Generator().manual_seed(0))
-            init.copy_(module.weight, shared.to(module.weight) * module.gain)
+            init.copy_(module.weight, shared.to(module.weight))
             init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):  # PyTorch's own start, which the published network keeps
             init.kaiming_uniform_(module.weight, a=5**0.5)

@@ -16,7 +16,7 @@ class Switches:
     mask_padding: bool = False
     query_norm: bool = True
     text_local: bool = True
-    layer_norm_eps: float = 1e-5
+    cosine_scale: float | None = None  # with cosines: the weight of the local half
 
 
 def linear(x, weights, name):
@@ -47,7 +47,10 @@ def text_score(weights, mention, entity, switches=Switches()):
         attention = attention / attention.sum()
         context = context + sum(a * v for a, v in zip(attention, values, strict=True))
     context = layer_norm(context / len(rows), weights, "tglu.layer_norm")
-    return (score + linear(entity["global"], weights, "tglu.fc_global") @ context) / 2
+    query = linear(entity["global"], weights, "tglu.fc_global")
+    if switches.cosine_scale is not None:
+        query = switches.cosine_scale * query / query.norm() / math.sqrt(len(query))
+    return (score + query @ context) / 2
 
 
 def dual_score(weights, name, query, key, patches, switches=Switches()):

@@ -96,6 +96,7 @@ VARIANTS = {
     "vector gate": {"gate": "vector"},
     "raw query (eq. 14 as printed)": {"query_norm": False},
     "cosine": {"global_norm": "l2"},
+    "less of the local half": {"global_norm": "l2", "local_scale": 0.25},
     "global text only": {"text_local": False},
     "text unit": {"units": ["text"], "vision_config": None},
     "vision unit": {"units": ["vision"], "text_config": None},
@@ -119,7 +120,12 @@ def test_scores_are_the_printed_equations(fields):
         features(model, batch, "mention"),
         features(model, batch, "entity"),
         config.units,
-        direct_mimic.Switches(config.mask_padding, config.query_norm, config.text_local),
+        direct_mimic.Switches(
+            config.mask_padding,
+            config.query_norm,
+            config.text_local,
+            config.local_scale if config.global_norm == "l2" else None,
+        ),
     )
     assert set(out.unit_scores) == set(config.units)
     for unit in config.units:
@@ -336,6 +342,7 @@ def test_configuration_survives_saving(tmp_path):
         ({"units": ["text"], "unit_losses": ["vision"]}, ["unit_losses"]),
         ({"gate": "matrix"}, ["gate", "'vector'"]),
         ({"temperature": 0}, ["temperature"]),
+        ({"local_scale": 0.5}, ["local_scale", "'l2'"]),
     ],
 )
 def test_impossible_configurations_say_why(fields, words):
