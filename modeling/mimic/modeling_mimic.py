@@ -28,7 +28,8 @@ from transformers.utils import ModelOutput
 from .configuration_mimic import MimicConfig
 
 #: Elements of one block of attention weights in TGLU; bounds its memory, and keeps a block near the processor's caches.
-_BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
+_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
+_BLOCK_MENTIONS = 8
 
 
 @dataclass
@@ -163,28 +164,30 @@ class TGLU(nn.Module):
         offset = query_global @ self.layer_norm.bias
         gram = values @ values.transpose(-1, -2)  # [M, L, L]; |h̃|² = wᵀ gram w
 
-        M, N = keys.shape[0], queries.shape[0]
-        pair = keys.shape[1] * queries.shape[1]
-        budget = max(1, _BLOCK_ELEMENTS.get(keys.device.type, 2**24) // pair)
-        m_step = max(1, min(M, 16, budget))
+        order, lengths = torch.arange(len(keys)), [keys.shape[1]] * len(keys)
+        if key_mask is not None:  # mentions of like length together: a block stops where its longest mention does
+            order = key_mask.sum(1).argsort()
+            last = (key_mask * torch.arange(1, keys.shape[1] + 1, device=keys.device)).amax(1)[order]
+            lengths = last.clamp(min=1).tolist()
+        budget = _BLOCK_ELEMENTS.get(keys.device.type, 2**24) // (keys.shape[1] * queries.shape[1])
+        m_step = max(1, min(_BLOCK_MENTIONS, budget))
         n_step = max(1, budget // m_step)
         rows = []
-        for m in range(0, M, m_step):
-            m_mask = None if key_mask is None else key_mask[m : m + m_step]
-            blocks = []
-            for n in range(0, N, n_step):
-                weights = self._mean_attention(
-                    queries[n : n + n_step],
-                    keys[m : m + m_step],
-                    None if query_mask is None else query_mask[n : n + n_step],
-                    m_mask,
-                )  # [m, n, L]
-                projected = target[n : n + n_step] @ values[m : m + m_step].transpose(-1, -2)  # [m, n, L]
-                variance = ((weights @ gram[m : m + m_step]) * weights).sum(-1) / values.shape[-1]
+        for m in range(0, len(keys), m_step):
+            block, width = order[m : m + m_step], max(lengths[m : m + m_step])
+            k, v, g = keys[block, :width], values[block, :width], gram[block, :width, :width]
+            k_mask = None if key_mask is None else key_mask[block, :width]
+            columns = []
+            for n in range(0, len(queries), n_step):
+                part = slice(n, n + n_step)
+                q_mask = None if query_mask is None else query_mask[part]
+                weights = self._mean_attention(queries[part], k, q_mask, k_mask)  # [m, n, L]
+                projected = target[part] @ v.transpose(-1, -2)  # [m, n, L]
+                variance = ((weights @ g) * weights).sum(-1) / v.shape[-1]
                 normed = (weights * projected).sum(-1) * torch.rsqrt(variance.clamp(min=0) + self.layer_norm.eps)
-                blocks.append(normed + offset[n : n + n_step])
-            rows.append(torch.cat(blocks, 1))
-        return torch.cat(rows, 0)
+                columns.append(normed + offset[part])
+            rows.append(torch.cat(columns, 1))
+        return torch.cat(rows)[order.argsort()]
 
     @staticmethod
     def _mean_attention(queries, keys, query_mask, key_mask) -> torch.Tensor:

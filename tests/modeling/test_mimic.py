@@ -150,11 +150,12 @@ def test_gradients_are_those_of_the_printed_equations():
 
 def test_blocks_do_not_change_scores(monkeypatch):
     model = build(mask_padding=True)
-    batch = batch_for(model, mentions=7, entities=9)
+    batch = batch_for(model, mentions=11, entities=9)
     with torch.no_grad():
         whole = model(**batch).scores
-        for elements in (1, 150, 900, 5000):
+        for elements, mentions in ((1, 8), (150, 1), (900, 3), (5000, 8)):
             monkeypatch.setattr(modeling_mimic, "_BLOCK_ELEMENTS", {"cpu": elements})
+            monkeypatch.setattr(modeling_mimic, "_BLOCK_MENTIONS", mentions)
             torch.testing.assert_close(model(**batch).scores, whole)
 
 
