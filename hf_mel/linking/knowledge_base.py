@@ -773,6 +773,8 @@ def _manifest_problem(manifest: dict[str, Any]) -> str | None:
                 return f"a shard names the file {entry['file']!r}"
             if not isinstance(entry["sha256"], str):
                 return "a shard has no sha256"
+        if shard["rows"] > shard["encodings"]["bytes"]:  # what is in memory per row is bounded by a file that exists
+            return f"a shard has {shard['rows']:,} rows in {shard['encodings']['bytes']:,} bytes"
     removed = manifest["removed"]
     if not all(type(row) is int and 0 <= row < total for row in removed) or len(set(removed)) != len(removed):
         return "removed rows are malformed"

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from hf_mel.data.collator import LazyRows
 from hf_mel.data.images import ImageSource, open_image
 from hf_mel.errors import DataFormatError, KnowledgeBaseError, SpanError
-from hf_mel.linking.encodings import slice_encodings
+from hf_mel.linking.encodings import slice_encodings, to_device
 from hf_mel.linking.fingerprint import sees_images
 from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.loading import load_retriever
@@ -260,30 +260,32 @@ class EntityLinker:
                 for name, tensor in self.model.encode_mentions(**inputs).items()
             }
             ranking = rank(self.model, encoded, self.kb, top_k=top_k)  # type: ignore[arg-type]
+            top_rows, top_scores = ranking.top_rows.tolist(), ranking.top_scores.tolist()
+            wanted = sorted({row for each in top_rows for row in each})  # once, however many mentions share them
+            entities = dict(zip(wanted, self.kb.rows(wanted), strict=True))
             return [
-                self._result(
-                    row,
-                    slice_encodings(encoded, slice(k, k + 1)),
-                    ranking.top_rows[k].tolist(),
-                    ranking.top_scores[k].tolist(),
-                )
+                self._result(row, slice_encodings(encoded, slice(k, k + 1)), top_rows[k], top_scores[k], entities)
                 for k, row in enumerate(rows)
             ]
 
     def _result(
-        self, mention: dict[str, Any], encoded: Mapping[str, torch.Tensor], rows: list[int], scores: list[float]
+        self,
+        mention: dict[str, Any],
+        encoded: Mapping[str, torch.Tensor],
+        rows: list[int],
+        scores: list[float],
+        entities: Mapping[int, Mapping[str, Any]],
     ) -> LinkResult:
-        device = getattr(self.model, "device", "cpu")
-        entities = {name: tensor.to(device) for name, tensor in self.kb.encodings(rows).items()}
-        units = {unit: values[0].tolist() for unit, values in self.model.unit_scores(encoded, entities).items()}
+        ranked = to_device(self.kb.encodings(rows), getattr(self.model, "device", "cpu"))
+        units = {unit: values[0].tolist() for unit, values in self.model.unit_scores(encoded, ranked).items()}
         candidates = [
             Candidate(
                 rank=k + 1,
                 score=score,
                 unit_scores={unit: values[k] for unit, values in units.items()},
-                **{column: entity[column] for column in ("entity_id", "name", "description", "attributes")},
+                **{column: entities[row][column] for column in ("entity_id", "name", "description", "attributes")},
             )
-            for k, (entity, score) in enumerate(zip(self.kb.rows(rows), scores, strict=True))
+            for k, (row, score) in enumerate(zip(rows, scores, strict=True))
         ]
         is_nil = self.nil_threshold is not None and candidates[0].score < self.nil_threshold
         warnings = []

@@ -491,6 +491,7 @@ def test_a_file_of_the_right_size_and_the_wrong_content_is_an_error_when_read(tm
         lambda m: m["shards"].clear(),
         lambda m: m["shards"][0].update(rows=0),
         lambda m: m["shards"][0].update(rows="30"),
+        lambda m: m["shards"][0].update(rows=10**15),
         lambda m: m["shards"][0]["encodings"].update(file="../kb/encodings-00000.safetensors"),
         lambda m: m["shards"][0]["entities"].update(file="/etc/passwd"),
         lambda m: m["shards"][0]["entities"].update(bytes=None),
