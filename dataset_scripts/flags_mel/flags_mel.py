@@ -1,0 +1,145 @@
+"""FlagsMEL: a small generated data set of multimodal entity linking, with strata that say which modality decides.
+
+Nothing is downloaded: entities, sentences and pictures come from the modules beside this one and a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import BytesIO
+from typing import Any
+
+import datasets
+
+from hf_mel.schema import NIL, entity_features, mention_features, post_features
+
+from .countries import BY_QID, COUNTRIES
+from .flags import clean_flag
+from .photo import Shot, photographs
+from .planning import SPLIT_SIZES, plan_mentions, plan_posts
+from .sentences import mention_type
+
+_CITATION = """\
+@misc{flagsmel,
+  title  = {{FlagsMEL}: a generated data set of multimodal entity linking},
+  author = {{The hf\\_mel contributors}},
+  year   = {2026},
+}
+"""
+
+_DESCRIPTION = """\
+Ambiguous mentions of states and territories ("Congo", "the Dominicans", "the hosts") with photograph-like pictures of
+flags. Each mention belongs to a stratum: the text decides, the image decides, or both are needed.
+"""
+
+
+class FlagsMelConfig(datasets.BuilderConfig):
+    """One of the tables `mentions`, `entities` and `posts`.
+
+    Args:
+        seed (`int`, defaults to 0): Of the sentences and the pictures. Entities and their flags do not depend on it.
+    """
+
+    def __init__(self, seed: int = 0, **kwargs: Any):
+        super().__init__(version=datasets.Version("1.0.0"), **kwargs)
+        self.seed = seed
+
+
+class FlagsMel(datasets.GeneratorBasedBuilder):
+    """FlagsMEL's builder: `FlagsMel("mentions", cache_dir=…).download_and_prepare()`, then `.as_dataset()`."""
+
+    BUILDER_CONFIG_CLASS = FlagsMelConfig
+    BUILDER_CONFIGS = [
+        FlagsMelConfig(name="mentions", description="One row per mention."),
+        FlagsMelConfig(name="entities", description="The knowledge base, with clean flags."),
+        FlagsMelConfig(name="posts", description="Short texts about the entities."),
+    ]
+    DEFAULT_CONFIG_NAME = "mentions"
+
+    NAME = "flags_mel"
+    TITLE = "FlagsMEL"
+    LICENSE = "cc0-1.0"
+    LANGUAGES = ["en"]
+    HOMEPAGE = "https://huggingface.co/datasets/hf-mel/flags_mel"
+    CITATION = _CITATION
+    TASK = "multimodal entity linking"
+    NEEDS_RAW = False
+    #: The same for every seed.
+    OFFICIAL_COUNTS = {
+        "mentions": SPLIT_SIZES,
+        "entities": {"kb": sum(country.in_kb for country in COUNTRIES)},
+        "posts": {"kb": len(plan_posts(0))},
+    }
+
+    def _info(self) -> datasets.DatasetInfo:
+        features = {
+            "mentions": mention_features(stratum=datasets.Value("string")),
+            "entities": entity_features(),
+            "posts": post_features(),
+        }
+        return datasets.DatasetInfo(
+            description=_DESCRIPTION,
+            features=features[self.config.name],
+            homepage=self.HOMEPAGE,
+            license=self.LICENSE,
+            citation=self.CITATION,
+        )
+
+    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        splits = SPLIT_SIZES if self.config.name == "mentions" else ("kb",)
+        return [datasets.SplitGenerator(name=split, gen_kwargs={"split": split}) for split in splits]
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        rows = {"mentions": self._mentions, "entities": self._entities, "posts": self._posts}[self.config.name]
+        yield from enumerate(rows(split))
+
+    def _mentions(self, split: str) -> Iterator[dict[str, Any]]:
+        contexts = plan_mentions(self.config.seed, split)
+        images = _images([context.shot for context in contexts])
+        for number, (context, image) in enumerate(zip(contexts, images, strict=True)):
+            context_id = f"{split}-{number:04d}"
+            for i, mention in enumerate(context.mentions):
+                yield {
+                    "mention_id": f"{context_id}-{i}",
+                    "context_id": context_id,
+                    "text": context.text,
+                    "mention": context.text[mention.start : mention.end],
+                    "start": mention.start,
+                    "end": mention.end,
+                    "mention_type": mention_type(mention.surface),
+                    "topic": context.topic,
+                    "image": image,
+                    "entity_id": mention.qid if BY_QID[mention.qid].in_kb else NIL,
+                    "candidates": [],
+                    "stratum": context.stratum,
+                }
+
+    def _entities(self, split: str) -> Iterator[dict[str, Any]]:
+        countries = [country for country in COUNTRIES if country.in_kb]
+        flown = _images([Shot(seed=i, flag=country.qid, calm=True) for i, country in enumerate(countries)])
+        for country, image in zip(countries, flown, strict=True):
+            file = BytesIO()
+            clean_flag(country.qid).save(file, "PNG")
+            yield {
+                "entity_id": country.qid,
+                "name": country.name,
+                "description": country.description,
+                "attributes": country.attributes,
+                "aliases": list(country.aliases),
+                "images": [{"bytes": file.getvalue(), "path": None}, image],
+            }
+
+    def _posts(self, split: str) -> Iterator[dict[str, Any]]:
+        posts = plan_posts(self.config.seed)
+        for number, (post, image) in enumerate(zip(posts, _images([post.shot for post in posts]), strict=True)):
+            yield {"post_id": f"post-{number:04d}", "entity_id": post.qid, "text": post.text, "image": image}
+
+
+def _images(shots: list[Shot | None]) -> Iterator[dict[str, Any] | None]:
+    """A cell of an image column for each shot, `None` where there is none."""
+    pictures = photographs([shot for shot in shots if shot is not None])
+    for shot in shots:
+        yield None if shot is None else {"bytes": next(pictures), "path": None}
+
+
+BUILDER_CLASS = FlagsMel
