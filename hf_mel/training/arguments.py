@@ -63,4 +63,6 @@ class MelTrainingArguments(TrainingArguments):
             raise ValueError(f"early_stopping_patience={self.early_stopping_patience} must be at least 1.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the processor makes tensors of the columns.")
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # or the Trainer refuses bf16, which a CPU can do
         super().__post_init__()
