@@ -24,7 +24,6 @@ def trainer(tmp_path, model=None, train=None, validation=None, **arguments) -> M
         "num_train_epochs": 1,
         "per_device_train_batch_size": 4,
         "learning_rate": 0.01,
-        "use_cpu": True,
         "disable_tqdm": True,
         "log_level": "error",
     }
