@@ -72,7 +72,7 @@ def evaluate(
 
     from hf_mel.data.loading import dataset_version, load_entities, load_mentions
     from hf_mel.errors import UnknownSplitError
-    from hf_mel.evaluation.full import evaluate_full
+    from hf_mel.evaluation.full import check_units, evaluate_full
     from hf_mel.evaluation.tables import results_table, write_records, write_results
     from hf_mel.linking.encodings import encode_rows
     from hf_mel.linking.loading import load_retriever
@@ -88,6 +88,8 @@ def evaluate(
     start = time.perf_counter()
     retriever, processor = load_retriever(model, device=device, trust_remote_code=trust_remote_code)
     unit_list = None if units is None else units.split(",")
+    if unit_list is not None:
+        check_units(retriever, processor, mentions, entities, unit_list)
     encodings = encode_rows(retriever, processor, entities, "entities", batch_size=batch_size, progress=True)
     evaluate_on = partial(
         evaluate_full,

@@ -163,6 +163,8 @@ def evaluate_full(
     golds = list(mentions["entity_id"])
     row_of = {entity_id: row for row, entity_id in enumerate(entity_ids)}
     gold_rows = np.asarray([-1 if gold == NIL else row_of[gold] for gold in golds], dtype=np.int64)
+    if units is not None and isinstance(entities, datasets.Dataset):
+        check_units(model, processor, mentions, entities, units)
 
     training = getattr(model, "training", False)
     if training:
@@ -224,6 +226,26 @@ def evaluate_full(
             "software": _software(),
         },
     )
+
+
+def check_units(
+    model: Any,
+    processor: MelProcessor,
+    mentions: datasets.Dataset,
+    entities: datasets.Dataset,
+    units: Sequence[str],
+) -> None:
+    """Scores one mention and one entity with `units`, so that a wrong name shows before everything is encoded.
+
+    Raises:
+        [`~hf_mel.errors.RecipeError`]: the model has no such unit.
+    """
+    if len(mentions) and len(entities):
+        encoded = [
+            encode_rows(model, processor, mentions.select([0]), "mentions"),
+            encode_rows(model, processor, entities.select([0]), "entities"),
+        ]
+        rank(model, encoded[0], EncodedEntities([""], encoded[1]), score=_unit_score(model, units))
 
 
 def _unit_score(model: Any, units: Sequence[str]) -> ScoreFunction:

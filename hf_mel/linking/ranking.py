@@ -143,20 +143,26 @@ def rank(
     chunk_size = max(1, min(entities, byte_budget // 2 // (pair_bytes + row_bytes(sample))))
 
     mention_encodings = to_device(mention_encodings, device)
-    parts = []
+    kept = min(top_k, entities)
+    # All that lives longer than one batch is allocated here: what is kept from a batch would otherwise lie between the
+    # large blocks that it frees, and memory would grow with every batch.
+    top_scores, top_rows = torch.empty(mentions, kept), torch.empty(mentions, kept, dtype=torch.long)
+    gold_columns = () if golds is None else (torch.empty(mentions), torch.empty_like(golds), torch.empty_like(golds))
+    buffer = torch.empty(batch_size, entities, device=device)
     pairs = tqdm(
         total=mentions * entities, desc="Ranking", unit="pair", unit_scale=True, delay=1, disable=not progress
     )
     with pairs, torch.autocast(device.type, enabled=False):
         for first in range(0, mentions, batch_size):
-            batch = slice_encodings(mention_encodings, slice(first, first + batch_size))
-            rows = _score_rows(score, batch, first, entity_chunks, chunk_size, device, pairs)
-            batch_golds = None if golds is None else golds[first : first + batch_size].to(device)
-            parts.append([*_top_k(rows, top_k), *_gold_ranks(rows, batch_golds, tie_tolerance)])
-    if not parts:
-        nothing = torch.empty(0, min(top_k, entities))
-        parts.append([nothing, nothing.long(), *_gold_ranks(nothing, golds, tie_tolerance)])
-    return RankingResult(*(torch.cat([part.cpu() for part in column]) for column in zip(*parts, strict=True)))
+            some = slice(first, min(first + batch_size, mentions))
+            rows = buffer[: some.stop - first]
+            _fill_rows(rows, score, slice_encodings(mention_encodings, some), first, entity_chunks, chunk_size, pairs)
+            top_scores[some], top_rows[some] = _top_k(rows, kept)
+            if golds is not None:
+                found = _gold_ranks(rows, golds[some].to(device), tie_tolerance)
+                for column, values in zip(gold_columns, found, strict=True):
+                    column[some] = values
+    return RankingResult(top_scores, top_rows, *gold_columns)
 
 
 def _checked_golds(gold_rows, mentions: int, entities: int) -> torch.Tensor:
@@ -174,16 +180,15 @@ def _checked_golds(gold_rows, mentions: int, entities: int) -> torch.Tensor:
     return golds
 
 
-def _score_rows(score, batch, first_mention, chunks, chunk_size, device, progress) -> torch.Tensor:
-    """Scores [m, N] of one batch of mentions, chunk by chunk."""
-    count, total = num_rows(batch), len(chunks)
-    rows = torch.empty(count, total, device=device)
+def _fill_rows(rows, score, batch, first_mention, chunks, chunk_size, progress) -> None:
+    """Writes the scores of one batch of mentions into `rows` [m, N], chunk by chunk."""
+    count, total = rows.shape
     seen = 0
     for first, chunk in chunks.iter_chunks(chunk_size):
         size = num_rows(chunk)
         if first != seen or first + size > total:
             break
-        block = score(batch, to_device(chunk, device))
+        block = score(batch, to_device(chunk, rows.device))
         if block.shape != (count, size):
             raise ScoreError(
                 f"{count} mentions and {size} entities need a score each, not shape {tuple(block.shape)}."
@@ -204,12 +209,10 @@ def _score_rows(score, batch, first_mention, chunks, chunk_size, device, progres
             f"The chunks of the knowledge base do not follow one another up to its {total} entities: row {seen} is "
             "missing or comes out of turn."
         )
-    return rows
 
 
 def _top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest of each row and their columns; equal values in the order of their columns."""
-    k = min(k, rows.shape[1])
     values, columns = rows.topk(k)
     # topk picks any of the values that tie with the last one kept: where it had a choice, take the first columns.
     last = values[:, -1:]
@@ -223,12 +226,8 @@ def _top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values.gather(1, by_value), columns.gather(1, by_value)
 
 
-def _gold_ranks(rows: torch.Tensor, golds: torch.Tensor | None, tolerance: float) -> tuple[torch.Tensor, ...]:
-    """Score, best and worst rank of each gold among its row, [m] each; nothing without golds."""
-    if golds is None:
-        return ()
-    if not len(golds):
-        return rows.new_empty(0), golds.clone(), golds.clone()
+def _gold_ranks(rows: torch.Tensor, golds: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, ...]:
+    """Score, best and worst rank of each gold among its row, [m] each."""
     known = golds >= 0
     gold_score = rows.gather(1, golds.clamp(min=0)[:, None])[:, 0]
     margin = tolerance * gold_score.abs().clamp(min=1)

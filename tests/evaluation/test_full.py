@@ -85,6 +85,15 @@ def test_all_units_are_the_score():
         evaluate(units=[])
 
 
+def test_a_wrong_unit_shows_before_the_work():
+    model, encoded = toy_model(), []
+    encode = model.encode_entities
+    model.encode_entities = lambda **inputs: (encoded.append(len(inputs["entity_input_ids"])), encode(**inputs))[1]
+    with pytest.raises(RecipeError, match="sound"):
+        evaluate(model=model, units=["sound"])
+    assert sum(encoded) == 1
+
+
 def test_strata_are_the_metrics_of_their_mentions():
     result = evaluate(train_golds={"Q1", "Q8"}, nil_threshold=0.05)
     assert result.strata.keys() == {"stratum", "mentions in context", "gold in training"}

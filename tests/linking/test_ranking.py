@@ -1,5 +1,9 @@
 """`rank` against plain NumPy over the whole score matrix."""
 
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -205,6 +209,20 @@ def test_blocks_stay_within_the_budget(budget):
         # The scores of whole rows, the entities of the chunk, and a scorer that holds two dozen tensors of the block.
         assert rows * size * 4 + columns * width + rows * columns * 4 * 24 <= budget
         assert sum(m * n for m, n in model.blocks) == 300 * size
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow_with_the_batches():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    generator = torch.Generator().manual_seed(0)
+    entities = source({"x": torch.randn(18_000, 256, generator=generator)})
+    mentions = {"x": torch.randn(5_000, 256, generator=generator)}  # 43 batches; all scores would be 360 MB
+    rank(DotProduct(), {"x": mentions["x"][:300]}, entities, gold_rows=[0] * 300, byte_budget=2**26)
+    before = resident()
+    rank(DotProduct(), mentions, entities, gold_rows=[0] * 5_000, byte_budget=2**26)
+    assert resident() - before < 2**27
 
 
 def test_scores_are_not_computed_under_autocast():
