@@ -24,9 +24,10 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a model on the Hub.")],
     dataset: Annotated[str, typer.Option(help="A data-set folder, or a data set on the Hub.")],
     split: Annotated[str, typer.Option(help="Which mentions: train, validation or test.")] = "test",
-    output: Annotated[Path | None, typer.Option(help="Where to write the results as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(dir_okay=False, help="Where to write the results as JSON.")] = None,
     predictions: Annotated[
-        Path | None, typer.Option(help="Where to write each mention's ranked candidates, as JSON lines.")
+        Path | None,
+        typer.Option(dir_okay=False, help="Where to write each mention's ranked candidates, as JSON lines."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows to encode at a time.")] = 64,
     top_k: Annotated[int, typer.Option(min=1, help="Candidates per mention in the predictions.")] = 20,

@@ -107,8 +107,14 @@ def test_bad_input(run, tmp_path):
         run("--output", output, model=tmp_path / "typo")
     with pytest.raises(RecipeError, match="sound"):
         run("--units", "sound", "--output", output)
-    for wrong in (["--ks", "1,x"], ["--ks", "0"], ["--nil-threshold", "1", "--nil-from", "test"], ["--ties", "fair"]):
-        outcome = run(*wrong, "--output", output)
+    for wrong in (
+        ["--ks", "1,x"],
+        ["--ks", "0"],
+        ["--nil-threshold", "1", "--nil-from", "test"],
+        ["--ties", "fair"],
+        ["--predictions", tmp_path],
+    ):
+        outcome = run(*map(str, wrong), "--output", output)
         assert outcome.exit_code == 2
         assert wrong[-2] in outcome.output
     assert not output.exists()

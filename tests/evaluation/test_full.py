@@ -16,6 +16,7 @@ from hf_mel.errors import (
 )
 from hf_mel.evaluation.full import evaluate_full
 from hf_mel.linking.encodings import encode_rows
+from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.ranking import EncodedEntities
 from hf_mel.schema import NIL
 from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
@@ -170,6 +171,11 @@ def test_encodings_can_be_reused():
     plain = evaluate(units=["text"])
     reused = evaluate_full(MODEL, None, MENTIONS, encoded, units=["text"], mention_encodings=mentions, progress=False)
     assert reused.metrics == plain.metrics
+
+
+def test_a_knowledge_base_serves_as_entities(tmp_path):
+    kb = KnowledgeBase.build(ENTITIES, MODEL, PROCESSOR, output=tmp_path / "kb", progress=False)
+    assert evaluate(entities=kb).metrics == evaluate().metrics
 
 
 def test_setting_says_what_the_numbers_depend_on():
