@@ -85,7 +85,7 @@ knowledge base, each known by its name, its attributes and its images. Mentions 
 entities of a knowledge base are encoded once.
 
 It is a `toy_retriever` retriever of 1,234,567 parameters, built on `org/encoder` and `package:some_weights/vision`, trained with
-[hf_mel](https://pypi.org/project/hf_mel/).
+hf_mel.
 
 ## Use
 
