@@ -110,7 +110,7 @@ def add(
 @app.command()
 def remove(
     kb: Annotated[Path, typer.Argument(help="The folder of the knowledge base.")],
-    ids: Annotated[list[str], typer.Argument(metavar="ID…", help="The ids of the entities.")],
+    ids: Annotated[list[str], typer.Argument(help="The ids of the entities.")],
 ) -> None:
     """Remove entities: they are not ranked any more, and can be added again.
 

@@ -590,15 +590,15 @@ def test_another_model_or_processor_is_refused_with_the_reason(tmp_path):
 
 
 def test_the_same_model_is_the_same_wherever_it_lies(tmp_path):
-    kb = build(WORLD)
-    MODEL.save_pretrained(tmp_path / "model")
+    model = toy_model()
+    model.config.nil_threshold = 0.25
+    kb = build(WORLD, model=model)
+    model.config.nil_threshold = 0.5  # decides what is NIL, not what scores
+    model.save_pretrained(tmp_path / "model")
     loaded = ToyRetriever.from_pretrained(tmp_path / "model")
-    loaded.config.nil_threshold = 0.5  # decides what is NIL, not what scores
+    assert loaded.config.nil_threshold == 0.5
     kb.check_made_by(loaded, ToyProcessor())
-    edit = json.loads((kb.path / "kb.json").read_text())
-    assert str(tmp_path) not in (kb.path / "kb.json").read_text()
-    edit["model"]["config"]["a_field_of_another_version"] = 1
-    (kb.path / "kb.json").write_text(json.dumps(edit))
+    edit_manifest(kb.path, lambda m: m["model"]["config"].update(a_field_of_another_version=1))
     KnowledgeBase.load(kb.path).check_made_by(loaded, PROCESSOR)
 
 
