@@ -14,7 +14,7 @@ from hf_mel.errors import DataFormatError, MelError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hf_mel.linking.linker import LinkResult
+    from hf_mel.linking.linker import Candidate, LinkResult
 
 
 def link(
@@ -114,7 +114,7 @@ def _show(result: LinkResult) -> None:
         rows.append([str(candidate.rank), *entity, *(f"{score:.3f}" for score in scores)])
     title = Text(f"{_cut(result.mention, 60)!r} may mean")
     table = _table(title, header, rows)
-    about = [" ".join(f"{candidate.description} {candidate.attributes}".split()) for candidate in result.candidates]
+    about = [_about(candidate) for candidate in result.candidates]
     room = console.width - console.measure(table).maximum - 3
     if any(about) and room >= 16:  # otherwise names and scores have the whole width
         cells = [Text(_cut(words, room)) for words in about]
@@ -129,6 +129,11 @@ def _show(result: LinkResult) -> None:
             decision += "\nThe model has no NIL threshold: the best entity is taken, however low its score."
     for line in (decision, *result.warnings):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _about(candidate: Candidate) -> str:
+    parts = (" ".join(text.split()) for text in (candidate.description, candidate.attributes))
+    return " · ".join(part for part in parts if part)
 
 
 def _table(title: Any, header: list[str], rows: list[list[Any]]) -> Table:
