@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from functools import cache
 from io import BytesIO
@@ -182,6 +185,22 @@ def test_another_seed_gives_other_texts_and_pictures_of_the_same_entities(tmp_pa
 def _short(rows):
     """Texts of one sentence, which two seeds may share."""
     return {row["text"] for row in rows if len(re.findall(r"\.(?: |$)", row["text"])) <= 2}
+
+
+def test_the_plan_does_not_depend_on_the_order_of_sets():
+    code = (
+        "import sys; sys.argv = ['hf-mel']\n"  # as the console script, which imports no torch
+        "from hf_mel.dataset_scripts.flags_mel.planning import plan_mentions\n"
+        "print(plan_mentions(0, 'validation'))"
+    )
+    plans = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(plans) == 1
+    assert plans.pop().decode().strip() == str(plan_mentions(0, "validation"))
 
 
 def test_builders_of_two_seeds_do_not_share_a_cache(tmp_path):
@@ -538,6 +557,16 @@ def test_a_photograph_shows_nothing_beyond_its_crop(crop, mirrored, monkeypatch)
     blue = pictures((255, 0, 255), (0, 0, 255))
     assert np.array_equal(blue, pictures((0, 255, 0), (0, 0, 255)))
     assert (blue != pictures((255, 0, 255), (255, 0, 0))).any(axis=-1).mean(axis=(1, 2)).min() > 0.1
+
+
+@pytest.mark.parametrize("crop", list(CROPS))
+def test_a_mirrored_photograph_is_the_flag_from_behind(crop):
+    draws, scene = np.random.default_rng(1).random((1, 38)), np.full((1, *PHOTO_SIZE[::-1], 3), 90, np.float32)
+    front, behind = (
+        photo._hang([Shot(0, "Q142", crop, mirrored)], draws, np.array([False]), scene) for mirrored in (False, True)
+    )
+    assert np.array_equal(behind, front[:, :, ::-1])
+    assert not np.array_equal(behind, front)
 
 
 @settings(max_examples=100, deadline=None)
