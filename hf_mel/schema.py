@@ -10,11 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import datasets
-
-try:
-    from datasets import List
-except ImportError:  # datasets < 4 calls the same type Sequence
-    from datasets import Sequence as List
+from datasets import List
 
 #: The gold (and the prediction) of a mention whose entity is not in the knowledge base.
 NIL = "NIL"

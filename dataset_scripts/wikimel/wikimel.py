@@ -134,6 +134,10 @@ class WikiMel(datasets.GeneratorBasedBuilder):
                     file=release.root / _SENTENCES,
                     row=sample_id,
                 )
+            if not all(isinstance(value, str) for value in [*surfaces, *golds]):
+                raise DataFormatError(
+                    "has a mention or an answer that is not a string.", file=release.root / _SENTENCES, row=sample_id
+                )
             image = read_image(folder, f"{sample_id}.jpg")
             if image is None:
                 release.problem("missing_mention_image", _SENTENCES, sample_id, f"{sample_id}.jpg")

@@ -13,6 +13,13 @@ def convert(
     state_dict: Annotated[Path, typer.Option(help="The published weights as a safetensors file.")],
     config: Annotated[Path, typer.Option(help="The published configuration as JSON.")],
     output: Annotated[Path, typer.Option(help="The model folder to write; must be new or empty.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub id or folder of the encoder it was trained with, such as openai/clip-vit-base-patch32: "
+            "its tokenizer goes into the folder too. Evaluating and linking need it."
+        ),
+    ] = None,
 ) -> None:
     """Turn published weights into a model folder that [b]AutoModel.from_pretrained[/b] reads.
 
@@ -23,9 +30,11 @@ def convert(
 
     from hf_mel.hub.convert import convert_checkpoint
 
-    report = convert_checkpoint(method, state_dict, config, output)
+    report = convert_checkpoint(method, state_dict, config, output, tokenizer)
     console = Console()
     console.print(f"{report.converted} tensors converted to [b]{report.output}[/b].")
     if report.unused:
         console.print(f"Left out, since no score uses them: {', '.join(report.unused)}.")
+    if tokenizer is None:
+        console.print("No processor was written; give --tokenizer to evaluate and link with the folder.")
     console.print(f'Next: AutoModel.from_pretrained("{report.output}")', markup=False)

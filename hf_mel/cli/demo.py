@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,7 +55,9 @@ def demo(
     model, processor = load_retriever(run)
     entities, mentions = load_entities(data), load_mentions(data, "test")
     results = _evaluate(model, processor, mentions, entities, {**dataset_version(data), "split": "test"})
-    write_results(results, results_file)
+    write_results(
+        {**results["all units"], "units alone": {k: v for k, v in results.items() if v["units"]}}, results_file
+    )
     console.print(results_table(results["all units"]))
     console.print(_units_table(results))
     console.print("Each unit ranks alone in its row; text and vision see one modality, cross_modal and all see both.")
@@ -70,13 +73,12 @@ def demo(
     ]
     example = mentions[wanted[0]]
     example["image"].save(photo)
-    shown = f'--text "{example["text"]}" --mention "{example["mention"]}" --image {photo}'
-    step(5, "Link a mention", f"hf-mel link {run} --kb {kb_folder} {shown}")
+    place = f"--start {example['start']} --end {example['end']} --image {photo}"
+    step(5, "Link a mention", f"hf-mel link {run} --kb {kb_folder} --text {shlex.quote(example['text'])} {place}")
     link(
         str(run),
         kb=kb_folder,
         text=example["text"],
-        mention=example["mention"],
         start=example["start"],
         end=example["end"],
         image=photo,

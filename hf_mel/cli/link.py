@@ -33,7 +33,8 @@ def link(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Where to write the linked mentions of --input, one a line, in its order.")
+        Path | None,
+        typer.Option(help="Where to write the linked mentions of --input, one a line, in its order.", dir_okay=False),
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many candidates to show.")] = 10,
     nil_threshold: Annotated[

@@ -10,7 +10,8 @@ import datasets
 import torch
 from torch.utils.data import Dataset
 
-from hf_mel.errors import ImageError, UnknownEntityError
+from hf_mel.data.images import open_image
+from hf_mel.errors import UnknownEntityError
 from hf_mel.schema import MelProcessor, Row
 
 
@@ -28,9 +29,9 @@ class LazyRow(Mapping[str, Any]):
     def __getitem__(self, column: str) -> Any:
         value, feature = self._values[column], self._features[column]
         if isinstance(feature, datasets.Image):
-            return self._decode(value, feature)
+            return self._decode(value)
         if isinstance(getattr(feature, "feature", None), datasets.Image):
-            return [self._decode(image, feature.feature) for image in value or ()]
+            return [self._decode(image) for image in value or ()]
         return value
 
     def __iter__(self) -> Iterator[str]:
@@ -47,18 +48,11 @@ class LazyRow(Mapping[str, Any]):
         """The value of a column with its images undecoded."""
         return self._values[column]
 
-    def _decode(self, image: dict[str, Any] | None, feature: datasets.Image) -> Any:
+    def _decode(self, image: dict[str, Any] | None) -> Any:
         if image is None:
             return None
-        try:
-            return feature.decode_example(image)
-        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ValueError and others
-            key = next((name for name in ("mention_id", "entity_id") if name in self._values), None)
-            raise ImageError(
-                f"the image is damaged ({error}).",
-                row=self._values.get(key) if key else None,
-                remedy="Build the data set again; the builder lists damaged images.",
-            ) from error
+        key = next((name for name in ("mention_id", "entity_id") if name in self._values), None)
+        return open_image(image, row=self._values[key] if key else None)
 
 
 class LazyRows(Dataset):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hf_mel.errors import DataFormatError, MelError, RecipeError
+from hf_mel.hub.saving import save_model_repository
 
 
 @dataclass
@@ -33,7 +34,11 @@ class ConversionReport:
 
 
 def convert_checkpoint(
-    method: str, state_dict: str | os.PathLike, config: str | os.PathLike, output: str | os.PathLike
+    method: str,
+    state_dict: str | os.PathLike,
+    config: str | os.PathLike,
+    output: str | os.PathLike,
+    tokenizer: str | None = None,
 ) -> ConversionReport:
     """Writes a model folder from published weights.
 
@@ -43,29 +48,33 @@ def convert_checkpoint(
         state_dict: a safetensors file with the weights under their published names. Pickled checkpoints are not read.
         config: a JSON file with the published configuration.
         output: the folder to write; must not exist or be empty.
+        tokenizer (`str`, *optional*): Hub id or folder of the tokenizer (and encoder) the network was trained with;
+            without it the folder holds no processor, which evaluating and linking need.
 
     Raises:
         RecipeError: no such method.
         DataFormatError: a file is missing or unreadable, or keys are unknown, missing or of another shape.
+        MelError: the output cannot be written, or the tokenizer cannot be loaded.
     """
     from transformers import AutoModel
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    import hf_mel.auto  # noqa: F401 (registers the method's model with AutoModel)
+    import hf_mel.auto  # noqa: F401 (registers the method's classes with the Auto classes)
 
     state_dict, config, output = Path(state_dict), Path(config), Path(output)
     try:
         module = import_module(f"hf_mel.modeling.{method}.convert_{method}")
     except ModuleNotFoundError:
         raise RecipeError(f"No conversion for {method!r}.", remedy=f"Known: {', '.join(_convertible())}.") from None
-    if output.exists() and any(output.iterdir()):
-        raise MelError("The output folder is not empty.", file=output, remedy="Give a new folder.")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise MelError("The output is there, and is not an empty folder.", file=output, remedy="Give a new folder.")
 
     model_config = _call(module.convert_config, _read_json(config), file=config)
     try:
         published = load_file(state_dict)
     except FileNotFoundError:
         raise DataFormatError("No such file.", file=state_dict, remedy="Check --state-dict.") from None
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise DataFormatError(
             f"Not a safetensors file ({error}).",
             file=state_dict,
@@ -91,18 +100,23 @@ def convert_checkpoint(
             remedy="Check that both are of one run.",
         )
     model.load_state_dict(weights)
+    processor = None
+    if tokenizer is not None:
+        try:
+            processor_class: Any = PROCESSOR_MAPPING[type(model_config)]
+            processor = processor_class.from_backbones(tokenizer)
+        except (OSError, ValueError) as error:
+            raise MelError(
+                f"The tokenizer {tokenizer!r} cannot be loaded ({error}).", remedy="Check --tokenizer."
+            ) from error
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        type(model).register_for_auto_class("AutoModel")
-        type(model.config).register_for_auto_class()
-        model.save_pretrained(temporary)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:
+            save_model_repository(model, processor, Path(work) / "model")
+            (Path(work) / "model").replace(output)  # an empty folder gives way
+    except OSError as error:
+        raise MelError(f"Cannot be written ({error}).", file=output, remedy="Give another folder.") from error
     return ConversionReport(output, len(weights), unused)
 
 
@@ -125,6 +139,8 @@ def _read_json(path: Path) -> Mapping:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataFormatError("No such file.", file=path, remedy="Check --config.") from None
+    except OSError as error:
+        raise DataFormatError(f"Cannot be read ({error}).", file=path, remedy="Check --config.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataFormatError(f"Not JSON ({error}).", file=path) from None
     if not isinstance(content, Mapping):

@@ -17,19 +17,22 @@ def save_model_repository(model: Any, processor: Any, folder: str | os.PathLike[
 
     Args:
         model (`PreTrainedModel`): The model.
-        processor (`ProcessorMixin`): Its processor.
+        processor (`ProcessorMixin`, *optional*): Its processor.
         folder (`str` or `os.PathLike`): Where to; made if needed, files of the same names are replaced.
     """
     registered = []
     objects = {"model": model, "config": model.config, "processor": processor}
     for name, auto_class in _AUTO_CLASSES:
         kind = type(objects[name])
+        if objects[name] is None:
+            continue
         if "_auto_class" not in vars(kind) and not kind.__module__.startswith("transformers."):
             kind.register_for_auto_class(auto_class)
             registered.append(kind)
     try:
         model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
     finally:
         for kind in registered:  # a checkpoint or a test that saves later should not carry code unasked
             del kind._auto_class

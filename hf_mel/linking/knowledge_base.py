@@ -195,6 +195,9 @@ class KnowledgeBase:
         """
         target = Path(path)
         _check_target(target)
+        own = target.resolve() == self.path.resolve()
+        if own:
+            self._check_unchanged()
         with (
             _staging(target) as work,
             tqdm(total=len(self), desc="Saving", unit="row", delay=1, disable=not progress) as bar,
@@ -205,7 +208,9 @@ class KnowledgeBase:
                 writer.add(encodings, self._table(rows, [*_TEXT_COLUMNS, "images"]))
                 bar.update(len(rows))
             _write_manifest(work, self._manifest | {"shards": writer.close(), "removed": []})
-        if target.resolve() == self.path.resolve():
+            if own:
+                self._check_unchanged()
+        if own:
             self._read()
         return KnowledgeBase(target)
 

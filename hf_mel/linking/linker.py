@@ -29,17 +29,6 @@ _EXAMPLE = '{"text": "Swift on stage.", "mention": "Swift"}'
 # What a mention row of the schema has and a mention to link need not have.
 _DEFAULTS = {"mention_id": "", "context_id": "", "mention_type": "", "topic": "", "image": None, "candidates": ()}
 
-# What loading a model and loading its processor have in common; any other keyword is for the model alone.
-_HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
-
 
 @dataclass
 class Candidate:

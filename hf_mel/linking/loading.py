@@ -7,12 +7,26 @@ import os
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
 
 import hf_mel.auto  # noqa: F401 (registers the shipped methods)
 from hf_mel.errors import UnknownModelError
 from hf_mel.schema import MelProcessor, Retriever
+
+#: What transformers raises for folders and repositories that are not a model, or a damaged one.
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 def load_retriever(
@@ -42,7 +56,7 @@ def load_retriever(
     try:
         model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
         processor = AutoProcessor.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise UnknownModelError(
             f"{name!r} cannot be loaded as a model ({reason[:300]}).",
@@ -55,7 +69,13 @@ def load_retriever(
             f"{name!r}: the weights lack {len(missing)} of the model's tensors, among them {', '.join(missing[:3])}.",
             remedy="The file is incomplete, or belongs to another configuration.",
         )
-    model.eval().to(device)
+    try:
+        model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+        reason = str(error).strip().splitlines()[0]
+        raise UnknownModelError(
+            f"{name!r} cannot go to the device {device!r} ({reason}).", remedy="Try cpu."
+        ) from error
     if not isinstance(model, Retriever):
         raise UnknownModelError(f"{name!r} is a {type(model).__name__}, which does not encode and score entities.")
     if "mentions" not in inspect.signature(type(processor).__call__).parameters:

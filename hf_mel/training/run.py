@@ -16,6 +16,7 @@ import datasets
 import torch
 import transformers
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_MAPPING,
@@ -167,10 +168,16 @@ def _continued(recipe: Recipe) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
         _check_config(recipe, type(config), recipe.model.config, "model.config")
         # Checkpoints in half precision load as such; training needs the full one.
-        model = AutoModel.from_pretrained(name, trust_remote_code=trust, dtype=torch.float32, **recipe.model.config)
-        return model, AutoProcessor.from_pretrained(name, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
+        model, report = AutoModel.from_pretrained(
+            name, trust_remote_code=trust, dtype=torch.float32, output_loading_info=True, **recipe.model.config
+        )
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust)
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise recipe.error(f"model.from_pretrained: {name!r} cannot be loaded ({error}).") from error
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        print(f"{name} has no weights for {len(report['missing_keys'])} tensors ({missing}, …): they start untrained.")
+    return model, processor
 
 
 def _new(recipe: Recipe, texts: Iterable[str]) -> tuple[Any, Any]:
@@ -210,7 +217,7 @@ def _new(recipe: Recipe, texts: Iterable[str]) -> tuple[Any, Any]:
         return AutoModel.from_config(AutoConfig.for_model(kind, **fields)), processor
     except AttributeError as error:
         raise recipe.error(f"model.type: {kind!r} cannot be built from a recipe ({error}).") from error
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, StrictDataclassError) as error:
         raise recipe.error(f"model: {error}") from error
 
 
@@ -248,7 +255,12 @@ def _start(folder: Path, recipe: Recipe, resume: bool) -> Path | None:
                 remedy=f"{'Keep' if finished else 'Continue'} it with --resume, remove the folder, or give another --output.",
             )
         return None
-    before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    try:
+        before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(
+            f"cannot be read ({error}).", file=folder / RECIPE, remedy="Give another --output, or remove the folder."
+        ) from error
     changed = sorted(_differences(before, recipe.to_dict()))
     if changed:
         raise RecipeError(
@@ -331,8 +343,8 @@ def _finish(
     except MissingExtraError as error:
         print(f"No {PLOT}: {error}")
     _write(folder / CARD, model_card(results))
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     write_results(results, folder / RESULTS)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def _best(state: transformers.TrainerState) -> dict[str, float] | None:

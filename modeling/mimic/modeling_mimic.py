@@ -435,7 +435,9 @@ class MimicModel(MimicPreTrainedModel):
             parts.pop("visual_projection", None)
         for name in ("text_model", "vision_model"):
             if name in parts:
-                config.setdefault(name.replace("model", "config"), parts[name].config.to_dict())
+                encoder = parts[name].config.to_dict()
+                encoder.pop("_name_or_path", None)  # may be a path of this machine, and the weights travel with us
+                config.setdefault(name.replace("model", "config"), encoder)
         model = cls(MimicConfig(**config))
         for name, part in parts.items():
             target = getattr(model, name, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from string import Formatter
 from typing import Any
 
 import torch
@@ -62,9 +63,11 @@ class MimicProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("from_backbones needs the Hub id or folder of a text encoder, whose tokenizer it takes.")
-        if vision is None and AutoConfig.from_pretrained(text).model_type == "clip":
-            vision = text
-        return cls.from_parts(AutoTokenizer.from_pretrained(text), vision, **options)
+        tokenizer, config = AutoTokenizer.from_pretrained(text), AutoConfig.from_pretrained(text)
+        if vision is None and config.model_type == "clip":
+            size = config.vision_config.image_size
+            return cls.from_parts(tokenizer, {"size": {"height": size, "width": size}}, **options)
+        return cls.from_parts(tokenizer, vision, **options)
 
     @classmethod
     def from_parts(cls, tokenizer, vision: str | Mapping[str, Any] | None = None, **options) -> MimicProcessor:
@@ -136,12 +139,14 @@ class MimicProcessor(ProcessorMixin):
 
     @staticmethod
     def _fill(template: str, row: Mapping[str, Any]) -> str:
+        columns = [name for _, name, _, _ in Formatter().parse(template) if name]
         try:
-            return template.format_map(row)
+            values = {name: row[name] for name in columns}
         except KeyError as error:
             raise ValueError(
-                f"The template {template!r} needs the column {error}; the row has {sorted(row)}."
+                f"The template {template!r} needs the column {error}; the row has {', '.join(row)}."
             ) from None
+        return template.format_map({name: "" if value is None else value for name, value in values.items()})
 
     def _pixels(self, images: list) -> torch.Tensor:
         present = [image.convert("RGB") for image in images if image is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+
 import datasets
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf_mel.data.collator import LazyRow, LazyRows, RetrieverCollator
+from hf_mel.data.images import open_image
 from hf_mel.errors import ImageError, UnknownEntityError
 from hf_mel.schema import NIL, entity_features
 from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
@@ -116,6 +119,16 @@ def test_lazy_rows_are_the_rows_of_the_data_set():
             else:
                 assert lazy[column] == value
     assert LazyRows(mentions)[1]["mention_id"] == "m3"
+
+
+def test_images_look_the_same_in_training_and_in_linking():
+    """A transparent picture, for which decoders differ: on white, as `open_image` has it for the linker."""
+    file = BytesIO()
+    Image.new("RGBA", (3, 2), (10, 20, 30, 0)).save(file, "PNG")
+    features = datasets.Features({"mention_id": datasets.Value("string"), "image": datasets.Image()})
+    lazy = LazyRow({"mention_id": "m1", "image": {"bytes": file.getvalue(), "path": None}}, features)
+    assert lazy["image"].mode == "RGB"
+    assert lazy["image"].getpixel((0, 0)) == open_image(file.getvalue()).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_an_image_nobody_looks_at_is_not_decoded():

@@ -163,6 +163,12 @@ def test_two_qids_of_one_entity_lead_to_the_same_gold(cleaned, tmp_path):
         ),
         (
             "Wikidata-MEL.json",
+            b'{"101": {"id": "101", "sentence": "x", "mentions": [5], "answer": ["Q901"]}}',
+            DataFormatError,
+            "not a string",
+        ),
+        (
+            "Wikidata-MEL.json",
             b'{"101": {"id": "7", "sentence": "x", "mentions": [], "answer": []}}',
             DataFormatError,
             "has id '7'",

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,6 +52,18 @@ def test_damaged_weights(folder):
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UnknownModelError, match="cannot be loaded"):
         load_retriever(folder)
+
+
+def test_a_hostile_configuration(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dim": "many"}))
+    with pytest.raises(UnknownModelError, match="cannot be loaded"):
+        load_retriever(folder)
+
+
+def test_a_device_that_is_not_there(folder):
+    with pytest.raises(UnknownModelError, match="'nowhere'"):
+        load_retriever(folder, device="nowhere")
 
 
 def test_not_a_retriever(tmp_path):

@@ -303,6 +303,7 @@ def test_from_backbones_takes_the_pretrained_weights(tmp_path):
     both = MimicModel.from_backbones(text=str(tmp_path / "bert"), vision=str(tmp_path / "vit"), **DIMS)
     assert both.config.units == ["text", "vision", "cross_modal"]
     assert both.config.projection_dim is None
+    assert str(tmp_path) not in both.config.to_json_string()
     for ours, theirs in ((both.text_model, bert), (both.vision_model, vit)):
         wanted = theirs.state_dict()
         for key, value in ours.state_dict().items():

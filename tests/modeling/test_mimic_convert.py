@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 import hf_mel.cli
 from hf_mel.errors import DataFormatError, MelError, RecipeError
 from hf_mel.hub.convert import convert_checkpoint
+from hf_mel.linking.loading import load_retriever
+from hf_mel.training.tokenizer import train_wordpiece
 from tests.modeling import published_mimic
 
 
@@ -58,6 +60,18 @@ def test_converted_weights_score_as_published(published):
     for unit, scores in out.unit_scores.items():
         torch.testing.assert_close(scores, expected[f"{unit}_score"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loss.reshape(1), expected["loss_first_entities_as_positives"], atol=1e-5, rtol=1e-5)
+
+
+def test_with_a_tokenizer_the_folder_evaluates_and_links(published, tmp_path_factory):
+    folder, _, batch, expected = published
+    encoder = tmp_path_factory.mktemp("clip")
+    CLIPModel(published_mimic.clip_config()).save_pretrained(encoder)
+    train_wordpiece(["a mention of an entity"] * 3, 50).save_pretrained(encoder)
+    convert(folder, tokenizer=str(encoder))
+    model, processor = load_retriever(folder / "model")
+    assert dict(processor.image_processor.size) == {"height": 16, "width": 16}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).scores, expected["score"], atol=1e-5, rtol=1e-5)
 
 
 def test_training_checkpoint_prefixes_are_taken_off(published):
@@ -108,6 +122,13 @@ def test_files_that_are_not_what_they_say(published):
     with pytest.raises(DataFormatError, match="JSON object"):
         convert(folder, config=folder / "list.json")
     (folder / "short.json").write_text('{"clip_config": {}, "dims": {"dv": 3}}')
+    for folder_as_file in ({"state_dict": folder}, {"config": folder}):
+        with pytest.raises(DataFormatError, match=folder.name):
+            convert(folder, **folder_as_file)
+    with pytest.raises(MelError, match="not an empty folder"):
+        convert(folder, output=folder / "config.json")
+    with pytest.raises(MelError, match="tokenizer"):
+        convert(folder, tokenizer=str(folder / "none"))
     with pytest.raises(DataFormatError, match=r"dims\.TGLU_hidden_dim"):
         convert(folder, config=folder / "short.json")
     with pytest.raises(RecipeError, match="mimic"):
@@ -118,7 +139,7 @@ def test_a_full_folder_is_not_overwritten(published):
     folder = published[0]
     (folder / "model").mkdir()
     (folder / "model" / "mine.txt").write_text("keep")
-    with pytest.raises(MelError, match="not empty"):
+    with pytest.raises(MelError, match="not an empty folder"):
         convert(folder)
     assert [path.name for path in (folder / "model").iterdir()] == ["mine.txt"]
 

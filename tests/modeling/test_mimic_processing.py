@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor, CLIPModel, PreTrainedTokenizerFast
 
 import hf_mel.auto  # noqa: F401
 from hf_mel.modeling.mimic import MimicProcessor
 from hf_mel.schema import MelProcessor
+from tests.modeling import published_mimic
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "swift", "on", "stage", "taylor", "singer", "bird", "."]
 
@@ -127,6 +128,20 @@ def test_a_template_over_a_missing_column_says_which(tokenizer):
     processor = MimicProcessor.from_parts(tokenizer, mention_template="{topic}: {mention}")
     with pytest.raises(ValueError, match="topic"):
         processor(mentions=[MENTION])
+
+
+def test_an_entity_without_attributes_has_none_of_them(processor):
+    without = processor(entities=[ENTITY | {"attributes": None}])["entity_input_ids"]
+    assert words(without[0]) == "[CLS] taylor swift [SEP] [SEP] [PAD] [PAD] [PAD] [PAD]"
+    torch.testing.assert_close(without, processor(entities=[ENTITY | {"attributes": ""}])["entity_input_ids"])
+
+
+def test_a_clip_backbone_gets_the_published_stretch(tokenizer, tmp_path):
+    CLIPModel(published_mimic.clip_config()).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    images = MimicProcessor.from_backbones(str(tmp_path)).image_processor
+    assert (images.do_center_crop, images.resample) == (False, 1)  # Lanczos, nothing cut off
+    assert dict(images.size) == {"height": 16, "width": 16}
 
 
 def test_braces_in_a_text_are_only_text(processor):
