@@ -229,7 +229,7 @@ TOGETHER: dict[int, tuple[str, ...]] = {
 
 #: The fact inside such a sentence, after its mention.
 ASIDES: dict[str, tuple[str, ...]] = {
-    "capital": ("(capital {v})", "(with its government in {v})", "(flying home to {v})"),
+    "capital": ("(capital {v})", "(governed from {v})", "(flying home to {v})"),
     "currency": ("(where the {v} is the currency)", "(currency {v})"),
     "language": ("(speaking {v})", "(where they speak {v})"),
 }
