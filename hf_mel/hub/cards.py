@@ -86,10 +86,15 @@ def _number(key: str, value: float | None) -> str:
 def _nil(nil: Mapping[str, Any] | None) -> str:
     if not nil:
         return ""
-    how = "mentions whose golds were left out for it" if nil["simulated"] else "the NIL mentions of this split"
+    if nil["simulated"]:
+        return (
+            "Every mention of this split is in the knowledge base, so nothing is taken for NIL by default. With every gold "
+            f"left out once, a threshold of {nil['threshold']:.4g} would decide {100 * nil['accuracy']:.1f} % right "
+            f"(`--nil-threshold {nil['threshold']:.4g}`)."
+        )
     return (
         f"A mention whose best score is below {nil['threshold']:.4g} is taken for NIL (`config.nil_threshold`); set on "
-        f"{how}, where {100 * nil['accuracy']:.1f} % of the decisions are right."
+        f"the NIL mentions of this split, where {100 * nil['accuracy']:.1f} % of the decisions are right."
     )
 
 

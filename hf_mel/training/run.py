@@ -300,7 +300,8 @@ def _finish(
     batch_size = trainer.args.per_device_eval_batch_size
     evaluation = evaluate_full(model, processor, validation, entities, batch_size=batch_size, data_version=version)
     nil = evaluation.calibrate_nil_threshold() if len(validation) and len(entities) > 1 else None
-    if nil is not None and hasattr(model.config, "nil_threshold"):
+    # Made-up NIL cases are half of all by construction; where the data has none, they must not switch NIL on unasked.
+    if nil is not None and not nil.simulated and hasattr(model.config, "nil_threshold"):
         model.config.nil_threshold = nil.threshold
     state, device = trainer.state, evaluation.setting["device"]
     results = {

@@ -57,7 +57,8 @@ class MimicConfig(PreTrainedConfig):
             one shared orthogonal projection, so that eq. 9–10 start as a soft token match instead of noise. Needs equal
             widths of local and global features.
         nil_threshold (`int` or `float`, *optional*):
-            A mention whose best score is below it is NIL. Set by calibration on a validation split; `None`: never NIL.
+            A mention whose best score is below it is NIL. Set by calibration on a validation split that has NIL mentions;
+            `None`: never NIL.
     """
 
     model_type: ClassVar[str] = "mimic"

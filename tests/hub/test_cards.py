@@ -52,7 +52,7 @@ def run_info(**changes) -> dict:
             "metrics": metrics(190),
             "strata": {"stratum": {"text": metrics(100, mr=1.0), "none": metrics(0, mrr=float("nan"), mr=None)}},
         },
-        "nil": {"threshold": 1.23456789, "accuracy": 0.875, "simulated": True},
+        "nil": {"threshold": 1.23456789, "accuracy": 0.875, "simulated": False},
         "best": {"step": 80, "epoch": 10.0},
         "training": {"num_train_epochs": 20, "learning_rate": 1e-05},
         "seed": 7,
@@ -138,7 +138,7 @@ worst position. The checkpoint was chosen by MRR on this split, so a test split 
 | stratum: text | 100 | 50.0 | 62.5 | 61.2 | 1.0 |
 | stratum: none | 0 | 50.0 | 62.5 |  |  |
 
-A mention whose best score is below 1.235 is taken for NIL (`config.nil_threshold`); set on mentions whose golds were left out for it, where 87.5 % of the decisions are right.
+A mention whose best score is below 1.235 is taken for NIL (`config.nil_threshold`); set on the NIL mentions of this split, where 87.5 % of the decisions are right.
 
 ## Training
 
@@ -168,6 +168,13 @@ A mention whose best score is below 1.235 is taken for NIL (`config.nil_threshol
 
 def test_the_whole_card():
     assert model_card(run_info()) == EXPECTED
+
+
+def test_a_threshold_that_was_only_made_up_is_offered_not_set():
+    card = model_card(run_info(nil={"threshold": 1.23456789, "accuracy": 0.875, "simulated": True}))
+    assert "nothing is taken for NIL by default" in card
+    assert "`--nil-threshold 1.235`" in card
+    assert "config.nil_threshold" not in card
 
 
 def test_a_local_build_from_scratch_names_no_repository_it_does_not_have():

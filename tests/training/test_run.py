@@ -79,6 +79,15 @@ def test_the_model_that_was_kept_reaches_the_numbers_that_were_written(finished,
     assert model.config.text_config.pad_token_id == processor.tokenizer.pad_token_id
 
 
+def test_without_nil_mentions_nothing_is_taken_for_nil_unasked(tmp_path):
+    dataset = write_dataset(tmp_path / "all_known", nil_every=0)
+    folder = run_recipe(Recipe.from_dict(recipe_dict(dataset)), tmp_path / "tiny")
+    nil = results_of(folder)["nil"]
+    assert nil["simulated"]
+    assert nil["threshold"] is not None
+    assert AutoModel.from_pretrained(folder).config.nil_threshold is None
+
+
 def test_the_card_runs_where_hf_mel_is_not_installed(finished, tmp_path):
     card = (finished / "README.md").read_text()
     snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("hf-mel/tiny", str(finished))
