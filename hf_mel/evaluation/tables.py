@@ -22,6 +22,7 @@ _NAMES = {
     "nil_recall": "NIL R",
 }
 _POSITIONS = {"mr"}
+_DECISIONS = {"accuracy", "in_kb_accuracy", "micro_f1", "nil_precision", "nil_recall"}
 
 
 def results_table(results: Mapping[str, Any], title: str | None = None) -> Table:
@@ -38,9 +39,14 @@ def results_table(results: Mapping[str, Any], title: str | None = None) -> Table
     )
     table = Table("mentions", title=title)
     table.add_column("in KB", justify="right")
-    columns = _columns(overall)
+    columns = [name for name in _columns(overall) if name not in _DECISIONS]
     for name in columns:
         table.add_column(display_name(name), justify="right")
+    decisions = [
+        f"{display_name(name)} {display_value(name, overall[name])}" for name in overall if name in _DECISIONS
+    ]
+    if decisions:  # as columns they would squeeze the ranks out of a terminal of 80 characters
+        table.caption = f"All mentions, NIL below {results['nil_threshold']:.4g}: {', '.join(decisions)}"
 
     def add(label: str, metrics: Mapping[str, Any]) -> None:
         table.add_row(label, f"{metrics['num_ranked']:,}", *(display_value(name, metrics[name]) for name in columns))
