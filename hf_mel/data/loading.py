@@ -27,6 +27,7 @@ from hf_mel.errors import (
     UnknownEntityError,
     UnknownSplitError,
 )
+from hf_mel.files import file_sha256
 from hf_mel.schema import NIL, entity_features, mention_features, post_features
 
 #: Columns of a user's file of entities; `id` and `image` may also be written `entity_id` and `images`.
@@ -152,7 +153,7 @@ def dataset_version(dataset: str | os.PathLike[str], revision: str | None = None
     _check_source(source, revision)
     if Path(source).is_dir():
         root = Path(source)
-        files = {path.relative_to(root).as_posix(): _sha256(path) for path in root.rglob("*.parquet")}
+        files = {path.relative_to(root).as_posix(): file_sha256(path) for path in root.rglob("*.parquet")}
         if not files:
             raise _not_found(source, FileNotFoundError("no Parquet files"))
         return {"dataset": root.resolve().name, "revision": None, "sha256": _combine(files)}
@@ -169,14 +170,6 @@ def dataset_version(dataset: str | os.PathLike[str], revision: str | None = None
         "revision": info.sha,
         "sha256": _combine(known) if known and len(known) == len(parquet) else None,
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _combine(files: Mapping[str, str]) -> str:

@@ -6,10 +6,11 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from hf_mel.files import write_text
 
 # Where a metric has a name of its own in print. A position is not a percentage.
 _NAMES = {
@@ -99,15 +100,15 @@ def write_results(results: Mapping[str, Any] | Sequence[Any], path: str | os.Pat
         path (`str` or `os.PathLike`): The file; its folder is made if need be.
 
     Raises:
-        `OSError`: the file cannot be written.
+        [`~hf_mel.errors.MelError`]: the file cannot be written.
     """
     text = json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False)
-    _write([text + "\n"], path)
+    write_text(path, [text + "\n"])
 
 
 def write_records(records: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Writes JSON lines, one per record, whole or not at all. Args and errors as in [`write_results`]."""
-    _write((json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records), path)
+    write_text(path, (json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records))
 
 
 def _finite(value: Any) -> Any:
@@ -116,15 +117,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _write(lines: Iterable[str], path: str | os.PathLike[str]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,15 +87,6 @@ def processor_difference(recorded: Mapping[str, Any], current: Mapping[str, Any]
     if recorded["type"] != current["type"]:
         return f"it is a {current['type']}, not a {recorded['type']}"
     return "it makes other tensors of the same entity" if recorded["tensors"] != current["tensors"] else None
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """sha256 of a file's bytes, as hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class _AnyColumn(dict):

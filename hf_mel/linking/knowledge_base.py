@@ -36,11 +36,11 @@ from tqdm.auto import tqdm
 from hf_mel.data.images import open_image
 from hf_mel.data.loading import load_entities, read_entity_file
 from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError, UnknownEntityError
+from hf_mel.files import file_sha256
 from hf_mel.linking.encodings import concat_encodings, encode_batches, num_rows, row_bytes, slice_encodings
 from hf_mel.linking.fingerprint import (
     describe_model,
     describe_processor,
-    file_sha256,
     model_difference,
     processor_difference,
 )

@@ -32,6 +32,7 @@ from hf_mel.data.loading import dataset_version, load_entities, load_mentions
 from hf_mel.errors import MissingExtraError, RecipeError
 from hf_mel.evaluation.full import evaluate_full
 from hf_mel.evaluation.tables import write_results
+from hf_mel.files import write_text
 from hf_mel.hub.cards import model_card
 from hf_mel.hub.saving import save_model_repository
 from hf_mel.schema import NIL, Retriever
@@ -98,7 +99,7 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
         main = trainer.is_world_process_zero()
         if main:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / RECIPE, recipe.to_yaml())
+            write_text(folder / RECIPE, [recipe.to_yaml()])
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if main:
             _finish(folder, recipe, trainer, train, validation, entities, started, resumed=checkpoint is not None)
@@ -343,7 +344,7 @@ def _finish(
         plot_training(state.log_history, folder / PLOT, title=recipe.name)
     except MissingExtraError as error:
         print(f"No {PLOT}: {error}")
-    _write(folder / CARD, model_card(results))
+    write_text(folder / CARD, [model_card(results)])
     write_results(results, folder / RESULTS)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
@@ -354,12 +355,6 @@ def _best(state: transformers.TrainerState) -> dict[str, float] | None:
         if entry["step"] == state.best_global_step and "eval_mrr" in entry:
             return {"step": entry["step"], "epoch": entry["epoch"]}
     return None
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 @contextlib.contextmanager
