@@ -1,0 +1,52 @@
+"""`hf-mel train`: what it leaves behind, what it says, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from hf_mel.cli import app
+from hf_mel.errors import RecipeError
+from tests.training.toy_run import recipe_dict, write_dataset
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(recipe_dict(write_dataset(folder / "toy_data"))))
+    return file
+
+
+def test_train_ends_with_the_table_the_places_and_the_next_commands(recipe, tmp_path):
+    output = tmp_path / "runs/tiny"
+    arguments = ["train", str(recipe), "--set", "training.num_train_epochs=1", "--output", str(output)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.stdout.split())
+    assert "validation" in said
+    assert "H@1" in said
+    for name in ("results.json", "recipe.yaml", "training_log.json", "training.png", "README.md"):
+        assert (output / name).exists()
+        assert name in said
+    assert f"hf-mel evaluate {output} --dataset {recipe.parent / 'toy_data'}" in said
+    assert f"hf-mel kb build {output}" in said
+    assert yaml.safe_load((output / "recipe.yaml").read_text())["training"]["num_train_epochs"] == 1
+
+    again = CliRunner().invoke(app, arguments)
+    assert isinstance(again.exception, RecipeError)
+    assert CliRunner().invoke(app, [*arguments, "--resume"]).exit_code == 0
+
+
+def test_train_py_says_what_is_wrong_in_one_line(tmp_path, monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "nothing.yaml")])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(root / "train.py"), run_name="__main__")
+    assert "RecipeError" in str(stopped.value)
+    assert "no such recipe file" in str(stopped.value)
