@@ -226,4 +226,4 @@ class _Progress(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
         if "eval_mrr" in logs:
             hits = f", H@1 {100 * logs['eval_hits@1']:.1f}" if "eval_hits@1" in logs else ""
-            self.training_bar.write(f"epoch {state.epoch:g}: validation MRR {100 * logs['eval_mrr']:.1f}{hits}")
+            self.training_bar.write(f"epoch {state.epoch:.3g}: validation MRR {100 * logs['eval_mrr']:.1f}{hits}")
