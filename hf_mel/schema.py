@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import datasets
-from datasets import List
 
 #: The gold (and the prediction) of a mention whose entity is not in the knowledge base.
 NIL = "NIL"
@@ -46,7 +45,7 @@ def mention_features(**extra: Any) -> datasets.Features:
             "topic": datasets.Value("string"),
             "image": datasets.Image(),
             "entity_id": datasets.Value("string"),
-            "candidates": List(datasets.Value("string")),
+            "candidates": [datasets.Value("string")],
             **extra,
         }
     )
@@ -66,8 +65,8 @@ def entity_features(**extra: Any) -> datasets.Features:
             "name": datasets.Value("string"),
             "description": datasets.Value("string"),
             "attributes": datasets.Value("string"),
-            "aliases": List(datasets.Value("string")),
-            "images": List(datasets.Image()),
+            "aliases": [datasets.Value("string")],
+            "images": [datasets.Image()],
             **extra,
         }
     )
@@ -148,12 +147,30 @@ class Retriever(Protocol):
 class Reranker(Protocol):
     """A model that reads a mention and its candidates together (cross-encoder, document model).
 
-    `forward(**pair_tensors, labels=None)` returns an output with `loss` and `scores` [M, C].
+    Its processor turns `pairs` (M mentions with up to C candidates each) into tensors with first axes M, C, and always
+    gives two more: `pair_mask` [M, C] (bool, False where a mention has no C-th candidate) and `pair_context` [M]
+    (int64, equal for the mentions of one context). Rows whose images were encoded beforehand carry `image_features`
+    (a tensor [d], or `None`) beside their image; the processor then gives these and no pixels.
+
+    Two more members are optional:
+
+    - `encode_images(pixel_values)`: [I, channels, height, width] → [I, d], and `image_features_are_fixed` (`bool`,
+      whether training leaves them as they are): whoever scores encodes each image once with it, and sets
+      `image_features` on the rows. The processor's `images(list of PIL images)` makes the pixel values.
+    - `rank_jointly(scores, features, mask, contexts)`: [M, C], [M, C, d], [M, C], [M] → [M, C], the scores of all
+      mentions of each context ranked together, after those of `forward`.
     """
 
-    #: What one example is: `"mention"`, `"context"` (all mentions of one text) or `"document"`.
+    #: What one example is: `"mention"`, `"context"` (all mentions of one text) or `"document"`. Training batches hold
+    #: mentions, `mentions_per_example` of one context (a lone one twice), or whole documents.
     example_unit: str
+    #: Whether the score of a pair depends on that pair alone, so that pairs may be scored in any grouping.
+    pairs_are_independent: bool
 
     def forward(self, **pair_inputs: Any) -> Any:
-        """`loss` and `scores` [M, C] for `pair_*` tensors with first axes M, C."""
+        """Scores of `pair_*` tensors with first axes M, C.
+
+        Returns an output with `scores` [M, C] (-inf where `pair_mask` is False), `features` [M, C, d] if the model has
+        `rank_jointly`, and `loss` given `labels` [M] (the column of each mention's gold; -100 if it has none).
+        """
         ...

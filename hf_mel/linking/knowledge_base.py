@@ -44,7 +44,7 @@ from hf_mel.linking.fingerprint import (
     model_difference,
     processor_difference,
 )
-from hf_mel.schema import NIL, List, MelProcessor, entity_features
+from hf_mel.schema import NIL, MelProcessor, entity_features
 
 #: Types a knowledge base can store floating-point encodings in.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -597,8 +597,8 @@ def _entity_rows(entities: EntitiesLike) -> tuple[datasets.Dataset, str | None]:
         raise KnowledgeBaseError(
             "there are no entities.", file=name, remedy="A knowledge base needs at least one entity."
         )
-    if source.features["images"] != List(datasets.Image()):
-        source = source.cast_column("images", List(datasets.Image()))
+    if source.features["images"] != datasets.List(datasets.Image()):
+        source = source.cast_column("images", datasets.List(datasets.Image()))
     return source, name
 
 
