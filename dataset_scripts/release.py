@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from datasets.utils import tqdm
+
 from hf_mel.errors import DataFormatError, DuplicateIdError, UnknownEntityError
 from hf_mel.schema import NIL, NO_SPAN
 
@@ -116,6 +118,33 @@ class Release:
                 raise DataFormatError(f"holds {value!r}, expected a text.", file=self.root / name, row=key)
         return mapping
 
+    def first(self, *names: str) -> str | None:
+        """The first of `names` that is a file of the release; `None` if none is."""
+        return next((name for name in names if self._present(name)), None)
+
+    def lines(self, name: str) -> Iterator[tuple[int, str]]:
+        """Row (from 1) and text of each line of the file `name`, read one at a time.
+
+        A byte-order mark and line ends are taken off. A line that is not UTF-8 is left out and, in the first reading,
+        listed. The digest is noted when the last line has been read.
+        """
+        path, digest, again = self.root / name, hashlib.sha256(), name in self.sha256
+        with (
+            path.open("rb") as file,
+            tqdm(total=path.stat().st_size, desc=name, unit="B", unit_scale=True, delay=2, leave=False) as bar,
+        ):
+            for row, line in enumerate(file, 1):
+                digest.update(line)
+                bar.update(len(line))
+                try:
+                    text = line.decode("utf-8-sig" if row == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    if not again:
+                        self.problem("line_not_utf8", name, row)
+                    continue
+                yield row, text.rstrip("\r\n")
+        self.sha256[name] = digest.hexdigest()
+
     def record(self, name: str, row: str | int, value: Any, keys: Mapping[str, type]) -> dict[str, Any]:
         """`value` after checking that it is an object whose `keys` are there and of their type."""
         path = self.root / name
@@ -191,6 +220,15 @@ def _occurrences(text: str, mention: str) -> Iterator[tuple[int, int]]:
     while start >= 0:
         yield start, start + len(mention)
         start = text.find(mention, start + 1)
+
+
+def nearest(text: str, mention: str, start: int) -> tuple[int, int]:
+    """Offsets (end exclusive) of the occurrence of `mention` in `text` that begins nearest to `start`.
+
+    Returns:
+        (start, end); ([`NO_SPAN`], [`NO_SPAN`]) if there is none. Of two as near, the earlier.
+    """
+    return min(_occurrences(text, mention), key=lambda span: abs(span[0] - start), default=(NO_SPAN, NO_SPAN))
 
 
 def cleaned_layout(prefix: str) -> Layout:
