@@ -124,6 +124,10 @@ class Retriever(Protocol):
     `forward(**mention_tensors, **entity_tensors, labels=None)` returns an output with `loss` (given `labels`),
     `scores` [M, N] and `unit_scores` (a dict of [M, N], one per interaction unit). `labels` [M] holds the column of
     each mention's gold; several mentions may share one column, so the same entity twice is never a negative.
+
+    Optional: `attention(**mention_tensors, **entity_tensors)`, where the model looks: any of `words` [M, N, L] (shares
+    of the L tokens of a mention), `mention_patches` [M, h, w] and `entity_patches` [N, h, w]; the processor's
+    `text_spans(mentions)` says where each of the L tokens stands in the text.
     """
 
     def encode_mentions(self, **mention_inputs: Any) -> Encodings:

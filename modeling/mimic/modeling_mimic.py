@@ -314,9 +314,16 @@ class CMFU(nn.Module):
     def fuse(self, text_global: torch.Tensor, image_local: torch.Tensor) -> torch.Tensor:
         """FUSE(h_ot, H_ov), eq. 15–18: h_o [B, d_c]."""
         text, patches = self.fc_text(text_global), self.fc_image(image_local)
-        alpha = (patches @ text.unsqueeze(-1)).squeeze(-1).softmax(-1)
-        context = (alpha.unsqueeze(1) @ patches).squeeze(1)
+        context = (self._attention(text, patches).unsqueeze(1) @ patches).squeeze(1)
         return self.layer_norm(torch.tanh(self.fc_gate(text)) * text + context)
+
+    def attention(self, text_global: torch.Tensor, image_local: torch.Tensor) -> torch.Tensor:
+        """α of eq. 15–16: the share [B, n] of each of n patches."""
+        return self._attention(self.fc_text(text_global), self.fc_image(image_local))
+
+    @staticmethod
+    def _attention(text: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        return (patches @ text.unsqueeze(-1)).squeeze(-1).softmax(-1)
 
     def forward(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """S_C [M, N] (eq. 19)."""
@@ -552,6 +559,42 @@ class MimicModel(MimicPreTrainedModel):
     def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """S [M, N] (eq. 7): the mean of the units' scores."""
         return _mean(self.unit_scores(mentions, entities))
+
+    @torch.no_grad()
+    def attention(
+        self,
+        mention_input_ids: torch.LongTensor | None = None,
+        mention_attention_mask: torch.Tensor | None = None,
+        mention_pixel_values: torch.Tensor | None = None,
+        entity_input_ids: torch.LongTensor | None = None,
+        entity_attention_mask: torch.Tensor | None = None,
+        entity_pixel_values: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Where the units look, for M mentions and N entities.
+
+        Returns:
+            `dict` of what the model has: `words` [M, N, L], the share of each token of a mention in TGLU's attention
+            (eq. 9, averaged over the entity's tokens); `mention_patches` [M, h, w] and `entity_patches` [N, h, w], the
+            share of each image patch in CMFU's attention (eq. 15–16), without a ViT's class token.
+        """
+        found: dict[str, torch.Tensor] = {}
+        if hasattr(self, "tglu") and self.config.text_local:
+            mentions = self.encode_mentions(mention_input_ids, mention_attention_mask, mention_pixel_values)
+            entities = self.encode_entities(entity_input_ids, entity_attention_mask, entity_pixel_values)
+            masks = entities.get("text_mask"), mentions.get("text_mask")
+            found["words"] = self.tglu._mean_attention(entities["text_queries"], mentions["text_keys"], *masks)
+        if hasattr(self, "cmfu"):
+            sides = {
+                "mention": (mention_input_ids, mention_attention_mask, mention_pixel_values),
+                "entity": (entity_input_ids, entity_attention_mask, entity_pixel_values),
+            }
+            for side, (input_ids, mask, pixels) in sides.items():
+                text, _ = self._text_features(input_ids, mask)
+                shares = self.cmfu.attention(text, self._image_features(pixels)[1])
+                height = int(shares.shape[1] ** 0.5)
+                if height**2 in (shares.shape[1], shares.shape[1] - 1):
+                    found[f"{side}_patches"] = shares[:, -(height**2) :].unflatten(1, (height, height))
+        return found
 
     def forward(
         self,

@@ -137,6 +137,34 @@ class MimicProcessor(ProcessorMixin):
             tensors[f"{side}_pixel_values"] = self._pixels(images)
         return tensors
 
+    def text_spans(self, mentions: Sequence[Mapping[str, Any]]) -> list[list[tuple[int, int] | None]]:
+        """Where the L tokens of each of M mentions stand in its row's `text`.
+
+        Returns:
+            M lists of L spans (start, end) in characters of `text`, end exclusive; `None` for a token of anything else
+            in the template, a special token or padding.
+
+        Raises:
+            `ValueError`: the tokenizer does not tell where its tokens stand.
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"{type(self.tokenizer).__name__} does not tell where its tokens stand in a text.")
+        before, found, _ = self.mention_template.partition("{text}")
+        spans = []
+        for row in mentions:
+            filled = self._fill(self.mention_template, row)
+            start = len(self._fill(before, row)) if found else len(filled)
+            end = start + len(row["text"]) if found else start
+            offsets = self.tokenizer(
+                filled,
+                max_length=self.max_length,
+                padding="max_length",
+                truncation=True,
+                return_offsets_mapping=True,
+            )["offset_mapping"]
+            spans.append([(a - start, b - start) if start <= a < b <= end else None for a, b in offsets])
+        return spans
+
     @staticmethod
     def _fill(template: str, row: Mapping[str, Any]) -> str:
         columns = [name for _, name, _, _ in Formatter().parse(template) if name]

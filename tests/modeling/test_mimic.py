@@ -390,3 +390,37 @@ def test_attention_implementation_reaches_the_backbones(tmp_path, implementation
     build().save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path, attn_implementation=implementation)
     assert model.text_model.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("fields", [{}, {"mask_padding": True}, {"vision_config": dict(CNN)}], ids=str)
+def test_attention_is_that_of_the_units(fields):
+    """The shares of words explain eq. 9–10, those of patches eq. 15–16: put back into the equations they give h_t, h_o."""
+    model = build(**fields)
+    batch = batch_for(model)
+    found = model.attention(**batch)
+    weights = {k: v.detach() for k, v in model.state_dict().items()}
+    mentions, entities = features(model, batch, "mention"), features(model, batch, "entity")
+    for m, mention in enumerate(mentions):
+        values = torch.stack([direct_mimic.linear(x, weights, "tglu.fc_value") for x in mention["text"]["local"]])
+        for n, entity in enumerate(entities):
+            context = direct_mimic.layer_norm(found["words"][m, n] @ values, weights, "tglu.layer_norm")
+            local = direct_mimic.linear(entity["text"]["global"], weights, "tglu.fc_global") @ context
+            score = (mention["text"]["global"] @ entity["text"]["global"] + local) / 2
+            expected = direct_mimic.text_score(
+                weights, mention["text"], entity["text"], direct_mimic.Switches(mask_padding=model.config.mask_padding)
+            )
+            torch.testing.assert_close(score, expected, atol=2e-5, rtol=1e-5)
+    for side, rows in (("mention", mentions), ("entity", entities)):
+        for shares, row in zip(found[f"{side}_patches"], rows, strict=True):
+            text = direct_mimic.linear(row["text"]["global"], weights, "cmfu.fc_text")
+            logits = torch.stack(
+                [text @ direct_mimic.linear(x, weights, "cmfu.fc_image") for x in row["image"]["local"]]
+            )
+            expected = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum()
+            assert shares.shape == (2, 2) or "convnext" in str(fields)
+            np.testing.assert_allclose(shares.flatten(), expected[-shares.numel() :], rtol=1e-4)
+
+
+def test_attention_of_a_text_model_is_of_words_alone():
+    model = build(units=["text"], vision_config=None)
+    assert set(model.attention(**batch_for(model))) == {"words"}

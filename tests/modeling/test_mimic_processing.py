@@ -152,3 +152,20 @@ def test_braces_in_a_text_are_only_text(processor):
 def test_pairs_are_refused(processor):
     with pytest.raises(ValueError, match="pairs"):
         processor(pairs=[(MENTION, [ENTITY])])
+
+
+def test_text_spans_point_into_the_text(processor):
+    row = MENTION | {"text": "taylor swift on"}
+    (spans,) = processor.text_spans([row])
+    assert len(spans) == processor.max_length
+    ids = processor(mentions=[row])["mention_input_ids"][0]
+    for token, span in zip(words(ids).split(), spans, strict=True):
+        if span is not None:
+            assert row["text"][slice(*span)] == token
+    # [CLS] swift [SEP] taylor swift on [SEP]: only the text's own three words have a place in it
+    assert [span is not None for span in spans] == [False] * 3 + [True] * 3 + [False] * 3
+
+
+def test_text_spans_without_text_in_the_template(processor):
+    processor.mention_template = "{mention}"
+    assert processor.text_spans([MENTION]) == [[None] * processor.max_length]

@@ -1,0 +1,53 @@
+"""Explanations: words put together from tokens, patches only of images that are there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_mel.linking.explaining import explain
+
+TEXT = "Untergang in Łódź, 天安"
+SPANS = [None, (0, 5), (5, 9), (10, 12), (13, 17), (17, 18), (19, 20), (20, 21), None]
+SHARES = [0.1, 0.05, 0.15, 0.2, 0.3, 0.02, 0.08, 0.06, 0.04]
+MENTION = {"text": TEXT, "mention": "Łódź", "image": None}
+ENTITY = {"name": "Łódź", "attributes": "", "images": []}
+
+
+class Model:
+    device, dtype = "cpu", torch.float32
+
+    def attention(self, **inputs):
+        assert set(inputs) == {"mention_x", "entity_x"}
+        return {
+            "words": torch.tensor(SHARES)[None, None],
+            "mention_patches": torch.tensor([[[0.25, 0.75]]]),
+            "entity_patches": torch.tensor([[[1.0], [0.0]]]),
+        }
+
+
+class Processor:
+    def __call__(self, mentions=None, entities=None):
+        return {"mention_x" if mentions else "entity_x": torch.zeros(1)}
+
+    def text_spans(self, mentions):
+        return [SPANS]
+
+
+def test_tokens_are_joined_to_words_and_shares_added():
+    found = explain(Model(), Processor(), MENTION, ENTITY)
+    shares = {TEXT[start:end]: share for start, end, share in found.words}
+    assert shares == pytest.approx({"Untergang": 0.2, "in": 0.2, "Łódź": 0.3, ",": 0.02, "天": 0.08, "安": 0.06})
+    assert [start for start, _, _ in found.words] == sorted(start for start, _, _ in found.words)
+
+
+def test_patches_of_images_that_are_there():
+    assert explain(Model(), Processor(), MENTION, ENTITY).mention_patches is None
+    found = explain(Model(), Processor(), MENTION | {"image": object()}, ENTITY)
+    assert found.mention_patches == [[0.25, 0.75]]
+    assert found.entity_patches is None
+    assert explain(Model(), Processor(), MENTION, ENTITY | {"images": [object()]}).entity_patches == [[1.0], [0.0]]
+
+
+def test_a_model_that_shows_nothing():
+    assert explain(object(), Processor(), MENTION, ENTITY) is None
