@@ -62,7 +62,9 @@ class FlagsMel(datasets.GeneratorBasedBuilder):
     LANGUAGES = ["en"]
     HOMEPAGE = "https://huggingface.co/datasets/hf-mel/flags_mel"
     CITATION = _CITATION
-    TASK = "multimodal entity linking"
+    TASK = "states and territories named in sentences with photograph-like pictures of their flags"
+    DOWNLOAD = "nothing: it is generated"
+    REDISTRIBUTION = ""
     NEEDS_RAW = False
     #: The same for every seed.
     OFFICIAL_COUNTS = {

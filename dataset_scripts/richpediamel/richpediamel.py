@@ -76,6 +76,16 @@ class RichpediaMel(datasets.GeneratorBasedBuilder):
   year = {2022},
   pages = {938--948}
 }"""
+    TASK = "people of the Richpedia knowledge graph in the text about each of them"
+    DOWNLOAD = (
+        "one of: train.json, test.json, qid2ne.json and qid2abs_long.json (datasets/Richpedia-MEL of"
+        " seukgcode/MEL-GHMFC); the cleaned RichpediaMEL archive (linked in the readme of pengfei-luo/MIMIC); data/ and"
+        " the linked image archives of juyeonnn/KGMEL"
+    )
+    REDISTRIBUTION = (
+        "GHMFC's, MIMIC's and KGMEL's files state no licence, and the images belong to their authors on Wikimedia"
+        " Commons; keep a copy that has them to yourself, or ask"
+    )
     NEEDS_RAW = True
     #: ghmfc: rows of the released files; train.json's 14,244 are split by [`held_out`]. mimic: mentions from Table 3
     #: of the MIMIC paper (KDD 2023); entities from the released configuration, where Table 3 has 160,935.

@@ -69,6 +69,16 @@ class WikiMel(datasets.GeneratorBasedBuilder):
   year = {2022},
   pages = {938--948}
 }"""
+    TASK = "people named in captions of Wikipedia's images"
+    DOWNLOAD = (
+        "one of: Wikidata-MEL.json (MELBench's repository) with splits.json, qid2ne.json and qid2abs.json"
+        " (datasets/WikiMEL/input_data of seukgcode/MEL-GHMFC); the cleaned WikiMEL archive (linked in the readme of"
+        " pengfei-luo/MIMIC); data/ and the linked image archives of juyeonnn/KGMEL"
+    )
+    REDISTRIBUTION = (
+        "GHMFC's maps and MIMIC's and KGMEL's files state no licence, and the images belong to their authors on"
+        " Wikimedia Commons; keep a copy that has them to yourself, or ask"
+    )
     NEEDS_RAW = True
     #: melbench: rows of `splits.json` that have a sentence. mimic: Table 3 of the MIMIC paper (KDD 2023).
     OFFICIAL_COUNTS = {
