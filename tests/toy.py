@@ -1,8 +1,8 @@
 """A retriever and a processor small enough to check by hand, for tests of everything that only sees the Protocols.
 
 `ToyRetriever` has two units, `text` (bag of hashed characters) and `vision` (mean colour), each a bilinear score;
-`ToyProcessor` turns schema rows into its tensors. Both save, load and train like the shipped methods, and are not
-registered with the Auto classes unless a test calls [`register`].
+`ToyProcessor` turns schema rows into its tensors. `ToyReranker` and `ToyPairProcessor` are the same for pairs. All save,
+load and train like the shipped methods, and are not registered with the Auto classes unless a test calls [`register`].
 """
 
 from __future__ import annotations
@@ -130,11 +130,149 @@ class ToyProcessor(ProcessorMixin):
         return BatchFeature(batch)
 
 
+class ToyRerankerConfig(PreTrainedConfig):
+    model_type = "toy_reranker"
+
+    vocab_size: int = 97
+    dim: int = 8
+    unit: str = "mention"
+    independent: bool = True
+
+
+@dataclass
+class ToyRerankerOutput(ModelOutput):
+    """`loss` [], `scores` [M, C], `features` [M, C, dim]."""
+
+    loss: torch.FloatTensor | None = None
+    scores: torch.FloatTensor | None = None
+    features: torch.FloatTensor | None = None
+
+
+class ToyReranker(PreTrainedModel):
+    """Scores the mean character of mention and entity together, and the distance of their images' colours.
+
+    With `independent=False`, every score has the mean of the mention's candidates taken off, and half that of the
+    context's. Ranking jointly adds, to each score, the best dot product of its features with a candidate of another
+    mention of the context.
+    """
+
+    config: ToyRerankerConfig
+    config_class = ToyRerankerConfig
+    main_input_name = "pair_input_ids"
+    accepts_loss_kwargs = False
+    mentions_per_example = 2
+    image_features_are_fixed = True
+
+    def __init__(self, config: ToyRerankerConfig):
+        super().__init__(config)
+        self.characters = nn.Embedding(config.vocab_size, config.dim)
+        self.hidden = nn.Linear(config.dim, config.dim)
+        self.out = nn.Linear(config.dim, 1)
+        self.vision = nn.Linear(3, 2, bias=False)
+        self.post_init()
+
+    @property
+    def example_unit(self):
+        return self.config.unit
+
+    @property
+    def pairs_are_independent(self):
+        return self.config.independent
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Embedding | nn.Linear):
+            nn.init.normal_(module.weight, std=0.5)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def encode_images(self, pixel_values):
+        return pixel_values.mean((2, 3))
+
+    def forward(self, pair_input_ids, pair_attention_mask, pair_mask, pair_context, labels=None, **images):
+        mask = pair_attention_mask[..., None].to(self.characters.weight.dtype)
+        text = (self.characters(pair_input_ids) * mask).sum(2) / mask.sum(2).clamp(min=1)
+        features = torch.tanh(self.hidden(text))
+        if "pair_pixel_values" in images:
+            pixels = images["pair_pixel_values"]
+            colours = self.encode_images(pixels.flatten(0, 2)).view(*pixels.shape[:3], 3)
+        else:
+            colours = images["pair_image_features"]
+        scores = self.out(features)[..., 0] - self.vision(colours[:, :, 0] - colours[:, :, 1]).square().sum(-1)
+        if not self.config.independent:
+            known = scores.masked_fill(~pair_mask, 0)
+            means = known.sum(1) / pair_mask.sum(1)
+            same = (pair_context[:, None] == pair_context[None]).to(scores.dtype)
+            scores = scores - means[:, None] - (same @ means / same.sum(1))[:, None] / 2
+        scores = scores.masked_fill(~pair_mask, -torch.inf)
+        loss = None if labels is None else nn.functional.cross_entropy(scores, labels)
+        return ToyRerankerOutput(loss=loss, scores=scores, features=features)
+
+    def rank_jointly(self, scores, features, mask, contexts):
+        result = scores.clone()
+        for i in range(len(scores)):
+            others = (contexts == contexts[i]) & (torch.arange(len(scores), device=scores.device) != i)
+            if others.any():
+                result[i] = scores[i] + (features[i] @ features[others][mask[others]].T).max(1).values
+        return result
+
+
+class ToyPairProcessor(ProcessorMixin):
+    """Characters of "mention text name attributes", padded to the longest pair; one pixel of mean colour per image."""
+
+    attributes = []
+
+    def __init__(self, max_length: int = 60, vocab_size: int = 97):
+        super().__init__()
+        self.max_length, self.vocab_size = max_length, vocab_size
+
+    def images(self, images):
+        colours = [np.asarray(image.convert("RGB"), dtype=np.float32).mean((0, 1)) / 255 for image in images]
+        return torch.from_numpy(np.stack(colours))[:, :, None, None]
+
+    def _colour(self, row, column):
+        if "image_features" in row:
+            vector = row["image_features"]
+            return torch.zeros(3) if vector is None else vector
+        image = row[column]
+        if column == "images":
+            image = image[0] if image else None
+        return torch.zeros(3) if image is None else self.images([image])[0, :, 0, 0]
+
+    def __call__(self, mentions=None, entities=None, pairs=None, **kwargs):
+        assert pairs is not None
+        texts = [
+            [f"{m['mention']} {m['text']} {e['name']} {e['attributes']}"[: self.max_length] for e in listed]
+            for m, listed in pairs
+        ]
+        count, width = len(pairs), max(len(listed) for _, listed in pairs)
+        ids = torch.zeros(count, width, max(len(text) for each in texts for text in each), dtype=torch.long)
+        colours, mask = torch.zeros(count, width, 2, 3), torch.zeros(count, width, dtype=torch.bool)
+        for i, (mention, listed) in enumerate(pairs):
+            for j, entity in enumerate(listed):
+                codes = [1 + ord(character) % (self.vocab_size - 1) for character in texts[i][j]]
+                ids[i, j, : len(codes)] = torch.tensor(codes)
+                colours[i, j, 0], colours[i, j, 1] = self._colour(mention, "image"), self._colour(entity, "images")
+                mask[i, j] = True
+        contexts = {}
+        numbers = [contexts.setdefault(mention["context_id"], len(contexts)) for mention, _ in pairs]
+        given = "image_features" in pairs[0][0]
+        images = {"pair_image_features": colours} if given else {"pair_pixel_values": colours[..., None, None]}
+        return BatchFeature(
+            {"pair_input_ids": ids, "pair_attention_mask": (ids > 0).long(), "pair_mask": mask}
+            | {"pair_context": torch.tensor(numbers)}
+            | images
+        )
+
+
 def register() -> None:
-    """Makes the toy method loadable with `AutoConfig`, `AutoModel` and `AutoProcessor` in this process."""
-    AutoConfig.register(ToyConfig.model_type, ToyConfig, exist_ok=True)
-    AutoModel.register(ToyConfig, ToyRetriever, exist_ok=True)
-    AutoProcessor.register(ToyConfig, ToyProcessor, exist_ok=True)
+    """Makes the toy methods loadable with `AutoConfig`, `AutoModel` and `AutoProcessor` in this process."""
+    for config, model, processor in (
+        (ToyConfig, ToyRetriever, ToyProcessor),
+        (ToyRerankerConfig, ToyReranker, ToyPairProcessor),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoProcessor.register(config, processor, exist_ok=True)
 
 
 def toy_model(seed: int = 0, **config) -> ToyRetriever:
@@ -142,6 +280,13 @@ def toy_model(seed: int = 0, **config) -> ToyRetriever:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return ToyRetriever(ToyConfig(**config)).eval()
+
+
+def toy_reranker(seed: int = 0, **config) -> ToyReranker:
+    """An untrained reranker, the same for the same seed whatever ran before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ToyReranker(ToyRerankerConfig(**config)).eval()
 
 
 def toy_entities(count: int = 12, images: bool = True) -> datasets.Dataset:

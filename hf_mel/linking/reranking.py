@@ -1,0 +1,375 @@
+"""Scoring candidate lists with a reranker: pairs in length-sorted batches, each image encoded once, contexts whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import ChainMap, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from hf_mel.data.collator import LazyRow, LazyRows
+from hf_mel.data.images import open_image
+from hf_mel.errors import ScoreError, UnknownEntityError
+from hf_mel.schema import MelProcessor, Row
+
+#: Pairs that are sorted together, and whose features are held for ranking jointly: bounds memory.
+_CHUNK_PAIRS = 8192
+_IMAGE_BATCH = 32
+
+
+@dataclass
+class PairScores:
+    """Scores of M mentions with up to C candidates each, on the CPU as float32; -inf where there is no candidate.
+
+    Args:
+        scores (`torch.Tensor` `[M, C]`): The model's scores, higher is better.
+        joint (`list[torch.Tensor]`, each `[M, C]`): The scores after ranking the mentions of each context together,
+            one for every mask asked for; a candidate outside that mask has -inf.
+    """
+
+    scores: torch.Tensor
+    joint: list[torch.Tensor] = field(default_factory=list)
+
+
+def score_pairs(
+    model: Any,
+    processor: MelProcessor,
+    mentions: datasets.Dataset | Sequence[Row],
+    entities: datasets.Dataset | Sequence[Row],
+    candidates: Sequence[Sequence[int]],
+    *,
+    joint_masks: Sequence[torch.Tensor] = (),
+    batch_size: int = 64,
+    progress: bool = False,
+) -> PairScores:
+    """Scores M mentions with their candidates.
+
+    Where the model says that pairs are independent, they are scored one by one in batches of about the same length;
+    otherwise a batch holds whole examples. The images of one pass are encoded once each, if the model offers
+    `encode_images`. The model is put in evaluation mode, and back into its own afterwards.
+
+    Args:
+        model ([`~hf_mel.schema.Reranker`]): Scores, on the device it is on.
+        processor ([`~hf_mel.schema.MelProcessor`]): Turns pairs into the model's tensors.
+        mentions (`datasets.Dataset` or sequence of rows): M mentions. To rank jointly, all mentions of a context: those
+            of one `context_id`.
+        entities (`datasets.Dataset` or sequence of rows): N entities.
+        candidates (M sequences of `int`): Rows of `entities`, up to C for each mention; none is fine.
+        joint_masks (sequence of `torch.Tensor` `[M, C]`): For each, rank jointly among the candidates where it is true.
+        batch_size (`int`): Pairs to score at a time; a larger example of dependent pairs is a batch of its own.
+        progress (`bool`): Whether to show a progress bar.
+
+    Returns:
+        [`PairScores`].
+
+    Raises:
+        [`~hf_mel.errors.ScoreError`]: a score is nan or infinite; names the mention and the entity.
+        [`~hf_mel.errors.UnknownEntityError`]: a candidate is not a row of `entities`; names the mention.
+        [`~hf_mel.errors.ImageError`]: an image is damaged.
+        `ValueError`: not one list of candidates per mention, or joint masks for a model that cannot rank jointly.
+    """
+    if len(candidates) != len(mentions):
+        raise ValueError(f"{len(mentions)} mentions need as many lists of candidates, not {len(candidates)}.")
+    if len(joint_masks) and not can_rank_jointly(model):
+        raise ValueError(f"{type(model).__name__} cannot rank the mentions of a context jointly.")
+    mention_rows, entity_rows = _source(mentions), _source(entities)
+    width = max((len(each) for each in candidates), default=0)
+    shape = (len(mentions), width)
+    result = PairScores(torch.full(shape, -torch.inf), [torch.full(shape, -torch.inf) for _ in joint_masks])
+    contexts = _by_context(mentions)
+    images = ImageFeatures.of(model, processor)
+    training = getattr(model, "training", False)
+    if training:
+        model.eval()
+    try:
+        total = sum(map(len, candidates))
+        with (
+            tqdm(total=total, desc="Reranking", unit="pair", unit_scale=True, delay=1, disable=not progress) as bar,
+            torch.inference_mode(),
+        ):
+            for chunk in _chunks(contexts, candidates):
+                numbers = [i for context in chunk for i in context if len(candidates[i])]
+                if not numbers:
+                    continue
+                wanted = sorted({row for i in numbers for row in candidates[i]})
+                _check_rows(wanted, len(entities), numbers, candidates)
+                rows = dict(zip(numbers, mention_rows(numbers), strict=True))
+                known = dict(zip(wanted, entity_rows(wanted), strict=True))
+                if images is not None:
+                    rows = dict(zip(rows, images.on(rows.values()), strict=True))
+                    known = dict(zip(known, images.on(known.values()), strict=True))
+                score = _score_single if model.pairs_are_independent else _score_whole
+                places = [[i for i in context if len(candidates[i])] for context in chunk]
+                scores, features = score(model, processor, rows, known, candidates, places, batch_size, bar)
+                result.scores[numbers, : scores.shape[1]] = scores
+                if joint_masks:
+                    ids = {i: number for number, context in enumerate(chunk) for i in context}
+                    context = torch.tensor([ids[i] for i in numbers])
+                    for mask, found in zip(joint_masks, result.joint, strict=True):
+                        found[numbers] = _jointly(model, result.scores[numbers], features, mask[numbers], context)
+                if images is not None:
+                    images.forget_mentions()
+    finally:
+        if training:
+            model.train()
+    return result
+
+
+def can_rank_jointly(model: Any) -> bool:
+    """Whether the model ranks the mentions of one context together (see [`~hf_mel.schema.Reranker`])."""
+    return callable(getattr(model, "rank_jointly", None))
+
+
+class ImageFeatures:
+    """The image features of rows, encoded once for each distinct image.
+
+    Args:
+        model ([`~hf_mel.schema.Reranker`]): Offers `encode_images`.
+        processor ([`~hf_mel.schema.MelProcessor`]): Offers `images`.
+    """
+
+    def __init__(self, model: Any, processor: Any):
+        self.model, self.processor = model, processor
+        self._of: dict[str, torch.Tensor] = {}
+        self._of_mentions: set[str] = set()
+
+    @classmethod
+    def of(cls, model: Any, processor: Any) -> ImageFeatures | None:
+        """For a model that encodes images apart and a processor that looks at them; otherwise `None`."""
+        offered = callable(getattr(model, "encode_images", None)) and callable(getattr(processor, "images", None))
+        return cls(model, processor) if offered and sees_images_in_pairs(processor) else None
+
+    def on(self, rows: Iterable[Row]) -> list[Row]:
+        """The rows, each with `image_features`: a tensor [d], or `None` where it has no image."""
+        rows = list(rows)
+        keys = [_image_key(row) for row in rows]
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key is not None and key not in self._of}
+        self._of_mentions |= {key for key, row in new.items() if key is not None and "mention" in row}
+        for first in range(0, len(new), _IMAGE_BATCH):
+            some = list(new)[first : first + _IMAGE_BATCH]
+            for key, features in zip(some, self._encode([new[key] for key in some]), strict=True):
+                self._of[key] = features
+        # A ChainMap, because copying a row would decode its images.
+        return [
+            ChainMap({"image_features": None if key is None else self._of[key]}, row)  # type: ignore[arg-type]
+            for key, row in zip(keys, rows, strict=True)
+        ]
+
+    def forget_mentions(self) -> None:
+        """Drops the images that only mentions had: those of entities come back, those of mentions hardly do."""
+        for key in self._of_mentions:
+            del self._of[key]
+        self._of_mentions.clear()
+
+    def _encode(self, rows: Sequence[Row]) -> torch.Tensor:
+        training = self.model.training
+        self.model.eval()
+        try:
+            pixels = self.processor.images([_first_image(row) for row in rows])
+            if isinstance(pixels, Mapping):
+                pixels = pixels["pixel_values"]
+            with torch.no_grad():
+                return self.model.encode_images(pixels.to(self.model.device, self.model.dtype)).float().cpu()
+        finally:
+            self.model.train(training)
+
+
+def sees_images_in_pairs(processor: MelProcessor) -> bool:
+    """Whether an image changes the tensors of a pair: false for a text-only processor."""
+
+    def tensors(image: Image.Image | None) -> Mapping[str, Any]:
+        mention: dict[str, Any] = {"mention_id": "m", "context_id": "c", "text": "A b.", "mention": "A", "start": 0, "end": 1}
+        mention |= {"mention_type": "", "topic": "", "image": image, "entity_id": "Q0", "candidates": []}
+        entity: dict[str, Any] = {"entity_id": "Q0", "name": "A", "description": "", "attributes": "", "aliases": []}
+        entity |= {"images": [] if image is None else [image]}
+        return processor(pairs=[(_AnyColumn(mention), [_AnyColumn(entity)])])
+
+    seen, blind = tensors(Image.linear_gradient("L").resize((48, 32)).convert("RGB")), tensors(None)
+    return seen.keys() != blind.keys() or any(
+        seen[name].shape != blind[name].shape or not torch.equal(seen[name], blind[name]) for name in seen
+    )
+
+
+class _AnyColumn(dict):
+    """A row that has every column of any data set, empty. Its image features are those of nobody: it has none."""
+
+    def __missing__(self, column: str) -> str:
+        if column == "image_features":
+            raise KeyError(column)
+        return ""
+
+
+def _source(rows: datasets.Dataset | Sequence[Row]):
+    """Rows by their numbers: those of a data set, read when they are asked for, an entity with its first image only."""
+    if not isinstance(rows, datasets.Dataset):
+        return lambda numbers: [rows[i] for i in numbers]
+    lazy = LazyRows(rows)
+
+    def read(numbers: list[int]) -> list[LazyRow]:
+        found = lazy.__getitems__(numbers)
+        if "images" not in rows.column_names:
+            return found
+        return [row.with_image("images", 0) if row.stored("images") else row for row in found]
+
+    return read
+
+
+def _by_context(mentions: datasets.Dataset | Sequence[Row]) -> list[list[int]]:
+    """Numbers of the mentions of each context, in the order of the first."""
+    is_dataset = isinstance(mentions, datasets.Dataset)
+    ids = mentions["context_id"] if is_dataset else [row["context_id"] for row in mentions]
+    groups: dict[str, list[int]] = defaultdict(list)
+    for number, context in enumerate(ids):
+        groups[context].append(number)
+    return list(groups.values())
+
+
+def _chunks(contexts: list[list[int]], candidates: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:
+    """Whole contexts, of about `_CHUNK_PAIRS` pairs together."""
+    chunk: list[list[int]] = []
+    pairs = 0
+    for context in contexts:
+        chunk.append(context)
+        pairs += sum(len(candidates[i]) for i in context)
+        if pairs >= _CHUNK_PAIRS:
+            yield chunk
+            chunk, pairs = [], 0
+    if chunk:
+        yield chunk
+
+
+def _check_rows(wanted: list[int], entities: int, numbers: list[int], candidates: Sequence[Sequence[int]]) -> None:
+    outside = {row for row in (wanted[0], wanted[-1]) if not 0 <= row < entities}
+    if outside:
+        number = next(i for i in numbers if outside & set(candidates[i]))
+        raise UnknownEntityError(
+            f"candidate row {min(outside)} is not one of the {entities} entities.",
+            row=number,
+            remedy="Make the candidates from this knowledge base.",
+        )
+
+
+def _score_single(model, processor, rows, entities, candidates, contexts, batch_size, bar):
+    """Scores [m, C] and features [m, C, d] (or `None`) of independent pairs, the longest first."""
+    numbers = [i for context in contexts for i in context]
+    width = max(len(candidates[i]) for i in numbers)
+    scores, features = torch.full((len(numbers), width), -torch.inf), None
+    lengths = {i: len(row["text"]) for i, row in rows.items()}
+    sizes = {
+        j: sum(len(row.get(part) or "") for part in ("name", "description", "attributes"))
+        for j, row in entities.items()
+    }
+    pairs = [(k, i, c, j) for k, i in enumerate(numbers) for c, j in enumerate(candidates[i])]
+    pairs.sort(key=lambda pair: lengths[pair[1]] + sizes[pair[3]], reverse=True)
+    for first in range(0, len(pairs), batch_size):
+        batch = pairs[first : first + batch_size]
+        output = _forward(model, processor, [(rows[i], [entities[j]]) for _, i, _, j in batch])
+        found = output["scores"][:, 0].float().cpu()
+        _check(found, [(rows[i], entities[j]) for _, i, _, j in batch])
+        at = [k for k, *_ in batch], [c for _, _, c, _ in batch]
+        scores[at] = found
+        if (vectors := output.get("features")) is not None:
+            if features is None:
+                features = torch.zeros(len(numbers), width, vectors.shape[-1])
+            features[at] = vectors[:, 0].float().cpu()
+        bar.update(len(batch))
+    return scores, features
+
+
+def _score_whole(model, processor, rows, entities, candidates, contexts, batch_size, bar):
+    """As [`_score_single`], with batches of whole examples."""
+    numbers = [i for context in contexts for i in context]
+    place = {i: k for k, i in enumerate(numbers)}
+    width = max(len(candidates[i]) for i in numbers)
+    scores, features = torch.full((len(numbers), width), -torch.inf), None
+    examples = [[i] for i in numbers] if model.example_unit == "mention" else [each for each in contexts if each]
+    for batch in _batches(examples, candidates, batch_size):
+        pairs = [(rows[i], [entities[j] for j in candidates[i]]) for i in batch]
+        output = _forward(model, processor, pairs)
+        found, vectors = output["scores"].float().cpu(), output.get("features")
+        for k, (i, (mention, listed)) in enumerate(zip(batch, pairs, strict=True)):
+            _check(found[k, : len(listed)], [(mention, entity) for entity in listed])
+            scores[place[i], : len(listed)] = found[k, : len(listed)]
+            if vectors is not None:
+                if features is None:
+                    features = torch.zeros(len(numbers), width, vectors.shape[-1])
+                features[place[i], : len(listed)] = vectors[k, : len(listed)].float().cpu()
+            bar.update(len(listed))
+    return scores, features
+
+
+def _batches(examples, candidates, batch_size: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    pairs = 0
+    for example in examples:
+        size = sum(len(candidates[i]) for i in example)
+        if batch and pairs + size > batch_size:
+            yield batch
+            batch, pairs = [], 0
+        batch, pairs = batch + example, pairs + size
+    if batch:
+        yield batch
+
+
+def _forward(model: Any, processor: MelProcessor, pairs: list[tuple[Row, list[Row]]]) -> Mapping[str, Any]:
+    device, dtype = getattr(model, "device", "cpu"), getattr(model, "dtype", torch.float32)
+    inputs = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+        for name, tensor in processor(pairs=pairs).items()
+    }
+    return model(**inputs)
+
+
+def _check(scores: torch.Tensor, pairs: Sequence[tuple[Row, Row]]) -> None:
+    wrong = (~scores.isfinite()).nonzero().flatten()
+    if len(wrong):
+        k = int(wrong[0])
+        raise ScoreError(
+            f"the score with entity {pairs[k][1].get('entity_id')!r} is {scores[k].item()}.",
+            row=pairs[k][0].get("mention_id"),
+            remedy="Look at the weights and at the tensors of this pair for nan or overflow.",
+        )
+
+
+def _jointly(model: Any, scores, features, mask, contexts) -> torch.Tensor:
+    """Scores [m, C] of ranking jointly; mentions without a candidate in `mask` stay out of it."""
+    mask = mask & scores.isfinite()
+    result = torch.full_like(scores, -torch.inf)
+    some = mask.any(1)
+    if not some.any():
+        return result
+    width = features.shape[1]
+    device = getattr(model, "device", "cpu")
+    inside, chosen = mask[some, :width], scores[some, :width]
+    arguments = (chosen.masked_fill(~inside, -torch.inf), features[some], inside, contexts[some])
+    with torch.autocast(torch.device(device).type, enabled=False):
+        found = model.rank_jointly(*(tensor.to(device) for tensor in arguments)).float().cpu()
+    if not found[inside].isfinite().all():
+        raise ScoreError(f"{type(model).__name__}.rank_jointly gave a score that is nan or infinite.")
+    result[some, :width] = found.masked_fill(~inside, -torch.inf)
+    return result
+
+
+def _first_image(row: Row) -> Image.Image:
+    key = row.get("mention_id") or row.get("entity_id")
+    return open_image(row["image"] if "mention" in row else row["images"][0], row=key)
+
+
+def _image_key(row: Row) -> str | None:
+    """What the row's image is known by: a digest of its bytes, its path, or its pixels; `None` without an image."""
+    stored = row.stored if isinstance(row, LazyRow) else row.__getitem__
+    # Which kind of row it is shows in a text: asking for an image would decode it.
+    image = stored("image") if "mention" in row else (stored("images") or [None])[0]
+    if image is None:
+        return None
+    if isinstance(image, Mapping):
+        content = image.get("bytes")
+        return str(image["path"]) if content is None else hashlib.sha256(content).hexdigest()
+    pixels = open_image(image)
+    return hashlib.sha256(f"{pixels.mode} {pixels.size}".encode() + pixels.tobytes()).hexdigest()
