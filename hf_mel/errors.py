@@ -91,3 +91,11 @@ class MissingExtraError(MelError, ImportError):
 
 class ScoreError(MelError, ValueError):
     """A model gave a score that cannot be ranked: nan or infinite."""
+
+
+class HubError(MelError, RuntimeError):
+    """The Hub cannot be reached, has no such repository or revision, or does not let this account do that."""
+
+
+class PublishError(MelError, ValueError):
+    """What is to be published is not fit to be, or may not be."""
