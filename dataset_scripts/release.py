@@ -102,7 +102,7 @@ class Release:
             value = json.loads(text, object_pairs_hook=_no_duplicate_keys)
         except _DuplicateKey as error:
             raise DuplicateIdError(f"the key {error.args[0]!r} stands twice.", file=path, row=error.args[0]) from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataFormatError(
                 f"is not JSON ({error}).", file=path, remedy="Download the file again; it may be cut off."
             ) from error
@@ -192,7 +192,7 @@ def read_image(folder: Path | None, *names: str) -> dict[str, Any] | None:
     if folder is not None:
         for name in names:
             path = folder / os.path.basename(name)
-            if path.is_file():
+            if os.path.isfile(path):  # unlike Path.is_file, no error for a name that no file can have
                 return {"bytes": path.read_bytes(), "path": None}
     return None
 
