@@ -184,7 +184,14 @@ def sees_images_in_pairs(processor: MelProcessor) -> bool:
     """Whether an image changes the tensors of a pair: false for a text-only processor."""
 
     def tensors(image: Image.Image | None) -> Mapping[str, Any]:
-        mention: dict[str, Any] = {"mention_id": "m", "context_id": "c", "text": "A b.", "mention": "A", "start": 0, "end": 1}
+        mention: dict[str, Any] = {
+            "mention_id": "m",
+            "context_id": "c",
+            "text": "A b.",
+            "mention": "A",
+            "start": 0,
+            "end": 1,
+        }
         mention |= {"mention_type": "", "topic": "", "image": image, "entity_id": "Q0", "candidates": []}
         entity: dict[str, Any] = {"entity_id": "Q0", "name": "A", "description": "", "attributes": "", "aliases": []}
         entity |= {"images": [] if image is None else [image]}
@@ -222,8 +229,7 @@ def _source(rows: datasets.Dataset | Sequence[Row]):
 
 def _by_context(mentions: datasets.Dataset | Sequence[Row]) -> list[list[int]]:
     """Numbers of the mentions of each context, in the order of the first."""
-    is_dataset = isinstance(mentions, datasets.Dataset)
-    ids = mentions["context_id"] if is_dataset else [row["context_id"] for row in mentions]
+    ids = mentions["context_id"] if isinstance(mentions, datasets.Dataset) else [row["context_id"] for row in mentions]
     groups: dict[str, list[int]] = defaultdict(list)
     for number, context in enumerate(ids):
         groups[context].append(number)

@@ -1,0 +1,180 @@
+"""Training batches for rerankers: mentions, each with its gold among negatives from its list of candidates."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import Dataset
+
+from hf_mel.data.collator import LazyRow, LazyRows
+from hf_mel.errors import UnknownEntityError
+from hf_mel.schema import MelProcessor, Row
+
+#: What a reranker may call one example (see [`~hf_mel.schema.Reranker`]).
+EXAMPLE_UNITS = ("mention", "context", "document")
+
+
+class Examples(Dataset):
+    """Mentions by training example: item i is the list of its rows, for a `DataLoader` with a [`PairCollator`].
+
+    Args:
+        mentions (`datasets.Dataset`): M mentions.
+        unit (`str`): What one example is: a "mention", or all mentions of a "context" or "document" (one `context_id`).
+    """
+
+    def __init__(self, mentions: datasets.Dataset, unit: str):
+        if unit not in EXAMPLE_UNITS:
+            raise ValueError(f"example_unit={unit!r} is not one of {', '.join(EXAMPLE_UNITS)}.")
+        self.rows = LazyRows(mentions)
+        if unit == "mention":
+            self._groups = [[row] for row in range(len(mentions))]
+        else:
+            groups: dict[str, list[int]] = defaultdict(list)
+            for row, context in enumerate(mentions["context_id"]):
+                groups[context].append(row)
+            self._groups = list(groups.values())
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: int) -> list[LazyRow]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[list[LazyRow]]:
+        """The examples of one batch, in the order asked for."""
+        rows = iter(self.rows.__getitems__([row for index in indices for row in self._groups[index]]))
+        return [[next(rows) for _ in self._groups[index]] for index in indices]
+
+
+class PairCollator:
+    """Turns training examples into the batch of a [`~hf_mel.schema.Reranker`].
+
+    Every mention stands beside its gold and `num_negatives` others: drawn from its candidates, and from the whole
+    knowledge base where these are too few. No gold of the example is a negative in it, and no negative occurs in it
+    twice. Where the gold stands is drawn too, so that only `labels` tell.
+
+    All draws are a function of seed, epoch and ids, so they change from epoch to epoch and come out the same in a
+    resumed run, on any number of processes.
+
+    Args:
+        processor ([`~hf_mel.schema.MelProcessor`]): Turns pairs into tensors.
+        entities (`datasets.Dataset`): The knowledge base, N rows.
+        candidates (`Mapping[str, Sequence[str]]`): Entity ids by mention id; a mention that is not there has none.
+        num_negatives (`int`, *optional*, defaults to 1): Negatives of each mention; fewer in a tiny knowledge base.
+        unit (`str`, *optional*, defaults to `"mention"`): The model's `example_unit`. Of a "context",
+            `mentions_per_example` mentions are drawn, a lone mention over and over; of a "document" come all.
+        mentions_per_example (`int`, *optional*, defaults to 1): See above.
+        random_image (`bool`, *optional*, defaults to `True`): Whether an entity shows a random one of its images.
+        with_features (`Callable`, *optional*): Rows → the same with `image_features`, for a model whose image
+            encoder is fixed.
+        seed (`int`, *optional*, defaults to 0): Seed of all draws.
+
+    Attributes:
+        epoch (`int`): The epoch, which whoever trains sets.
+    """
+
+    def __init__(
+        self,
+        processor: MelProcessor,
+        entities: datasets.Dataset,
+        candidates: Mapping[str, Sequence[str]],
+        *,
+        num_negatives: int = 1,
+        unit: str = "mention",
+        mentions_per_example: int = 1,
+        random_image: bool = True,
+        with_features: Callable[[Sequence[Row]], Sequence[Row]] | None = None,
+        seed: int = 0,
+    ):
+        if num_negatives < 1:
+            raise ValueError(f"num_negatives={num_negatives} must be at least 1.")
+        self.processor, self.candidates, self.num_negatives = processor, candidates, num_negatives
+        self.unit, self.mentions_per_example = unit, mentions_per_example
+        self.random_image, self.with_features, self.seed, self.epoch = random_image, with_features, seed, 0
+        self.entities = LazyRows(entities)
+        self._ids: list[str] = list(entities["entity_id"])
+        self._row_of = {entity_id: row for row, entity_id in enumerate(self._ids)}
+
+    def __call__(self, examples: Sequence[Sequence[Row]]) -> dict[str, Any]:
+        """The batch of M mentions.
+
+        Args:
+            examples: the mention rows of each example.
+
+        Returns:
+            `dict` of the processor's `pair_*` tensors (first axes M and C = 1 + negatives), the mentions of one example
+            side by side, and `labels` [M]: the column of each mention's gold.
+
+        Raises:
+            UnknownEntityError: a gold or a candidate is not in the knowledge base; names the mention.
+        """
+        mentions: list[Row] = []
+        lists: list[list[int]] = []
+        labels: list[int] = []
+        draws: list[random.Random] = []
+        for example in examples:
+            draw = random.Random(f"{self.seed} {self.epoch} {example[0]['mention_id']}")
+            chosen = self._chosen(example, draw)
+            taken = {self._row(mention["entity_id"], mention, "gold") for mention in chosen}
+            for mention in chosen:
+                negatives = self._negatives(mention, taken, draw)
+                taken |= set(negatives)
+                place = draw.randint(0, len(negatives))
+                mentions.append(mention)
+                lists.append([*negatives[:place], self._row_of[mention["entity_id"]], *negatives[place:]])
+                labels.append(place)
+                draws.append(draw)
+        wanted = list(dict.fromkeys(row for rows in lists for row in rows))
+        stored = dict(zip(wanted, self.entities.__getitems__(wanted), strict=True))
+        entities: list[Row] = [
+            self._shown(stored[row], draw) for rows, draw in zip(lists, draws, strict=True) for row in rows
+        ]
+        if self.with_features is not None:
+            mentions, entities = list(self.with_features(mentions)), list(self.with_features(entities))
+        rest = iter(entities)
+        pairs = [(mention, [next(rest) for _ in rows]) for mention, rows in zip(mentions, lists, strict=True)]
+        return {**self.processor(pairs=pairs), "labels": torch.tensor(labels)}
+
+    def _chosen(self, example: Sequence[Row], draw: random.Random) -> list[Row]:
+        if self.unit != "context":
+            return list(example)
+        count = self.mentions_per_example
+        if len(example) >= count:
+            return draw.sample(list(example), count)
+        return [example[k % len(example)] for k in range(count)]
+
+    def _row(self, entity_id: str, mention: Row, what: str) -> int:
+        if entity_id not in self._row_of:
+            raise UnknownEntityError(
+                f"the {what} {entity_id!r} is not in the knowledge base.",
+                row=mention.get("mention_id"),
+                remedy="Train on mentions whose entity is in it; NIL mentions are for evaluation."
+                if what == "gold"
+                else "Make the candidates from this knowledge base.",
+            )
+        return self._row_of[entity_id]
+
+    def _negatives(self, mention: Row, taken: set[int], draw: random.Random) -> list[int]:
+        listed = self.candidates.get(mention["mention_id"], ())
+        free = [
+            row for row in dict.fromkeys(self._row(each, mention, "candidate") for each in listed) if row not in taken
+        ]
+        negatives = draw.sample(free, min(self.num_negatives, len(free)))
+        missing = min(self.num_negatives, len(self._ids) - len(taken)) - len(negatives)
+        while missing > 0:
+            row = draw.randrange(len(self._ids))
+            if row not in taken and row not in negatives:
+                negatives.append(row)
+                missing -= 1
+        return negatives
+
+    def _shown(self, entity: LazyRow, draw: random.Random) -> LazyRow:
+        images = entity.stored("images") or ()
+        if len(images) < 2:
+            return entity
+        return entity.with_image("images", draw.randrange(len(images)) if self.random_image else 0)
