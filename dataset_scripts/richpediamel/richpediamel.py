@@ -1,13 +1,14 @@
 """RichpediaMEL: people of the Richpedia knowledge graph, one mention in the text about each of them.
 
-Read in three layouts, chosen by the files in the raw folder:
+Read in four layouts, chosen by the files in the raw folder:
 
 - `ghmfc`: GHMFC's files (`train.json`, `test.json`, `qid2ne.json`, `qid2abs_long.json` or the shorter
-  `qid2abs.json`); images `<QID>.jpg`. The release has no validation part: one is held out of `train.json`, namely
+  `qid2abs.json`); images `<QID>.jpg`, for mentions those of `img_list.json` if it is there. The release has no validation part: one is held out of `train.json`, namely
   the mentions whose gold QID has a SHA-256 divisible by ten ([`held_out`]).
 - `ghmfc_train`: the same without `test.json`.
 - `mimic`: the cleaned files of MIMIC's authors (`RichpediaMEL_{train,dev,test}.json`, `qid2id.json`,
-  `kb_entity.json`, `mention_images/`, `kb_image/`).
+  `kb_entity.json`, `mention_images/`, `kb_image/`); also with M3EL's `desc` for `attr`.
+- `kgmel`: KGMEL's files (`data/dataset/RichpediaMEL.json` and `mapping/`), mentions in lists.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import datasets
@@ -24,6 +26,9 @@ from hf_mel.dataset_scripts.release import (
     cleaned_entities,
     cleaned_layout,
     cleaned_mentions,
+    kgmel_entities,
+    kgmel_layout,
+    kgmel_mentions,
     locate,
     mapped_entities,
     read_image,
@@ -37,7 +42,9 @@ _LAYOUTS = {
     "ghmfc": ["train.json", "test.json", *_ENTITIES],
     "ghmfc_train": ["train.json", *_ENTITIES],
     "mimic": cleaned_layout(_PREFIX),
+    "kgmel": kgmel_layout(_PREFIX),
 }
+_SPLITS = ("train", "validation", "test")
 
 
 def held_out(qid: str) -> bool:
@@ -88,7 +95,8 @@ class RichpediaMel(datasets.GeneratorBasedBuilder):
     )
     NEEDS_RAW = True
     #: ghmfc: rows of the released files; train.json's 14,244 are split by [`held_out`]. mimic: mentions from Table 3
-    #: of the MIMIC paper (KDD 2023); entities from the released configuration, where Table 3 has 160,935.
+    #: of the MIMIC paper (KDD 2023); entities from the released configuration, where Table 3 has 160,935. kgmel: only
+    #: its sentences were counted (12,460 / 1,776 / 3,560), not its mentions.
     OFFICIAL_COUNTS = {
         "ghmfc": {
             "mentions": {"train": 12_841, "validation": 1_403, "test": 3_561},
@@ -102,6 +110,7 @@ class RichpediaMel(datasets.GeneratorBasedBuilder):
             "mentions": {"train": 12_463, "validation": 1_780, "test": 3_562},
             "entities": {"kb": 160_933},
         },
+        "kgmel": {"mentions": {}, "entities": {}},
     }
 
     VERSION = datasets.Version("1.0.0")
@@ -118,7 +127,8 @@ class RichpediaMel(datasets.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         self.release = Release(self.config.data_dir, _LAYOUTS)
-        splits = list(self.OFFICIAL_COUNTS[self.release.layout][self.config.name])
+        mentions = _SPLITS[:2] if self.release.layout == "ghmfc_train" else _SPLITS
+        splits = ["kb"] if self.config.name == "entities" else mentions
         return [datasets.SplitGenerator(name=split, gen_kwargs={"split": split}) for split in splits]
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -126,6 +136,8 @@ class RichpediaMel(datasets.GeneratorBasedBuilder):
         if split == "kb":
             if release.layout == "mimic":
                 rows = cleaned_entities(release, entity_images)
+            elif release.layout == "kgmel":
+                rows = kgmel_entities(release, _PREFIX, entity_images)
             else:
                 long = (release.root / "qid2abs_long.json").is_file()
                 attributes = "qid2abs_long.json" if long else "qid2abs.json"
@@ -135,6 +147,8 @@ class RichpediaMel(datasets.GeneratorBasedBuilder):
         else:
             if release.layout == "mimic":
                 rows = cleaned_mentions(release, _PREFIX, "dev" if split == "validation" else split, images)
+            elif release.layout == "kgmel":
+                rows = kgmel_mentions(release, _PREFIX, "val" if split == "validation" else split, images)
             else:
                 rows = self._ghmfc_mentions(split)
             for row in rows:
@@ -142,18 +156,21 @@ class RichpediaMel(datasets.GeneratorBasedBuilder):
 
     def _ghmfc_mentions(self, split: str) -> Iterator[dict[str, Any]]:
         release = self.release
-        folder = release.folder(self.config.images, "mention_images", "images", "imgs")
+        folder = release.folder(self.config.images, "mention_images", "images", "imgs", "raw_data/imgs")
+        pictures = self._listed_images()
         name = "test.json" if split == "test" else "train.json"
-        keys = dict.fromkeys(("id", "sentence", "mentions", "answer"), str)
+        keys = {"id": object, "sentence": str, "mentions": str, "answer": object}
         for sample_id, value in release.read_json(name, dict).items():
             sample = release.record(name, sample_id, value, keys)
-            if sample["id"] != sample_id:
+            if release.identifier(name, sample_id, sample["id"]) != sample_id:
                 raise DataFormatError(f"has the id {sample['id']!r}.", file=release.root / name, row=sample_id)
-            if split != "test" and held_out(sample["answer"]) != (split == "validation"):
+            gold = release.gold(name, sample_id, sample["answer"])
+            if split != "test" and held_out(gold) != (split == "validation"):
                 continue
-            image = read_image(folder, f"{sample_id}.jpg")
-            if image is None:
-                release.problem("missing_mention_image", name, sample_id, f"{sample_id}.jpg")
+            file = f"{sample_id}.jpg" if pictures is None else pictures.get(sample_id)
+            image = read_image(folder, file) if file else None
+            if file and image is None:
+                release.problem("missing_mention_image", name, sample_id, file)
             [(start, end)] = locate(sample["sentence"], [sample["mentions"]])
             yield {
                 "mention_id": sample_id,
@@ -165,9 +182,17 @@ class RichpediaMel(datasets.GeneratorBasedBuilder):
                 "mention_type": "",
                 "topic": "",
                 "image": image,
-                "entity_id": sample["answer"],
+                "entity_id": gold,
                 "candidates": [],
             }
+
+    def _listed_images(self) -> dict[str, str] | None:
+        """Sample id → file of `img_list.json`, the paths of the pictures there are; `None` without that file."""
+        release, name = self.release, "img_list.json"
+        if not release.first(name):
+            return None
+        files = [release.identifier(name, k, value) for k, value in enumerate(release.read_json(name, list))]
+        return {PurePosixPath(file).stem: file for file in files}
 
 
 BUILDER_CLASS = RichpediaMel

@@ -1,11 +1,12 @@
 """WikiMEL (Wikidata-MEL): people named in captions of Wikipedia images, linked to Wikidata.
 
-Two releases of it exist and are read, chosen by the files in the raw folder:
+Three releases of it exist and are read, chosen by the files in the raw folder:
 
 - `melbench`: the sentences of MELBench (`Wikidata-MEL.json`) with the splits and entity maps of GHMFC (`splits.json`,
-  `qid2ne.json`, `qid2abs.json`); images `<sample id>.jpg`.
+  `qid2ne.json`, `qid2abs.json`); images `<sample id>.jpg`, and `<QID>.jpg` or several per entity.
 - `mimic`: the cleaned files of MIMIC's authors (`WIKIMEL_{train,dev,test}.json`, `qid2id.json`, `kb_entity.json`,
-  `mention_image/`, `kb_image/`), with a knowledge base six times as large.
+  `mention_image/`, `kb_image/`), with a knowledge base six times as large; also with M3EL's `desc` for `attr`.
+- `kgmel`: KGMEL's regrouping of these by sentence (`data/dataset/WikiMEL.json` and `mapping/`), mentions in lists.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from hf_mel.dataset_scripts.release import (
     cleaned_entities,
     cleaned_layout,
     cleaned_mentions,
+    kgmel_entities,
+    kgmel_layout,
+    kgmel_mentions,
     locate,
     mapped_entities,
     read_image,
@@ -33,6 +37,7 @@ _PREFIX = "WIKIMEL"
 _LAYOUTS = {
     "melbench": [_SENTENCES, "splits.json", "qid2ne.json", "qid2abs.json"],
     "mimic": cleaned_layout(_PREFIX),
+    "kgmel": kgmel_layout("WikiMEL"),
 }
 #: Our name of each split → the release's.
 _SPLITS = {"train": "train", "validation": "dev", "test": "test"}
@@ -80,7 +85,8 @@ class WikiMel(datasets.GeneratorBasedBuilder):
         " Wikimedia Commons; keep a copy that has them to yourself, or ask"
     )
     NEEDS_RAW = True
-    #: melbench: rows of `splits.json` that have a sentence. mimic: Table 3 of the MIMIC paper (KDD 2023).
+    #: melbench: rows of `splits.json` that have a sentence. mimic: Table 3 of the MIMIC paper (KDD 2023). kgmel: only
+    #: its sentences were counted (16,111 / 2,540 / 5,012), not its mentions.
     OFFICIAL_COUNTS = {
         "melbench": {
             "mentions": {"train": 18_088, "validation": 2_627, "test": 5_131},
@@ -90,6 +96,7 @@ class WikiMel(datasets.GeneratorBasedBuilder):
             "mentions": {"train": 18_092, "validation": 2_585, "test": 5_169},
             "entities": {"kb": 109_976},
         },
+        "kgmel": {"mentions": {}, "entities": {}},
     }
 
     VERSION = datasets.Version("1.0.0")
@@ -114,6 +121,8 @@ class WikiMel(datasets.GeneratorBasedBuilder):
         if split == "kb":
             if release.layout == "mimic":
                 rows = cleaned_entities(release, entity_images)
+            elif release.layout == "kgmel":
+                rows = kgmel_entities(release, "WikiMEL", entity_images)
             else:
                 rows = mapped_entities(release, "qid2ne.json", "qid2abs.json", entity_images)
             for row in rows:
@@ -121,6 +130,8 @@ class WikiMel(datasets.GeneratorBasedBuilder):
         else:
             if release.layout == "mimic":
                 rows = cleaned_mentions(release, _PREFIX, _SPLITS[split], images)
+            elif release.layout == "kgmel":
+                rows = kgmel_mentions(release, "WikiMEL", "val" if split == "validation" else split, images)
             else:
                 rows = self._melbench_mentions(_SPLITS[split])
             for row in rows:
@@ -134,21 +145,23 @@ class WikiMel(datasets.GeneratorBasedBuilder):
             if sample_id not in samples:
                 release.problem("split_id_without_sentence", "splits.json", sample_id, split)
                 continue
-            keys = {"id": str, "sentence": str, "mentions": list, "answer": list}
+            keys = {"id": object, "sentence": str, "mentions": list, "answer": list}
             sample = release.record(_SENTENCES, sample_id, samples[sample_id], keys)
-            surfaces, golds = sample["mentions"], sample["answer"]
-            if sample["id"] != sample_id or len(surfaces) != len(golds):
+            own_id = release.identifier(_SENTENCES, sample_id, sample["id"])
+            surfaces = sample["mentions"]
+            golds = [release.gold(_SENTENCES, sample_id, value) for value in sample["answer"]]
+            if own_id != sample_id or len(surfaces) != len(golds):
                 raise DataFormatError(
-                    f"has id {sample['id']!r}, {len(surfaces)} mentions and {len(golds)} answers; the id must be the"
+                    f"has id {own_id!r}, {len(surfaces)} mentions and {len(golds)} answers; the id must be the"
                     " key, and the lists equally long.",
                     file=release.root / _SENTENCES,
                     row=sample_id,
                 )
-            if not all(isinstance(value, str) for value in [*surfaces, *golds]):
+            if not all(isinstance(surface, str) for surface in surfaces):
                 raise DataFormatError(
-                    "has a mention or an answer that is not a string.", file=release.root / _SENTENCES, row=sample_id
+                    "has a mention that is not a string.", file=release.root / _SENTENCES, row=sample_id
                 )
-            image = read_image(folder, f"{sample_id}.jpg")
+            image = read_image(folder, *(f"{sample_id}{suffix}" for suffix in (".jpg", ".jpeg", ".png")))
             if image is None:
                 release.problem("missing_mention_image", _SENTENCES, sample_id, f"{sample_id}.jpg")
             spans = locate(sample["sentence"], surfaces)
@@ -169,10 +182,12 @@ class WikiMel(datasets.GeneratorBasedBuilder):
 
     def _ids_of(self, split: str, samples: dict[str, Any]) -> list[str]:
         release = self.release
-        splits = release.record("splits.json", split, release.read_json("splits.json", dict), {split: list})
+        names = dict.fromkeys(_SPLITS.values(), list)
+        splits = release.record("splits.json", split, release.read_json("splits.json", dict), names)
         where: dict[str, str] = {}
-        for name, ids in splits.items():
-            for sample_id in ids:
+        for name in names:
+            for value in splits[name]:
+                sample_id = release.identifier("splits.json", name, value)
                 if sample_id in where:
                     raise DuplicateIdError(
                         f"is in {name} and in {where[sample_id]}.", file=release.root / "splits.json", row=sample_id
@@ -182,7 +197,7 @@ class WikiMel(datasets.GeneratorBasedBuilder):
             for sample_id in samples:
                 if sample_id not in where:
                     release.problem("sentence_without_split", _SENTENCES, sample_id)
-        return splits[split]
+        return [sample_id for sample_id, name in where.items() if name == split]
 
 
 BUILDER_CLASS = WikiMel
