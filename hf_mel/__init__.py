@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hf_mel.data.images import open_image
+    from hf_mel.errors import MelError
     from hf_mel.linking.knowledge_base import KnowledgeBase
     from hf_mel.linking.linker import EntityLinker
     from hf_mel.training.arguments import MelTrainingArguments
@@ -23,11 +25,21 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "KnowledgeBase": "hf_mel.linking.knowledge_base",
     "EntityLinker": "hf_mel.linking.linker",
+    "MelError": "hf_mel.errors",
+    "open_image": "hf_mel.data.images",
     "MelTrainer": "hf_mel.training.trainer",
     "MelTrainingArguments": "hf_mel.training.arguments",
 }
 
-__all__ = ["EntityLinker", "KnowledgeBase", "MelTrainer", "MelTrainingArguments", "__version__"]
+__all__ = [
+    "EntityLinker",
+    "KnowledgeBase",
+    "MelError",
+    "MelTrainer",
+    "MelTrainingArguments",
+    "__version__",
+    "open_image",
+]
 
 
 def __getattr__(name: str):

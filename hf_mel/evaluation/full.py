@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from hf_mel.data.loading import check_golds
-from hf_mel.errors import KnowledgeBaseError, RecipeError
+from hf_mel.errors import KnowledgeBaseError
 from hf_mel.evaluation.nil import NilThreshold, best_other_scores, calibrate_nil_threshold
 from hf_mel.evaluation.strata import strata_of
 from hf_mel.linking.encodings import encode_rows
 from hf_mel.linking.fingerprint import describe_model
-from hf_mel.linking.ranking import EncodedEntities, EntitySource, RankingResult, ScoreFunction, rank
+from hf_mel.linking.ranking import EncodedEntities, EntitySource, RankingResult, rank, score_of_units
 from hf_mel.schema import NIL, Encodings, MelProcessor
 from hf_mel.spaces.mel_ranking.mel_ranking import nil_metrics, ranking_metrics, resolve_ranks
 
@@ -183,7 +183,7 @@ def evaluate_full(
             top_k=top_k,
             byte_budget=byte_budget,
             tie_tolerance=tie_tolerance,
-            score=None if units is None else _unit_score(model, units),
+            score=None if units is None else score_of_units(model, units),
             progress=progress,
         )
     finally:
@@ -245,21 +245,7 @@ def check_units(
             encode_rows(model, processor, mentions.select([0]), "mentions"),
             encode_rows(model, processor, entities.select([0]), "entities"),
         ]
-        rank(model, encoded[0], EncodedEntities([""], encoded[1]), score=_unit_score(model, units))
-
-
-def _unit_score(model: Any, units: Sequence[str]) -> ScoreFunction:
-    def score(mentions: Encodings, entities: Encodings) -> torch.Tensor:
-        scores = model.unit_scores(mentions, entities)
-        missing = [unit for unit in units if unit not in scores]
-        if missing or not units:
-            raise RecipeError(
-                f"The model has no unit {', '.join(map(repr, missing))}.",
-                remedy=f"It has {', '.join(scores) or 'no units apart from its score'}.",
-            )
-        return torch.stack([scores[unit] for unit in units]).mean(0)
-
-    return score
+        rank(model, encoded[0], EncodedEntities([""], encoded[1]), score=score_of_units(model, units))
 
 
 def _resolved_ranks(ranking: RankingResult, gold_rows: np.ndarray, ties: str) -> np.ndarray:

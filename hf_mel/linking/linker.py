@@ -16,10 +16,11 @@ from hf_mel.data.collator import LazyRows
 from hf_mel.data.images import ImageSource, open_image
 from hf_mel.errors import DataFormatError, KnowledgeBaseError, SpanError
 from hf_mel.linking.encodings import slice_encodings, to_device
+from hf_mel.linking.explaining import Explanation, explain
 from hf_mel.linking.fingerprint import sees_images
 from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.loading import load_retriever
-from hf_mel.linking.ranking import rank
+from hf_mel.linking.ranking import rank, score_of_units
 from hf_mel.schema import NIL, NO_SPAN, MelProcessor
 
 #: A mention to link: `text`, and `mention`, or `start` and `end`, or all three; `image` if there is one.
@@ -152,7 +153,13 @@ class EntityLinker:
 
     @overload
     def __call__(
-        self, mentions: MentionLike, *, top_k: int = 10, batch_size: int = 32, progress: bool = False
+        self,
+        mentions: MentionLike,
+        *,
+        top_k: int = 10,
+        units: Sequence[str] | None = None,
+        batch_size: int = 32,
+        progress: bool = False,
     ) -> LinkResult: ...
     @overload
     def __call__(
@@ -160,6 +167,7 @@ class EntityLinker:
         mentions: Sequence[MentionLike] | datasets.Dataset,
         *,
         top_k: int = 10,
+        units: Sequence[str] | None = None,
         batch_size: int = 32,
         progress: bool = False,
     ) -> list[LinkResult]: ...
@@ -173,6 +181,7 @@ class EntityLinker:
         end: int | None = None,
         image: ImageSource | None = None,
         top_k: int = 10,
+        units: Sequence[str] | None = None,
         batch_size: int = 32,
         progress: bool = False,
     ) -> LinkResult: ...
@@ -187,6 +196,7 @@ class EntityLinker:
         end: int | None = None,
         image: ImageSource | None = None,
         top_k: int = 10,
+        units: Sequence[str] | None = None,
         batch_size: int = 32,
         progress: bool = False,
     ) -> LinkResult | list[LinkResult]:
@@ -199,6 +209,8 @@ class EntityLinker:
                 form in `text`: the first occurrence, unless `start` and `end` (characters, end exclusive) say which.
                 `image` is a path, bytes, or a PIL image.
             top_k (`int`): How many candidates to give; all entities if there are fewer.
+            units (sequence of `str`, *optional*): Rank by the mean of only these of the model's units; nothing is NIL
+                then, because a threshold is one of the whole score.
             batch_size (`int`): Mentions per pass over the knowledge base.
             progress (`bool`): Whether to show a progress bar.
 
@@ -217,7 +229,7 @@ class EntityLinker:
         if mentions is None:
             mentions = single
         if isinstance(mentions, Mapping):
-            return self._link([mentions], [_span(mentions, None)], None, top_k)[0]
+            return self._link([mentions], [_span(mentions, None)], None, top_k, units)[0]
         # Of a data set, the images of one batch at a time are in memory.
         many: Any = LazyRows(mentions) if isinstance(mentions, datasets.Dataset) else mentions
         spans = [_span(many[k], k) for k in range(len(many))]  # all of them first: an error comes before the work
@@ -225,19 +237,22 @@ class EntityLinker:
         with tqdm(total=len(spans), desc="Linking", unit="mention", delay=1, disable=not progress) as bar:
             for first in range(0, len(spans), batch_size):
                 batch = range(first, min(first + batch_size, len(spans)))
-                results += self._link([many[k] for k in batch], [spans[k] for k in batch], first, top_k)
+                results += self._link([many[k] for k in batch], [spans[k] for k in batch], first, top_k, units)
                 bar.update(len(batch))
         return results
 
     def _link(
-        self, mentions: list[MentionLike], spans: list[tuple[str, int, int]], first: int | None, top_k: int
+        self,
+        mentions: list[MentionLike],
+        spans: list[tuple[str, int, int]],
+        first: int | None,
+        top_k: int,
+        units: Sequence[str] | None,
     ) -> list[LinkResult]:
-        rows = []
-        for k, (mention, (surface, start, end)) in enumerate(zip(mentions, spans, strict=True)):
-            row = {**_DEFAULTS, **mention, "mention": surface, "start": start, "end": end}
-            if row["image"] is not None:
-                row["image"] = open_image(row["image"], row=None if first is None else first + k)
-            rows.append(row)
+        rows = [
+            self._row(mention, span, None if first is None else first + k)
+            for k, (mention, span) in enumerate(zip(mentions, spans, strict=True))
+        ]
         device, dtype = getattr(self.model, "device", "cpu"), getattr(self.model, "dtype", torch.float32)
         inputs = {
             name: tensor.to(device, dtype if tensor.is_floating_point() else None)
@@ -248,12 +263,20 @@ class EntityLinker:
                 name: tensor.float() if tensor.is_floating_point() else tensor
                 for name, tensor in self.model.encode_mentions(**inputs).items()
             }
-            ranking = rank(self.model, encoded, self.kb, top_k=top_k)  # type: ignore[arg-type]
+            score = None if units is None else score_of_units(self.model, units)
+            ranking = rank(self.model, encoded, self.kb, top_k=top_k, score=score)  # type: ignore[arg-type]
             top_rows, top_scores = ranking.top_rows.tolist(), ranking.top_scores.tolist()
             wanted = sorted({row for each in top_rows for row in each})  # once, however many mentions share them
             entities = dict(zip(wanted, self.kb.rows(wanted), strict=True))
             return [
-                self._result(row, slice_encodings(encoded, slice(k, k + 1)), top_rows[k], top_scores[k], entities)
+                self._result(
+                    row,
+                    slice_encodings(encoded, slice(k, k + 1)),
+                    top_rows[k],
+                    top_scores[k],
+                    entities,
+                    None if units else self.nil_threshold,
+                )
                 for k, row in enumerate(rows)
             ]
 
@@ -264,6 +287,7 @@ class EntityLinker:
         rows: list[int],
         scores: list[float],
         entities: Mapping[int, Mapping[str, Any]],
+        nil_threshold: float | None,
     ) -> LinkResult:
         ranked = to_device(self.kb.encodings(rows), getattr(self.model, "device", "cpu"))
         units = {unit: values[0].tolist() for unit, values in self.model.unit_scores(encoded, ranked).items()}
@@ -276,7 +300,7 @@ class EntityLinker:
             )
             for k, (row, score) in enumerate(zip(rows, scores, strict=True))
         ]
-        is_nil = self.nil_threshold is not None and candidates[0].score < self.nil_threshold
+        is_nil = nil_threshold is not None and candidates[0].score < nil_threshold
         warnings = []
         if mention["image"] is None and self._sees_images:
             warnings.append("The model looks at images, and none was given: only the text decides.")
@@ -288,10 +312,37 @@ class EntityLinker:
             end=mention["end"],
             entity_id=NIL if is_nil else candidates[0].entity_id,
             is_nil=is_nil,
-            nil_threshold=self.nil_threshold,
+            nil_threshold=nil_threshold,
             candidates=candidates,
             warnings=warnings,
         )
+
+    def explain(self, mention: MentionLike, entity_id: str) -> Explanation | None:
+        """Where the model looks when it scores a mention against one entity.
+
+        Args:
+            mention (mapping): As in [`EntityLinker.__call__`].
+            entity_id (`str`): An entity of the knowledge base, for instance the best candidate.
+
+        Returns:
+            [`~hf_mel.linking.explaining.Explanation`], or `None` if the model has no attention to show.
+
+        Raises:
+            UnknownEntityError: The knowledge base has no such entity.
+            SpanError, DataFormatError, ImageError: As in [`EntityLinker.__call__`].
+        """
+        row = self._row(mention, _span(mention, None), None)
+        (entity,) = self.kb.rows([self.kb.row_of(entity_id)])
+        return explain(self.model, self.processor, row, entity)
+
+    @staticmethod
+    def _row(mention: MentionLike, span: tuple[str, int, int], row: int | None) -> dict[str, Any]:
+        """A row of the schema, its image opened."""
+        surface, start, end = span
+        filled = {**_DEFAULTS, **mention, "mention": surface, "start": start, "end": end}
+        if filled["image"] is not None:
+            filled["image"] = open_image(filled["image"], row=row)
+        return filled
 
     @cached_property
     def _sees_images(self) -> bool:

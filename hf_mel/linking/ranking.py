@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_mel.errors import KnowledgeBaseError, ScoreError, UnknownEntityError
+from hf_mel.errors import KnowledgeBaseError, RecipeError, ScoreError, UnknownEntityError
 from hf_mel.linking.encodings import num_rows, row_bytes, slice_encodings, to_device
 from hf_mel.schema import Encodings
 
@@ -163,6 +163,26 @@ def rank(
                 for column, values in zip(gold_columns, found, strict=True):
                     column[some] = values
     return RankingResult(top_scores, top_rows, *gold_columns)
+
+
+def score_of_units(model: Any, units: Sequence[str]) -> ScoreFunction:
+    """A score that is the mean of only these of the model's interaction units.
+
+    Raises (when it scores):
+        [`~hf_mel.errors.RecipeError`]: the model has no such unit.
+    """
+
+    def score(mentions: Encodings, entities: Encodings) -> torch.Tensor:
+        scores = model.unit_scores(mentions, entities)
+        missing = [unit for unit in units if unit not in scores]
+        if missing or not units:
+            raise RecipeError(
+                f"The model has no unit {', '.join(map(repr, missing))}.",
+                remedy=f"It has {', '.join(scores) or 'no units apart from its score'}.",
+            )
+        return torch.stack([scores[unit] for unit in units]).mean(0)
+
+    return score
 
 
 def _checked_golds(gold_rows, mentions: int, entities: int) -> torch.Tensor:

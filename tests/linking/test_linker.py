@@ -9,7 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_mel.errors import DataFormatError, ImageError, KnowledgeBaseError, SpanError
+from hf_mel.errors import (
+    DataFormatError,
+    ImageError,
+    KnowledgeBaseError,
+    RecipeError,
+    SpanError,
+    UnknownEntityError,
+)
 from hf_mel.linking import knowledge_base
 from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
@@ -77,6 +84,23 @@ def test_candidates_and_all_their_scores_are_those_worked_out_by_hand(linker):
         assert [c.name for c in result.candidates] == [names[c.entity_id] for c in result.candidates]
         assert result.best is result.candidates[0]
         assert result.entity_id == result.best.entity_id
+
+
+@pytest.mark.parametrize("unit", ["text", "vision"])
+def test_one_unit_alone_ranks_by_its_own_scores(unit):
+    linker = EntityLinker(MODEL, PROCESSOR, build(), nil_threshold=1e9)
+    for mention, result in zip(MENTIONS[:5], linker(MENTIONS[:5], top_k=4, units=[unit]), strict=True):
+        expected = sorted(by_hand(mention), key=lambda entry: -entry[2][unit])[:4]
+        assert [c.score for c in result.candidates] == pytest.approx([units[unit] for *_, units in expected], abs=1e-5)
+        assert not result.is_nil  # the threshold is one of the whole score
+    with pytest.raises(RecipeError, match="no unit 'sound'"):
+        linker(MENTIONS[0], units=["sound"])
+
+
+def test_explaining_needs_an_entity_of_the_knowledge_base_and_a_model_that_shows_its_attention(linker):
+    assert linker.explain(MENTIONS[0], WORLD[0]["entity_id"]) is None
+    with pytest.raises(UnknownEntityError):
+        linker.explain(MENTIONS[0], "Q0")
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
