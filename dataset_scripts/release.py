@@ -7,7 +7,7 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -22,7 +22,7 @@ Layout = Sequence["str | tuple[str, ...]"]
 
 
 #: What releases write for "no entity of the knowledge base", in any case; null too.
-NIL_SPELLINGS = frozenset({"", "nil", "none", "null"})
+NIL_SPELLINGS = frozenset({"", "nil", "none", "null", "[nil]", "<nil>", "__nil__", "--nil--", "--nme--"})
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -130,8 +130,8 @@ class Release(Findings):
         if not isinstance(value, expected):
             raise DataFormatError(f"holds a {type(value).__name__}, expected a {expected.__name__}.", file=path)
         if re.search(r"\\u[dD][89a-fA-F]", text):
-            pairs: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, item in pairs:
+            rows: Any = value
+            for key, item in rows.items() if expected is dict else enumerate(rows):
                 try:
                     json.dumps({str(key): item}, ensure_ascii=False).encode()
                 except UnicodeEncodeError as error:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +25,20 @@ from hf_mel.errors import (
     UnknownSplitError,
 )
 from hf_mel.files import file_sha256
+from hf_mel.rows import ENTITY_COLUMNS, entity_row, read_rows
 from hf_mel.schema import NIL, entity_features, mention_features, post_features
 
-#: Columns of a user's file of entities; `id` and `image` may also be written `entity_id` and `images`.
-ENTITY_COLUMNS = ("id", "name", "description", "attributes", "aliases", "image")
-_COLUMN_NAMES = {**{column: column for column in ENTITY_COLUMNS}, "entity_id": "id", "images": "image"}
-_LIST_SEPARATOR = "|"
 
-
-def load_mentions(dataset: str | os.PathLike[str], split: str, revision: str | None = None) -> datasets.Dataset:
+def load_mentions(
+    dataset: str | os.PathLike[str], split: str, revision: str | None = None, *, config: str = "mentions"
+) -> datasets.Dataset:
     """The mentions of one split, one row each (columns: [`~hf_mel.schema.mention_features`]).
 
     Args:
         dataset (`str` or `os.PathLike`): A folder written by `hf-mel data build`, or a data set on the Hub.
         split (`str`): "train", "validation", "test" or whatever the data set has.
         revision (`str`, *optional*): Branch, tag or commit, for a data set on the Hub.
+        config (`str`): The configuration, for a data set that has further ones with mentions.
 
     Returns:
         `datasets.Dataset` of M rows; images decode to PIL on access.
@@ -52,7 +48,7 @@ def load_mentions(dataset: str | os.PathLike[str], split: str, revision: str | N
         UnknownSplitError: It has no mentions, or not that split; the message lists what there is.
         DataFormatError: Columns of the schema are missing.
     """
-    return _load(dataset, "mentions", split, revision, mention_features())
+    return _load(dataset, config, split, revision, mention_features())
 
 
 def load_entities(dataset: str | os.PathLike[str], revision: str | None = None) -> datasets.Dataset:
@@ -216,14 +212,14 @@ def check_golds(
 
 
 def read_entity_file(path: str | os.PathLike[str]) -> datasets.Dataset:
-    """A user's own entities from a JSONL or CSV file (UTF-8, with or without BOM, any line ends).
+    """A user's own entities from a JSONL, JSON, CSV or TSV file (UTF-8, with or without BOM, any line ends).
 
     Columns: `id` (or `entity_id`) and `name`, both needed; `description`, `attributes`, `aliases`, and `image` (or
     `images`): paths relative to the file. `aliases` and `image` hold several values as a JSON list, or separated by
     "|". Every image is decoded once here, so that a damaged one is found now and not in the middle of a run.
 
     Args:
-        path (`str` or `os.PathLike`): A file ending in .jsonl or .csv.
+        path (`str` or `os.PathLike`): A file ending in .jsonl, .json, .csv or .tsv.
 
     Returns:
         `datasets.Dataset` of N entities (columns: [`~hf_mel.schema.entity_features`]); images stay on disk and
@@ -237,121 +233,22 @@ def read_entity_file(path: str | os.PathLike[str]) -> datasets.Dataset:
         KnowledgeBaseError: The file has no rows.
     """
     path = Path(path)
-    readers = {".jsonl": _jsonl_records, ".csv": _csv_records}
-    if path.suffix.lower() not in readers:
-        raise DataFormatError("is neither .jsonl nor .csv.", file=path, remedy="Entities come as JSONL or CSV.")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataFormatError(f"cannot be read ({error.strerror}).", file=path, remedy="Check the path.") from error
-    except UnicodeDecodeError as error:
-        raise DataFormatError(f"is not UTF-8 text ({error}).", file=path, remedy="Save it as UTF-8.") from error
     rows: list[dict[str, Any]] = []
     lines: dict[str, int] = {}
-    for line, record in tqdm(
-        readers[path.suffix.lower()](path, text), desc=f"reading {path.name}", unit=" entities", delay=1
-    ):
-        row = _entity_row(path, line, record)
+    records = read_rows(path, ENTITY_COLUMNS)
+    for line, record in tqdm(records, desc=f"reading {path.name}", unit=" entities", delay=1):
+        row = entity_row(path, line, record)
         if row["entity_id"] in lines:
             raise DuplicateIdError(
                 f"the id {row['entity_id']!r} is that of line {lines[row['entity_id']]} too.", file=path, row=line
             )
         lines[row["entity_id"]] = line
-        rows.append(row)
+        for picture in row["images"]:
+            try:
+                verify_image(picture)
+            except ImageError as error:
+                raise ImageError(f"{picture}: {error.message}", file=path, row=line, remedy=error.remedy) from error
+        rows.append({**row, "images": [{"path": str(picture.absolute()), "bytes": None} for picture in row["images"]]})
     if not rows:
         raise KnowledgeBaseError("holds no entities.", file=path, remedy="A knowledge base needs at least one.")
     return datasets.Dataset.from_list(rows, features=entity_features())
-
-
-def _jsonl_records(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Not splitlines: it also splits at characters that JSON allows inside a text (U+2028, form feed).
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            record = json.loads(content)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataFormatError(f"is not JSON ({error}).", file=path, row=line) from error
-        if not isinstance(record, dict):
-            raise DataFormatError("is not a JSON object.", file=path, row=line, remedy='Write {"id": …, "name": …}.')
-        _check_columns(path, line, record)
-        yield line, record
-
-
-def _csv_records(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    limit = csv.field_size_limit(max(len(text), 1))  # the default refuses fields over 131,072 characters
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        _check_columns(path, 1, reader.fieldnames or [])
-        for record in reader:
-            if None in record or None in record.values():
-                raise DataFormatError(
-                    f"does not have {len(reader.fieldnames or [])} fields as the header has.",
-                    file=path,
-                    row=reader.line_num,
-                    remedy="Quote fields that hold commas or line ends.",
-                )
-            yield reader.line_num, record
-    except csv.Error as error:
-        raise DataFormatError(f"is not CSV ({error}).", file=path, row=reader.reader.line_num) from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _check_columns(path: Path, line: int, columns: Collection[str]) -> None:
-    seen: set[str] = set()
-    for column in columns:
-        if column not in _COLUMN_NAMES:
-            raise DataFormatError(
-                f"has a column {column!r}, which means nothing here.",
-                file=path,
-                row=line,
-                remedy=f"Rename or remove it; columns are {', '.join(ENTITY_COLUMNS)}.",
-            )
-        if _COLUMN_NAMES[column] in seen:
-            raise DataFormatError(f"has the column {column!r} twice.", file=path, row=line)
-        seen.add(_COLUMN_NAMES[column])
-
-
-def _entity_row(path: Path, line: int, record: Mapping[str, Any]) -> dict[str, Any]:
-    values = {_COLUMN_NAMES[column]: value for column, value in record.items() if value not in (None, "")}
-    entity_id = values.get("id")
-    if isinstance(entity_id, int) and not isinstance(entity_id, bool):
-        values["id"] = str(entity_id)
-    for column in ("id", "name", "description", "attributes"):
-        if not isinstance(values.get(column, ""), str):
-            raise DataFormatError(f"{column!r} is {values[column]!r}, expected a text.", file=path, row=line)
-    for column in ("id", "name"):
-        if not values.get(column, "").strip():
-            raise DataFormatError(f"has no {column!r}.", file=path, row=line, remedy="Every entity needs one.")
-    if values["id"] == NIL:
-        raise DataFormatError(f"the id {NIL!r} stands for no entity.", file=path, row=line, remedy="Choose another.")
-    images = []
-    for name in _texts(path, line, "image", values.get("image")):
-        picture = path.parent / name
-        if not picture.is_file():
-            raise ImageError(
-                f"there is no image {picture}.", file=path, row=line, remedy="Image paths start at the file's folder."
-            )
-        try:
-            verify_image(picture)
-        except ImageError as error:
-            raise ImageError(f"{picture}: {error.message}", file=path, row=line, remedy=error.remedy) from error
-        images.append({"path": str(picture.absolute()), "bytes": None})
-    return {
-        "entity_id": values["id"],
-        "name": values["name"],
-        "description": values.get("description", ""),
-        "attributes": values.get("attributes", ""),
-        "aliases": _texts(path, line, "aliases", values.get("aliases")),
-        "images": images,
-    }
-
-
-def _texts(path: Path, line: int, column: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    items = [part.strip() for part in value.split(_LIST_SEPARATOR)] if isinstance(value, str) else value
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise DataFormatError(f"{column!r} is {value!r}, expected texts.", file=path, row=line)
-    return [item for item in items if item]

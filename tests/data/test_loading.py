@@ -246,8 +246,16 @@ OK = '{"id": "E1", "name": "n"}\n'
         ("id,name\nE1,n\nE2\n", ".csv", DataFormatError, 3, "2 fields"),
         ('id,name\nE1,"n\n', ".csv", DataFormatError, 2, "is not CSV"),
         ("id,name\nE1,\n", ".csv", DataFormatError, 2, "no 'name'"),
-        (b"\xff\xfe", ".jsonl", DataFormatError, None, "UTF-8"),
-        (OK, ".txt", DataFormatError, None, "neither .jsonl nor .csv"),
+        (b"\xff\xfe", ".jsonl", DataFormatError, 1, "UTF-8"),
+        (b"[1,\n\xff", ".json", DataFormatError, 2, "UTF-8"),
+        (OK + '{"id": "E2", "name": "\\ud800"}', ".jsonl", DataFormatError, 2, "surrogate"),
+        (OK + '{"id": "E2", "name": "n", "aliases": NaN}', ".jsonl", DataFormatError, 2, "NaN"),
+        (OK + '{"id": 1' + "0" * 5000 + ", ", ".jsonl", DataFormatError, 2, "is not JSON"),
+        ("{}", ".json", DataFormatError, None, "not a list"),
+        ('[{"id": "E1", "name": "n"}, 3]', ".json", DataFormatError, 2, "not a JSON object"),
+        ("id\tnamee\n", ".tsv", DataFormatError, 1, "Did you mean 'name'"),
+        ("id\tname\nE1\tn\tm\n", ".tsv", DataFormatError, 2, "2 fields"),
+        (OK, ".txt", DataFormatError, None, "none of .jsonl, .json, .csv, .tsv"),
     ],
 )
 def test_bad_files_are_errors_with_the_line(own, content, suffix, error, row, says):
