@@ -96,8 +96,7 @@ class PfmelPreTrainedModel(PreTrainedModel):
             self.image_projection = nn.Linear(_last_width(config.vision_config), hidden)
         self.nsp_head = nn.Linear(hidden, 2)
         self.post_init()
-        if config.vision_config is not None:
-            self.vision_model.requires_grad_(config.train_vision)
+        self.train()  # fixes the image encoder
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -136,7 +135,8 @@ class PfmelPreTrainedModel(PreTrainedModel):
         """As every module's, but a fixed image encoder stays in evaluation: its batch norms must not move."""
         super().train(mode)
         if hasattr(self, "vision_model") and not self.config.train_vision:
-            self.vision_model.eval()
+            # Here and not only on construction: `from_pretrained` makes new parameters, then sets evaluation.
+            self.vision_model.eval().requires_grad_(False)
         return self
 
     @property
@@ -164,8 +164,11 @@ class PfmelPreTrainedModel(PreTrainedModel):
             return None
         if features is None and pixel_values is None:
             raise ValueError(f"This model sees images, and there are some: {names} is missing.")
-        vectors = features[present] if features is not None else self.encode_images(pixel_values[present])
-        tokens = self.image_projection(vectors.to(self.image_projection.weight.dtype))
+        if features is None:
+            features = self.encode_images(pixel_values[present])  # type: ignore[index]
+        else:
+            features = features[present]
+        tokens = self.image_projection(features.to(self.image_projection.weight.dtype))
         out = tokens.new_zeros(*present.shape, tokens.shape[-1])
         out[present] = tokens
         return out
@@ -180,7 +183,7 @@ class PfmelPreTrainedModel(PreTrainedModel):
         """
         used = attention_mask.any(0).nonzero()
         width = int(used[-1]) + 1 if len(used) else 1
-        limit = self.config.text_config.max_position_embeddings
+        limit = self.config.text_config.max_position_embeddings  # type: ignore[union-attr]
         if width > limit:
             raise ValueError(
                 f"A sequence of {width} tokens and images does not fit the {limit} positions of the text encoder; give "
@@ -334,15 +337,15 @@ class PfmelForPreTraining(PfmelPreTrainedModel):
             logits = self._logits(input_ids, attention_mask, token_type_ids, image_positions, images)
         else:  # tasks about images, and a batch that has none
             logits = self.nsp_head.weight.new_zeros(0, 2)
-        loss, task_losses = None, None
+        loss = None
+        task_losses: dict[str, torch.Tensor] = {}
         if labels is not None:
-            task_losses = {}
             each = F.cross_entropy(logits, labels, reduction="none")
             for form in form_ids.unique().tolist():
                 task = TASKS[max(form - 1, 0)]
-                task_losses[task] = task_losses.get(task, 0.0) + each[form_ids == form].mean()
+                task_losses[task] = task_losses.get(task, each.new_zeros(())) + each[form_ids == form].mean()
             loss = sum(task_losses.values(), self.nsp_head.weight.sum() * 0.0)  # L_pre = L_mix + L_text + L_multi
-        return PfmelForPreTrainingOutput(loss=loss, task_losses=task_losses, logits=logits)
+        return PfmelForPreTrainingOutput(loss=loss, task_losses=task_losses or None, logits=logits)
 
 
 def _next_sentence_parts(text: str) -> tuple[Any, nn.Module | None]:

@@ -323,7 +323,7 @@ class PfmelProcessor(ProcessorMixin):
 
     def _contexts(self, rows, tail: str) -> list[_Text]:
         """The text of each mention or post, and what follows it (§3.4)."""
-        texts, tails, spans = [], [], []
+        texts, endings, spans = [], [], []
         for row in rows:
             text, mention = row["text"] or "", row.get("mention") or ""
             start, end = row.get("start", -1), row.get("end", -1)
@@ -334,14 +334,14 @@ class PfmelProcessor(ProcessorMixin):
             if ending.startswith("."):
                 text = text.rstrip().removesuffix(".")
             texts.append(text)
-            tails.append(ending)
+            endings.append(ending)
             spans.append((start, end))
-        tail_ids = self._tokenize(tails)[0] if tail else [[] for _ in texts]
+        tails = self._tokenize(endings)[0]
         out = []
-        for ids, offsets, ending, (start, end) in zip(*self._tokenize(texts), tail_ids, spans, strict=True):
+        for ids, offsets, last, (start, end) in zip(*self._tokenize(texts), tails, spans, strict=True):
             inside = [k for k, (left, right) in enumerate(offsets) if left < end and right > start]
             kept = (inside[0], inside[-1] + 1) if inside else (0, 0)
-            out.append(_Text(ids + ending, *kept, tail=len(ending)))
+            out.append(_Text(ids + last, *kept, tail=len(last)))
         return out
 
     def _entities(self, rows, lead: str) -> list[_Text]:

@@ -1,0 +1,482 @@
+"""PFMEL's model: against sequences written out one by one, its head and labels, masks, images, saving."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForPreTraining,
+    BertConfig,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    ConvNextConfig,
+    ResNetConfig,
+    ViTConfig,
+)
+
+import hf_mel.auto  # noqa: F401
+from hf_mel.modeling.pfmel import PfmelConfig, PfmelForPreTraining, PfmelModel
+from hf_mel.schema import Reranker
+from tests.modeling import direct_pfmel
+
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 60,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 40,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 12],
+    "depths": [1, 1],
+    "layer_type": "basic",
+}
+CLS, SEP = 2, 3
+WIDTH = 12
+
+
+def build(cls=PfmelModel, seed=0, vision=True, **fields):
+    torch.manual_seed(seed)
+    config = {"text_config": dict(BERT)} | ({"vision_config": dict(RESNET)} if vision else {}) | fields
+    model = cls(PfmelConfig(**config)).eval()
+    with torch.no_grad():  # biases start as zeros, which would hide a forgotten one; small weights hide much
+        for name, parameter in model.named_parameters():
+            if not name.startswith("vision_model"):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def sentences(counts=(3, 1, 2), width=9, seed=0):
+    """For each of M mentions, and for each candidate of it: ids of the two texts, and features or `None`."""
+    random = np.random.default_rng(seed)
+
+    def text():
+        return random.integers(4, 59, random.integers(2, width)).tolist()
+
+    def image(present):
+        return random.normal(size=WIDTH).astype(np.float32) if present else None
+
+    out = []
+    for row, count in enumerate(counts):
+        mention = (text(), image(row % 3 != 1))
+        out.append((mention, [(text(), image((row + k) % 3 != 2)) for k in range(count)]))
+    return out
+
+
+def tensors(pairs, columns=None, extra=0):
+    """What a processor would give, by loops."""
+    columns = columns or max(len(candidates) for _, candidates in pairs)
+    length = 3 + 2 + extra + max(len(m[0]) + len(c[0]) for m, cs in pairs for c in cs)
+    shape = (len(pairs), columns)
+    batch = {
+        "pair_input_ids": torch.zeros(*shape, length, dtype=torch.long),
+        "pair_attention_mask": torch.zeros(*shape, length, dtype=torch.long),
+        "pair_token_type_ids": torch.zeros(*shape, length, dtype=torch.long),
+        "pair_mask": torch.zeros(*shape, dtype=torch.bool),
+        "pair_image_positions": torch.full((*shape, 2), -1),
+        "pair_mention_image_features": torch.zeros(len(pairs), WIDTH),
+        "pair_entity_image_features": torch.zeros(*shape, WIDTH),
+    }
+    for m, ((text, image), candidates) in enumerate(pairs):
+        if image is not None:
+            batch["pair_mention_image_features"][m] = torch.from_numpy(image)
+        for c, (other, other_image) in enumerate(candidates):
+            ids = [CLS, *text]
+            if image is not None:
+                batch["pair_image_positions"][m, c, 0] = len(ids)
+                ids.append(0)
+            ids.append(SEP)
+            first = len(ids)
+            ids += other
+            if other_image is not None:
+                batch["pair_image_positions"][m, c, 1] = len(ids)
+                batch["pair_entity_image_features"][m, c] = torch.from_numpy(other_image)
+                ids.append(0)
+            ids.append(SEP)
+            batch["pair_mask"][m, c] = True
+            batch["pair_input_ids"][m, c, : len(ids)] = torch.tensor(ids)
+            batch["pair_attention_mask"][m, c, : len(ids)] = 1
+            batch["pair_token_type_ids"][m, c, first : len(ids)] = 1
+    return batch
+
+
+def shown(sentence):
+    text, image = sentence
+    return [*text, *([] if image is None else [image.astype(np.float64)])]
+
+
+def direct(model, pairs):
+    return [
+        [
+            direct_pfmel.logits(model, shown(mention), shown(candidate), {"[CLS]": CLS, "[SEP]": SEP})
+            for candidate in candidates
+        ]
+        for mention, candidates in pairs
+    ]
+
+
+def test_scores_and_loss_are_those_of_sequences_written_out():
+    model, pairs = build(), sentences((3, 1, 2, 2))
+    labels = torch.tensor([1, 0, -100, 0])
+    with torch.no_grad():
+        out = model(**tensors(pairs), labels=labels)
+    expected = direct(model, pairs)
+    losses = []
+    for m, row in enumerate(expected):
+        for c, logits in enumerate(row):
+            assert out.scores[m, c].item() == pytest.approx(direct_pfmel.log_odds(logits), abs=2e-4)
+            if labels[m] >= 0:
+                losses.append(direct_pfmel.cross_entropy(logits, int(labels[m] != c)))
+        assert torch.isneginf(out.scores[m, len(row) :]).all()
+    assert out.loss.item() == pytest.approx(np.mean(losses), rel=1e-4)
+    assert len(losses) == 6
+    assert out.scores.dtype == torch.float32
+
+
+def test_text_only():
+    model = build(vision=False)
+    pairs = [((text, None), [(other, None) for other, _ in cs]) for (text, _), cs in sentences()]
+    batch = {k: v for k, v in tensors(pairs).items() if "image" not in k}
+    with torch.no_grad():
+        scores = model(**batch).scores
+    assert not hasattr(model, "image_projection")
+    for m, row in enumerate(direct(model, pairs)):
+        for c, logits in enumerate(row):
+            assert scores[m, c].item() == pytest.approx(direct_pfmel.log_odds(logits), abs=2e-4)
+
+
+def test_laws_of_scoring():
+    """Padding changes nothing, pairs are scored each for itself, permuted candidates have permuted scores."""
+    model, pairs = build(), sentences((3, 1, 2))
+    with torch.no_grad():
+        whole = model(**tensors(pairs)).scores
+        padded = model(**tensors(pairs, columns=5, extra=7)).scores
+        single = [[model(**tensors([(m, [c])])).scores.item() for c in cs] for m, cs in pairs]
+        turned = model(**tensors([(m, cs[::-1]) for m, cs in pairs])).scores
+    torch.testing.assert_close(padded[:, :3], whole, atol=1e-5, rtol=1e-5)
+    assert torch.isneginf(padded[:, 3:]).all()
+    for m, row in enumerate(single):
+        torch.testing.assert_close(whole[m, : len(row)], torch.tensor(row), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(turned[m, : len(row)].flip(0), whole[m, : len(row)], atol=1e-5, rtol=1e-5)
+
+
+def test_a_masked_candidate_counts_for_nothing():
+    """Whatever stands in masked cells, even no number at all, neither scores nor gradients change."""
+    model, pairs = build(), sentences((3, 1, 2))
+    batch, labels = tensors(pairs), torch.tensor([2, 0, 1])
+    rubbish = {k: v.clone() for k, v in batch.items()}
+    rubbish["pair_entity_image_features"][~batch["pair_mask"]] = float("nan")
+    rubbish["pair_input_ids"][~batch["pair_mask"]] = 17
+    rubbish["pair_image_positions"][~batch["pair_mask"]] = 1
+    found = []
+    for each in (batch, rubbish):
+        model.zero_grad()
+        out = model(**each, labels=labels)
+        out.loss.backward()
+        found.append((out.loss.detach(), out.scores.detach(), model.image_projection.weight.grad.clone()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.isfinite(found[0][2]).all()
+
+
+def test_no_candidates_at_all():
+    model = build()
+    batch = tensors(sentences((2, 2)))
+    batch["pair_mask"][:] = False
+    out = model(**batch, labels=torch.tensor([-100, -100]))
+    assert torch.isneginf(out.scores).all()
+    out.loss.backward()
+    assert out.loss.item() == 0
+
+
+def test_pixels_are_their_features():
+    model, pairs = build(), sentences((3, 1, 2))
+    batch = tensors(pairs)
+    pixels = torch.randn(len(pairs), 3, 16, 16), torch.randn(*batch["pair_mask"].shape, 3, 16, 16)
+    with torch.no_grad():
+        batch["pair_mention_image_features"] = model.encode_images(pixels[0])
+        batch["pair_entity_image_features"] = model.encode_images(pixels[1].flatten(0, 1)).unflatten(0, (3, 3))
+        by_features = model(**batch).scores
+        names = ("pair_mention_image_features", "pair_entity_image_features")
+        seen = {k: v for k, v in batch.items() if k not in names}
+        by_pixels = model(**seen, pair_mention_pixel_values=pixels[0], pair_entity_pixel_values=pixels[1]).scores
+        with pytest.raises(ValueError, match="pair_mention_pixel_values"):
+            model(**seen)
+    torch.testing.assert_close(by_pixels, by_features, atol=1e-4, rtol=1e-4)
+
+
+VISIONS = {
+    "resnet": (ResNetConfig(**{k: v for k, v in RESNET.items() if k != "model_type"}), 12),
+    "vit": (
+        ViTConfig(
+            hidden_size=20,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        ),
+        20,
+    ),
+    "convnext": (ConvNextConfig(hidden_sizes=[8, 20], depths=[1, 1], num_stages=2, image_size=16), 20),
+}
+
+
+@pytest.mark.parametrize("name", VISIONS)
+def test_any_image_encoder(name):
+    config, width = VISIONS[name]
+    model = build(vision_config=config.to_dict(), train_vision=True)
+    features = model.encode_images(torch.randn(2, 3, 16, 16))
+    assert features.shape == (2, width)
+    assert model.image_projection.in_features == width
+    assert features.requires_grad
+
+
+def test_a_fixed_image_encoder_stays_as_it_is():
+    model, batch = build().train(), tensors(sentences())
+    before = {k: v.clone() for k, v in model.vision_model.state_dict().items()}
+    pixels = torch.randn(4, 3, 16, 16) * 3 + 1
+    assert model.image_features_are_fixed
+    assert not model.encode_images(pixels).requires_grad
+    assert not any(p.requires_grad for p in model.vision_model.parameters())
+    torch.testing.assert_close(model.vision_model.state_dict(), before)  # the statistics of batch norms, too
+    model(**batch, labels=torch.tensor([0, 0, 0])).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    learning = build(train_vision=True).train()
+    assert not learning.image_features_are_fixed
+    assert all(p.requires_grad for p in learning.vision_model.parameters())
+    assert learning.vision_model.training
+
+
+def pretraining_batch(seed=0):
+    """Two posts and two entities; of every form and order one example that is next and one that is not."""
+    random = np.random.default_rng(seed)
+    posts, entities = (
+        [(random.integers(4, 59, n).tolist(), random.normal(size=WIDTH).astype(np.float32)) for n in lengths]
+        for lengths in ((4, 6), (5, 3))
+    )
+    rows = []
+    for form, (with_text, with_image) in enumerate(
+        (((1, 0), (0, 1)), ((0, 1), (1, 0)), ((1, 1), (0, 0)), ((1, 1), (1, 1)))
+    ):
+        for post, entity in ((0, 0), (0, 1)):
+            sides = [
+                [*(text if t else []), *([image] if i else [])]
+                for (text, image), t, i in zip((posts[post], entities[entity]), with_text, with_image, strict=True)
+            ]
+            for order in ((0, 1), (1, 0)):
+                rows.append((form, post, entity, [sides[k] for k in order], order))
+    length = 3 + max(len(a) + len(b) for *_, (a, b), _ in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask, types, positions = torch.zeros_like(ids), torch.zeros_like(ids), torch.full((len(rows), 2), -1)
+    for r, (*_, pair, order) in enumerate(rows):
+        tokens, segments = direct_pfmel.sequence(*pair)
+        mask[r, : len(tokens)] = 1
+        types[r, : len(tokens)] = torch.tensor(segments)
+        for k, token in enumerate(tokens):
+            if isinstance(token, np.ndarray):
+                positions[r, order[segments[k]]] = k
+            else:
+                ids[r, k] = {"[CLS]": CLS, "[SEP]": SEP}.get(token, token)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": types,
+        "image_positions": positions,
+        "form_ids": torch.tensor([row[0] for row in rows]),
+        "post_index": torch.tensor([row[1] for row in rows]),
+        "entity_index": torch.tensor([row[2] for row in rows]),
+        "post_image_features": torch.from_numpy(np.stack([image for _, image in posts])),
+        "entity_image_features": torch.from_numpy(np.stack([image for _, image in entities])),
+    }
+    return batch, [row[3] for row in rows], torch.tensor([int(row[1] != row[2]) for row in rows])
+
+
+def test_pretraining_is_the_sum_of_the_three_losses():
+    model = build(PfmelForPreTraining)
+    batch, written, labels = pretraining_batch()
+    with torch.no_grad():
+        out = model(**batch, labels=labels)
+    by_form = {form: [] for form in range(4)}
+    for r, (first, second) in enumerate(written):
+        first, second = (
+            [t.astype(np.float64) if isinstance(t, np.ndarray) else t for t in side] for side in (first, second)
+        )
+        logits = direct_pfmel.logits(model, first, second, {"[CLS]": CLS, "[SEP]": SEP})
+        np.testing.assert_allclose(out.logits[r].numpy(), logits, atol=2e-4)
+        by_form[int(batch["form_ids"][r])].append(direct_pfmel.cross_entropy(logits, int(labels[r])))
+    mean = {form: np.mean(losses) for form, losses in by_form.items()}
+    expected = {"mixed": mean[0] + mean[1], "text": mean[2], "multimodal": mean[3]}
+    assert {k: v.item() for k, v in out.task_losses.items()} == pytest.approx(expected, rel=1e-4)
+    assert out.loss.item() == pytest.approx(sum(expected.values()), rel=1e-4)
+
+
+def test_a_batch_without_examples_has_no_loss():
+    model = build(PfmelForPreTraining)
+    batch, _, labels = pretraining_batch()
+    batch = {k: v if k.endswith("features") else v[:0] for k, v in batch.items()}
+    out = model(**batch, labels=labels[:0])
+    out.loss.backward()
+    assert out.loss.item() == 0
+
+
+@pytest.mark.parametrize("kind", [BertForPreTraining, BertForNextSentencePrediction])
+def test_a_bert_checkpoint_brings_its_head(tmp_path, kind):
+    torch.manual_seed(1)
+    bert = kind(BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"})).eval()
+    bert.save_pretrained(tmp_path)
+    model = PfmelModel.from_backbones(text=str(tmp_path)).eval()
+    assert torch.equal(model.nsp_head.weight, bert.cls.seq_relationship.weight)
+    assert torch.equal(model.nsp_head.bias, bert.cls.seq_relationship.bias)
+    assert str(tmp_path) not in model.config.to_json_string()
+    pairs = [((text, None), [(other, None) for other, _ in cs]) for (text, _), cs in sentences()]
+    batch = tensors(pairs)
+    with torch.no_grad():
+        ours = model(**{k: v for k, v in batch.items() if "image" not in k}).scores
+        output = bert(batch["pair_input_ids"][0], batch["pair_attention_mask"][0], batch["pair_token_type_ids"][0])
+    logits = output["logits"] if "logits" in output else output["seq_relationship_logits"]
+    # Its own convention: the first logit is that of "is next".
+    torch.testing.assert_close(ours[0], logits[:, 0] - logits[:, 1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_bert_without_a_head_gets_a_fresh_one(tmp_path):
+    torch.manual_seed(1)
+    bert = BertModel(BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"}))
+    bert.save_pretrained(tmp_path)
+    model = PfmelModel.from_backbones(text=str(tmp_path))
+    for key, value in bert.state_dict().items():
+        assert torch.equal(model.text_model.state_dict()[key], value), key
+    assert model.nsp_head.bias.abs().max() == 0
+    assert 0.01 < model.nsp_head.weight.std() < 0.03
+
+
+def test_backbones_of_both_kinds(tmp_path):
+    bert = BertForNextSentencePrediction(BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"}))
+    bert.save_pretrained(tmp_path / "bert")
+    resnet = AutoModel.from_config(VISIONS["resnet"][0])
+    resnet.save_pretrained(tmp_path / "resnet")
+    tower = {"hidden_size": 20, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = CLIPModel(CLIPConfig(text_config=tower, vision_config=tower | {"image_size": 16, "patch_size": 8}))
+    clip.save_pretrained(tmp_path / "clip")
+    model = PfmelModel.from_backbones(text=str(tmp_path / "bert"), vision=str(tmp_path / "resnet"))
+    for key, value in resnet.state_dict().items():
+        assert torch.equal(model.vision_model.state_dict()[key], value), key
+    model = PfmelModel.from_backbones(text=str(tmp_path / "bert"), vision=str(tmp_path / "clip")).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        theirs = clip.eval().vision_model(pixel_values=pixels).pooler_output
+        torch.testing.assert_close(model.encode_images(pixels), theirs)
+    fresh = PfmelModel.from_backbones(text=str(tmp_path / "bert"), vision_config=dict(RESNET), train_vision=True)
+    assert fresh.image_projection.in_features == 12
+    with pytest.raises(ValueError, match="next sentence prediction"):
+        PfmelModel.from_backbones(text=str(tmp_path / "resnet"))
+
+
+@pytest.mark.parametrize("vision", [True, False])
+def test_save_and_load(tmp_path, vision):
+    model = build(vision=vision)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(loaded, PfmelModel)
+    assert isinstance(loaded, Reranker)
+    assert (loaded.example_unit, loaded.pairs_are_independent) == ("mention", True)
+    assert not hasattr(loaded, "rank_jointly")
+    assert not any(info.values())
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    if vision:
+        assert not any(p.requires_grad for p in loaded.vision_model.parameters())
+
+
+def test_a_pretrained_model_loads_for_linking(tmp_path):
+    model = build(PfmelForPreTraining)
+    model.save_pretrained(tmp_path)
+    linking, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(linking, PfmelModel)
+    assert not any(info.values())
+    again, info = AutoModelForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(again, PfmelForPreTraining)
+    assert not any(info.values())
+    assert torch.equal(linking.nsp_head.weight, model.nsp_head.weight)
+
+
+def test_remote_code_loads_without_the_package(tmp_path):
+    for cls, auto in ((PfmelConfig, "AutoConfig"), (PfmelModel, "AutoModel")):
+        cls.register_for_auto_class(auto)
+    model, batch = build(), tensors(sentences())
+    model.save_pretrained(tmp_path)
+    torch.save((batch, model(**batch).scores.detach()), tmp_path / "batch.pt")
+    program = f"""
+import sys
+sys.modules["hf_mel"] = None  # any import of it fails
+import torch
+from transformers import AutoModel
+batch, scores = torch.load({str(tmp_path / "batch.pt")!r})
+model = AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eval()
+with torch.no_grad():
+    torch.testing.assert_close(model(**batch).scores, scores, atol=1e-5, rtol=1e-5)
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+print("loaded")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert run.stdout.strip() == "loaded", run.stderr
+
+
+def test_autocast_gives_scores_to_rank_by():
+    model, batch = build(), tensors(sentences())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = model(**batch, labels=torch.tensor([0, 0, 0]))
+    assert out.scores.dtype == out.loss.dtype == torch.float32
+    with torch.no_grad():
+        exact = model(**batch).scores
+    real = batch["pair_mask"]
+    torch.testing.assert_close(out.scores[real], exact[real], atol=0.3, rtol=0.1)
+
+
+def test_the_default_configuration_is_the_papers():
+    config = PfmelConfig()
+    assert (config.text_config.hidden_size, config.text_config.num_hidden_layers) == (768, 12)
+    assert (config.vision_config.hidden_sizes[-1], list(config.vision_config.depths)) == (2048, [3, 4, 6, 3])
+    with torch.device("meta"):
+        projection = PfmelModel(config).image_projection
+    assert tuple(projection.weight.shape) == (768, 2048)  # "W is a 2048 × 768 matrix"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"vision_config": dict(RESNET)}, ["text_config"]),
+        ({"text_config": dict(BERT, type_vocab_size=1)}, ["segments"]),
+        ({"text_config": {"model_type": "distilbert"}}, ["segments", "'distilbert'"]),
+        ({"text_config": dict(BERT), "train_vision": True}, ["vision_config"]),
+    ],
+)
+def test_impossible_configurations_say_why(fields, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        PfmelConfig(**fields)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_sequence_over_the_window_says_so():
+    model = build()
+    with pytest.raises(ValueError, match="max_length=38"):
+        model(**tensors([((list(range(4, 30)), None), [(list(range(4, 30)), None)])]))
+
+
+def test_a_text_model_encodes_no_images():
+    with pytest.raises(ValueError, match="no image encoder"):
+        build(vision=False).encode_images(torch.zeros(1, 3, 16, 16))
