@@ -36,6 +36,9 @@ def build(
         bool, typer.Option("--overwrite", help="Replace the output folder whatever it holds.")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="For data sets that are generated.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="What this data set alone asks; may be given often.")
+    ] = None,
 ) -> None:
     """Build a data set into a folder of Parquet files that the Hub and [b]datasets[/b] read as they are.
 
@@ -48,6 +51,13 @@ def build(
 
       hf-mel data build wikimel --raw-dir RAW --images RAW/mention_images --output data/wikimel
     """
+    options = {}
+    for item in option or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"{item!r} is not KEY=VALUE.", param_hint="--option")
+        options[key] = value
+
     from rich.console import Console
     from rich.table import Table
 
@@ -62,6 +72,7 @@ def build(
         allow_count_mismatch=allow_count_mismatch,
         overwrite=overwrite,
         seed=seed,
+        config_options=options,
     )
     console = Console()
     layout = f" from the {report.layout} layout" if report.layout else ""

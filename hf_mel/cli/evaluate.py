@@ -24,6 +24,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a model on the Hub.")],
     dataset: Annotated[str, typer.Option(help="A data-set folder, or a data set on the Hub.")],
     split: Annotated[str, typer.Option(help="Which mentions: train, validation or test.")] = "test",
+    config: Annotated[
+        str, typer.Option(help="The configuration of the mentions, for a data set that has several.")
+    ] = "mentions",
     output: Annotated[Path | None, typer.Option(dir_okay=False, help="Where to write the results as JSON.")] = None,
     predictions: Annotated[
         Path | None,
@@ -79,10 +82,10 @@ def evaluate(
     from hf_mel.linking.loading import load_retriever
     from hf_mel.linking.ranking import EncodedEntities
 
-    mentions, entities = load_mentions(dataset, split), load_entities(dataset)
-    validation = None if nil_from is None else load_mentions(dataset, nil_from)
+    mentions, entities = load_mentions(dataset, split, config=config), load_entities(dataset)
+    validation = None if nil_from is None else load_mentions(dataset, nil_from, config=config)
     try:
-        train_golds = None if split == "train" else set(load_mentions(dataset, "train")["entity_id"])
+        train_golds = None if split == "train" else set(load_mentions(dataset, "train", config=config)["entity_id"])
     except UnknownSplitError:
         train_golds = None
     version = dataset_version(dataset)
@@ -113,7 +116,7 @@ def evaluate(
         top_k=top_k,
         train_golds=train_golds,
         nil_threshold=nil_threshold,
-        data_version={**version, "split": split},
+        data_version={**version, "split": split, **({} if config == "mentions" else {"config": config})},
     )
 
     results = {**result.to_dict(), "wall_time_seconds": round(time.perf_counter() - start, 3)}

@@ -2,11 +2,17 @@
 
 The pipeline knows no data set by name. It finds the builders in `hf_mel.dataset_scripts` and asks of each module
 `<name>/<name>.py` one thing, `BUILDER_CLASS`, a `datasets.GeneratorBasedBuilder` with the configurations `mentions`,
-`entities` and possibly `posts`, and the class attributes
+`entities` and possibly `posts` (and further ones with the columns of mentions), and the class attributes
 
 - `NAME`, `TITLE`, `LICENSE` (a Hub licence id), `LANGUAGES`, `HOMEPAGE`, `CITATION`;
+- `TASK`: what is linked to what, in a line; `DOWNLOAD`: what to fetch and where the release describes it;
+- `REDISTRIBUTION`: why the built data may not be passed on under `LICENSE`; empty if it may;
 - `NEEDS_RAW`: whether it reads a folder of raw files (its config then has `data_dir`, `images`, `entity_images`);
-- `OFFICIAL_COUNTS`: `{config: {split: rows}}`, or `{layout: {config: {split: rows}}}` if it reads several layouts.
+- `OFFICIAL_COUNTS`: `{config: {split: rows}}`, or `{layout: {config: {split: rows}}}` if it reads several layouts;
+  `None` for a number nobody knows.
+
+Whatever else its `BuilderConfig` holds can be set by a user (`--option key=value`). An image is
+`{"bytes": …, "path": None}`, or `{"bytes": None, "path": …}` to have it read by the pipeline.
 
 A builder that reads files sets, in `_split_generators`, an attribute `release` with `layout` (`str`), `sha256`
 (`{file: digest}`) and `problems` (`{kind: [(file, row, detail)]}`): whatever it left out or could not find. Beside
@@ -25,7 +31,7 @@ import shutil
 import string
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -54,7 +60,9 @@ from hf_mel.errors import (
 from hf_mel.schema import NIL
 
 _REPORT = "report.json"
-_ID_COLUMNS = {"mentions": "mention_id", "entities": "entity_id", "posts": "post_id"}
+_ID_COLUMNS = {"mentions": "mention_id", "posts": "post_id", "entities": "entity_id"}
+#: Fields of a configuration that are not options: those of `datasets`, and those with arguments of their own.
+_NOT_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "images", "entity_images", "seed", "kind"}
 #: A row group is written when it holds this many rows or bytes of images; a file is closed at the second size.
 _GROUP_ROWS, _GROUP_BYTES, _FILE_BYTES = 1_000, 32 << 20, 400 << 20
 
@@ -140,6 +148,7 @@ def build_dataset(
     allow_count_mismatch: bool = False,
     overwrite: bool = False,
     seed: int | None = None,
+    config_options: Mapping[str, Any] | None = None,
 ) -> BuildReport:
     """Builds a data set into a folder that `datasets.load_dataset` and the Hub read as they are.
 
@@ -154,6 +163,7 @@ def build_dataset(
         allow_count_mismatch (`bool`): Build although the number of rows is not the official one.
         overwrite (`bool`): Replace `output` whatever it holds.
         seed (`int`, *optional*): For builders that generate their data.
+        config_options (mapping, *optional*): Further fields of the builder's configuration, by name.
 
     Returns:
         [`BuildReport`]
@@ -178,6 +188,14 @@ def build_dataset(
             remedy=f"Download the release ({builder_class.HOMEPAGE}) and pass its folder as raw_dir (--raw-dir).",
         )
     options = {key: value if key == "seed" else str(value) for key, value in options.items()}
+    takes = sorted(set(vars(builder_class.BUILDER_CONFIGS[0])) - _NOT_OPTIONS)
+    for key, value in (config_options or {}).items():
+        if key not in takes:
+            raise MelError(
+                f"the builder {name!r} has no option {key!r}.",
+                remedy=f"It has {', '.join(takes)}." if takes else "It has none.",
+            )
+        options[key] = value
     target = Path(output)
     _check_replaceable(target, name, overwrite, [raw_dir, images, entity_images])
 
@@ -214,8 +232,9 @@ class _Checks:
 
     def row(self, config: str, where: str, row: dict[str, Any]) -> bool:
         """Checks one encoded row and lists its problems; `False` if it has to be left out."""
-        row_id = row[_ID_COLUMNS[config]]
-        if config == "entities":
+        kind = _kind(row)
+        row_id = row[_ID_COLUMNS[kind]]
+        if kind == "entities":
             self.entity_ids.add(row_id)
             text = hashlib.sha256("\0".join((row["name"], row["description"], row["attributes"])).encode()).digest()
             self.entity_texts[text] = self.entity_texts.get(text, 0) + 1
@@ -223,9 +242,11 @@ class _Checks:
         if row["entity_id"] != NIL and row["entity_id"] not in self.entity_ids:
             self.report.problem("gold_not_in_kb", where, row_id, row["entity_id"])
             return False
-        if config == "mentions":
+        if kind == "mentions":
             start, end = row["start"], row["end"]
-            if start < 0:  # two kinds: the text lacks it, or an earlier mention has its only place
+            if row.get("modality") == "image" and not row["mention"]:
+                pass  # a thing in the picture has no place in the text
+            elif start < 0:  # two kinds: the text lacks it, or an earlier mention has its only place
                 absent = row["mention"] not in row["text"]
                 self.report.problem(
                     "mention_not_in_text" if absent else "mention_not_located", where, row_id, row["mention"]
@@ -257,7 +278,7 @@ class _Checks:
             return None
         if config == "entities":
             self.kb_images.add(digest)
-        elif config == "mentions":
+        elif config != "posts":
             self.mention_images.append(digest)
         return {"bytes": data, "path": None}
 
@@ -286,7 +307,7 @@ def _write_config(builder: Any, config: str, work: Path, report: BuildReport, ch
         examples = builder._generate_examples(**generator.gen_kwargs)
         for _, example in tqdm(examples, desc=f"{builder.NAME} {where}", unit=" rows", total=official.get(split)):
             row = features.encode_example(example)
-            row_id = row[_ID_COLUMNS[config]]
+            row_id = row[_ID_COLUMNS[_kind(row)]]
             if row_id in seen:
                 raise DuplicateIdError(f"the id {row_id!r} occurs twice.", file=where, row=row_id)
             seen.add(row_id)
@@ -376,9 +397,16 @@ def _images_of(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 yield item
 
 
-def _official(builder: Any, layout: str | None) -> dict[str, dict[str, int]]:
+def _kind(columns: Iterable[str]) -> str:
+    """What the rows of a configuration are: "mentions", "posts" or "entities"."""
+    return next(kind for kind, column in _ID_COLUMNS.items() if column in columns)
+
+
+def _official(builder: Any, layout: str | None) -> dict[str, dict[str, int | None]]:
     counts = builder.OFFICIAL_COUNTS
-    return counts[layout] if layout is not None and layout in counts else counts
+    if layout is None or "entities" in counts:
+        return counts
+    return counts.get(layout, {})
 
 
 def _check_counts(builder_class: Any, report: BuildReport, allow: bool) -> None:
@@ -388,7 +416,7 @@ def _check_counts(builder_class: Any, report: BuildReport, allow: bool) -> None:
         wrong += [
             f"{config}/{split}: expected {expected:,} rows, found {built.get(split, 0):,}"
             for split, expected in splits.items()
-            if built.get(split, 0) != expected
+            if expected is not None and built.get(split, 0) != expected
         ]
     if wrong and not allow:
         dropped = {kind: len(entries) for kind, entries in report.problems.items()}

@@ -74,11 +74,13 @@ class DataRecipe:
     Args:
         dataset (`str`): Folder or Hub id of a data set in the schema of [`hf_mel.schema`].
         revision (`str`, *optional*): Branch, tag or commit of a data set on the Hub.
+        config (`str`): The configuration of the mentions, for a data set that has several.
         train_split, validation_split (`str`): The best checkpoint is chosen on the second.
     """
 
     dataset: str = ""
     revision: str | None = None
+    config: str = "mentions"
     train_split: str = "train"
     validation_split: str = "validation"
 

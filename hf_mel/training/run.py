@@ -83,8 +83,8 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
     started = time.time()
     with _quiet():
         data = recipe.data
-        train = load_mentions(data.dataset, data.train_split, revision=data.revision)
-        validation = load_mentions(data.dataset, data.validation_split, revision=data.revision)
+        train = load_mentions(data.dataset, data.train_split, data.revision, config=data.config)
+        validation = load_mentions(data.dataset, data.validation_split, data.revision, config=data.config)
         entities = load_entities(data.dataset, revision=data.revision)
         set_seed(arguments.seed)
         model, processor = build_model(recipe, texts_of(train, entities))

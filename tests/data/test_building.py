@@ -299,14 +299,17 @@ def test_every_builder_declares_what_the_pipeline_reads(name):
     builder = find_builder(name)
     assert name == builder.NAME
     configs = [config.name for config in builder.BUILDER_CONFIGS]
-    assert set(configs) in ({"mentions", "entities"}, {"mentions", "entities", "posts"})
+    assert {"mentions", "entities"} <= set(configs)
     assert builder.DEFAULT_CONFIG_NAME == "mentions"
     assert builder.LICENSE
     assert builder.CITATION
     assert builder.HOMEPAGE.startswith("https://")
     layouts = [builder.OFFICIAL_COUNTS] if "mentions" in builder.OFFICIAL_COUNTS else builder.OFFICIAL_COUNTS.values()
     for counts in layouts:
-        assert set(counts) == set(configs)
+        assert set(counts) <= set(configs)
+    assert builder.TASK
+    assert builder.DOWNLOAD or not builder.NEEDS_RAW
+    assert isinstance(builder.REDISTRIBUTION, str)
 
 
 TOY = """
