@@ -162,10 +162,10 @@ class PfmelPreTrainedModel(PreTrainedModel):
         [*, 3, H, W]; zeros where `present` [*] is False, `None` where no image is needed."""
         if not hasattr(self, "image_projection") or not present.any():
             return None
-        if features is None and pixel_values is None:
-            raise ValueError(f"This model sees images, and there are some: {names} is missing.")
         if features is None:
-            features = self.encode_images(pixel_values[present])  # type: ignore[index]
+            if pixel_values is None:
+                raise ValueError(f"This model sees images, and there are some: {names} is missing.")
+            features = self.encode_images(pixel_values[present])
         else:
             features = features[present]
         tokens = self.image_projection(features.to(self.image_projection.weight.dtype))
