@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoProcessor
 
 from hf_mel.modeling.mimic.configuration_mimic import MimicConfig
 from hf_mel.modeling.mimic.modeling_mimic import MimicModel
 from hf_mel.modeling.mimic.processing_mimic import MimicProcessor
+from hf_mel.modeling.pfmel.configuration_pfmel import PfmelConfig
+from hf_mel.modeling.pfmel.modeling_pfmel import PfmelForPreTraining, PfmelModel
+from hf_mel.modeling.pfmel.processing_pfmel import PfmelProcessor
 
 _METHODS = [
     (MimicConfig, MimicModel, MimicProcessor),
+    (PfmelConfig, PfmelModel, PfmelProcessor),
 ]
 
 for _config, _model, _processor in _METHODS:
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoProcessor.register(_config, _processor, exist_ok=True)
+
+AutoModelForPreTraining.register(PfmelConfig, PfmelForPreTraining, exist_ok=True)
