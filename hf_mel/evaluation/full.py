@@ -222,8 +222,8 @@ def evaluate_full(
             "model": {key: value for key, value in describe_model(model).items() if key != "config"},
             "wall_time_seconds": round(seconds, 3),
             "batch_size": batch_size,
-            "device": _device_name(model),
-            "software": _software(),
+            "device": device_name(model),
+            "software": software_versions(),
         },
     )
 
@@ -271,12 +271,14 @@ def _metrics(ranking, gold_rows, chosen, ks, ties, nil_threshold) -> dict[str, f
     return {**metrics, **nil_metrics(gold_rows[chosen] < 0, predicted_nil[chosen], correct[chosen])}
 
 
-def _device_name(model: Any) -> str:
+def device_name(model: Any) -> str:
+    """Where a model is, as results name it."""
     device = torch.device(getattr(model, "device", "cpu"))
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return torch.cuda.getdevice_name(device) if device.type == "cuda" else device.type
 
 
-def _software() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
     versions = {"python": platform.python_version()}
     for package in ("hf_mel", "torch", "transformers", "datasets", "numpy"):
         try:

@@ -1,0 +1,368 @@
+"""Candidate lists: the few entities each mention may mean, found by name or by how often a name meant them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rapidfuzz import distance, fuzz, process
+from tqdm.auto import tqdm
+
+from hf_mel.errors import DataFormatError, MelError, UnknownEntityError
+from hf_mel.schema import NIL
+
+#: How two names may be compared, each higher for more alike. "composite" is the mean of the last three.
+SCORERS: dict[str, tuple[Callable, ...]] = {
+    "WRatio": (fuzz.WRatio,),
+    "QRatio": (fuzz.QRatio,),
+    "ratio": (fuzz.ratio,),
+    "partial_ratio": (fuzz.partial_ratio,),
+    "token_sort_ratio": (fuzz.token_sort_ratio,),
+    "token_set_ratio": (fuzz.token_set_ratio,),
+    "jaro_winkler": (distance.JaroWinkler.normalized_similarity,),
+    "common_subsequence": (distance.LCSseq.normalized_similarity,),
+    "common_prefix": (distance.Prefix.normalized_similarity,),
+    "edit_distance": (distance.Levenshtein.normalized_similarity,),
+    "composite": (
+        distance.LCSseq.normalized_similarity,
+        distance.Prefix.normalized_similarity,
+        distance.Levenshtein.normalized_similarity,
+    ),
+}
+
+#: Scores of names that are in memory at a time.
+_CHUNK_SCORES = 2**23
+_FORMAT = b"hf_mel.candidates"
+_SCORE = "score "
+
+
+@dataclass
+class CandidateLists:
+    """Candidates of M mentions, and where each came from.
+
+    Args:
+        mention_ids (`list` of `str` `[M]`): The mentions.
+        entity_ids (`list` of `list` of `str` `[M]`): Their candidates, best first, none twice; a list may be empty.
+        scores (`dict`): By source ("name", "prior", "retriever", …), the score it gave each candidate, as lists like
+            `entity_ids`; higher is better, nan for a candidate that came from other sources only.
+        setting (`dict`): How the lists were made.
+    """
+
+    mention_ids: list[str]
+    entity_ids: list[list[str]]
+    scores: dict[str, list[list[float]]]
+    setting: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        lengths = [len(each) for each in self.entity_ids]
+        if len(self.mention_ids) != len(lengths):
+            raise ValueError(f"{len(self.mention_ids)} mentions need as many lists, not {len(lengths)}.")
+        for source, scores in self.scores.items():
+            if [len(each) for each in scores] != lengths:
+                raise ValueError(f"The scores of {source!r} are not as many as the candidates.")
+
+    def __len__(self) -> int:
+        return len(self.mention_ids)
+
+    @property
+    def by_mention(self) -> dict[str, list[str]]:
+        """The candidates by mention id."""
+        return dict(zip(self.mention_ids, self.entity_ids, strict=True))
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest list."""
+        return max(map(len, self.entity_ids), default=0)
+
+    def top(self, k: int) -> CandidateLists:
+        """The first `k` candidates of every mention."""
+        return self._map(lambda values: values[:k], range(len(self)), {**self.setting, "k": k})
+
+    def of(self, mentions: datasets.Dataset) -> CandidateLists:
+        """The lists of these mentions, in their order.
+
+        Raises:
+            DataFormatError: A mention has no list (an empty one is a list).
+        """
+        row_of = {mention_id: row for row, mention_id in enumerate(self.mention_ids)}
+        missing = [mention_id for mention_id in mentions["mention_id"] if mention_id not in row_of]
+        if missing:
+            raise DataFormatError(
+                f"there are no candidates of {len(missing)} of {len(mentions)} mentions, among them {missing[0]!r}.",
+                remedy="Make the candidates from the same data set and split.",
+            )
+        return self._map(list, [row_of[mention_id] for mention_id in mentions["mention_id"]], self.setting)
+
+    def rows(self, entity_ids: Sequence[str]) -> list[list[int]]:
+        """The candidates as row numbers of a knowledge base.
+
+        Args:
+            entity_ids (sequence of `str` `[N]`): Ids of the knowledge base.
+
+        Raises:
+            UnknownEntityError: A candidate is not in it; names the mention.
+        """
+        row_of = {entity_id: row for row, entity_id in enumerate(entity_ids)}
+        found = []
+        for mention_id, listed in zip(self.mention_ids, self.entity_ids, strict=True):
+            for entity_id in listed:
+                if entity_id not in row_of:
+                    raise UnknownEntityError(
+                        f"the candidate {entity_id!r} is not in the knowledge base.",
+                        row=mention_id,
+                        remedy="Make the candidates from this knowledge base.",
+                    )
+            found.append([row_of[entity_id] for entity_id in listed])
+        return found
+
+    def recall(self, golds: Sequence[str], ks: Iterable[int]) -> dict[str, float]:
+        """Share of the mentions with a gold (not NIL) that have it among their first k candidates, as "recall@k"."""
+        places = [
+            listed.index(gold) if gold in listed else math.inf
+            for gold, listed in zip(golds, self.entity_ids, strict=True)
+            if gold != NIL
+        ]
+        return {
+            f"recall@{k}": sum(place < k for place in places) / len(places) if places else math.nan
+            for k in sorted(set(ks))
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a Parquet file, whole or not at all.
+
+        Raises:
+            MelError: The place cannot be written to.
+        """
+        path = Path(path)
+        columns: dict[str, pa.Array] = {
+            "mention_id": pa.array(self.mention_ids, pa.string()),
+            "entity_ids": pa.array(self.entity_ids, pa.list_(pa.string())),
+        }
+        for source, scores in self.scores.items():
+            columns[_SCORE + source] = pa.array(scores, pa.list_(pa.float32()))
+        table = pa.table(columns).replace_schema_metadata({_FORMAT: json.dumps(self.setting).encode()})
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                pq.write_table(table, temporary)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise MelError(f"Cannot be written ({error}).", file=path, remedy="Give another place.") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CandidateLists:
+        """Reads what [`CandidateLists.save`] wrote.
+
+        Raises:
+            DataFormatError: No such file, or not one of candidates.
+        """
+        try:
+            table = pq.ParquetFile(path).read()
+        except (OSError, pa.ArrowException) as error:
+            raise DataFormatError(
+                f"cannot be read ({error}).", file=path, remedy="Write one with `hf-mel candidates`."
+            ) from error
+        metadata = table.schema.metadata or {}
+        if _FORMAT not in metadata:
+            raise DataFormatError("holds no candidates.", file=path, remedy="Write one with `hf-mel candidates`.")
+        scores = {
+            name.removeprefix(_SCORE): table[name].to_pylist()
+            for name in table.column_names
+            if name.startswith(_SCORE)
+        }
+        return cls(
+            table["mention_id"].to_pylist(), table["entity_ids"].to_pylist(), scores, json.loads(metadata[_FORMAT])
+        )
+
+    def _map(self, change: Callable[[list], list], rows: Iterable[int], setting: dict[str, Any]) -> CandidateLists:
+        rows = list(rows)
+        return CandidateLists(
+            [self.mention_ids[row] for row in rows],
+            [change(self.entity_ids[row]) for row in rows],
+            {source: [change(scores[row]) for row in rows] for source, scores in self.scores.items()},
+            setting,
+        )
+
+
+def name_candidates(
+    mentions: datasets.Dataset,
+    entities: datasets.Dataset,
+    *,
+    k: int = 100,
+    scorer: str = "WRatio",
+    progress: bool = False,
+) -> CandidateLists:
+    """The entities whose name or an alias is most like the surface form.
+
+    An entity scores as its best name does. The composite of MMEL (§4.1: longest common subsequence, common prefix,
+    normalised edit distance) is the mean of the three, each in [0, 1]; the paper does not say how it combines them.
+    Entities that score the same come in the order of a digest of their ids, so that neither the order of the knowledge
+    base nor the gold decides who is cut off.
+
+    Args:
+        mentions (`datasets.Dataset`): M mentions.
+        entities (`datasets.Dataset`): N entities.
+        k (`int`): Candidates per mention; N if N is smaller.
+        scorer (`str`): One of [`SCORERS`].
+        progress (`bool`): Whether to show a progress bar.
+
+    Raises:
+        `ValueError`: unknown scorer, or `k` below 1.
+    """
+    if scorer not in SCORERS:
+        raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, not {scorer!r}.")
+    _check_k(k)
+    ids = list(entities["entity_id"])
+    order = sorted(range(len(ids)), key=lambda row: _digest(ids[row]))  # of equal scores, the first here is first
+    listed = [[name, *(aliases or ())] for name, aliases in zip(entities["name"], entities["aliases"], strict=True)]
+    names = [name for row in order for name in listed[row]]
+    starts = np.cumsum([0, *(len(listed[row]) for row in order)])[:-1]
+    surfaces = sorted(set(mentions["mention"]))
+    found: dict[str, tuple[list[str], list[float]]] = {}
+    step = max(1, _CHUNK_SCORES // max(1, len(names)))
+    with tqdm(total=len(surfaces), desc="Comparing names", unit="name", delay=1, disable=not progress) as bar:
+        for first in range(0, len(surfaces), step):
+            some = surfaces[first : first + step]
+            scores = np.zeros((len(some), len(names)), dtype=np.float32)
+            for part in SCORERS[scorer]:
+                scores += process.cdist(some, names, scorer=part, dtype=np.float32, workers=-1)
+            scores /= len(SCORERS[scorer])
+            best = np.maximum.reduceat(scores, starts, axis=1)
+            columns = _top_columns(best, k)
+            for surface, row, chosen in zip(some, best, columns, strict=True):
+                found[surface] = [ids[order[column]] for column in chosen], row[chosen].tolist()
+            bar.update(len(some))
+    lists = [found[surface] for surface in mentions["mention"]]
+    return CandidateLists(
+        list(mentions["mention_id"]),
+        [entity_ids for entity_ids, _ in lists],
+        {"name": [scores for _, scores in lists]},
+        {"source": "name", "k": k, "scorer": scorer},
+    )
+
+
+def prior_candidates(mentions: datasets.Dataset, training: datasets.Dataset, *, k: int = 100) -> CandidateLists:
+    """The entities that the surface form meant in training, with p(e|m): their share of its uses.
+
+    A mention that is one of training itself does not count for its own list. NIL counts as a use, and is no candidate.
+    Surface forms are compared case folded; entities of the same share come in the order of a digest of their ids.
+
+    Args:
+        mentions (`datasets.Dataset`): M mentions.
+        training (`datasets.Dataset`): Mentions with golds.
+        k (`int`): Candidates per mention at most; a surface form that training does not have has none.
+
+    Raises:
+        `ValueError`: `k` below 1.
+    """
+    _check_k(k)
+    uses: dict[str, Counter[str]] = defaultdict(Counter)
+    own: dict[str, str] = {}
+    for mention_id, surface, gold in zip(
+        training["mention_id"], training["mention"], training["entity_id"], strict=True
+    ):
+        uses[surface.casefold()][gold] += 1
+        own[mention_id] = gold
+    lists: list[list[str]] = []
+    scores: list[list[float]] = []
+    for mention_id, surface in zip(mentions["mention_id"], mentions["mention"], strict=True):
+        counts = Counter(uses.get(surface.casefold(), {}))
+        if mention_id in own:
+            counts[own[mention_id]] -= 1
+        total = sum(counts.values())
+        meant = [entity_id for entity_id, count in counts.items() if count > 0 and entity_id != NIL]
+        meant.sort(key=lambda entity_id: (-counts[entity_id], _digest(entity_id)))
+        lists.append(meant[:k])
+        scores.append([counts[entity_id] / total for entity_id in meant[:k]])
+    return CandidateLists(
+        list(mentions["mention_id"]), lists, {"prior": scores}, {"source": "prior", "k": k, "training": len(training)}
+    )
+
+
+def union_candidates(lists: Sequence[CandidateLists], *, k: int) -> CandidateLists:
+    """The candidates of several sources, in turns: the best of each, then the second of each, up to `k`.
+
+    Args:
+        lists (sequence of [`CandidateLists`]): Of the same mentions in the same order; each source once.
+        k (`int`): Candidates per mention at most.
+
+    Raises:
+        `ValueError`: other mentions, a source twice, no lists, or `k` below 1.
+    """
+    _check_k(k)
+    if not lists or any(each.mention_ids != lists[0].mention_ids for each in lists):
+        raise ValueError("A union needs lists of the same mentions in the same order.")
+    sources = [source for each in lists for source in each.scores]
+    if len(set(sources)) < len(sources):
+        raise ValueError(f"A source occurs twice: {', '.join(sources)}.")
+    merged: list[list[str]] = []
+    scores: dict[str, list[list[float]]] = {source: [] for source in sources}
+    for row in range(len(lists[0])):
+        own = [each.entity_ids[row] for each in lists]
+        turns = (ids[place] for place in range(max(map(len, own))) for ids in own if place < len(ids))
+        chosen = list(dict.fromkeys(turns))[:k]
+        merged.append(chosen)
+        for each in lists:
+            place_of = {entity_id: place for place, entity_id in enumerate(each.entity_ids[row])}
+            for source, values in each.scores.items():
+                known = values[row]
+                scores[source].append([known[place_of[e]] if e in place_of else math.nan for e in chosen])
+    setting = {"source": "+".join(each.setting.get("source", "?") for each in lists), "k": k}
+    return CandidateLists(
+        list(lists[0].mention_ids), merged, scores, {**setting, "of": [dict(each.setting) for each in lists]}
+    )
+
+
+def ranked_candidates(
+    mentions: datasets.Dataset,
+    entity_ids: Sequence[str],
+    top_rows: Sequence[Sequence[int]],
+    top_scores: Sequence[Sequence[float]],
+    *,
+    source: str,
+    setting: Mapping[str, Any],
+) -> CandidateLists:
+    """The lists of a ranking: M times k rows of the knowledge base and their scores, best first."""
+    return CandidateLists(
+        list(mentions["mention_id"]),
+        [[entity_ids[row] for row in rows] for rows in top_rows],
+        {source: [[float(score) for score in scores] for scores in top_scores]},
+        {"source": source, **setting},
+    )
+
+
+def _top_columns(scores: np.ndarray, k: int) -> np.ndarray:
+    """Columns [m, k] of the k largest of each row, best first; equal ones in the order of their columns."""
+    k = min(k, scores.shape[1])
+    if k < scores.shape[1]:
+        last = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
+        # Ranks of the columns that may be kept: those above the last value, then those equal to it, in their order.
+        chosen = np.where(scores > last, 0, np.where(scores == last, 1, 2))
+        columns = np.sort(np.argsort(chosen, axis=1, kind="stable")[:, :k], axis=1)
+    else:
+        columns = np.broadcast_to(np.arange(k), scores.shape)
+    order = np.argsort(-np.take_along_axis(scores, columns, 1), axis=1, kind="stable")
+    return np.take_along_axis(columns, order, 1)
+
+
+def _digest(entity_id: str) -> bytes:
+    return hashlib.sha256(entity_id.encode()).digest()
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}.")

@@ -1,0 +1,306 @@
+"""The candidate protocol: each mention against its own few candidates, end to end and with the gold added."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from hf_mel.data.candidates import CandidateLists
+from hf_mel.data.loading import check_golds
+from hf_mel.errors import KnowledgeBaseError, RecipeError
+from hf_mel.evaluation.full import KS, device_name, software_versions
+from hf_mel.evaluation.strata import Labels, strata_of
+from hf_mel.linking.fingerprint import describe_model
+from hf_mel.linking.reranking import can_rank_jointly, score_pairs
+from hf_mel.schema import NIL, MelProcessor
+from hf_mel.spaces.mel_ranking.mel_ranking import ranking_metrics, resolve_ranks
+
+#: A gold that was not among the candidates is a miss.
+END_TO_END = "candidates (end to end)"
+#: A gold that was not among the candidates is put there, as published tables do.
+GOLD_ADDED = "candidates (gold added)"
+_RERANKER, _JOINT = "reranker", "reranker, jointly"
+
+
+@dataclass
+class CandidateResult:
+    """What the candidate protocol found for M mentions with up to C candidates each.
+
+    Args:
+        orders (`dict`): For [`END_TO_END`] and [`GOLD_ADDED`], the metrics of every order of the candidates: {protocol:
+            {order: {"metrics": …, "strata": {what divides them: {group: metrics}}}}}. The orders are "reranker",
+            "reranker, jointly" (the mentions of a context ranked together) and "candidates: <source>", the order in
+            which a source gave them.
+        order (`str`): The reranker's order that counts: that of ranking jointly where it was asked for.
+        mention_ids, golds (`list` of `str` `[M]`): The mentions and their golds, or NIL.
+        candidates (`list` of `list` of `str` `[M]`): The candidates in the order of their ids, the added gold among
+            them.
+        retrieved (`np.ndarray` `[M, C]`): True for a candidate that was not added.
+        scores (`dict`): For both protocols, the scores [M, C] of the reranker's order that counts.
+        ranks (`dict`): For both protocols, the gold's rank in it [M], nan for a miss and for NIL.
+        setting (`dict`): What the numbers depend on.
+    """
+
+    orders: dict[str, dict[str, dict[str, Any]]]
+    order: str
+    mention_ids: list[str]
+    golds: list[str]
+    candidates: list[list[str]]
+    retrieved: np.ndarray
+    scores: dict[str, np.ndarray]
+    ranks: dict[str, np.ndarray]
+    setting: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """End to end, of the reranker's order that counts."""
+        return self.orders[END_TO_END][self.order]["metrics"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What results.json holds: the protocol end to end, and under "gold_added" the other one."""
+        results = [
+            {"protocol": protocol, "order": self.order, **orders[self.order], "orders": orders}
+            for protocol, orders in self.orders.items()
+        ]
+        return {**self.setting, **results[0], "gold_added": results[1]}
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """One record per mention, end to end: its gold, the gold's rank (`None` for a miss and NIL), and the candidates
+        in the reranker's order.
+        """
+        scores, ranks = self.scores[END_TO_END], self.ranks[END_TO_END]
+        for i, (mention_id, gold) in enumerate(zip(self.mention_ids, self.golds, strict=True)):
+            places = [c for c in range(len(self.candidates[i])) if self.retrieved[i, c]]
+            places.sort(key=lambda c: -scores[i, c])
+            yield {
+                "mention_id": mention_id,
+                "entity_id": gold,
+                "rank": None if np.isnan(ranks[i]) else float(ranks[i]),
+                "candidates": [{"entity_id": self.candidates[i][c], "score": float(scores[i, c])} for c in places],
+            }
+
+
+def evaluate_candidates(
+    model: Any,
+    processor: MelProcessor,
+    mentions: datasets.Dataset,
+    entities: datasets.Dataset,
+    candidates: CandidateLists,
+    *,
+    joint: bool | None = None,
+    batch_size: int = 64,
+    ks: Sequence[int] = KS,
+    ties: str = "realistic",
+    tie_tolerance: float = 1e-6,
+    strata: Sequence[str] | None = None,
+    train_golds: Collection[str] | None = None,
+    data_version: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> CandidateResult:
+    """Reranks the candidates of M mentions, and says how well, beside the order in which they came.
+
+    Every pair is scored once, for both protocols and with and without ranking jointly (a model whose pairs depend on
+    each other scores the lists of each protocol). The candidates are given to the model in the order of their ids, so
+    that the place of a gold, added or not, says nothing. Mentions whose gold is NIL are not ranked.
+
+    Where a source's own order is reported, a gold that another source gave, or that was added, counts as a miss end to
+    end, and as the last with the gold added.
+
+    Args:
+        model ([`~hf_mel.schema.Reranker`]): Scores, on the device it is on.
+        processor ([`~hf_mel.schema.MelProcessor`]): Turns pairs into the model's tensors.
+        mentions (`datasets.Dataset`): M rows of the schema.
+        entities (`datasets.Dataset`): N rows of the schema.
+        candidates ([`~hf_mel.data.candidates.CandidateLists`]): The candidates of these mentions, and maybe of others.
+        joint (`bool`, *optional*): Whether the order that counts ranks the mentions of a context together. Default: if
+            the model can. Both orders are reported.
+        batch_size (`int`): Pairs to score at a time.
+        ks (sequence of `int`): The k of H@k and of the candidates' recall.
+        ties (`str`): "realistic", "optimistic" or "pessimistic".
+        tie_tolerance (`float`): A candidate equals the gold if its score differs by at most this * max(1, |gold score|).
+        strata (sequence of `str`, *optional*): Columns to report by; see [`~hf_mel.evaluation.strata.strata_of`].
+        train_golds (collection of `str`, *optional*): Golds of the training split; reports seen and unseen ones apart.
+        data_version (`Mapping`, *optional*): What identifies the data.
+        progress (`bool`): Whether to show a progress bar.
+
+    Returns:
+        [`CandidateResult`].
+
+    Raises:
+        [`~hf_mel.errors.UnknownEntityError`]: a gold or a candidate is not in the knowledge base; names the mention.
+        [`~hf_mel.errors.DataFormatError`]: a mention has no list, or there is no such column to report by.
+        [`~hf_mel.errors.RecipeError`]: `joint` for a model that cannot rank jointly.
+        [`~hf_mel.errors.KnowledgeBaseError`]: there are no entities.
+        [`~hf_mel.errors.ScoreError`]: a score is nan or infinite.
+    """
+    start = time.perf_counter()
+    if not len(entities):
+        raise KnowledgeBaseError("The knowledge base has no entities.")
+    if joint and not can_rank_jointly(model):
+        raise RecipeError(
+            f"{type(model).__name__} does not rank the mentions of a context jointly.", remedy="Leave joint out."
+        )
+    ranking_metrics([], ks=ks, ties=ties)  # a wrong k or policy shows before the work, not after it
+    entity_ids = list(entities["entity_id"])
+    check_golds(mentions, entity_ids)
+    labels = strata_of(mentions, strata, train_golds)
+    golds = list(mentions["entity_id"])
+    candidates = candidates.of(mentions)
+    candidates.rows(entity_ids)  # an unknown one shows now
+    lists = _Lists(candidates, golds, {entity_id: row for row, entity_id in enumerate(entity_ids)})
+
+    scored: dict[str, dict[str, torch.Tensor]] = {END_TO_END: {}, GOLD_ADDED: {}}
+    jointly = can_rank_jointly(model)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    masks = {END_TO_END: lists.retrieved, GOLD_ADDED: lists.listed}
+    if model.pairs_are_independent:
+        asked = list(masks.values()) if jointly else []
+        found = score_pairs(model, processor, mentions, entities, lists.rows, joint_masks=asked, **options)
+        for number, (protocol, mask) in enumerate(masks.items()):
+            scored[protocol][_RERANKER] = found.scores.masked_fill(~mask, -torch.inf)
+            if jointly:
+                scored[protocol][_JOINT] = found.joint[number]
+    else:
+        for protocol, mask in masks.items():
+            rows, places = lists.where(mask)
+            own = torch.zeros(mask.shape, dtype=torch.bool)
+            for i, each in enumerate(rows):
+                own[i, : len(each)] = True
+            width = max(map(len, rows), default=0)
+            asked = [own[:, :width]] if jointly else []
+            found = score_pairs(model, processor, mentions, entities, rows, joint_masks=asked, **options)
+            for order, scores in ((_RERANKER, found.scores), *((_JOINT, each) for each in found.joint)):
+                scored[protocol][order] = torch.full(mask.shape, -torch.inf)
+                for i, columns in enumerate(places):
+                    scored[protocol][order][i, columns] = scores[i, : len(columns)]
+
+    in_kb = np.asarray([gold != NIL for gold in golds], dtype=bool)
+    order = _JOINT if (jointly if joint is None else joint) else _RERANKER
+    ranks: dict[str, np.ndarray] = {}
+    orders: dict[str, dict[str, dict[str, Any]]] = {}
+    for protocol, of_orders in scored.items():
+        orders[protocol] = {}
+        places_of = {
+            name: _places(scores.double().numpy(), lists.gold_columns, tie_tolerance)
+            for name, scores in of_orders.items()
+        }
+        for source in candidates.scores:
+            best, worst = _places(lists.source_scores(source), lists.gold_columns, tie_tolerance)
+            if protocol == GOLD_ADDED:
+                last = lists.listed.sum(1).numpy()
+                best, worst = (np.where(np.isnan(each) & in_kb, last, each) for each in (best, worst))
+            places_of[f"candidates: {source}"] = best, worst
+        for name, (best, worst) in places_of.items():
+            orders[protocol][name] = _report(best, worst, in_kb, labels, ks, ties, len(entity_ids))
+        ranks[protocol] = resolve_ranks(*places_of[order], ties)
+    lengths = [len(each) for each in candidates.entity_ids]
+    return CandidateResult(
+        orders=orders,
+        order=order,
+        mention_ids=list(mentions["mention_id"]),
+        golds=golds,
+        candidates=lists.ids,
+        retrieved=lists.retrieved.numpy(),
+        scores={protocol: scored[protocol][order].numpy() for protocol in scored},
+        ranks=ranks,
+        setting={
+            "protocol": END_TO_END,
+            "candidates": {
+                **candidates.setting,
+                "k": candidates.longest,
+                "mean_length": float(np.mean(lengths)) if lengths else 0.0,
+                "without": lengths.count(0),
+                "recall": candidates.recall(golds, [k for k in ks if k < candidates.longest] + [candidates.longest]),
+            },
+            "kb_size": len(entity_ids),
+            "num_mentions": len(golds),
+            "num_nil": int((~in_kb).sum()),
+            "ks": [int(k) for k in ks],
+            "ties": ties,
+            "tie_tolerance": tie_tolerance,
+            "data": None if data_version is None else dict(data_version),
+            "model": {key: value for key, value in describe_model(model).items() if key != "config"},
+            "wall_time_seconds": round(time.perf_counter() - start, 3),
+            "batch_size": batch_size,
+            "device": device_name(model),
+            "software": software_versions(),
+        },
+    )
+
+
+class _Lists:
+    """The candidates of M mentions in the order of their ids, each gold that was not retrieved added to them.
+
+    Attributes:
+        ids, rows: [M] lists of ids, and of rows of the knowledge base.
+        listed, retrieved (`torch.Tensor` `[M, C]`): Where a candidate is, and where one is that was not added.
+        gold_columns (`np.ndarray` `[M]`): Column of the gold, -1 for NIL.
+    """
+
+    def __init__(self, candidates: CandidateLists, golds: list[str], row_of: Mapping[str, int]):
+        self.candidates = candidates
+        self.ids = [
+            sorted({*listed, *([] if gold == NIL else [gold])})
+            for listed, gold in zip(candidates.entity_ids, golds, strict=True)
+        ]
+        self.rows = [[row_of[entity_id] for entity_id in ids] for ids in self.ids]
+        shape = (len(self.ids), max(map(len, self.ids), default=0))
+        self.listed, self.retrieved = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+        for i, ids in enumerate(self.ids):
+            given = set(candidates.entity_ids[i])
+            self.listed[i, : len(ids)] = True
+            self.retrieved[i, : len(ids)] = torch.tensor([entity_id in given for entity_id in ids], dtype=torch.bool)
+        self.gold_columns = np.asarray(
+            [-1 if gold == NIL else ids.index(gold) for ids, gold in zip(self.ids, golds, strict=True)], dtype=np.int64
+        )
+
+    def where(self, mask: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """The rows of the candidates where `mask` is true, and their columns."""
+        places = [each.nonzero().flatten().tolist() for each in mask]
+        return [[rows[c] for c in columns] for rows, columns in zip(self.rows, places, strict=True)], places
+
+    def source_scores(self, source: str) -> np.ndarray:
+        """The scores [M, C] that a source gave; -inf for what it did not give."""
+        scores = np.full(self.listed.shape, -np.inf)
+        for i, ids in enumerate(self.ids):
+            column_of = {entity_id: column for column, entity_id in enumerate(ids)}
+            for entity_id, score in zip(self.candidates.entity_ids[i], self.candidates.scores[source][i], strict=True):
+                if not np.isnan(score):
+                    scores[i, column_of[entity_id]] = score
+        return scores
+
+
+def _places(scores: np.ndarray, gold_columns: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """Best and worst rank [M] of the golds by scores [M, C]; nan where there is no gold, or it is out at -inf."""
+    if not scores.shape[1]:
+        return np.full(len(scores), np.nan), np.full(len(scores), np.nan)
+    gold = np.where(gold_columns >= 0, scores[np.arange(len(scores)), gold_columns], -np.inf)
+    known = np.isfinite(gold)
+    margin = tolerance * np.maximum(1, np.abs(np.where(known, gold, 0)))
+    better = (scores > (gold + margin)[:, None]).sum(1)
+    not_worse = (scores >= (gold - margin)[:, None]).sum(1)
+    return np.where(known, better + 1, np.nan), np.where(known, not_worse, np.nan)
+
+
+def _report(best, worst, in_kb, labels: Mapping[str, Labels], ks, ties, kb_size) -> dict[str, Any]:
+    def metrics(chosen: np.ndarray) -> dict[str, float]:
+        ranked = chosen & in_kb
+        counts = {"num_mentions": int(chosen.sum()), "num_nil": int(chosen.sum() - ranked.sum())}
+        return {**ranking_metrics(best[ranked], worst[ranked], ks, ties, kb_size), **counts}
+
+    return {
+        "metrics": metrics(np.ones(len(in_kb), dtype=bool)),
+        "strata": {
+            name: {
+                group: metrics(np.asarray([label == group for label in column]))
+                for group in sorted({label for label in column if label is not None})
+            }
+            for name, column in labels.items()
+        },
+    }

@@ -1,0 +1,182 @@
+"""The candidate protocol against plain counting."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_mel.data.candidates import CandidateLists
+from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
+from hf_mel.evaluation.candidates import END_TO_END, GOLD_ADDED, evaluate_candidates
+from hf_mel.linking.reranking import score_pairs
+from hf_mel.schema import NIL
+from tests.toy import ToyPairProcessor, toy_entities, toy_mentions, toy_reranker
+
+ENTITIES, MENTIONS = toy_entities(12), toy_mentions(12, nil_every=5)
+GOLDS = list(MENTIONS["entity_id"])
+PROCESSOR = ToyPairProcessor()
+
+
+class Fixed(torch.nn.Module):
+    """Scores the pair (mention m, entity q) with `table[m, q]`; its tensors are the two numbers."""
+
+    example_unit, pairs_are_independent = "mention", True
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, pair_ids, pair_mask, pair_context, **_):
+        return {"scores": self.table[pair_ids[..., 0], pair_ids[..., 1]].masked_fill(~pair_mask, -torch.inf)}
+
+
+def numbers(mentions=None, entities=None, pairs=None):
+    width = max(len(listed) for _, listed in pairs)
+    ids = torch.zeros(len(pairs), width, 2, dtype=torch.long)
+    mask = torch.zeros(len(pairs), width, dtype=torch.bool)
+    for i, (mention, listed) in enumerate(pairs):
+        for j, entity in enumerate(listed):
+            ids[i, j] = torch.tensor([int(mention["mention_id"][1:]), int(entity["entity_id"][1:]) - 1])
+            mask[i, j] = True
+    return {"pair_ids": ids, "pair_mask": mask, "pair_context": torch.zeros(len(pairs), dtype=torch.long)}
+
+
+def lists_of(rows, scores=None) -> CandidateLists:
+    ids = [[f"Q{row + 1}" for row in each] for each in rows]
+    scores = [[float(-c) for c in range(len(each))] for each in rows] if scores is None else scores
+    return CandidateLists(list(MENTIONS["mention_id"]), ids, {"here": scores}, {"source": "here"})
+
+
+ROWS = st.lists(st.lists(st.integers(0, 11), max_size=6, unique=True), min_size=12, max_size=12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(ROWS, st.integers(0, 2**16))
+def test_both_protocols_are_those_of_a_double_loop(rows, seed):
+    table = torch.randint(0, 5, (12, 12), generator=torch.Generator().manual_seed(seed)).float()  # with ties
+    result = evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, lists_of(rows), ks=(1, 3), progress=False)
+    for protocol in (END_TO_END, GOLD_ADDED):
+        reciprocal, own, hits, recall = [], [], 0, 0
+        for i, gold in enumerate(GOLDS):
+            if gold == NIL:
+                continue
+            row = int(gold[1:]) - 1
+            listed = list(rows[i])
+            recall += row in listed
+            own.append(1 / (listed.index(row) + 1) if row in listed else 0)
+            if protocol == GOLD_ADDED and row not in listed:
+                listed.append(row)
+                own[-1] = 1 / len(listed)
+            if row not in listed:
+                reciprocal.append(0)
+                continue
+            better = sum(table[i, other] > table[i, row] for other in listed)
+            equal = sum(table[i, other] == table[i, row] for other in listed) - 1
+            reciprocal.append(1 / float(1 + better + equal / 2))
+            hits += 1 + better + equal / 2 <= 1
+        found = result.orders[protocol]
+        assert found["reranker"]["metrics"]["mrr"] == pytest.approx(np.mean(reciprocal))
+        assert found["reranker"]["metrics"]["hits@1"] == pytest.approx(float(hits) / len(reciprocal))
+        assert found["candidates: here"]["metrics"]["mrr"] == pytest.approx(np.mean(own))
+        longest = max(map(len, rows))
+        assert result.setting["candidates"]["recall"][f"recall@{longest}"] == pytest.approx(recall / len(reciprocal))
+    assert result.metrics == result.orders[END_TO_END]["reranker"]["metrics"]
+
+
+@pytest.mark.parametrize("retrieved", [True, False])
+def test_a_constant_model_is_at_chance(retrieved):
+    """Whether the gold was in the list, first, or was added: where it stands says nothing."""
+    rows = [[] for _ in GOLDS]
+    for i, gold in enumerate(GOLDS):
+        row = 0 if gold == NIL else int(gold[1:]) - 1
+        others = [other for other in range(12) if other != row][:4]
+        rows[i] = [row, *others] if retrieved else others
+    result = evaluate_candidates(
+        Fixed(torch.zeros(12, 12)), numbers, MENTIONS, ENTITIES, lists_of(rows), progress=False
+    )
+    added = result.orders[GOLD_ADDED]["reranker"]["metrics"]
+    assert added["mr"] == 3  # of five
+    assert added["hits@1"] == 0
+    end_to_end = result.orders[END_TO_END]["reranker"]["metrics"]
+    assert end_to_end["num_missed"] == (0 if retrieved else end_to_end["num_ranked"])
+
+
+def test_the_model_sees_its_candidates_in_an_order_that_knows_no_gold():
+    seen = []
+
+    def spy(mentions=None, entities=None, pairs=None):
+        seen.extend((m["mention_id"], [e["entity_id"] for e in listed]) for m, listed in pairs)
+        return numbers(pairs=pairs)
+
+    model = Fixed(torch.zeros(12, 12))
+    model.pairs_are_independent = False
+    evaluate_candidates(model, spy, MENTIONS, ENTITIES, lists_of([[9, 3, 5]] * 12), progress=False)
+    assert all(listed == sorted(listed) for _, listed in seen)
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_joint_ranking_beside_the_plain_one_with_and_without_the_added_gold(independent):
+    model = toy_reranker(unit="context", independent=independent)
+    rows = [sorted({(3 * i + c) % 12 for c in range(i % 5)}) for i in range(12)]
+    result = evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists_of(rows), progress=False, batch_size=5)
+    assert result.order == "reranker, jointly"
+    for protocol in (END_TO_END, GOLD_ADDED):
+        listed = [list(each) for each in rows]
+        for each, gold in zip(listed, GOLDS, strict=True):
+            if protocol == GOLD_ADDED and gold != NIL and int(gold[1:]) - 1 not in each:
+                each.append(int(gold[1:]) - 1)
+        width = max(map(len, listed))
+        mask = torch.tensor([[c < len(each) for c in range(width)] for each in listed])
+        alone = score_pairs(model, PROCESSOR, MENTIONS, ENTITIES, listed, joint_masks=[mask])
+        for order, scores in (("reranker", alone.scores), ("reranker, jointly", alone.joint[0])):
+            reciprocal = []
+            for i, gold in enumerate(GOLDS):
+                if gold != NIL:
+                    row = int(gold[1:]) - 1
+                    place = listed[i].index(row) if row in listed[i] else None
+                    reciprocal.append(0 if place is None else 1 / int((scores[i] >= scores[i, place] - 1e-6).sum()))
+            assert result.orders[protocol][order]["metrics"]["mrr"] == pytest.approx(np.mean(reciprocal))
+    plain = evaluate_candidates(
+        model, PROCESSOR, MENTIONS, ENTITIES, lists_of(rows), joint=False, progress=False, batch_size=5
+    )
+    assert plain.order == "reranker"
+    assert plain.orders == result.orders
+
+
+def test_results_and_records_are_plain_data():
+    rows = [[0, 1, 2]] * 11 + [[]]
+    result = evaluate_candidates(toy_reranker(), PROCESSOR, MENTIONS, ENTITIES, lists_of(rows), progress=False)
+    data = json.loads(json.dumps(result.to_dict()))
+    assert data["protocol"] == END_TO_END
+    assert data["gold_added"]["protocol"] == GOLD_ADDED
+    assert data["candidates"]["source"] == "here"
+    assert data["candidates"]["k"] == 3
+    assert data["candidates"]["without"] == 1
+    assert data["ties"] == "realistic"
+    assert set(data["strata"]) == {"stratum", "mentions in context"}
+    records = list(result.records())
+    assert [record["mention_id"] for record in records] == list(MENTIONS["mention_id"])
+    assert records[-1]["candidates"] == []
+    for record in records:
+        scores = [candidate["score"] for candidate in record["candidates"]]
+        assert scores == sorted(scores, reverse=True)
+        found = [candidate["entity_id"] for candidate in record["candidates"]]
+        if record["rank"] is None:
+            assert record["entity_id"] not in found
+        else:
+            assert found[int(record["rank"]) - 1] == record["entity_id"]
+
+
+def test_bad_input_is_named():
+    model = toy_reranker()
+    with pytest.raises(UnknownEntityError, match="row m0: the candidate 'Q13'"):
+        evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists_of([[12]] * 12))
+    with pytest.raises(DataFormatError, match="no candidates of 11 of 12 mentions"):
+        evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, CandidateLists(["m3"], [["Q1"]], {}))
+    with pytest.raises(RecipeError, match="jointly"):
+        evaluate_candidates(Fixed(torch.zeros(1)), numbers, MENTIONS, ENTITIES, lists_of([[1]] * 12), joint=True)
