@@ -7,12 +7,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoPro
 from hf_mel.modeling.mimic.configuration_mimic import MimicConfig
 from hf_mel.modeling.mimic.modeling_mimic import MimicModel
 from hf_mel.modeling.mimic.processing_mimic import MimicProcessor
+from hf_mel.modeling.mmel.configuration_mmel import MmelConfig
+from hf_mel.modeling.mmel.modeling_mmel import MmelModel
+from hf_mel.modeling.mmel.processing_mmel import MmelProcessor
 from hf_mel.modeling.pfmel.configuration_pfmel import PfmelConfig
 from hf_mel.modeling.pfmel.modeling_pfmel import PfmelForPreTraining, PfmelModel
 from hf_mel.modeling.pfmel.processing_pfmel import PfmelProcessor
 
 _METHODS = [
     (MimicConfig, MimicModel, MimicProcessor),
+    (MmelConfig, MmelModel, MmelProcessor),
     (PfmelConfig, PfmelModel, PfmelProcessor),
 ]
 

@@ -1,0 +1,113 @@
+"""Configuration of MMEL (Yang et al., UAI 2023)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+class MmelConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`MmelModel`]. The defaults describe the paper's network: BERT base and CLIP ViT-B/32.
+
+    Rows of the paper's tables: MMEL-onlytext is no `vision_config`; MMEL-k1 is `num_image_tokens=1`; MMEL-M-Encoder is
+    `fusion="m_encoder"`; "- JL_t" is `joint_text=False`, "- JL_v" is `joint_image=False`, "- JL" is both; "- PT&CR" is
+    `pairwise_loss_weight=0`.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Any BERT-like text encoder.
+        vision_config (`PreTrainedConfig` or `dict`, *optional*):
+            Any image encoder that gives one vector per image: a CLIP vision model, a ViT-like model or a CNN. `None`: a
+            model without images. With neither config given, the model is the paper's.
+        projection_dim (`int`, *optional*):
+            Width of the space that the image encoder's output is projected into, as CLIP does (512 for ViT-B/32).
+            `None`: images are the encoder's own pooled output.
+        freeze_vision (`bool`, *optional*, defaults to `True`):
+            Whether the image encoder stays as it is, as in the paper; each image is then encoded once and for all.
+        hidden_size (`int`, *optional*, defaults to 512):
+            d_v of the paper: the width of everything after the encoders.
+        num_image_tokens (`int`, *optional*, defaults to 4):
+            k: how many tokens an image is spread to (eq. 2).
+        num_image_blocks (`int`, *optional*, defaults to 2):
+            q: how many blocks the image tokens of context and entity go through together (eq. 3).
+        num_attention_heads (`int`, *optional*, defaults to 8):
+            Heads of the self-attentions in those blocks; a divisor of `hidden_size`.
+        intermediate_size (`int`, *optional*, defaults to 2048):
+            Width inside the feed-forward layers of those blocks and of the fusion module (eq. 6).
+        dropout (`int` or `float`, *optional*, defaults to 0.2):
+            Dropout outside the encoders, which bring their own.
+        fusion (`str`, *optional*, defaults to `"mcm"`):
+            How text and image of one side meet: `"mcm"`, the co-attention of eq. 5–7, or `"m_encoder"`, the layer of
+            MKGformer that the paper tries instead. Text only, it is `"mcm"` with the text on both sides.
+        joint_text (`bool`, *optional*, defaults to `True`):
+            Whether the text encoder reads context and entity in one sequence.
+        joint_image (`bool`, *optional*, defaults to `True`):
+            Whether the image tokens of context and entity attend to each other.
+        pairwise_loss_weight (`int` or `float`, *optional*, defaults to 0.5):
+            λ: weight of the pairwise loss (eq. 11) beside that of eq. 10. The paper prints none; 0.5 is that of the
+            published network. 0: no pairwise training, hence no learned similarity and no collaborative ranking.
+        margin (`int` or `float`, *optional*, defaults to 0.3):
+            γ of eq. 11, from the published network.
+    """
+
+    model_type: ClassVar[str] = "mmel"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert", optional=True),
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model", optional=True),
+    }
+
+    text_config: PreTrainedConfig | dict | None = None
+    vision_config: PreTrainedConfig | dict | None = None
+    projection_dim: int | None = None
+    freeze_vision: bool = True
+    hidden_size: int = 512
+    num_image_tokens: int = 4
+    num_image_blocks: int = 2
+    num_attention_heads: int = 8
+    intermediate_size: int = 2048
+    dropout: int | float = 0.2
+    fusion: str = "mcm"
+    joint_text: bool = True
+    joint_image: bool = True
+    pairwise_loss_weight: int | float = 0.5
+    margin: int | float = 0.3
+
+    def __post_init__(self, **kwargs):
+        if self.text_config is None and self.vision_config is None:
+            self.text_config, self.vision_config, self.projection_dim = {}, {}, 512
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        if self.text_config is None:
+            raise ValueError("MMEL reads text: give text_config.")
+        if self.fusion not in ("mcm", "m_encoder"):
+            raise ValueError(f"fusion={self.fusion!r} is not one of 'mcm', 'm_encoder'.")
+        if self.vision_config is None:
+            for field, default in (("fusion", "mcm"), ("joint_image", True), ("projection_dim", None)):
+                if getattr(self, field) != default:
+                    raise ValueError(f"{field}={getattr(self, field)!r} needs images: give vision_config.")
+        for field in (
+            "hidden_size",
+            "num_image_tokens",
+            "num_image_blocks",
+            "num_attention_heads",
+            "intermediate_size",
+        ):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 1.")
+        if self.vision_config is not None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
+        for field in ("pairwise_loss_weight", "margin"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
+
+
+__all__ = ["MmelConfig"]

@@ -1,0 +1,296 @@
+"""Rows to tensors for MMEL: context and candidate in one template, split by masks (eq. 1), and their images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    CLIPImageProcessorPil,
+    ProcessorMixin,
+)
+
+#: What each template says before, between and after the texts that it is filled with.
+_CONTEXT_TEMPLATES = {"mention_context": ("Mention:", ". Context:", "."), "context": ("", "Context:", ".")}
+_ENTITY_TEMPLATES = ("name_attributes", "attributes")
+
+
+class MmelProcessor(ProcessorMixin):
+    r"""
+    Turns pairs of a mention row and its candidate rows into the inputs of an [`MmelModel`].
+
+    ```python
+    >>> mention = {"mention": "Chaplin", "text": "Chaplin and Anderson", "start": 0, "end": 7, "context_id": "1"}
+    >>> entity = {"name": "Charlie Chaplin", "description": "", "attributes": "Occupation: actor."}
+    >>> processor(pairs=[(mention, [entity])])  # doctest: +SKIP
+    ```
+
+    The sequence is "Mention: Chaplin. Context: Chaplin and Anderson. Entity: Charlie Chaplin. Occupation: actor." One
+    that is too long loses context far from the mention and the end of the attributes, each at most down to half of what
+    is left beside the mention and the name; these two are kept, unless they alone are too long.
+
+    Args:
+        image_processor: Prepares images; its own configuration holds size, cropping and normalisation.
+        tokenizer: Prepares text; must be a fast one.
+        max_length (`int`, *optional*, defaults to 128): Most tokens of a sequence. A batch is padded to its longest.
+        context_template (`str`, *optional*, defaults to `"mention_context"`): `"mention_context"` names the mention
+            first, as the published network does; `"context"` is the template as the paper prints it, "Context: x.
+            Entity: y.", with which all mentions of a context read the same.
+        entity_template (`str`, *optional*, defaults to `"name_attributes"`): `"name_attributes"` is name, description
+            and attributes; `"attributes"` is attributes alone, as in the paper.
+        use_images (`bool`, *optional*, defaults to `True`): Whether to prepare images at all.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        max_length=128,
+        context_template="mention_context",
+        entity_template="name_attributes",
+        use_images=True,
+    ):
+        for name, value, allowed in (
+            ("context_template", context_template, tuple(_CONTEXT_TEMPLATES)),
+            ("entity_template", entity_template, _ENTITY_TEMPLATES),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
+        super().__init__(image_processor, tokenizer)
+        self.max_length = max_length
+        self.context_template = context_template
+        self.entity_template = entity_template
+        self.use_images = use_images
+
+    @classmethod
+    def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> MmelProcessor:
+        """A processor for [`MmelModel.from_backbones`] with the same arguments.
+
+        Args:
+            text (`str`): Hub id or folder of the text encoder.
+            vision (`str`, *optional*): Hub id or folder of the image encoder, or of a CLIP model.
+            options: options of the processor.
+        """
+        if text is None:
+            raise ValueError("from_backbones needs the Hub id or folder of a text encoder, whose tokenizer it takes.")
+        tokenizer = AutoTokenizer.from_pretrained(text)
+        if vision is not None:
+            config = AutoConfig.from_pretrained(vision)
+            if config.model_type == "clip":
+                size = config.vision_config.image_size
+                return cls.from_parts(tokenizer, {"size": {"height": size, "width": size}}, **options)
+        return cls.from_parts(tokenizer, vision, **options)
+
+    @classmethod
+    def from_parts(cls, tokenizer, vision: str | Mapping[str, Any] | None = None, **options) -> MmelProcessor:
+        """A processor around a tokenizer.
+
+        Args:
+            tokenizer: any fast tokenizer.
+            vision (`str` or `dict`, *optional*): Hub id or folder of an image encoder, or settings of CLIP's image
+                processor (for instance `{"size": {"height": 64, "width": 64}}`). `None`: no images.
+            options: options of the processor.
+        """
+        settings = {} if vision is None or isinstance(vision, str) else dict(vision)
+        if isinstance(vision, str):
+            image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil")
+        else:
+            # Stretched to a square (Lanczos) instead of cropped, so that nothing is cut off.
+            settings = {"size": {"height": 224, "width": 224}, "resample": 1, "do_center_crop": False} | settings
+            image_processor = CLIPImageProcessorPil(**settings)
+        if vision is None:
+            options.setdefault("use_images", False)
+        return cls(image_processor, tokenizer, **options)
+
+    def __call__(
+        self,
+        mentions: Any = None,
+        entities: Any = None,
+        pairs: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]] | None = None,
+    ) -> BatchFeature:
+        """
+        Args:
+            pairs (M pairs): a mention row (`mention`, `text`, `start`, `end`, `context_id`, `image`) and its candidates'
+                rows (`name`, `description`, `attributes`, `images`). Rows whose images were encoded before carry
+                `image_features`, a tensor [d] or `None`.
+            mentions, entities: not for a reranker; raises.
+
+        Returns:
+            `BatchFeature` of tensors, C being the most candidates of a mention and L the length of the longest sequence:
+            `pair_input_ids`, `pair_attention_mask`, `pair_context_mask`, `pair_entity_mask` [M, C, L]; `pair_mask`
+            [M, C]; `pair_context` [M]; and, with images, `pair_mention_image_mask` [M] and `pair_entity_image_mask`
+            [M, C] (False where one is missing) with `pair_mention_image_features` [M, d] and
+            `pair_entity_image_features` [M, C, d] (left out if no row has any), or `pair_mention_pixel_values`
+            [M, 3, H, W] and `pair_entity_pixel_values` [M, C, 3, H, W].
+        """
+        if mentions is not None or entities is not None or pairs is None:
+            raise ValueError("MMEL reads a mention and its candidates together; give pairs=.")
+        columns = max((len(candidates) for _, candidates in pairs), default=0) or 1
+        mask = torch.tensor(
+            [[c < len(candidates) for c in range(columns)] for _, candidates in pairs], dtype=torch.bool
+        )
+        mask = mask.view(len(pairs), columns)
+        contexts: dict[Any, int] = {}
+        numbers = [
+            contexts.setdefault(
+                ("row", row) if mention.get("context_id") is None else mention["context_id"], len(contexts)
+            )
+            for row, (mention, _) in enumerate(pairs)
+        ]
+        batch = self._text(pairs, mask)
+        batch |= {"pair_mask": mask, "pair_context": torch.tensor(numbers, dtype=torch.int64)}
+        if self.use_images:
+            batch |= self._images(pairs, mask)
+        return BatchFeature(batch)
+
+    def images(self, images: Sequence[Any]) -> torch.Tensor:
+        """Pixel values [I, 3, H, W] of I PIL images."""
+        return self.image_processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+
+    # ---- text
+
+    def _text(self, pairs, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        cls_token = [i for i in (self.tokenizer.cls_token_id,) if i is not None]
+        sep_token = [i for i in (self.tokenizer.sep_token_id,) if i is not None]
+        head, middle, end, entity_head = self._ids([*_CONTEXT_TEMPLATES[self.context_template], "Entity:"])
+        room = self.max_length - len(cls_token + head + middle + end + entity_head + end + sep_token)
+        if room < 6:
+            raise ValueError(
+                f"max_length={self.max_length} leaves {room} tokens for the texts; give at least {6 - room} more."
+            )
+        surfaces = self._ids([str(mention["mention"]) if head else "" for mention, _ in pairs])
+        texts = self._spans([mention for mention, _ in pairs])
+        known = {self._entity(row): None for _, candidates in pairs for row in candidates}
+        names = self._ids([name for name, _ in known])
+        facts = self._ids([rest for _, rest in known])
+        entities = dict(zip(known, zip(names, facts, strict=True), strict=True))
+
+        sequences, lengths = [], []
+        for (_, candidates), surface, (text, start, stop) in zip(pairs, surfaces, texts, strict=True):
+            for row in candidates:
+                name, fact = entities[self._entity(row)]
+                s, x, n, f = self._lengths(room, len(surface), (len(text), stop - start), len(name), len(fact))
+                first = _window(len(text), start, stop, x)
+                context = cls_token + head + surface[:s] + middle + text[first : first + x] + end
+                sequences.append(torch.tensor(context + entity_head + name[:n] + fact[:f] + end + sep_token))
+                lengths.append(len(context))
+        width = max(map(len, sequences), default=1)
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.full((*mask.shape, width), pad, dtype=torch.int64)
+        context_length, length = (torch.zeros(*mask.shape, 1, dtype=torch.int64) for _ in range(2))
+        if sequences:
+            ids[mask] = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad)
+            context_length[mask] = torch.tensor(lengths).unsqueeze(1)
+            length[mask] = torch.tensor([len(sequence) for sequence in sequences]).unsqueeze(1)
+        position = torch.arange(width)
+        return {
+            "pair_input_ids": ids,
+            "pair_attention_mask": (position < length).long(),
+            "pair_context_mask": position < context_length,
+            "pair_entity_mask": (position >= context_length) & (position < length),
+        }
+
+    def _entity(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        """What is never cut, and what is cut at its end."""
+        attributes = str(row.get("attributes") or "")
+        if self.entity_template == "attributes":
+            return "", attributes
+        rest = [text for text in (str(row.get("description") or ""), attributes) if text]
+        return str(row["name"] or ""), ". " + ". ".join(rest) if rest else ""
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of texts, each as if in the middle of a sentence."""
+        if not texts:
+            return []
+        filled = [" " + text if text else "" for text in texts]
+        return self.tokenizer(filled, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _spans(self, mentions) -> list[tuple[list[int], int, int]]:
+        """Tokens of each context, and which of them are the mention's ([0, 0) if it is not there)."""
+        texts = [str(mention["text"] or "") for mention in mentions]
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            [" " + text for text in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        spans = []
+        for mention, text, ids, offsets in zip(
+            mentions, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            surface = str(mention["mention"] or "")
+            start, stop = mention.get("start", -1), mention.get("end", -1)
+            if start is None or start < 0 or stop is None:
+                start = text.lower().find(surface.lower()) if surface else -1
+                stop = start + len(surface)
+            # The space put in front moved everything by one.
+            inside = [i for i, (a, b) in enumerate(offsets) if start >= 0 and b > start + 1 and a < stop + 1]
+            spans.append((ids, inside[0], inside[-1] + 1) if inside else (ids, 0, 0))
+        return spans
+
+    @staticmethod
+    def _lengths(room: int, surface: int, text: tuple[int, int], name: int, fact: int) -> tuple[int, int, int, int]:
+        """How many tokens of mention, context, name and facts fit into `room`; `text` is all of it and the mention."""
+        whole, inside = text
+        if surface + inside + name > room:  # nothing else fits, and not even these
+            third = room // 3
+            surface, inside, name = min(surface, third), min(inside, third), min(name, third)
+            return surface, inside, name, 0
+        room -= surface + inside + name
+        around = whole - inside
+        fact = min(fact, max(room - around, room // 2))
+        return surface, inside + min(around, room - fact), name, fact
+
+    # ---- images
+
+    def _images(self, pairs, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        mentions = [mention for mention, _ in pairs]
+        candidates = [row for _, rows in pairs for row in rows]
+        carried = {"image_features" in row for row in (*mentions, *candidates)}
+        if carried == {True, False}:
+            raise ValueError("Some rows carry image_features and others do not; encode the images of all or of none.")
+        if carried == {True}:
+            sides = ([row["image_features"] for row in mentions], [row["image_features"] for row in candidates])
+            kind = "image_features"
+        else:
+            sides = (
+                [row.get("image") for row in mentions],
+                [next(iter(row.get("images") or ()), None) for row in candidates],
+            )
+            kind = "pixel_values"
+        found = [image for side in sides for image in side if image is not None]
+        values: torch.Tensor | None = None
+        if kind == "pixel_values":
+            values = self.images(found) if found else torch.zeros(0, *self._shape())
+        elif found:
+            values = torch.stack(found)
+        batch: dict[str, torch.Tensor] = {}
+        grids = (torch.ones(len(mentions), dtype=torch.bool), mask)
+        for name, grid, side in zip(("mention", "entity"), grids, sides, strict=True):
+            present = grid.clone()
+            present[grid] = torch.tensor([image is not None for image in side], dtype=torch.bool)
+            batch[f"pair_{name}_image_mask"] = present
+            if values is not None:
+                full = values.new_zeros(*grid.shape, *values.shape[1:])
+                count = int(present.sum())
+                full[present], values = values[:count], values[count:]
+                batch[f"pair_{name}_{kind}"] = full
+        return batch
+
+    def _shape(self) -> tuple[int, int, int]:
+        size = getattr(self.image_processor, "crop_size", None) if self.image_processor.do_center_crop else None
+        size = size or self.image_processor.size
+        return 3, size["height"], size["width"]
+
+
+def _window(length: int, start: int, stop: int, room: int) -> int:
+    """Where `room` of `length` tokens begin, with the tokens from `start` to `stop` in their middle if possible."""
+    first = start - (room - (stop - start)) // 2
+    return max(0, min(first, length - room, start))
+
+
+__all__ = ["MmelProcessor"]
