@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_mel.data.images import open_image
+    from hf_mel.data.loading import check_entity_file
     from hf_mel.errors import MelError
     from hf_mel.linking.knowledge_base import KnowledgeBase
     from hf_mel.linking.linker import EntityLinker
@@ -26,6 +27,7 @@ _EXPORTS = {
     "KnowledgeBase": "hf_mel.linking.knowledge_base",
     "EntityLinker": "hf_mel.linking.linker",
     "MelError": "hf_mel.errors",
+    "check_entity_file": "hf_mel.data.loading",
     "open_image": "hf_mel.data.images",
     "MelTrainer": "hf_mel.training.trainer",
     "MelTrainingArguments": "hf_mel.training.arguments",
@@ -38,6 +40,7 @@ __all__ = [
     "MelTrainer",
     "MelTrainingArguments",
     "__version__",
+    "check_entity_file",
     "open_image",
 ]
 

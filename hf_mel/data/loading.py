@@ -20,12 +20,13 @@ from hf_mel.errors import (
     DuplicateIdError,
     ImageError,
     KnowledgeBaseError,
+    MelError,
     UnknownDatasetError,
     UnknownEntityError,
     UnknownSplitError,
 )
 from hf_mel.files import file_sha256
-from hf_mel.rows import ENTITY_COLUMNS, entity_row, read_rows
+from hf_mel.rows import ENTITY_COLUMNS, entity_row, read_rows, texts_cell
 from hf_mel.schema import NIL, entity_features, mention_features, post_features
 
 
@@ -233,22 +234,76 @@ def read_entity_file(path: str | os.PathLike[str]) -> datasets.Dataset:
         KnowledgeBaseError: The file has no rows.
     """
     path = Path(path)
-    rows: list[dict[str, Any]] = []
     lines: dict[str, int] = {}
-    records = read_rows(path, ENTITY_COLUMNS)
-    for line, record in tqdm(records, desc=f"reading {path.name}", unit=" entities", delay=1):
-        row = entity_row(path, line, record)
-        if row["entity_id"] in lines:
-            raise DuplicateIdError(
-                f"the id {row['entity_id']!r} is that of line {lines[row['entity_id']]} too.", file=path, row=line
-            )
-        lines[row["entity_id"]] = line
-        for picture in row["images"]:
-            try:
-                verify_image(picture)
-            except ImageError as error:
-                raise ImageError(f"{picture}: {error.message}", file=path, row=line, remedy=error.remedy) from error
-        rows.append({**row, "images": [{"path": str(picture.absolute()), "bytes": None} for picture in row["images"]]})
+    records = tqdm(read_rows(path, ENTITY_COLUMNS), desc=f"reading {path.name}", unit=" entities", delay=1)
+    rows = [_checked_entity(path, line, record, lines) for line, record in records]
     if not rows:
-        raise KnowledgeBaseError("holds no entities.", file=path, remedy="A knowledge base needs at least one.")
-    return datasets.Dataset.from_list(rows, features=entity_features())
+        raise _no_entities(path)
+    stored = [
+        {**row, "images": [{"path": str(image.absolute()), "bytes": None} for image in row["images"]]} for row in rows
+    ]
+    return datasets.Dataset.from_list(stored, features=entity_features())
+
+
+def check_entity_file(
+    path: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None
+) -> tuple[int, list[MelError]]:
+    """Everything that is wrong with a file of entities, row by row, where [`read_entity_file`] stops at the first error.
+
+    Args:
+        path (`str` or `os.PathLike`): As in [`read_entity_file`].
+        image_folder (`str` or `os.PathLike`, *optional*): An image that does not lie in this folder is an error too.
+            For files of people who may not read this machine's disk.
+
+    Returns:
+        How many rows were read, and the errors in their order. A row that cannot be parsed ends the reading.
+    """
+    path = Path(path)
+    lines: dict[str, int] = {}
+    problems: list[MelError] = []
+    count = 0
+    records = read_rows(path, ENTITY_COLUMNS)
+    while True:
+        try:
+            line, record = next(records)
+            count += 1
+        except StopIteration:
+            break
+        except MelError as error:
+            problems.append(error)
+            break
+        try:
+            if image_folder is not None:
+                _check_inside(path, line, record, Path(image_folder))
+            _checked_entity(path, line, record, lines)
+        except MelError as error:
+            problems.append(error)
+    return count, problems if count or problems else [_no_entities(path)]
+
+
+def _check_inside(path: Path, line: int, record: Mapping[str, Any], folder: Path) -> None:
+    """Raises before anything outside of `folder` is looked at."""
+    for name in texts_cell(path, line, record, "image"):
+        # An absolute name replaces the folder it is joined to; resolving follows links and "..".
+        if "\0" in name or not (path.parent / name).resolve().is_relative_to(folder.resolve()):
+            raise ImageError(f"the image {name!r} lies outside of the images given.", file=path, row=line)
+
+
+def _checked_entity(path: Path, line: int, record: Mapping[str, Any], lines: dict[str, int]) -> dict[str, Any]:
+    """One row of a file of entities; `lines` holds the line of every id before it, and gets this one's."""
+    row = entity_row(path, line, record)
+    if row["entity_id"] in lines:
+        raise DuplicateIdError(
+            f"the id {row['entity_id']!r} is that of line {lines[row['entity_id']]} too.", file=path, row=line
+        )
+    lines[row["entity_id"]] = line
+    for picture in row["images"]:
+        try:
+            verify_image(picture)
+        except ImageError as error:
+            raise ImageError(f"{picture}: {error.message}", file=path, row=line, remedy=error.remedy) from error
+    return row
+
+
+def _no_entities(path: Path) -> KnowledgeBaseError:
+    return KnowledgeBaseError("holds no entities.", file=path, remedy="A knowledge base needs at least one.")

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import datasets
 import huggingface_hub
 import pytest
+from PIL import Image
 
 from hf_mel.data.building import build_dataset
 from hf_mel.data.loading import (
+    check_entity_file,
     check_golds,
     dataset_version,
     load_entities,
@@ -276,3 +278,42 @@ def test_bad_images_are_errors_with_the_line(own, tmp_path, content):
     with pytest.raises(ImageError, match=r"bad\.jpg") as caught:
         own([{"id": "E1", "name": "n"}, {"id": "E2", "name": "n", "image": "pictures/bad.jpg"}])
     assert caught.value.row == 2
+
+
+def test_a_file_of_entities_is_checked_row_by_row(tmp_path):
+    """Every row's error, in order; the rows between them are fine, and an id counts from its first row on."""
+    (tmp_path / "given").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "given" / "a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    rows = [
+        {"id": "1", "name": "Ada", "image": "a.png"},
+        {"id": "2"},
+        {"id": "1", "name": "Ada again"},
+        {"id": "3", "name": "Bo", "image": "../secret.png"},
+        {"id": "4", "name": "Cy", "image": str(tmp_path / "secret.png")},
+        {"id": "5", "name": "Di", "image": "b.png"},
+        {"id": "6", "name": "Ed"},
+    ]
+    path = tmp_path / "given" / "entities.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    count, problems = check_entity_file(path, image_folder=path.parent)
+    assert count == len(rows)
+    assert [(type(problem), problem.row) for problem in problems] == [
+        (DataFormatError, 2),
+        (DuplicateIdError, 3),
+        (ImageError, 4),
+        (ImageError, 5),
+        (ImageError, 6),
+    ]
+    assert "outside" in str(problems[2])
+    assert "outside" in str(problems[3])
+    # Without the folder, only what reading would refuse is an error.
+    assert [problem.row for problem in check_entity_file(path)[1]] == [2, 3, 6]
+
+
+@pytest.mark.parametrize(("text", "row"), [('{"id": "1", "name": "a"}\n{"id": "2", ', 2), ("", None)])
+def test_checking_ends_at_a_row_that_cannot_be_parsed(tmp_path, text, row):
+    path = tmp_path / "entities.jsonl"
+    path.write_text(text)
+    _, problems = check_entity_file(path)
+    assert [problem.row for problem in problems] == [row]
