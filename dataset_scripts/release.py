@@ -131,14 +131,15 @@ class Release(Findings):
             raise DataFormatError(f"holds a {type(value).__name__}, expected a {expected.__name__}.", file=path)
         if re.search(r"\\u[dD][89a-fA-F]", text):
             rows: Any = value
-            for key, item in rows.items() if expected is dict else enumerate(rows):
+            where: str | int
+            for where, item in rows.items() if expected is dict else enumerate(rows):
                 try:
-                    json.dumps({str(key): item}, ensure_ascii=False).encode()
+                    json.dumps({str(where): item}, ensure_ascii=False).encode()
                 except UnicodeEncodeError as error:
                     raise DataFormatError(
                         f"holds half of a surrogate pair ({error.reason}).",
                         file=path,
-                        row=ascii(key)[1:-1] if isinstance(key, str) else key,
+                        row=ascii(where)[1:-1] if isinstance(where, str) else where,
                     ) from error
         return value
 
@@ -289,22 +290,23 @@ def _natural(name: str) -> list[Any]:
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def locate(text: str, mentions: Sequence[str]) -> list[tuple[int, int]]:
+def locate(text: str, mentions: Sequence[str], taken: Sequence[tuple[int, int]] = ()) -> list[tuple[int, int]]:
     """Character offsets (end exclusive) of each mention in `text`, by literal search.
 
     Each mention takes its first occurrence clear of the earlier mentions' spans; failing that, its first occurrence
-    that no earlier mention has as its own span (a surname inside a full name). Otherwise it is not located.
+    that no earlier mention has as its own span (a surname inside a full name). Otherwise it is not located. The spans
+    `taken` count as those of earlier mentions.
 
     Returns:
         One (start, end) per mention; ([`NO_SPAN`], [`NO_SPAN`]) where it is not located.
     """
-    taken: list[tuple[int, int]] = []
+    found = list(taken)
     for mention in mentions:
         spans = list(_occurrences(text, mention))
-        clear = (s for s in spans if all(s[1] <= t[0] or t[1] <= s[0] for t in taken))
-        own = (s for s in spans if s not in taken)
-        taken.append(next(clear, None) or next(own, (NO_SPAN, NO_SPAN)))
-    return taken
+        clear = (s for s in spans if all(s[1] <= t[0] or t[1] <= s[0] for t in found))
+        own = (s for s in spans if s not in found)
+        found.append(next(clear, None) or next(own, (NO_SPAN, NO_SPAN)))
+    return found[len(taken) :]
 
 
 def _occurrences(text: str, mention: str) -> Iterator[tuple[int, int]]:
