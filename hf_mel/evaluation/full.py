@@ -274,7 +274,7 @@ def _metrics(ranking, gold_rows, chosen, ks, ties, nil_threshold) -> dict[str, f
 def device_name(model: Any) -> str:
     """Where a model is, as results name it."""
     device = torch.device(getattr(model, "device", "cpu"))
-    return torch.cuda.getdevice_name(device) if device.type == "cuda" else device.type
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def software_versions() -> dict[str, str]:
