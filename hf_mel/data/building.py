@@ -11,7 +11,8 @@ The pipeline knows no data set by name. It finds the builders in `hf_mel.dataset
 - `OFFICIAL_COUNTS`: `{config: {split: rows}}`, or `{layout: {config: {split: rows}}}` if it reads several layouts;
   `None` for a number nobody knows.
 
-Whatever else its `BuilderConfig` holds can be set by a user (`--option key=value`). An image is
+A builder some of whose configurations need files a user may not have offers a classmethod `configs_in(data_dir, options)`:
+the names of those that can be built. Whatever else its `BuilderConfig` holds can be set by a user (`--option key=value`). An image is
 `{"bytes": …, "path": None}`, or `{"bytes": None, "path": …}` to have it read by the pipeline.
 
 A builder that reads files sets, in `_split_generators`, an attribute `release` with `layout` (`str`), `sha256`
@@ -203,6 +204,8 @@ def build_dataset(
         report = BuildReport(name, None, target)
         infos: dict[str, datasets.DatasetInfo] = {}
         configs = [config.name for config in builder_class.BUILDER_CONFIGS]
+        if hasattr(builder_class, "configs_in"):
+            configs = builder_class.configs_in(raw_dir, options)
         state = _Checks(report)
         # The knowledge base first: golds are checked against it.
         for config in sorted(configs, key=lambda c: c != "entities"):
