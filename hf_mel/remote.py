@@ -26,7 +26,8 @@ def check_repo_id(repo_id: str) -> str:
         huggingface_hub.utils.validate_repo_id(repo_id)
     except errors.HFValidationError as error:
         raise HubError(
-            f"{repo_id!r} is not an id of the Hub.", remedy="An id is OWNER/NAME, of letters, digits, '-', '_' and '.'."
+            f"{repo_id!r} is not an id of the Hub.",
+            remedy="An id is OWNER/NAME, of letters, digits, '-', '_' and '.'.",
         ) from error
     return repo_id
 
@@ -73,7 +74,9 @@ def _translated(error: BaseException, repo_id: str, revision: str | None) -> Hub
         return HubError("is not there, or is private and not yours to see.", file=repo_id, remedy=login)
     if isinstance(error, errors.RevisionNotFoundError):
         return HubError(f"has no revision {revision!r}.", file=repo_id, remedy="Give a branch, a tag or a commit.")
-    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return HubError("the Hub may not be asked: offline mode is on (HF_HUB_OFFLINE).", file=repo_id)
+    if isinstance(error, errors.LocalEntryNotFoundError):
         reason = _cause(error)
         offline = reason is None or isinstance(reason, errors.OfflineModeIsEnabled)
         why = "and the Hub may not be asked (offline)" if offline else f"and the Hub did not answer ({_brief(reason)})"

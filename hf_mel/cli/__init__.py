@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from hf_mel.cli import data, kb
+from hf_mel.cli import data, kb, publish
 from hf_mel.cli.convert import convert
 from hf_mel.cli.demo import demo
 from hf_mel.cli.evaluate import evaluate
@@ -17,7 +17,7 @@ from hf_mel.errors import MelError
 app = typer.Typer(
     name="hf-mel",
     help="Multimodal entity linking: from raw releases to a linked mention.\n\n"
-    "The usual way: [b]data build[/b] → [b]train[/b] → [b]evaluate[/b] → [b]kb build[/b] → [b]link[/b]. "
+    "The usual way: [b]data build[/b] → [b]train[/b] → [b]evaluate[/b] → [b]kb build[/b] → [b]link[/b] → [b]publish[/b]. "
     "To see all of it at once on the embedded data set: [b]demo[/b].",
     rich_markup_mode="rich",
     no_args_is_help=True,
@@ -29,6 +29,7 @@ app.command()(train)
 app.command()(evaluate)
 app.add_typer(kb.app, name="kb")
 app.command()(link)
+app.add_typer(publish.app, name="publish")
 app.command()(convert)
 app.command()(demo)
 

@@ -1,14 +1,17 @@
-"""The card of a model repository, written from what a run recorded."""
+"""The cards of repositories, written from what a run or a knowledge base recorded."""
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import DatasetCardData, ModelCardData
+
+#: The last line of a card that publishing may write anew.
+MARKER = "<!-- Written by hf_mel from results.json. Take this line out to keep what you change by hand. -->"
 
 _METRICS = (("hits@1", "H@1"), ("hits@3", "H@3"), ("hits@5", "H@5"), ("hits@10", "H@10"), ("mrr", "MRR"), ("mr", "MR"))
 
@@ -18,7 +21,8 @@ def model_card(run_info: Mapping[str, Any]) -> str:
 
     Args:
         run_info (mapping): What `results.json` of a run folder holds (see [`~hf_mel.training.run.run_recipe`]), and
-            optionally `repo_id`, the repository the model goes to; default: the recipe's name under `hf-mel/`.
+            optionally `repo_id`, the repository the model goes to; default: the recipe's name under `hf-mel/`; and
+            `tests`, a list of evaluations of the finished model ([`~hf_mel.evaluation.full.FullResult.to_dict`]).
     """
     model, data, recipe = run_info["model"], run_info["data"], run_info["recipe"]
     bases = [name for name in (model.get("from_pretrained"), model.get("text"), model.get("vision")) if name]
@@ -41,13 +45,108 @@ def model_card(run_info: Mapping[str, Any]) -> str:
         base=f"built on {' and '.join(f'`{name}`' for name in bases)}" if bases else "started from scratch",
         data=_data(data),
         kb_size=f"{data['entities']:,}",
-        results=_results(run_info["validation"], data["validation_split"]),
+        results=_all_results(run_info),
         nil=_nil(run_info.get("nil")),
-        training=_table(["argument", "value"], ([f"`{k}`", f"`{v}`"] for k, v in run_info["training"].items())),
+        training=_table(["argument", "value"], _shown(run_info["training"])),
         run=_run(run_info),
-        citation=f"```bibtex\n{citation}\n```" if citation else "Cite the data set above and hf_mel.",
+        citation=f"The method:\n\n```bibtex\n{citation}\n```" if citation else "",
     )
-    return f"---\n{metadata.to_yaml()}\n---\n\n{re.sub(chr(10) + '{3,}', chr(10) * 2, body).strip()}\n"
+    return f"---\n{metadata.to_yaml()}\n---\n\n{_squeezed(body)}\n\n{MARKER}\n"
+
+
+def eval_results(run_info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The content of `.eval_results/*.yaml`, which the Hub shows beside a model: H@1 and MRR of each evaluation.
+
+    Args:
+        run_info (mapping): As in [`model_card`]; without a data set on the Hub, by its commit, there is nothing to name.
+    """
+    data = run_info["data"]
+    if not data.get("revision") or not _is_hub_id(data["dataset"]):
+        return []
+    entries = []
+    for split, evaluation in evaluations(run_info):
+        metrics = evaluation["metrics"]
+        for metric, title in (("hits@1", "H@1"), ("mrr", "MRR")):
+            if metrics.get(metric) is not None:
+                notes = (
+                    f"{title} in per cent over {metrics['num_ranked']:,} mentions of {split}, every one of "
+                    f"{data['entities']:,} entities ranked, ties {evaluation.get('ties', 'realistic')}"
+                )
+                entries.append(
+                    {
+                        "dataset": {
+                            "id": data["dataset"],
+                            "task_id": f"{split}_{metric.replace('@', '_at_')}",
+                            "revision": data["revision"],
+                        },
+                        "value": round(100 * metrics[metric], 2),
+                        "notes": notes,
+                    }
+                )
+    return entries
+
+
+def kb_card(info: Mapping[str, Any], repo_id: str) -> str:
+    """The README.md of a knowledge base's repository.
+
+    Args:
+        info (mapping): [`~hf_mel.linking.knowledge_base.KnowledgeBase.info`].
+        repo_id (`str`): Where it goes.
+    """
+    model = info["model"]
+    known = model["name"] if _is_hub_id(model["name"]) else None
+    metadata = DatasetCardData(
+        tags=["entity-linking", "multimodal", "knowledge-base", "hf_mel", model["type"]],
+        configs=[{"config_name": "default", "data_files": [{"split": "kb", "path": "entities-*.parquet"}]}],
+    )
+    encodings = (
+        [f"`{name}`", f"{' × '.join(map(str, spec['shape'])) or '1'} {spec['dtype']}"]
+        for name, spec in info["encodings"].items()
+    )
+    template = string.Template((resources.files("hf_mel.hub") / "templates/kb_card.md").read_text(encoding="utf-8"))
+    body = template.substitute(
+        name=repo_id.rpartition("/")[2],
+        repo_id=repo_id,
+        entities=f"{info['entities']:,}",
+        model=f"[`{known}`](https://huggingface.co/{known})" if known else f"`{model['name']}`",
+        model_id=known or "MODEL",
+        model_type=model["type"],
+        revision=f", revision `{model['revision']}`" if model["revision"] else "",
+        weights=model["weights"],
+        dtype=info["dtype"],
+        encodings=_table(["encoding", "per entity"], encodings),
+    )
+    return f"---\n{metadata.to_yaml()}\n---\n\n{_squeezed(body)}\n"
+
+
+def _squeezed(body: str) -> str:
+    return re.sub(r"\n{3,}", "\n\n", body).strip()
+
+
+def evaluations(run_info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(split, evaluation): the tests, then validation."""
+    for test in run_info.get("tests", ()):
+        yield str((test.get("data") or {}).get("split", "test")), test
+    yield run_info["data"]["validation_split"], run_info["validation"]
+
+
+def _all_results(run_info: Mapping[str, Any]) -> str:
+    chosen_on = run_info["data"]["validation_split"]
+    parts = []
+    for split, evaluation in evaluations(run_info):
+        note = (
+            ""
+            if split != chosen_on
+            else f"The checkpoint was chosen by MRR on `{split}`, so other splits are a little harder.\n\n"
+        )
+        parts.append(note + _results(evaluation, split))
+    return "\n\n".join(parts)
+
+
+def _shown(training: Mapping[str, Any]) -> Iterator[list[str]]:
+    for key, value in training.items():
+        if not key.endswith("token"):  # hub_token and the like are secrets
+            yield [f"`{key}`", f"`{value}`"]
 
 
 def _data(data: Mapping[str, Any]) -> str:

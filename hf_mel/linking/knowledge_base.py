@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,7 +36,14 @@ from tqdm.auto import tqdm
 
 from hf_mel.data.images import open_image
 from hf_mel.data.loading import load_entities, read_entity_file
-from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError, UnknownEntityError
+from hf_mel.errors import (
+    DataFormatError,
+    DuplicateIdError,
+    HubError,
+    ImageError,
+    KnowledgeBaseError,
+    UnknownEntityError,
+)
 from hf_mel.files import file_sha256
 from hf_mel.linking.encodings import concat_encodings, encode_batches, num_rows, row_bytes, slice_encodings
 from hf_mel.linking.fingerprint import (
@@ -44,6 +52,7 @@ from hf_mel.linking.fingerprint import (
     model_difference,
     processor_difference,
 )
+from hf_mel.remote import hub_errors
 from hf_mel.schema import NIL, MelProcessor, entity_features
 
 #: Types a knowledge base can store floating-point encodings in.
@@ -55,6 +64,8 @@ _FORMAT, _VERSION = "hf_mel.knowledge_base", 1
 _SHARD_BYTES = 256 << 20
 #: A Parquet row group is what reading one entity reads.
 _GROUP_ROWS, _GROUP_BYTES = 256, 16 << 20
+#: Two plain names: a path of that form that is not there is taken for an id.
+_REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _TEXT_COLUMNS = ["entity_id", "name", "description", "attributes", "aliases"]
 
 #: A data set's folder or Hub id, a .jsonl or .csv file, or rows of [`~hf_mel.schema.entity_features`].
@@ -71,13 +82,14 @@ class KnowledgeBase:
     >>> kb = KnowledgeBase.load("kb/wikimel")  # doctest: +SKIP
     ```
 
-    It is made by [`~KnowledgeBase.build`] or [`~KnowledgeBase.load`]. `add` and `remove` change the folder itself, at
+    It is made by [`~KnowledgeBase.build`], [`~KnowledgeBase.load`] or [`~KnowledgeBase.from_pretrained`]. `add` and `remove` change the folder itself, at
     once and atomically; there is nothing to save afterwards. A folder has one writer at a time (a second one is
     refused) and any number of readers.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self._temporary: tempfile.TemporaryDirectory | None = None  # holds a folder that nobody named
+        self._downloaded: str | None = None  # the Hub id, if the folder is the client's cache, which is not ours
         self.path = Path(path)
         self._read()
 
@@ -179,6 +191,53 @@ class KnowledgeBase:
                     raise _damaged(kb.path / entry["file"], "its content is not what was written")
         return kb
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        verify: bool = False,
+    ) -> KnowledgeBase:
+        """Opens a folder, or a knowledge base on the Hub, which is downloaded into the client's cache and mapped there.
+
+        One from the Hub cannot be changed in place; [`~KnowledgeBase.save`] makes a copy that can.
+
+        Args:
+            name (`str` or `os.PathLike`): A folder, or the id of a data-set repository that holds a knowledge base.
+            revision (`str`, *optional*): Branch, tag or commit, for one on the Hub.
+            local_files_only (`bool`): Take what is in the cache and do not ask the Hub.
+            verify (`bool`): As in [`~KnowledgeBase.load`].
+
+        Raises:
+            KnowledgeBaseError: As in [`~KnowledgeBase.load`]; also a revision of a folder.
+            HubError: The Hub has no such repository or revision, or not for this account, or cannot be reached.
+        """
+        source = os.fspath(name)
+        if Path(source).exists() or not _REPO_ID.fullmatch(source):
+            if revision is not None:
+                raise KnowledgeBaseError(f"is a folder, and has no revision {revision!r}.", file=source)
+            return cls.load(source, verify=verify)
+        try:
+            with hub_errors(source, revision):
+                folder = huggingface_hub.snapshot_download(
+                    source,
+                    repo_type="dataset",
+                    revision=revision,
+                    local_files_only=local_files_only,
+                    allow_patterns=[_MANIFEST, "encodings-*.safetensors", "entities-*.parquet"],
+                )
+        except HubError as error:
+            raise HubError(
+                f"there is no such folder here, and of the data set of that name on the Hub: {error.message}",
+                file=source,
+                remedy=error.remedy,
+            ) from None
+        kb = cls.load(folder, verify=verify)
+        kb._downloaded = source
+        return kb
+
     def save(self, path: str | os.PathLike[str], *, progress: bool = True) -> KnowledgeBase:
         """Writes a compact copy: removed entities left out, shards merged. The folder appears whole or not at all.
 
@@ -239,6 +298,7 @@ class KnowledgeBase:
             DuplicateIdError: An id is there already, or occurs twice.
             DataFormatError, ImageError: As in [`~KnowledgeBase.build`].
         """
+        self._check_ours()
         self.check_made_by(model, processor)
         source, name = _entity_rows(entities)
         ids = _checked_ids(source, name)
@@ -279,6 +339,7 @@ class KnowledgeBase:
             UnknownEntityError: An id is not in the knowledge base; nothing is removed.
             KnowledgeBaseError: None would be left, or somebody changed the folder meanwhile.
         """
+        self._check_ours()
         rows = sorted({self.row_of(entity_id) for entity_id in ([ids] if isinstance(ids, str) else ids)})
         if len(rows) == len(self):
             raise KnowledgeBaseError(
@@ -399,6 +460,11 @@ class KnowledgeBase:
             "model": {k: v for k, v in self._manifest["model"].items() if k != "config"},
         }
 
+    def files(self) -> list[str]:
+        """Names of the files the knowledge base is made of, kb.json first."""
+        shards = self._manifest["shards"]
+        return [_MANIFEST, *(shard[part]["file"] for shard in shards for part in ("encodings", "entities"))]
+
     def _stored_chunks(self, chunk_size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         for first in range(0, len(self), chunk_size):
             yield first, self._stored(np.arange(first, min(first + chunk_size, len(self))))
@@ -461,6 +527,14 @@ class KnowledgeBase:
                 raise _damaged(path, f"it has {file.metadata.num_rows} rows, not those {_MANIFEST} tells of")
             self._parquets[shard] = file
         return self._parquets[shard]
+
+    def _check_ours(self) -> None:
+        if self._downloaded is not None:
+            raise KnowledgeBaseError(
+                "was downloaded from the Hub, and is not changed in the cache.",
+                file=self._downloaded,
+                remedy="Make a copy of your own with kb.save(FOLDER), and change that.",
+            )
 
     def _check_unchanged(self) -> None:
         if _read_manifest(self.path)[0] != self._written:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from hf_mel.hub.cards import model_card
+from hf_mel.hub.cards import MARKER, eval_results, kb_card, model_card
 from hf_mel.hub.saving import save_model_repository
 from tests.toy import ToyProcessor, ToyRetriever, toy_model
 
@@ -130,7 +130,9 @@ hf-mel link hf-mel/toy_planets --kb my_kb --text "Jordan scored 41 points in the
 ## Results
 
 Every mention is ranked against all 3,000 entities of the knowledge base. Ties count as the mean of the best and the
-worst position. The checkpoint was chosen by MRR on this split, so a test split will be a little lower.
+worst position.
+
+The checkpoint was chosen by MRR on `validation`, so other splits are a little harder.
 
 | mentions | number | H@1 | H@3 | MRR | MR |
 | --- | --- | --- | --- | --- | --- |
@@ -149,7 +151,12 @@ A mention whose best score is below 1.235 is taken for NIL (`config.nil_threshol
 
 1.5 minutes on 2 CPU cores; epoch 10 was the best; seed 7. With hf_mel 0.1.0, torch 2.13.0.
 
-## Limits
+## Intended use
+
+Suggesting which entity a name in a captioned picture, a post or an article means: for search, archives, annotation with
+a person who checks, and research on the task. Not for deciding about people, and not for recognising them in pictures.
+
+## Limits and bias
 
 - It ranks what is in the knowledge base. Whether the right entity is there at all is a matter of a threshold on the
   best score; scores are not probabilities, and a threshold holds for the model and the kind of text it was set on.
@@ -157,12 +164,28 @@ A mention whose best score is below 1.235 is taken for NIL (`config.nil_threshol
   relying on it.
 - A missing image is not an error: the model then decides by the rest, less well.
 - Linking people in pictures and posts to who they are can harm them. Mind the law and the people where you use it.
+- Knowledge bases and their training data know some regions, languages and professions far better than others, and so
+  does the model: famous entities are found more easily than others of the same name.
 
 ## Citation
+
+The method:
 
 ```bibtex
 @misc{toy, title = {Toy}}
 ```
+
+hf_mel, which trained and evaluated it:
+
+```bibtex
+@software{hf_mel,
+  title  = {hf\\_mel: multimodal entity linking on the Hugging Face Hub},
+  author = {{The hf\\_mel contributors}},
+  year   = {2026},
+}
+```
+
+<!-- Written by hf_mel from results.json. Take this line out to keep what you change by hand. -->
 """
 
 
@@ -193,7 +216,8 @@ def test_a_local_build_from_scratch_names_no_repository_it_does_not_have():
     assert "1.5 minutes on 2 CPU cores since it was last resumed; the last step was kept; seed 7." in card
     assert 'from_pretrained("me/mine"' in card
     assert "hf-mel/" not in card
-    assert card.endswith("Cite the data set above and hf_mel.\n")
+    assert "The method" not in card
+    assert card.endswith(f"```\n\n{MARKER}\n")
     assert not re.search(r"\n{3}|\$\w", card)
 
 
@@ -216,3 +240,59 @@ def test_a_repository_carries_the_code_of_its_classes_and_leaves_them_as_they_we
         assert kind._auto_class is None
     ToyRetriever.from_pretrained(tmp_path).save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain/toy.py").exists()
+
+
+def test_test_results_come_first_and_each_names_its_split():
+    test = {"metrics": metrics(700, **{"hits@1": 0.25}), "strata": {}, "data": {"split": "test"}, "ties": "realistic"}
+    card = model_card(run_info(tests=[test]))
+    assert card.index("| `test` | 700 | 25.0 |") < card.index("chosen by MRR on `validation`") < card.index("| `valid")
+
+
+def test_no_secret_of_the_training_gets_into_the_card():
+    card = model_card(run_info(training={"seed": 1, "hub_token": "hf_" + "x" * 34, "push_to_hub_token": "secret"}))
+    assert "hf_x" not in card
+    assert "secret" not in card
+    assert "| `seed` | `1` |" in card
+
+
+def test_eval_results_are_what_the_hub_reads():
+    test = {"metrics": metrics(700, **{"hits@1": 0.25}), "strata": {}, "data": {"split": "test"}, "ties": "realistic"}
+    parsed = parse_eval_result_entries(eval_results(run_info(tests=[test])))
+    assert [(entry.task_id, entry.value) for entry in parsed] == [
+        ("test_hits_at_1", 25.0),
+        ("test_mrr", 61.23),
+        ("validation_hits_at_1", 50.0),
+        ("validation_mrr", 61.23),
+    ]
+    assert {(entry.dataset_id, entry.dataset_revision) for entry in parsed} == {("org/planets", "abc123")}
+    assert "700 mentions of test" in parsed[0].notes
+    assert "3,000 entities" in parsed[0].notes
+
+
+def test_a_local_data_set_has_no_eval_results():
+    info = run_info()
+    for change in ({"revision": None}, {"dataset": "planets"}):
+        assert eval_results(info | {"data": info["data"] | change}) == []
+
+
+def test_the_card_of_a_knowledge_base():
+    info = {
+        "entities": 1200,
+        "dtype": "float16",
+        "encodings": {"text": {"dtype": "float16", "shape": [64]}, "mask": {"dtype": "bool", "shape": []}},
+        "model": {"name": "org/mimic", "revision": "abc", "type": "mimic", "weights": "f00d"},
+    }
+    card = kb_card(info, "org/planets-kb")
+    assert ModelCard(card).data.to_dict()["configs"][0]["data_files"][0]["path"] == "entities-*.parquet"
+    for words in (
+        "1,200 entities",
+        "(`mimic`, revision `abc`)",
+        'from_pretrained("org/mimic", kb="org/planets-kb")',
+        "| `text` | 64 float16 |",
+        "| `mask` | 1 bool |",
+        "`f00d`",
+    ):
+        assert words in card
+    local = kb_card(info | {"model": info["model"] | {"name": "run", "revision": None}}, "org/planets-kb")
+    assert "built by `run` (`mimic`)" in local
+    assert 'from_pretrained("MODEL"' in local
