@@ -361,8 +361,8 @@ class PfmelProcessor(ProcessorMixin):
     def _fill(self, template: str, row: Mapping[str, Any]) -> tuple[str, int]:
         """A template over the columns of a row, and where in it the name ends (0 if it has none)."""
         text, name_end = "", 0
-        for literal, column, _, _ in Formatter().parse(template):
-            text = self._join(text, literal)
+        for place, (literal, column, _, _) in enumerate(Formatter().parse(template)):
+            text = self._join(text, literal) if place else literal
             if column is None:
                 continue
             if column not in row:
