@@ -11,9 +11,10 @@ The pipeline knows no data set by name. It finds the builders in `hf_mel.dataset
 - `OFFICIAL_COUNTS`: `{config: {split: rows}}`, or `{layout: {config: {split: rows}}}` if it reads several layouts;
   `None` for a number nobody knows.
 
-A builder some of whose configurations need files a user may not have offers a classmethod `configs_in(data_dir, options)`:
-the names of those that can be built. Whatever else its `BuilderConfig` holds can be set by a user (`--option key=value`). An image is
-`{"bytes": …, "path": None}`, or `{"bytes": None, "path": …}` to have it read by the pipeline.
+A builder some of whose configurations need files a user may not have offers a classmethod
+`configs_in(data_dir, options)`: the names of those that can be built. Whatever else its `BuilderConfig` holds can be set
+by a user (`--option key=value`). An image is `{"bytes": …, "path": None}`, or `{"bytes": None, "path": …}` to have it
+read by the pipeline.
 
 A builder that reads files sets, in `_split_generators`, an attribute `release` with `layout` (`str`), `sha256`
 (`{file: digest}`) and `problems` (`{kind: [(file, row, detail)]}`): whatever it left out or could not find. Beside
