@@ -17,7 +17,7 @@ from hf_mel.errors import KnowledgeBaseError, RecipeError
 from hf_mel.evaluation.full import KS, device_name, software_versions
 from hf_mel.evaluation.strata import Labels, strata_of
 from hf_mel.linking.fingerprint import describe_model
-from hf_mel.linking.reranking import can_rank_jointly, score_pairs
+from hf_mel.linking.reranking import ImageFeatures, can_rank_jointly, score_pairs
 from hf_mel.schema import NIL, MelProcessor
 from hf_mel.spaces.mel_ranking.mel_ranking import ranking_metrics, resolve_ranks
 
@@ -94,6 +94,7 @@ def evaluate_candidates(
     candidates: CandidateLists,
     *,
     joint: bool | None = None,
+    images: ImageFeatures | None = None,
     batch_size: int = 64,
     ks: Sequence[int] = KS,
     ties: str = "realistic",
@@ -120,6 +121,7 @@ def evaluate_candidates(
         candidates ([`~hf_mel.data.candidates.CandidateLists`]): The candidates of these mentions, and maybe of others.
         joint (`bool`, *optional*): Whether the order that counts ranks the mentions of a context together. Default: if
             the model can. Both orders are reported.
+        images ([`~hf_mel.linking.reranking.ImageFeatures`], *optional*): Images that are encoded already.
         batch_size (`int`): Pairs to score at a time.
         ks (sequence of `int`): The k of H@k and of the candidates' recall.
         ties (`str`): "realistic", "optimistic" or "pessimistic".
@@ -157,7 +159,7 @@ def evaluate_candidates(
 
     scored: dict[str, dict[str, torch.Tensor]] = {END_TO_END: {}, GOLD_ADDED: {}}
     jointly = can_rank_jointly(model)
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    options: dict[str, Any] = {"images": images, "batch_size": batch_size, "progress": progress}
     masks = {END_TO_END: lists.retrieved, GOLD_ADDED: lists.listed}
     if model.pairs_are_independent:
         asked = list(masks.values()) if jointly else []

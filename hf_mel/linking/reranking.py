@@ -45,6 +45,7 @@ def score_pairs(
     candidates: Sequence[Sequence[int]],
     *,
     joint_masks: Sequence[torch.Tensor] = (),
+    images: ImageFeatures | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> PairScores:
@@ -62,6 +63,7 @@ def score_pairs(
         entities (`datasets.Dataset` or sequence of rows): N entities.
         candidates (M sequences of `int`): Rows of `entities`, up to C for each mention; none is fine.
         joint_masks (sequence of `torch.Tensor` `[M, C]`): For each, rank jointly among the candidates where it is true.
+        images ([`ImageFeatures`], *optional*): Images that are encoded already, and where further ones are kept.
         batch_size (`int`): Pairs to score at a time; a larger example of dependent pairs is a batch of its own.
         progress (`bool`): Whether to show a progress bar.
 
@@ -83,7 +85,8 @@ def score_pairs(
     shape = (len(mentions), width)
     result = PairScores(torch.full(shape, -torch.inf), [torch.full(shape, -torch.inf) for _ in joint_masks])
     contexts = _by_context(mentions)
-    images = ImageFeatures.of(model, processor)
+    own = images is None
+    images = ImageFeatures.of(model, processor) if images is None else images
     training = getattr(model, "training", False)
     if training:
         model.eval()
@@ -113,7 +116,7 @@ def score_pairs(
                     context = torch.tensor([ids[i] for i in numbers])
                     for mask, found in zip(joint_masks, result.joint, strict=True):
                         found[numbers] = _jointly(model, result.scores[numbers], features, mask[numbers], context)
-                if images is not None:
+                if images is not None and own:
                     images.forget_mentions()
     finally:
         if training:
@@ -160,6 +163,15 @@ class ImageFeatures:
             ChainMap({"image_features": None if key is None else self._of[key]}, row)  # type: ignore[arg-type]
             for key, row in zip(keys, rows, strict=True)
         ]
+
+    def add(self, rows: datasets.Dataset, *, progress: bool = False) -> None:
+        """Encodes every image of the rows of a data set."""
+        lazy, is_entity = LazyRows(rows), "images" in rows.column_names
+        bar = tqdm(range(0, len(rows), _IMAGE_BATCH), desc="Encoding images", delay=1, disable=not progress)
+        for first in bar:
+            for row in lazy.__getitems__(list(range(first, min(first + _IMAGE_BATCH, len(rows))))):
+                count = len(row.stored("images") or ()) if is_entity else 0
+                self.on([row.with_image("images", k) for k in range(count)] if is_entity else [row])
 
     def forget_mentions(self) -> None:
         """Drops the images that only mentions had: those of entities come back, those of mentions hardly do."""

@@ -28,6 +28,11 @@ class MelTrainingArguments(TrainingArguments):
             Mentions in a group.
         random_entity_image (`bool`, *optional*, defaults to `True`):
             Whether training shows a random image of an entity that has several. Evaluation always takes the first.
+        num_negatives (`int`, *optional*, defaults to 1):
+            For a reranker: entities that each mention's gold is trained against, drawn from its candidates.
+        eval_mentions (`int`, *optional*):
+            For a reranker: evaluate on a fixed random choice of about this many mentions (whole contexts) instead of
+            all. Reranking them all after every epoch can cost more than the epoch.
         early_stopping_patience (`int`, *optional*):
             Stop after this many evaluations in a row without a better `metric_for_best_model`.
     """
@@ -38,6 +43,10 @@ class MelTrainingArguments(TrainingArguments):
     batch_grouping: str = field(default="none", metadata={"help": "'none', or 'surface' for harder negatives."})
     group_size: int = field(default=4, metadata={"help": "Mentions in a group of batch_grouping."})
     random_entity_image: bool = field(default=True, metadata={"help": "Show a random image of each entity."})
+    num_negatives: int = field(default=1, metadata={"help": "A reranker's negatives per mention."})
+    eval_mentions: int | None = field(
+        default=None, metadata={"help": "A reranker is evaluated on a random choice of this many mentions."}
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Evaluations without improvement before training stops."}
     )
@@ -59,6 +68,10 @@ class MelTrainingArguments(TrainingArguments):
             raise ValueError(f"batch_grouping={self.batch_grouping!r} is not one of {', '.join(BATCH_GROUPINGS)}.")
         if self.group_size < 1:
             raise ValueError(f"group_size={self.group_size} must be at least 1.")
+        if self.num_negatives < 1:
+            raise ValueError(f"num_negatives={self.num_negatives} must be at least 1.")
+        if self.eval_mentions is not None and self.eval_mentions < 1:
+            raise ValueError(f"eval_mentions={self.eval_mentions} must be at least 1.")
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             raise ValueError(f"early_stopping_patience={self.early_stopping_patience} must be at least 1.")
         if self.remove_unused_columns:

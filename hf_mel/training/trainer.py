@@ -1,8 +1,10 @@
-"""Training of retrievers with in-batch negatives, evaluated against the whole knowledge base."""
+"""Training of retrievers with in-batch negatives, evaluated against the whole knowledge base, and of rerankers on
+candidate lists."""
 
 from __future__ import annotations
 
 import logging
+import random
 import time
 from typing import Any
 
@@ -14,30 +16,41 @@ from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, Train
 from transformers.trainer_utils import speed_metrics
 
 from hf_mel.data.batching import GroupingSampler, surface_key
+from hf_mel.data.candidates import CandidateLists
 from hf_mel.data.collator import LazyRows, RetrieverCollator
 from hf_mel.data.loading import check_golds
+from hf_mel.data.pairs import Examples, PairCollator
 from hf_mel.errors import DataFormatError, RecipeError
-from hf_mel.evaluation.full import evaluate_full
-from hf_mel.schema import NIL, MelProcessor
+from hf_mel.evaluation.candidates import CandidateResult, evaluate_candidates
+from hf_mel.evaluation.full import FullResult, evaluate_full
+from hf_mel.linking.reranking import ImageFeatures
+from hf_mel.schema import NIL, MelProcessor, Reranker
 from hf_mel.training.arguments import MelTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
 class MelTrainer(Trainer):
-    """`transformers.Trainer` for a [`~hf_mel.schema.Retriever`].
+    """`transformers.Trainer` for a [`~hf_mel.schema.Retriever`] or a [`~hf_mel.schema.Reranker`].
 
-    A batch is B mentions and the entities they mean; every entity that is not a mention's gold is its negative.
-    Evaluation ranks every mention of `eval_dataset` against all entities (`eval_mrr`, `eval_hits@1`, …). Resuming,
-    mixed precision, gradient accumulation and distributed training are the Trainer's. In a distributed run each
-    process draws its negatives from its own batch.
+    A retriever's batch is B mentions and the entities they mean; every entity that is not a mention's gold is its
+    negative. Evaluation ranks every mention of `eval_dataset` against all entities (`eval_mrr`, `eval_hits@1`, …). In a
+    distributed run each process draws its negatives from its own batch.
+
+    A reranker's batch is B of its examples, each mention beside its gold and negatives of its candidates
+    ([`~hf_mel.data.pairs.PairCollator`]). Evaluation is the candidate protocol end to end, ranking jointly if the model
+    does: `eval_mrr` counts a gold that is not among the candidates as 0.
+
+    Resuming, mixed precision, gradient accumulation and distributed training are the Trainer's.
 
     Args:
-        model ([`~hf_mel.schema.Retriever`]): What is trained.
+        model ([`~hf_mel.schema.Retriever`] or [`~hf_mel.schema.Reranker`]): What is trained.
         args ([`MelTrainingArguments`]): How.
         train_dataset (`datasets.Dataset`, *optional*): Mentions; those whose gold is NIL are left out, with a count.
         eval_dataset (`datasets.Dataset`, *optional*): Mentions to evaluate on.
         entities (`datasets.Dataset`): The knowledge base.
+        train_candidates, eval_candidates ([`~hf_mel.data.candidates.CandidateLists`], *optional*): For a reranker, the
+            candidates of both sets of mentions.
         processing_class ([`~hf_mel.schema.MelProcessor`]): Turns rows into tensors; saved with every checkpoint. It is the
             attribute `processor` of the trainer.
         callbacks (`list[TrainerCallback]`, *optional*): Further callbacks.
@@ -46,8 +59,9 @@ class MelTrainer(Trainer):
     Raises:
         UnknownEntityError: a gold is not in the knowledge base.
         DuplicateIdError: a mention or an entity id occurs twice.
-        DataFormatError: no mention is left to train on.
-        RecipeError: `head_learning_rate` is set, and the model does not say which of its parts are pretrained.
+        DataFormatError: no mention is left to train on, or one has no list of candidates.
+        RecipeError: `head_learning_rate` is set, and the model does not say which of its parts are pretrained; or a
+            reranker without candidates.
     """
 
     args: MelTrainingArguments
@@ -62,6 +76,8 @@ class MelTrainer(Trainer):
         *,
         entities: datasets.Dataset,
         processing_class: MelProcessor,
+        train_candidates: CandidateLists | None = None,
+        eval_candidates: CandidateLists | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
@@ -81,14 +97,45 @@ class MelTrainer(Trainer):
         self.entities = entities
         #: What is trained on: the mentions whose entity is in the knowledge base.
         self.mentions: datasets.Dataset | None = None
-        for mentions in (train_dataset, eval_dataset):
+        #: Whether the model reranks candidates, and those of the evaluation.
+        self.reranks, self.eval_candidates = isinstance(model, Reranker), eval_candidates
+        for mentions, lists in ((train_dataset, train_candidates), (eval_dataset, eval_candidates)):
             if mentions is not None:
                 check_golds(mentions, entities["entity_id"])
-        rows = None
+                if self.reranks:
+                    _check_candidates(model, mentions, lists, entities)
+        self.eval_total = None if eval_dataset is None else len(eval_dataset)
+        if self.reranks and eval_dataset is not None and args.eval_mentions is not None:
+            eval_dataset = _some_contexts(eval_dataset, args.eval_mentions, args.seed)
+            logger.warning("Evaluating on %d of %d mentions (eval_mentions).", len(eval_dataset), self.eval_total)
         if train_dataset is not None:
             self.mentions = _linkable(train_dataset)
-            rows = LazyRows(self.mentions)
-        collator = RetrieverCollator(processing_class, entities, random_image=args.random_entity_image, seed=args.seed)
+        rows: Any = None
+        collator: Any
+        if self.reranks:
+            args.dataloader_persistent_workers = False  # they would not learn of a new epoch
+            unit = str(model.example_unit)
+            if self.mentions is not None:
+                rows = Examples(self.mentions, unit)
+            collator = PairCollator(
+                processing_class,
+                entities,
+                train_candidates.by_mention if train_candidates is not None else {},
+                num_negatives=args.num_negatives,
+                unit=unit,
+                mentions_per_example=getattr(model, "mentions_per_example", 1),
+                random_image=args.random_entity_image,
+                seed=args.seed,
+            )
+        else:
+            if self.mentions is not None:
+                rows = LazyRows(self.mentions)
+            collator = RetrieverCollator(
+                processing_class, entities, random_image=args.random_entity_image, seed=args.seed
+            )
+        self._collator = collator
+        #: The images, encoded, where training leaves them as they are.
+        self.image_features: ImageFeatures | None = None
         config = getattr(model, "config", None)
         declared = hasattr(config, "use_cache")
         super().__init__(
@@ -105,6 +152,13 @@ class MelTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         if config is not None and not declared and hasattr(config, "use_cache"):
             del config.use_cache  # the Trainer sets it on every model; it would end up in config.json
+        if getattr(model, "image_features_are_fixed", False):
+            self.image_features = ImageFeatures.of(model, processing_class)
+        if self.image_features is not None:
+            for images in (entities, self.mentions, eval_dataset):
+                if images is not None:
+                    self.image_features.add(images, progress=not args.disable_tqdm and self.is_world_process_zero())
+            collator.with_features = self.image_features.on
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if not args.disable_tqdm:
@@ -113,6 +167,9 @@ class MelTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupingSampler:
         assert self.mentions is not None
+        if self.reranks:
+            self._sampler = GroupingSampler(range(len(self.train_dataset)), seed=self.args.seed)  # type: ignore[arg-type]
+            return self._sampler
         grouped = self.args.batch_grouping == "surface"
         keys = [surface_key(mention) for mention in self.mentions["mention"]] if grouped else range(len(self.mentions))
         self._sampler = GroupingSampler(keys, self.args.group_size if grouped else 1, seed=self.args.seed)
@@ -162,7 +219,7 @@ class MelTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Ranks every mention against every entity, in the precision of training.
+        """[`MelTrainer.measure`], logged.
 
         Args:
             eval_dataset (`datasets.Dataset`, *optional*): Mentions; default: those given to the trainer.
@@ -170,29 +227,72 @@ class MelTrainer(Trainer):
             metric_key_prefix (`str`): Goes before every name, with an underscore.
 
         Returns:
-            `dict[str, float]`: the metrics of [`~hf_mel.evaluation.full.evaluate_full`]. All processes evaluate, and
-            all get the numbers of the first, so that they agree about which checkpoint is best.
+            `dict[str, float]`: the metrics. All processes evaluate, and all get the numbers of the first, so that they
+            agree about which checkpoint is best.
         """
         mentions: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if mentions is None:
             raise ValueError("MelTrainer: evaluation needs an eval_dataset.")
         start = time.time()
-        with self.accelerator.autocast():
-            result = evaluate_full(
-                self.accelerator.unwrap_model(self.model),
-                self.processor,
-                mentions,
-                self.entities,
-                batch_size=self.args.per_device_eval_batch_size,
-                progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-            )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure(mentions).metrics.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(mentions))
         if self.args.world_size > 1:
             metrics = broadcast_object_list([metrics])[0]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measure(self, mentions: datasets.Dataset, **options: Any) -> FullResult | CandidateResult:
+        """The full protocol, or for a reranker the candidate protocol, in the precision of training.
+
+        Args:
+            mentions (`datasets.Dataset`): Mentions; of a reranker, some that the evaluation's candidates are of.
+            options: Further arguments of [`~hf_mel.evaluation.full.evaluate_full`] or
+                [`~hf_mel.evaluation.candidates.evaluate_candidates`].
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        options = {
+            "batch_size": self.args.per_device_eval_batch_size,
+            "progress": not self.args.disable_tqdm and self.is_world_process_zero(),
+            **options,
+        }
+        with self.accelerator.autocast():
+            if not self.reranks:
+                return evaluate_full(model, self.processor, mentions, self.entities, **options)
+            assert self.eval_candidates is not None
+            return evaluate_candidates(
+                model,
+                self.processor,
+                mentions,
+                self.entities,
+                self.eval_candidates,
+                images=self.image_features,
+                **options,
+            )
+
+
+def _check_candidates(model: Any, mentions: datasets.Dataset, lists: CandidateLists | None, entities) -> None:
+    if lists is None:
+        raise RecipeError(
+            f"{type(model).__name__} reranks candidates, and none were given.",
+            remedy="Say where they come from: candidates.source in a recipe.",
+        )
+    lists.of(mentions).rows(entities["entity_id"])
+
+
+def _some_contexts(mentions: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
+    """The mentions of randomly chosen contexts, `count` or a few more, in their order; all if there are fewer."""
+    groups: dict[str, list[int]] = {}
+    for row, context in enumerate(mentions["context_id"]):
+        groups.setdefault(context, []).append(row)
+    order = list(groups)
+    random.Random(seed).shuffle(order)
+    chosen: list[int] = []
+    for context in order:
+        if len(chosen) >= count:
+            break
+        chosen += groups[context]
+    return mentions.select(sorted(chosen))
 
 
 def _linkable(mentions: datasets.Dataset) -> datasets.Dataset:
@@ -207,13 +307,15 @@ def _linkable(mentions: datasets.Dataset) -> datasets.Dataset:
 
 
 class _SetEpoch(TrainerCallback):
-    """Tells the sampler which epoch it is; Accelerate does not, when it resumes inside one on several processes."""
+    """Tells sampler and collator which epoch it is; Accelerate does not, when it resumes inside one on several
+    processes."""
 
     def __init__(self, trainer: MelTrainer):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.trainer._sampler.set_epoch(int(state.epoch or 0))
+        self.trainer._collator.epoch = int(state.epoch or 0)
 
 
 class _Progress(ProgressCallback):

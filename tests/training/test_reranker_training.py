@@ -1,0 +1,148 @@
+"""MelTrainer on a toy reranker, against plain steps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from hf_mel.data.batching import GroupingSampler
+from hf_mel.data.candidates import CandidateLists
+from hf_mel.data.pairs import Examples, PairCollator
+from hf_mel.errors import RecipeError, UnknownEntityError
+from hf_mel.evaluation.candidates import END_TO_END, evaluate_candidates
+from hf_mel.training.arguments import MelTrainingArguments
+from hf_mel.training.trainer import MelTrainer
+from tests.toy import ToyPairProcessor, toy_entities, toy_mentions, toy_reranker
+
+ENTITIES, TRAIN, VALIDATION = toy_entities(12), toy_mentions(16), toy_mentions(12)
+
+
+def lists(mentions, missing: int = 0) -> CandidateLists:
+    """Five candidates, the gold among them but for the first `missing` mentions."""
+    found = []
+    for i, gold in enumerate(mentions["entity_id"]):
+        row = int(gold[1:]) - 1
+        found.append([f"Q{1 + (row + c) % 12}" for c in range(i < missing, 5 + (i < missing))])
+    return CandidateLists(list(mentions["mention_id"]), found, {}, {"source": "made up"})
+
+
+def trainer(tmp_path, model=None, **arguments) -> MelTrainer:
+    options = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "disable_tqdm": True,
+        "log_level": "error",
+        "num_negatives": 2,
+    }
+    return MelTrainer(
+        toy_reranker() if model is None else model,
+        MelTrainingArguments(output_dir=str(tmp_path / "checkpoints"), **{**options, **arguments}),
+        train_dataset=TRAIN,
+        eval_dataset=VALIDATION,
+        entities=ENTITIES,
+        processing_class=ToyPairProcessor(),
+        train_candidates=lists(TRAIN),
+        eval_candidates=lists(VALIDATION, missing=3),
+    )
+
+
+@pytest.mark.parametrize("unit", ["mention", "context"])
+def test_steps_of_two_epochs_are_plain_gradient_steps(tmp_path, unit):
+    start = toy_reranker(unit=unit)
+    trained = trainer(
+        tmp_path,
+        copy.deepcopy(start),
+        num_train_epochs=2,
+        optim="sgd",
+        learning_rate=0.1,
+        max_grad_norm=0,
+        lr_scheduler_type="constant",
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+    )
+    trained.train()
+    examples = Examples(TRAIN, unit)
+    sampler = GroupingSampler(range(len(examples)))
+    collator = PairCollator(
+        ToyPairProcessor(), ENTITIES, lists(TRAIN).by_mention, num_negatives=2, unit=unit, mentions_per_example=2
+    )
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        collator.epoch, order = epoch, list(sampler)
+        for first in range(0, len(order), 4):
+            start.zero_grad()
+            start(**collator(examples.__getitems__(order[first : first + 4]))).loss.backward()
+            with torch.no_grad():
+                for parameter in start.parameters():
+                    parameter -= 0.1 * parameter.grad
+    for (name, expected), found in zip(start.named_parameters(), trained.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
+
+
+def test_training_learns_and_ends_with_the_best_checkpoint(tmp_path):
+    trained = trainer(tmp_path, num_train_epochs=8, learning_rate=1.0, num_negatives=4)
+    before = trained.evaluate()["eval_mrr"]
+    trained.train()
+    evaluations = [entry["eval_mrr"] for entry in trained.state.log_history if "eval_mrr" in entry]
+    assert max(evaluations) > before + 0.05
+    assert max(evaluations) > evaluations[-1]  # or this test would not see which checkpoint was kept
+    assert trained.evaluate()["eval_mrr"] == max(evaluations)
+    result = evaluate_candidates(
+        trained.model, ToyPairProcessor(), VALIDATION, ENTITIES, lists(VALIDATION, missing=3), progress=False
+    )
+    assert result.orders[END_TO_END]["reranker, jointly"]["metrics"]["mrr"] == max(evaluations)
+    assert result.metrics["num_missed"] == 3
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    options = {"num_train_epochs": 3, "save_steps": 2, "save_strategy": "steps", "save_total_limit": None}
+    options |= {"eval_strategy": "no", "load_best_model_at_end": False}
+    whole = trainer(tmp_path / "a", **options)
+    whole.train()
+    again = trainer(tmp_path / "b", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoints/checkpoint-6"))  # inside the second epoch
+    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_fixed_choice_of_whole_contexts_is_evaluated(tmp_path):
+    built = trainer(tmp_path, eval_mentions=5)
+    chosen = built.eval_dataset
+    assert 5 <= len(chosen) < 8
+    assert built.eval_total == 12
+    contexts = set(chosen["context_id"])
+    assert chosen["mention_id"] == [row["mention_id"] for row in VALIDATION if row["context_id"] in contexts]
+    assert trainer(tmp_path, eval_mentions=5).eval_dataset["mention_id"] == chosen["mention_id"]
+    assert built.evaluate()["eval_num_ranked"] == len(chosen)
+
+
+def test_fixed_images_are_encoded_once_for_all_epochs(tmp_path, monkeypatch):
+    model, seen = toy_reranker(), []
+    encode = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda pixels: seen.extend(pixels) or encode(pixels))
+    trainer(tmp_path, model, num_train_epochs=3, eval_strategy="epoch").train()
+    assert len(seen) == len({tuple(pixel.flatten().tolist()) for pixel in seen})
+    seen.clear()
+    model.image_features_are_fixed = False
+    trainer(tmp_path, model, num_train_epochs=3, eval_strategy="no", load_best_model_at_end=False).train()
+    assert len(seen) > 50  # pixels with every batch
+
+
+def test_candidates_are_needed_and_checked_before_training(tmp_path):
+    options = {"entities": ENTITIES, "processing_class": ToyPairProcessor()}
+    arguments = MelTrainingArguments(output_dir=str(tmp_path))
+    with pytest.raises(RecipeError, match=r"none were given.*candidates\.source"):
+        MelTrainer(toy_reranker(), arguments, train_dataset=TRAIN, **options)
+    wrong = CandidateLists(list(TRAIN["mention_id"]), [["Q99"]] * 16, {})
+    with pytest.raises(UnknownEntityError, match="row m0: the candidate 'Q99'"):
+        MelTrainer(toy_reranker(), arguments, train_dataset=TRAIN, train_candidates=wrong, **options)
+
+
+@pytest.mark.parametrize("wrong", [{"num_negatives": 0}, {"eval_mentions": 0}])
+def test_arguments_are_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        MelTrainingArguments(output_dir="nowhere", **wrong)
