@@ -1,0 +1,227 @@
+"""Linked mentions as HTML: cards, the evidence in bars, and where the model looked.
+
+Every text from a visitor or a knowledge base goes through `html.escape`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from PIL import Image
+
+#: A unit's name in the model → what a visitor reads, and the class of its colour in style.css.
+UNITS = {"text": ("Text", "text"), "vision": ("Image", "vision"), "cross_modal": ("Text × image", "fusion")}
+_QID = re.compile(r"Q[1-9][0-9]{0,11}")
+
+
+def unit_name(unit: str) -> str:
+    """What a visitor reads for a unit of the model."""
+    return UNITS.get(unit, (unit.replace("_", " "), ""))[0]
+
+
+def results(answers: Sequence[dict[str, Any]], seconds: float) -> str:
+    """All mentions of one text: each with its decision and its cards.
+
+    Args:
+        answers: per mention `result` (a `LinkResult`), `images` (PIL image or `None` per candidate), and what
+            [`evidence`] gave, or an empty text.
+        seconds: how long linking took.
+    """
+    parts = [_answer(**answer) for answer in answers]
+    return f'<div class="mel">{"".join(parts)}<p class="mel-time">Linked in {seconds:.2f} s.</p></div>'
+
+
+def _answer(result: Any, images: Sequence[Image.Image | None], evidence: str = "") -> str:
+    best = result.best
+    mention = f"<q>{escape(result.mention)}</q>"
+    if result.is_nil:
+        decision = (
+            f'<p class="mel-decision mel-nil" role="status">{mention} → <strong>NIL</strong>: nobody in this knowledge '
+            f"base. The best score, {_number(best.score)}, is below the threshold {_number(result.nil_threshold)}.</p>"
+        )
+    else:
+        decision = (
+            f'<p class="mel-decision" role="status">{mention} → <strong>{escape(best.name)}</strong>'
+            f"{_reason(result.candidates)}</p>"
+        )
+    lowest = {unit: min(c.unit_scores[unit] for c in result.candidates) for unit in best.unit_scores}
+    longest = max((_lead(c, lowest) for c in result.candidates), default=0.0)
+    cards = [_card(c, image, lowest, longest) for c, image in zip(result.candidates, images, strict=True)]
+    warnings = "".join(f'<p class="mel-note">{escape(warning)}</p>' for warning in result.warnings)
+    key = _legend(lowest) if len(lowest) > 1 else ""
+    return f'<section class="mel-answer">{decision}{warnings}{key}<ol class="mel-cards">{"".join(cards)}</ol>{evidence}</section>'
+
+
+def _reason(candidates: Sequence[Any]) -> str:
+    """Which evidence put the first before the second."""
+    if len(candidates) < 2 or len(candidates[0].unit_scores) < 2:
+        return ""
+    first, second = candidates[:2]
+    ahead = {unit: first.unit_scores[unit] - second.unit_scores[unit] for unit in first.unit_scores}
+    won = max(ahead, key=lambda unit: ahead[unit])
+    against = [unit_name(unit).lower() for unit, lead in ahead.items() if lead < 0]
+    words = f"It leads {escape(second.name)} most by <b>{escape(unit_name(won).lower())}</b>"
+    if against:
+        words += f"; {escape(' and '.join(against))} alone would prefer {escape(second.name)}"
+    return f'<span class="mel-reason">{words}.</span>'
+
+
+def _legend(units: dict[str, float]) -> str:
+    items = "".join(
+        f'<li><span class="mel-swatch mel-{UNITS.get(unit, ("", "other"))[1]}"></span>{escape(unit_name(unit))}</li>'
+        for unit in units
+    )
+    return (
+        f'<div class="mel-legend"><ul>{items}</ul><span>Bars: how far each kind of evidence lifts a candidate above the '
+        "weakest one shown.</span></div>"
+    )
+
+
+def _lead(candidate: Any, lowest: dict[str, float]) -> float:
+    return sum(candidate.unit_scores[unit] - low for unit, low in lowest.items()) / max(1, len(lowest))
+
+
+def _card(candidate: Any, image: Image.Image | None, lowest: dict[str, float], longest: float) -> str:
+    name = escape(candidate.name or candidate.entity_id)
+    about = escape(_cut(" · ".join(t for t in (candidate.description, candidate.attributes) if t.strip()), 180))
+    picture = (
+        f'<img src="{data_url(image, 96)}" alt="Image of {name}" loading="lazy">'
+        if image is not None
+        else '<span class="mel-noimage" role="img" aria-label="No image of this entity">no image</span>'
+    )
+    identifier = escape(candidate.entity_id)
+    if _QID.fullmatch(candidate.entity_id):
+        identifier = (
+            f'<a href="https://www.wikidata.org/wiki/{identifier}" target="_blank" rel="noopener noreferrer">'
+            f"{identifier}</a>"
+        )
+    return (
+        f'<li class="mel-card">{picture}<div class="mel-body"><h3><span class="mel-rank">{candidate.rank}</span> {name} '
+        f"<small>{identifier}</small></h3><p>{about}</p>{_bar(candidate, lowest, longest)}</div>"
+        f'<span class="mel-score" title="Score of the model">{_number(candidate.score)}</span></li>'
+    )
+
+
+def _bar(candidate: Any, lowest: dict[str, float], longest: float) -> str:
+    if len(lowest) < 2 or longest <= 0:
+        return ""
+    parts, said = [], []
+    for unit, low in lowest.items():
+        lead = (candidate.unit_scores[unit] - low) / len(lowest)
+        width = 100 * lead / longest
+        said.append(f"{unit_name(unit)} {_number(candidate.unit_scores[unit])}")
+        if width > 0.05:
+            colour = UNITS.get(unit, ("", "other"))[1]
+            parts.append(f'<span class="mel-part mel-{colour}" style="width:{width:.1f}%"></span>')
+    label = escape(", ".join(said))
+    return f'<div class="mel-bar" role="img" aria-label="{label}" title="{label}">{"".join(parts)}</div><p class="mel-units">{label}</p>'
+
+
+def evidence(
+    text: str, explanation: Any, image: Image.Image | None, entity_image: Image.Image | None, name: str
+) -> str:
+    """Where the model looked when it scored the first candidate: words shaded, image patches lit."""
+    if explanation is None:
+        return ""
+    parts = []
+    if explanation.words:
+        parts.append(f'<p class="mel-words">{_shaded(text, explanation.words)}</p>')
+    figures = []
+    if image is not None and explanation.mention_patches:
+        figures.append(_figure(_lit(image, explanation.mention_patches), "Your image: the parts looked at are bright"))
+    if entity_image is not None and explanation.entity_patches:
+        figures.append(_figure(_lit(entity_image, explanation.entity_patches), f"Image of {name}, likewise"))
+    if figures:
+        parts.append(f'<div class="mel-figures">{"".join(figures)}</div>')
+    if not parts:
+        return ""
+    return (
+        f'<details class="mel-evidence" open><summary>Where the model looked for {escape(name)}</summary>'
+        f"<p>Words and parts of images by their share of the model's attention: a hint, not a proof.</p>{''.join(parts)}"
+        "</details>"
+    )
+
+
+def _shaded(text: str, words: Sequence[tuple[int, int, float]]) -> str:
+    most = max((share for _, _, share in words), default=0) or 1
+    parts, position = [], 0
+    for start, end, share in words:
+        parts.append(escape(text[position:start]))
+        strength = max(0.0, min(1.0, share / most)) if math.isfinite(share) else 0.0
+        parts.append(
+            f'<mark style="--share:{strength:.2f}" title="{100 * share:.1f} % of the attention">'
+            f"{escape(text[start:end])}</mark>"
+        )
+        position = end
+    return "".join(parts) + escape(text[position:])
+
+
+def _lit(image: Image.Image, patches: Sequence[Sequence[float]]) -> Image.Image:
+    """The image, dark where the model did not look."""
+    picture = image.convert("RGB")
+    picture.thumbnail((320, 320))
+    most = max(max(row) for row in patches) or 1
+    mask = Image.new("L", (len(patches[0]), len(patches)))
+    mask.putdata([round(255 * min(1.0, share / most)) for row in patches for share in row])
+    dark = Image.blend(picture, Image.new("RGB", picture.size, "black"), 0.72)
+    return Image.composite(picture, dark, mask.resize(picture.size, Image.Resampling.BILINEAR))
+
+
+def _figure(image: Image.Image, caption: str) -> str:
+    words = escape(caption)
+    return f'<figure><img src="{data_url(image, 320)}" alt="{words}"><figcaption>{words}</figcaption></figure>'
+
+
+def comparison(columns: Sequence[tuple[str, Any, Sequence[Image.Image | None]]]) -> str:
+    """The same mention answered in several ways, side by side: (heading, `LinkResult`, images) each."""
+    parts = []
+    for heading, result, images in columns:
+        rows = "".join(
+            f'<li><span class="mel-rank">{c.rank}</span>{_thumb(image, c.name)}<span>{escape(c.name or c.entity_id)}'
+            f"</span><b>{_number(c.score)}</b></li>"
+            for c, image in zip(result.candidates, images, strict=True)
+        )
+        nil = " mel-nil" if result.is_nil else ""
+        answer = "NIL" if result.is_nil else escape(result.best.name)
+        parts.append(
+            f'<section class="mel-column"><h3>{escape(heading)}</h3><p class="mel-decision{nil}">→ <strong>{answer}'
+            f"</strong></p><ol>{rows}</ol></section>"
+        )
+    return f'<div class="mel mel-columns">{"".join(parts)}</div>'
+
+
+def _thumb(image: Image.Image | None, name: str) -> str:
+    if image is None:
+        return '<span class="mel-noimage mel-small" aria-hidden="true"></span>'
+    return f'<img src="{data_url(image, 40)}" alt="Image of {escape(name)}" class="mel-small">'
+
+
+def message(words: str, kind: str = "error") -> str:
+    """A notice in the place of an answer."""
+    lines = "<br>".join(escape(line) for line in words.split("\n"))
+    return f'<div class="mel"><p class="mel-message mel-{kind}" role="alert">{lines}</p></div>'
+
+
+def data_url(image: Image.Image, side: int) -> str:
+    """An image in the page itself, at most `side` × 2 pixels a side (for dense screens)."""
+    small = image.convert("RGB")
+    small.thumbnail((2 * side, 2 * side))
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "none"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,409 @@
+"""What the app does, without its looks: models and knowledge bases, linking, uploads, and the limits on each.
+
+Whatever a visitor can get wrong ends in a [`Refused`] with words they can act on.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import stat
+import tempfile
+import threading
+import time
+import unicodedata
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hf_mel import EntityLinker, KnowledgeBase, MelError, check_entity_file, open_image
+
+#: What one request may bring. A CPU Space has two cores and many visitors.
+MAX_TEXT = 2_000
+MAX_MENTIONS = 8
+MAX_TOP_K = 20
+MAX_IMAGE_BYTES = 8 << 20
+MAX_IMAGE_PIXELS = 24_000_000
+MAX_BATCH_ROWS = 500
+MAX_TABLE_BYTES = 4 << 20
+MAX_KB_ROWS = 2_000
+MAX_ARCHIVE_BYTES = 64 << 20
+MAX_ARCHIVE_FILES = 4_000
+MAX_UNPACKED_BYTES = 256 << 20
+#: Own knowledge bases of one visitor kept at a time.
+MAX_OWN_KBS = 3
+
+#: File types of own images. SVG is left out on purpose: it is a program, not a picture.
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+TABLE_SUFFIXES = {".csv", ".jsonl"}
+
+
+class Refused(Exception):
+    """A request that cannot be done; its text is for the visitor."""
+
+
+@dataclass
+class Session:
+    """What one visitor brought: a folder of their own that is deleted with the session, and the knowledge bases in it."""
+
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="mel-space-")))
+    kbs: dict[str, Path] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo) -> Session:
+        return Session()  # Gradio copies the initial state for every visitor: each gets a folder of their own
+
+    def close(self) -> None:
+        """Deletes everything the visitor brought."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Service:
+    """The models and knowledge bases of one app; safe to call from many threads.
+
+    Args:
+        models (`dict[str, str]`): Name shown → run folder or Hub id.
+        kbs (`dict[str, str]`): Name shown → folder or Hub id. One that another model built is offered only with the
+            models it fits.
+        linkers (*optional*): For tests: (model name, knowledge base) → linker.
+    """
+
+    def __init__(self, models: dict[str, str], kbs: dict[str, str]):
+        if not models or not kbs:
+            raise Refused("The app needs a model and a knowledge base to start with.")
+        self.models, self.kbs = models, kbs
+        self._loaded: dict[str, EntityLinker] = {}
+        self._linkers: dict[tuple[str, str], EntityLinker] = {}
+        self._lock = threading.RLock()
+
+    def linker(self, model: str, kb: str, session: Session | None = None) -> EntityLinker:
+        """The linker for a model and a knowledge base; models are loaded once, and shared.
+
+        Raises:
+            Refused: A name nobody offers, or a pair that does not belong together.
+        """
+        if model not in self.models:
+            raise Refused(f"There is no model “{_short(model)}”. Choose one of: {', '.join(self.models)}.")
+        own = {} if session is None else session.kbs
+        place = self.kbs.get(kb) or own.get(kb)
+        if place is None:
+            raise Refused(f"There is no knowledge base “{_short(kb)}”. Choose one of: {', '.join([*self.kbs, *own])}.")
+        with self._lock:
+            if kb in self.kbs and (model, kb) in self._linkers:
+                return self._linkers[model, kb]
+            try:
+                if model in self._loaded:
+                    first = self._loaded[model]
+                    linker = EntityLinker(first.model, first.processor, KnowledgeBase.load(place))
+                else:
+                    linker = EntityLinker.from_pretrained(self.models[model], kb=place)
+                    self._loaded[model] = linker
+            except MelError as error:
+                raise Refused(f"“{model}” cannot use “{kb}”: {error.message} {error.remedy or ''}".strip()) from error
+            if kb in self.kbs:
+                self._linkers[model, kb] = linker
+            return linker
+
+    def link(
+        self,
+        text: str,
+        mentions: Sequence[str | tuple[int, int]],
+        image: Image.Image | None,
+        *,
+        model: str,
+        kb: str,
+        session: Session | None = None,
+        top_k: int = 5,
+        nil_threshold: float | None = None,
+        units: Sequence[str] | None = None,
+    ) -> tuple[list[Any], float]:
+        """Links the mentions of one text together.
+
+        Returns:
+            One `LinkResult` per mention, and the seconds it took.
+
+        Raises:
+            Refused: Something is too long, missing, or not in the text.
+        """
+        check_text(text, mentions)
+        if not 1 <= top_k <= MAX_TOP_K:
+            raise Refused(f"Between 1 and {MAX_TOP_K} candidates can be shown, not {top_k}.")
+        if nil_threshold is not None and nil_threshold != nil_threshold:
+            raise Refused("The NIL threshold must be a number.")
+        linker = self.linker(model, kb, session)
+        rows = []
+        for mention in mentions:
+            place = {"mention": mention} if isinstance(mention, str) else {"start": mention[0], "end": mention[1]}
+            rows.append({"text": text, "image": image, "context_id": "visitor", **place})
+        start = time.perf_counter()
+        results = _asking(lambda: linker(rows, top_k=top_k, units=units))
+        for result in results:
+            threshold = linker.nil_threshold if nil_threshold is None else nil_threshold
+            result.nil_threshold = None if units else threshold
+            result.is_nil = not units and threshold is not None and result.best.score < threshold
+            result.entity_id = "NIL" if result.is_nil else result.best.entity_id
+        return results, time.perf_counter() - start
+
+    def link_batch(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        model: str,
+        kb: str,
+        session: Session | None = None,
+        top_k: int = 3,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> list[dict[str, Any]]:
+        """Links every mention of a CSV or JSONL file with the columns text and mention.
+
+        Returns:
+            The rows in their order, each with `entity_id`, `name`, `score`, `candidates`, or with `error`.
+
+        Raises:
+            Refused: The file cannot be read, or has too many rows.
+        """
+        rows = list(_table(Path(path), ("text", "mention"), MAX_BATCH_ROWS))
+        linker = self.linker(model, kb, session)
+        linked: list[dict[str, Any]] = []
+        for number, row in enumerate(rows):
+            answer = {"text": row["text"], "mention": row["mention"]}
+            try:
+                check_text(row["text"], [row["mention"]])
+                result = _asking(lambda row=row: linker(text=row["text"], mention=row["mention"], top_k=top_k))
+            except Refused as error:  # one bad row does not cost the others
+                answer |= {"error": str(error)}
+            else:
+                answer |= {
+                    "entity_id": result.entity_id,
+                    "name": "" if result.is_nil else result.best.name,
+                    "score": result.best.score,
+                    "candidates": [
+                        {"entity_id": c.entity_id, "name": c.name, "score": c.score} for c in result.candidates
+                    ],
+                }
+            linked.append(answer)
+            progress((number + 1) / len(rows))
+        return linked
+
+    def build_kb(
+        self,
+        name: str,
+        table: str | os.PathLike[str],
+        archive: str | os.PathLike[str] | None,
+        *,
+        model: str,
+        session: Session,
+    ) -> tuple[str, int]:
+        """Builds a visitor's own knowledge base from a table of entities and a zip of their images.
+
+        Returns:
+            The name it has in this session, and how many entities it holds.
+
+        Raises:
+            Refused: Rows that cannot be used, listed all at once, or something too large.
+        """
+        table = Path(table)
+        if table.suffix.lower() not in TABLE_SUFFIXES:
+            raise Refused("Entities come as a .csv or .jsonl file.")
+        if table.stat().st_size > MAX_TABLE_BYTES:
+            raise Refused(f"The table is larger than {MAX_TABLE_BYTES >> 20} MB.")
+        first = self.linker(model, next(iter(self.kbs)))
+        digest = hashlib.sha256(f"{model}\n{table.suffix}\n".encode())
+        digest.update(table.read_bytes())
+        if archive is not None:
+            digest.update(Path(archive).read_bytes())
+        key = digest.hexdigest()[:16]
+        kb_folder = session.folder / key / "kb"
+        label = f"{_plain(name) or 'My knowledge base'} (yours)"
+        if not kb_folder.exists():
+            source = session.folder / key / "source"
+            shutil.rmtree(source, ignore_errors=True)
+            source.mkdir(parents=True)
+            shutil.copyfile(table, source / f"entities{table.suffix.lower()}")
+            if archive is not None:
+                unpack_images(Path(archive), source)
+            entities = source / f"entities{table.suffix.lower()}"
+            count, problems = check_entity_file(entities)
+            if count > MAX_KB_ROWS:
+                raise Refused(f"The table has {count:,} entities; this app takes {MAX_KB_ROWS:,}.")
+            if problems:
+                lines = [f"Row {problem.row}: {problem.message}" for problem in problems[:20]]
+                more = f"\n… and {len(problems) - 20:,} more." if len(problems) > 20 else ""
+                raise Refused(f"{len(problems):,} rows cannot be used:\n" + "\n".join(lines) + more)
+            _asking(
+                lambda: KnowledgeBase.build(
+                    str(entities), first.model, first.processor, output=str(kb_folder), progress=False
+                )
+            )
+            shutil.rmtree(source, ignore_errors=True)
+        while len(session.kbs) >= MAX_OWN_KBS and label not in session.kbs:
+            oldest = next(iter(session.kbs))
+            gone = session.kbs.pop(oldest)
+            if gone not in session.kbs.values() and gone != kb_folder:
+                shutil.rmtree(gone.parent, ignore_errors=True)
+        session.kbs[label] = kb_folder
+        return label, len(KnowledgeBase.load(kb_folder))
+
+    def download_kb(self, kb: str, session: Session) -> str:
+        """A zip of a visitor's own knowledge base."""
+        if kb not in session.kbs:
+            raise Refused("Only a knowledge base of your own can be downloaded; build one first.")
+        folder = session.kbs[kb]
+        return shutil.make_archive(str(folder.parent / "knowledge_base"), "zip", folder)
+
+
+def check_text(text: str, mentions: Sequence[str | tuple[int, int]]) -> None:
+    """Raises [`Refused`] unless text and mentions can be linked."""
+    if not text or not text.strip():
+        raise Refused("Paste a caption first: the sentence the mention stands in.")
+    if len(text) > MAX_TEXT:
+        raise Refused(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are read.")
+    if not mentions:
+        raise Refused("Say which words to link: select them in the caption, or type them under “Mention”.")
+    if len(mentions) > MAX_MENTIONS:
+        raise Refused(f"At most {MAX_MENTIONS} mentions can be linked at once, not {len(mentions)}.")
+    for mention in mentions:
+        if isinstance(mention, str) and mention not in text:
+            raise Refused(f"“{_short(mention)}” is not in the caption. Write it exactly as it stands there.")
+
+
+def read_image(source: str | os.PathLike[str] | None) -> Image.Image | None:
+    """An uploaded image as RGB, scaled down to what a model sees; `None` stays `None`."""
+    if source is None:
+        return None
+    path = Path(source)
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise Refused(f"The image is larger than {MAX_IMAGE_BYTES >> 20} MB.")
+    try:
+        with Image.open(path) as opened:
+            width, height = opened.size
+    except Exception as error:
+        raise Refused("This file is not an image that can be read. Use JPEG, PNG, WebP or GIF.") from error
+    if width * height > MAX_IMAGE_PIXELS:
+        raise Refused(f"The image has {width:,} × {height:,} pixels; scale it to at most 24 million.")
+    image = _asking(lambda: open_image(path))
+    image.thumbnail((1024, 1024))
+    return image
+
+
+def unpack_images(archive: Path, folder: Path) -> int:
+    """Unpacks the images of a zip into `folder` and returns how many; nothing else is unpacked.
+
+    Raises:
+        Refused: Not a zip, too large, or a member whose name leads out of the folder.
+    """
+    if archive.stat().st_size > MAX_ARCHIVE_BYTES:
+        raise Refused(f"The zip is larger than {MAX_ARCHIVE_BYTES >> 20} MB.")
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            members = [member for member in packed.infolist() if not member.is_dir()]
+            if len(members) > MAX_ARCHIVE_FILES:
+                raise Refused(f"The zip holds {len(members):,} files; at most {MAX_ARCHIVE_FILES:,} are taken.")
+            if sum(member.file_size for member in members) > MAX_UNPACKED_BYTES:
+                raise Refused(f"The zip unpacks to more than {MAX_UNPACKED_BYTES >> 20} MB.")
+            written = 0
+            for member in members:
+                name = member.filename.replace("\\", "/")
+                target = (folder / name).resolve()
+                if (
+                    name.startswith("/")
+                    or not target.is_relative_to(folder.resolve())
+                    or stat.S_ISLNK(member.external_attr >> 16)
+                ):
+                    raise Refused(f"The zip holds a file that leads out of it: “{_short(name)}”.")
+                if target.suffix.lower() not in IMAGE_SUFFIXES:
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                written += _copy_member(packed, member, target, MAX_UNPACKED_BYTES - written)
+            return len(members)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        raise Refused(f"The zip cannot be unpacked ({error}). Make it anew, without a password.") from error
+
+
+def _copy_member(packed: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, room: int) -> int:
+    """Unpacks one file, trusting no size that the archive states."""
+    size = 0
+    with packed.open(member) as source, target.open("wb") as out:
+        while block := source.read(1 << 16):
+            size += len(block)
+            if size > room:
+                raise Refused(f"The zip unpacks to more than {MAX_UNPACKED_BYTES >> 20} MB.")
+            out.write(block)
+    return size
+
+
+def write_results(rows: Sequence[dict[str, Any]], folder: Path) -> tuple[str, str]:
+    """The linked rows as a CSV and a JSON file; returns both paths."""
+    json_path, csv_path = folder / "linked.json", folder / "linked.csv"
+    json_path.write_text(json.dumps(list(rows), ensure_ascii=False, indent=2), encoding="utf-8")
+    out = io.StringIO()
+    columns = ["text", "mention", "entity_id", "name", "score", "error"]
+    writer = csv.DictWriter(out, columns, extrasaction="ignore", restval="")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: _cell(value) for key, value in row.items()})
+    csv_path.write_text(out.getvalue(), encoding="utf-8-sig")
+    return str(csv_path), str(json_path)
+
+
+def _cell(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula is marked as text."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t") else value
+
+
+def _table(path: Path, columns: Sequence[str], limit: int) -> Iterator[dict[str, str]]:
+    if path.suffix.lower() not in TABLE_SUFFIXES:
+        raise Refused("Mentions come as a .csv or .jsonl file with the columns " + " and ".join(columns) + ".")
+    if path.stat().st_size > MAX_TABLE_BYTES:
+        raise Refused(f"The file is larger than {MAX_TABLE_BYTES >> 20} MB.")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused("The file is not UTF-8 text. Save it as UTF-8.") from error
+    if path.suffix.lower() == ".csv":
+        try:
+            records: list[Any] = list(csv.DictReader(io.StringIO(text), strict=True))
+        except csv.Error as error:
+            raise Refused(f"The file is not CSV ({error}).") from error
+    else:
+        records = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    records.append(json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    raise Refused(f"Line {number} is not JSON ({error}).") from error
+    if not records:
+        raise Refused("The file holds no mentions.")
+    if len(records) > limit:
+        raise Refused(f"The file has {len(records):,} rows; at most {limit:,} are linked at once.")
+    for number, record in enumerate(records, start=1):
+        for column in columns:
+            if not isinstance(record, dict) or not isinstance(record.get(column), str):
+                raise Refused(f"Row {number} has no text in the column “{column}”.")
+        yield record
+
+
+def _asking(work: Callable[[], Any]) -> Any:
+    """Runs `work`; an error of the library becomes words for the visitor, without paths of the server."""
+    try:
+        return work()
+    except MelError as error:
+        where = f"Row {error.row}: " if error.row is not None else ""
+        raise Refused(f"{where}{error.message} {error.remedy or ''}".strip()) from error
+
+
+def _plain(name: str | None) -> str:
+    """A name without control characters, at most 60 of them."""
+    return "".join(c for c in name or "" if unicodedata.category(c)[0] != "C").strip()[:60]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:79] + "…"
