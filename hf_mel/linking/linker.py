@@ -332,7 +332,9 @@ class EntityLinker:
             SpanError, DataFormatError, ImageError: As in [`EntityLinker.__call__`].
         """
         row = self._row(mention, _span(mention, None), None)
-        (entity,) = self.kb.rows([self.kb.row_of(entity_id)])
+        number = self.kb.row_of(entity_id)
+        image = self.kb.image(number) if self._sees_images else None
+        entity = {**self.kb.rows([number])[0], "images": [] if image is None else [image]}
         return explain(self.model, self.processor, row, entity)
 
     @staticmethod
