@@ -11,6 +11,7 @@ from hf_mel.cli.convert import convert
 from hf_mel.cli.demo import demo
 from hf_mel.cli.evaluate import evaluate
 from hf_mel.cli.link import link
+from hf_mel.cli.space import space
 from hf_mel.cli.train import train
 from hf_mel.errors import MelError
 
@@ -31,6 +32,7 @@ app.add_typer(kb.app, name="kb")
 app.command()(link)
 app.add_typer(publish.app, name="publish")
 app.command()(convert)
+app.command()(space)
 app.command()(demo)
 
 
