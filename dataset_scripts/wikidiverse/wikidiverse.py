@@ -19,7 +19,7 @@ import os
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ _LAYOUTS = {
 _DESCRIPTIONS = ("wikipedia_entity2desc_filtered.tsv", "entities/wikipedia_entity2desc_filtered.tsv")
 _IMAGE_LINKS = ("wikipedia_entity2imgs.tsv", "entities/wikipedia_entity2imgs.tsv")
 _V2_CAPTIONS = {"train": 6_312, "valid": 755, "test": 757}
-_V2_MENTIONS = {"train": 13_205, "validation": 1_552, "test": 1_570}
+_V2_MENTIONS: dict[str, int | None] = {"train": 13_205, "validation": 1_552, "test": 1_570}
 
 _PAGE = re.compile(
     r"(?:([a-z][a-z-]{1,11})(?:\.m)?\.)?wikipedia\.org/+(?:wiki/+|w/index\.php\?title=)(.*)", re.I | re.S
@@ -123,7 +123,7 @@ def image_names(url: str) -> list[str]:
     names = []
     for form in (part, unquote(part), quote(unquote(part))):
         digest = hashlib.md5(form.encode(), usedforsecurity=False).hexdigest()
-        for suffix in (_STEM.sub("", form), os.path.splitext(form)[1]):
+        for suffix in (_STEM.sub("", form), form[form.rfind(".") :] if "." in form else ""):
             names.append(digest + suffix.replace(".svg", ".png").replace(".SVG", ".png"))
     return list(dict.fromkeys(names))
 
@@ -186,10 +186,10 @@ class WikiDiverse(datasets.GeneratorBasedBuilder):
 }"""
     NEEDS_RAW = True
     #: candidates, v2: the release's README. mimic: Table 3 of the MIMIC paper (KDD 2023).
-    OFFICIAL_COUNTS: dict[str, dict[str, dict[str, int]]] = {
-        "candidates": {"mentions": _V2_MENTIONS},
-        "v2": {"mentions": _V2_MENTIONS},
-        "v1": {},
+    OFFICIAL_COUNTS: dict[str, dict[str, Mapping[str, int | None]]] = {
+        "candidates": {"mentions": _V2_MENTIONS, "entities": {"kb": None}},
+        "v2": {"mentions": _V2_MENTIONS, "entities": {"kb": None}},
+        "v1": {"mentions": dict.fromkeys(_SPLITS), "entities": {"kb": None}},
         "mimic": {
             "mentions": {"train": 11_351, "validation": 1_664, "test": 2_078},
             "entities": {"kb": 132_460},
