@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.dataset_scripts.fixtures import picture, write_json
 
-OPTIONS: dict[str, Any] = {"entities": "{folder}/texts.jsonl", "allow_count_mismatch": True}
+OPTIONS: dict[str, Any] = {"config_options": {"entities": "{folder}/texts.jsonl"}, "allow_count_mismatch": True}
 SPLITS = {"mentions": {"train": 4, "validation": 1, "test": 2}, "entities": {"kb": 4}}
 
 SAMPLES: dict[str, dict[str, Any]] = {
