@@ -1,0 +1,169 @@
+"""Candidate lists from any source: by name, by prior, by a trained retriever, from a file, or several together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from hf_mel.data.candidates import (
+    SCORERS,
+    CandidateLists,
+    name_candidates,
+    prior_candidates,
+    ranked_candidates,
+    union_candidates,
+)
+from hf_mel.errors import RecipeError
+from hf_mel.linking.encodings import encode_rows, model_fingerprint
+from hf_mel.linking.fingerprint import describe_model
+from hf_mel.linking.loading import load_retriever
+from hf_mel.linking.ranking import EncodedEntities, EntitySource, rank
+from hf_mel.schema import MelProcessor
+
+SOURCES = ("name", "prior", "retriever")
+
+
+def default_cache() -> Path:
+    """Where lists that were made once are kept: beside the caches of `datasets`."""
+    return Path(datasets.config.HF_CACHE_HOME) / "hf_mel" / "candidates"
+
+
+def make_candidates(
+    source: str,
+    mentions: datasets.Dataset,
+    entities: datasets.Dataset,
+    *,
+    k: int = 100,
+    scorer: str = "WRatio",
+    training: datasets.Dataset | None = None,
+    retriever: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> CandidateLists:
+    """The candidates of M mentions.
+
+    Args:
+        source (`str`): "name", "prior", "retriever", or several joined by "+" ("name+prior"), which take turns.
+        mentions (`datasets.Dataset`): M rows of the schema.
+        entities (`datasets.Dataset`): N rows of the schema.
+        k (`int`): Candidates per mention at most.
+        scorer (`str`): How names are compared; see [`~hf_mel.data.candidates.SCORERS`].
+        training (`datasets.Dataset`, *optional*): Mentions that the prior is counted on.
+        retriever (`str` or `os.PathLike`, *optional*): Folder or Hub id of a trained retriever.
+        device (`str`, *optional*): Where the retriever goes. Default: a GPU if there is one.
+        cache_dir (`str` or `os.PathLike`, *optional*): Where finished lists are kept and looked for, by a digest of all
+            they depend on. Default: nowhere.
+        progress (`bool`): Whether to show progress bars.
+
+    Raises:
+        RecipeError: An unknown source or scorer, or one without what it needs.
+        UnknownModelError: No such retriever.
+    """
+    sources = source.split("+")
+    check_source(source, k=k, scorer=scorer, retriever=retriever)
+    if "prior" in sources and training is None:
+        raise RecipeError(
+            "the source 'prior' needs mentions to count on.", remedy="Give a data set with a training split."
+        )
+    model = processor = None
+    if "retriever" in sources:
+        assert retriever is not None
+        model, processor = load_retriever(retriever, device=device)
+    lists = []
+    for each in sources:
+        file = None
+        if cache_dir is not None:
+            depends = {"source": each, "k": k, "mentions": _digest(mentions), "entities": _digest(entities)}
+            if each == "name":
+                depends["scorer"] = scorer
+            elif each == "prior":
+                depends["training"] = _digest(training)
+            else:  # the digest of texts does not see images
+                depends["model"] = [model_fingerprint(model), mentions._fingerprint, entities._fingerprint]
+            key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+            file = Path(cache_dir) / f"{each}-{key[:32]}.parquet"
+        if file is not None and file.exists():
+            lists.append(CandidateLists.load(file))
+            continue
+        if each == "name":
+            made = name_candidates(mentions, entities, k=k, scorer=scorer, progress=progress)
+        elif each == "prior":
+            assert training is not None
+            made = prior_candidates(mentions, training, k=k)
+        else:
+            assert processor is not None
+            made = retriever_candidates(model, processor, mentions, entities, k=k, progress=progress)
+        if file is not None:
+            made.save(file)
+        lists.append(made)
+    return lists[0] if len(lists) == 1 else union_candidates(lists, k=k)
+
+
+def check_source(source: str, *, k: int, scorer: str, retriever: Any) -> None:
+    """Raises a [`~hf_mel.errors.RecipeError`] for what [`make_candidates`] could not do, before anything is loaded."""
+    sources = source.split("+")
+    for each in sources:
+        if each not in SOURCES:
+            raise RecipeError(
+                f"candidates cannot come from {each!r}.", remedy=f"Sources are {', '.join(SOURCES)}, joined by '+'."
+            )
+    if len(set(sources)) < len(sources):
+        raise RecipeError(f"{source!r} names a source twice.")
+    if k < 1:
+        raise RecipeError(f"{k} candidates per mention are too few.", remedy="Give at least 1.")
+    if scorer not in SCORERS:
+        raise RecipeError(f"names cannot be compared by {scorer!r}.", remedy=f"Scorers are {', '.join(SCORERS)}.")
+    if "retriever" in sources and not retriever:
+        raise RecipeError("the source 'retriever' needs a trained one.", remedy="Give its run folder or Hub id.")
+
+
+def retriever_candidates(
+    model: Any,
+    processor: MelProcessor,
+    mentions: datasets.Dataset,
+    entities: datasets.Dataset | EntitySource,
+    *,
+    k: int = 16,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> CandidateLists:
+    """The k entities that a retriever scores highest, exactly.
+
+    Args:
+        model ([`~hf_mel.schema.Retriever`]): In evaluation mode.
+        processor ([`~hf_mel.schema.MelProcessor`]): Its processor.
+        mentions (`datasets.Dataset`): M mentions.
+        entities (`datasets.Dataset` or [`~hf_mel.linking.ranking.EntitySource`]): N entities.
+        k (`int`): Candidates per mention.
+        batch_size (`int`): Rows that are encoded at a time.
+        progress (`bool`): Whether to show progress bars.
+    """
+    if isinstance(entities, datasets.Dataset):
+        encodings = encode_rows(model, processor, entities, "entities", batch_size=batch_size, progress=progress)
+        entities = EncodedEntities(list(entities["entity_id"]), encodings)
+    made_by = {key: value for key, value in describe_model(model).items() if key != "config"}
+    top_rows: list[list[int]] = []
+    top_scores: list[list[float]] = []
+    if len(mentions):
+        encoded = encode_rows(model, processor, mentions, "mentions", batch_size=batch_size, progress=progress)
+        found = rank(model, encoded, entities, top_k=k, progress=progress)
+        top_rows, top_scores = found.top_rows.tolist(), found.top_scores.tolist()
+    return ranked_candidates(
+        mentions, entities.entity_ids, top_rows, top_scores, source="retriever", setting={"k": k, "retriever": made_by}
+    )
+
+
+def _digest(rows: datasets.Dataset | None) -> str:
+    """sha256 of ids and texts."""
+    assert rows is not None
+    digest = hashlib.sha256()
+    for column in ("mention_id", "mention", "text", "entity_id", "name", "aliases", "description", "attributes"):
+        if column in rows.column_names:
+            digest.update(json.dumps([column, list(rows[column])]).encode())
+    return digest.hexdigest()

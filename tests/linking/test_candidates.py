@@ -1,0 +1,78 @@
+"""Candidates from every source, and the cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_mel.data.candidates import CandidateLists, name_candidates, prior_candidates, union_candidates
+from hf_mel.errors import RecipeError
+from hf_mel.linking import candidates as module
+from hf_mel.linking.candidates import make_candidates, retriever_candidates
+from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model
+
+ENTITIES, MENTIONS = toy_entities(12), toy_mentions(8)
+
+
+def test_a_retriever_gives_what_it_scores_highest():
+    model, processor = toy_model(), ToyProcessor()
+    found = retriever_candidates(model, processor, MENTIONS, ENTITIES, k=4)
+    with torch.no_grad():
+        scores = model.score(
+            model.encode_mentions(**processor(mentions=list(MENTIONS))),
+            model.encode_entities(**processor(entities=list(ENTITIES))),
+        )
+    best = scores.sort(descending=True, dim=1)
+    assert found.entity_ids == [[f"Q{row + 1}" for row in rows] for rows in best.indices[:, :4].tolist()]
+    torch.testing.assert_close(torch.tensor(found.scores["retriever"]), best.values[:, :4])
+    assert found.setting["retriever"]["type"] == "toy_retriever"
+    assert len(retriever_candidates(model, processor, MENTIONS.select([]), ENTITIES, k=4)) == 0
+
+
+def test_sources_join_and_are_made_once(tmp_path, monkeypatch):
+    register()
+    toy_model().save_pretrained(tmp_path / "run")
+    ToyProcessor().save_pretrained(tmp_path / "run")
+    options = {"k": 5, "training": MENTIONS, "retriever": tmp_path / "run", "device": "cpu"}
+    options["cache_dir"] = tmp_path / "cache"
+    found = make_candidates("name+prior+retriever", MENTIONS, ENTITIES, **options)
+    parts = [
+        name_candidates(MENTIONS, ENTITIES, k=5),
+        prior_candidates(MENTIONS, MENTIONS, k=5),
+        retriever_candidates(toy_model(), ToyProcessor(), MENTIONS, ENTITIES, k=5),
+    ]
+    assert found.entity_ids == union_candidates(parts, k=5).entity_ids
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    for name in ("name_candidates", "prior_candidates", "retriever_candidates"):
+        monkeypatch.setattr(module, name, None)  # so that making one again would fail
+    again = make_candidates("name+prior+retriever", MENTIONS, ENTITIES, **options)
+    assert again.entity_ids == found.entity_ids
+    for changed in ({"k": 4}, {"scorer": "ratio"}):
+        with pytest.raises(TypeError):
+            make_candidates("name", MENTIONS, ENTITIES, **{**options, **changed})
+    with pytest.raises(TypeError):
+        make_candidates("name", MENTIONS.select(range(7)), ENTITIES, **options)
+    toy_model(seed=1).save_pretrained(tmp_path / "run")
+    with pytest.raises(TypeError):
+        make_candidates("retriever", MENTIONS, ENTITIES, **options)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("fuzzy", {}, "'fuzzy'.*name, prior, retriever"),
+        ("name+name", {}, "twice"),
+        ("name", {"k": 0}, "too few"),
+        ("name", {"scorer": "soundex"}, "'soundex'.*WRatio"),
+        ("retriever", {}, "run folder"),
+        ("prior", {}, "training split"),
+    ],
+)
+def test_what_cannot_be_made_is_said_first(source, options, message):
+    with pytest.raises(RecipeError, match=message):
+        make_candidates(source, MENTIONS, ENTITIES, **options)
+
+
+def test_without_a_cache_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(CandidateLists, "save", None)
+    make_candidates("name", MENTIONS, ENTITIES)
