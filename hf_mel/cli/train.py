@@ -48,6 +48,15 @@ def train(
         return
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     console = Console()
+    if loaded.task == "pretraining":
+        console.print(
+            f"Loss on {results['data']['validation_split']} {results['validation']['loss']:.3f}, after "
+            f"{results['run']['seconds'] / 60:.1f} minutes. For a recipe that trains linking: "
+            f"--set model.from_pretrained={folder}",
+            markup=False,
+            soft_wrap=True,
+        )
+        return
     console.print(
         results_table(results["validation"], title=f"{results['recipe']}, {results['data']['validation_split']}")
     )

@@ -16,6 +16,9 @@ import yaml
 
 from hf_mel.errors import MissingExtraError, RecipeError
 
+#: What a recipe may train a model for.
+TASKS = ("linking", "pretraining")
+
 #: Extra of `hf_mel` that brings the packages a recipe may take weights from.
 _WEIGHTS_EXTRA = "bench"
 
@@ -76,6 +79,8 @@ class DataRecipe:
         revision (`str`, *optional*): Branch, tag or commit of a data set on the Hub.
         config (`str`): The configuration of the mentions, for a data set that has several.
         train_split, validation_split (`str`): The best checkpoint is chosen on the second.
+        posts_split (`str`, *optional*): Pre-train on this split of the data set's posts instead of the mentions of
+            `train_split`.
     """
 
     dataset: str = ""
@@ -83,6 +88,7 @@ class DataRecipe:
     config: str = "mentions"
     train_split: str = "train"
     validation_split: str = "validation"
+    posts_split: str | None = None
 
 
 @dataclass
@@ -91,6 +97,7 @@ class Recipe:
 
     Args:
         name (`str`): The run folder is `runs/<name>`.
+        task (`str`): What the model is trained for: "linking", or "pretraining" on posts, which comes before.
         description (`str`): One line.
         license (`str`): Licence of the model that comes out, as the Hub spells it.
         citation (`str`): BibTeX for the model card.
@@ -104,6 +111,7 @@ class Recipe:
     name: str
     model: ModelRecipe
     data: DataRecipe
+    task: str = "linking"
     description: str = ""
     license: str = "apache-2.0"
     citation: str = ""
@@ -147,7 +155,9 @@ class Recipe:
             name: _section(kind, content.get(name), name, file)
             for name, kind in (("model", ModelRecipe), ("processor", ProcessorRecipe), ("data", DataRecipe))
         }
-        plain = {name: content[name] for name in ("name", "description", "license", "citation") if name in content}
+        plain = {
+            name: content[name] for name in ("name", "task", "description", "license", "citation") if name in content
+        }
         for name, value in plain.items():
             _check_type(value, str, name, file)
         training = content.get("training") or {}
@@ -176,6 +186,10 @@ class Recipe:
         model = self.model
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise self.error(f"name: {self.name!r} cannot name a folder.", "Use letters, digits, '.', '_' and '-'.")
+        if self.task not in TASKS:
+            raise self.error(f"task: {self.task!r} is not one of {', '.join(map(repr, TASKS))}.")
+        if self.data.posts_split is not None and self.task != "pretraining":
+            raise self.error("data.posts_split is for task: pretraining.")
         if not self.data.dataset:
             raise self.error("data has no 'dataset'.", "Give a folder or a Hub id.")
         if bool(model.type) == bool(model.from_pretrained):

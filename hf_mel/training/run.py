@@ -75,6 +75,10 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
         RecipeError: the recipe cannot be used as written, or the folder holds another run.
         MelError: whatever the data set, the knowledge base or the model raise.
     """
+    if recipe.task == "pretraining":
+        from hf_mel.training.pretraining import run_pretraining  # which uses this module
+
+        return run_pretraining(recipe, output, resume)
     folder = RUNS / recipe.name if output is None else Path(output)
     arguments = training_arguments(recipe, folder / CHECKPOINTS)
     checkpoint = _start(folder, recipe, resume)

@@ -1,0 +1,156 @@
+"""Pre-training: which posts are paired, what a run writes, and that linking goes on from it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoModel, AutoProcessor
+
+import hf_mel.auto  # noqa: F401
+from hf_mel.data.collator import LazyRows
+from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
+from hf_mel.schema import NIL
+from hf_mel.training.pretraining import PretrainingCollator, as_posts, pretraining_model, run_pretraining
+from hf_mel.training.recipe import Recipe
+from hf_mel.training.run import run_recipe
+from tests.toy import toy_entities, toy_mentions
+from tests.training.toy_run import recipe_dict, write_dataset
+
+
+class Recorder:
+    """A processor that gives back what it got."""
+
+    def __call__(self, **arguments):
+        return arguments
+
+
+def rows(count=12, entities=12):
+    return LazyRows(as_posts(toy_mentions(count, entities)))
+
+
+def test_every_post_comes_with_its_own_entity_and_a_partner_about_another():
+    collator, posts = PretrainingCollator(Recorder(), toy_entities(4)), rows(40, 4)
+    kinds = Counter()
+    for epoch in range(20):
+        collator.epoch = epoch
+        batch = collator([posts[k] for k in range(40)])
+        for place, (post, entity, partner) in enumerate(zip(*batch.values(), strict=True)):
+            assert entity["entity_id"] == post["entity_id"]
+            kinds[partner == place] += 1
+            assert partner == place or batch["posts"][partner]["entity_id"] != post["entity_id"]
+    assert 0.4 < kinds[True] / kinds.total() < 0.6
+
+
+def test_draws_change_with_the_epoch_and_come_out_the_same_again():
+    collator, posts = PretrainingCollator(Recorder(), toy_entities()), rows(20)
+    drawn = []
+    for epoch in (0, 1, 0):
+        collator.epoch = epoch
+        drawn.append(collator(posts.__getitems__(list(range(20))))["partners"])
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_posts_of_one_entity_only_follow_themselves():
+    collator, posts = PretrainingCollator(Recorder(), toy_entities()), rows(10, 1)
+    assert collator([posts[k] for k in range(10)])["partners"] == list(range(10))
+
+
+def test_features_are_put_on_posts_and_entities():
+    collator = PretrainingCollator(
+        Recorder(), toy_entities(), with_features=lambda some: [{"seen": row["entity_id"]} for row in some]
+    )
+    batch = collator([rows()[0]])
+    assert batch["posts"] == batch["entities"] == [{"seen": "Q1"}]
+
+
+def test_a_post_about_nobody_known_says_so():
+    with pytest.raises(UnknownEntityError, match="not in the knowledge base"):
+        PretrainingCollator(Recorder(), toy_entities(3))(rows().__getitems__(list(range(12))))
+
+
+def test_mentions_and_posts_become_rows_of_one_kind():
+    mentions = toy_mentions(12, nil_every=3)
+    kept = as_posts(mentions)
+    assert len(kept) == 8
+    assert NIL not in kept["entity_id"]
+    posts = mentions.select_columns(["mention_id", "entity_id", "text", "image"]).rename_column(
+        "mention_id", "post_id"
+    )
+    renamed = as_posts(posts)
+    assert {"mention_id", "mention", "text", "image", "entity_id"} <= set(renamed.column_names)
+    with pytest.raises(DataFormatError, match="no posts"):
+        as_posts(mentions.select([]))
+
+
+def pfmel_recipe(dataset, **training):
+    content = recipe_dict(dataset, **training)
+    text = content["model"]["config"]["text_config"] | {"num_hidden_layers": 1, "max_position_embeddings": 66}
+    vision = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    content["model"] = {"type": "pfmel", "config": {"text_config": text, "vision_config": vision}}
+    content["processor"]["options"] = {"max_length": 64}
+    return content | {"task": "pretraining"}
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["fixed images", "trained images"])
+def test_a_run_gives_a_model_that_linking_goes_on_from(tmp_path, trained):
+    content = pfmel_recipe(write_dataset(tmp_path / "data", nil_every=5), learning_rate=5e-3, num_train_epochs=3)
+    content["model"]["config"]["train_vision"] = trained
+    recipe = Recipe.from_dict(content)
+    folder = run_recipe(recipe, tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["task"] == "pretraining"
+    assert not (folder / "checkpoints").exists()
+    log = json.loads((folder / "training_log.json").read_text())
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert results["validation"]["loss"] == pytest.approx(min(losses), rel=1e-5)  # the best is kept
+
+    start, _ = pretraining_model(
+        Recipe.from_dict(content | {"model": {"from_pretrained": str(folder)}} | {"processor": None})
+    )
+    linking, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    assert type(linking).__name__ == "PfmelModel"
+    for name, value in linking.state_dict().items():
+        torch.testing.assert_close(start.state_dict()[name], value, msg=name)
+    assert AutoProcessor.from_pretrained(folder).max_length == 64
+    assert run_recipe(recipe, tmp_path / "run", resume=True) == folder
+    with pytest.raises(RecipeError, match="finished"):
+        run_recipe(recipe, tmp_path / "run")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path):
+    dataset = write_dataset(tmp_path / "data")
+    recipe = Recipe.from_dict(pfmel_recipe(dataset))
+    whole = run_pretraining(recipe, tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    from hf_mel.training import pretraining
+
+    original = pretraining._finish
+    pretraining._finish = lambda *args: (_ for _ in ()).throw(Stop())
+    try:
+        with pytest.raises(Stop):
+            run_pretraining(recipe, tmp_path / "cut")
+    finally:
+        pretraining._finish = original
+    checkpoints = sorted((tmp_path / "cut/checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    (checkpoints[-1] / "trainer_state.json").unlink()  # as if the last one had been interrupted
+    resumed = run_pretraining(recipe, tmp_path / "cut", resume=True)
+    one, other = (AutoModel.from_pretrained(folder).state_dict() for folder in (whole, resumed))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, msg=name)
+
+
+def test_a_method_without_pretraining_says_so(tmp_path):
+    content = recipe_dict(write_dataset(tmp_path / "data")) | {"task": "pretraining"}
+    with pytest.raises(RecipeError, match="'mimic' has no pre-training"):
+        run_recipe(Recipe.from_dict(content), tmp_path / "run")
+    with pytest.raises(RecipeError, match="'pretrainin'"):
+        Recipe.from_dict(content | {"task": "pretrainin"})
+    with pytest.raises(RecipeError, match="posts_split"):
+        Recipe.from_dict(content | {"task": "linking", "data": {"dataset": "x", "posts_split": "kb"}})
