@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,3 +39,20 @@ def write_text(path: str | os.PathLike[str], parts: Iterable[str]) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise MelError(f"Cannot be written ({error}).", file=path, remedy="Give another place.") from error
+
+
+def replace_folder(work: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Renames the folder `work` to `target`; what was there is put back if that fails, and removed if it does not.
+
+    Both have to be on one file system. Raises `OSError` as renaming does.
+    """
+    work, target = Path(work), Path(target)
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
+    try:
+        if target.exists():
+            target.rename(old)
+        work.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)

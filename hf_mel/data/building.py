@@ -18,102 +18,101 @@ read by the pipeline.
 
 A builder that reads files sets, in `_split_generators`, an attribute `release` with `layout` (`str`), `sha256`
 (`{file: digest}`) and `problems` (`{kind: [(file, row, detail)]}`): whatever it left out or could not find. Beside
-the builder stands `README.template.md`, the body of the card, with these `$placeholders` (all optional):
-`$title`, `$name`, `$homepage`, `$citation`, `$layout`, `$counts`, `$schema`, `$problems`, `$raw_files`.
+the builder stands `README.template.md`, the body of the card ([`~hf_mel.data.cards.dataset_card`]).
+
+While a build runs, finished files lie in a hidden folder beside the output, each with a note of what it holds. A build
+that was killed goes on from there, to the same bytes, if nothing it depends on has changed. The finished folder is
+checked as any repository is ([`~hf_mel.data.checks.check_tables`]) and renamed into place.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import pkgutil
 import shutil
-import string
+import sys
 import tempfile
-import uuid
+from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import datasets
+import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCardData
 from tqdm.auto import tqdm
 
 import hf_mel.dataset_scripts
-from hf_mel.data.images import verify_image
+from hf_mel.data.cards import dataset_card
+from hf_mel.data.checks import ID_COLUMNS, CheckReport, IdSet, check_tables, kind_of, read_parquet
+from hf_mel.data.images import resize_image, verify_image
 from hf_mel.errors import (
     CountMismatchError,
     DataFormatError,
-    DuplicateIdError,
     ImageError,
     KnowledgeBaseError,
     MelError,
-    SpanError,
     UnknownDatasetError,
 )
+from hf_mel.files import replace_folder, write_text
 from hf_mel.schema import NIL
 
 _REPORT = "report.json"
-_ID_COLUMNS = {"mentions": "mention_id", "posts": "post_id", "entities": "entity_id"}
 #: Fields of a configuration that are not options: those of `datasets`, and those with arguments of their own.
 _NOT_OPTIONS = {"name", "version", "data_dir", "data_files", "description", "images", "entity_images", "seed", "kind"}
 #: A row group is written when it holds this many rows or bytes of images; a file is closed at the second size.
-_GROUP_ROWS, _GROUP_BYTES, _FILE_BYTES = 1_000, 32 << 20, 400 << 20
+_GROUP_ROWS, _GROUP_BYTES, _FILE_BYTES = 1_000, 32 << 20, 256 << 20
+#: Rows whose images are being read and decoded at one time, per core.
+_ROWS_PER_CORE = 8
+_BROKEN_BUILDER = "This is a bug of the builder."
 
 
-@dataclass
-class BuildReport:
-    """What a build wrote; `report.json` holds the same.
+@dataclass(kw_only=True)
+class BuildReport(CheckReport):
+    """What a build wrote; `report.json` holds the same. Beside what [`~hf_mel.data.checks.CheckReport`] has:
 
     Args:
-        dataset (`str`): Name of the builder.
         layout (`str` or `None`): The raw layout found on disk.
         output (`Path`): The folder written (not in `report.json`).
-        counts (`dict[str, dict[str, int]]`): Rows by configuration and split.
-        images (`dict[str, dict[str, dict[str, int]]]`): By configuration and split: `images`, and `rows_without`.
-        duplicates (`dict[str, int]`): `entities_sharing_their_text`: entities whose name, description and attributes
-            another one has too; `mention_images_in_kb`: rows of `mentions` whose image is, byte for byte, in the KB.
-        problems (`dict[str, list[tuple[str, str, str]]]`): By kind: (file, row, detail).
+        license, redistribution (`str`): The builder's; the data may be passed on if the second is empty.
+        options (`dict[str, Any]`): What was set for this build: seed, resize, options of the builder.
+        official (`dict[str, dict[str, int or None]]`): The official number of rows, `None` where nobody knows it.
         raw_sha256 (`dict[str, str]`): Digest of each raw file read.
     """
 
-    dataset: str
-    layout: str | None
     output: Path
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    images: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
-    duplicates: dict[str, int] = field(default_factory=dict)
-    problems: dict[str, list[tuple[str, str, str]]] = field(default_factory=dict)
+    layout: str | None = None
+    license: str = ""
+    redistribution: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    official: dict[str, dict[str, int | None]] = field(default_factory=dict)
     raw_sha256: dict[str, str] = field(default_factory=dict)
-
-    def problem(self, kind: str, file: str, row: str, detail: str = "") -> None:
-        """Lists one more problem."""
-        self.problems.setdefault(kind, []).append((file, row, detail))
 
     def to_dict(self) -> dict[str, Any]:
         """As in `report.json`: problems counted, their entries [row, detail] by file."""
-        problems: dict[str, Any] = {}
-        for kind, entries in sorted(self.problems.items()):
-            files: dict[str, list[list[str]]] = {}
-            for file, row, detail in entries:
-                files.setdefault(file, []).append([row, detail])
-            problems[kind] = {"count": len(entries), "entries": files}
+        found = super().to_dict()
         return {
-            "dataset": self.dataset,
+            "dataset": found.pop("dataset"),
             "layout": self.layout,
-            "counts": self.counts,
-            "images": self.images,
-            "duplicates": self.duplicates,
+            "license": self.license,
+            "redistribution": self.redistribution,
+            "options": self.options,
+            "counts": found.pop("counts"),
+            "official": self.official,
             "raw_sha256": dict(sorted(self.raw_sha256.items())),
-            "problems": problems,
+            **found,
         }
 
 
@@ -140,6 +139,11 @@ def find_builder(name: str) -> type[datasets.GeneratorBasedBuilder]:
     return importlib.import_module(f"hf_mel.dataset_scripts.{name}.{name}").BUILDER_CLASS
 
 
+def builder_options(builder_class: Any) -> list[str]:
+    """Names of what a builder's configuration holds beyond folders, images and seed: `--option key=value`."""
+    return sorted(set(vars(builder_class.BUILDER_CONFIGS[0])) - _NOT_OPTIONS)
+
+
 def build_dataset(
     name: str,
     *,
@@ -150,12 +154,14 @@ def build_dataset(
     allow_count_mismatch: bool = False,
     overwrite: bool = False,
     seed: int | None = None,
+    resize: int | None = None,
     config_options: Mapping[str, Any] | None = None,
 ) -> BuildReport:
     """Builds a data set into a folder that `datasets.load_dataset` and the Hub read as they are.
 
     The folder appears whole or not at all, and the same raw files give the same bytes. Images are stored exactly as
-    released; one that cannot be decoded becomes null and is listed in the report, and so is every row left out.
+    released unless `resize` is given; one that cannot be decoded becomes null and is listed in the report, and so is
+    every row left out. A build that is interrupted (not one that fails) is continued by the same call.
 
     Args:
         name (`str`): Name of a builder, one of [`known_datasets`].
@@ -165,6 +171,8 @@ def build_dataset(
         allow_count_mismatch (`bool`): Build although the number of rows is not the official one.
         overwrite (`bool`): Replace `output` whatever it holds.
         seed (`int`, *optional*): For builders that generate their data.
+        resize (`int`, *optional*): Scale images down to at most this many pixels on the longest side
+            ([`~hf_mel.data.images.resize_image`]).
         config_options (mapping, *optional*): Further fields of the builder's configuration, by name.
 
     Returns:
@@ -177,20 +185,16 @@ def build_dataset(
         DuplicateIdError: An id occurs twice in a configuration.
         KnowledgeBaseError: The knowledge base is empty.
         SpanError: A builder gives offsets at which the mention does not stand.
+        MelError: An option the builder does not have; another process builds into `output`; the disk is full.
     """
     builder_class = find_builder(name)
-    options = {"data_dir": raw_dir, "images": images, "entity_images": entity_images, "seed": seed}
-    options = {key: value for key, value in options.items() if value is not None}
+    folders = {"data_dir": raw_dir, "images": images, "entity_images": entity_images}
+    options: dict[str, Any] = {key: str(value) for key, value in folders.items() if value is not None}
+    options |= {} if seed is None else {"seed": seed}
     for key in options:
         if not hasattr(builder_class.BUILDER_CONFIGS[0], key) or (key == "data_dir" and not builder_class.NEEDS_RAW):
             raise MelError(f"the builder {name!r} takes no {'raw_dir' if key == 'data_dir' else key}.")
-    if builder_class.NEEDS_RAW and raw_dir is None:
-        raise DataFormatError(
-            f"{name!r} is built from its released files, and no folder of them was given.",
-            remedy=f"Download the release ({builder_class.HOMEPAGE}) and pass its folder as raw_dir (--raw-dir).",
-        )
-    options = {key: value if key == "seed" else str(value) for key, value in options.items()}
-    takes = sorted(set(vars(builder_class.BUILDER_CONFIGS[0])) - _NOT_OPTIONS)
+    takes = builder_options(builder_class)
     for key, value in (config_options or {}).items():
         if key not in takes:
             raise MelError(
@@ -198,200 +202,258 @@ def build_dataset(
                 remedy=f"It has {', '.join(takes)}." if takes else "It has none.",
             )
         options[key] = value
+    if resize is not None and resize < 1:
+        raise MelError(f"images cannot be scaled to {resize} pixels.", remedy="Give resize a number of at least 1.")
+    if builder_class.NEEDS_RAW and raw_dir is None:
+        raise DataFormatError(
+            f"{name!r} is built from its released files, and no folder of them was given.",
+            remedy=f"Pass it as raw_dir (--raw-dir). To fetch: {builder_class.DOWNLOAD}",
+        )
     target = Path(output)
     _check_replaceable(target, name, overwrite, [raw_dir, images, entity_images])
-
-    with _staging(target) as work, tempfile.TemporaryDirectory() as cache:
-        report = BuildReport(name, None, target)
-        infos: dict[str, datasets.DatasetInfo] = {}
-        configs = [config.name for config in builder_class.BUILDER_CONFIGS]
-        if hasattr(builder_class, "configs_in"):
-            configs = builder_class.configs_in(raw_dir, options)
-        state = _Checks(report)
-        # The knowledge base first: golds are checked against it.
-        for config in sorted(configs, key=lambda c: c != "entities"):
-            builder = builder_class(config_name=config, cache_dir=cache, **options)
-            infos[config] = _write_config(builder, config, work, report, state)
-        state.finish()
-        _check_counts(builder_class, report, allow_count_mismatch)
-        report.counts = {config: report.counts[config] for config in configs}
-        report.images = {config: report.images[config] for config in configs}
-        (work / _REPORT).write_text(_dump(report.to_dict()), encoding="utf-8")
-        (work / "README.md").write_text(
-            _card(builder_class, {config: infos[config] for config in configs}, report), encoding="utf-8"
-        )
+    report = BuildReport(
+        dataset=name,
+        output=target,
+        license=builder_class.LICENSE,
+        redistribution=builder_class.REDISTRIBUTION,
+        options={
+            **({} if seed is None else {"seed": seed}),
+            **({} if resize is None else {"resize": resize}),
+            # A path says where something lay on this machine; its name is enough.
+            **{k: Path(v).name if _is_path(v) else v for k, v in sorted((config_options or {}).items())},
+        },
+    )
+    configs = [config.name for config in builder_class.BUILDER_CONFIGS]
+    if hasattr(builder_class, "configs_in"):
+        configs = builder_class.configs_in(raw_dir, options)
+    fingerprint = _fingerprint(builder_class, {**options, "resize": resize})
+    with _staging(target, fingerprint) as stage, tempfile.TemporaryDirectory() as cache:
+        builders = {config: builder_class(config_name=config, cache_dir=cache, **options) for config in configs}
+        written: dict[str, dict[str, Any]] = {}
+        known = IdSet()
+        with _pool() as pool:
+            # The knowledge base first: rows whose gold it lacks are left out.
+            for config in sorted(configs, key=lambda c: c != "entities"):
+                written[config] = _write_config(builders[config], config, stage, known, pool, resize)
+                if config == "entities":
+                    known = _ids(stage, config, written[config])
+        _collect(report, {config: written[config] for config in configs})
+        _check(report, stage, written)
+        _check_counts(report, allow_count_mismatch)
+        work = stage / "ready"
+        infos = {config: _finish(builders[config], config, stage, work, written[config]) for config in configs}
+        write_text(work / _REPORT, [_dump(report.to_dict())])
+        write_text(work / "README.md", [dataset_card(builder_class, infos, report)])
+        replace_folder(work, target)
     return report
 
 
-class _Checks:
-    """What has to be remembered from row to row, across configurations."""
+def _write_config(
+    builder: Any, config: str, stage: Path, known: IdSet, pool: ThreadPoolExecutor, resize: int | None
+) -> dict[str, Any]:
+    """Writes what is missing of one configuration's files; returns what is noted about it, as JSON has it.
 
-    def __init__(self, report: BuildReport):
-        self.report = report
-        self.entity_ids: set[str] = set()
-        self.entity_texts: dict[bytes, int] = {}
-        self.kb_images: set[bytes] = set()
-        self.mention_images: list[bytes] = []
-        self.verdicts: dict[bytes, str | None] = {}
-
-    def row(self, config: str, where: str, row: dict[str, Any]) -> bool:
-        """Checks one encoded row and lists its problems; `False` if it has to be left out."""
-        kind = _kind(row)
-        row_id = row[_ID_COLUMNS[kind]]
-        if kind == "entities":
-            self.entity_ids.add(row_id)
-            text = hashlib.sha256("\0".join((row["name"], row["description"], row["attributes"])).encode()).digest()
-            self.entity_texts[text] = self.entity_texts.get(text, 0) + 1
-            return True
-        if row["entity_id"] != NIL and row["entity_id"] not in self.entity_ids:
-            self.report.problem("gold_not_in_kb", where, row_id, row["entity_id"])
-            return False
-        if kind == "mentions":
-            start, end = row["start"], row["end"]
-            if row.get("modality") == "image" and not row["mention"]:
-                pass  # a thing in the picture has no place in the text
-            elif start < 0:  # two kinds: the text lacks it, or an earlier mention has its only place
-                absent = row["mention"] not in row["text"]
-                self.report.problem(
-                    "mention_not_in_text" if absent else "mention_not_located", where, row_id, row["mention"]
-                )
-            elif row["text"][start:end] != row["mention"]:
-                raise SpanError(
-                    f"{row['text'][start:end]!r} stands at {start}:{end}, not the mention {row['mention']!r}.",
-                    file=where,
-                    row=row_id,
-                    remedy="This is a bug of the builder.",
-                )
-            for candidate in row["candidates"] or []:
-                if candidate not in self.entity_ids:
-                    self.report.problem("candidate_not_in_kb", where, row_id, candidate)
-        return True
-
-    def image(self, config: str, where: str, row_id: str, image: dict[str, Any]) -> dict[str, Any] | None:
-        """The image with its bytes and without its file name, or `None` (and a problem) if it cannot be decoded."""
-        data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-        digest = hashlib.sha256(data).digest()
-        if digest not in self.verdicts:
-            try:
-                verify_image(data)
-                self.verdicts[digest] = None
-            except ImageError as error:
-                self.verdicts[digest] = error.message
-        if (verdict := self.verdicts[digest]) is not None:
-            self.report.problem("broken_image", where, row_id, verdict)
-            return None
-        if config == "entities":
-            self.kb_images.add(digest)
-        elif config != "posts":
-            self.mention_images.append(digest)
-        return {"bytes": data, "path": None}
-
-    def finish(self) -> None:
-        self.report.duplicates = {
-            "entities_sharing_their_text": sum(n for n in self.entity_texts.values() if n > 1),
-            "mention_images_in_kb": sum(digest in self.kb_images for digest in self.mention_images),
-        }
-
-
-def _write_config(builder: Any, config: str, work: Path, report: BuildReport, checks: _Checks) -> datasets.DatasetInfo:
-    """Writes the Parquet files of one configuration; returns its info with features and sizes."""
-    features = builder.info.features
+    The note of a configuration holds the builder's findings (`layout`, `sha256`, `problems`), `official` counts and
+    `splits`: by name the list of its files' notes.
+    """
+    note = stage / "notes" / f"{config}.json"
+    if note.exists():
+        return json.loads(note.read_text(encoding="utf-8"))
     generators = builder._split_generators(datasets.DownloadManager())
     release = getattr(builder, "release", None)
-    if release is not None:
-        report.layout = release.layout
-    official = _official(builder, report.layout).get(config, {})
-    infos: dict[str, datasets.SplitInfo] = {}
-    seen: set[str] = set()
+    official = _official(builder, getattr(release, "layout", None)).get(config, {})
+    splits = {}
     for generator in generators:
         split = str(generator.name)
-        where = f"{config}/{split}"
-        writer = _Writer(work / config, split, features.arrow_schema)
-        stats = {"images": 0, "rows_without": 0}
-        examples = builder._generate_examples(**generator.gen_kwargs)
-        for _, example in tqdm(examples, desc=f"{builder.NAME} {where}", unit=" rows", total=official.get(split)):
-            row = features.encode_example(example)
-            row_id = row[_ID_COLUMNS[_kind(row)]]
-            if row_id in seen:
-                raise DuplicateIdError(f"the id {row_id!r} occurs twice.", file=where, row=row_id)
-            seen.add(row_id)
-            if not checks.row(config, where, row):
-                continue
-            pictures = 0
-            for column, kind in features.items():
-                if isinstance(kind, datasets.Image) and row[column] is not None:
-                    row[column] = checks.image(config, where, row_id, row[column])
-                    pictures += row[column] is not None
-                elif isinstance(getattr(kind, "feature", None), datasets.Image):
-                    kept = [checks.image(config, where, row_id, image) for image in row[column] or []]
-                    row[column] = [image for image in kept if image is not None]
-                    pictures += len(row[column])
-            stats["images"] += pictures
-            stats["rows_without"] += pictures == 0
-            writer.write(row)
-        if not writer.rows:
-            if config == "entities":
-                raise KnowledgeBaseError("the knowledge base is empty.", file=where, remedy="Check the raw files.")
-            raise DataFormatError("the split is empty.", file=where, remedy="Check the raw files.")
+        writer = _Writer(stage, config, split, builder.info.features.arrow_schema)
+        examples = (example for _, example in builder._generate_examples(**generator.gen_kwargs))
+        bar = tqdm(examples, desc=f"{builder.NAME} {config}/{split}", unit=" rows", total=official.get(split))
+        # What is in finished files is generated again, and not read, decoded and written again.
+        todo = itertools.islice(bar, writer.consumed, None)
+        for row, problems in _prepared(todo, builder.info.features, f"{config}/{split}", known, pool, resize):
+            writer.write(row, problems)
         writer.close()
-        report.counts.setdefault(config, {})[split] = writer.rows
-        report.images.setdefault(config, {})[split] = stats
-        infos[split] = datasets.SplitInfo(name=split, num_bytes=writer.bytes, num_examples=writer.rows)
-    if release is not None:
-        report.raw_sha256.update(release.sha256)
-        for kind, entries in release.problems.items():
-            report.problems.setdefault(kind, []).extend(entries)
-    return datasets.DatasetInfo(
-        features=features,
-        splits=datasets.SplitDict(infos),
-        download_size=sum(path.stat().st_size for path in (work / config).iterdir()),
-        dataset_size=sum(info.num_bytes for info in infos.values()),
-    )
+        splits[split] = writer.notes
+        if not sum(file["rows"] for file in writer.notes):
+            error = KnowledgeBaseError if config == "entities" else DataFormatError
+            what = "the knowledge base" if config == "entities" else "the split"
+            raise error(f"{what} is empty.", file=f"{config}/{split}", remedy="Check the raw files.")
+    written = {
+        "layout": getattr(release, "layout", None),
+        "sha256": dict(getattr(release, "sha256", {})),
+        "problems": {kind: [list(entry) for entry in e] for kind, e in getattr(release, "problems", {}).items()},
+        "official": official,
+        "splits": splits,
+    }
+    write_text(note, [json.dumps(written)])
+    return written
+
+
+def _prepared(
+    examples: Iterable[dict[str, Any]],
+    features: datasets.Features,
+    where: str,
+    known: IdSet,
+    pool: ThreadPoolExecutor,
+    resize: int | None,
+) -> Iterator[tuple[dict[str, Any] | None, list[tuple[str, str, str]]]]:
+    """Each example as a row with its images in it, or `None` if it is left out, and its problems (kind, row, detail).
+
+    Images of a few rows ahead are read and decoded on all cores; rows come in the order of the examples.
+    """
+    kind = kind_of(features) or ""
+    columns = [name for name, feature in features.items() if _holds_images(feature)]
+    embed = partial(_embed, columns=columns, id_column=ID_COLUMNS[kind], verdicts={}, resize=resize)
+    limit = _ROWS_PER_CORE * (os.cpu_count() or 1)
+    window: deque[Any] = deque()
+    for example in examples:
+        row = features.encode_example(example)
+        if kind != "entities" and row["entity_id"] != NIL and row["entity_id"] not in known:
+            window.append((None, [("gold_not_in_kb", row[ID_COLUMNS[kind]], row["entity_id"])]))
+        elif any(row[column] for column in columns):
+            window.append(pool.submit(embed, row))
+        else:
+            window.append((row, []))
+        while window and (len(window) > limit or not isinstance(window[0], Future)):
+            yield _result(window.popleft())
+    while window:
+        yield _result(window.popleft())
+
+
+def _result(item: Any) -> Any:
+    return item.result() if isinstance(item, Future) else item
+
+
+def _embed(
+    row: dict[str, Any], columns: list[str], id_column: str, verdicts: dict[bytes, str | None], resize: int | None
+) -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
+    problems: list[tuple[str, str, str]] = []
+    for column in columns:
+        images = row[column] if isinstance(row[column], list) else [row[column]]
+        kept = []
+        for image in images:
+            if image is None:
+                continue
+            try:
+                kept.append({"bytes": _image(image, verdicts, resize), "path": None})  # names may tell the gold
+            except FileNotFoundError:
+                problems.append(("missing_image", row[id_column], os.path.basename(image["path"])))
+            except ImageError as error:
+                problems.append(("broken_image", row[id_column], error.message))
+            except OSError as error:
+                raise DataFormatError(f"cannot be read ({error.strerror}).", file=image["path"]) from error
+        row[column] = kept if isinstance(row[column], list) else (kept[0] if kept else None)
+    return row, problems
+
+
+def _image(image: dict[str, Any], verdicts: dict[bytes, str | None], resize: int | None) -> bytes:
+    """The bytes to store. Raises `ImageError` if they cannot be decoded, `OSError` if they cannot be read."""
+    data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    if resize is not None:
+        return resize_image(data, resize)
+    digest = hashlib.sha256(data).digest()
+    if digest not in verdicts:  # the mentions of one text share an image
+        if len(verdicts) > 10_000:
+            verdicts.clear()
+        try:
+            verify_image(data)
+            verdicts[digest] = None
+        except ImageError as error:
+            verdicts[digest] = error.message
+            raise
+    elif (verdict := verdicts.get(digest)) is not None:
+        raise ImageError(verdict)
+    return data
+
+
+def _holds_images(feature: Any) -> bool:
+    return isinstance(feature, datasets.Image) or isinstance(getattr(feature, "feature", None), datasets.Image)
 
 
 class _Writer:
-    """Parquet files `<split>-00000-of-0000n.parquet`, in row groups small enough to page through images."""
+    """Parquet files of one split, in row groups small enough to page through images, each with a note.
 
-    def __init__(self, folder: Path, split: str, schema: pa.Schema):
-        self.folder, self.split, self.schema = folder, split, schema
-        folder.mkdir(parents=True, exist_ok=True)
-        self.files: list[Path] = []
-        self.rows = self.bytes = 0
+    A note tells how many examples are used up (`consumed`) when its file ends, and of the file: `rows`, `bytes`,
+    `images`, `rows_without` and `problems`. It is written when the file is whole; files that have none are not there.
+
+    Attributes:
+        notes (`list[dict]`): Those of the finished files, in order.
+    """
+
+    def __init__(self, stage: Path, config: str, split: str, schema: pa.Schema):
+        self.stage, self.config, self.split, self.schema = stage, config, split, schema
+        self.notes: list[dict[str, Any]] = []
+        while (path := self._note(len(self.notes))).exists():
+            self.notes.append(json.loads(path.read_text(encoding="utf-8")))
         self._group: list[dict[str, Any]] = []
-        self._group_bytes = self._file_bytes = 0
+        self._group_bytes = 0
         self._parquet: pq.ParquetWriter | None = None
+        self._new_note(self.consumed)
 
-    def write(self, row: dict[str, Any]) -> None:
+    @property
+    def consumed(self) -> int:
+        return self.notes[-1]["consumed"] if self.notes else 0
+
+    def _note(self, number: int) -> Path:
+        return self.stage / "notes" / f"{self.config}.{self.split}.{number:05d}.json"
+
+    def _new_note(self, consumed: int) -> None:
+        self._current: dict[str, Any] = {
+            "consumed": consumed,
+            "rows": 0,
+            "bytes": 0,
+            "images": 0,
+            "rows_without": 0,
+            "problems": [],
+        }
+
+    def write(self, row: dict[str, Any] | None, problems: list[tuple[str, str, str]]) -> None:
+        note = self._current
+        note["consumed"] += 1
+        note["problems"] += problems
+        if row is None:
+            return
+        images = [len(image["bytes"]) for image in _images_of(row)]
+        note["rows"] += 1
+        note["images"] += len(images)
+        note["rows_without"] += not images
         self._group.append(row)
-        self.rows += 1
-        self._group_bytes += sum(len(image["bytes"]) for image in _images_of(row))
+        self._group_bytes += sum(images)
         if len(self._group) >= _GROUP_ROWS or self._group_bytes >= _GROUP_BYTES:
             self._flush()
+            if note["bytes"] >= _FILE_BYTES:
+                self._close_file()
 
     def _flush(self) -> None:
         if not self._group:
             return
         table = pa.Table.from_pylist(self._group, schema=self.schema)
         if self._parquet is None:
-            self.files.append(self.folder / f".{self.split}-{len(self.files)}")
-            self._parquet = pq.ParquetWriter(self.files[-1], self.schema, compression="zstd")
+            path = _shard(self.stage, self.config, self.split, len(self.notes))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._parquet = pq.ParquetWriter(path, self.schema, compression="zstd")
         self._parquet.write_table(table)
-        self.bytes += table.nbytes
-        self._file_bytes += self._group_bytes
+        self._current["bytes"] += table.nbytes
         self._group, self._group_bytes = [], 0
-        if self._file_bytes >= _FILE_BYTES:
-            self._close_file()
 
     def _close_file(self) -> None:
         if self._parquet is not None:
             self._parquet.close()
-            self._parquet, self._file_bytes = None, 0
+            self._parquet = None
+            write_text(self._note(len(self.notes)), [json.dumps(self._current)])
+            self.notes.append(self._current)
+            self._new_note(self.consumed)
 
     def close(self) -> None:
+        """Ends the last file. What was left out after its last row is noted with it."""
         self._flush()
         self._close_file()
-        for k, path in enumerate(self.files):
-            path.rename(self.folder / f"{self.split}-{k:05d}-of-{len(self.files):05d}.parquet")
+        if self.notes and self._current["problems"]:
+            self.notes[-1]["problems"] += self._current["problems"]
+
+
+def _shard(stage: Path, config: str, split: str, number: int) -> Path:
+    return stage / "parquet" / config / f"{split}-{number:05d}.parquet"
 
 
 def _images_of(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -401,9 +463,74 @@ def _images_of(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 yield item
 
 
-def _kind(columns: Iterable[str]) -> str:
-    """What the rows of a configuration are: "mentions", "posts" or "entities"."""
-    return next(kind for kind, column in _ID_COLUMNS.items() if column in columns)
+def _files(stage: Path, config: str, written: Mapping[str, Any]) -> dict[str, list[Path]]:
+    return {
+        split: [_shard(stage, config, split, k) for k in range(len(notes))]
+        for split, notes in written["splits"].items()
+    }
+
+
+def _ids(stage: Path, config: str, written: Mapping[str, Any]) -> IdSet:
+    hashes = array("q")
+    for files in _files(stage, config, written).values():
+        for file in files:
+            for table in read_parquet(file, ["entity_id"]):
+                hashes.extend(map(hash, table["entity_id"].to_pylist()))
+    return IdSet(hashes)
+
+
+def _collect(report: BuildReport, written: Mapping[str, Mapping[str, Any]]) -> None:
+    """What was found while writing, into the report."""
+    for config, note in sorted(written.items(), key=lambda item: item[0] != "entities"):
+        report.layout = note["layout"] or report.layout
+        report.raw_sha256.update(note["sha256"])
+        for split, files in note["splits"].items():
+            for kind, row, detail in itertools.chain.from_iterable(file["problems"] for file in files):
+                report.problem(kind, f"{config}/{split}", row, detail)
+        for kind, entries in note["problems"].items():
+            report.problems.setdefault(kind, []).extend((file, row, detail) for file, row, detail in entries)
+    report.official = {config: note["official"] for config, note in written.items() if note["official"]}
+
+
+def _check(report: BuildReport, stage: Path, written: Mapping[str, Mapping[str, Any]]) -> None:
+    """The checks of any repository, on the files just written; their images were decoded while writing."""
+    found = CheckReport(dataset=report.dataset)
+
+    def read(files: list[Path]) -> Iterator[pa.Table]:
+        for file in files:
+            yield from read_parquet(file)
+
+    tables = {
+        config: {split: partial(read, files) for split, files in _files(stage, config, note).items()}
+        for config, note in written.items()
+    }
+    check_tables(tables, found, verify_images=False)
+    found.raise_fatal(_BROKEN_BUILDER)
+    for kind, entries in found.problems.items():
+        report.problems.setdefault(kind, []).extend(entries)
+    report.duplicates, report.leakage = found.duplicates, found.leakage
+    report.counts, report.images = found.counts, found.images
+
+
+def _finish(builder: Any, config: str, stage: Path, work: Path, written: Mapping[str, Any]) -> datasets.DatasetInfo:
+    """Moves the files of a configuration to where they belong; returns its info with features and sizes."""
+    (work / config).mkdir(parents=True)
+    size = 0
+    infos = {}
+    for split, files in _files(stage, config, written).items():
+        for k, file in enumerate(files):
+            size += file.stat().st_size
+            file.rename(work / config / f"{split}-{k:05d}-of-{len(files):05d}.parquet")
+        notes = written["splits"][split]
+        infos[split] = datasets.SplitInfo(
+            name=split, num_bytes=sum(n["bytes"] for n in notes), num_examples=sum(n["rows"] for n in notes)
+        )
+    return datasets.DatasetInfo(
+        features=builder.info.features,
+        splits=datasets.SplitDict(infos),
+        download_size=size,
+        dataset_size=sum(info.num_bytes for info in infos.values()),
+    )
 
 
 def _official(builder: Any, layout: str | None) -> dict[str, dict[str, int | None]]:
@@ -413,12 +540,10 @@ def _official(builder: Any, layout: str | None) -> dict[str, dict[str, int | Non
     return counts.get(layout, {})
 
 
-def _check_counts(builder_class: Any, report: BuildReport, allow: bool) -> None:
+def _check_counts(report: BuildReport, allow: bool) -> None:
     wrong = []
-    for config, splits in _official(builder_class, report.layout).items():
-        if config not in report.counts:  # left out, its files are not there
-            continue
-        built = report.counts[config]
+    for config, splits in report.official.items():
+        built = report.counts.get(config, {})
         wrong += [
             f"{config}/{split}: expected {expected:,} rows, found {built.get(split, 0):,}"
             for split, expected in splits.items()
@@ -460,26 +585,88 @@ def _check_replaceable(target: Path, name: str, overwrite: bool, sources: list[A
         )
 
 
+def _is_path(value: Any) -> bool:
+    return isinstance(value, os.PathLike) or (isinstance(value, str) and value != "" and Path(value).exists())
+
+
+def _fingerprint(builder_class: Any, options: Mapping[str, Any]) -> str:
+    """What the bytes of a build depend on: the code, the options, and names, sizes and times of the raw files."""
+    code = [Path(str(sys.modules[builder_class.__module__].__file__)).parent, Path(__file__).parent]
+    code += [Path(folder) for folder in hf_mel.dataset_scripts.__path__]
+    digest = hashlib.sha256()
+    for file in sorted(file for folder in code for file in folder.glob("*.py")):
+        digest.update(file.read_bytes())
+    for package in ("datasets", "pyarrow", "pillow"):
+        digest.update(version(package).encode())
+    for key, value in sorted(options.items()):
+        digest.update(f"{key}={value!r}\n".encode())
+        if _is_path(value):
+            for name, size, time in sorted(_stats(Path(value))):
+                digest.update(f"{name} {size} {time}\n".encode())
+    return digest.hexdigest()
+
+
+def _stats(path: Path) -> Iterator[tuple[str, int, int]]:
+    files = [path] if path.is_file() else (Path(top, name) for top, _, names in os.walk(path) for name in names)
+    for file in files:
+        stat = file.lstat()
+        yield os.fspath(file), stat.st_size, stat.st_mtime_ns
+
+
 @contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place if the block succeeds, and vanishes if it does not."""
-    work = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    old = work.with_name(f"{work.name}.old")
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads for reading and decoding images, which let go of Python's lock; on an error what waits is dropped."""
+    pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        work.mkdir(parents=True)
-        yield work
-        if target.exists():
-            target.rename(old)
-        work.rename(target)
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _staging(target: Path, fingerprint: str) -> Iterator[Path]:
+    """The folder beside `target` in which it is built, with what an interrupted build left in it.
+
+    It goes when the block succeeds or fails, and stays when the process is interrupted. Only one process may have it.
+    """
+    stage = target.with_name(f".{target.name}.building")
+    try:
+        stage.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(stage / "lock", timeout=0)
+        try:
+            lock.acquire()
+            if not Path(lock.lock_file).exists():  # removed, with the folder, between opening and locking it
+                raise filelock.Timeout(lock.lock_file)
+        except filelock.Timeout:
+            raise MelError(
+                "is being built by another process.", file=target, remedy="Wait for it, or choose another output."
+            ) from None
+        keep = False
+        try:
+            mark = stage / "fingerprint"
+            same = mark.is_file() and mark.read_text(encoding="utf-8") == fingerprint
+            if not same or (stage / "ready").exists():  # another build, or one that was about to be renamed
+                for entry in stage.iterdir():
+                    if entry.is_dir():
+                        shutil.rmtree(entry)
+                write_text(mark, [fingerprint])
+            elif files := sorted((stage / "notes").glob("*.?????.json")):
+                rows = sum(json.loads(file.read_text(encoding="utf-8"))["rows"] for file in files)
+                tqdm.write(f"{target}: an interrupted build goes on; {rows:,} rows are there.", file=sys.stderr)
+            yield stage
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C and the like
+            keep = any((stage / "notes").glob("*"))
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(stage, ignore_errors=True)
+            lock.release()
     except OSError as error:
         raise MelError(
             f"cannot be built ({error}).", file=target, remedy="Check the paths, permissions and free space."
         ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        if old.exists() and not target.exists():  # interrupted between the two renames
-            old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _dump(report: dict[str, Any]) -> str:
@@ -497,86 +684,3 @@ def _dump(report: dict[str, Any]) -> str:
             f'    {json.dumps(kind)}: {{\n    "count": {found["count"]},\n    "entries": {{\n{files}\n    }}}}'
         )
     return head[:-2] + ',\n  "problems": {\n' + ",\n".join(kinds) + "\n  }\n}\n"
-
-
-def _card(builder_class: Any, infos: dict[str, datasets.DatasetInfo], report: BuildReport) -> str:
-    """README.md: YAML metadata the Hub and `load_dataset` read, then the body from the builder's template."""
-    data = DatasetCardData(
-        pretty_name=builder_class.TITLE,
-        language=list(builder_class.LANGUAGES),
-        license=builder_class.LICENSE,
-        task_categories=["text-retrieval"],
-        task_ids=["entity-linking-retrieval"],
-        tags=["entity-linking", "multimodal", "knowledge-base"],
-        size_categories=_size_category(sum(n for splits in report.counts.values() for n in splits.values())),
-    )
-    datasets.info.DatasetInfosDict(infos).to_dataset_card_data(data)
-    MetadataConfigs(
-        {
-            config: {
-                **({"default": True} if config == "mentions" else {}),
-                "data_files": [{"split": split, "path": f"{config}/{split}-*"} for split in info.splits],
-            }
-            for config, info in infos.items()
-        }
-    ).to_dataset_card_data(data)
-    module = importlib.import_module(builder_class.__module__)
-    template = Path(str(module.__file__)).with_name("README.template.md")
-    body = string.Template(template.read_text(encoding="utf-8")).substitute(
-        title=builder_class.TITLE,
-        name=builder_class.NAME,
-        homepage=builder_class.HOMEPAGE,
-        citation=f"```bibtex\n{builder_class.CITATION.strip()}\n```",
-        layout=report.layout or "",
-        counts=_counts_table(report),
-        schema=_schema_tables(infos),
-        problems=_problems_table(report),
-        raw_files=_table(["file", "sha256"], [[f, f"`{h}`"] for f, h in sorted(report.raw_sha256.items())]),
-    )
-    return f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n"
-
-
-def _size_category(rows: int) -> str:
-    for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")):
-        if rows < limit:
-            return name
-    return "1M<n<10M"
-
-
-def _counts_table(report: BuildReport) -> str:
-    rows = []
-    for config, splits in report.counts.items():
-        for split, n in splits.items():
-            images = report.images[config][split]
-            rows.append([config, split, f"{n:,}", f"{images['images']:,}", f"{images['rows_without']:,}"])
-    return _table(["configuration", "split", "rows", "images", "rows without image"], rows)
-
-
-def _schema_tables(infos: dict[str, datasets.DatasetInfo]) -> str:
-    parts = []
-    for config, info in infos.items():
-        rows = [[f"`{column}`", _type_name(kind)] for column, kind in info.features.items()]
-        parts.append(f"**{config}**\n\n{_table(['column', 'type'], rows)}")
-    return "\n\n".join(parts)
-
-
-def _type_name(kind: Any) -> str:
-    if (item := getattr(kind, "feature", None)) is not None:
-        return f"list of {_type_name(item)}"
-    return "image" if isinstance(kind, datasets.Image) else kind.dtype
-
-
-def _problems_table(report: BuildReport) -> str:
-    rows = [
-        [kind.replace("_", " "), f"{len(entries):,}", f"{entries[0][0]}, row {entries[0][1]}"]
-        for kind, entries in sorted(report.problems.items())
-    ]
-    rows += [[kind.replace("_", " "), f"{n:,}", ""] for kind, n in report.duplicates.items() if n]
-    return _table(["kind", "count", "first"], rows)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    if not rows:
-        return "None."
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -61,6 +61,39 @@ def verify_image(
         raise _broken(error, source, file, row) from error
 
 
+def resize_image(data: bytes, longest: int) -> bytes:
+    """An image file whose longest side is at most `longest` pixels, upright and without metadata.
+
+    A file that is small enough comes back as it is. Otherwise JPEG files and the like become JPEG (quality 90); what
+    has transparent pixels, and PNG, GIF and BMP files, become PNG. The same bytes give the same bytes.
+
+    Raises:
+        ImageError: As [`open_image`].
+    """
+    image = _open(data, None, None)
+    if max(image.size) <= longest:
+        verify_image(data)
+        return data
+    lossless = image.format in ("PNG", "GIF", "BMP")
+    try:
+        image.draft("RGB", (2 * longest, 2 * longest))  # JPEG: decoded at a fraction of its size
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        transparent = image.has_transparency_data
+        image = image.convert("RGBA" if transparent else "RGB")
+        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+        file = BytesIO()
+        for key in list(image.info):  # PIL would write some of it
+            del image.info[key]
+        if lossless or transparent:
+            image.save(file, "PNG")
+        else:
+            image.save(file, "JPEG", quality=90)
+        return file.getvalue()
+    except Exception as error:
+        raise _broken(error, data, None, None) from error
+
+
 def _open(source: ImageSource, file: str | PathLike[str] | None, row: int | str | None) -> Image.Image:
     if isinstance(source, Image.Image):
         return source

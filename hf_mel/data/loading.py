@@ -112,6 +112,23 @@ def _load(
     return rows
 
 
+def open_repository(
+    dataset: str | os.PathLike[str], revision: str | None = None
+) -> dict[str, datasets.DatasetBuilder]:
+    """The configurations of a data set, by name, with their files and what its card says of them; nothing is loaded.
+
+    Raises:
+        UnknownDatasetError: As in [`load_mentions`].
+    """
+    source = os.fspath(dataset)
+    _check_source(source, revision)
+    try:
+        configs = datasets.get_dataset_config_names(source, revision=revision)
+        return {config: datasets.load_dataset_builder(source, config, revision=revision) for config in configs}
+    except Exception as error:  # no common base: no such repository, a damaged card, no network …
+        raise _not_found(source, error) from error
+
+
 def _check_source(source: str, revision: str | None) -> None:
     if Path(source).is_dir():
         if revision is not None:

@@ -324,6 +324,7 @@ ROWS = {
 FEATURES = {"entities": entity_features(), "mentions": mention_features(), "posts": post_features()}
 class Toy(datasets.GeneratorBasedBuilder):
     NAME, TITLE, LICENSE, LANGUAGES, HOMEPAGE, CITATION = "toy", "Toy", "cc0-1.0", ("en",), "https://example.org", "@"
+    TASK, DOWNLOAD, REDISTRIBUTION = "toys", "", ""
     NEEDS_RAW, OFFICIAL_COUNTS = False, {"mentions": {"test": 1}, "entities": {"kb": 1}, "posts": {"kb": 1}}
     BUILDER_CONFIGS = [datasets.BuilderConfig(name=name, version="1.0.0") for name in ("mentions", "entities", "posts")]
     DEFAULT_CONFIG_NAME = "mentions"
