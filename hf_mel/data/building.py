@@ -237,7 +237,8 @@ def build_dataset(
                 written[config] = _write_config(builders[config], config, stage, known, pool, resize)
                 if config == "entities":
                     known = _ids(stage, config, written[config])
-        _collect(report, {config: written[config] for config in configs})
+        written = {config: written[config] for config in configs}
+        _collect(report, written)
         _check(report, stage, written)
         _check_counts(report, allow_count_mismatch)
         work = stage / "ready"
