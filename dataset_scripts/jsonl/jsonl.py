@@ -104,6 +104,11 @@ class Jsonl(datasets.GeneratorBasedBuilder):
     ]
     DEFAULT_CONFIG_NAME = "mentions"
 
+    @classmethod
+    def configs_in(cls, data_dir: Any, options: Mapping[str, Any]) -> list[str]:
+        """The configurations there are files for."""
+        return [c.name for c in cls.BUILDER_CONFIGS if c.name != "posts" or options.get("posts") is not None]
+
     def _info(self) -> datasets.DatasetInfo:
         features = {"mentions": mention_features, "entities": entity_features, "posts": post_features}
         return datasets.DatasetInfo(features=features[self.config.name](), homepage=self.HOMEPAGE)
@@ -113,7 +118,7 @@ class Jsonl(datasets.GeneratorBasedBuilder):
         if self.config.name == "entities":
             splits: dict[str, list[dict[str, Any]]] = {"kb": list(self._entities())}
         elif self.config.name == "posts":
-            splits = {"kb": list(self._posts())} if self.config.posts is not None else {}
+            splits = {"kb": list(self._posts())}
         else:
             splits = self._mentions()
         return [datasets.SplitGenerator(name=name, gen_kwargs={"rows": rows}) for name, rows in splits.items()]

@@ -97,7 +97,7 @@ class RichpediaMel(datasets.GeneratorBasedBuilder):
     #: ghmfc: rows of the released files; train.json's 14,244 are split by [`held_out`]. mimic: mentions from Table 3
     #: of the MIMIC paper (KDD 2023); entities from the released configuration, where Table 3 has 160,935. kgmel: only
     #: its sentences were counted (12,460 / 1,776 / 3,560), not its mentions.
-    OFFICIAL_COUNTS = {
+    OFFICIAL_COUNTS: dict[str, Any] = {
         "ghmfc": {
             "mentions": {"train": 12_841, "validation": 1_403, "test": 3_561},
             "entities": {"kb": 17_805},
@@ -110,7 +110,10 @@ class RichpediaMel(datasets.GeneratorBasedBuilder):
             "mentions": {"train": 12_463, "validation": 1_780, "test": 3_562},
             "entities": {"kb": 160_933},
         },
-        "kgmel": {"mentions": {}, "entities": {}},
+        "kgmel": {
+            "mentions": {"train": None, "validation": None, "test": None},
+            "entities": {"kb": None},
+        },
     }
 
     VERSION = datasets.Version("1.0.0")

@@ -87,7 +87,7 @@ class WikiMel(datasets.GeneratorBasedBuilder):
     NEEDS_RAW = True
     #: melbench: rows of `splits.json` that have a sentence. mimic: Table 3 of the MIMIC paper (KDD 2023). kgmel: only
     #: its sentences were counted (16,111 / 2,540 / 5,012), not its mentions.
-    OFFICIAL_COUNTS = {
+    OFFICIAL_COUNTS: dict[str, Any] = {
         "melbench": {
             "mentions": {"train": 18_088, "validation": 2_627, "test": 5_131},
             "entities": {"kb": 18_880},
@@ -96,7 +96,10 @@ class WikiMel(datasets.GeneratorBasedBuilder):
             "mentions": {"train": 18_092, "validation": 2_585, "test": 5_169},
             "entities": {"kb": 109_976},
         },
-        "kgmel": {"mentions": {}, "entities": {}},
+        "kgmel": {
+            "mentions": {"train": None, "validation": None, "test": None},
+            "entities": {"kb": None},
+        },
     }
 
     VERSION = datasets.Version("1.0.0")

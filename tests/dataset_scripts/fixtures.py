@@ -127,3 +127,51 @@ def write_cleaned(root: Path, prefix: str, mention_folder: str = "mention_image"
         (root / path).parent.mkdir(exist_ok=True)
         (root / path).write_bytes(data)
     return root
+
+
+def write_kgmel(root: Path, dataset: str) -> Path:
+    """KGMEL's layout: 3 train, 1 val and 2 test mentions, 3 entities of which one has no label; ids as numbers."""
+    samples = [
+        {"id": 0, "sentence": "Brun met Ada.", "imgPath": "mention_0.v1.png", "mention": ["Ada", "Brun"]},
+        {"id": 1, "sentence": "Holm again", "imgPath": "mention_1.jpg", "mention": ["Holm"]},
+        {"id": "2", "sentence": "Nobody knows Holm.", "imgPath": "mention_2.jpg", "mention": ["Holm"]},
+        {"id": 3, "sentence": "Ada and Jos\u00e9 Brun", "imgPath": "", "mention": ["Ada", "Jos%C3%A9%20Brun"]},
+        {"id": 4, "sentence": "In no split", "imgPath": "", "mention": []},
+    ]
+    answers = [["Q901", "Q904"], ["Q903"], ["nil"], ["Q901", "Q904"], []]
+    rows = [
+        {**sample, "answer": golds, "entity": [NAMES.get(gold, "") for gold in golds]}
+        for sample, golds in zip(samples, answers, strict=True)
+    ]
+    write_json(root / f"data/dataset/{dataset}.json", rows)
+    mapping = root / "data/dataset/mapping"
+    write_json(mapping / "ids_split_mappings.json", {dataset: {"train": [1, 0, 77], "val": [2], "test": ["3"]}})
+    write_json(mapping / "ids_blank_image.json", {dataset: [2]})
+    write_json(mapping / "qids_answer.json", {dataset: ["Q901", "Q903", "Q904", None], "Other": []})
+    (root / "data/KB/image").mkdir(parents=True)
+    (root / "data/KB/image/Q901.png").write_bytes(picture("red", form="PNG"))
+    (root / "data/KB/QID2Label.tsv").write_bytes(
+        b"\xef\xbb\xbfQ901\tAda Falk\ta sailor\r\nQ77\tNobody\t\r\nQ904\tJos\xc3\xa9 Brun\r\n"
+    )
+    folder = root / f"data/dataset/image/{dataset}"
+    folder.mkdir(parents=True)
+    (folder / "mention_0.jpg").write_bytes(picture("green"))
+    (folder / "mention_2.jpg").write_bytes(picture("white"))
+    return root
+
+
+def write_entity_images(folder: Path) -> dict[str, list[bytes]]:
+    """Pictures of two entities under every name a release may give them; what each has, in order."""
+    files = {
+        "Q901": ["Q901.jpg", "Q901_0.PNG", "Q901_2.jpg", "Q901_10.jpg", "Q901/1.jpg", "Q901/12.jpg"],
+        "Q902": ["Q902-1.jpeg"],
+    }
+    contents: dict[str, list[bytes]] = {}
+    for k, (qid, names) in enumerate(files.items()):
+        for i, name in enumerate(names):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture("navy", (8 + i, 8 + k), "PNG" if name.endswith("PNG") else "JPEG"))
+            contents.setdefault(qid, []).append(path.read_bytes())
+    (folder / "Q902.txt").write_text("no picture")
+    return contents
