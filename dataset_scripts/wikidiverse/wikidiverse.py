@@ -1,14 +1,15 @@
 """WikiDiverse: captions of Wikinews images about many topics, linked to Wikipedia.
 
-Read in four layouts, chosen by the files in the raw folder:
+Read in five layouts, chosen by the files in the raw folder:
 
 - `candidates`: the mentions with ten candidates each (`{train,valid,test}_w_10cands.json`), of version 2.
 - `v2`, `v1`: the captions with their mentions (`{train,valid,test}.json`); version 2 if every file has as many captions
   as the release says, else taken for version 1, of which no counts are known.
 - `mimic`: the cleaned files of MIMIC's authors (`wiki_diverse_{train,dev,test}.json`, `qid2id.json`, `kb_entity.json`,
   `mention_image/`, `kb_image/`), linked to Wikidata.
+- `kgmel`: KGMEL's regrouping of these by sentence (`data/dataset/WikiDiverse.json` and `mapping/`).
 
-Except in the last one, an entity is a page of Wikipedia and its id the page's title as [`entity_key`] spells it. Names,
+Except in the last two, an entity is a page of Wikipedia and its id the page's title as [`entity_key`] spells it. Names,
 descriptions and image links come from two tables of 7.4 and 9.1 million rows, which are read line by line.
 """
 
@@ -33,14 +34,17 @@ from hf_mel.dataset_scripts.release import (
     cleaned_entities,
     cleaned_layout,
     cleaned_mentions,
+    kgmel_entities,
+    kgmel_layout,
+    kgmel_mentions,
     nearest,
     read_image,
 )
 from hf_mel.errors import DataFormatError
 from hf_mel.schema import NIL, entity_features, mention_features
 
-_PREFIX = "wiki_diverse"
-#: Our name of each split → the release's, but for the cleaned layout, whose "valid" is called "dev".
+_PREFIX, _KGMEL = "wiki_diverse", "WikiDiverse"
+#: Our name of each split → the release's; the later layouts have their own names for "valid".
 _SPLITS = {"train": "train", "validation": "valid", "test": "test"}
 _CANDIDATES = {
     split: tuple(f"{folder}{split}_w_10cands.json" for folder in ("wikidiverse_w_cands/", "candidates/", ""))
@@ -51,6 +55,7 @@ _LAYOUTS = {
     "candidates": list(_CANDIDATES.values()),
     "v2": list(_PASSAGES.values()),
     "mimic": cleaned_layout(_PREFIX),
+    "kgmel": kgmel_layout(_KGMEL),
 }
 _DESCRIPTIONS = ("wikipedia_entity2desc_filtered.tsv", "entities/wikipedia_entity2desc_filtered.tsv")
 _IMAGE_LINKS = ("wikipedia_entity2imgs.tsv", "entities/wikipedia_entity2imgs.tsv")
@@ -62,8 +67,11 @@ _PAGE = re.compile(
 )
 _OTHER_SITE = re.compile(r"\W*\w{1,7}:/+\w")
 _QUERY = re.compile(r"[?&][a-z_]+=.*", re.I | re.S)
+_FORBIDDEN = re.compile(r"[\[\]{}|<>]")
+_PLAIN = re.compile(r"[A-Za-z0-9_.~-]*")
+_SUFFIXES = (".jpg", ".JPG", ".png", ".PNG", ".svg", ".SVG", ".jpeg", ".JPEG")
 #: What the release's own script takes off an image's name to find its suffix.
-_STEM = re.compile(r"\S+(?=\.(?:jpg|JPG|png|PNG|svg|SVG|jpeg|JPEG))")
+_STEM = re.compile(rf"\S+(?={'|'.join(map(re.escape, _SUFFIXES))})")
 
 
 def page_title(url: str) -> tuple[str, str]:
@@ -89,11 +97,8 @@ def page_title(url: str) -> tuple[str, str]:
     title = title.partition("#")[0]
     if not title.isascii():
         title = unicodedata.normalize("NFC", title)
-    title = " ".join(title.translate(_NEVER_IN_A_TITLE).split())
+    title = " ".join(_FORBIDDEN.sub("", title).replace("_", " ").split())
     return "en" if language == "www" else language, title[:1].upper() + title[1:]
-
-
-_NEVER_IN_A_TITLE = str.maketrans({"_": " ", **dict.fromkeys("[]{}|<>")})
 
 
 def entity_key(url: str) -> str:
@@ -102,7 +107,7 @@ def entity_key(url: str) -> str:
     A page of another language than English is "<language>:<title>". Empty if the address names no page.
     """
     language, title = page_title(url)
-    key = " ".join(title.replace("-", " ").split())
+    key = " ".join(title.replace("-", " ").split()) if "-" in title else title
     if not key:
         return ""
     return key if language == "en" and key != NIL else f"{language}:{key}"
@@ -113,19 +118,25 @@ def is_nil(url: str) -> bool:
     return url.strip(" \t\r\n[]").lower() in ("nil", "")
 
 
-def image_names(url: str) -> list[str]:
+def image_names(url: str) -> Iterator[str]:
     """File names an image may be stored under: the MD5 of the last part of its address, with its suffix.
 
     The release hashes that part as it stands in the address; addresses copied from a browser may be decoded or encoded
     differently, so these forms are tried too. SVG files are stored as PNG.
     """
-    part = url.strip().rsplit("/", 1)[-1]
-    names = []
-    for form in (part, unquote(part), quote(unquote(part))):
+    part = url.strip().rpartition("/")[2]
+    forms = [part] if _PLAIN.fullmatch(part) else dict.fromkeys((part, unquote(part), quote(unquote(part))))
+    for form in forms:
         digest = hashlib.md5(form.encode(), usedforsecurity=False).hexdigest()
-        for suffix in (_STEM.sub("", form), form[form.rfind(".") :] if "." in form else ""):
-            names.append(digest + suffix.replace(".svg", ".png").replace(".SVG", ".png"))
-    return list(dict.fromkeys(names))
+        for suffix in dict.fromkeys((_released_suffix(form), form[form.rfind(".") :] if "." in form else "")):
+            yield digest + suffix.replace(".svg", ".png").replace(".SVG", ".png")
+
+
+def _released_suffix(name: str) -> str:
+    """What is left of a name once the release's script has taken off all before a known suffix."""
+    if any(map(str.isspace, name)):
+        return _STEM.sub("", name)
+    return name[max(0, *(name.rfind(suffix, 1) for suffix in _SUFFIXES)) :]  # the same, and much faster
 
 
 class _Annotation(NamedTuple):
@@ -185,7 +196,7 @@ class WikiDiverse(datasets.GeneratorBasedBuilder):
   pages = {4785--4797}
 }"""
     NEEDS_RAW = True
-    #: candidates, v2: the release's README. mimic: Table 3 of the MIMIC paper (KDD 2023).
+    #: candidates, v2: the release's README. mimic: Table 3 of the MIMIC paper (KDD 2023). kgmel: its files, counted.
     OFFICIAL_COUNTS: dict[str, dict[str, Mapping[str, int | None]]] = {
         "candidates": {"mentions": _V2_MENTIONS, "entities": {"kb": None}},
         "v2": {"mentions": _V2_MENTIONS, "entities": {"kb": None}},
@@ -193,6 +204,10 @@ class WikiDiverse(datasets.GeneratorBasedBuilder):
         "mimic": {
             "mentions": {"train": 11_351, "validation": 1_664, "test": 2_078},
             "entities": {"kb": 132_460},
+        },
+        "kgmel": {
+            "mentions": {"train": 11_204, "validation": 1_663, "test": 2_044},
+            "entities": {"kb": None},
         },
     }
 
@@ -219,18 +234,25 @@ class WikiDiverse(datasets.GeneratorBasedBuilder):
         return [datasets.SplitGenerator(name=split, gen_kwargs={"split": split}) for split in splits]
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        release, mimic = self.release, self.release.layout == "mimic"
+        release, layout, config = self.release, self.release.layout, self.config
         if split == "kb":
-            rows = cleaned_entities(release, self.config.entity_images) if mimic else self._entities()
+            if layout == "mimic":
+                rows = cleaned_entities(release, config.entity_images)
+            elif layout == "kgmel":
+                rows = kgmel_entities(release, _KGMEL, config.entity_images)
+            else:
+                rows = self._entities()
             for row in rows:
                 yield row["entity_id"], row
-        elif mimic:
-            name = "dev" if split == "validation" else split
-            for row in cleaned_mentions(release, _PREFIX, name, self.config.images):
-                yield row["mention_id"], {**row, "entity_url": ""}
         else:
-            for row in self._mentions(_SPLITS[split]):
-                yield row["mention_id"], row
+            if layout == "mimic":
+                rows = cleaned_mentions(release, _PREFIX, "dev" if split == "validation" else split, config.images)
+            elif layout == "kgmel":
+                rows = kgmel_mentions(release, _KGMEL, "val" if split == "validation" else split, config.images)
+            else:
+                rows = self._mentions(_SPLITS[split])
+            for row in rows:
+                yield row["mention_id"], {"entity_url": "", **row}
 
     def _tell_version(self) -> None:
         release = self.release

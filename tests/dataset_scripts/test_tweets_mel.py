@@ -11,7 +11,16 @@ from hf_mel.data.building import build_dataset
 from hf_mel.dataset_scripts.tweets_mel.tweets_mel import TweetsMel, account_id, image_names, tweet_id
 from hf_mel.errors import DataFormatError, DuplicateIdError, MelError
 from tests.dataset_scripts.test_wikidiverse import mutations
-from tests.dataset_scripts.tweets_mel_release import ENTITIES, MENTIONS, POSTS, SPLITS, write, write_ids, write_pfmel
+from tests.dataset_scripts.tweets_mel_release import (
+    ENTITIES,
+    MENTIONS,
+    PFMEL_SPLITS,
+    POSTS,
+    SPLITS,
+    write,
+    write_ids,
+    write_pfmel,
+)
 
 
 def rows_of(raw, config, tmp_path, **options):
@@ -209,11 +218,7 @@ def test_image_names():
 def test_builds_whole(raw, tmp_path):
     write_pfmel(raw)
     report = build_dataset("tweets_mel", raw_dir=raw, output=tmp_path / "out")
-    assert report.counts == {
-        **SPLITS,
-        "pfmel": {"train": 2, "validation": 1, "test": 3},
-        "pfmel_train07": {"train": 1, "validation": 1, "test": 3},
-    }
+    assert report.counts == {**SPLITS, **PFMEL_SPLITS}
     assert len(report.problems["span_repaired"]) == 3
     assert len(report.problems["malformed_row"]) == 5
     assert "gold_not_in_kb" not in report.problems

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from hf_mel.dataset_scripts.wikidiverse import wikidiverse
 from hf_mel.dataset_scripts.wikidiverse.wikidiverse import WikiDiverse, entity_key, image_names, is_nil, page_title
 from hf_mel.errors import DataFormatError, MelError
 from hf_mel.schema import NIL
-from tests.dataset_scripts.fixtures import write_cleaned, write_json
+from tests.dataset_scripts.fixtures import write_cleaned, write_json, write_kgmel
 from tests.dataset_scripts.wikidiverse_release import (
     BARGE,
     CANDIDATE_ROWS,
@@ -175,6 +176,15 @@ def test_cleaned_layout(tmp_path):
     assert [row["entity_id"] for row in rows["kb"]] == ["Q901", "Q904", "Q903"]
 
 
+def test_kgmel_layout(tmp_path):
+    raw = write_kgmel(tmp_path / "raw", "WikiDiverse")
+    rows, builder = rows_of(raw, "mentions", tmp_path)
+    assert builder.release.layout == "kgmel"
+    assert {split: len(part) for split, part in rows.items()} == {"train": 3, "validation": 1, "test": 2}
+    rows, _ = rows_of(raw, "entities", tmp_path)
+    assert len(rows["kb"]) == 3
+
+
 @pytest.mark.parametrize(
     ("url", "key"),
     [
@@ -238,12 +248,20 @@ def test_jean_claude_keeps_his_hyphen():
 
 
 def test_image_names():
-    assert image_names(BARGE)[0] == stored("Barge%20race_%282007%29.JPG", ".JPG")
-    assert stored("Barge race_(2007).JPG", ".JPG") in image_names(BARGE)
-    assert image_names("https://a.org/b/c.svg") == [stored("c.svg", ".png")]
-    assert image_names("https://a.org/b/c.jpg.jpeg ")[0] == stored("c.jpg.jpeg", ".jpeg")
+    names = list(image_names(BARGE))
+    assert names[0] == stored("Barge%20race_%282007%29.JPG", ".JPG")
+    assert stored("Barge race_(2007).JPG", ".JPG") in names
+    assert list(image_names("https://a.org/b/c.svg")) == [stored("c.svg", ".png")]
+    assert next(image_names("https://a.org/b/c.jpg.jpeg ")) == stored("c.jpg.jpeg", ".jpeg")
     assert stored("c.gif", ".gif") in image_names("c.gif")
     assert stored("a b.jpg", ".jpg") in image_names("x/a b.jpg")
+
+
+@given(st.lists(st.sampled_from([".jpg", ".JPEG", ".svg", ".png", ".gif", "a", "b.", " ", "%20"]), max_size=6))
+def test_suffix_is_what_the_released_expression_leaves(parts):
+    name = "".join(parts)
+    left = re.sub(r"(\S+(?=\.(jpg|JPG|png|PNG|svg|SVG)))|(\S+(?=\.(jpeg|JPEG)))", "", name)
+    assert wikidiverse._released_suffix(name) == left
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,10 @@ SPLITS = {
     "posts": {"kb": len(POSTS)},
 }
 OPTIONS: dict[str, object] = {}
+PFMEL_SPLITS = {
+    "pfmel": {"train": 2, "validation": 1, "test": 3},
+    "pfmel_train07": {"train": 1, "validation": 1, "test": 3},
+}
 
 
 def write_ids(folder: Path) -> Path:
@@ -140,8 +144,14 @@ def write_ids(folder: Path) -> Path:
 
 
 def write_pfmel(folder: Path) -> None:
+    """PFMEL's lists, but for the smallest."""
     for name, text in PFMEL_IDS.items():
         (folder / name).write_bytes(text.encode())
+
+
+def write_with_pfmel(folder: Path) -> None:
+    write(folder)
+    write_pfmel(folder)
 
 
 def write(folder: Path) -> Path:
@@ -164,3 +174,6 @@ def write(folder: Path) -> Path:
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_bytes(picture(colour))
     return folder
+
+
+LAYOUTS = {"pfmel": (write_with_pfmel, {**SPLITS, **PFMEL_SPLITS})}

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.dataset_scripts.fixtures import picture
+from tests.dataset_scripts.fixtures import picture, write_cleaned, write_kgmel
 
 WIKI = "https://en.wikipedia.org/wiki/"
 BARGE = "https://upload.wikimedia.org/wikipedia/commons/0/06/Barge%20race_%282007%29.JPG"
@@ -223,3 +223,16 @@ def write_passages(folder: Path) -> Path:
         path.write_text(json.dumps(list(captions.values()), ensure_ascii=False), encoding="utf-8")
     write_tables(folder)
     return folder
+
+
+LAYOUTS = {
+    "passages": (write_passages, {"mentions": SPLITS["mentions"], "entities": {"kb": 4}}),  # golds only
+    "mimic": (
+        lambda folder: write_cleaned(folder, "wiki_diverse"),
+        {"mentions": {"train": 3, "validation": 1, "test": 1}, "entities": {"kb": 3}},
+    ),
+    "kgmel": (
+        lambda folder: write_kgmel(folder, "WikiDiverse"),
+        {"mentions": {"train": 3, "validation": 1, "test": 2}, "entities": {"kb": 3}},
+    ),
+}
