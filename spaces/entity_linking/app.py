@@ -53,7 +53,7 @@ def build(service: Service) -> gr.Blocks:
         lines = [line.strip() for line in (mentions or "").split("\n") if line.strip()]
         return [spans.get(line, line) for line in lines]
 
-    def link(text, mentions, selected, image, model, kb, top_k, threshold, session):
+    def answer_of(text, mentions, selected, image, model, kb, top_k, threshold, session):
         try:
             picture = read_image(image)
             results, seconds = service.link(
@@ -140,7 +140,7 @@ def build(service: Service) -> gr.Blocks:
                 gr.update(value=None, visible=False),
             )
 
-    def batch(path, model, kb, session, progress=gr.Progress()):
+    def link_file(path, model, kb, session, progress=gr.Progress()):
         try:
             if path is None:
                 raise Refused("Choose a file of mentions first.")
@@ -194,7 +194,7 @@ def build(service: Service) -> gr.Blocks:
         example = examples[k]
         photo = str(HERE / "examples" / example["image"])
         form = [example["text"], "\n".join(example["mentions"]), example["spans"], photo]
-        return [*form, link(*form, models[0], kbs[0], 5, None, None)]
+        return [*form, answer_of(*form, models[0], kbs[0], 5, None, None)]
 
     examples = _examples(service.linker(models[0], kbs[0]))
     first = show_example(_FIRST_EXAMPLE) if examples else ["", "", [], None, _EMPTY]
@@ -312,7 +312,7 @@ def build(service: Service) -> gr.Blocks:
             show_progress="hidden",
         )
         for event in (go.click, mentions.submit):
-            event(link, [*asked, model, kb, top_k, threshold, session], answer, **private)
+            event(answer_of, [*asked, model, kb, top_k, threshold, session], answer, **private)
         for k, button in enumerate(buttons):
             button.click(partial(show_example, k), None, [*asked, answer], **private)
         by_unit.click(compare_evidence, [*asked, *form], units_answer, **private)
@@ -320,7 +320,7 @@ def build(service: Service) -> gr.Blocks:
         kb_go.click(
             own_kb, [kb_name, kb_table, kb_zip, model, session], [kb_answer, kb, other_kb, session, kb_file], **private
         )
-        batch_go.click(batch, [batch_file, *form], [batch_answer, batch_table, batch_out], **private)
+        batch_go.click(link_file, [batch_file, *form], [batch_answer, batch_table, batch_out], **private)
         gr.api(api_link, api_name="link", concurrency_id="model", concurrency_limit=WORKERS)
         gr.api(api_batch, api_name="batch", concurrency_id="model", concurrency_limit=WORKERS)
     demo.queue(max_size=WAITING, default_concurrency_limit=WORKERS)

@@ -230,11 +230,11 @@ class Service:
             if archive is not None:
                 unpack_images(Path(archive), source)
             entities = source / f"entities{table.suffix.lower()}"
-            count, problems = check_entity_file(entities)
+            count, problems = check_entity_file(entities, image_folder=source)
             if count > MAX_KB_ROWS:
                 raise Refused(f"The table has {count:,} entities; this app takes {MAX_KB_ROWS:,}.")
             if problems:
-                lines = [f"Row {problem.row}: {problem.message}" for problem in problems[:20]]
+                lines = [f"Row {problem.row}: {problem.message}".replace(f"{source}/", "") for problem in problems[:20]]
                 more = f"\n… and {len(problems) - 20:,} more." if len(problems) > 20 else ""
                 raise Refused(f"{len(problems):,} rows cannot be used:\n" + "\n".join(lines) + more)
             _asking(

@@ -1,0 +1,412 @@
+"""The demo Space without a browser: what it links, what it refuses, what it shows, and its API."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+import threading
+import zipfile
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import gradio
+import pytest
+import requests
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from hf_mel.linking.explaining import Explanation
+from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.linking.linker import Candidate, LinkResult
+from tests.spaces.small_model import small_model
+
+SPACE = Path(__file__).parents[2] / "spaces" / "entity_linking"
+TEXT = "Georgia won again, and Jordan lost."
+
+
+@pytest.fixture(scope="module")
+def space():
+    """The Space's modules, found as the Hub finds them."""
+    sys.path.insert(0, str(SPACE))
+    try:
+        import app
+        import render
+        import service
+
+        yield type("Space", (), {"app": app, "render": render, "service": service})
+    finally:
+        sys.path.remove(str(SPACE))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("space")
+    small_model(root / "model")
+    return root
+
+
+@pytest.fixture(scope="module")
+def service(space, folders):
+    return space.service.Service({"small": str(folders / "model")}, {"flags": str(folders / "model" / "kb")})
+
+
+@pytest.fixture
+def session(space):
+    session = space.service.Session()
+    yield session
+    session.close()
+
+
+def link(service, text=TEXT, mentions=("Georgia",), image=None, **options):
+    return service.link(text, list(mentions), image, **{"model": "small", "kb": "flags"} | options)[0]
+
+
+# Linking
+
+
+def test_mentions_of_one_text_are_linked_each(service):
+    first, second = link(service, mentions=["Georgia", (23, 29)])
+    assert (first.mention, second.mention) == ("Georgia", "Jordan")
+    assert link(service, mentions=["Jordan"])[0].best.score == pytest.approx(second.best.score)
+
+
+def test_threshold_and_units(service):
+    (result,) = link(service, nil_threshold=1e9)
+    assert result.is_nil
+    assert result.entity_id == "NIL"
+    (alone,) = link(service, units=["text"], nil_threshold=1e9)
+    assert not alone.is_nil
+    assert alone.best.score == pytest.approx(alone.best.unit_scores["text"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"text": ""}, "Paste a caption"),
+        ({"text": " \n"}, "Paste a caption"),
+        ({"text": "x" * 2001}, "2,001 characters"),
+        ({"mentions": []}, "Say which words"),
+        ({"mentions": ["Peru"]}, "“Peru” is not in the caption"),
+        ({"mentions": [" "]}, "empty"),
+        ({"mentions": [(5, 900)]}, "holds no mention"),
+        ({"mentions": ["Georgia"] * 9}, "At most 8"),
+        ({"top_k": 0}, "Between 1 and 20"),
+        ({"top_k": 500}, "Between 1 and 20"),
+        ({"nil_threshold": float("nan")}, "must be a number"),
+        ({"model": "<b>other"}, "no model"),
+        ({"kb": "../../etc"}, "no knowledge base"),
+    ],
+)
+def test_what_cannot_be_linked_is_refused_in_words(space, service, asked, words):
+    with pytest.raises(space.service.Refused, match=words):
+        link(service, **asked)
+
+
+# Images
+
+
+def test_images_are_read_upright_small_and_rgb(space, tmp_path):
+    Image.new("RGBA", (3000, 1500), (200, 0, 0, 255)).save(tmp_path / "large.png")
+    image = space.service.read_image(tmp_path / "large.png")
+    assert (image.mode, image.size) == ("RGB", (1024, 512))
+    assert space.service.read_image(None) is None
+
+
+@pytest.mark.parametrize("kind", ["svg", "html", "cut off", "bomb", "large file"])
+def test_what_is_no_image_is_refused(space, tmp_path, kind):
+    path = tmp_path / "upload.png"
+    if kind == "svg":
+        path.write_text('<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>')
+    elif kind == "html":
+        path.write_text("<html><script>alert(1)</script></html>")
+    elif kind == "cut off":
+        out = io.BytesIO()
+        Image.effect_noise((200, 200), 50).save(out, "PNG")
+        path.write_bytes(out.getvalue()[:500])
+    elif kind == "bomb":
+        Image.new("1", (30_000, 30_000)).save(path)  # 900 million pixels in about 100 kB
+    else:
+        path.write_bytes(b"\x89PNG" + bytes(9 << 20))
+    with pytest.raises(space.service.Refused):
+        space.service.read_image(path)
+
+
+# Own knowledge bases
+
+
+def entities_csv(path: Path, rows) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([["id", "name", "description", "image"], *rows])
+    return path
+
+
+def zipped(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
+        for name, content in members.items():
+            out.writestr(name, content)
+    return path
+
+
+def png(colour="red") -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_an_own_knowledge_base_is_built_linked_and_downloaded(service, session, tmp_path):
+    table = entities_csv(tmp_path / "mine.csv", [["1", "Jo", "a cat", "jo.png"], ["2", "Al", "a dog", ""]])
+    archive = zipped(tmp_path / "images.zip", {"jo.png": png(), "readme.txt": b"left out"})
+    label, count = service.build_kb("Pets", table, archive, model="small", session=session)
+    assert (label, count) == ("Pets (yours)", 2)
+    (result,) = link(service, "Jo barks", ["Jo"], kb=label, session=session)
+    assert {c.entity_id for c in result.candidates} == {"1", "2"}
+    kb = KnowledgeBase.load(session.kbs[label])
+    assert [kb.image(row) is not None for row in (kb.row_of("1"), kb.row_of("2"))] == [True, False]
+    with zipfile.ZipFile(service.download_kb(label, session)) as packed:
+        assert "kb.json" in packed.namelist()
+        packed.extractall(tmp_path / "again")
+    assert len(KnowledgeBase.load(tmp_path / "again")) == 2
+
+
+def test_it_is_one_visitors_alone_and_goes_with_the_session(space, service, session, tmp_path):
+    table = entities_csv(tmp_path / "mine.csv", [["1", "Jo", "", ""]])
+    label, _ = service.build_kb("Secret", table, None, model="small", session=session)
+    other = space.service.Session()
+    for stranger in (other, None):
+        with pytest.raises(space.service.Refused, match="no knowledge base"):
+            link(service, kb=label, session=stranger)
+    session.close()
+    assert not session.folder.exists()
+    other.close()
+
+
+def test_every_bad_row_is_named(space, service, session, tmp_path):
+    rows = [["1", "Jo", "", ""], ["1", "Jo", "", ""], ["2", "", "", ""], ["3", "Al", "", "../x.png"], ["4", "Di", "", "x.png"]]
+    with pytest.raises(space.service.Refused) as refused:
+        service.build_kb("x", entities_csv(tmp_path / "mine.csv", rows), None, model="small", session=session)
+    words = str(refused.value)
+    assert words.startswith("4 rows cannot be used")
+    assert [f"Row {row}:" in words for row in (2, 3, 4, 5, 6)] == [False, *[True] * 4]
+    assert str(session.folder) not in words
+    assert not session.kbs
+
+
+@pytest.mark.parametrize("name", ["../out.png", "/out.png", "..\\out.png", "a/../../out.png"])
+def test_a_zip_cannot_write_outside_its_folder(space, tmp_path, name):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    with pytest.raises(space.service.Refused, match="leads out"):
+        space.service.unpack_images(zipped(tmp_path / "x.zip", {name: png()}), inside)
+    assert not list(tmp_path.rglob("out.png"))
+
+
+def test_a_zip_with_a_link_or_too_much_or_no_zip_is_refused(space, tmp_path, monkeypatch):
+    link = zipfile.ZipInfo("link.png")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as out:
+        out.writestr(link, "/etc/hostname")
+    (tmp_path / "no.zip").write_bytes(b"PK no zip")
+    monkeypatch.setattr(space.service, "MAX_UNPACKED_BYTES", 100_000)
+    zipped(tmp_path / "bomb.zip", {f"{k}.png": bytes(60_000) for k in range(2)})
+    lying = (tmp_path / "bomb.zip").read_bytes().replace((60_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
+    (tmp_path / "lying.zip").write_bytes(lying)
+    for name in ("link.zip", "no.zip", "bomb.zip", "lying.zip"):
+        folder = tmp_path / name[:-4]
+        folder.mkdir()
+        with pytest.raises(space.service.Refused):
+            space.service.unpack_images(tmp_path / name, folder)
+        assert sum(path.stat().st_size for path in folder.rglob("*")) < 200_000
+
+
+# Batches
+
+
+def test_a_batch_keeps_its_order_and_its_bad_rows(service, tmp_path):
+    path = tmp_path / "mentions.csv"
+    path.write_text("\ufefftext,mention\r\nGeorgia won,Georgia\r\nGeorgia won,Peru\r\nin Jordan,Jordan\r\n", "utf-8")
+    rows = service.link_batch(path, model="small", kb="flags")
+    assert [row["mention"] for row in rows] == ["Georgia", "Peru", "Jordan"]
+    assert ["error" in row for row in rows] == [False, True, False]
+    assert rows[2]["entity_id"] == link(service, "in Jordan", ["Jordan"])[0].entity_id
+
+
+def test_results_as_files(space, tmp_path):
+    rows = [{"text": "=1+1", "mention": "@x", "entity_id": "Q1", "name": 'a "b", c', "score": 0.5}]
+    as_csv, as_json = space.service.write_results(rows, tmp_path)
+    assert json.loads(Path(as_json).read_text("utf-8")) == rows
+    (read,) = csv.DictReader(io.StringIO(Path(as_csv).read_text("utf-8-sig")))
+    assert read["name"] == 'a "b", c'
+    assert read["text"] == "'=1+1"  # a spreadsheet would run it
+    assert read["mention"] == "'@x"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "text,word\nx,y\n", "column “mention”"),
+        ("a.csv", "", "no mentions"),
+        ("a.jsonl", '{"text": "x"', "not JSON"),
+        ("a.jsonl", '["x"]', "Row 1"),
+        ("a.csv", "text,mention\n" + "a,a\n" * 501, "501 rows"),
+        ("a.xlsx", "x", "csv or .jsonl"),
+        ("a.csv", b"\xff\xfe\x00", "UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_batch_is_refused(space, service, tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(space.service.Refused, match=words):
+        service.link_batch(path, model="small", kb="flags")
+
+
+# What is shown
+
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+
+
+class Tags(HTMLParser):
+    """Which tags and attributes a browser would see."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def result(name="Ada", **changes) -> LinkResult:
+    candidates = [
+        Candidate(1, "Q7259", name, "d", "a", 2.0, {"text": 1.0, "vision": 3.0}),
+        Candidate(2, "kb-1", "Bo", "", "", 1.0, {"text": 1.5, "vision": 0.5}),
+    ]
+    given = LinkResult("Ada", 0, 3, "Q7259", False, None, candidates)
+    return replace(given, **changes)
+
+
+def test_nothing_from_outside_becomes_markup(space):
+    render = space.render
+    evil = result(EVIL, mention=EVIL, warnings=[EVIL])
+    for candidate in evil.candidates:
+        candidate.description = candidate.attributes = candidate.entity_id = EVIL
+        candidate.unit_scores = {EVIL: 1.0, "text": 2.0 * candidate.rank}
+    words = [(0, 8, 0.5), (8, len(EVIL), 0.5)]
+    image = Image.new("RGB", (4, 4))
+    html = render.results(
+        [
+            {
+                "result": evil,
+                "images": [image, None],
+                "evidence": render.evidence(EVIL, Explanation(words, [[1.0]]), image, image, EVIL),
+            }
+        ],
+        0.1,
+    )
+    html += render.comparison([(EVIL, evil, [image, None])]) + render.message(EVIL)
+    seen = Tags(html)
+    assert "script" not in seen.tags
+    assert not [name for name in seen.attributes if name.startswith("on")]
+    assert seen.text.count("<script>alert(1)</script>") >= 8  # it is there to be read
+
+
+def test_a_card_says_what_decided(space):
+    seen = Tags(space.render.results([{"result": result(), "images": [None, None]}], 0.1))
+    assert "It leads Bo most by image; text alone would prefer Bo." in seen.text
+    assert "Text 1.000, Image 3.000" in seen.text
+    html = space.render.results([{"result": result(), "images": [None, None]}], 0.1)
+    assert html.count("https://www.wikidata.org/wiki/") == 1  # kb-1 is no id of Wikidata
+    # Bars start at the weakest candidate of each unit: Ada has 2.5 of vision, Bo 0.5 of text, in halves of 1.25.
+    assert [part.split("%")[0] for part in html.split("width:")[1:]] == ["100.0", "20.0"]
+
+
+def test_nil_is_said_plainly(space):
+    html = space.render.results(
+        [{"result": result(is_nil=True, entity_id="NIL", nil_threshold=5.0), "images": [None, None]}], 0.1
+    )
+    assert "NIL: nobody in this knowledge base. The best score, 2.000, is below the threshold 5.000." in Tags(html).text
+
+
+# The app
+
+
+@pytest.fixture(scope="module")
+def url(space, service, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        demo = space.app.build(service)
+        _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, max_file_size="64mb", server_name="127.0.0.1")
+        yield url
+        demo.close()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return Client(url, verbose=False)
+
+
+def test_the_api_links(client, service, tmp_path):
+    (tmp_path / "x.png").write_bytes(png())
+    answer = client.predict(TEXT, "Georgia", handle_file(str(tmp_path / "x.png")), top_k=3, api_name="/link")
+    (expected,) = link(service, image=Image.new("RGB", (16, 16), "red"), top_k=3)
+    assert [c["entity_id"] for c in answer["candidates"]] == [c.entity_id for c in expected.candidates]
+    assert [c["score"] for c in answer["candidates"]] == pytest.approx([c.score for c in expected.candidates], abs=1e-3)
+    without = client.predict(TEXT, "Georgia", api_name="/link")
+    assert without["warnings"]
+
+
+def test_the_api_links_a_batch_and_only_two_endpoints_are_public(client, tmp_path):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"text": TEXT, "mention": "Jordan"}))
+    (row,) = client.predict(handle_file(str(tmp_path / "m.jsonl")), api_name="/batch")
+    assert row["mention"] == "Jordan"
+    assert row["entity_id"]
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/link", "/batch"}
+
+
+def test_an_error_is_words_and_the_next_request_is_served(client):
+    with pytest.raises(AppError, match="not in the caption"):
+        client.predict(TEXT, "Peru", api_name="/link")
+    assert client.predict(TEXT, "Georgia", api_name="/link")["entity_id"]
+
+
+def test_a_path_that_was_not_uploaded_is_not_read(url, tmp_path):
+    secret = tmp_path / "secret.jsonl"
+    secret.write_text(json.dumps({"text": "secret", "mention": "secret"}))
+    for path in (str(secret), "/etc/hostname", "../../../../etc/hostname"):
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "secret.jsonl"}
+        event = requests.post(f"{url}gradio_api/call/batch", json={"data": [file]}, timeout=30)
+        answer = event.text
+        if event.ok:
+            answer = requests.get(f"{url}gradio_api/call/batch/{event.json()['event_id']}", timeout=30).text
+        assert "secret" not in answer.replace("secret.jsonl", "").replace(str(tmp_path), "")
+        assert "complete" not in answer
+    for path in (secret, SPACE / "app.py", "/etc/hostname"):
+        assert not requests.get(f"{url}gradio_api/file={path}", timeout=30).ok
+
+
+def test_many_at_once_are_all_served(client):
+    answers, threads = [], []
+    for k in range(12):
+        text = f"Georgia {k}"
+        job = threading.Thread(target=lambda text=text: answers.append(client.predict(text, "Georgia", api_name="/link")))
+        threads.append(job)
+        job.start()
+    for job in threads:
+        job.join(60)
+    assert len(answers) == 12
+    assert all(answer["mention"] == "Georgia" for answer in answers)
+
+
+def test_the_space_has_what_the_hub_asks_of_one():
+    head = (SPACE / "README.md").read_text("utf-8").split("---")[1]
+    assert f"sdk_version: {gradio.__version__}" in head
+    assert "app_file: app.py" in head
+    assert "hf_mel" in (SPACE / "requirements.txt").read_text("utf-8").split()
