@@ -59,7 +59,7 @@ def dataset_card(builder_class: Any, infos: dict[str, datasets.DatasetInfo], rep
         name=builder_class.NAME,
         homepage=builder_class.HOMEPAGE,
         citation=f"```bibtex\n{builder_class.CITATION.strip()}\n```",
-        download=builder_class.DOWNLOAD,
+        download=builder_class.DOWNLOAD.rstrip(".") + ".",
         redistribution=_redistribution(builder_class),
         layout=report.layout or "",
         options=_options(report),
@@ -79,13 +79,13 @@ def _size_category(rows: int) -> str:
 
 def _redistribution(builder_class: Any) -> str:
     if not builder_class.REDISTRIBUTION:
-        return "This copy may be passed on under the licence named above."
+        return f"This copy may be passed on under its licence, `{builder_class.LICENSE}`."
     return f"Do not pass this copy on: {builder_class.REDISTRIBUTION.rstrip('.')}."
 
 
 def _options(report: BuildReport) -> str:
     if not report.options:
-        return "Built without options; images are stored exactly as released."
+        return "Images are stored exactly as released."
     listed = ", ".join(f"`{key}={value}`" for key, value in report.options.items())
     images = "" if "resize" in report.options else " Images are stored exactly as released."
     return f"Built with {listed}.{images}"
