@@ -35,9 +35,10 @@ def results_table(results: Mapping[str, Any], title: str | None = None) -> Table
     """
     overall = results["metrics"]
     units = f", units {' + '.join(results['units'])}" if results.get("units") else ""
-    title = title or (
-        f"{results['num_mentions']:,} mentions against {results['kb_size']:,} entities (ties {results['ties']}{units})"
-    )
+    against = f"{results['kb_size']:,} entities"
+    if lists := results.get("candidates"):
+        against = f"up to {lists['k']} candidates each, end to end"
+    title = title or f"{results['num_mentions']:,} mentions against {against} (ties {results['ties']}{units})"
     table = Table("mentions", title=title)
     table.add_column("in KB", justify="right")
     columns = [name for name in _columns(overall) if name not in _DECISIONS]
@@ -57,6 +58,27 @@ def results_table(results: Mapping[str, Any], title: str | None = None) -> Table
         table.add_section()
         for group, metrics in groups.items():
             add(f"{divided_by}: {group}", metrics)
+    return table
+
+
+def orders_table(results: Mapping[str, Any]) -> Table:
+    """A `rich` table of the candidate protocol: the order in which the candidates came beside the reranker's, end to
+    end and with the gold added.
+
+    Args:
+        results (`Mapping`): [`~hf_mel.evaluation.candidates.CandidateResult.to_dict`], or the same from results.json.
+    """
+    rows = {
+        f"{order}, {label}": metrics["metrics"]
+        for label, of_protocol in (("end to end", results), ("gold added", results["gold_added"]))
+        for order, metrics in of_protocol["orders"].items()
+    }
+    lists = results["candidates"]
+    recall = {int(name.partition("@")[2]): value for name, value in lists["recall"].items()}
+    table = comparison_table(rows, title=f"Candidates by {lists.get('source', 'an unknown source')}")
+    table.caption = "Recall of the candidates: " + ", ".join(
+        f"{100 * value:.1f} at {k}" for k, value in sorted(recall.items())
+    )
     return table
 
 

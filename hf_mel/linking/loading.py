@@ -1,4 +1,4 @@
-"""Loading a retriever and its processor from a folder or the Hub."""
+"""Loading a retriever or a reranker and its processor from a folder or the Hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoProcessor
 
 import hf_mel.auto  # noqa: F401 (registers the shipped methods)
 from hf_mel.errors import UnknownModelError
-from hf_mel.schema import MelProcessor, Retriever
+from hf_mel.schema import MelProcessor, Reranker, Retriever
 
 #: What transformers raises for folders and repositories that are not a model, or a damaged one.
 _LOADING_ERRORS = (
@@ -50,6 +50,44 @@ def load_retriever(
     Raises:
         [`~hf_mel.errors.UnknownModelError`]: no such model, weights that lack a part, or not a retriever.
     """
+    model, processor = load_linking_model(name, revision=revision, device=device, trust_remote_code=trust_remote_code)
+    if isinstance(model, Reranker):
+        raise UnknownModelError(
+            f"{os.fspath(name)!r} reranks candidates, it does not find them.",
+            remedy="Give a retriever here, and this one as the reranker.",
+        )
+    return model, processor
+
+
+def load_reranker(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, MelProcessor]:
+    """A reranker in float32 and evaluation mode, and its processor. Args and errors as in [`load_retriever`].
+
+    Returns:
+        model ([`~hf_mel.schema.Reranker`]) and processor ([`~hf_mel.schema.MelProcessor`]).
+    """
+    model, processor = load_linking_model(name, revision=revision, device=device, trust_remote_code=trust_remote_code)
+    if isinstance(model, Retriever):
+        raise UnknownModelError(
+            f"{os.fspath(name)!r} is a {type(model).__name__}, which finds entities and does not rerank candidates.",
+            remedy="Give it as the model, not as the reranker.",
+        )
+    return model, processor
+
+
+def load_linking_model(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, MelProcessor]:
+    """A retriever or a reranker, whichever it is. Args and errors as in [`load_retriever`]."""
     name = os.fspath(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
@@ -76,9 +114,10 @@ def load_retriever(
         raise UnknownModelError(
             f"{name!r} cannot go to the device {device!r} ({reason}).", remedy="Try cpu."
         ) from error
-    if not isinstance(model, Retriever):
+    if not isinstance(model, Retriever | Reranker):
         raise UnknownModelError(f"{name!r} is a {type(model).__name__}, which does not encode and score entities.")
-    if "mentions" not in inspect.signature(type(processor).__call__).parameters:
+    wanted = "pairs" if isinstance(model, Reranker) else "mentions"
+    if wanted not in inspect.signature(type(processor).__call__).parameters:
         raise UnknownModelError(
             f"{name!r} has no processor for mentions and entities, only a {type(processor).__name__}.",
             remedy="Save the model's processor into the same folder.",

@@ -92,6 +92,25 @@ class DataRecipe:
 
 
 @dataclass
+class CandidatesRecipe:
+    """`candidates:` of a recipe: what a reranker chooses from, in training and in evaluation.
+
+    Args:
+        source (`str`): "name", "prior", "retriever", several of them joined by "+", or "file".
+        k (`int`, *optional*, defaults to 100): Candidates per mention at most.
+        scorer (`str`, *optional*, defaults to `"WRatio"`): How names are compared.
+        retriever (`str`, *optional*): Run folder or Hub id of a trained retriever.
+        file (`str`, *optional*): What `hf-mel candidates` wrote; `{split}` in it stands for the name of the split.
+    """
+
+    source: str = ""
+    k: int = 100
+    scorer: str = "WRatio"
+    retriever: str | None = None
+    file: str | None = None
+
+
+@dataclass
 class Recipe:
     """One training run: model, processor, data and training arguments.
 
@@ -104,6 +123,7 @@ class Recipe:
         model ([`ModelRecipe`]): What is trained.
         processor ([`ProcessorRecipe`]): How rows become tensors.
         data ([`DataRecipe`]): What it is trained on.
+        candidates ([`CandidatesRecipe`], *optional*): For a reranker, what it chooses from.
         training (`dict`): Fields of [`~hf_mel.training.arguments.MelTrainingArguments`].
         source (`str`, *optional*): Where the recipe was read from; named in errors, not saved.
     """
@@ -116,6 +136,7 @@ class Recipe:
     license: str = "apache-2.0"
     citation: str = ""
     processor: ProcessorRecipe = field(default_factory=ProcessorRecipe)
+    candidates: CandidatesRecipe | None = None
     training: dict[str, Any] = field(default_factory=dict)
     source: str | None = None
 
@@ -160,6 +181,8 @@ class Recipe:
         }
         for name, value in plain.items():
             _check_type(value, str, name, file)
+        if content.get("candidates") is not None:
+            sections["candidates"] = _section(CandidatesRecipe, content["candidates"], "candidates", file)
         training = content.get("training") or {}
         _check_type(training, dict, "training", file)
         recipe = cls(**plain, **sections, training=dict(training), source=file)
@@ -192,6 +215,8 @@ class Recipe:
             raise self.error("data.posts_split is for task: pretraining.")
         if not self.data.dataset:
             raise self.error("data has no 'dataset'.", "Give a folder or a Hub id.")
+        if self.candidates is not None and (self.candidates.source == "file") != bool(self.candidates.file):
+            raise self.error("candidates.source: file and candidates.file go together.")
         if bool(model.type) == bool(model.from_pretrained):
             raise self.error("model needs either 'type' or 'from_pretrained'.")
         if model.from_pretrained:
@@ -290,6 +315,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "str | None": (str, type(None)),
     "bool": bool,
+    "int": int,
     "dict[str, Any]": dict,
     "dict[str, Any] | None": (dict, type(None)),
 }
@@ -322,6 +348,6 @@ def _check_keys(keys: Iterable[str], known: Iterable[str], section: str, file: s
 def _check_type(value: Any, kind: type | tuple[type, ...], key: str, file: str | None) -> None:
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        names = {dict: "a mapping", str: "a text", bool: "true or false", type(None): "null"}
+        names = {dict: "a mapping", str: "a text", bool: "true or false", int: "a whole number", type(None): "null"}
         expected = " or ".join(names[k] for k in kinds)
         raise RecipeError(f"{key}: {value!r} is not {expected}.", file=file)

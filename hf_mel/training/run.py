@@ -28,14 +28,17 @@ from transformers import (
     set_seed,
 )
 
+from hf_mel.data.candidates import CandidateLists
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions
 from hf_mel.errors import MissingExtraError, RecipeError
+from hf_mel.evaluation.candidates import evaluate_candidates
 from hf_mel.evaluation.full import evaluate_full
 from hf_mel.evaluation.tables import write_results
 from hf_mel.files import write_text
 from hf_mel.hub.cards import model_card
 from hf_mel.hub.saving import save_model_repository
-from hf_mel.schema import NIL, Retriever
+from hf_mel.linking.candidates import check_source, default_cache, make_candidates
+from hf_mel.schema import NIL, Reranker, Retriever
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.plot import plot_training
 from hf_mel.training.recipe import Recipe
@@ -84,6 +87,7 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
     checkpoint = _start(folder, recipe, resume)
     if (folder / RESULTS).exists():
         return folder
+    _check_candidates(recipe)
     started = time.time()
     with _quiet():
         data = recipe.data
@@ -92,6 +96,14 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
         entities = load_entities(data.dataset, revision=data.revision)
         set_seed(arguments.seed)
         model, processor = build_model(recipe, texts_of(train, entities))
+        lists: dict[str, Any] = {}
+        if isinstance(model, Reranker):
+            lists = {
+                "train_candidates": candidates_for(recipe, data.train_split, train, train, entities),
+                "eval_candidates": candidates_for(recipe, data.validation_split, validation, train, entities),
+            }
+        elif recipe.candidates is not None:
+            raise recipe.error(f"{type(model).__name__} ranks all entities; leave 'candidates' out.")
         trainer = MelTrainer(
             model,
             arguments,
@@ -99,6 +111,7 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
             eval_dataset=validation,
             entities=entities,
             processing_class=processor,
+            **lists,
         )
         main = trainer.is_world_process_zero()
         if main:
@@ -135,6 +148,48 @@ def training_arguments(recipe: Recipe, output_dir: str | os.PathLike[str]) -> Me
         raise recipe.error(f"training: {error}") from error
 
 
+def candidates_for(
+    recipe: Recipe,
+    split: str,
+    mentions: datasets.Dataset,
+    training: datasets.Dataset,
+    entities: datasets.Dataset,
+) -> CandidateLists:
+    """The candidates that a recipe gives to the mentions of a split; made once, and kept for the next run.
+
+    Raises:
+        RecipeError: it does not say where they come from.
+        DataFormatError: the file it names is not there, or lacks a mention.
+        UnknownModelError: the retriever it names cannot be loaded.
+    """
+    wanted = recipe.candidates
+    if wanted is None:
+        raise recipe.error("a reranker needs candidates.", "For instance candidates: {source: name, k: 100}.")
+    if wanted.source == "file":
+        assert wanted.file is not None
+        return CandidateLists.load(wanted.file.replace("{split}", split)).of(mentions).top(wanted.k)
+    return make_candidates(
+        wanted.source,
+        mentions,
+        entities,
+        k=wanted.k,
+        scorer=wanted.scorer,
+        training=training,
+        retriever=wanted.retriever,
+        cache_dir=default_cache(),
+        progress=True,
+    )
+
+
+def _check_candidates(recipe: Recipe) -> None:
+    wanted = recipe.candidates
+    if wanted is not None and wanted.source != "file":
+        try:
+            check_source(wanted.source, k=wanted.k, scorer=wanted.scorer, retriever=wanted.retriever)
+        except RecipeError as error:
+            raise recipe.error(f"candidates: {error.message}", error.remedy) from None
+
+
 def build_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[Any, Any]:
     """The recipe's model, its new parts untrained, and its processor.
 
@@ -147,7 +202,8 @@ def build_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[Any, Any]:
         texts (iterable of `str`): What a new tokenizer is trained on, if the recipe asks for one.
 
     Returns:
-        model ([`~hf_mel.schema.Retriever`]) and processor ([`~hf_mel.schema.MelProcessor`]).
+        model ([`~hf_mel.schema.Retriever`] or [`~hf_mel.schema.Reranker`]) and processor
+        ([`~hf_mel.schema.MelProcessor`]).
 
     Raises:
         RecipeError: an unknown model type or field, or settings the model does not take.
@@ -157,11 +213,10 @@ def build_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[Any, Any]:
         model, processor = _continued(recipe)
     else:
         model, processor = _new(recipe, texts)
-    if not isinstance(model, Retriever):
+    if not isinstance(model, Retriever | Reranker):
         raise recipe.error(
-            f"{type(model).__name__} is not a retriever: it does not offer encode_mentions, encode_entities, score and "
-            "unit_scores.",
-            "Only retrievers can be trained so far.",
+            f"{type(model).__name__} is neither a retriever (encode_mentions, encode_entities, score, unit_scores) nor a "
+            "reranker (example_unit, pairs_are_independent).",
         )
     return model, processor
 
@@ -303,8 +358,24 @@ def _finish(
     model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processor
     version = dataset_version(recipe.data.dataset, revision=recipe.data.revision)
     batch_size = trainer.args.per_device_eval_batch_size
-    evaluation = evaluate_full(model, processor, validation, entities, batch_size=batch_size, data_version=version)
-    nil = evaluation.calibrate_nil_threshold() if len(validation) and len(entities) > 1 else None
+    evaluation: Any
+    nil = None
+    if trainer.reranks:
+        assert trainer.eval_candidates is not None
+        validation = trainer.eval_dataset  # all of it, or eval_mentions
+        evaluation = evaluate_candidates(
+            model,
+            processor,
+            validation,
+            entities,
+            trainer.eval_candidates,
+            images=trainer.image_features,
+            batch_size=batch_size,
+            data_version=version,
+        )
+    else:
+        evaluation = evaluate_full(model, processor, validation, entities, batch_size=batch_size, data_version=version)
+        nil = evaluation.calibrate_nil_threshold() if len(validation) and len(entities) > 1 else None
     # Made-up NIL cases are half of all by construction; where the data has none, they must not switch NIL on unasked.
     if nil is not None and not nil.simulated and hasattr(model.config, "nil_threshold"):
         model.config.nil_threshold = nil.threshold
@@ -329,7 +400,9 @@ def _finish(
             "validation_split": recipe.data.validation_split,
             "validation_mentions": len(validation),
             "entities": len(entities),
+            **({"validation_mentions_of": trainer.eval_total} if trainer.reranks else {}),
         },
+        "candidates": None if recipe.candidates is None else dataclasses.asdict(recipe.candidates),
         "validation": evaluation.to_dict(),
         "nil": None if nil is None else dataclasses.asdict(nil),
         "best": _best(state),

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 
 from hf_mel.data.batching import GroupingSampler
 from hf_mel.data.candidates import CandidateLists
+from hf_mel.data.loading import load_mentions
 from hf_mel.data.pairs import Examples, PairCollator
-from hf_mel.errors import RecipeError, UnknownEntityError
+from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.evaluation.candidates import END_TO_END, evaluate_candidates
+from hf_mel.linking.loading import load_reranker
+from hf_mel.training import run
 from hf_mel.training.arguments import MelTrainingArguments
+from hf_mel.training.recipe import Recipe
+from hf_mel.training.run import run_recipe
 from hf_mel.training.trainer import MelTrainer
-from tests.toy import ToyPairProcessor, toy_entities, toy_mentions, toy_reranker
+from tests.toy import ToyPairProcessor, register, toy_entities, toy_mentions, toy_model, toy_reranker
+from tests.training.toy_run import write_dataset
 
 ENTITIES, TRAIN, VALIDATION = toy_entities(12), toy_mentions(16), toy_mentions(12)
 
@@ -146,3 +153,76 @@ def test_candidates_are_needed_and_checked_before_training(tmp_path):
 def test_arguments_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         MelTrainingArguments(output_dir="nowhere", **wrong)
+
+
+# Recipes
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """A recipe whose model goes on from a saved one, on a data set of its own; finished lists are kept in tmp_path."""
+    register()
+    monkeypatch.setattr(run, "default_cache", lambda: tmp_path / "cache")
+    toy_reranker().save_pretrained(tmp_path / "start")
+    ToyPairProcessor().save_pretrained(tmp_path / "start")
+    return {
+        "name": "toy",
+        "model": {"from_pretrained": str(tmp_path / "start")},
+        "data": {"dataset": str(write_dataset(tmp_path / "toy_without_nil"))},
+        "candidates": {"source": "name+prior", "k": 4},
+        "training": {"num_train_epochs": 1, "use_cpu": True, "disable_tqdm": True, "eval_mentions": 6},
+    }
+
+
+def test_a_recipe_trains_a_reranker_and_its_run_says_how(base, tmp_path):
+    folder = run_recipe(Recipe.from_dict(base), tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["candidates"] == {
+        "source": "name+prior", "k": 4, "scorer": "WRatio", "retriever": None, "file": None,
+    }  # fmt: skip
+    validation = results["validation"]
+    assert validation["protocol"] == END_TO_END
+    assert validation["candidates"]["source"] == "name+prior"
+    assert results["data"]["validation_mentions"] == validation["num_mentions"] < 8
+    assert results["data"]["validation_mentions_of"] == 12
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    assert Recipe.load(folder / "recipe.yaml").to_dict() == Recipe.from_dict(base).to_dict()
+    model, _ = load_reranker(folder, device="cpu")
+    log = [e["eval_mrr"] for e in json.loads((folder / "training_log.json").read_text()) if "eval_mrr" in e]
+    assert validation["metrics"]["mrr"] == pytest.approx(max(log))
+    assert not torch.equal(model.out.weight, toy_reranker().out.weight)
+
+
+def test_candidates_from_files_by_split(base, tmp_path):
+    for split in ("train", "validation"):
+        lists(load_mentions(base["data"]["dataset"], split)).save(tmp_path / f"{split}.parquet")
+    recipe = {**base, "candidates": {"source": "file", "file": str(tmp_path / "{split}.parquet"), "k": 3}}
+    folder = run_recipe(Recipe.from_dict(recipe), tmp_path / "run")
+    assert json.loads((folder / "results.json").read_text())["validation"]["candidates"]["k"] == 3
+    (tmp_path / "validation.parquet").unlink()
+    with pytest.raises(DataFormatError, match=r"validation\.parquet"):
+        run_recipe(Recipe.from_dict(recipe), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        (None, "a reranker needs candidates"),
+        ({"source": "fuzzy"}, "candidates: candidates cannot come from 'fuzzy'"),
+        ({"source": "retriever"}, "needs a trained one"),
+        ({"source": "file"}, "go together"),
+        ({"source": "name", "file": "x"}, "go together"),
+        ({"source": "name", "k": "many"}, "candidates.k: 'many' is not a whole number"),
+        ({"source": "name", "scorrer": "x"}, "Did you mean 'scorer'"),
+    ],
+)
+def test_candidates_of_a_recipe_are_checked(base, tmp_path, candidates, message):
+    with pytest.raises(RecipeError, match=message):
+        run_recipe(Recipe.from_dict({**base, "candidates": candidates}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_retriever_takes_no_candidates(base, tmp_path):
+    toy_model().save_pretrained(tmp_path / "start")
+    with pytest.raises(RecipeError, match="leave 'candidates' out"):
+        run_recipe(Recipe.from_dict(base), tmp_path / "run")
