@@ -235,9 +235,9 @@ def dataset_publication(
             )
         notes.append(f"Published because you say you hold the rights. The terms: {terms}")
     text = (folder / "README.md").read_text(encoding="utf-8")
-    name = report.get("dataset")
-    if isinstance(name, str):
-        files["README.md"] = text.replace(f"path/to/{name}", repo_id).encode()
+    builder = report.get("dataset")
+    if isinstance(builder, str):
+        files["README.md"] = text.replace(f"path/to/{builder}", repo_id).encode()
     if not metadata.get("license"):
         notes.append("The card names no licence.")
     return Publication(
@@ -317,16 +317,16 @@ def space_publication(folder: str | os.PathLike[str], repo_id: str, *, metric: b
             if name not in files:
                 raise PublishError(f"there is no {name}.", file=folder, remedy="A Space needs it to start.")
     if metric:
-        name = repo_id.rpartition("/")[2]
+        wanted = repo_id.rpartition("/")[2]
         modules = sorted(
             path.removesuffix(".py")
             for path, content in files.items()
             if path.endswith(".py")
             and b"evaluate.Metric" in (content if isinstance(content, bytes) else _read(content))
         )
-        if name not in modules:
+        if wanted not in modules:
             raise PublishError(
-                f"evaluate.load({repo_id!r}) looks for {name}.py, which is not there.",
+                f"evaluate.load({repo_id!r}) looks for {wanted}.py, which is not there.",
                 file=folder,
                 remedy=f"Publish to OWNER/{modules[0]}."
                 if modules

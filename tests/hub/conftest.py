@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -22,6 +25,57 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
     with HubServer(tmp_path / "hub") as server:
         server.add_user("alice", TOKEN, orgs=["org"])
         yield server
+
+
+class Done(NamedTuple):
+    """How a command line ended, and all it printed."""
+
+    returncode: int
+    output: str
+
+
+class Runner:
+    """Many command lines, each in a process of its own that starts with the libraries loaded (`tests.hub.forks`)."""
+
+    def __init__(self, environment: dict[str, str], folder: Path, preload: str):
+        folder.mkdir(parents=True)
+        self.folder, self._count = folder, 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.hub.forks", preload],
+            env=environment | {"PYTHONPATH": str(ROOT)},
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, *arguments: object, token: str | None = None, cache: Path | None = None) -> Path:
+        """Starts `hf-mel ARGUMENTS`, or the function of `forks` named first; [`result`] waits for it."""
+        self._count += 1
+        output = self.folder / f"{self._count}.json"
+        job = {"arguments": [str(a) for a in arguments], "output": str(output), "token": token}
+        job["cache"] = str(cache) if cache else None
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return output
+
+    def result(self, output: Path, seconds: float = 120) -> Done:
+        end = time.monotonic() + seconds
+        while not output.exists():
+            assert self._process.poll() is None, "the runner died"
+            assert time.monotonic() < end, "the command hangs"
+            time.sleep(0.01)
+        done = json.loads(output.read_text())
+        assert TOKEN not in done["output"]
+        return Done(done["code"], done["output"])
+
+    def run(self, *arguments: object, **options) -> Done:
+        return self.result(self.start(*arguments, **options))
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
 
 
 class Client:
@@ -45,6 +99,9 @@ class Client:
         assert TOKEN not in done.stdout + done.stderr
         return done
 
+    def runner(self, preload: str = "publish") -> Runner:
+        return Runner(self.environment, self.home / "runner", preload)
+
     def cli(self, *arguments: object, check: bool = True, **environment: str):
         """`hf-mel ARGUMENTS`."""
         words = [os.fspath(a) if isinstance(a, Path) else str(a) for a in arguments]
@@ -55,6 +112,13 @@ class Client:
 @pytest.fixture
 def client(hub: HubServer, tmp_path: Path) -> Client:
     return Client(hub, tmp_path / "home")
+
+
+@pytest.fixture
+def runner(client: Client) -> Iterator[Runner]:
+    runner = client.runner()
+    yield runner
+    runner.close()
 
 
 @pytest.fixture

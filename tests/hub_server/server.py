@@ -49,7 +49,9 @@ class HttpError(Exception):
 
 @dataclass
 class Fault:
-    """Something that goes wrong with the requests whose "METHOD path" matches `pattern`.
+    """Something that goes wrong with the requests whose "METHOD path?query user=NAME" matches `pattern`.
+
+    The addresses of large files name in their query who was given them, so a pattern can mean all requests of one user.
 
     Args:
         kind: "cut" (the connection dies before anything is done), "lost" (it is done, and the answer is lost), "half"
@@ -245,10 +247,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         hub = self.hub
         parts = urlsplit(self.path)
-        line = f"{self.command} {parts.path}"
         authorization = self.headers.get("Authorization", "")
         token = authorization.removeprefix("Bearer ").strip()
         self.user = hub.users.get(token)
+        line = f"{self.command} {self.path} user={self.user['name'] if self.user else ''}"
         entry = Request(
             self.command,
             parts.path,
@@ -510,7 +512,7 @@ class _Handler(BaseHTTPRequestHandler):
         for wanted in payload["objects"]:
             answer: dict[str, Any] = {"oid": wanted["oid"], "size": wanted["size"]}
             if not self.hub.store.blob(wanted["oid"]).exists():
-                href = f"{self.hub.storage_url}/storage/{wanted['oid']}?signature={self.hub._signature}"
+                href = self._signed(wanted["oid"])
                 answer["actions"] = {"upload": {"href": href}}
             objects.append(answer)
         return _json({"transfer": "basic", "objects": objects})
@@ -557,7 +559,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise HttpError(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": sha})
         headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         if entry["lfs"]:
-            location = f"{self.hub.storage_url}/storage/{entry['sha256']}?signature={self.hub._signature}"
+            location = f"{self.hub.storage_url}/storage/{entry['sha256']}?signature={self.hub._signature}&repo={repo}"
             headers |= {
                 "X-Linked-ETag": f'"{entry["sha256"]}"',
                 "X-Linked-Size": str(entry["size"]),
@@ -566,6 +568,10 @@ class _Handler(BaseHTTPRequestHandler):
             return 302, headers, b""
         headers |= {"ETag": f'"{entry["git"]}"', "Content-Type": "text/plain; charset=utf-8"}
         return self._ranged(self.hub.store.blob(entry["sha256"]).read_bytes(), headers)
+
+    def _signed(self, oid: str) -> str:
+        user = self.user["name"] if self.user else ""
+        return f"{self.hub.storage_url}/storage/{oid}?signature={self.hub._signature}&user={user}"
 
     def _storage(self, path: str, query: dict[str, list[str]], body: bytes) -> tuple[int, dict[str, str], bytes]:
         """The other host: knows signed addresses, not users."""
