@@ -237,8 +237,9 @@ class AidaConll(datasets.GeneratorBasedBuilder):
                     for title, page in found.candidates:
                         candidates[title] = candidates.get(title) or page
         release.problems.clear()  # those of the mentions are listed where the mentions are built
-        pages = {**golds, **candidates}
-        pages.update((title, page) for title, page in golds.items() if page)
+        pages = golds
+        for title, page in candidates.items():
+            pages[title] = pages.get(title) or page
         texts = entity_texts(release, self.config.entities, {*pages, *filter(None, pages.values())})
         for title, page in pages.items():
             text = texts.get(title) or texts.get(page)

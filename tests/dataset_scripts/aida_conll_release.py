@@ -121,3 +121,15 @@ def write_conll(folder: Path) -> Path:
     (folder / "ace2004_questions.jsonl").write_text("\n".join(map(json.dumps, BLINK)), encoding="utf-8")
     write_texts(folder)
     return folder
+
+
+LAYOUTS = {
+    "conll": (
+        write_conll,
+        {
+            "mentions": {"train": 4, "validation": 1, "test": 1},
+            "ace2004": {"test": 2},
+            "entities": {"kb": 3},
+        },
+    )
+}

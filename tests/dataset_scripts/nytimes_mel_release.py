@@ -94,3 +94,6 @@ def write_dataset(folder: Path) -> Path:
     write_json(folder / "ne2qid.json", QIDS)
     write_rest(folder)
     return folder
+
+
+LAYOUTS = {"nel_121": (write_121, SPLITS), "dataset": (write_dataset, SPLITS)}

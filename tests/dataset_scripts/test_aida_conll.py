@@ -107,6 +107,15 @@ def test_entities_by_hand(raw, tmp_path):
     assert set(builder.release.sha256) == {*CSV, "wiki-test-kilt.jsonl", "texts.jsonl"}
 
 
+def test_a_page_number_is_not_lost_to_a_form_without(tmp_path):
+    raw = write_conll(tmp_path / "raw")
+    record = {**GENRE[0], "output": [], "candidates": ["Ada Falk", "Cy Orr"]}
+    (raw / "wiki-test-kilt.jsonl").write_text(json.dumps(record))
+    rows, _ = rows_of(AidaConll, raw, "entities", tmp_path)
+    found = [(row["entity_id"], row["wikipedia_id"]) for row in rows["kb"]]
+    assert found == [("Nordby, Ohio", "12"), ("Ada Falk", "15"), ("José Brun", "17"), ("Cy Orr", "")]
+
+
 def test_only_what_is_there_is_built(raw, tmp_path):
     assert AidaConll.configs_in(raw, {}) == ["mentions", "msnbc", "wiki", "entities"]
     (raw / "aida_testB.csv").unlink()

@@ -92,6 +92,29 @@ def test_bad_documents(raw, tmp_path, change, says):
     assert str(caught.value.row).startswith("1 (document tt03), ")
 
 
+@pytest.mark.parametrize("prior", [float("nan"), float("inf"), 10**40, True])
+def test_priors_are_finite_numbers(raw, tmp_path, prior):
+    mention = {"mention": "Cape", "gold": "77", "candidates": ["77"], "priors": [prior]}
+    write_lines(raw / "test.jsonl", [{"document_id": "tt03", "text": "Cape", "mentions": [mention]}])
+    with pytest.raises(DataFormatError, match="a prior that is no finite number"):
+        rows_of(M3EL, raw, "mentions", tmp_path)
+
+
+def test_half_a_character(raw, tmp_path):
+    (raw / "test.jsonl").write_bytes(b'{"document_id": "tt03", "text": "\\ud83d", "mentions": []}')
+    with pytest.raises(DataFormatError, match="is not JSON") as caught:
+        rows_of(M3EL, raw, "mentions", tmp_path)
+    assert caught.value.row == 1
+
+
+def test_negative_offsets_do_not_fit(raw, tmp_path):
+    mention = {"mention": "Falk", "gold": "77", "start": -4, "end": 4}
+    write_lines(raw / "test.jsonl", [{"document_id": "tt03", "text": "Falk", "mentions": [mention]}])
+    rows, builder = rows_of(M3EL, raw, "mentions", tmp_path)
+    assert (rows["test"][0]["start"], rows["test"][0]["end"]) == (0, 4)
+    assert ("test.jsonl", "1 (document tt03), mention 0", "Falk") in builder.release.problems["offsets_do_not_fit"]
+
+
 def test_keys_are_mapped(raw, tmp_path):
     documents = [{"movie": {"imdb": "tt09"}, "text": "Falk", "mentions": [{"surface": "Falk", "wiki": "77"}]}]
     write_lines(raw / "test.jsonl", documents)
