@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test lint format types check golden clean
+.PHONY: help setup demo test test-datasets3 lint format types check golden clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP)  ## make .venv/ and install hf_mel with what tests and demo need
 
@@ -38,8 +38,18 @@ types: setup  ## mypy
 
 check: lint types test  ## what CI runs
 
+OLD := .venv-datasets3
+test-datasets3: $(OLD)/.installed  ## every builder as a script of datasets 3.x, in an environment of its own
+	HF_HUB_OFFLINE=1 $(OLD)/bin/python -m tests.dataset_scripts.old_datasets
+
+$(OLD)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install --quiet 'datasets>=3,<4' pillow
+	$(OLD)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 golden: setup  ## compare with golden values of the published network: make golden GOLDEN=FOLDER
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.modeling.check_golden $(GOLDEN)
 
 clean:  ## remove the environment and caches, not your data or runs
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(OLD) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,5 +53,6 @@ def __getattr__(name: str):
 
 
 # The console script answers `--help` without paying seconds for torch; its verbs register when they need a model.
-if Path(sys.argv[0]).name not in ("hf-mel", "hf-mel.exe"):
+# Builders run without transformers, too: a script of an older `datasets` needs only the schema.
+if Path(sys.argv[0]).name not in ("hf-mel", "hf-mel.exe") and find_spec("transformers") is not None:
     import hf_mel.auto  # noqa: F401

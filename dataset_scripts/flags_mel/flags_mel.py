@@ -14,6 +14,7 @@ import datasets
 from hf_mel.schema import NIL, entity_features, mention_features, post_features
 
 from .countries import BY_QID, COUNTRIES
+from .drawing import BASIC_COLOURS  # noqa: F401  (datasets 3 copies only modules that the script itself imports)
 from .flags import clean_flag
 from .photo import Shot, photographs
 from .planning import SPLIT_SIZES, plan_mentions, plan_posts
