@@ -112,6 +112,13 @@ def test_version_2_by_its_caption_counts(passages, tmp_path, monkeypatch):
     assert "not_version_2" not in builder.release.problems
 
 
+def test_one_sentence_under_two_images_is_two_contexts(raw, tmp_path):
+    row = CANDIDATE_ROWS["test"][1]
+    write_json(raw / "wikidiverse_w_cands" / "test_w_10cands.json", [row, [row[0], GONE, *row[2:]], row])
+    rows, _ = rows_of(raw, "mentions", tmp_path)
+    assert [row["context_id"] for row in rows["test"]] == ["test-0", "test-1", "test-0"]
+
+
 def test_entities_are_golds_and_candidates(raw, tmp_path):
     rows, builder = rows_of(raw, "entities", tmp_path)
     assert named(rows) == ENTITIES
