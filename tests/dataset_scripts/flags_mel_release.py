@@ -8,7 +8,7 @@ from typing import Any
 OPTIONS: dict[str, Any] = {}
 SPLITS = {
     "mentions": {"train": 2400, "validation": 400, "test": 800},
-    "entities": {"kb": 109},
+    "entities": {"kb": 129},
     "posts": {"kb": 772},
 }
 
