@@ -77,7 +77,7 @@ def demo(
     step(5, "Link a mention", f"hf-mel link {run} --kb {kb_folder} --text {shlex.quote(example['text'])} {place}")
     link(
         str(run),
-        kb=kb_folder,
+        kb=str(kb_folder),
         text=example["text"],
         start=example["start"],
         end=example["end"],

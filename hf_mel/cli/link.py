@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def link(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a model on the Hub.")],
-    kb: Annotated[Path, typer.Option(help="The knowledge base this model built: hf-mel kb build.")],
+    kb: Annotated[
+        str, typer.Option(help="The knowledge base this model built: a folder (hf-mel kb build), or one on the Hub.")
+    ],
     text: Annotated[str | None, typer.Option(help="The text the mention stands in.")] = None,
     mention: Annotated[str | None, typer.Option(help="The mention, exactly as in the text.")] = None,
     image: Annotated[Path | None, typer.Option(help="The image beside the text, if there is one.")] = None,
@@ -47,6 +49,10 @@ def link(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model, if it is not ours.")
     ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
+    kb_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a knowledge base on the Hub.")
+    ] = None,
 ) -> None:
     """Link a mention in a text to the entities of a knowledge base.
 
@@ -75,7 +81,13 @@ def link(
     from hf_mel.linking.linker import EntityLinker
 
     linker = EntityLinker.from_pretrained(
-        model, kb, nil_threshold=nil_threshold, device=device, trust_remote_code=trust_remote_code
+        model,
+        kb,
+        nil_threshold=nil_threshold,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        kb_revision=kb_revision,
     )
     if records is None:
         result = linker(single, top_k=top_k)

@@ -97,7 +97,7 @@ class EntityLinker:
     Args:
         model ([`~hf_mel.schema.Retriever`]): The model; it is put in eval mode.
         processor ([`~hf_mel.schema.MelProcessor`]): Its processor.
-        kb ([`KnowledgeBase`], `str` or `os.PathLike`): The knowledge base or its folder, built by this model.
+        kb ([`KnowledgeBase`], `str` or `os.PathLike`): The knowledge base, its folder or its Hub id, built by this model.
         nil_threshold (`float`, *optional*): A mention whose best score is below it is NIL. Default: the model's own
             (`config.nil_threshold`, set by calibration); without one, no mention is NIL.
 
@@ -114,7 +114,7 @@ class EntityLinker:
         nil_threshold: float | None = None,
     ):
         self.model, self.processor = model, processor
-        self.kb = kb if isinstance(kb, KnowledgeBase) else KnowledgeBase.load(kb)
+        self.kb = kb if isinstance(kb, KnowledgeBase) else KnowledgeBase.from_pretrained(kb)
         self.kb.check_made_by(model, processor)
         if nil_threshold is None:
             nil_threshold = getattr(getattr(model, "config", None), "nil_threshold", None)
@@ -128,18 +128,21 @@ class EntityLinker:
         kb: KnowledgeBase | str | os.PathLike[str] | None = None,
         *,
         nil_threshold: float | None = None,
+        kb_revision: str | None = None,
         **kwargs: Any,
     ) -> EntityLinker:
         """A linker from a model folder (a run) or a Hub id, and a knowledge base built by that model.
 
         Args:
             model (`str` or `os.PathLike`): Folder or Hub id.
-            kb ([`KnowledgeBase`], `str` or `os.PathLike`): The knowledge base or its folder.
+            kb ([`KnowledgeBase`], `str` or `os.PathLike`): The knowledge base, its folder or its Hub id.
             nil_threshold (`float`, *optional*): As in [`EntityLinker`].
+            kb_revision (`str`, *optional*): Branch, tag or commit of a knowledge base on the Hub.
             kwargs: As in [`~hf_mel.linking.loading.load_retriever`]: `revision`, `device`, `trust_remote_code`.
 
         Raises:
             KnowledgeBaseError: As in [`EntityLinker`].
+            HubError: As in [`~hf_mel.KnowledgeBase.from_pretrained`].
             UnknownModelError: As in [`~hf_mel.linking.loading.load_retriever`].
         """
         if kb is None:
@@ -148,7 +151,10 @@ class EntityLinker:
                 remedy=f'Pass kb="FOLDER"; build one with: hf-mel kb build {os.fspath(model)} --dataset … --output FOLDER',
             )
         if not isinstance(kb, KnowledgeBase):
-            kb = KnowledgeBase.load(kb)  # first, because it is where typing errors show soonest
+            # First, because it is where typing errors show soonest.
+            kb = KnowledgeBase.from_pretrained(
+                kb, revision=kb_revision, local_files_only=kwargs.get("local_files_only", False)
+            )
         return cls(*load_retriever(model, **kwargs), kb, nil_threshold=nil_threshold)
 
     @overload
