@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, overload
@@ -19,8 +19,9 @@ from hf_mel.linking.encodings import slice_encodings, to_device
 from hf_mel.linking.explaining import Explanation, explain
 from hf_mel.linking.fingerprint import sees_images
 from hf_mel.linking.knowledge_base import KnowledgeBase
-from hf_mel.linking.loading import load_retriever
+from hf_mel.linking.loading import load_reranker, load_retriever
 from hf_mel.linking.ranking import rank, score_of_units
+from hf_mel.linking.reranking import can_rank_jointly, score_pairs, sees_images_in_pairs
 from hf_mel.schema import NIL, NO_SPAN, MelProcessor
 
 #: A mention to link: `text`, and `mention`, or `start` and `end`, or all three; `image` if there is one.
@@ -40,6 +41,8 @@ class Candidate:
         entity_id, name, description, attributes (`str`): The entity.
         score (`float`): The model's score, higher is better.
         unit_scores (`dict[str, float]`): The parts it is the mean of; empty for a model of one part.
+        reranker_score (`float`, *optional*): The reranker's score, by which the first `rerank_k` candidates are ordered;
+            `None` without a reranker, and for the candidates after them.
     """
 
     rank: int
@@ -49,6 +52,7 @@ class Candidate:
     attributes: str
     score: float
     unit_scores: dict[str, float]
+    reranker_score: float | None = None
 
 
 @dataclass
@@ -59,7 +63,7 @@ class LinkResult:
         mention (`str`): The surface form.
         start, end (`int`): Where it stands in the text, end exclusive; -1 if it was given as not located.
         entity_id (`str`): The best candidate, or "NIL".
-        is_nil (`bool`): Whether the best candidate's score is below `nil_threshold`.
+        is_nil (`bool`): Whether the best score is below `nil_threshold`; with a reranker too, the model's own score.
         nil_threshold (`float`, *optional*): `None` if the model has none and none was given: never NIL.
         candidates (`list[Candidate]`): The best first, as many as asked for; also where the mention is NIL.
         warnings (`list[str]`): What the reader should know, for instance that an image was not looked at.
@@ -100,6 +104,11 @@ class EntityLinker:
         kb ([`KnowledgeBase`], `str` or `os.PathLike`): The knowledge base, its folder or its Hub id, built by this model.
         nil_threshold (`float`, *optional*): A mention whose best score is below it is NIL. Default: the model's own
             (`config.nil_threshold`, set by calibration); without one, no mention is NIL.
+        reranker ([`~hf_mel.schema.Reranker`], *optional*): Puts the model's best `rerank_k` entities into a new order.
+            If it can, it ranks the mentions of one context together: those that share a `context_id`, or without one
+            the text and the image object.
+        reranker_processor ([`~hf_mel.schema.MelProcessor`], *optional*): The reranker's.
+        rerank_k (`int`, *optional*, defaults to 16): How many.
 
     Raises:
         KnowledgeBaseError: There is no knowledge base, it is damaged, or another model or processor built it.
@@ -112,7 +121,15 @@ class EntityLinker:
         kb: KnowledgeBase | str | os.PathLike[str],
         *,
         nil_threshold: float | None = None,
+        reranker: Any = None,
+        reranker_processor: MelProcessor | None = None,
+        rerank_k: int = 16,
     ):
+        if (reranker is None) != (reranker_processor is None):
+            raise ValueError("reranker and reranker_processor go together.")
+        if rerank_k < 1:
+            raise ValueError(f"rerank_k must be at least 1, not {rerank_k}.")
+        self.reranker, self.reranker_processor, self.rerank_k = reranker, reranker_processor, rerank_k
         self.model, self.processor = model, processor
         self.kb = kb if isinstance(kb, KnowledgeBase) else KnowledgeBase.from_pretrained(kb)
         self.kb.check_made_by(model, processor)
@@ -120,6 +137,8 @@ class EntityLinker:
             nil_threshold = getattr(getattr(model, "config", None), "nil_threshold", None)
         self.nil_threshold = nil_threshold
         model.eval()
+        if reranker is not None:
+            reranker.eval()
 
     @classmethod
     def from_pretrained(
@@ -128,6 +147,8 @@ class EntityLinker:
         kb: KnowledgeBase | str | os.PathLike[str] | None = None,
         *,
         nil_threshold: float | None = None,
+        reranker: str | os.PathLike[str] | None = None,
+        rerank_k: int = 16,
         kb_revision: str | None = None,
         **kwargs: Any,
     ) -> EntityLinker:
@@ -137,8 +158,11 @@ class EntityLinker:
             model (`str` or `os.PathLike`): Folder or Hub id.
             kb ([`KnowledgeBase`], `str` or `os.PathLike`): The knowledge base, its folder or its Hub id.
             nil_threshold (`float`, *optional*): As in [`EntityLinker`].
+            reranker (`str` or `os.PathLike`, *optional*): Folder or Hub id of a reranker.
+            rerank_k (`int`): As in [`EntityLinker`].
             kb_revision (`str`, *optional*): Branch, tag or commit of a knowledge base on the Hub.
-            kwargs: As in [`~hf_mel.linking.loading.load_retriever`]: `revision`, `device`, `trust_remote_code`.
+            kwargs: As in [`~hf_mel.linking.loading.load_retriever`]: `revision` (of the model), `device`,
+                `trust_remote_code` (of both).
 
         Raises:
             KnowledgeBaseError: As in [`EntityLinker`].
@@ -155,7 +179,12 @@ class EntityLinker:
             kb = KnowledgeBase.from_pretrained(
                 kb, revision=kb_revision, local_files_only=kwargs.get("local_files_only", False)
             )
-        return cls(*load_retriever(model, **kwargs), kb, nil_threshold=nil_threshold)
+        reranks: dict[str, Any] = {}
+        if reranker is not None:
+            both = {key: value for key, value in kwargs.items() if key != "revision"}
+            loaded, processor = load_reranker(reranker, **both)
+            reranks = {"reranker": loaded, "reranker_processor": processor, "rerank_k": rerank_k}
+        return cls(*load_retriever(model, **kwargs), kb, nil_threshold=nil_threshold, **reranks)
 
     @overload
     def __call__(
@@ -235,15 +264,16 @@ class EntityLinker:
         if mentions is None:
             mentions = single
         if isinstance(mentions, Mapping):
-            return self._link([mentions], [_span(mentions, None)], None, top_k, units)[0]
+            return self._link([mentions], [_span(mentions, None)], [None], top_k, units)[0]
         # Of a data set, the images of one batch at a time are in memory.
         many: Any = LazyRows(mentions) if isinstance(mentions, datasets.Dataset) else mentions
         spans = [_span(many[k], k) for k in range(len(many))]  # all of them first: an error comes before the work
-        results: list[LinkResult] = []
+        results: list[Any] = [None] * len(spans)
         with tqdm(total=len(spans), desc="Linking", unit="mention", delay=1, disable=not progress) as bar:
-            for first in range(0, len(spans), batch_size):
-                batch = range(first, min(first + batch_size, len(spans)))
-                results += self._link([many[k] for k in batch], [spans[k] for k in batch], first, top_k, units)
+            for batch in self._batches(many, batch_size):
+                linked = self._link([many[k] for k in batch], [spans[k] for k in batch], batch, top_k, units)
+                for k, result in zip(batch, linked, strict=True):
+                    results[k] = result
                 bar.update(len(batch))
         return results
 
@@ -251,14 +281,14 @@ class EntityLinker:
         self,
         mentions: list[MentionLike],
         spans: list[tuple[str, int, int]],
-        first: int | None,
+        numbers: Sequence[int | None],
         top_k: int,
         units: Sequence[str] | None,
     ) -> list[LinkResult]:
         rows = [
-            self._row(mention, span, None if first is None else first + k)
-            for k, (mention, span) in enumerate(zip(mentions, spans, strict=True))
+            self._row(mention, span, number) for mention, span, number in zip(mentions, spans, numbers, strict=True)
         ]
+        reranks = self.reranker is not None
         device, dtype = getattr(self.model, "device", "cpu"), getattr(self.model, "dtype", torch.float32)
         inputs = {
             name: tensor.to(device, dtype if tensor.is_floating_point() else None)
@@ -270,8 +300,15 @@ class EntityLinker:
                 for name, tensor in self.model.encode_mentions(**inputs).items()
             }
             score = None if units is None else score_of_units(self.model, units)
-            ranking = rank(self.model, encoded, self.kb, top_k=top_k, score=score)  # type: ignore[arg-type]
+            kept = max(top_k, self.rerank_k) if reranks else top_k
+            ranking = rank(self.model, encoded, self.kb, top_k=kept, score=score)  # type: ignore[arg-type]
             top_rows, top_scores = ranking.top_rows.tolist(), ranking.top_scores.tolist()
+            best_scores = [scores[0] for scores in top_scores]
+            reranked: list[list[float | None]] = [[None] * len(scores) for scores in top_scores]
+            if reranks:
+                contexts = [_context(mention) for mention in mentions]
+                top_rows, top_scores, reranked = self._rerank(rows, contexts, top_rows, top_scores)
+            top_rows, top_scores = [each[:top_k] for each in top_rows], [each[:top_k] for each in top_scores]
             wanted = sorted({row for each in top_rows for row in each})  # once, however many mentions share them
             entities = dict(zip(wanted, self.kb.rows(wanted), strict=True))
             return [
@@ -280,11 +317,64 @@ class EntityLinker:
                     slice_encodings(encoded, slice(k, k + 1)),
                     top_rows[k],
                     top_scores[k],
+                    reranked[k],
+                    best_scores[k],
                     entities,
                     None if units else self.nil_threshold,
                 )
                 for k, row in enumerate(rows)
             ]
+
+    def _batches(self, mentions: Any, batch_size: int) -> Iterator[list[int]]:
+        """Numbers of the mentions of each batch; with a reranker, contexts are whole."""
+        groups: dict[Any, list[int]] = {}
+        for k in range(len(mentions)):
+            groups.setdefault(k if self.reranker is None else _context(mentions[k]), []).append(k)
+        batch: list[int] = []
+        for group in groups.values():
+            if batch and len(batch) + len(group) > batch_size:
+                yield batch
+                batch = []
+            batch = batch + group
+        if batch:
+            yield batch
+
+    def _rerank(
+        self,
+        mentions: list[dict[str, Any]],
+        contexts: list[Any],
+        top_rows: list[list[int]],
+        top_scores: list[list[float]],
+    ) -> tuple[list[list[int]], list[list[float]], list[list[float | None]]]:
+        """Rows and scores of the model in the reranker's order, and its scores."""
+        assert self.reranker_processor is not None
+        number_of = {context: number for number, context in enumerate(dict.fromkeys(contexts))}
+        rows = [
+            {**mention, "context_id": str(number_of[context])}
+            for mention, context in zip(mentions, contexts, strict=True)
+        ]
+        first = [each[: self.rerank_k] for each in top_rows]
+        wanted = sorted({row for each in first for row in each})
+        place_of = {row: place for place, row in enumerate(wanted)}
+        entities: list[dict[str, Any]] = []
+        for row, entity in zip(wanted, self.kb.rows(wanted), strict=True):
+            image = self.kb.image(row) if self._reranker_sees_images else None
+            entities.append({**entity, "images": [] if image is None else [image]})
+        lists = [[place_of[row] for row in each] for each in first]
+        mask = torch.ones(len(first), max(map(len, first)), dtype=torch.bool)
+        joint = can_rank_jointly(self.reranker)
+        found = score_pairs(
+            self.reranker, self.reranker_processor, rows, entities, lists, joint_masks=[mask] if joint else []
+        )
+        scores = (found.joint[0] if joint else found.scores).tolist()
+        result: tuple[list, list, list] = ([], [], [])
+        for of_rows, of_scores, own in zip(top_rows, top_scores, scores, strict=True):
+            order = sorted(range(len(own)), key=lambda c: -own[c])
+            order += range(len(own), len(of_rows))
+            result[0].append([of_rows[c] for c in order])
+            result[1].append([of_scores[c] for c in order])
+            result[2].append([own[c] if c < len(own) else None for c in order])
+        return result
 
     def _result(
         self,
@@ -292,6 +382,8 @@ class EntityLinker:
         encoded: Mapping[str, torch.Tensor],
         rows: list[int],
         scores: list[float],
+        reranked: list[float | None],
+        best_score: float,
         entities: Mapping[int, Mapping[str, Any]],
         nil_threshold: float | None,
     ) -> LinkResult:
@@ -302,15 +394,17 @@ class EntityLinker:
                 rank=k + 1,
                 score=score,
                 unit_scores={unit: values[k] for unit, values in units.items()},
+                reranker_score=reranked[k],
                 **{column: entities[row][column] for column in ("entity_id", "name", "description", "attributes")},
             )
             for k, (row, score) in enumerate(zip(rows, scores, strict=True))
         ]
-        is_nil = nil_threshold is not None and candidates[0].score < nil_threshold
+        is_nil = nil_threshold is not None and best_score < nil_threshold
         warnings = []
-        if mention["image"] is None and self._sees_images:
+        sees_images = self._sees_images or self._reranker_sees_images
+        if mention["image"] is None and sees_images:
             warnings.append("The model looks at images, and none was given: only the text decides.")
-        if mention["image"] is not None and not self._sees_images:
+        if mention["image"] is not None and not sees_images:
             warnings.append("The image was not used: this model reads text only.")
         return LinkResult(
             mention=mention["mention"],
@@ -355,6 +449,18 @@ class EntityLinker:
     @cached_property
     def _sees_images(self) -> bool:
         return sees_images(self.processor)
+
+    @cached_property
+    def _reranker_sees_images(self) -> bool:
+        return self.reranker_processor is not None and sees_images_in_pairs(self.reranker_processor)
+
+
+def _context(mention: MentionLike) -> Any:
+    """What the mentions of one context share."""
+    if mention.get("context_id"):
+        return mention["context_id"]
+    image = mention.get("image")
+    return mention["text"], image if isinstance(image, str | os.PathLike | bytes | None) else id(image)
 
 
 def _span(mention: MentionLike, row: int | None) -> tuple[str, int, int]:

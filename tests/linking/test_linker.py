@@ -16,12 +16,14 @@ from hf_mel.errors import (
     RecipeError,
     SpanError,
     UnknownEntityError,
+    UnknownModelError,
 )
 from hf_mel.linking import knowledge_base
 from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
+from hf_mel.linking.reranking import score_pairs
 from hf_mel.schema import NIL, entity_features
-from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model
+from tests.toy import ToyPairProcessor, ToyProcessor, register, toy_entities, toy_mentions, toy_model, toy_reranker
 
 MODEL, PROCESSOR = toy_model(), ToyProcessor()
 WORLD, MENTIONS = toy_entities(30), list(toy_mentions(20, entities=30))
@@ -301,7 +303,7 @@ def test_a_result_as_plain_data(linker):
         "mention", "start", "end", "entity_id", "is_nil", "nil_threshold", "candidates", "warnings"
     }  # fmt: skip
     assert set(data["candidates"][0]) == {
-        "rank", "entity_id", "name", "description", "attributes", "score", "unit_scores"
+        "rank", "entity_id", "name", "description", "attributes", "score", "unit_scores", "reranker_score"
     }  # fmt: skip
     assert set(data["candidates"][0]["unit_scores"]) == {"text", "vision"}
 
@@ -311,3 +313,70 @@ def test_identical_entities_come_in_their_order(linker):
     kb = build(datasets.Dataset.from_list(twins, features=entity_features()), batch_size=6)
     result = EntityLinker(MODEL, PROCESSOR, kb)(MENTIONS[0], top_k=4)
     assert [c.entity_id for c in result.candidates] == ["twin-0", "twin-1", "twin-2", "twin-3"]
+
+
+# Reranking
+
+
+RERANKER, PAIRS = toy_reranker(), ToyPairProcessor()
+
+
+def reranked(jointly_with: list[dict], mention: dict, k: int, reranker=RERANKER) -> list[tuple[str, float]]:
+    """The k best of the retriever in the order of the toy reranker, one context at a time."""
+    mask = torch.ones(len(jointly_with), k, dtype=torch.bool)
+    rows = [{**each, "context_id": "here"} for each in jointly_with]
+    lists = [[int(entity_id[1:]) - 1 for entity_id, *_ in by_hand(each)[:k]] for each in jointly_with]
+    found = score_pairs(reranker, PAIRS, rows, WORLD, lists, joint_masks=[mask])
+    scores = found.joint[0] if len(jointly_with) > 1 else found.scores
+    number = jointly_with.index(mention)
+    pairs = zip((f"Q{row + 1}" for row in lists[number]), scores[number].tolist(), strict=True)
+    return sorted(pairs, key=lambda pair: -pair[1])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_a_reranker_orders_the_first_candidates_and_ranks_a_context_together(batch_size):
+    mentions = [{**mention, "context_id": ""} for mention in MENTIONS[:5]]
+    mentions[3] = {**mentions[0], "mention": "met", "start": 11, "end": 14}  # another mention of the first text
+    mentions[3]["start"] = mentions[0]["text"].index("met")
+    mentions[3]["end"] = mentions[3]["start"] + 3
+    linker = EntityLinker(MODEL, PROCESSOR, build(), reranker=RERANKER, reranker_processor=PAIRS, rerank_k=6)
+    results = linker(mentions, top_k=9, batch_size=batch_size)
+    for number, (mention, result) in enumerate(zip(mentions, results, strict=True)):
+        together = [mentions[0], mentions[3]] if number in (0, 3) else [mention]
+        expected = reranked(together, mention, 6)
+        plain = {entity_id: score for entity_id, score, _ in by_hand(mention)}
+        assert [c.entity_id for c in result.candidates[:6]] == [entity_id for entity_id, _ in expected]
+        assert [c.reranker_score for c in result.candidates[:6]] == pytest.approx([s for _, s in expected], abs=1e-5)
+        assert [c.entity_id for c in result.candidates[6:]] == [entity_id for entity_id, *_ in by_hand(mention)[6:9]]
+        assert [c.reranker_score for c in result.candidates[6:]] == [None] * 3
+        assert [c.score for c in result.candidates] == pytest.approx([plain[c.entity_id] for c in result.candidates])
+        assert [c.rank for c in result.candidates] == list(range(1, 10))
+    alone = linker(mentions[0], top_k=2)
+    assert [c.entity_id for c in alone.candidates] == [e for e, _ in reranked([mentions[0]], mentions[0], 6)[:2]]
+
+
+def test_a_knowledge_base_of_one_and_the_threshold_of_the_retriever_with_a_reranker():
+    options = {"reranker": RERANKER, "reranker_processor": PAIRS}
+    one = EntityLinker(MODEL, PROCESSOR, build(WORLD.select([7])), **options)(MENTIONS[0])
+    assert [c.entity_id for c in one.candidates] == ["Q8"]
+    best = by_hand(MENTIONS[0])[0][1]
+    for threshold, nil in ((best - 1e-3, False), (best + 1e-3, True)):
+        assert EntityLinker(MODEL, PROCESSOR, build(), nil_threshold=threshold, **options)(MENTIONS[0]).is_nil is nil
+
+
+def test_a_reranker_is_loaded_and_refused_in_the_wrong_place(tmp_path):
+    register()
+    for name, model, processor in (("run", MODEL, PROCESSOR), ("reranker", RERANKER, PAIRS)):
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    build(output=tmp_path / "kb")
+    loaded = EntityLinker.from_pretrained(
+        tmp_path / "run", tmp_path / "kb", reranker=tmp_path / "reranker", rerank_k=4, device="cpu"
+    )
+    expected = EntityLinker(MODEL, PROCESSOR, build(), reranker=RERANKER, reranker_processor=PAIRS, rerank_k=4)
+    for one, other in zip(loaded(MENTIONS), expected(MENTIONS), strict=True):
+        assert [c.entity_id for c in one.candidates] == [c.entity_id for c in other.candidates]
+    with pytest.raises(UnknownModelError, match="reranks candidates"):
+        EntityLinker.from_pretrained(tmp_path / "reranker", tmp_path / "kb", device="cpu")
+    with pytest.raises(UnknownModelError, match="not as the reranker"):
+        EntityLinker.from_pretrained(tmp_path / "run", tmp_path / "kb", reranker=tmp_path / "run", device="cpu")
