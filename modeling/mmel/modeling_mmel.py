@@ -29,7 +29,10 @@ Collaborative ranking (§3.5), for a context with mentions x_1, x_2, … by fall
   combination first; the |E| best go on, their features averaged, (h + h') / 2;
 - |E| is the most candidates a mention of the context has;
 - a candidate's final score is m plus the best score of the combinations it is in at the end, m alone if in none. "The
-  maximum value of similarity scores" could also mean S; Figure 5 agrees with both, the published network with this;
+  maximum value of similarity scores" could also mean S; Figure 5 agrees with both, the published network with this.
+  With a constant S the order of no mention changes: better candidates are in better combinations;
+- keeping |E| is exact for two mentions and for a constant S; with three and more, combinations that a later mention
+  would have lifted can be lost;
 - S is the one trained by eq. 11 (the published ranking makes a new one, untrained).
 """
 
@@ -524,15 +527,17 @@ class MmelModel(MmelPreTrainedModel):
             contexts (`torch.Tensor` [M]): `pair_context`; rows of one context need not be neighbours.
 
         Returns:
-            `torch.Tensor` [M, C], float64: m (eq. 10), plus the best score of the combinations that a candidate is in.
-            The order of a mention that is alone in its context is unchanged. -inf where `mask` is False.
+            `torch.Tensor` [M, C]: log-odds of half of what the paper ranks by, m plus the best score of the combinations
+            that a candidate is in; they order alike. A mention that is alone in its context keeps its scores. -inf where
+            `mask` is False.
         """
+        mask = mask.bool()
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if not hasattr(self, "similarity") or not scores.numel():
+            return scores
         # In float64, neither probabilities near one nor sums with very small ones become equal.
         wide = torch.float32 if scores.device.type == "mps" else torch.float64
-        mask = mask.bool()
         matching = scores.to(wide).sigmoid().masked_fill(~mask, -torch.inf)
-        if not hasattr(self, "similarity") or not matching.numel():
-            return matching
         matching, candidates = matching.sort(dim=-1, descending=True, stable=True)
 
         _, contexts = contexts.unique(return_inverse=True)
@@ -544,7 +549,7 @@ class MmelModel(MmelPreTrainedModel):
         table = order.new_full((len(counts), int(counts.max()) if len(counts) else 0), -1)
         table[contexts[order], place] = order  # rows of each context, the most confident first
 
-        joint = matching.clone()
+        joint = scores.gather(1, candidates)
         width = matching.shape[1]
         several = (counts > 1).nonzero()[:, 0]
         several = several[counts[several].argsort()]
@@ -559,7 +564,9 @@ class MmelModel(MmelPreTrainedModel):
             index = rows.clamp(min=0)
             found = features[index].gather(2, candidates[index].unsqueeze(-1).expand(-1, -1, -1, features.shape[-1]))
             added = self._best_combinations(matching[index], found, there)
-            joint[rows[there]] += added[there]
+            half = ((matching[rows[there]] + added[there]) / 2).clamp(max=1 - torch.finfo(wide).eps)
+            log_odds = (half.clamp(min=torch.finfo(wide).tiny) / (1 - half)).log().to(joint.dtype)
+            joint[rows[there]] = log_odds.masked_fill(half == -torch.inf, -torch.inf)
         return torch.empty_like(joint).scatter_(1, candidates, joint)
 
     def _best_combinations(self, matching, features, there) -> torch.Tensor:
