@@ -204,7 +204,7 @@ def pretraining_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[Any, A
     Raises:
         RecipeError: the method has no pre-training, or the recipe cannot be used as written.
     """
-    linking, processor = runs._continued(recipe) if recipe.model.from_pretrained else runs._new(recipe, texts)
+    linking, processor = runs.build_model(recipe, texts)
     config_class = type(linking.config)
     if config_class not in MODEL_FOR_PRETRAINING_MAPPING:
         raise recipe.error(

@@ -116,6 +116,19 @@ def test_a_run_gives_a_model_that_linking_goes_on_from(tmp_path, trained):
     for name, value in linking.state_dict().items():
         torch.testing.assert_close(start.state_dict()[name], value, msg=name)
     assert AutoProcessor.from_pretrained(folder).max_length == 64
+    linked = content | {"task": "linking", "model": {"from_pretrained": str(folder)}, "processor": None}
+    linked |= {"candidates": {"source": "name", "k": 4}, "training": content["training"] | {"num_train_epochs": 1}}
+    linked = run_recipe(Recipe.from_dict(linked), tmp_path / "linked")
+    assert "mrr" in (linked / "results.json").read_text()
+    tuned = AutoModel.from_pretrained(linked)
+    assert (
+        torch.equal(
+            tuned.vision_model.state_dict()["embedder.embedder.convolution.weight"],
+            linking.vision_model.state_dict()["embedder.embedder.convolution.weight"],
+        )
+        != trained
+    )
+    assert not torch.equal(tuned.image_projection.weight, linking.image_projection.weight)
     assert run_recipe(recipe, tmp_path / "run", resume=True) == folder
     with pytest.raises(RecipeError, match="finished"):
         run_recipe(recipe, tmp_path / "run")
