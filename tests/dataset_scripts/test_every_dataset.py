@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_mel.data.building import build_dataset, find_builder, known_datasets
+from hf_mel.data.checks import check_dataset
 from hf_mel.data.loading import load_entities, load_mentions
 from hf_mel.errors import MelError
 from hf_mel.schema import NIL, NO_SPAN
@@ -107,6 +108,13 @@ def test_its_rows_are_what_the_schema_says(name, layout, built):
                     assert row["end"] == NO_SPAN
                 else:
                     assert row["text"][row["start"] : row["end"]] == row["mention"]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_it_passes_the_checks_of_any_data_set(name, layout, built):
+    report = check_dataset(built(name, layout))
+    assert report.fatal == []
+    assert report.counts == layouts_of(name)[layout][1]
 
 
 @pytest.mark.parametrize("name", NAMES)

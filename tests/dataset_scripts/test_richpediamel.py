@@ -7,7 +7,7 @@ import pytest
 
 from hf_mel.dataset_scripts.richpediamel.richpediamel import RichpediaMel, held_out
 from hf_mel.errors import DataFormatError
-from tests.dataset_scripts.fixtures import picture, write_cleaned, write_ghmfc, write_json
+from tests.dataset_scripts.fixtures import picture, write_cleaned, write_ghmfc, write_json, write_kgmel
 
 
 def rows_of(raw, config, tmp_path):
@@ -84,3 +84,25 @@ def test_official_counts_add_up_to_the_release():
     assert ghmfc["mentions"]["train"] + ghmfc["mentions"]["validation"] == 14_244
     assert sum(ghmfc["mentions"].values()) == ghmfc["entities"]["kb"]  # one mention per entity
     assert 0.08 < sum(held_out(f"Q{k}") for k in range(3_000)) / 3_000 < 0.12
+
+
+def test_the_list_of_pictures_says_which_are_missing(tmp_path):
+    raw = write_ghmfc(tmp_path / "raw")
+    write_json(raw / "img_list.json", ["raw_data/imgs/Q7031.jpg", "raw_data/imgs/Q7032.jpg"])
+    (raw / "raw_data/imgs").mkdir(parents=True)
+    (raw / "raw_data/imgs/Q7031.jpg").write_bytes(picture("red"))
+    (raw / "raw_data/imgs/Q7035.jpg").write_bytes(picture("blue"))  # not of the release
+    rows, builder = rows_of(raw, "mentions", tmp_path)
+    assert [row["entity_id"] for part in rows.values() for row in part if row["image"]] == ["Q7031"]
+    assert builder.release.problems["missing_mention_image"] == [("test.json", "Q7032", "raw_data/imgs/Q7032.jpg")]
+    write_json(raw / "img_list.json", ["a.jpg", None])
+    with pytest.raises(DataFormatError, match="for an id") as caught:
+        rows_of(raw, "mentions", tmp_path)
+    assert (caught.value.file, caught.value.row) == (raw / "img_list.json", 1)
+
+
+def test_kgmel(tmp_path):
+    raw = write_kgmel(tmp_path / "raw", "RichpediaMEL")
+    rows, builder = rows_of(raw, "mentions", tmp_path)
+    assert builder.release.layout == "kgmel"
+    assert {split: len(part) for split, part in rows.items()} == {"train": 3, "validation": 1, "test": 2}

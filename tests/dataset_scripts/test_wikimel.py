@@ -10,7 +10,14 @@ from hf_mel.dataset_scripts.release import locate, read_image
 from hf_mel.dataset_scripts.wikimel.wikimel import WikiMel
 from hf_mel.errors import DataFormatError, DuplicateIdError, UnknownEntityError
 from hf_mel.schema import NIL, entity_features, mention_features
-from tests.dataset_scripts.fixtures import NAMES, melbench_samples, write_cleaned, write_json, write_melbench
+from tests.dataset_scripts.fixtures import (
+    NAMES,
+    melbench_samples,
+    write_cleaned,
+    write_json,
+    write_kgmel,
+    write_melbench,
+)
 
 
 def rows_of(raw, config, tmp_path, **options):
@@ -245,3 +252,90 @@ def test_locate_laws(text, mentions):
 def test_locate_prefers_a_free_place_to_one_inside_another_mention():
     assert locate("Jo Berg and Berg", ["Jo Berg", "Berg"]) == [(0, 7), (12, 16)]
     assert locate("Jo Berg and", ["Jo Berg", "Berg"]) == [(0, 7), (3, 7)]
+
+
+def test_kgmel_by_hand(tmp_path):
+    raw = write_kgmel(tmp_path / "raw", "WikiMEL")
+    rows, builder = rows_of(raw, "mentions", tmp_path)
+    assert {split: [short(row) for row in part] for split, part in rows.items()} == {
+        # In the order of the list of ids, which are numbers there and texts elsewhere.
+        "train": [("1", "1", "Holm", 0, 4, "Q903"), ("0-0", "0", "Ada", 9, 12, "Q901"), ("0-1", "0", "Brun", 0, 4, "Q904")],
+        "validation": [("2", "2", "Holm", 13, 17, NIL)],
+        "test": [("3-0", "3", "Ada", 0, 3, "Q901"), ("3-1", "3", "José Brun", 8, 17, "Q904")],
+    }  # fmt: skip
+    green = {"bytes": (raw / "data/dataset/image/WikiMEL/mention_0.jpg").read_bytes(), "path": None}
+    # The picture of sample 2 is blank, and listed as such.
+    assert [row["image"] for part in rows.values() for row in part] == [None, green, green, None, None, None]
+    assert builder.release.layout == "kgmel"
+    name = "data/dataset/WikiMEL.json"
+    assert builder.release.problems == {
+        "missing_mention_image": [(name, "1", "mention_1.jpg")],
+        "split_id_without_sentence": [("data/dataset/mapping/ids_split_mappings.json", "77", "train")],
+    }
+
+    rows, builder = rows_of(raw, "entities", tmp_path)
+    found = [(row["entity_id"], row["name"], row["description"], len(row["images"])) for row in rows["kb"]]
+    assert found == [
+        ("Q901", "Ada Falk", "a sailor", 1),
+        ("Q903", "Berta von Holm", "", 0),  # not among the labels: the title that its mention has
+        ("Q904", "José Brun", "", 0),
+    ]
+    assert set(builder.release.problems) == {"knowledge_base_of_golds_only", "missing_entity_image"}
+
+
+def test_kgmel_takes_the_published_list_of_candidates_and_its_inner_folder(tmp_path):
+    raw = write_kgmel(tmp_path / "raw", "WikiMEL") / "data/dataset"
+    write_json(raw / "mapping/qids_candidate.json", {"WikiMEL": ["Q904", "Q77", "Q901"]})
+    rows, builder = rows_of(raw, "entities", tmp_path)
+    assert [row["name"] for row in rows["kb"]] == ["José Brun", "Nobody", "Ada Falk"]
+    assert "knowledge_base_of_golds_only" not in builder.release.problems
+    rows, _ = rows_of(raw, "mentions", tmp_path)
+    assert len(rows["train"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"mention": ["Ada"]}, DataFormatError, "1, 2, 2 mentions"),
+        ({"mention": ["Ada", None]}, DataFormatError, "no text"),
+        ({"id": None}, DataFormatError, "for an id"),
+        ({"id": 1}, DuplicateIdError, "'1' occurs twice"),
+        ({"answer": ["Q901", []]}, DataFormatError, "for an id"),
+    ],
+)
+def test_bad_samples_of_kgmel(tmp_path, change, error, says):
+    raw = write_kgmel(tmp_path / "raw", "WikiMEL")
+    file = raw / "data/dataset/WikiMEL.json"
+    samples = json.loads(file.read_text())
+    write_json(file, [{**samples[0], **change}, *samples[1:]])
+    with pytest.raises(error, match=says) as caught:
+        rows_of(raw, "mentions", tmp_path)
+    assert caught.value.file == file
+    assert caught.value.row is not None
+
+
+def test_cleaned_entities_with_m3els_descriptions(cleaned, tmp_path):
+    entities = json.loads((cleaned / "kb_entity.json").read_text())
+    changed = [{**entity, "id": str(entity["id"]), "desc": f"No. {k}"} for k, entity in enumerate(entities)]
+    del changed[0]["attr"]
+    changed[1]["attr"] = None
+    write_json(cleaned / "kb_entity.json", changed)
+    rows, _ = rows_of(cleaned, "entities", tmp_path)
+    assert [(row["description"], row["attributes"]) for row in rows["kb"]] == [
+        ("No. 0", ""),
+        ("No. 1", ""),
+        ("No. 2", "Occupation: poet."),
+    ]
+    del changed[0]["desc"]
+    write_json(cleaned / "kb_entity.json", changed)
+    with pytest.raises(DataFormatError, match="no key 'attr'"):
+        rows_of(cleaned, "entities", tmp_path)
+
+
+def test_ids_and_golds_as_numbers_and_nil(raw, tmp_path):
+    samples = melbench_samples()
+    samples["101"].update(id=101, answer=["nil"])
+    write_json(raw / "Wikidata-MEL.json", samples)
+    write_json(raw / "splits.json", {"train": [101, 103], "test": ["105"], "dev": [104]})
+    rows, _ = rows_of(raw, "mentions", tmp_path)
+    assert short(rows["train"][0]) == ("101", "101", "Ada Falk", 0, 8, NIL)
