@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from hf_mel.errors import MelError
-from hf_mel.files import file_sha256, write_text
+from hf_mel.files import file_sha256, replace_folder, write_text
 
 
 def test_written_whole_and_folders_made(tmp_path):
@@ -36,3 +36,26 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     for place in (tmp_path / "file" / "results.json", tmp_path):
         with pytest.raises(MelError, match="Cannot be written"):
             write_text(place, ["x"])
+
+
+def test_a_folder_takes_the_place_of_another_or_leaves_it(tmp_path, monkeypatch):
+    work, target = tmp_path / "work", tmp_path / "target"
+    for folder in (work, target):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    rename = type(work).rename
+
+    def fails(self, place):
+        if self == work:
+            raise OSError("no space left")
+        return rename(self, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(work), "rename", fails)
+        with pytest.raises(OSError, match="no space left"):
+            replace_folder(work, target)
+    assert (target / "name").read_text() == "target"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["target", "work"]
+    replace_folder(work, target)
+    assert (target / "name").read_text() == "work"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]

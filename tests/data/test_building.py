@@ -17,6 +17,7 @@ import hf_mel.dataset_scripts
 from hf_mel.cli.data import app
 from hf_mel.data import building
 from hf_mel.data.building import build_dataset, find_builder, known_datasets
+from hf_mel.data.checks import check_dataset
 from hf_mel.dataset_scripts.wikimel.wikimel import WikiMel
 from hf_mel.errors import (
     CountMismatchError,
@@ -314,7 +315,9 @@ def test_every_builder_declares_what_the_pipeline_reads(name):
 
 TOY = """
 import datasets
+from dataclasses import dataclass
 from hf_mel.schema import entity_features, mention_features, post_features
+INTERRUPT = {}
 ROWS = {
     "entities": [dict(entity_id="E1", name="One", description="", attributes="", aliases=[], images=[])],
     "mentions": [dict(mention_id="m", context_id="m", text="One.", mention="One", start=0, end=3, mention_type="",
@@ -322,11 +325,15 @@ ROWS = {
     "posts": [dict(post_id="p", entity_id="E1", text="hello", image=None)],
 }
 FEATURES = {"entities": entity_features(), "mentions": mention_features(), "posts": post_features()}
+@dataclass
+class ToyConfig(datasets.BuilderConfig):
+    colour: str = ""
 class Toy(datasets.GeneratorBasedBuilder):
     NAME, TITLE, LICENSE, LANGUAGES, HOMEPAGE, CITATION = "toy", "Toy", "cc0-1.0", ("en",), "https://example.org", "@"
     TASK, DOWNLOAD, REDISTRIBUTION = "toys", "", ""
     NEEDS_RAW, OFFICIAL_COUNTS = False, {"mentions": {"test": 1}, "entities": {"kb": 1}, "posts": {"kb": 1}}
-    BUILDER_CONFIGS = [datasets.BuilderConfig(name=name, version="1.0.0") for name in ("mentions", "entities", "posts")]
+    BUILDER_CONFIG_CLASS = ToyConfig
+    BUILDER_CONFIGS = [ToyConfig(name=name, version="1.0.0") for name in ("mentions", "entities", "posts")]
     DEFAULT_CONFIG_NAME = "mentions"
     def _info(self):
         return datasets.DatasetInfo(features=FEATURES[self.config.name])
@@ -334,7 +341,10 @@ class Toy(datasets.GeneratorBasedBuilder):
         split = "test" if self.config.name == "mentions" else "kb"
         return [datasets.SplitGenerator(name=split, gen_kwargs={})]
     def _generate_examples(self):
-        yield from enumerate(ROWS[self.config.name])
+        for k, row in enumerate(ROWS[self.config.name]):
+            if INTERRUPT.get(self.config.name) == k:
+                raise KeyboardInterrupt
+            yield k, row
 BUILDER_CLASS = Toy
 """
 
@@ -391,6 +401,166 @@ def test_wrong_offsets_are_an_error(toy, tmp_path):
     toy["mentions"][0]["start"] = 1
     with pytest.raises(SpanError, match="'ne' stands at 1:3"):
         build_dataset("toy", output=tmp_path / "out")
+
+
+def many(toy, tmp_path):
+    """Rows with images in several files, some left out, some broken, some by path."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(4):
+        (folder / f"{k}.png").write_bytes(photo("PNG", (8 + k, 8)))
+    (folder / "3.png").write_bytes(b"no picture")
+    one_entity, one_mention = toy["entities"][0], toy["mentions"][0]
+    toy["entities"] = [
+        {**one_entity, "entity_id": f"E{k}", "images": [{"bytes": photo(size=(8, 8 + k)), "path": None}]}
+        for k in range(6)
+    ]
+    toy["mentions"] = [
+        {
+            **one_mention,
+            "mention_id": f"m{k}",
+            "entity_id": f"E{k % 7}",
+            "image": {"bytes": None, "path": str(folder / f"{k % 5}.png")},
+        }
+        for k in range(23)
+    ]
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    monkeypatch.setattr(building, "_GROUP_ROWS", 2)
+    monkeypatch.setattr(building, "_FILE_BYTES", 1)
+    monkeypatch.setattr(building, "_ROWS_PER_CORE", 0)
+
+
+def module_of(name):
+    return sys.modules[find_builder(name).__module__]
+
+
+@pytest.mark.parametrize(
+    ("config", "row"), [("entities", 0), ("entities", 3), ("mentions", 0), ("mentions", 20), ("posts", 0)]
+)
+def test_an_interrupted_build_goes_on_to_the_same_bytes(toy, tmp_path, small_files, monkeypatch, config, row):
+    many(toy, tmp_path)
+    whole = build_dataset("toy", output=tmp_path / "whole", allow_count_mismatch=True)
+    monkeypatch.setitem(module_of("toy").INTERRUPT, config, row)
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset("toy", output=tmp_path / "out", allow_count_mismatch=True)
+    assert not (tmp_path / "out").exists()
+    stage = tmp_path / ".out.building"
+    finished = sorted(path.name for path in stage.rglob("*.parquet"))
+    assert bool(finished) is ((config, row) != ("entities", 0))
+    module_of("toy").INTERRUPT.clear()
+    decoded = []
+    verify = building.verify_image
+    monkeypatch.setattr(building, "verify_image", lambda data: decoded.append(data) or verify(data))
+    report = build_dataset("toy", output=tmp_path / "out", allow_count_mismatch=True)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert report.to_dict() == whole.to_dict()
+    assert not stage.exists()
+    if config == "posts":
+        assert not decoded  # nothing that was finished is done again
+    if (config, row) == ("mentions", 20):
+        assert not any(data in decoded for data in (photo(size=(8, 8 + k)) for k in range(6)))
+
+
+def test_rows_left_out_and_images_that_cannot_be_used_are_listed_in_order(toy, tmp_path, small_files):
+    many(toy, tmp_path)
+    report = build_dataset("toy", output=tmp_path / "out", allow_count_mismatch=True)
+    assert report.counts["mentions"]["test"] == 20
+    problems = {kind: [row for _, row, _ in entries] for kind, entries in report.problems.items()}
+    assert problems["gold_not_in_kb"] == ["m6", "m13", "m20"]
+    assert problems["broken_image"] == ["m3", "m8", "m18"]
+    assert problems["missing_image"] == ["m4", "m9", "m14", "m19"]
+    rows = [row for file in sorted((tmp_path / "out/mentions").iterdir()) for row in pq.read_table(file).to_pylist()]
+    expected = [k for k in range(23) if k % 7 != 6]
+    assert [row["mention_id"] for row in rows] == [f"m{k}" for k in expected]
+    for k, row in zip(expected, rows, strict=True):
+        path = tmp_path / "pictures" / f"{k % 5}.png"
+        assert row["image"] == (None if k % 5 > 2 else {"bytes": path.read_bytes(), "path": None})
+    assert str(tmp_path).encode() not in b"".join(files_of(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize("change", ["option", "raw", "code"])
+def test_an_interrupted_build_of_something_else_is_not_continued(toy, tmp_path, small_files, monkeypatch, change):
+    many(toy, tmp_path)
+    raw = tmp_path / "raw.txt"
+    raw.write_text("1")
+    monkeypatch.setitem(module_of("toy").INTERRUPT, "mentions", 20)
+    options = {"config_options": {"colour": str(raw)}, "allow_count_mismatch": True}
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset("toy", output=tmp_path / "out", **options)
+    module_of("toy").INTERRUPT.clear()
+    toy["entities"] = [{**row, "name": "Other"} for row in toy["entities"]]
+    if change == "option":
+        options["resize"] = 500
+    elif change == "raw":
+        raw.write_text("22")
+    else:
+        script = tmp_path / "scripts" / "toy" / "toy.py"
+        script.write_text(script.read_text() + "#")
+    build_dataset("toy", output=tmp_path / "out", **options)
+    assert set(load_dataset(str(tmp_path / "out"), "entities")["kb"]["name"]) == {"Other"}
+
+
+def test_two_builds_into_one_place_are_refused(toy, tmp_path):
+    with building._staging(tmp_path / "out", "other"):
+        with pytest.raises(MelError, match="is being built by another process"):
+            build_dataset("toy", output=tmp_path / "out")
+        assert (tmp_path / ".out.building").is_dir()  # that of the first
+    assert not (tmp_path / ".out.building").exists()
+    build_dataset("toy", output=tmp_path / "out")
+
+
+def test_a_killed_build_is_never_finished_and_goes_on(raw, tmp_path):
+    script = """
+        import os, sys
+        import hf_mel.data.building as building
+        building._check = lambda *_: os.kill(os.getpid(), 9)
+        building.build_dataset("wikimel", output=sys.argv[1], raw_dir=sys.argv[2], allow_count_mismatch=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "out"), str(raw)]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -9
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.building" / "notes" / "mentions.json").exists()
+    build_dataset("wikimel", output=tmp_path / "out", raw_dir=raw, allow_count_mismatch=True)
+    build_dataset("wikimel", output=tmp_path / "whole", raw_dir=raw, allow_count_mismatch=True)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_options_are_those_of_the_builder_and_in_the_report(toy, tmp_path):
+    report = build_dataset("toy", output=tmp_path / "out", config_options={"colour": "red"}, resize=9)
+    assert report.to_dict()["options"] == {"resize": 9, "colour": "red"}
+    with pytest.raises(MelError, match=r"no option 'color'\. It has colour\."):
+        build_dataset("toy", output=tmp_path / "out", config_options={"color": "red"})
+    with pytest.raises(MelError, match="scaled to 0 pixels"):
+        build_dataset("toy", output=tmp_path / "out", resize=0)
+
+
+def test_resized_images(toy, tmp_path):
+    toy["mentions"][0]["image"] = {"bytes": photo(size=(64, 48)), "path": None}
+    toy["posts"][0]["image"] = {"bytes": photo(size=(16, 12)), "path": None}
+    build_dataset("toy", output=tmp_path / "out", resize=16)
+    assert load_dataset(str(tmp_path / "out"))["test"][0]["image"].size == (16, 12)
+    [kept] = pq.read_table(tmp_path / "out/posts/kb-00000-of-00001.parquet")["image"].to_pylist()
+    assert kept["bytes"] == photo(size=(16, 12))
+    first = files_of(tmp_path / "out")
+    build_dataset("toy", output=tmp_path / "out", resize=16)
+    assert files_of(tmp_path / "out") == first
+
+
+def test_a_build_is_checked_as_its_folder_is(raw, tmp_path, wikimel):
+    (raw / "entity_images").mkdir()
+    (raw / "entity_images" / "Q904.jpg").write_bytes((raw / "mention_images" / "104.jpg").read_bytes())
+    report = build_dataset("wikimel", output=tmp_path / "out", raw_dir=raw)
+    found = check_dataset(tmp_path / "out")
+    assert (found.counts, found.images) == (report.counts, report.images)
+    assert (found.duplicates, found.leakage) == (report.duplicates, report.leakage)
+    assert found.problems == {kind: report.problems[kind] for kind in ("mention_not_in_text", "mention_not_located")}
+    assert report.leakage["mentions"]["validation"] == {
+        **{"with_gold": 2, "with_image": 2, "gold_in_train": 0, "text_in_train": 0, "image_in_train": 0},
+        **{"image_in_kb": 2, "image_of_gold": 2},
+    }
 
 
 def test_cli(raw, tmp_path, wikimel):

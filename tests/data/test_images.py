@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_mel.data.images import open_image, verify_image
+from hf_mel.data.images import open_image, resize_image, verify_image
 from hf_mel.errors import ImageError
 from tests.dataset_scripts.fixtures import picture
 
@@ -96,3 +96,47 @@ def test_huge(check, recwarn):
 def test_verify_accepts_what_opens():
     for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP"):
         verify_image(picture("red", form=form))
+
+
+def test_resized_images_keep_their_looks():
+    large = np.linspace(0, 255, 200 * 100 * 3).reshape(100, 200, 3).astype(np.uint8)
+    expected = np.asarray(Image.fromarray(large).resize((50, 25), Image.Resampling.BOX)).astype(int)
+    for form, kept in (("PNG", "PNG"), ("JPEG", "JPEG"), ("BMP", "PNG"), ("WEBP", "JPEG")):
+        buffer = BytesIO()
+        Image.fromarray(large).save(buffer, form)
+        data = resize_image(buffer.getvalue(), 50)
+        image = Image.open(BytesIO(data))
+        assert (image.size, image.mode, image.format) == ((50, 25), "RGB", kept)
+        assert np.abs(np.asarray(image).astype(int) - expected).mean() < 4
+        assert data == resize_image(buffer.getvalue(), 50)
+        assert resize_image(data, 50) == data
+
+
+def test_resized_images_stand_upright_and_keep_transparency():
+    wide = np.zeros((40, 80, 3), dtype=np.uint8)
+    wide[:, :40, 0] = 255  # red on the left; turned clockwise, it is on top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = BytesIO()
+    Image.fromarray(wide).save(buffer, "JPEG", exif=exif, quality=95)
+    image = Image.open(BytesIO(resize_image(buffer.getvalue(), 20)))
+    assert image.size == (10, 20)
+    assert not image.getexif()
+    assert np.asarray(image)[:8, :, 0].min() > 200
+    assert np.asarray(image)[12:, :, 0].max() < 55
+
+    clear = np.zeros((40, 80, 4), dtype=np.uint8)
+    clear[:, 40:] = (0, 0, 255, 255)
+    for mode in ("RGBA", "P"):
+        buffer = BytesIO()
+        Image.fromarray(clear).convert(mode).save(buffer, "PNG", **({"transparency": 0} if mode == "P" else {}))
+        image = Image.open(BytesIO(resize_image(buffer.getvalue(), 20)))
+        assert (image.size, image.mode, image.format) == ((20, 10), "RGBA", "PNG")
+
+
+def test_what_cannot_be_resized_is_a_typed_error():
+    for data in (photo()[:900], huge(), b"<html>"):
+        with pytest.raises(ImageError):
+            resize_image(data, 16)
+    with pytest.raises(ImageError):
+        resize_image(photo("PNG")[:500], 500)  # small enough, and damaged all the same
