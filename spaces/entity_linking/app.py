@@ -16,6 +16,7 @@ import gradio as gr
 import render
 from gradio.data_classes import FileData
 from service import (
+    MAX_ARCHIVE_BYTES,
     MAX_BATCH_ROWS,
     MAX_KB_ROWS,
     MAX_TEXT,
@@ -103,17 +104,14 @@ def build(service: Service) -> gr.Blocks:
         except Refused as refused:
             return render.message(str(refused))
 
-    def select(event: gr.SelectData, mentions: str, selected: list, several: bool):
-        words, start = event.value, event.index[0]
-        if not words or not words.strip():
-            return mentions, selected
+    def select(event: gr.SelectData, text: str, mentions: str, selected: list, several: bool):
+        words, start = event.value or "", event.index[0]
         start += len(words) - len(words.lstrip())
         words = words.strip()
-        kept = [line for line in (mentions or "").split("\n") if line.strip()] if several else []
-        return "\n".join([*(line for line in kept if line != words), words]), [
-            *(selected if several else []),
-            [start, start + len(words)],
-        ]
+        if not words or words == (text or "").strip():  # nothing, or all of it to write another caption
+            return gr.skip(), gr.skip()
+        lines = [line for line in (mentions or "").split("\n") if line.strip() and line != words] if several else []
+        return "\n".join([*lines, words]), [*(selected if several else []), [start, start + len(words)]]
 
     def own_kb(name, table, archive, model, session, progress=gr.Progress()):
         try:
@@ -306,8 +304,9 @@ def build(service: Service) -> gr.Blocks:
         asked, form = [text, mentions, selected, image], [model, kb, session]
         text.select(
             select,
-            [mentions, selected, several],
+            [text, mentions, selected, several],
             [mentions, selected],
+            trigger_mode="always_last",
             api_visibility="private",
             show_progress="hidden",
         )
@@ -357,20 +356,23 @@ def _uploaded(file: Any) -> str | None:
     return str(path)
 
 
+def launch(demo: gr.Blocks, **options: Any) -> Any:
+    """Starts the app with its looks and limits."""
+    return demo.launch(
+        theme=gr.themes.Default(),
+        css_paths=HERE / "style.css",
+        max_file_size=MAX_ARCHIVE_BYTES,
+        footer_links=["api"],
+        show_error=True,
+        **options,
+    )
+
+
 def main() -> None:
     """Starts the app with the models and knowledge bases of the environment."""
     models = json.loads(os.environ.get("MEL_MODELS", "null")) or DEFAULT_MODELS
     kbs = json.loads(os.environ.get("MEL_KBS", "null")) or DEFAULT_KBS
-    service = Service(models, kbs)
-    service.linker(next(iter(models)), next(iter(kbs)))  # whatever is wrong shows now, not to the first visitor
-    build(service).launch(
-        theme=gr.themes.Default(),
-        css_paths=HERE / "style.css",
-        max_file_size="64mb",
-        allowed_paths=[str(HERE / "examples")],
-        footer_links=["api"],
-        show_error=True,
-    )
+    launch(build(Service(models, kbs)))
 
 
 if __name__ == "__main__":

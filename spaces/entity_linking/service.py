@@ -234,7 +234,9 @@ class Service:
             if count > MAX_KB_ROWS:
                 raise Refused(f"The table has {count:,} entities; this app takes {MAX_KB_ROWS:,}.")
             if problems:
-                lines = [f"Row {problem.row}: {problem.message}".replace(f"{source}/", "") for problem in problems[:20]]
+                lines = [
+                    f"Row {problem.row}: {problem.message}".replace(f"{source}/", "") for problem in problems[:20]
+                ]
                 more = f"\n… and {len(problems) - 20:,} more." if len(problems) > 20 else ""
                 raise Refused(f"{len(problems):,} rows cannot be used:\n" + "\n".join(lines) + more)
             _asking(

@@ -185,7 +185,13 @@ def test_it_is_one_visitors_alone_and_goes_with_the_session(space, service, sess
 
 
 def test_every_bad_row_is_named(space, service, session, tmp_path):
-    rows = [["1", "Jo", "", ""], ["1", "Jo", "", ""], ["2", "", "", ""], ["3", "Al", "", "../x.png"], ["4", "Di", "", "x.png"]]
+    rows = [
+        ["1", "Jo", "", ""],
+        ["1", "Jo", "", ""],
+        ["2", "", "", ""],
+        ["3", "Al", "", "../x.png"],
+        ["4", "Di", "", "x.png"],
+    ]
     with pytest.raises(space.service.Refused) as refused:
         service.build_kb("x", entities_csv(tmp_path / "mine.csv", rows), None, model="small", session=session)
     words = str(refused.value)
@@ -332,7 +338,9 @@ def test_nil_is_said_plainly(space):
     html = space.render.results(
         [{"result": result(is_nil=True, entity_id="NIL", nil_threshold=5.0), "images": [None, None]}], 0.1
     )
-    assert "NIL: nobody in this knowledge base. The best score, 2.000, is below the threshold 5.000." in Tags(html).text
+    assert (
+        "NIL: nobody in this knowledge base. The best score, 2.000, is below the threshold 5.000." in Tags(html).text
+    )
 
 
 # The app
@@ -358,7 +366,9 @@ def test_the_api_links(client, service, tmp_path):
     answer = client.predict(TEXT, "Georgia", handle_file(str(tmp_path / "x.png")), top_k=3, api_name="/link")
     (expected,) = link(service, image=Image.new("RGB", (16, 16), "red"), top_k=3)
     assert [c["entity_id"] for c in answer["candidates"]] == [c.entity_id for c in expected.candidates]
-    assert [c["score"] for c in answer["candidates"]] == pytest.approx([c.score for c in expected.candidates], abs=1e-3)
+    assert [c["score"] for c in answer["candidates"]] == pytest.approx(
+        [c.score for c in expected.candidates], abs=1e-3
+    )
     without = client.predict(TEXT, "Georgia", api_name="/link")
     assert without["warnings"]
 
@@ -396,7 +406,9 @@ def test_many_at_once_are_all_served(client):
     answers, threads = [], []
     for k in range(12):
         text = f"Georgia {k}"
-        job = threading.Thread(target=lambda text=text: answers.append(client.predict(text, "Georgia", api_name="/link")))
+        job = threading.Thread(
+            target=lambda text=text: answers.append(client.predict(text, "Georgia", api_name="/link"))
+        )
         threads.append(job)
         job.start()
     for job in threads:

@@ -1,0 +1,284 @@
+"""The demo Space in a real browser: what a visitor does, sees, and gets wrong. Needs Chromium on the machine.
+
+Screenshots go to the folder of `MEL_SCREENSHOTS`, if it is set.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.spaces.small_model import small_model
+from tests.spaces.test_entity_linking import SPACE, entities_csv, png, zipped
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
+]
+expect = sync_api.expect
+expect.set_options(timeout=30_000)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    root = tmp_path_factory.mktemp("space")
+    small_model(root / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(root / "uploads"))
+        patch.setattr(sys, "path", [str(SPACE), *sys.path])
+        import app
+        import service
+
+        demo = app.build(
+            service.Service(
+                {"small": str(root / "model"), "small again": str(root / "model")},
+                {"flags": str(root / "model" / "kb")},
+            )
+        )
+        _, url, _ = app.launch(demo, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+        yield url
+        demo.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, url):
+    """Opens the app in a window of its own; an error in the page's console fails the test."""
+    contexts, errors = [], []
+
+    def open_page(width=1280, height=900, **options):
+        context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("dialog", lambda dialog: errors.append(f"a script opened a window: {dialog.message}"))
+        page.goto(url)
+        expect(page.locator("#answer .mel-card").first).to_be_visible()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not errors
+
+
+@pytest.fixture
+def page(open_page):
+    return open_page()
+
+
+def screenshot(page, name: str) -> None:
+    if folder := os.environ.get("MEL_SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+def ask(page, text: str, mention: str | None = None) -> None:
+    page.locator("#caption textarea").fill(text)
+    if mention is not None:
+        page.locator("#mention").locator("textarea, input").first.fill(mention)
+
+
+def press(page, label: str) -> None:
+    page.get_by_role("button", name=label, exact=True).click()
+
+
+def test_the_first_screen_shows_a_linked_mention_and_why(page):
+    decision = page.locator("#answer .mel-decision").first
+    expect(decision).to_contain_text("the Koreans")
+    expect(decision).to_contain_text("leads")
+    assert page.locator("#answer .mel-card").count() == 5
+    assert page.locator("#answer .mel-bar").count() == 5
+    expect(page.locator("#answer .mel-words mark").first).to_be_visible()
+    screenshot(page, "first_screen")
+
+
+def test_words_selected_with_the_keyboard_are_the_mention(page):
+    ask(page, "A day in Jordan with friends")
+    box = page.locator("#caption textarea")
+    box.press("Control+Home")
+    for _ in range(len("A day in ")):
+        box.press("ArrowRight")
+    for _ in range(len("Jordan")):
+        box.press("Shift+ArrowRight")
+    mention = page.locator("#mention").locator("textarea, input").first
+    expect(mention).to_have_value("Jordan")
+    press(page, "Link")
+    expect(page.locator("#answer .mel-decision")).to_contain_text("Jordan")
+
+
+def test_the_second_of_two_equal_words_can_be_meant(page):
+    """Selecting says which one; both are linked by place, not by spelling."""
+    ask(page, "Georgia met Georgia")
+    page.locator("#caption textarea").evaluate(
+        "box => { box.focus(); box.setSelectionRange(12, 19); box.dispatchEvent(new Event('select', {bubbles: true})); }"
+    )
+    expect(page.locator("#mention").locator("textarea, input").first).to_have_value("Georgia")
+    press(page, "Link")
+    expect(page.locator("#answer .mel-decision")).to_contain_text("Georgia")
+
+
+def test_a_photo_is_uploaded_and_counts(page, tmp_path):
+    Image.new("RGB", (64, 48), "green").save(tmp_path / "photo.png")
+    ask(page, "The hosts waved.", "The hosts")
+    page.locator("#photo").get_by_role("button", name=re.compile("clear|remove", re.I)).first.click()
+    press(page, "Link")
+    expect(page.locator("#answer .mel-note").first).to_contain_text("none was given")
+    page.locator("#photo input[type=file]").first.set_input_files(str(tmp_path / "photo.png"))
+    expect(page.locator("#photo img").first).to_be_visible()
+    press(page, "Link")
+    expect(page.locator("#answer .mel-note")).to_have_count(0)
+    expect(page.locator("#answer .mel-figures img").first).to_be_visible()
+
+
+def test_an_example_fills_the_form_and_answers_with_several_mentions(page):
+    page.get_by_role("button", name="Two mentions in one caption").click()
+    expect(page.locator("#answer .mel-answer")).to_have_count(2)
+    expect(page.locator("#caption textarea")).to_have_value(re.compile("Samoans"))
+    screenshot(page, "two_mentions")
+
+
+def test_the_kinds_of_evidence_and_two_models_side_by_side(page):
+    page.get_by_role("tab", name="Text, image, both").click()
+    press(page, "Compare the kinds of evidence")
+    expect(page.locator("#units .mel-column")).to_have_count(4)
+    screenshot(page, "compare")
+    page.get_by_role("tab", name="Two models").click()
+    press(page, "Compare the models")
+    expect(page.locator("#models .mel-column")).to_have_count(2)
+    first, second = page.locator("#models .mel-column ol").all_inner_texts()
+    assert first == second  # it is the same model twice
+
+
+@pytest.mark.parametrize(
+    ("text", "mention", "words"),
+    [
+        ("", "", "Paste a caption first"),
+        ("Georgia won.", "", "Say which words to link"),
+        ("Georgia won.", "Peru", "“Peru” is not in the caption"),
+        ("<img src=x onerror=alert(1)>", "<b>", "“<b>” is not in the caption"),
+    ],
+)
+def test_what_is_missing_is_said(page, text, mention, words):
+    ask(page, text, mention)
+    press(page, "Link")
+    expect(page.locator("#answer [role=alert]")).to_contain_text(words)
+
+
+def test_scripts_in_captions_and_names_are_text(page, tmp_path):
+    evil = "<img src=x onerror=alert(1)>"
+    ask(page, f"{evil} won.", evil)
+    press(page, "Link")
+    expect(page.locator("#answer .mel-decision")).to_contain_text(evil)
+    own_kb(page, entities_csv(tmp_path / "evil.csv", [["1", evil, evil, ""]]))
+    expect(page.locator("#kb-answer")).to_contain_text("1 entities")
+    page.get_by_role("tab", name="Link a mention").click()
+    press(page, "Link")
+    expect(page.locator("#answer .mel-card h3")).to_contain_text(evil)
+    assert page.locator("#answer img[src=x]").count() == 0
+
+
+def own_kb(page, table: Path, archive: Path | None = None) -> None:
+    page.get_by_role("tab", name="Your own entities").click()
+    page.locator("#kb-table input[type=file]").set_input_files(str(table))
+    expect(page.locator("#kb-table")).to_contain_text(table.stem[:4])
+    if archive is not None:
+        page.locator("#kb-zip input[type=file]").set_input_files(str(archive))
+        expect(page.locator("#kb-zip")).to_contain_text(archive.stem[:4])
+    press(page, "Check and build")
+
+
+def test_an_own_knowledge_base_from_upload_to_answer(page, open_page, tmp_path):
+    rows = [["1", "Jo", "a cat", "jo.png"], ["2", "Al", "a dog", ""]]
+    own_kb(page, entities_csv(tmp_path / "pets.csv", rows), zipped(tmp_path / "images.zip", {"jo.png": png()}))
+    expect(page.locator("#kb-answer")).to_contain_text("2 entities")
+    with page.expect_download() as download:
+        page.locator("a[download]").last.click()
+    assert download.value.suggested_filename.endswith(".zip")
+    screenshot(page, "own_kb")
+    page.get_by_role("tab", name="Link a mention").click()
+    ask(page, "Jo sleeps", "Jo")
+    press(page, "Link")
+    expect(page.locator("#answer .mel-card")).to_have_count(2)
+    stranger = open_page()
+    stranger.get_by_role("button", name="Model, knowledge base, options").click()
+    stranger.locator("#kb input").click()
+    expect(stranger.get_by_role("option", name="flags")).to_be_visible()
+    assert stranger.get_by_role("option", name="yours").count() == 0
+
+
+def test_bad_rows_of_an_own_knowledge_base_are_listed(page, tmp_path):
+    own_kb(page, entities_csv(tmp_path / "bad.csv", [["1", "", "", ""], ["2", "Al", "", "none.png"]]))
+    expect(page.locator("#kb-answer [role=alert]")).to_contain_text("2 rows cannot be used")
+    expect(page.locator("#kb-answer [role=alert]")).to_contain_text("Row 3")
+    screenshot(page, "own_kb_bad_rows")
+
+
+def test_a_batch_from_file_to_files(page, tmp_path):
+    with (tmp_path / "mentions.csv").open("w", newline="") as out:
+        csv.writer(out).writerows([["text", "mention"], ["Georgia won", "Georgia"], ["In Jordan", "Peru"]])
+    page.get_by_role("tab", name="Many mentions").click()
+    page.locator("#batch-file input[type=file]").set_input_files(str(tmp_path / "mentions.csv"))
+    expect(page.locator("#batch-file")).to_contain_text("ment")
+    press(page, "Link all")
+    expect(page.locator("#batch-answer")).to_contain_text("2 mentions linked, 1 could not be")
+    with page.expect_download() as download:
+        page.locator("a[download*='json']").first.click()
+    rows = json.loads(Path(download.value.path()).read_text("utf-8"))
+    assert [row["mention"] for row in rows] == ["Georgia", "Peru"]
+    screenshot(page, "batch")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_can_be_read_in_either_scheme(open_page, scheme):
+    page = open_page(390, 844, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    screenshot(page, f"phone_{scheme}")
+    # Contrast of words on cards, by the formula of WCAG 2, which asks for 4.5.
+    ratio = page.evaluate(
+        """() => {
+        const luminance = c => c.match(/[0-9.]+/g).slice(0, 3).map(v => v / 255)
+            .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+        const card = document.querySelector('#answer .mel-card');
+        const one = luminance(getComputedStyle(card.querySelector('.mel-body p')).color);
+        const two = luminance(getComputedStyle(card).backgroundColor);
+        return (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
+    }"""
+    )
+    assert ratio >= 4.5
+
+
+def test_every_control_has_a_name_and_can_be_reached_by_keyboard(page):
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll('button, input, textarea')]
+        .filter(e => e.offsetParent !== null && e.type !== 'file')
+        .filter(e => !(e.getAttribute('aria-label') || e.title || e.innerText || e.labels?.length || e.placeholder))
+        .map(e => e.outerHTML.slice(0, 120))"""
+    )
+    assert not unnamed
+    page.locator("#caption textarea").focus()
+    reached = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        reached.append(
+            page.evaluate("document.activeElement.id + ' ' + document.activeElement.innerText.slice(0, 20)")
+        )
+    assert any("Link" in name for name in reached)
