@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import permutations
+
+import pytest
+from datasets import load_dataset
+
+from hf_mel.data.building import build_dataset
+from hf_mel.dataset_scripts.jsonl.jsonl import Jsonl, hashed_split
+from hf_mel.errors import (
+    DataFormatError,
+    DuplicateIdError,
+    ImageError,
+    KnowledgeBaseError,
+    SpanError,
+    UnknownEntityError,
+)
+from hf_mel.schema import NIL, entity_features, mention_features, post_features
+from tests.dataset_scripts import jsonl_release
+from tests.dataset_scripts.fixtures import picture
+
+
+@pytest.fixture
+def raw(tmp_path):
+    jsonl_release.write(tmp_path / "raw")
+    return tmp_path / "raw"
+
+
+def rows_of(config, **options):
+    """Split → rows, as `datasets` gets them from the builder."""
+    builder = Jsonl(config_name=config, **{key: str(value) for key, value in options.items()})
+    return {
+        str(split.name): [row for _, row in builder._generate_examples(**split.gen_kwargs)]
+        for split in builder._split_generators(None)
+    }
+
+
+def context(text, image=""):
+    return "c" + hashlib.sha256(f"{text}\0{image}".encode()).hexdigest()[:16]
+
+
+def test_mentions_by_hand(raw):
+    rows = rows_of("mentions", mentions=raw / "mentions.jsonl", entities=raw / "entities.tsv")
+    first, third, fourth = context("Ada met Bo.", "pictures/a.jpg"), context("Cy ist müde 😴"), context("Cy again")
+    keys = ("mention_id", "context_id", "mention", "start", "end", "entity_id", "topic", "candidates")
+    assert {split: [tuple(row[key] for key in keys) for row in part] for split, part in rows.items()} == {
+        "train": [
+            (f"{first}-0", first, "Ada", 0, 3, "E1", "", []),
+            (f"{first}-1", first, "Bo", 8, 10, NIL, "", []),
+            ("bobo-0", "bobo", "Bo", 4, 6, "2", "", []),
+        ],
+        # Its file leaves the place open; the other "Bo" of the text is taken.
+        "validation": [("m4", "bobo", "Bo", 0, 2, NIL, "", [])],
+        "test": [
+            (third, third, "😴", 12, 13, "E3", "sleep", []),
+            (fourth, fourth, "Bo", -1, -1, "E3", "", ["E3", "E1"]),
+        ],
+    }
+    image = {"bytes": (raw / "pictures/a.jpg").read_bytes(), "path": None}
+    assert [row["image"] for row in rows["train"]] == [image, image, None]
+    assert all(set(row) == set(mention_features()) for part in rows.values() for row in part)
+
+
+def test_entities_and_posts_by_hand(raw):
+    files = {"mentions": raw / "mentions.jsonl", "entities": raw / "entities.tsv", "posts": raw / "posts.json"}
+    entities = rows_of("entities", **files)["kb"]
+    assert [(row["entity_id"], row["name"], row["attributes"], row["aliases"]) for row in entities] == [
+        ("E1", "Ada Falk", "Occupation: sailor.", ["Ada", "A. F."]),
+        ("2", "Bo Falk", 'Said "no",\tthen yes.', []),
+        ("E3", "Cy", "", []),
+    ]
+    names = ["e1.png", "a.jpg"]
+    assert [image["bytes"] for image in entities[0]["images"]] == [(raw / "pictures" / n).read_bytes() for n in names]
+    assert all(set(row) == set(entity_features()) for row in entities)
+    posts = rows_of("posts", **files)["kb"]
+    assert [(row["post_id"], row["entity_id"], row["text"], row["image"] is None) for row in posts] == [
+        ("post-0", "E1", "Ahoy", False),
+        ("7", "2", "No.", True),
+    ]
+    assert all(set(row) == set(post_features()) for row in posts)
+
+
+def test_a_file_per_split_gives_the_same_rows(raw, tmp_path):
+    expected = rows_of("mentions", mentions=raw / "mentions.jsonl", entities=raw / "entities.tsv")
+    jsonl_release.write_folder(tmp_path / "folder")
+    assert rows_of("mentions", mentions=tmp_path / "folder", entities=tmp_path / "folder") == expected
+    alone = rows_of("mentions", mentions=tmp_path / "folder/test.csv", entities=tmp_path / "folder/entities.tsv")
+    assert alone == {"test": expected["test"]}
+
+
+def test_without_posts_there_are_none(raw, tmp_path):
+    files = {"mentions": str(raw / "mentions.jsonl"), "entities": str(raw / "entities.tsv")}
+    report = build_dataset("jsonl", output=tmp_path / "out", config_options=files)
+    assert report.counts == {"mentions": {"train": 3, "validation": 1, "test": 2}, "entities": {"kb": 3}}
+    assert report.problems == {"mention_not_in_text": [("mentions/test", context("Cy again"), "Bo")]}
+    assert set(report.raw_sha256) == {"mentions.jsonl", "entities.tsv"}
+    assert load_dataset(str(tmp_path / "out"), split="train")[0]["image"].size == (24, 16)
+
+
+def test_image_folders_of_their_own(raw, tmp_path):
+    (raw / "pictures").rename(tmp_path / "pictures")
+    files = {"mentions": raw / "mentions.jsonl", "entities": raw / "entities.tsv"}
+    with pytest.raises(ImageError, match=r"there is no image .*a\.jpg") as caught:
+        rows_of("mentions", **files, entity_images=tmp_path)
+    assert (caught.value.file, caught.value.row) == (raw / "mentions.jsonl", 1)
+    assert rows_of("mentions", **files, images=tmp_path, entity_images=tmp_path)["train"][0]["image"] is not None
+    with pytest.raises(DataFormatError, match="is not a folder"):
+        rows_of("mentions", **files, images=tmp_path / "typo", entity_images=tmp_path)
+
+
+def own(tmp_path, *mentions, name="mine.jsonl", entities='{"id": "E1", "name": "Ada"}\n', **options):
+    """Builds from these rows of mentions."""
+    path, kb = tmp_path / name, tmp_path / "entities.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in mentions) if mentions else "", encoding="utf-8")
+    kb.write_text(entities, encoding="utf-8")
+    return rows_of("mentions", mentions=path, entities=kb, **options)
+
+
+ROW = {"text": "Ada met Bo.", "mention": "Ada", "entity_id": "E1", "split": "train"}
+
+
+def test_dealing_out_by_context(tmp_path):
+    rows = [{"text": f"Ada {k} Ada", "mention": "Ada", "entity_id": "E1"} for k in range(400) for _ in "ab"]
+    dealt = own(tmp_path, *rows, split="hash")
+    assert {split: {row["context_id"] for row in part} for split, part in dealt.items()} == {
+        split: {
+            context(row["text"])
+            for row in rows
+            if int.from_bytes(hashlib.sha256(context(row["text"]).encode()).digest(), "big") % 10 in rest
+        }
+        for split, rest in (("train", range(2, 10)), ("validation", [0]), ("test", [1]))
+    }
+    assert sum(map(len, dealt.values())) == 800
+    assert 0.75 < len(dealt["train"]) / 800 < 0.85
+    # Neither the order of the rows nor the others change where one goes.
+    again = own(tmp_path, *rows[300:100:-1], split="hash")
+    where = {row["text"]: split for split, part in dealt.items() for row in part}
+    assert all(where[row["text"]] == split for split, part in again.items() for row in part)
+    assert hashed_split("c") in ("train", "validation", "test")
+
+
+@pytest.mark.parametrize("spelling", [None, "", "nil", "NIL", "None", "null", " [NIL] "])
+def test_nil_in_every_spelling(tmp_path, spelling):
+    assert own(tmp_path, {**ROW, "entity_id": spelling})["train"][0]["entity_id"] == NIL
+
+
+def test_given_places_count_before_found_ones_in_any_order(tmp_path):
+    text = "Bo, Bo and Bo"
+    rows = [
+        {
+            "text": text,
+            "mention": "Bo",
+            "start": start,
+            "end": start and start + 2,
+            "entity_id": "E1",
+            "split": "train",
+        }
+        for start in (None, 4, None)
+    ]
+    for order in permutations(rows):
+        found = own(tmp_path, *order)["train"]
+        assert sorted(row["start"] for row in found) == [0, 4, 11]
+        assert [row["start"] for row, given in zip(found, order, strict=True) if given["start"] is not None] == [4]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"entitiy_id": "E1"}, DataFormatError, "column 'entitiy_id'.*Did you mean 'entity_id'"),
+        ({"id": "a", "mention_id": "a"}, DataFormatError, "'mention_id' twice"),
+        ({"text": ""}, DataFormatError, "has no 'text'"),
+        ({"text": 5}, DataFormatError, "'text' is 5"),
+        ({"mention": None}, DataFormatError, "has no 'mention'"),
+        ({"mention": ["Ada"]}, DataFormatError, "'mention' is"),
+        ({"entity_id": "E9"}, UnknownEntityError, "gold 'E9' is not among the entities.*'NIL'"),
+        ({"entity_id": True}, DataFormatError, "'entity_id' is True"),
+        ({"entity_id": 1.0}, DataFormatError, "'entity_id' is 1.0"),
+        ({"start": 0}, SpanError, "one of 'start' and 'end'"),
+        ({"start": 1, "end": 4}, SpanError, "'da ' stands at 1:4.*It stands at 0:3"),
+        ({"start": "x", "end": 4}, SpanError, "'start' is 'x'"),
+        ({"start": 10**12, "end": 4}, SpanError, "'start' is"),
+        ({"start": -3, "end": -1}, SpanError, "stands at -3:-1"),
+        ({"mention": "Cy", "start": 0, "end": 2}, SpanError, "does not stand in the text"),
+        ({"image": "gone.jpg"}, ImageError, "there is no image"),
+        ({"image": "x" * 5000}, ImageError, "there is no image"),
+        ({"image": {"bytes": "x"}}, DataFormatError, "'image' is"),
+        ({"candidates": [1]}, DataFormatError, "'candidates' is"),
+        ({"candidates": 5}, DataFormatError, "'candidates' is"),
+        ({"split": ""}, DataFormatError, "has no 'split'"),
+        ({"split": "my split"}, DataFormatError, "cannot be a split"),
+        ({"split": "all"}, DataFormatError, "cannot be a split"),
+        ({"context_id": "c", "text": "Ada and others"}, DataFormatError, "of the context 'c'"),
+        ({"mention_id": "first"}, DuplicateIdError, "'first' is that of mine.jsonl, row 1"),
+        ({"topic": "\ud800"}, DataFormatError, "surrogate"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_remedy(tmp_path, change, error, says):
+    with pytest.raises(error, match=says) as caught:
+        own(tmp_path, {**ROW, "mention_id": "first", "context_id": "c"}, {**ROW, **change})
+    assert (caught.value.file, caught.value.row) == (tmp_path / "mine.jsonl", 2)
+
+
+def test_what_no_single_row_says(tmp_path):
+    without = {key: value for key, value in ROW.items() if key != "entity_id"}
+    with pytest.raises(DataFormatError, match="has no 'entity_id'") as caught:
+        own(tmp_path, ROW, without)
+    assert caught.value.row == 2
+    without = {key: value for key, value in ROW.items() if key != "split"}
+    with pytest.raises(DataFormatError, match=r"which split.*--option split=hash"):
+        own(tmp_path, without)
+    assert list(own(tmp_path, without, name="dev.jsonl")) == ["validation"]
+    with pytest.raises(DataFormatError, match="has no 'split'") as caught:
+        own(tmp_path, ROW, without)
+    assert caught.value.row == 2
+    with pytest.raises(DataFormatError, match="split='random' is not 'hash'"):
+        own(tmp_path, ROW, split="random")
+    with pytest.raises(DataFormatError, match="holds no mentions"):
+        own(tmp_path)
+    with pytest.raises(KnowledgeBaseError, match="holds no entities"):
+        own(tmp_path, ROW, entities="\n")
+
+
+@pytest.mark.parametrize(
+    ("entities", "error", "says"),
+    [
+        ('{"id": "E1", "name": "a"}\n{"id": "none", "name": "b"}', DataFormatError, "'none' stands for no entity"),
+        ('{"id": "E1", "name": "a"}\n{"id": "E1", "name": "b"}', DuplicateIdError, "entities.jsonl, row 1"),
+        ('{"id": "E1", "name": "a"}\n{"id": "E2", "nmae": "b"}', DataFormatError, "Did you mean 'name'"),
+    ],
+)
+def test_bad_entities(tmp_path, entities, error, says):
+    with pytest.raises(error, match=says) as caught:
+        own(tmp_path, ROW, entities=entities)
+    assert (caught.value.file, caught.value.row) == (tmp_path / "entities.jsonl", 2)
+
+
+def test_files_that_are_not_there(raw, tmp_path):
+    files = {"mentions": raw / "mentions.jsonl", "entities": raw / "entities.tsv"}
+    with pytest.raises(DataFormatError, match=r"no entities were given.*--entities FILE"):
+        rows_of("entities", mentions=files["mentions"])
+    with pytest.raises(DataFormatError, match="cannot be read"):
+        rows_of("mentions", **{**files, "mentions": tmp_path / "typo.jsonl"})
+    with pytest.raises(DataFormatError, match=r"is none of \.jsonl, \.json, \.csv, \.tsv"):
+        rows_of("mentions", **{**files, "mentions": raw / "pictures/a.jpg"})
+    with pytest.raises(DataFormatError, match="holds no file of mentions"):
+        rows_of("mentions", **{**files, "mentions": raw / "pictures"})
+
+
+def test_a_broken_picture_becomes_null_and_is_listed(raw, tmp_path):
+    (raw / "pictures/a.jpg").write_bytes(picture("red")[:100])
+    files = {"mentions": str(raw / "mentions.jsonl"), "entities": str(raw / "entities.tsv")}
+    report = build_dataset("jsonl", output=tmp_path / "out", config_options=files)
+    assert len(report.problems["broken_image"]) == 3  # two mentions, one entity
+    assert load_dataset(str(tmp_path / "out"), split="train")[0]["image"] is None
