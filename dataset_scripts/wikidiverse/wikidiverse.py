@@ -377,15 +377,16 @@ class WikiDiverse(datasets.GeneratorBasedBuilder):
                     remedy="Download it, or build the entities that are golds or candidates (entities=candidates).",
                 )
             release.problem("missing_file", _DESCRIPTIONS[0], "", "descriptions are left empty")
-        images = self._images(None if everything else set(missing))
+        folder = release.folder(self.config.entity_images, "entity_images", "images")
+        images = {} if folder is None else self._images(folder, None if everything else set(missing))
         if table is not None:
             for key, page, description in self._once(table, None if everything else set(missing)):
                 missing.pop(key, None)
-                yield _entity(key, page, description, images)
+                yield _entity(key, page, description, folder, images)
         for key, url in missing.items():
             if table is not None:
                 release.problem("entity_without_row", table, key, url)
-            yield _entity(key, url, "", images)
+            yield _entity(key, url, "", folder, images)
 
     def _once(self, table: str, wanted: set[str] | None) -> Iterator[tuple[str, str, str]]:
         """Key, page and text of the first row of each wanted key (`None`: of each key); later rows are listed."""
@@ -420,18 +421,15 @@ class WikiDiverse(datasets.GeneratorBasedBuilder):
             elif not again:
                 self.release.problem("malformed_row", table, row, line[:80])
 
-    def _images(self, wanted: set[str] | None) -> dict[str, list[Path]]:
-        """Key → image files that are there, of the wanted entities or of all."""
+    def _images(self, folder: Path, wanted: set[str] | None) -> dict[str, list[str]]:
+        """Key → image files that are in the folder, of the wanted entities or of all."""
         release = self.release
-        folder = release.folder(self.config.entity_images, "entity_images", "images")
-        if folder is None:
-            return {}
         table = release.first(*_IMAGE_LINKS)
         if table is None:
             release.problem("missing_file", _IMAGE_LINKS[0], "", "entities have no images")
             return {}
         there = {entry.name for entry in os.scandir(folder)}
-        found: dict[str, list[Path]] = {}
+        found: dict[str, list[str]] = {}
         absent = 0
         for row, key, _, links in self._rows(table):
             if wanted is not None and key not in wanted:
@@ -444,8 +442,8 @@ class WikiDiverse(datasets.GeneratorBasedBuilder):
                     absent += 1
                     if wanted is not None:
                         release.problem("missing_entity_image", table, row, link.strip())
-                elif folder / name not in (paths := found.setdefault(key, [])):
-                    paths.append(folder / name)
+                elif name not in (names := found.setdefault(key, [])):
+                    names.append(name)
         if absent and wanted is None:  # millions: one line for all
             release.problem("missing_entity_image", table, "", f"{absent:,} linked images are not in the folder")
         return found
@@ -467,8 +465,10 @@ def _is_span(text: str, start: Any, end: Any, mention: str) -> bool:
     return type(start) is int and type(end) is int and 0 <= start < end and text[start:end] == mention
 
 
-def _entity(key: str, page: str, description: str, images: dict[str, list[Path]]) -> dict[str, Any]:
-    pictures = [read_image(path.parent, path.name) for path in images.get(key, ())]
+def _entity(
+    key: str, page: str, description: str, folder: Path | None, images: Mapping[str, list[str]]
+) -> dict[str, Any]:
+    pictures = [read_image(folder, name) for name in images.get(key, ())]
     return {
         "entity_id": key,
         "name": page_title(page)[1],
