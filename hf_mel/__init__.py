@@ -1,7 +1,8 @@
 """hf_mel: multimodal entity linking on the Hugging Face Hub.
 
 Importing the package registers its methods with `AutoConfig`, `AutoModel` and `AutoProcessor`, so that
-`AutoModel.from_pretrained("org/mimic-wikimel")` needs no remote code.
+`AutoModel.from_pretrained("org/mimic-wikimel")` needs no remote code, and the task "multimodal-entity-linking" with
+`transformers.pipeline`.
 """
 
 from __future__ import annotations
@@ -55,4 +56,5 @@ def __getattr__(name: str):
 # The console script answers `--help` without paying seconds for torch; its verbs register when they need a model.
 # Builders run without transformers, too: a script of an older `datasets` needs only the schema.
 if Path(sys.argv[0]).name not in ("hf-mel", "hf-mel.exe") and find_spec("transformers") is not None:
-    import hf_mel.auto  # noqa: F401
+    import hf_mel.auto
+    import hf_mel.linking.pipeline  # noqa: F401

@@ -1,4 +1,4 @@
-"""`hf-mel evaluate`: a model against the whole knowledge base."""
+"""`hf-mel evaluate`: a model against the whole knowledge base, or a reranker against candidate lists."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,20 +48,43 @@ def evaluate(
     nil_from: Annotated[
         str | None, typer.Option(help="A split to choose the NIL threshold on, for instance validation.")
     ] = None,
+    candidates: Annotated[
+        str | None,
+        typer.Option(
+            help="For a reranker: a file that [b]hf-mel candidates[/b] wrote, or [b]name[/b], [b]prior[/b], "
+            "[b]retriever[/b], or several of them joined by +."
+        ),
+    ] = None,
+    num_candidates: Annotated[int, typer.Option(min=1, help="Candidates per mention at most.")] = 100,
+    scorer: Annotated[str, typer.Option(help="How names are compared.")] = "WRatio",
+    retriever: Annotated[
+        str | None, typer.Option(help="The retriever whose candidates are reranked: a run folder or a model.")
+    ] = None,
+    joint: Annotated[
+        bool | None,
+        typer.Option("--joint/--no-joint", help="Rank the mentions of a context together. Default: if it can."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model, if it is not ours.")
     ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
+    dataset_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a data set on the Hub.")
+    ] = None,
 ) -> None:
     """Rank every entity of the knowledge base for every mention, and print H@k, MRR and MR, overall and by stratum.
 
-    Seen and unseen golds are told apart where the data set has a training split.
+    Seen and unseen golds are told apart where the data set has a training split. A reranker puts the candidates of
+    every mention into a new order; its results come end to end and with the gold added, beside the order it was given.
 
     Examples:
 
       hf-mel evaluate runs/mimic_flags --dataset data/flags_mel --split test --output results.json
 
       hf-mel evaluate runs/mimic_flags --dataset data/flags_mel --units vision --predictions vision.jsonl
+
+      hf-mel evaluate runs/RERANKER --dataset data/wikimel --candidates cands/test.parquet
     """
     try:
         k_list = [int(k) for k in ks.split(",")]
@@ -74,30 +97,78 @@ def evaluate(
 
     from rich.console import Console
 
+    from hf_mel.cli.candidates import candidates_for
     from hf_mel.data.loading import dataset_version, load_entities, load_mentions
-    from hf_mel.errors import UnknownSplitError
+    from hf_mel.errors import RecipeError, UnknownSplitError
+    from hf_mel.evaluation.candidates import evaluate_candidates
     from hf_mel.evaluation.full import check_units, evaluate_full
-    from hf_mel.evaluation.tables import results_table, write_records, write_results
+    from hf_mel.evaluation.tables import orders_table, results_table
     from hf_mel.linking.encodings import encode_rows
-    from hf_mel.linking.loading import load_retriever
+    from hf_mel.linking.loading import load_linking_model
     from hf_mel.linking.ranking import EncodedEntities
+    from hf_mel.schema import Reranker
 
-    mentions, entities = load_mentions(dataset, split, config=config), load_entities(dataset)
-    validation = None if nil_from is None else load_mentions(dataset, nil_from, config=config)
+    of_split = partial(load_mentions, dataset, revision=dataset_revision, config=config)
+    mentions, entities = of_split(split), load_entities(dataset, revision=dataset_revision)
+    validation = None if nil_from is None else of_split(nil_from)
     try:
-        train_golds = None if split == "train" else set(load_mentions(dataset, "train", config=config)["entity_id"])
+        train_golds = None if split == "train" else set(of_split("train")["entity_id"])
     except UnknownSplitError:
         train_golds = None
-    version = dataset_version(dataset)
+    version = dataset_version(dataset, revision=dataset_revision)
     start = time.perf_counter()
-    retriever, processor = load_retriever(model, device=device, trust_remote_code=trust_remote_code)
+    loaded, processor = load_linking_model(
+        model, revision=revision, device=device, trust_remote_code=trust_remote_code
+    )
+    version = {**version, "split": split, **({} if config == "mentions" else {"config": config})}
+    console = Console()
+    if isinstance(loaded, Reranker):
+        if candidates is None:
+            raise RecipeError(
+                f"{model!r} reranks candidates, and none were given.",
+                remedy="Give --candidates FILE (from hf-mel candidates), --candidates name, or --candidates retriever "
+                "--retriever RUN.",
+            )
+        if units is not None or nil_threshold is not None or nil_from is not None:
+            raise RecipeError("--units and the options of NIL are for retrievers.", remedy="Leave them out.")
+        lists = candidates_for(
+            candidates,
+            mentions,
+            entities,
+            of_split,
+            k=num_candidates,
+            scorer=scorer,
+            retriever=retriever,
+            device=device,
+        )
+        reranked = evaluate_candidates(
+            loaded,
+            processor,
+            mentions,
+            entities,
+            lists.top(num_candidates) if lists.longest > num_candidates else lists,
+            joint=joint,
+            batch_size=batch_size,
+            ks=k_list,
+            ties=ties.value,
+            train_golds=train_golds,
+            data_version=version,
+        )
+        console.print(results_table(reranked.to_dict()))
+        console.print(orders_table(reranked.to_dict()))
+        _write(console, reranked.records(), reranked.to_dict(), predictions, output)
+        return
+    if candidates is not None or retriever is not None or joint is not None:
+        raise RecipeError(
+            f"{model!r} ranks all entities.", remedy="--candidates, --retriever and --joint are for rerankers."
+        )
     unit_list = None if units is None else units.split(",")
     if unit_list is not None:
-        check_units(retriever, processor, mentions, entities, unit_list)
-    encodings = encode_rows(retriever, processor, entities, "entities", batch_size=batch_size, progress=True)
+        check_units(loaded, processor, mentions, entities, unit_list)
+    encodings = encode_rows(loaded, processor, entities, "entities", batch_size=batch_size, progress=True)
     evaluate_on = partial(
         evaluate_full,
-        retriever,
+        loaded,
         processor,
         entities=EncodedEntities(list(entities["entity_id"]), encodings),
         batch_size=batch_size,
@@ -110,22 +181,27 @@ def evaluate(
         calibration = evaluate_on(validation, top_k=2).calibrate_nil_threshold()
         nil_threshold = calibration.threshold
     elif nil_threshold is None and units is None:  # a threshold is one of the whole score
-        nil_threshold = getattr(retriever.config, "nil_threshold", None)
+        nil_threshold = getattr(loaded.config, "nil_threshold", None)
     result = evaluate_on(
         mentions,
         top_k=top_k,
         train_golds=train_golds,
         nil_threshold=nil_threshold,
-        data_version={**version, "split": split, **({} if config == "mentions" else {"config": config})},
+        data_version=version,
     )
 
     results = {**result.to_dict(), "wall_time_seconds": round(time.perf_counter() - start, 3)}
     if calibration is not None:
         results["nil_calibration"] = {"split": nil_from, **asdict(calibration)}
-    console = Console()
     console.print(results_table(results))
+    _write(console, result.records(), results, predictions, output)
+
+
+def _write(console: Any, records: Any, results: dict, predictions: Path | None, output: Path | None) -> None:
+    from hf_mel.evaluation.tables import write_records, write_results
+
     if predictions is not None:
-        write_records(result.records(), predictions)
+        write_records(records, predictions)
         console.print(f"Candidates of every mention: {predictions}", markup=False)
     if output is not None:
         write_results(results, output)

@@ -22,6 +22,7 @@ _Device = Annotated[str | None, typer.Option(help="Default: a GPU if there is on
 _TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model, if it is not ours.")
 ]
+_Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
 _BatchSize = Annotated[int, typer.Option(min=1, help="Entities to encode at a time.")]
 
 
@@ -47,6 +48,7 @@ def build(
     ] = Dtype.FLOAT32,
     device: _Device = None,
     trust_remote_code: _TrustRemoteCode = False,
+    revision: _Revision = None,
 ) -> None:
     """Encode entities with a model into a folder that [b]hf-mel link[/b] ranks.
 
@@ -64,7 +66,7 @@ def build(
     from hf_mel.linking.knowledge_base import KnowledgeBase
     from hf_mel.linking.loading import load_retriever
 
-    retriever, processor = load_retriever(model, device=device, trust_remote_code=trust_remote_code)
+    retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
     kb = KnowledgeBase.build(
         dataset if entities is None else entities,
         retriever,
@@ -91,6 +93,7 @@ def add(
     batch_size: _BatchSize = 64,
     device: _Device = None,
     trust_remote_code: _TrustRemoteCode = False,
+    revision: _Revision = None,
 ) -> None:
     """Add entities of your own. The ones that are there are not encoded again.
 
@@ -102,7 +105,7 @@ def add(
     from hf_mel.linking.loading import load_retriever
 
     opened = KnowledgeBase.load(kb)
-    retriever, processor = load_retriever(model, device=device, trust_remote_code=trust_remote_code)
+    retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
     count = opened.add(entities, retriever, processor, replace=replace, batch_size=batch_size)
     _print(f"{_entities(count)} added to {kb}, which now has {len(opened):,}.")
 
