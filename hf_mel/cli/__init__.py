@@ -7,6 +7,7 @@ import sys
 import typer
 
 from hf_mel.cli import data, kb, publish
+from hf_mel.cli.candidates import candidates
 from hf_mel.cli.convert import convert
 from hf_mel.cli.demo import demo
 from hf_mel.cli.evaluate import evaluate
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(data.app, name="data")
+app.command()(candidates)
 app.command()(train)
 app.command()(evaluate)
 app.add_typer(kb.app, name="kb")

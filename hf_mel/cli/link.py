@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -23,7 +23,10 @@ def link(
         str, typer.Option(help="The knowledge base this model built: a folder (hf-mel kb build), or one on the Hub.")
     ],
     text: Annotated[str | None, typer.Option(help="The text the mention stands in.")] = None,
-    mention: Annotated[str | None, typer.Option(help="The mention, exactly as in the text.")] = None,
+    mention: Annotated[
+        Optional[list[str]],  # noqa: UP045 (typer evaluates this on Python 3.10)
+        typer.Option(help="The mention, exactly as in the text; may be given several times."),
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="The image beside the text, if there is one.")] = None,
     start: Annotated[int | None, typer.Option(help="Where the mention starts, in characters from 0.")] = None,
     end: Annotated[int | None, typer.Option(help="Where it ends, exclusive.")] = None,
@@ -43,6 +46,11 @@ def link(
         float | None,
         typer.Option(help="A mention is NIL if its best score is below this. Default: the model's, if it has one."),
     ] = None,
+    reranker: Annotated[
+        str | None,
+        typer.Option(help="A reranker (a run folder or a model) that puts the best candidates into a new order."),
+    ] = None,
+    rerank_k: Annotated[int, typer.Option(min=1, help="How many candidates the reranker looks at.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Mentions per pass over the knowledge base.")] = 32,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
@@ -58,15 +66,21 @@ def link(
 
     Shows the candidates, the score of each, and the parts it is the mean of.
 
+    With a reranker, the mentions of one text are ranked together, if it can.
+
     Where the mention occurs several times, the first one is meant; --start and --end choose another.
 
     Examples:
 
       hf-mel link runs/mimic_flags --kb kb/flags --text "Georgia won again." --mention Georgia --image photo.jpg
 
+      hf-mel link runs/mimic_wikimel --kb kb/wikimel --reranker runs/RERANKER --text "Kerry met Marzouki." \\
+        --mention Kerry --mention Marzouki
+
       hf-mel link runs/mimic_flags --kb kb/flags --input mentions.jsonl --output linked.jsonl
     """
-    single = {"text": text, "mention": mention, "image": image, "start": start, "end": end}
+    surfaces: list[str | None] = [*mention] if mention else [None]
+    single = {"text": text, "mention": surfaces[0], "image": image, "start": start, "end": end}
     if input is None and text is None:
         raise typer.BadParameter("Give a text and a mention, or a file of them with --input.", param_hint="--text")
     if input is not None and any(value is not None for value in single.values()):
@@ -75,6 +89,8 @@ def link(
         raise typer.BadParameter("--input and --output go together.", param_hint="--output")
     if input is not None and as_json:
         raise typer.BadParameter("--output is JSON lines as it is.", param_hint="--json")
+    if len(surfaces) > 1 and (start is not None or end is not None):
+        raise typer.BadParameter("--start and --end are for one mention.", param_hint="--start")
     records = None if input is None else _read(input)
 
     from hf_mel.evaluation.tables import write_records
@@ -88,13 +104,20 @@ def link(
         trust_remote_code=trust_remote_code,
         revision=revision,
         kb_revision=kb_revision,
+        reranker=reranker,
+        rerank_k=rerank_k,
     )
     if records is None:
-        result = linker(single, top_k=top_k)
-        if as_json:
-            typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=2))
+        if len(surfaces) == 1:
+            found = [linker(single, top_k=top_k)]
         else:
-            _show(result)
+            found = linker([{**single, "mention": surface} for surface in surfaces], top_k=top_k)
+        if as_json:
+            plain = [result.to_dict() for result in found]
+            typer.echo(json.dumps(plain if len(plain) > 1 else plain[0], ensure_ascii=False, indent=2))
+        else:
+            for result in found:
+                _show(result)
         return
 
     assert input is not None
@@ -118,13 +141,22 @@ def _show(result: LinkResult) -> None:
 
     console = Console()
     units = list(result.best.unit_scores) if len(result.best.unit_scores) > 1 else []
-    header = ["", "entity", "id", "score", *(unit.replace("_", " ") for unit in units)]
+    reranked = any(candidate.reranker_score is not None for candidate in result.candidates)
+    header = [
+        "",
+        "entity",
+        "id",
+        *(["reranker"] if reranked else []),
+        "score",
+        *(unit.replace("_", " ") for unit in units),
+    ]
     rows: list[list[Any]] = []
     for candidate in result.candidates:
-        scores = [candidate.score, *(candidate.unit_scores[unit] for unit in units)]
+        scores: list[float | None] = [*([candidate.reranker_score] if reranked else []), candidate.score]
+        scores += [candidate.unit_scores[unit] for unit in units]
         # Text, because a name in square brackets is no markup.
         entity = [Text(_cut(candidate.name, 32)), Text(candidate.entity_id)]
-        rows.append([str(candidate.rank), *entity, *(f"{score:.3f}" for score in scores)])
+        rows.append([str(candidate.rank), *entity, *("–" if score is None else f"{score:.3f}" for score in scores)])
     title = Text(f"{_cut(result.mention, 60)!r} may mean")
     table = _table(title, header, rows)
     about = [_about(candidate) for candidate in result.candidates]

@@ -1,0 +1,134 @@
+"""Candidates, a reranker's results and its links, from the command line."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from hf_mel.cli.candidates import candidates
+from hf_mel.cli.evaluate import evaluate
+from hf_mel.cli.link import link
+from hf_mel.data.candidates import CandidateLists, name_candidates
+from hf_mel.errors import RecipeError, UnknownModelError
+from hf_mel.evaluation.candidates import evaluate_candidates
+from hf_mel.linking import candidates as making
+from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.linking.linker import EntityLinker
+from tests.toy import (
+    ToyPairProcessor,
+    ToyProcessor,
+    register,
+    toy_entities,
+    toy_mentions,
+    toy_model,
+    toy_reranker,
+    write_toy_dataset,
+)
+
+TEST = toy_mentions(60, nil_every=6).select(range(40, 60))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    register()
+    folder = tmp_path_factory.mktemp("candidates")
+    for name, model, processor in (
+        ("model", toy_model(), ToyProcessor()),
+        ("reranker", toy_reranker(), ToyPairProcessor()),
+    ):
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    write_toy_dataset(folder / "toy_candidates")
+    KnowledgeBase.build(toy_entities(), toy_model(), ToyProcessor(), output=folder / "kb", progress=False)
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(making, "default_cache", lambda: tmp_path / "lists")
+    monkeypatch.chdir(folder)
+
+    def run(verb, *arguments):
+        app = typer.Typer()
+        app.command()(verb)
+        words = [*map(str, arguments), "--device", "cpu"]
+        return CliRunner().invoke(app, words, env={"COLUMNS": "200"}, catch_exceptions=False)
+
+    return run
+
+
+def test_candidates_are_written_and_reranked_from_the_file(run, tmp_path):
+    outcome = run(candidates, "toy_candidates", "--output", tmp_path / "c.parquet", "--k", 5, "--scorer", "ratio")
+    assert outcome.exit_code == 0
+    found = CandidateLists.load(tmp_path / "c.parquet")
+    expected = name_candidates(TEST, toy_entities(), k=5, scorer="ratio")
+    assert (found.mention_ids, found.entity_ids) == (expected.mention_ids, expected.entity_ids)
+    recall = expected.recall(list(TEST["entity_id"]), [5])["recall@5"]
+    assert f"{100 * recall:.1f} at 5" in outcome.stdout
+    output = ["--output", tmp_path / "r.json", "--predictions", tmp_path / "p.jsonl", "--ks", "1,2"]
+    outcome = run(evaluate, "reranker", "--dataset", "toy_candidates", "--candidates", tmp_path / "c.parquet", *output)
+    assert outcome.exit_code == 0
+    result = evaluate_candidates(
+        toy_reranker(), ToyPairProcessor(), TEST, toy_entities(), expected, ks=(1, 2), progress=False
+    )
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["metrics"] == pytest.approx(result.metrics)
+    assert written["gold_added"]["protocol"] == "candidates (gold added)"
+    assert written["candidates"]["scorer"] == "ratio"
+    assert "gold in training" in written["strata"]
+    for words in ("end to end", "gold added", "reranker, jointly", "candidates: name"):
+        assert words in outcome.stdout
+    records = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert records == json.loads(json.dumps(list(result.records())))
+
+
+def test_candidates_of_a_retriever_and_without_ranking_jointly(run, tmp_path):
+    output = tmp_path / "r.json"
+    outcome = run(
+        evaluate, "reranker", "--dataset", "toy_candidates", "--candidates", "retriever+prior", "--retriever", "model",
+        "--num-candidates", 4, "--no-joint", "--output", output,
+    )  # fmt: skip
+    assert outcome.exit_code == 0
+    written = json.loads(output.read_text())
+    assert written["order"] == "reranker"
+    assert written["candidates"]["source"] == "retriever+prior"
+    assert set(written["orders"]) == {
+        "reranker", "reranker, jointly", "candidates: retriever", "candidates: prior",
+    }  # fmt: skip
+
+
+def test_options_in_the_wrong_place(run, folder):
+    with pytest.raises(RecipeError, match=r"none were given.*--candidates retriever --retriever"):
+        run(evaluate, "reranker", "--dataset", "toy_candidates")
+    with pytest.raises(RecipeError, match="ranks all entities"):
+        run(evaluate, "model", "--dataset", "toy_candidates", "--candidates", "name")
+    with pytest.raises(RecipeError, match="are for retrievers"):
+        run(evaluate, "reranker", "--dataset", "toy_candidates", "--candidates", "name", "--units", "text")
+    with pytest.raises(RecipeError, match="'fuzzy'"):
+        run(candidates, "toy_candidates", "--output", folder / "c.parquet", "--source", "fuzzy")
+    with pytest.raises(UnknownModelError, match="reranks candidates"):
+        run(link, "reranker", "--kb", "kb", "--text", "a b", "--mention", "b")
+
+
+def test_mentions_of_one_text_are_linked_with_a_reranker(run, folder):
+    text = "Entity c met Entity d."
+    words = ["model", "--kb", "kb", "--text", text, "--mention", "Entity c", "--mention", "Entity d"]
+    outcome = run(link, *words, "--reranker", "reranker", "--rerank-k", 4, "--json")
+    linker = EntityLinker(
+        toy_model(), ToyProcessor(), folder / "kb", reranker=toy_reranker(), reranker_processor=ToyPairProcessor(),
+        rerank_k=4,
+    )  # fmt: skip
+    expected = linker([{"text": text, "mention": surface} for surface in ("Entity c", "Entity d")])
+    found = json.loads(outcome.stdout)
+    for one, other in zip(found, expected, strict=True):
+        assert [c["entity_id"] for c in one["candidates"]] == [c.entity_id for c in other.candidates]
+        assert one["candidates"][0]["reranker_score"] == pytest.approx(other.best.reranker_score)
+    shown = run(link, *words, "--reranker", "reranker", "--rerank-k", 4).stdout
+    assert "reranker" in shown
+    assert f"{expected[1].best.reranker_score:.3f}" in shown
+    assert run(link, *words, "--start", 0).exit_code == 2
