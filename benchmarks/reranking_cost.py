@@ -1,0 +1,100 @@
+"""What a reranker costs: pairs per second, and seconds per mention as the number of candidates grows.
+
+Scores the first mentions of a split with 1, 4, 16, 64 and 100 candidates each, as evaluation does (batches sorted by
+length, each image encoded once, contexts ranked jointly if the model does), and one pair at a time for comparison:
+
+    python -m benchmarks.reranking_cost runs/RERANKER data/wikimel --candidates cands/test.parquet --output cost.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hf_mel.data.candidates import CandidateLists
+from hf_mel.data.loading import dataset_version, load_entities, load_mentions
+from hf_mel.evaluation.full import device_name, software_versions
+from hf_mel.linking.loading import load_reranker
+from hf_mel.linking.reranking import can_rank_jointly, score_pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a reranker's run folder or Hub id")
+    parser.add_argument("dataset", help="a data-set folder")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--candidates", help="a file of hf-mel candidates (default: random entities)")
+    parser.add_argument("--mentions", type=int, default=64, help="how many, whole contexts")
+    parser.add_argument("--sizes", default="1,4,16,64,100")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+
+    model, processor = load_reranker(args.model, device=args.device)
+    mentions, entities = load_mentions(args.dataset, args.split), load_entities(args.dataset)
+    mentions = mentions.select(range(min(args.mentions, len(mentions))))
+    generator = random.Random(args.seed)
+    sizes = [int(size) for size in args.sizes.split(",")]
+    known = [[] for _ in mentions["mention_id"]]
+    if args.candidates:
+        known = CandidateLists.load(args.candidates).of(mentions).rows(entities["entity_id"])
+    lists = []
+    for rows in known:  # filled up at random, so that every size is what it says
+        others = generator.sample(range(len(entities)), min(max(sizes), len(entities)))
+        lists.append(list(dict.fromkeys([*rows, *others]))[: max(sizes)])
+
+    def seconds(size: int, batch_size: int, joint: bool) -> float:
+        chosen = [rows[:size] for rows in lists]
+        masks = [torch.ones(len(chosen), max(map(len, chosen)), dtype=torch.bool)] if joint else []
+        start = time.perf_counter()
+        score_pairs(model, processor, mentions, entities, chosen, joint_masks=masks, batch_size=batch_size)
+        return time.perf_counter() - start
+
+    seconds(1, args.batch_size, False)  # the first pass pays for what later ones find ready
+    results = []
+    for size in sizes:
+        plain = seconds(size, args.batch_size, False)
+        pairs = sum(len(rows[:size]) for rows in lists)
+        result = {"candidates": size, "pairs": pairs, "pairs_per_second": pairs / plain}
+        result["seconds_per_mention"] = plain / len(lists)
+        if can_rank_jointly(model):
+            result["seconds_per_mention_jointly"] = seconds(size, args.batch_size, True) / len(lists)
+        results.append(result)
+    single = sum(len(rows[: sizes[0]]) for rows in lists) / seconds(sizes[0], 1, False)
+
+    table = Table("candidates", title=f"{Path(args.model).name}, {len(lists)} mentions of {args.split}")
+    columns = [name for name in results[0] if name not in ("candidates", "pairs")]
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    for result in results:
+        table.add_row(str(result["candidates"]), *(f"{result[name]:.4g}" for name in columns))
+    table.caption = f"One pair at a time: {single:.4g} pairs per second."
+    Console().print(table)
+    if args.output:
+        content = {
+            "model": Path(args.model).name,
+            "data": {**dataset_version(args.dataset), "split": args.split},
+            "mentions": len(lists),
+            "batch_size": args.batch_size,
+            "results": results,
+            "pairs_per_second_one_at_a_time": single,
+            "device": device_name(model),
+            "threads": torch.get_num_threads(),
+            "cpus": os.cpu_count(),
+            "software": software_versions(),
+        }
+        args.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
