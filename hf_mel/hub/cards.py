@@ -34,7 +34,9 @@ def model_card(run_info: Mapping[str, Any]) -> str:
         datasets=[data["dataset"]] if data.get("revision") and _is_hub_id(data["dataset"]) else None,
         base_model=hub_bases or None,
     )
-    template = string.Template((resources.files("hf_mel.hub") / "templates/model_card.md").read_text(encoding="utf-8"))
+    lists = run_info["validation"].get("candidates")
+    name = "model_card.md" if lists is None else "reranker_card.md"
+    template = string.Template((resources.files("hf_mel.hub") / "templates" / name).read_text(encoding="utf-8"))
     citation = run_info.get("citation", "").strip()
     body = template.substitute(
         name=recipe,
@@ -47,6 +49,8 @@ def model_card(run_info: Mapping[str, Any]) -> str:
         kb_size=f"{data['entities']:,}",
         results=_all_results(run_info),
         nil=_nil(run_info.get("nil")),
+        candidates="" if lists is None else _candidates(lists),
+        orders="" if lists is None else _orders(run_info["validation"]),
         training=_table(["argument", "value"], _shown(run_info["training"])),
         run=_run(run_info),
         citation=f"The method:\n\n```bibtex\n{citation}\n```" if citation else "",
@@ -68,9 +72,12 @@ def eval_results(run_info: Mapping[str, Any]) -> list[dict[str, Any]]:
         metrics = evaluation["metrics"]
         for metric, title in (("hits@1", "H@1"), ("mrr", "MRR")):
             if metrics.get(metric) is not None:
+                ranked = f"every one of {data['entities']:,} entities ranked"
+                if lists := evaluation.get("candidates"):
+                    ranked = f"{_candidates(lists)} reranked, end to end"
                 notes = (
-                    f"{title} in per cent over {metrics['num_ranked']:,} mentions of {split}, every one of "
-                    f"{data['entities']:,} entities ranked, ties {evaluation.get('ties', 'realistic')}"
+                    f"{title} in per cent over {metrics['num_ranked']:,} mentions of {split}, {ranked}, "
+                    f"ties {evaluation.get('ties', 'realistic')}"
                 )
                 entries.append(
                     {
@@ -141,6 +148,22 @@ def _all_results(run_info: Mapping[str, Any]) -> str:
         )
         parts.append(note + _results(evaluation, split))
     return "\n\n".join(parts)
+
+
+def _candidates(lists: Mapping[str, Any]) -> str:
+    recall = lists["recall"][f"recall@{lists['k']}"]
+    return (
+        f"up to {lists['k']} by {lists.get('source', 'an unknown source')}, with {_number('', recall)} % of the golds"
+    )
+
+
+def _orders(evaluation: Mapping[str, Any]) -> str:
+    rows = []
+    for label, of_protocol in (("end to end", evaluation), ("gold added", evaluation["gold_added"])):
+        for order, found in of_protocol["orders"].items():
+            shown = [(key, title) for key, title in _METRICS if key in found["metrics"]]
+            rows.append([f"{order}, {label}", *(_number(key, found["metrics"][key]) for key, _ in shown)])
+    return _table(["order", *(title for _, title in shown)], rows)
 
 
 def _shown(training: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -296,3 +296,27 @@ def test_the_card_of_a_knowledge_base():
     local = kb_card(info | {"model": info["model"] | {"name": "run", "revision": None}}, "org/planets-kb")
     assert "built by `run` (`mimic`)" in local
     assert 'from_pretrained("MODEL"' in local
+
+
+def test_the_card_of_a_reranker():
+    def of(protocol: str, mrr: float) -> dict:
+        orders = {
+            "reranker": {"metrics": metrics(190, mrr=mrr), "strata": {}},
+            "candidates: name": {"metrics": metrics(190, mrr=0.5), "strata": {}},
+        }
+        return {"protocol": protocol, "metrics": metrics(190, mrr=mrr), "strata": {}, "orders": orders}
+
+    validation = of("candidates (end to end)", 0.61234)
+    validation["gold_added"] = of("candidates (gold added)", 0.70126)
+    validation["candidates"] = {"source": "name", "k": 16, "recall": {"recall@1": 0.4, "recall@16": 0.931}}
+    info = run_info(validation=validation, nil=None)
+    card = " ".join(model_card(info).split())
+    assert "`toy_retriever` reranker of 1,234,567 parameters" in card
+    assert "its candidates (up to 16 by name, with 93.1 % of the golds), out of 3,000 entities" in card
+    assert "| reranker, end to end | 50.0 | 62.5 | 61.2 | 2.2 |" in card
+    assert "| reranker, gold added | 50.0 | 62.5 | 70.1 | 2.2 |" in card
+    assert "| candidates: name, end to end | 50.0 | 62.5 | 50.0 | 2.2 |" in card
+    assert "--reranker hf-mel/toy_planets" in card
+    assert "against all" not in card
+    assert "$" not in card
+    assert "up to 16 by name, with 93.1 % of the golds reranked, end to end" in eval_results(info)[0]["notes"]
