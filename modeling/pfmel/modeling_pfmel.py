@@ -38,6 +38,9 @@ from .configuration_pfmel import PfmelConfig
 #: The pre-training tasks (§3.3), in the order of the numbers that the processor gives them.
 TASKS = ("mixed", "text", "multimodal")
 
+#: Sequences that run together, on a CPU and on a GPU.
+_BLOCK_SEQUENCES = (16, 128)
+
 
 @dataclass
 class PfmelOutput(ModelOutput):
@@ -181,6 +184,21 @@ class PfmelPreTrainedModel(PreTrainedModel):
             image_positions [S, 2]: where the image of the mention and of the entity stands; -1 for none.
             images: for each of the two, embeddings [S, hidden], or `None`.
         """
+        block = _BLOCK_SEQUENCES[attention_mask.device.type == "cuda"]
+        if len(input_ids) > block:
+            # Sequences of like length run together: half of a batch is padding otherwise.
+            order = attention_mask.sum(1).argsort()
+            parts = [
+                self._logits(
+                    input_ids[part],
+                    attention_mask[part],
+                    token_type_ids[part],
+                    image_positions[part] if len(image_positions) else image_positions,
+                    [None if tokens is None else tokens[part] for tokens in images],
+                )
+                for part in order.split(block)
+            ]
+            return torch.cat(parts)[order.argsort()]
         used = attention_mask.any(0).nonzero()
         width = int(used[-1]) + 1 if len(used) else 1
         limit = self.config.text_config.max_position_embeddings  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import hf_mel.auto  # noqa: F401
-from hf_mel.modeling.pfmel import PfmelConfig, PfmelForPreTraining, PfmelModel
+from hf_mel.modeling.pfmel import PfmelConfig, PfmelForPreTraining, PfmelModel, modeling_pfmel
 from hf_mel.schema import Reranker
 from tests.modeling import direct_pfmel
 
@@ -172,6 +172,21 @@ def test_laws_of_scoring():
     for m, row in enumerate(single):
         torch.testing.assert_close(whole[m, : len(row)], torch.tensor(row), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(turned[m, : len(row)].flip(0), whole[m, : len(row)], atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_do_not_change_scores(monkeypatch):
+    for vision in (True, False):
+        model, batch = build(vision=vision), tensors(sentences((3, 1, 4)))
+        if not vision:
+            batch = {k: v for k, v in batch.items() if "image" not in k}
+            batch["pair_attention_mask"][batch["pair_input_ids"] == 0] = 0
+        found = []
+        for block in (100, 3, 1):
+            monkeypatch.setattr(modeling_pfmel, "_BLOCK_SEQUENCES", (block, block))
+            with torch.no_grad():
+                found.append(model(**batch).scores)
+        torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[2], found[0], atol=1e-5, rtol=1e-5)
 
 
 def test_a_masked_candidate_counts_for_nothing():

@@ -220,6 +220,17 @@ def test_neither_mention_nor_name_is_ever_cut(before, after, attributes, max_len
     assert len(found.split()) == min(full, max_length)  # no room is wasted
 
 
+def test_a_name_far_in_and_a_long_mention_take_room_from_the_other():
+    long_text = MENTION | {"text": "a " * 50 + "Ana", "start": 100, "end": 103}
+    found = words(make(max_length=30, **ACCOUNT_OPTIONS)(pairs=[(long_text, [ACCOUNT])]), 0, 0)
+    first, second = found.split(" [SEP] ")
+    assert second == "@ anlima . the username of @ anlima who lives in porto is ana lima [SEP]"
+    assert first.endswith("ana . ana is")
+    long_mention = MENTION | {"mention": "a b c d e f", "text": "a b c d e f wins", "start": 0, "end": 11}
+    found = words(make(max_length=30)(pairs=[(long_mention, [ENTITY | {"attributes": "Sex. " * 30}])]), 0, 0)
+    assert found.startswith("[CLS] a b c d e f . a b c d e f is [SEP] ana lima")
+
+
 def test_mentions_and_names_of_any_length_give_sequences_that_fit():
     row = MENTION | {"mention": "a " * 500, "text": "a " * 500, "start": 0, "end": 1000}
     batch = make(max_length=20)(pairs=[(row, [ENTITY | {"name": "b " * 500}])])
