@@ -238,7 +238,7 @@ def test_any_mutation_gives_a_build_or_a_typed_error(name, layout, tmp_path):
         return  # it is generated
 
     @settings(
-        max_examples=20,
+        max_examples=15,
         deadline=None,
         derandomize=True,
         database=None,
