@@ -38,7 +38,7 @@ def train(
     from rich.console import Console
 
     import hf_mel.auto  # noqa: F401 (the shipped methods register with the Auto classes)
-    from hf_mel.evaluation.tables import results_table
+    from hf_mel.evaluation.tables import orders_table, results_table
     from hf_mel.training.recipe import Recipe
     from hf_mel.training.run import LOG, PLOT, RECIPE, RESULTS, run_recipe
 
@@ -60,14 +60,20 @@ def train(
     console.print(
         results_table(results["validation"], title=f"{results['recipe']}, {results['data']['validation_split']}")
     )
+    reranks = loaded.candidates is not None
+    if reranks:
+        console.print(orders_table(results["validation"]))
     others = ", ".join(name for name in (RESULTS, RECIPE, LOG, PLOT, "README.md") if (folder / name).exists())
     dataset, split = loaded.data.dataset, "test"
     console.print(
         f"Trained in {results['run']['seconds'] / 60:.1f} minutes. Model, processor, {others}: {folder}", markup=False
     )
     console.print("Next:")
-    for purpose, command in (
-        ("measure it", f"hf-mel evaluate {folder} --dataset {dataset} --split {split} --output results.json"),
-        ("index the entities", f"hf-mel kb build {folder} --dataset {dataset} --output kb/{Path(dataset).name}"),
-    ):
+    measure = f"hf-mel evaluate {folder} --dataset {dataset} --split {split}"
+    index = f"hf-mel kb build {folder} --dataset {dataset} --output kb/{Path(dataset).name}"
+    steps = [("measure it", f"{measure} --output results.json"), ("index the entities", index)]
+    if reranks:
+        link = f'hf-mel link RETRIEVER --kb KB --reranker {folder} --text "…" --mention "…"'
+        steps = [("measure it", f"{measure} --candidates FILE --output results.json"), ("link with it", link)]
+    for purpose, command in steps:
         console.print(f"  {purpose:<19} {command}", markup=False, soft_wrap=True)
