@@ -100,7 +100,8 @@ class Client:
         return done
 
     def runner(self, preload: str = "publish") -> Runner:
-        return Runner(self.environment, self.home / "runner", preload)
+        self._runners = getattr(self, "_runners", 0) + 1
+        return Runner(self.environment, self.home / f"runner{self._runners}", preload)
 
     def cli(self, *arguments: object, check: bool = True, **environment: str):
         """`hf-mel ARGUMENTS`."""

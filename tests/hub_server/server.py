@@ -559,7 +559,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise HttpError(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": sha})
         headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         if entry["lfs"]:
-            location = f"{self.hub.storage_url}/storage/{entry['sha256']}?signature={self.hub._signature}&repo={repo}"
+            location = self._signed(entry["sha256"])
             headers |= {
                 "X-Linked-ETag": f'"{entry["sha256"]}"',
                 "X-Linked-Size": str(entry["size"]),
