@@ -52,6 +52,8 @@ from .configuration_mmel import MmelConfig
 
 #: Numbers in one block of collaborative ranking: bounds its memory.
 _BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+#: Sequences that the text encoder reads at a time, on a CPU and on a GPU.
+_BLOCK_SEQUENCES = (16, 256)
 
 
 @dataclass
@@ -371,12 +373,23 @@ class MmelModel(MmelPreTrainedModel):
     def _joint_text(self, input_ids, attention_mask, context_mask, entity_mask):
         """Eq. 1 and 4: words of context and of entity, each [P, L', d_v] with its mask [P, L']."""
         if self.config.joint_text:
-            states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            states = self._states(input_ids, attention_mask)
             sides = [_select(states, mask) for mask in (context_mask, entity_mask)]
         else:
             parts = [_select(input_ids, mask) for mask in (context_mask, entity_mask)]
-            sides = [(self.text_model(input_ids=x, attention_mask=m.long()).last_hidden_state, m) for x, m in parts]
+            sides = [(self._states(x, m.long()), m) for x, m in parts]
         return [(self.dropout(F.relu(self.text_fc(x))), mask) for x, mask in sides]
+
+    def _states(self, input_ids, attention_mask) -> torch.Tensor:
+        """Last hidden states [P, L, d_t]; sequences of like length run together, for half of a batch is padding."""
+        states = []
+        order = attention_mask.sum(1).argsort()
+        for part in order.split(_BLOCK_SEQUENCES[attention_mask.device.type == "cuda"]):
+            used = attention_mask[part].any(0).nonzero()
+            width = int(used[-1]) + 1 if len(used) else 1
+            encoded = self.text_model(input_ids=input_ids[part, :width], attention_mask=attention_mask[part, :width])
+            states.append(F.pad(encoded.last_hidden_state, (0, 0, 0, input_ids.shape[1] - width)))
+        return torch.cat(states)[order.argsort()]
 
     def _joint_image(self, context, context_mask, entity, entity_mask):
         """Eq. 2–3: image tokens of context and of entity, each [P, k, d_v] with its mask [P, k]."""
