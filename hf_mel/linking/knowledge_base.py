@@ -27,6 +27,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -66,6 +67,8 @@ _SHARD_BYTES = 256 << 20
 _GROUP_ROWS, _GROUP_BYTES = 256, 16 << 20
 #: Two plain names: a path of that form that is not there is taken for an id.
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+#: What nobody's knowledge base comes near: a `kb.json`, values in a column of a row group, and what one read decodes to.
+_MANIFEST_BYTES, _GROUP_VALUES, _READ_BYTES = 32 << 20, 1 << 22, 1 << 30
 _TEXT_COLUMNS = ["entity_id", "name", "description", "attributes", "aliases"]
 
 #: A data set's folder or Hub id, a .jsonl or .csv file, or rows of [`~hf_mel.schema.entity_features`].
@@ -387,7 +390,8 @@ class KnowledgeBase:
         ids: list[str] = []
         for shard in range(len(self._manifest["shards"])):
             with _reading(self._file(shard, "entities")):
-                ids += self._parquet(shard).read(columns=["entity_id"]).column(0).to_pylist()
+                table = self._parquet(shard).read(columns=["entity_id"])
+                ids += _decoded(table, self._file(shard, "entities")).column(0).to_pylist()
         return ids if len(ids) == len(self) else [ids[row] for row in self._active]
 
     @cached_property
@@ -497,7 +501,8 @@ class KnowledgeBase:
                 starts = np.concatenate([[0], np.cumsum(sizes)])
                 for group, inside in _by_block(local, starts):
                     table = file.read_row_group(group, columns=columns).select(columns)
-                    parts.append(table.take(pa.array(local[inside] - starts[group])))
+                    taken = table.take(pa.array(local[inside] - starts[group]))
+                    parts.append(_decoded(taken, self._file(shard, "entities")))
                     places.append(where[inside])
         order = np.argsort(np.concatenate(places)) if places else np.array([], dtype=np.int64)
         return pa.concat_tables(parts).take(pa.array(order))
@@ -523,6 +528,10 @@ class KnowledgeBase:
             path = self._file(shard, "entities")
             with _reading(path):
                 file = pq.ParquetFile(path, memory_map=True)
+                _check_parquet(file, path)
+                # Read as dictionaries, a text that is there a million times takes its bytes once: see _decoded.
+                texts = [file.schema.column(i).path for i in range(len(file.schema))]
+                file = pq.ParquetFile(path, memory_map=True, metadata=file.metadata, read_dictionary=texts)
             if file.metadata.num_rows != self._manifest["shards"][shard]["rows"]:
                 raise _damaged(path, f"it has {file.metadata.num_rows} rows, not those {_MANIFEST} tells of")
             self._parquets[shard] = file
@@ -788,6 +797,8 @@ def _read_manifest(folder: Path) -> tuple[str, dict[str, Any]]:
     """The text of kb.json and its checked content; the files it names exist and have their sizes."""
     path = folder / _MANIFEST
     try:
+        if path.stat().st_size > _MANIFEST_BYTES:
+            raise _damaged(path, f"it has {path.stat().st_size:,} bytes")
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise KnowledgeBaseError(
@@ -868,6 +879,34 @@ def _damaged(file: Path, what: str) -> KnowledgeBaseError:
         file=file,
         remedy="Build it again, or copy it again from where it was.",
     )
+
+
+def _check_parquet(file: pq.ParquetFile, path: Path) -> None:
+    """Refuses other columns, and row groups that say of themselves that they are beyond all bounds."""
+    if not file.schema_arrow.equals(entity_features().arrow_schema):
+        raise _damaged(path, "its columns are not those of entities")
+    for k in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(k)
+        for chunk in (group.column(i) for i in range(group.num_columns)):
+            if chunk.num_values > _GROUP_VALUES or chunk.total_uncompressed_size > _READ_BYTES:
+                raise _damaged(path, f"row group {k} has {chunk.num_values:,} values in {chunk.path_in_schema}")
+
+
+def _decoded(table: pa.Table, path: Path) -> pa.Table:
+    """A table of dictionaries as plain texts and bytes, unless these would be far larger than what was read."""
+    size = sum(_decoded_bytes(chunk) for column in table.columns for chunk in column.chunks)
+    if size > _READ_BYTES:
+        raise _damaged(path, f"texts and images of {table.num_rows:,} rows decode to {size:,} bytes")
+    schema = entity_features().arrow_schema
+    return table.cast(pa.schema([schema.field(name) for name in table.column_names], metadata=schema.metadata))
+
+
+def _decoded_bytes(array: pa.Array) -> int:
+    if pa.types.is_dictionary(array.type):
+        return pc.sum(pc.binary_length(array.dictionary).take(array.indices)).as_py() or 0
+    if pa.types.is_list(array.type):
+        return array.nbytes + _decoded_bytes(array.flatten())
+    return sum(_decoded_bytes(part) for part in array.flatten()) if pa.types.is_struct(array.type) else array.nbytes
 
 
 @contextmanager
