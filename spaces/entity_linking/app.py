@@ -33,67 +33,79 @@ DEFAULT_MODELS = {"MIMIC on flags": "hf-mel/mimic-flags"}
 DEFAULT_KBS = {"Flags of 129 states": "hf-mel/flags-mel-kb"}
 #: Requests working and waiting at a time; more are told to come back.
 WORKERS, WAITING = 2, 64
-SESSION_SECONDS = 3600
-#: Shown when the page opens: one that the photo decides.
-_FIRST_EXAMPLE = 2
+#: A visitor's files and knowledge bases are kept for so long, and for so many visitors.
+SESSION_SECONDS, SESSIONS = 3600, 500
 _EMPTY = render.message("The answer appears here: candidates, best first, and why.", "info")
 
 INTRO = """# Who is meant?
-A name in a caption can mean many things: *Georgia* may be a country, a state or a rugby team. **Entity linking** picks the
-entry of a knowledge base that is meant; this model reads the sentence **and looks at the photo**. Try an example, or your
-own caption: select the ambiguous words with the mouse, and press **Link**."""
+A name in a caption can mean many things: are *the Koreans* of the North or of the South? This model reads the caption
+**and looks at the photo**, compares both with every entry of a knowledge base, and ranks the entries: the first is who is
+meant. That is *entity linking*. Try an example, or your own caption: select the words you wonder about, and press **Link**."""
 
 
 def build(service: Service) -> gr.Blocks:
     """The app around a [`Service`]."""
     models, kbs = list(service.models), list(service.kbs)
 
-    def places(text: str, mentions: str, selected: list[list[Any]]) -> list[Any]:
+    def places(text: str, mentions: str, spans: str) -> list[Any]:
         """The mentions asked for: a selected one by its place in the text, a typed one by its words."""
-        spans = {text[start:end]: (start, end) for start, end in selected if 0 <= start < end <= len(text)}
-        lines = [line.strip() for line in (mentions or "").split("\n") if line.strip()]
-        return [spans.get(line, line) for line in lines]
+        try:
+            left = [(int(start), int(end)) for start, end in json.loads(spans or "[]")]
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            left = []
+        found: list[Any] = []
+        for line in filter(None, map(str.strip, (mentions or "").split("\n"))):
+            here = [(a, b) for a, b in left if 0 <= a < b and text[a:b].replace("\n", " ") == line]
+            found.append(here[0] if here else line)
+            if here:
+                left.remove(here[0])
+        return found
 
-    def answer_of(text, mentions, selected, image, model, kb, top_k, threshold, session):
+    def answer_of(text, mentions, spans, image, model, kb, top_k, threshold, session, note=""):
         try:
             picture = read_image(image)
             results, seconds = service.link(
                 text or "",
-                places(text or "", mentions, selected),
+                places(text or "", mentions, spans),
                 picture,
                 model=model,
                 kb=kb,
                 session=session,
-                top_k=int(top_k),
+                top_k=top_k or 5,
                 nil_threshold=threshold,
             )
             linker = service.linker(model, kb, session)
-            answers = [_answer(linker, text, picture, result) for result in results]
-            return render.results(answers, seconds)
+            answers = []
+            for result in results:
+                images = _images(linker, result)
+                explanation = service.explain(text, picture, result, linker)
+                evidence = render.evidence(text, explanation, picture, images[0], result.best.name)
+                answers.append({"result": result, "images": images, "evidence": evidence})
+            return render.results(answers, seconds, note)
         except Refused as refused:
             return render.message(str(refused))
 
-    def compare_evidence(text, mentions, selected, image, model, kb, session):
+    def compare_evidence(text, mentions, spans, image, model, kb, session):
         try:
-            picture, wanted = read_image(image), places(text or "", mentions, selected)[:1]
-            whole, _ = service.link(text or "", wanted, picture, model=model, kb=kb, session=session, top_k=3)
+            picture, wanted = read_image(image), places(text or "", mentions, spans)[:1]
+            asked = {"model": model, "kb": kb, "session": session, "top_k": 3}
+            whole, _ = service.link(text or "", wanted, picture, **asked)
             linker = service.linker(model, kb, session)
-            columns = [("All evidence together", whole[0], _images(linker, whole[0]))]
+            columns = [("All together", whole[0], _images(linker, whole[0]))]
             units = whole[0].best.unit_scores
             if len(units) < 2:
                 return render.message("This model has one kind of evidence only: there is nothing to compare.", "info")
             for unit in units:
-                alone, _ = service.link(
-                    text, wanted, picture, model=model, kb=kb, session=session, top_k=3, units=[unit]
-                )
+                alone, _ = service.link(text, wanted, picture, units=[unit], **asked)
                 columns.append((f"{render.unit_name(unit)} alone", alone[0], _images(linker, alone[0])))
-            return render.comparison(columns)
+            words = "" if picture else "No photo was given: an image alone cannot tell, and its column means nothing."
+            return render.comparison(columns, words)
         except Refused as refused:
             return render.message(str(refused))
 
-    def compare_models(text, mentions, selected, image, model, other, kb, other_kb, session):
+    def compare_models(text, mentions, spans, image, model, other, kb, other_kb, session):
         try:
-            picture, wanted = read_image(image), places(text or "", mentions, selected)[:1]
+            picture, wanted = read_image(image), places(text or "", mentions, spans)[:1]
             columns = []
             for name, base in ((model, kb), (other, other_kb)):
                 result, _ = service.link(text or "", wanted, picture, model=name, kb=base, session=session, top_k=5)
@@ -104,14 +116,10 @@ def build(service: Service) -> gr.Blocks:
         except Refused as refused:
             return render.message(str(refused))
 
-    def select(event: gr.SelectData, text: str, mentions: str, selected: list, several: bool):
-        words, start = event.value or "", event.index[0]
-        start += len(words) - len(words.lstrip())
-        words = words.strip()
-        if not words or words == (text or "").strip():  # nothing, or all of it to write another caption
-            return gr.skip(), gr.skip()
-        lines = [line for line in (mentions or "").split("\n") if line.strip() and line != words] if several else []
-        return "\n".join([*lines, words]), [*(selected if several else []), [start, start + len(words)]]
+    def fitting(model: str, kb: str, session: Session):
+        """The knowledge bases to choose from once a model is chosen: those it built."""
+        choices = service.fitting_kbs(model, session)
+        return gr.update(choices=choices, value=kb if kb in choices else next(iter(choices), None))
 
     def own_kb(name, table, archive, model, session, progress=gr.Progress()):
         try:
@@ -119,24 +127,15 @@ def build(service: Service) -> gr.Blocks:
                 raise Refused("Choose the table of your entities first.")
             progress(0.1, "Checking the rows, encoding the entities")
             label, count = service.build_kb(name, table, archive, model=model, session=session)
-            words = f"“{label}” is ready: {count:,} entities. It is chosen on the first page; it is deleted an hour after you leave."
-            choices = [*kbs, *session.kbs]
+            words = (
+                f"Every row could be used: “{label}” is ready, with {count:,} entities. It is now chosen on the first "
+                "page, and will be deleted in an hour."
+            )
+            choices = gr.update(choices=service.fitting_kbs(model, session), value=label)
             file = gr.update(value=service.download_kb(label, session), visible=True)
-            return (
-                render.message(words, "info"),
-                gr.update(choices=choices, value=label),
-                gr.update(choices=choices),
-                session,
-                file,
-            )
+            return render.message(words, "info"), choices, session, file
         except Refused as refused:
-            return (
-                render.message(str(refused)),
-                gr.update(),
-                gr.update(),
-                session,
-                gr.update(value=None, visible=False),
-            )
+            return render.message(str(refused)), gr.update(), session, gr.update(value=None, visible=False)
 
     def link_file(path, model, kb, session, progress=gr.Progress()):
         try:
@@ -157,9 +156,10 @@ def build(service: Service) -> gr.Blocks:
                 render.message(words, "info"),
                 gr.update(value=table[:100], **shown),
                 gr.update(value=files, **shown),
+                session,
             )
         except Refused as refused:
-            return render.message(str(refused)), gr.update(visible=False), gr.update(visible=False)
+            return render.message(str(refused)), gr.update(visible=False), gr.update(visible=False), session
 
     def api_link(
         text: str,
@@ -169,12 +169,19 @@ def build(service: Service) -> gr.Blocks:
         kb: str = kbs[0],
         top_k: int = 5,
         nil_threshold: float | None = None,
+        start: int | None = None,
     ) -> dict:
         """Links one mention of a text, with or without an image, and returns its candidates with their scores."""
         try:
             picture = read_image(_uploaded(image))
+            if start is not None and (type(start), type(mention)) == (int, str):
+                if text[start : start + len(mention)] != mention:
+                    raise Refused(f"“{mention[:80]}” does not start at character {start} of the text.")
+                place: Any = (start, start + len(mention))
+            else:
+                place = mention
             results, seconds = service.link(
-                text, [mention], picture, model=model, kb=kb, top_k=top_k, nil_threshold=nil_threshold
+                text, [place], picture, model=model, kb=kb, top_k=top_k, nil_threshold=nil_threshold
             )
         except Refused as refused:
             raise gr.Error(str(refused), print_exception=False) from refused
@@ -187,28 +194,31 @@ def build(service: Service) -> gr.Blocks:
         except Refused as refused:
             raise gr.Error(str(refused), print_exception=False) from refused
 
-    def show_example(k: int):
-        """Form values of one example, and its answer with the first model and knowledge base."""
+    def fill(k: int):
+        """Form values of one example."""
         example = examples[k]
         photo = str(HERE / "examples" / example["image"])
-        form = [example["text"], "\n".join(example["mentions"]), example["spans"], photo]
-        return [*form, answer_of(*form, models[0], kbs[0], 5, None, None)]
+        return [example["text"], "\n".join(example["mentions"]), json.dumps(example["spans"]), photo]
+
+    def answer_example(k: int, *options):
+        return answer_of(*fill(k), *options, note=examples[k]["note"])
 
     examples = _examples(service.linker(models[0], kbs[0]))
-    first = show_example(_FIRST_EXAMPLE) if examples else ["", "", [], None, _EMPTY]
+    others = service.fitting_kbs(models[-1])
+    first = ["", "", "", None, _EMPTY]
+    if examples:
+        first = [*fill(0), answer_example(0, models[0], kbs[0], 5, None, None)]
 
     with gr.Blocks(title="Who is meant?", analytics_enabled=False, delete_cache=(600, SESSION_SECONDS)) as demo:
         session = gr.State(Session(), time_to_live=SESSION_SECONDS, delete_callback=lambda state: state.close())
-        selected = gr.State(first[2])
         gr.Markdown(INTRO)
         with gr.Tab("Link a mention"):
             buttons = []
             if examples:
-                gr.Markdown("**Examples**: the same words, decided by the sentence, by the photo, or by both.")
                 with gr.Row(elem_id="examples"):
                     for example in examples:
                         icon = str(HERE / "examples" / example["image"])
-                        buttons.append(gr.Button(example["label"], icon=icon, size="sm", min_width=150))
+                        buttons.append(gr.Button(example["label"], icon=icon, size="sm", min_width=0))
             with gr.Row(equal_height=False):
                 with gr.Column(scale=2, min_width=300):
                     text = gr.Textbox(
@@ -218,7 +228,7 @@ def build(service: Service) -> gr.Blocks:
                         max_length=MAX_TEXT,
                         elem_id="caption",
                         placeholder="Georgia won again.",
-                        info="Select the words to link with mouse or keyboard.",
+                        info="Select in it, with mouse or keyboard, the words you wonder about.",
                     )
                     mentions = gr.Textbox(
                         first[1],
@@ -229,19 +239,22 @@ def build(service: Service) -> gr.Blocks:
                         placeholder="Georgia",
                         info="Filled by your selection, or typed. Several: one a line.",
                     )
-                    several = gr.Checkbox(False, label="Selecting adds a mention instead of replacing it")
+                    spans = gr.Textbox(first[2], label="Places of the mentions", visible="hidden", elem_id="spans")
+                    gr.Checkbox(False, label="Several: selecting adds a mention", elem_id="several")
                     image = gr.Image(
                         first[3],
                         label="Photo beside the caption (optional)",
                         type="filepath",
                         sources=["upload", "clipboard"],
-                        height=220,
+                        height=200,
                         elem_id="photo",
                     )
                     go = gr.Button("Link", variant="primary", elem_id="go")
                     with gr.Accordion("Model, knowledge base, options", open=False):
                         model = gr.Dropdown(models, value=models[0], label="Model")
-                        kb = gr.Dropdown(kbs, value=kbs[0], label="Knowledge base", elem_id="kb")
+                        kb = gr.Dropdown(
+                            service.fitting_kbs(models[0]), value=kbs[0], label="Knowledge base", elem_id="kb"
+                        )
                         top_k = gr.Slider(1, MAX_TOP_K, value=5, step=1, label="Candidates to show")
                         threshold = gr.Number(
                             value=None,
@@ -251,21 +264,21 @@ def build(service: Service) -> gr.Blocks:
                 with gr.Column(scale=3, min_width=300):
                     with gr.Tab("Answer"):
                         answer = gr.HTML(first[4], elem_id="answer")
-                    with gr.Tab("Text, image, both"):
+                    with gr.Tab("Text alone / image alone / all"):
                         gr.Markdown("The first mention, decided by one kind of evidence at a time.")
                         by_unit = gr.Button("Compare the kinds of evidence")
                         units_answer = gr.HTML(elem_id="units")
                     with gr.Tab("Two models"):
                         with gr.Row():
                             other = gr.Dropdown(models, value=models[-1], label="Other model")
-                            other_kb = gr.Dropdown(kbs, value=kbs[-1], label="Its knowledge base")
+                            other_kb = gr.Dropdown(others, value=next(iter(others), None), label="Its knowledge base")
                         by_model = gr.Button("Compare the models")
                         models_answer = gr.HTML(elem_id="models")
         with gr.Tab("Your own entities"):
             gr.Markdown(
                 "Link against a knowledge base of your own: a **.csv** or **.jsonl** with the columns `id`, `name` and, if "
                 "you have them, `description`, `attributes`, `aliases`, `image` (a file name in the zip). At most "
-                f"{MAX_KB_ROWS:,} entities. Nobody else sees it, and it is deleted when you leave."
+                f"{MAX_KB_ROWS:,} entities. Nobody else sees it, and it is deleted after an hour."
             )
             with gr.Row():
                 kb_table = gr.File(
@@ -301,25 +314,20 @@ def build(service: Service) -> gr.Blocks:
             "concurrency_id": "model",
             "concurrency_limit": WORKERS,
         }
-        asked, form = [text, mentions, selected, image], [model, kb, session]
-        text.select(
-            select,
-            [text, mentions, selected, several],
-            [mentions, selected],
-            trigger_mode="always_last",
-            api_visibility="private",
-            show_progress="hidden",
-        )
+        asked, form = [text, mentions, spans, image], [model, kb, session]
+        options = [model, kb, top_k, threshold, session]
         for event in (go.click, mentions.submit):
-            event(answer_of, [*asked, model, kb, top_k, threshold, session], answer, **private)
+            event(answer_of, [*asked, *options], answer, **private)
         for k, button in enumerate(buttons):
-            button.click(partial(show_example, k), None, [*asked, answer], **private)
+            # The form at once and by itself: what a visitor types while the answer is made stays.
+            button.click(partial(fill, k), None, asked, queue=False, api_visibility="private")
+            button.click(partial(answer_example, k), options, answer, **private)
+        for chosen, base in ((model, kb), (other, other_kb)):
+            chosen.change(fitting, [chosen, base, session], base, **private)
         by_unit.click(compare_evidence, [*asked, *form], units_answer, **private)
         by_model.click(compare_models, [*asked, model, other, kb, other_kb, session], models_answer, **private)
-        kb_go.click(
-            own_kb, [kb_name, kb_table, kb_zip, model, session], [kb_answer, kb, other_kb, session, kb_file], **private
-        )
-        batch_go.click(link_file, [batch_file, *form], [batch_answer, batch_table, batch_out], **private)
+        kb_go.click(own_kb, [kb_name, kb_table, kb_zip, model, session], [kb_answer, kb, session, kb_file], **private)
+        batch_go.click(link_file, [batch_file, *form], [batch_answer, batch_table, batch_out, session], **private)
         gr.api(api_link, api_name="link", concurrency_id="model", concurrency_limit=WORKERS)
         gr.api(api_batch, api_name="batch", concurrency_id="model", concurrency_limit=WORKERS)
     demo.queue(max_size=WAITING, default_concurrency_limit=WORKERS)
@@ -331,14 +339,6 @@ def _examples(linker: Any) -> list[dict[str, Any]]:
     examples = json.loads((HERE / "examples" / "examples.json").read_text(encoding="utf-8"))
     known = all(gold in linker.kb for example in examples for gold in example["gold"] if gold != "NIL")
     return examples if known else []
-
-
-def _answer(linker: Any, text: str, picture: Any, result: Any) -> dict[str, Any]:
-    images = _images(linker, result)
-    mention = {"text": text, "mention": result.mention, "start": result.start, "end": result.end, "image": picture}
-    explanation = linker.explain(mention, result.best.entity_id)
-    evidence = render.evidence(text, explanation, picture, images[0], result.best.name)
-    return {"result": result, "images": images, "evidence": evidence}
 
 
 def _images(linker: Any, result: Any) -> list[Any]:
@@ -361,9 +361,10 @@ def launch(demo: gr.Blocks, **options: Any) -> Any:
     return demo.launch(
         theme=gr.themes.Default(),
         css_paths=HERE / "style.css",
+        head=f"<script>{(HERE / 'selection.js').read_text(encoding='utf-8')}</script>",
         max_file_size=MAX_ARCHIVE_BYTES,
+        state_session_capacity=SESSIONS,
         footer_links=["api"],
-        show_error=True,
         **options,
     )
 

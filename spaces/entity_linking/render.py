@@ -25,15 +25,18 @@ def unit_name(unit: str) -> str:
     return UNITS.get(unit, (unit.replace("_", " "), ""))[0]
 
 
-def results(answers: Sequence[dict[str, Any]], seconds: float) -> str:
+def results(answers: Sequence[dict[str, Any]], seconds: float, note: str = "") -> str:
     """All mentions of one text: each with its decision and its cards.
 
     Args:
         answers: per mention `result` (a `LinkResult`), `images` (PIL image or `None` per candidate), and what
             [`evidence`] gave, or an empty text.
         seconds: how long linking took.
+        note: what to look for, for an example.
     """
     parts = [_answer(**answer) for answer in answers]
+    if note:
+        parts.insert(0, f'<p class="mel-expect">{escape(note)}</p>')
     return f'<div class="mel">{"".join(parts)}<p class="mel-time">Linked in {seconds:.2f} s.</p></div>'
 
 
@@ -55,21 +58,35 @@ def _answer(result: Any, images: Sequence[Image.Image | None], evidence: str = "
     cards = [_card(c, image, lowest, longest) for c, image in zip(result.candidates, images, strict=True)]
     warnings = "".join(f'<p class="mel-note">{escape(warning)}</p>' for warning in result.warnings)
     key = _legend(lowest) if len(lowest) > 1 else ""
-    return f'<section class="mel-answer">{decision}{warnings}{key}<ol class="mel-cards">{"".join(cards)}</ol>{evidence}</section>'
+    taken = "" if result.is_nil else " mel-taken"
+    return f'<section class="mel-answer">{decision}{warnings}{key}<ol class="mel-cards{taken}">{"".join(cards)}</ol>{evidence}</section>'
 
 
 def _reason(candidates: Sequence[Any]) -> str:
     """Which evidence put the first before the second."""
-    if len(candidates) < 2 or len(candidates[0].unit_scores) < 2:
+    if len(candidates) < 2:
         return ""
     first, second = candidates[:2]
+    behind = escape(second.name or second.entity_id)
+    if first.reranker_score is not None:
+        scores = f"{_number(first.reranker_score)} to {_number(second.reranker_score)}"
+        return f'<span class="mel-reason">The <b>reranker</b> puts it ahead of {behind}, {scores}.</span>'
+    if len(first.unit_scores) < 2:
+        return ""
     ahead = {unit: first.unit_scores[unit] - second.unit_scores[unit] for unit in first.unit_scores}
     won = max(ahead, key=lambda unit: ahead[unit])
-    against = [unit_name(unit).lower() for unit, lead in ahead.items() if lead < 0]
-    words = f"It leads {escape(second.name)} most by <b>{escape(unit_name(won).lower())}</b>"
+    against = [_said(unit) for unit, lead in ahead.items() if lead < 0]
+    words = f"Ahead of {behind} mostly because of <b>{escape(_said(won))}</b>."
     if against:
-        words += f"; {escape(' and '.join(against))} alone would prefer {escape(second.name)}"
-    return f'<span class="mel-reason">{words}.</span>'
+        alone = f"On its own, {against[0]} favours" if len(against) == 1 else f"Each alone, {' and '.join(against)} favour"
+        words += f" {escape(alone)} {behind}."
+    return f'<span class="mel-reason">{words}</span>'
+
+
+def _said(unit: str) -> str:
+    return {"text": "the text", "vision": "the image", "cross_modal": "text and image together"}.get(
+        unit, unit_name(unit)
+    )
 
 
 def _legend(units: dict[str, float]) -> str:
@@ -95,6 +112,8 @@ def _card(candidate: Any, image: Image.Image | None, lowest: dict[str, float], l
         if image is not None
         else '<span class="mel-noimage" role="img" aria-label="No image of this entity">no image</span>'
     )
+    reranked = candidate.reranker_score is not None
+    kind, score = ("reranked", candidate.reranker_score) if reranked else ("score", candidate.score)
     identifier = escape(candidate.entity_id)
     if _QID.fullmatch(candidate.entity_id):
         identifier = (
@@ -104,7 +123,7 @@ def _card(candidate: Any, image: Image.Image | None, lowest: dict[str, float], l
     return (
         f'<li class="mel-card">{picture}<div class="mel-body"><h3><span class="mel-rank">{candidate.rank}</span> {name} '
         f"<small>{identifier}</small></h3><p>{about}</p>{_bar(candidate, lowest, longest)}</div>"
-        f'<span class="mel-score" title="Score of the model">{_number(candidate.score)}</span></li>'
+        f'<span class="mel-score"><small>{kind}</small> {_number(score)}</span></li>'
     )
 
 
@@ -178,9 +197,9 @@ def _figure(image: Image.Image, caption: str) -> str:
     return f'<figure><img src="{data_url(image, 320)}" alt="{words}"><figcaption>{words}</figcaption></figure>'
 
 
-def comparison(columns: Sequence[tuple[str, Any, Sequence[Image.Image | None]]]) -> str:
+def comparison(columns: Sequence[tuple[str, Any, Sequence[Image.Image | None]]], note: str = "") -> str:
     """The same mention answered in several ways, side by side: (heading, `LinkResult`, images) each."""
-    parts = []
+    parts = [f'<p class="mel-note">{escape(note)}</p>'] if note else []
     for heading, result, images in columns:
         rows = "".join(
             f'<li><span class="mel-rank">{c.rank}</span>{_thumb(image, c.name)}<span>{escape(c.name or c.entity_id)}'

@@ -5,10 +5,13 @@ Whatever a visitor can get wrong ends in a [`Refused`] with words they can act o
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import io
 import json
+import logging
+import math
 import os
 import shutil
 import stat
@@ -25,6 +28,9 @@ from typing import Any
 from PIL import Image
 
 from hf_mel import EntityLinker, KnowledgeBase, MelError, check_entity_file, open_image
+from hf_mel.errors import KnowledgeBaseError
+
+_log = logging.getLogger(__name__)
 
 #: What one request may bring. A CPU Space has two cores and many visitors.
 MAX_TEXT = 2_000
@@ -40,6 +46,8 @@ MAX_ARCHIVE_FILES = 4_000
 MAX_UNPACKED_BYTES = 256 << 20
 #: Own knowledge bases of one visitor kept at a time.
 MAX_OWN_KBS = 3
+#: Rows of a batch between two movements of the progress bar.
+_BATCH_STEP = 16
 
 #: File types of own images. SVG is left out on purpose: it is a program, not a picture.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
@@ -54,37 +62,49 @@ class Refused(Exception):
 class Session:
     """What one visitor brought: a folder of their own that is deleted with the session, and the knowledge bases in it."""
 
-    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="mel-space-")))
     kbs: dict[str, Path] = field(default_factory=dict)
+    linkers: dict[tuple[str, Path], EntityLinker] = field(default_factory=dict)
+    _folder: tempfile.TemporaryDirectory | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Made when first asked for; gone with the session, however that ends."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="mel-space-", ignore_cleanup_errors=True)
+        return Path(self._folder.name)
 
     def __deepcopy__(self, memo) -> Session:
         return Session()  # Gradio copies the initial state for every visitor: each gets a folder of their own
 
     def close(self) -> None:
         """Deletes everything the visitor brought."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.kbs.clear()
+        self.linkers.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
 
 class Service:
     """The models and knowledge bases of one app; safe to call from many threads.
 
     Args:
-        models (`dict[str, str]`): Name shown → run folder or Hub id.
+        models (`dict`): Name shown → run folder or Hub id, or `{"model": …, "reranker": …}` of such.
         kbs (`dict[str, str]`): Name shown → folder or Hub id. One that another model built is offered only with the
             models it fits.
-        linkers (*optional*): For tests: (model name, knowledge base) → linker.
     """
 
-    def __init__(self, models: dict[str, str], kbs: dict[str, str]):
+    def __init__(self, models: dict[str, str | dict[str, str]], kbs: dict[str, str]):
         if not models or not kbs:
             raise Refused("The app needs a model and a knowledge base to start with.")
         self.models, self.kbs = models, kbs
         self._loaded: dict[str, EntityLinker] = {}
+        self._kbs: dict[str, KnowledgeBase] = {}
         self._linkers: dict[tuple[str, str], EntityLinker] = {}
         self._lock = threading.RLock()
 
     def linker(self, model: str, kb: str, session: Session | None = None) -> EntityLinker:
-        """The linker for a model and a knowledge base; models are loaded once, and shared.
+        """The linker for a model and a knowledge base; both are loaded once, and models are shared.
 
         Raises:
             Refused: A name nobody offers, or a pair that does not belong together.
@@ -92,24 +112,58 @@ class Service:
         if model not in self.models:
             raise Refused(f"There is no model “{_short(model)}”. Choose one of: {', '.join(self.models)}.")
         own = {} if session is None else session.kbs
-        place = self.kbs.get(kb) or own.get(kb)
-        if place is None:
-            raise Refused(f"There is no knowledge base “{_short(kb)}”. Choose one of: {', '.join([*self.kbs, *own])}.")
         with self._lock:
-            if kb in self.kbs and (model, kb) in self._linkers:
-                return self._linkers[model, kb]
             try:
-                if model in self._loaded:
-                    first = self._loaded[model]
-                    linker = EntityLinker(first.model, first.processor, KnowledgeBase.load(place))
-                else:
-                    linker = EntityLinker.from_pretrained(self.models[model], kb=place)
-                    self._loaded[model] = linker
+                if kb in self.kbs:
+                    if (model, kb) not in self._linkers:
+                        if kb not in self._kbs:
+                            self._kbs[kb] = KnowledgeBase.from_pretrained(self.kbs[kb])
+                        self._linkers[model, kb] = self._new_linker(model, self._kbs[kb])
+                    return self._linkers[model, kb]
+                if session is not None and kb in own:
+                    key = (model, own[kb])
+                    if key not in session.linkers:
+                        session.linkers[key] = self._new_linker(model, KnowledgeBase.load(own[kb]))
+                    return session.linkers[key]
+            except KnowledgeBaseError as error:
+                raise Refused(
+                    f"“{model}” cannot use “{kb}”: a knowledge base goes with the model that built it. Choose another."
+                ) from error
             except MelError as error:
                 raise Refused(f"“{model}” cannot use “{kb}”: {error.message} {error.remedy or ''}".strip()) from error
-            if kb in self.kbs:
-                self._linkers[model, kb] = linker
-            return linker
+        if not kb:
+            raise Refused(
+                f"“{model}” built none of the knowledge bases here. Choose another model, or build your own."
+            )
+        raise Refused(
+            f"There is no knowledge base “{_short(str(kb))}” (one of your own is deleted after an hour: build it again). "
+            f"Choose one of: {', '.join([*self.kbs, *own])}."
+        )
+
+    def _new_linker(self, model: str, kb: KnowledgeBase) -> EntityLinker:
+        if model not in self._loaded:
+            place = self.models[model]
+            parts = {"model": place} if isinstance(place, str) else place
+            self._loaded[model] = EntityLinker.from_pretrained(kb=kb, **parts)
+        loaded = self._loaded[model]
+        return EntityLinker(
+            loaded.model,
+            loaded.processor,
+            kb,
+            reranker=loaded.reranker,
+            reranker_processor=loaded.reranker_processor,
+        )
+
+    def fitting_kbs(self, model: str, session: Session | None = None) -> list[str]:
+        """The knowledge bases that `model` built: only with those it can link."""
+        fitting = []
+        for kb in [*self.kbs, *(session.kbs if session else ())]:
+            try:
+                self.linker(model, kb, session)
+            except Refused:
+                continue
+            fitting.append(kb)
+        return fitting
 
     def link(
         self,
@@ -133,23 +187,29 @@ class Service:
             Refused: Something is too long, missing, or not in the text.
         """
         check_text(text, mentions)
-        if not 1 <= top_k <= MAX_TOP_K:
+        if not _is_number(top_k) or not 1 <= top_k <= MAX_TOP_K:
             raise Refused(f"Between 1 and {MAX_TOP_K} candidates can be shown, not {top_k}.")
-        if nil_threshold is not None and nil_threshold != nil_threshold:
+        if nil_threshold is not None and not _is_number(nil_threshold):
             raise Refused("The NIL threshold must be a number.")
         linker = self.linker(model, kb, session)
+        if nil_threshold is not None:
+            linker = copy.copy(linker)
+            linker.nil_threshold = nil_threshold
         rows = []
         for mention in mentions:
             place = {"mention": mention} if isinstance(mention, str) else {"start": mention[0], "end": mention[1]}
             rows.append({"text": text, "image": image, "context_id": "visitor", **place})
         start = time.perf_counter()
-        results = _asking(lambda: linker(rows, top_k=top_k, units=units))
-        for result in results:
-            threshold = linker.nil_threshold if nil_threshold is None else nil_threshold
-            result.nil_threshold = None if units else threshold
-            result.is_nil = not units and threshold is not None and result.best.score < threshold
-            result.entity_id = "NIL" if result.is_nil else result.best.entity_id
+        results = _asking(lambda: linker(rows, top_k=int(top_k), units=units))
         return results, time.perf_counter() - start
+
+    def explain(self, text: str, image: Image.Image | None, result: Any, linker: EntityLinker) -> Any:
+        """Where the model looked for the best candidate, or `None`: an answer is never lost for it."""
+        mention = {"text": text, "mention": result.mention, "start": result.start, "end": result.end, "image": image}
+        try:
+            return _asking(lambda: linker.explain(mention, result.best.entity_id))
+        except Refused:
+            return None
 
     def link_batch(
         self,
@@ -169,28 +229,33 @@ class Service:
         Raises:
             Refused: The file cannot be read, or has too many rows.
         """
-        rows = list(_table(Path(path), ("text", "mention"), MAX_BATCH_ROWS))
+        # Only these two: a path that a file names as its image would be one of this machine.
+        rows = [
+            {"text": row["text"], "mention": row["mention"]}
+            for row in _table(Path(path), ("text", "mention"), MAX_BATCH_ROWS)
+        ]
         linker = self.linker(model, kb, session)
+        if not _is_number(top_k) or not 1 <= top_k <= MAX_TOP_K:
+            raise Refused(f"Between 1 and {MAX_TOP_K} candidates can be shown, not {top_k}.")
         linked: list[dict[str, Any]] = []
-        for number, row in enumerate(rows):
-            answer = {"text": row["text"], "mention": row["mention"]}
+        for first in range(0, len(rows), _BATCH_STEP):
+            step = rows[first : first + _BATCH_STEP]
             try:
-                check_text(row["text"], [row["mention"]])
-                result = _asking(lambda row=row: linker(text=row["text"], mention=row["mention"], top_k=top_k))
-            except Refused as error:  # one bad row does not cost the others
-                answer |= {"error": str(error)}
-            else:
-                answer |= {
-                    "entity_id": result.entity_id,
-                    "name": "" if result.is_nil else result.best.name,
-                    "score": result.best.score,
-                    "candidates": [
-                        {"entity_id": c.entity_id, "name": c.name, "score": c.score} for c in result.candidates
-                    ],
-                }
-            linked.append(answer)
-            progress((number + 1) / len(rows))
-        return linked
+                for row in step:
+                    check_text(row["text"], [row["mention"]])
+                linked += _asking(lambda step=step: [_row_of(result) for result in linker(step, top_k=int(top_k))])
+            except Refused:  # one bad row does not cost the others
+                for row in step:
+                    try:
+                        check_text(row["text"], [row["mention"]])
+                        linked.append(_asking(lambda row=row: _row_of(linker(row, top_k=int(top_k)))))
+                    except Refused as error:
+                        linked.append({"error": str(error)})
+            progress(len(linked) / len(rows))
+        return [
+            {"text": row["text"], "mention": row["mention"], **answer}
+            for row, answer in zip(rows, linked, strict=True)
+        ]
 
     def build_kb(
         self,
@@ -224,34 +289,38 @@ class Service:
         label = f"{_plain(name) or 'My knowledge base'} (yours)"
         if not kb_folder.exists():
             source = session.folder / key / "source"
-            shutil.rmtree(source, ignore_errors=True)
             source.mkdir(parents=True)
-            shutil.copyfile(table, source / f"entities{table.suffix.lower()}")
-            if archive is not None:
-                unpack_images(Path(archive), source)
-            entities = source / f"entities{table.suffix.lower()}"
-            count, problems = check_entity_file(entities, image_folder=source)
-            if count > MAX_KB_ROWS:
-                raise Refused(f"The table has {count:,} entities; this app takes {MAX_KB_ROWS:,}.")
-            if problems:
-                lines = [
-                    f"Row {problem.row}: {problem.message}".replace(f"{source}/", "") for problem in problems[:20]
-                ]
-                more = f"\n… and {len(problems) - 20:,} more." if len(problems) > 20 else ""
-                raise Refused(f"{len(problems):,} rows cannot be used:\n" + "\n".join(lines) + more)
-            _asking(
-                lambda: KnowledgeBase.build(
-                    str(entities), first.model, first.processor, output=str(kb_folder), progress=False
-                )
-            )
-            shutil.rmtree(source, ignore_errors=True)
+            try:
+                self._build(table, archive, source, kb_folder, first)
+            finally:
+                shutil.rmtree(source, ignore_errors=True)
         while len(session.kbs) >= MAX_OWN_KBS and label not in session.kbs:
             oldest = next(iter(session.kbs))
             gone = session.kbs.pop(oldest)
             if gone not in session.kbs.values() and gone != kb_folder:
+                session.linkers = {key: linker for key, linker in session.linkers.items() if key[1] != gone}
                 shutil.rmtree(gone.parent, ignore_errors=True)
         session.kbs[label] = kb_folder
         return label, len(KnowledgeBase.load(kb_folder))
+
+    @staticmethod
+    def _build(table: Path, archive: Any, source: Path, kb_folder: Path, made_by: EntityLinker) -> None:
+        entities = source / f"entities{table.suffix.lower()}"
+        shutil.copyfile(table, entities)
+        if archive is not None:
+            unpack_images(Path(archive), source)
+        count, problems = check_entity_file(entities, image_folder=source)
+        if count > MAX_KB_ROWS:
+            raise Refused(f"The table has {count:,} entities; this app takes {MAX_KB_ROWS:,}.")
+        if problems:
+            lines = [f"Row {problem.row}: {problem.message}".replace(f"{source}/", "") for problem in problems[:20]]
+            more = f"\n… and {len(problems) - 20:,} more." if len(problems) > 20 else ""
+            raise Refused(f"{len(problems):,} rows cannot be used:\n" + "\n".join(lines) + more)
+        _asking(
+            lambda: KnowledgeBase.build(
+                str(entities), made_by.model, made_by.processor, output=str(kb_folder), progress=False
+            )
+        )
 
     def download_kb(self, kb: str, session: Session) -> str:
         """A zip of a visitor's own knowledge base."""
@@ -263,7 +332,7 @@ class Service:
 
 def check_text(text: str, mentions: Sequence[str | tuple[int, int]]) -> None:
     """Raises [`Refused`] unless text and mentions can be linked."""
-    if not text or not text.strip():
+    if not isinstance(text, str) or not text.strip():
         raise Refused("Paste a caption first: the sentence the mention stands in.")
     if len(text) > MAX_TEXT:
         raise Refused(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are read.")
@@ -272,6 +341,8 @@ def check_text(text: str, mentions: Sequence[str | tuple[int, int]]) -> None:
     if len(mentions) > MAX_MENTIONS:
         raise Refused(f"At most {MAX_MENTIONS} mentions can be linked at once, not {len(mentions)}.")
     for mention in mentions:
+        if not isinstance(mention, (str, tuple)):
+            raise Refused("A mention is words of the caption.")
         if isinstance(mention, str) and mention not in text:
             raise Refused(f"“{_short(mention)}” is not in the caption. Write it exactly as it stands there.")
 
@@ -400,6 +471,22 @@ def _asking(work: Callable[[], Any]) -> Any:
     except MelError as error:
         where = f"Row {error.row}: " if error.row is not None else ""
         raise Refused(f"{where}{error.message} {error.remedy or ''}".strip()) from error
+    except Exception as error:  # whatever it is, its words are not for strangers, and the app goes on
+        _log.exception("a request failed")
+        raise Refused("This went wrong on our side, not on yours. Try once more, or another text or photo.") from error
+
+
+def _row_of(result: Any) -> dict[str, Any]:
+    return {
+        "entity_id": result.entity_id,
+        "name": "" if result.is_nil else result.best.name,
+        "score": result.best.score,
+        "candidates": [{"entity_id": c.entity_id, "name": c.name, "score": c.score} for c in result.candidates],
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _plain(name: str | None) -> str:

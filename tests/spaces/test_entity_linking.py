@@ -179,9 +179,12 @@ def test_it_is_one_visitors_alone_and_goes_with_the_session(space, service, sess
     for stranger in (other, None):
         with pytest.raises(space.service.Refused, match="no knowledge base"):
             link(service, kb=label, session=stranger)
+    folder = session.folder
+    assert folder.exists()
     session.close()
-    assert not session.folder.exists()
-    other.close()
+    assert not folder.exists()
+    with pytest.raises(space.service.Refused, match="no knowledge base"):
+        link(service, kb=label, session=session)
 
 
 def test_every_bad_row_is_named(space, service, session, tmp_path):
@@ -326,7 +329,7 @@ def test_nothing_from_outside_becomes_markup(space):
 
 def test_a_card_says_what_decided(space):
     seen = Tags(space.render.results([{"result": result(), "images": [None, None]}], 0.1))
-    assert "It leads Bo most by image; text alone would prefer Bo." in seen.text
+    assert "Ahead of Bo mostly because of the image. On its own, the text favours Bo." in seen.text
     assert "Text 1.000, Image 3.000" in seen.text
     html = space.render.results([{"result": result(), "images": [None, None]}], 0.1)
     assert html.count("https://www.wikidata.org/wiki/") == 1  # kb-1 is no id of Wikidata

@@ -103,36 +103,73 @@ def press(page, label: str) -> None:
 def test_the_first_screen_shows_a_linked_mention_and_why(page):
     decision = page.locator("#answer .mel-decision").first
     expect(decision).to_contain_text("the Koreans")
-    expect(decision).to_contain_text("leads")
+    expect(decision).to_contain_text("Ahead of")
+    expect(page.locator("#answer .mel-expect")).to_contain_text("both Koreas")
     assert page.locator("#answer .mel-card").count() == 5
     assert page.locator("#answer .mel-bar").count() == 5
     expect(page.locator("#answer .mel-words mark").first).to_be_visible()
     screenshot(page, "first_screen")
 
 
-def test_words_selected_with_the_keyboard_are_the_mention(page):
-    ask(page, "A day in Jordan with friends")
+def mention_box(page):
+    return page.locator("#mention textarea")
+
+
+def mark(page, start: int, end: int) -> None:
+    """Selects characters of the caption by the keyboard."""
     box = page.locator("#caption textarea")
     box.press("Control+Home")
-    for _ in range(len("A day in ")):
+    for _ in range(start):
         box.press("ArrowRight")
-    for _ in range(len("Jordan")):
+    for _ in range(end - start):
         box.press("Shift+ArrowRight")
-    mention = page.locator("#mention").locator("textarea, input").first
-    expect(mention).to_have_value("Jordan")
+
+
+def test_words_selected_with_the_keyboard_are_the_mention(page):
+    ask(page, "A day in Jordan with friends")
+    mark(page, 8, 16)  # with the spaces around it
+    expect(mention_box(page)).to_have_value("Jordan")
     press(page, "Link")
-    expect(page.locator("#answer .mel-decision")).to_contain_text("Jordan")
+    expect(page.locator("#answer .mel-decision")).to_contain_text("Jordan →")
+
+
+def test_words_selected_with_the_mouse_are_the_mention(page):
+    ask(page, "Jordan")
+    page.locator("#caption textarea").fill("Jordan is a place")
+    page.locator("#caption textarea").dblclick(position={"x": 25, "y": 20})
+    expect(mention_box(page)).to_have_value("Jordan")
+
+
+def test_what_a_visitor_does_last_wins(page):
+    ask(page, "Georgia met Jordan")
+    mark(page, 0, 7)
+    expect(mention_box(page)).to_have_value("Georgia")
+    mention_box(page).fill("Jordan")  # typed after the selection
+    page.locator("#caption textarea").focus()  # coming back selects nothing anew
+    page.wait_for_timeout(300)
+    assert mention_box(page).input_value() == "Jordan"
+    mark(page, 0, 7)  # the same words once more, on purpose
+    expect(mention_box(page)).to_have_value("Georgia")
 
 
 def test_the_second_of_two_equal_words_can_be_meant(page):
-    """Selecting says which one; both are linked by place, not by spelling."""
-    ask(page, "Georgia met Georgia")
-    page.locator("#caption textarea").evaluate(
-        "box => { box.focus(); box.setSelectionRange(12, 19); box.dispatchEvent(new Event('select', {bubbles: true})); }"
-    )
-    expect(page.locator("#mention").locator("textarea, input").first).to_have_value("Georgia")
+    """Selecting says which one: by its place, counted in characters also behind those that JavaScript counts twice."""
+    ask(page, "😀 Georgia met Georgia")
+    mark(page, 14, 21)
+    expect(mention_box(page)).to_have_value("Georgia")
+    assert json.loads(page.locator("#spans textarea").input_value()) == [[14, 21]]
     press(page, "Link")
-    expect(page.locator("#answer .mel-decision")).to_contain_text("Georgia")
+    expect(page.locator("#answer .mel-decision")).to_contain_text("Georgia →")
+
+
+def test_several_mentions_are_selected_one_after_another(page):
+    ask(page, "Georgia met Georgia in Jordan", "")
+    page.locator("#several input").check()
+    for start, end in ((0, 7), (12, 19), (23, 29)):
+        mark(page, start, end)
+    expect(mention_box(page)).to_have_value("Georgia\nGeorgia\nJordan")
+    press(page, "Link")
+    expect(page.locator("#answer .mel-answer")).to_have_count(3)
 
 
 def test_a_photo_is_uploaded_and_counts(page, tmp_path):
@@ -156,7 +193,7 @@ def test_an_example_fills_the_form_and_answers_with_several_mentions(page):
 
 
 def test_the_kinds_of_evidence_and_two_models_side_by_side(page):
-    page.get_by_role("tab", name="Text, image, both").click()
+    page.get_by_role("tab", name="Text alone / image alone / all").click()
     press(page, "Compare the kinds of evidence")
     expect(page.locator("#units .mel-column")).to_have_count(4)
     screenshot(page, "compare")
@@ -191,6 +228,7 @@ def test_scripts_in_captions_and_names_are_text(page, tmp_path):
     expect(page.locator("#kb-answer")).to_contain_text("1 entities")
     page.get_by_role("tab", name="Link a mention").click()
     press(page, "Link")
+    expect(page.locator("#answer .mel-card")).to_have_count(1)
     expect(page.locator("#answer .mel-card h3")).to_contain_text(evil)
     assert page.locator("#answer img[src=x]").count() == 0
 
