@@ -26,6 +26,9 @@ def space(
     also_kb: Annotated[
         list[str] | None, typer.Option(help="A further knowledge base to choose from. May be given several times.")
     ] = None,
+    reranker: Annotated[
+        str | None, typer.Option(help="A reranker (a run folder or a model) that puts MODEL's best into a new order.")
+    ] = None,
     port: Annotated[int, typer.Option(help="Where it listens, on this machine only.")] = 7860,
 ) -> None:
     """Open the demo in a browser: caption, photo, mention → who is meant, and why.
@@ -50,7 +53,10 @@ def space(
                 remedy="Make them with: hf-mel demo. Or name both: hf-mel space MODEL KB",
             )
         model, kb = found
-    os.environ["MEL_MODELS"] = json.dumps({_name(place): place for place in [model, *(also_model or [])]})
+    models: dict[str, str | dict[str, str]] = {_name(place): place for place in [model, *(also_model or [])]}
+    if reranker is not None:
+        models = {f"{_name(model)} + {_name(reranker)}": {"model": model, "reranker": reranker}, **models}
+    os.environ["MEL_MODELS"] = json.dumps(models)
     os.environ["MEL_KBS"] = json.dumps({_name(place): place for place in [kb, *(also_kb or [])]})
     os.environ["GRADIO_SERVER_PORT"] = str(port)
     import hf_mel.spaces.entity_linking
