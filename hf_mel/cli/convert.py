@@ -10,7 +10,7 @@ import typer
 
 def convert(
     method: Annotated[str, typer.Argument(help="Whose checkpoint it is, for instance [b]mimic[/b].")],
-    state_dict: Annotated[Path, typer.Option(help="The published weights as a safetensors file.")],
+    state_dict: Annotated[Path, typer.Option(help="The published weights: safetensors, or a PyTorch checkpoint.")],
     config: Annotated[Path, typer.Option(help="The published configuration as JSON.")],
     output: Annotated[Path, typer.Option(help="The model folder to write; must be new or empty.")],
     tokenizer: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -45,7 +47,8 @@ def convert_checkpoint(
     Args:
         method (`str`): a folder of `modeling/` with a `convert_<method>.py` that offers `convert_config` and
             `convert_state_dict`.
-        state_dict: a safetensors file with the weights under their published names. Pickled checkpoints are not read.
+        state_dict: the weights under their published names: a safetensors file, or a checkpoint of PyTorch, of which
+            tensors and plain containers are read and anything else is refused.
         config: a JSON file with the published configuration.
         output: the folder to write; must not exist or be empty.
         tokenizer (`str`, *optional*): Hub id or folder of the tokenizer (and encoder) the network was trained with;
@@ -70,16 +73,7 @@ def convert_checkpoint(
         raise MelError("The output is there, and is not an empty folder.", file=output, remedy="Give a new folder.")
 
     model_config = _call(module.convert_config, _read_json(config), file=config)
-    try:
-        published = load_file(state_dict)
-    except FileNotFoundError:
-        raise DataFormatError("No such file.", file=state_dict, remedy="Check --state-dict.") from None
-    except (OSError, SafetensorError) as error:
-        raise DataFormatError(
-            f"Not a safetensors file ({error}).",
-            file=state_dict,
-            remedy="Save the checkpoint's state dict with safetensors.torch.save_file first.",
-        ) from None
+    published = _read_state_dict(state_dict)
     weights, unused, unknown = module.convert_state_dict(published)
 
     model = AutoModel.from_config(model_config)
@@ -125,6 +119,35 @@ def _convertible() -> list[str]:
 
     roots = [Path(path) for path in hf_mel.modeling.__path__]
     return sorted(path.parent.name for root in roots for path in root.glob("*/convert_*.py"))
+
+
+def _read_state_dict(path: Path) -> Mapping[str, Any]:
+    """The tensors of a file by name; of a checkpoint that holds more, its `state_dict`."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataFormatError("No such file.", file=path, remedy="Check --state-dict.") from None
+    except pickle.UnpicklingError as error:
+        # weights_only refuses whatever could run code; nothing here loosens it.
+        raise DataFormatError(
+            f"Refused, since it is no plain checkpoint of tensors ({str(error).splitlines()[0][:200]}).",
+            file=path,
+            remedy="On a machine where you trust it, save its state dict with safetensors.torch.save_file.",
+        ) from None
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        kind = "safetensors file" if path.suffix == ".safetensors" else "checkpoint of PyTorch"
+        raise DataFormatError(
+            f"Not a {kind} ({error}).",
+            file=path,
+            remedy="Save the checkpoint's state dict with safetensors.torch.save_file first.",
+        ) from None
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise DataFormatError("Holds no state dict: tensors by name.", file=path, remedy="Check --state-dict.")
+    return content
 
 
 def _call(convert, published: Mapping, *, file: Path):

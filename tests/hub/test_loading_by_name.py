@@ -161,7 +161,9 @@ def test_a_download_cut_at_every_request_is_an_error_or_whole_and_the_next_one_c
         else:
             assert ids(done) == expected
     assert failed >= 2
-    assert [fault for fault in hub.faults if fault.seen < fault.at] == [], [(r.user, r.method, r.path) for r in hub.log]
+    assert [fault for fault in hub.faults if fault.seen < fault.at] == [], [
+        (r.user, r.method, r.path) for r in hub.log
+    ]
     hub.faults.clear()
     started = [kb_runner.start("open_kb", "org/kb", token=token, cache=home / user) for user, token in cases]
     assert all(ids(kb_runner.result(output)) == expected for output in started)
