@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from hf_mel.errors import MelError
@@ -19,6 +19,19 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def files_sha256(digests: Mapping[str, str]) -> str:
+    """One digest of several files, from the sha256 of each by its relative path."""
+    lines = (f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def parquet_sha256(folder: str | os.PathLike[str]) -> str | None:
+    """One digest of the paths and contents of all Parquet files of a folder; `None` if it has none."""
+    root = Path(folder)
+    digests = {path.relative_to(root).as_posix(): file_sha256(path) for path in root.rglob("*.parquet")}
+    return files_sha256(digests) if digests else None
 
 
 def write_text(path: str | os.PathLike[str], parts: Iterable[str]) -> None:

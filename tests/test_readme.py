@@ -84,3 +84,10 @@ def test_demo_and_link_snippet(tmp_path, capsys, monkeypatch):
         assert (tmp_path / place).is_file()
     exec(compile(snippet("link"), "README.md", "exec"), {})
     assert re.match(r"(Q\d+|NIL) ", capsys.readouterr().out)
+
+
+def test_every_data_set_is_in_the_table():
+    from hf_mel.data.building import known_datasets
+
+    rows = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
+    assert sorted(rows) == known_datasets()

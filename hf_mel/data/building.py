@@ -66,7 +66,7 @@ from hf_mel.errors import (
     MelError,
     UnknownDatasetError,
 )
-from hf_mel.files import replace_folder, write_text
+from hf_mel.files import parquet_sha256, replace_folder, write_text
 from hf_mel.schema import NIL
 
 _REPORT = "report.json"
@@ -90,6 +90,8 @@ class BuildReport(CheckReport):
         options (`dict[str, Any]`): What was set for this build: seed, resize, options of the builder.
         official (`dict[str, dict[str, int or None]]`): The official number of rows, `None` where nobody knows it.
         raw_sha256 (`dict[str, str]`): Digest of each raw file read.
+        data_sha256 (`str` or `None`): One digest of all Parquet files written, that of
+            [`~hf_mel.data.loading.dataset_version`].
     """
 
     output: Path
@@ -99,6 +101,7 @@ class BuildReport(CheckReport):
     options: dict[str, Any] = field(default_factory=dict)
     official: dict[str, dict[str, int | None]] = field(default_factory=dict)
     raw_sha256: dict[str, str] = field(default_factory=dict)
+    data_sha256: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As in `report.json`: problems counted, their entries [row, detail] by file."""
@@ -112,6 +115,7 @@ class BuildReport(CheckReport):
             "counts": found.pop("counts"),
             "official": self.official,
             "raw_sha256": dict(sorted(self.raw_sha256.items())),
+            "data_sha256": self.data_sha256,
             **found,
         }
 
@@ -243,6 +247,7 @@ def build_dataset(
         _check_counts(report, allow_count_mismatch)
         work = stage / "ready"
         infos = {config: _finish(builders[config], config, stage, work, written[config]) for config in configs}
+        report.data_sha256 = parquet_sha256(work)
         write_text(work / _REPORT, [_dump(report.to_dict())])
         write_text(work / "README.md", [dataset_card(builder_class, infos, report)])
         replace_folder(work, target)

@@ -25,7 +25,7 @@ from hf_mel.errors import (
     UnknownEntityError,
     UnknownSplitError,
 )
-from hf_mel.files import file_sha256
+from hf_mel.files import files_sha256, parquet_sha256
 from hf_mel.rows import ENTITY_COLUMNS, entity_row, read_rows, texts_cell
 from hf_mel.schema import NIL, entity_features, mention_features, post_features
 
@@ -80,7 +80,7 @@ def _load(
     source = os.fspath(dataset)
     _check_source(source, revision)
     try:
-        splits = datasets.load_dataset(source, config, revision=revision)
+        splits = datasets.load_dataset(source, config, revision=revision, cache_dir=_cache_of(source))
     except (DatasetNotFoundError, DataFilesNotFoundError, ConnectionError) as error:
         raise _not_found(source, error) from error
     except Exception as error:  # no common base: a missing configuration, damaged Parquet, a full disk …
@@ -110,6 +110,23 @@ def _load(
             remedy="Build it with this version of hf_mel.",
         )
     return rows
+
+
+def _cache_of(source: str) -> str | None:
+    """A cache of its own for every state of a folder.
+
+    `datasets` tells folders apart by their name and card alone: one that was built anew, or another of that name, would
+    give the rows of the first.
+    """
+    root = Path(source)
+    if not root.is_dir():
+        return None
+    digest = hashlib.sha256(str(root.resolve()).encode())
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            state = path.stat()
+            digest.update(f"{path.relative_to(root)} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{digest.hexdigest()[:16]}")
 
 
 def open_repository(
@@ -167,10 +184,10 @@ def dataset_version(dataset: str | os.PathLike[str], revision: str | None = None
     _check_source(source, revision)
     if Path(source).is_dir():
         root = Path(source)
-        files = {path.relative_to(root).as_posix(): file_sha256(path) for path in root.rglob("*.parquet")}
-        if not files:
+        digest = parquet_sha256(root)
+        if digest is None:
             raise _not_found(source, FileNotFoundError("no Parquet files"))
-        return {"dataset": root.resolve().name, "revision": None, "sha256": _combine(files)}
+        return {"dataset": root.resolve().name, "revision": None, "sha256": digest}
     try:
         info = huggingface_hub.HfApi().dataset_info(source, revision=revision, files_metadata=True)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -182,12 +199,8 @@ def dataset_version(dataset: str | os.PathLike[str], revision: str | None = None
     return {
         "dataset": source,
         "revision": info.sha,
-        "sha256": _combine(known) if known and len(known) == len(parquet) else None,
+        "sha256": files_sha256(known) if known and len(known) == len(parquet) else None,
     }
-
-
-def _combine(files: Mapping[str, str]) -> str:
-    return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
 
 
 def check_golds(

@@ -131,6 +131,8 @@ Everything from there.
 | mentions | validation | 2 | 2 | 0 | unknown |
 | mentions | test | 2 | 2 | 0 | 2 |
 | entities | kb | 4 | 1 | 3 | 4 |
+
+sha256 of all Parquet files together: `{data}`
 ## Columns
 **mentions**
 
@@ -227,6 +229,9 @@ def test_a_whole_card(card):
             expected = expected.replace(f"{{{split}_bytes}}", str(size))
         expected = expected.replace(f"{{{config}_bytes}}", str(sum(nbytes)))
         expected = expected.replace(f"{{{config}_size}}", str(sum(file.stat().st_size for file in files)))
+    parquet = {path.relative_to(out).as_posix(): path for path in out.glob("*/*.parquet")}
+    lines = [f"{name} {hashlib.sha256(parquet[name].read_bytes()).hexdigest()}\n" for name in sorted(parquet)]
+    expected = expected.replace("{data}", hashlib.sha256("".join(lines).encode()).hexdigest())
     for file in raw.glob("*.json"):
         expected = expected.replace(f"{{{file.name}}}", hashlib.sha256(file.read_bytes()).hexdigest())
     assert text == expected

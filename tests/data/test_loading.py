@@ -31,6 +31,7 @@ from hf_mel.errors import (
 from hf_mel.schema import NIL, entity_features
 from tests.data.test_images import huge, photo
 from tests.dataset_scripts.fixtures import NAMES, picture, write_melbench
+from tests.toy import toy_entities, toy_mentions, write_toy_dataset
 
 
 @pytest.fixture(scope="module")
@@ -317,3 +318,12 @@ def test_checking_ends_at_a_row_that_cannot_be_parsed(tmp_path, text, row):
     path.write_text(text)
     _, problems = check_entity_file(path)
     assert [problem.row for problem in problems] == [row]
+
+
+def test_another_folder_of_that_name_and_one_built_anew_give_their_own_rows(tmp_path):
+    """`datasets` would give the rows it cached for the first: it knows a folder by its name and card."""
+    golds = []
+    for period, place in ((0, "a"), (6, "b"), (4, "b")):
+        write_toy_dataset(tmp_path / place / "data", toy_entities(), train=toy_mentions(20, nil_every=period))
+        golds.append(list(load_mentions(tmp_path / place / "data", "train")["entity_id"]).count(NIL))
+    assert golds == [0, 20 // 6, 20 // 4]
