@@ -129,12 +129,12 @@ def _read_state_dict(path: Path) -> Mapping[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataFormatError("No such file.", file=path, remedy="Check --state-dict.") from None
-    except pickle.UnpicklingError as error:
-        # weights_only refuses whatever could run code; nothing here loosens it.
+    except pickle.UnpicklingError:
+        # torch's own message says how to loosen weights_only; nobody should.
         raise DataFormatError(
-            f"Refused, since it is no plain checkpoint of tensors ({str(error).splitlines()[0][:200]}).",
+            "Refused: a checkpoint of more than tensors and plain containers runs code when it is opened.",
             file=path,
-            remedy="On a machine where you trust it, save its state dict with safetensors.torch.save_file.",
+            remedy="Where you trust it, save its state dict with safetensors.torch.save_file.",
         ) from None
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
         kind = "safetensors file" if path.suffix == ".safetensors" else "checkpoint of PyTorch"

@@ -113,7 +113,7 @@ def test_files_that_are_not_what_they_say(published):
     with pytest.raises(DataFormatError, match="No such file"):
         convert(folder, config=folder / "none.json")
     (folder / "pickle.bin").write_bytes(b"\x80\x04not tensors")
-    with pytest.raises(DataFormatError, match="Not a safetensors file"):
+    with pytest.raises(DataFormatError, match="Refused"):
         convert(folder, state_dict=folder / "pickle.bin")
     (folder / "bad.json").write_text("{")
     with pytest.raises(DataFormatError, match="Not JSON"):
