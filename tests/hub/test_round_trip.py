@@ -1,9 +1,11 @@
-"""The whole way with the real clients, each step in a process of its own: build → publish → load by name → train →
-publish → load by name with and without hf_mel → link."""
+"""README's "Publish", run as printed, with the real clients: build → publish → load by name → train → publish → load by
+name with and without hf_mel → link. Each step is a process of its own."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 
@@ -14,8 +16,12 @@ import yaml
 from huggingface_hub import parse_eval_result_entries
 
 from tests.hub.bare import bare_environment
-from tests.hub.conftest import TOKEN
+from tests.hub.conftest import ROOT, TOKEN
 from tests.training.toy_run import recipe_dict
+
+_SECTION = re.search(r"## Publish\n(.*?)\n## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+_COMMANDS = re.search(r"```sh\n(.*?)```", _SECTION, re.DOTALL)[1].replace("ORG", "org").splitlines()
+_SNIPPET = re.search(r"```python\n(.*?)```", _SECTION, re.DOTALL)[1].replace("ORG", "org")
 
 # A made-up batch, scored by whoever loads the model.
 _SCORES = """
@@ -55,10 +61,19 @@ def shrink(folder):
 @pytest.mark.slow
 def test_the_round_trip(hub, client, new_client, tmp_path):
     home = client.home
+
+    def publish(kind: str) -> None:
+        """README's commands of one kind."""
+        lines = [line for line in _COMMANDS if line.startswith(f"hf-mel publish {kind} ")]
+        assert lines
+        for line in lines:
+            done = client.cli(*shlex.split(line)[1:])
+            assert ("Published in one commit" if "--yes" in line else "nothing was uploaded") in done.stdout
+
     # Build FlagsMEL, publish it, load it by name in a process that has no hf_mel in it.
-    client.cli("data", "build", "flags_mel", "--output", "flags")
-    shrink(home / "flags")
-    client.cli("publish", "dataset", "flags", "org/flags_mel", "--yes")
+    client.cli("data", "build", "flags_mel", "--output", "data/flags_mel")
+    shrink(home / "data/flags_mel")
+    publish("dataset")
     loaded = client.python(
         "import json, datasets\n"
         "mentions = datasets.load_dataset('org/flags_mel', split='test')\n"
@@ -66,7 +81,7 @@ def test_the_round_trip(hub, client, new_client, tmp_path):
         "print(json.dumps([list(mentions['mention_id']), len(entities), entities[0]['images'][0].size]))"
     )
     ids, entities, size = json.loads(loaded.stdout.splitlines()[-1])
-    raw = pa.concat_tables([pq.read_table(path) for path in (home / "flags/mentions").glob("test-*")])
+    raw = pa.concat_tables([pq.read_table(path) for path in (home / "data/flags_mel/mentions").glob("test-*")])
     assert ids == raw["mention_id"].to_pylist()
     assert (entities, min(size) > 10) == (129, True)
 
@@ -74,8 +89,9 @@ def test_the_round_trip(hub, client, new_client, tmp_path):
     recipe = recipe_dict("org/flags_mel", max_steps=2, eval_strategy="no", save_strategy="no")
     recipe["training"]["load_best_model_at_end"] = False
     (home / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    client.cli("train", "tiny.yaml", "--output", "run")
-    client.cli("publish", "model", "run", "org/mimic-flags", "--yes", "--private")
+    client.cli("train", "tiny.yaml", "--output", "runs/mimic_flags")
+    publish("model")
+    assert hub.store.meta("model", "org/mimic-flags")["private"] is True
     files = hub.files("model", "org/mimic-flags")
     entries = parse_eval_result_entries(yaml.safe_load(files[".eval_results/hf_mel.yaml"]))
     assert {(e.dataset_id, e.dataset_revision) for e in entries} == {
@@ -84,10 +100,10 @@ def test_the_round_trip(hub, client, new_client, tmp_path):
     assert b"- org/flags_mel" in files["README.md"]
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
 
-    # A knowledge base built by the published model, published in turn.
-    client.cli("kb", "build", "org/mimic-flags", "--dataset", "org/flags_mel", "--output", "kb")
-    client.cli("publish", "kb", "kb", "org/flags-kb", "--yes")
-    client.cli("publish", "metric", "mel_ranking", "org/mel_ranking", "--yes")
+    # A knowledge base built by the model before it was published belongs to it all the same.
+    client.cli("kb", "build", "runs/mimic_flags", "--dataset", "org/flags_mel", "--output", "kb/flags_mel")
+    publish("kb")
+    publish("metric")
 
     # Somewhere else, without hf_mel: the code comes from the repository, on the user's word only.
     elsewhere = new_client("elsewhere")
@@ -118,38 +134,35 @@ def test_the_round_trip(hub, client, new_client, tmp_path):
         "import hf_mel\n"
         + _LOAD.format("")
         + _SCORES
+        + _SNIPPET
         + """
-import evaluate
-from transformers import pipeline
 from hf_mel import EntityLinker
-mention = {"text": "The hosts raised their flag in Accra.", "mention": "The hosts"}
-linker = EntityLinker.from_pretrained("org/mimic-flags", kb="org/flags-kb", device="cpu")
-linked = linker(mention, top_k=129).to_dict()
-pipe = pipeline("multimodal-entity-linking", model="org/mimic-flags", kb="org/flags-kb", device="cpu")
-metric = evaluate.load("org/mel_ranking")
-scored = metric.compute(predictions=[["a", "b"]], references=["b"])
-print(json.dumps([linked, pipe(mention, top_k=129), scored["mrr"]]))
+mention = {key: mentions[0][key] for key in ("text", "start", "end", "image")}
+alone = EntityLinker.from_pretrained("org/mimic-flags", kb="org/flags-kb", device="cpu")
+print(json.dumps([alone(mention, top_k=129).to_dict(), linked, mentions[0]["entity_id"], mention["text"]]))
+mentions[0]["image"] and mentions[0]["image"].save("image.png")
 """
     )
-    local_scores, results = map(json.loads, local.stdout.splitlines()[-2:])
+    local_scores, mrr, results = map(json.loads, local.stdout.splitlines()[-3:])
     assert local_scores["code"] == "hf_mel"
     for here, there in zip(local_scores["scores"], remote["scores"], strict=True):
         assert here == pytest.approx(there, abs=1e-5)
-    linked, piped, mrr = results
-    assert mrr == 0.5
-    assert len(linked["candidates"]) == 129
-    assert {c["entity_id"] for c in linked["candidates"]} == set(
-        pq.read_table(home / "flags/entities", columns=["entity_id"])["entity_id"].to_pylist()
+    linked, piped, gold, text = results
+    assert piped == linked
+    ranked = [candidate["entity_id"] for candidate in linked["candidates"]]
+    assert set(ranked) == set(
+        pq.read_table(home / "data/flags_mel/entities", columns=["entity_id"])["entity_id"].to_pylist()
     )
-    assert [c["entity_id"] for c in piped["candidates"]] == [c["entity_id"] for c in linked["candidates"]]
+    assert mrr == pytest.approx(1 / (1 + ranked.index(gold)))
 
     # The command line links by name, and offline from what is in the cache.
+    image = ["--image", "image.png"] if (elsewhere.home / "image.png").exists() else []
+    span = ["--start", linked["start"], "--end", linked["end"], *image]
     cli = elsewhere.cli(
-        *("link", "org/mimic-flags", "--kb", "org/flags-kb", "--device", "cpu", "--json"),
-        *("--text", "The hosts raised their flag in Accra.", "--mention", "The hosts"),
+        *("link", "org/mimic-flags", "--kb", "org/flags-kb", "--device", "cpu", "--json", "--text", text, *span),
         HF_HUB_OFFLINE="1",
     )
-    assert json.loads(cli.stdout)["candidates"][0]["entity_id"] == linked["candidates"][0]["entity_id"]
+    assert json.loads(cli.stdout)["candidates"][0]["entity_id"] == ranked[0]
 
     # Nothing was asked that this Hub does not know, and no token went where it should not.
     unknown = {f"{r.method} {r.path}" for r in hub.log if r.status >= 400} - {
