@@ -24,6 +24,7 @@ from service import (
     Refused,
     Service,
     Session,
+    mentions_of,
     read_image,
     write_results,
 )
@@ -47,26 +48,12 @@ def build(service: Service) -> gr.Blocks:
     """The app around a [`Service`]."""
     models, kbs = list(service.models), list(service.kbs)
 
-    def places(text: str, mentions: str, spans: str) -> list[Any]:
-        """The mentions asked for: a selected one by its place in the text, a typed one by its words."""
-        try:
-            left = [(int(start), int(end)) for start, end in json.loads(spans or "[]")]
-        except (ValueError, TypeError, OverflowError, RecursionError):
-            left = []
-        found: list[Any] = []
-        for line in filter(None, map(str.strip, (mentions or "").split("\n"))):
-            here = [(a, b) for a, b in left if 0 <= a < b and text[a:b].replace("\n", " ") == line]
-            found.append(here[0] if here else line)
-            if here:
-                left.remove(here[0])
-        return found
-
     def answer_of(text, mentions, spans, image, model, kb, top_k, threshold, session, note=""):
         try:
             picture = read_image(image)
             results, seconds = service.link(
                 text or "",
-                places(text or "", mentions, spans),
+                mentions_of(text or "", mentions, spans),
                 picture,
                 model=model,
                 kb=kb,
@@ -87,7 +74,7 @@ def build(service: Service) -> gr.Blocks:
 
     def compare_evidence(text, mentions, spans, image, model, kb, session):
         try:
-            picture, wanted = read_image(image), places(text or "", mentions, spans)[:1]
+            picture, wanted = read_image(image), mentions_of(text or "", mentions, spans)[:1]
             asked = {"model": model, "kb": kb, "session": session, "top_k": 3}
             whole, _ = service.link(text or "", wanted, picture, **asked)
             linker = service.linker(model, kb, session)
@@ -105,7 +92,7 @@ def build(service: Service) -> gr.Blocks:
 
     def compare_models(text, mentions, spans, image, model, other, kb, other_kb, session):
         try:
-            picture, wanted = read_image(image), places(text or "", mentions, spans)[:1]
+            picture, wanted = read_image(image), mentions_of(text or "", mentions, spans)[:1]
             columns = []
             for name, base in ((model, kb), (other, other_kb)):
                 result, _ = service.link(text or "", wanted, picture, model=name, kb=base, session=session, top_k=5)

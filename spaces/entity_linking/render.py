@@ -78,7 +78,9 @@ def _reason(candidates: Sequence[Any]) -> str:
     against = [_said(unit) for unit, lead in ahead.items() if lead < 0]
     words = f"Ahead of {behind} mostly because of <b>{escape(_said(won))}</b>."
     if against:
-        alone = f"On its own, {against[0]} favours" if len(against) == 1 else f"Each alone, {' and '.join(against)} favour"
+        alone = (
+            f"On its own, {against[0]} favours" if len(against) == 1 else f"Each alone, {' and '.join(against)} favour"
+        )
         words += f" {escape(alone)} {behind}."
     return f'<span class="mel-reason">{words}</span>'
 

@@ -29,6 +29,7 @@ from PIL import Image
 
 from hf_mel import EntityLinker, KnowledgeBase, MelError, check_entity_file, open_image
 from hf_mel.errors import KnowledgeBaseError
+from hf_mel.linking.loading import load_reranker, load_retriever
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class Service:
         if not models or not kbs:
             raise Refused("The app needs a model and a knowledge base to start with.")
         self.models, self.kbs = models, kbs
-        self._loaded: dict[str, EntityLinker] = {}
+        self._loaded: dict[str, tuple[Any, Any]] = {}
         self._kbs: dict[str, KnowledgeBase] = {}
         self._linkers: dict[tuple[str, str], EntityLinker] = {}
         self._lock = threading.RLock()
@@ -141,18 +142,19 @@ class Service:
         )
 
     def _new_linker(self, model: str, kb: KnowledgeBase) -> EntityLinker:
-        if model not in self._loaded:
-            place = self.models[model]
-            parts = {"model": place} if isinstance(place, str) else place
-            self._loaded[model] = EntityLinker.from_pretrained(kb=kb, **parts)
-        loaded = self._loaded[model]
-        return EntityLinker(
-            loaded.model,
-            loaded.processor,
-            kb,
-            reranker=loaded.reranker,
-            reranker_processor=loaded.reranker_processor,
-        )
+        place = self.models[model]
+        parts = {"model": place} if isinstance(place, str) else place
+        reranks = {}
+        if "reranker" in parts:
+            reranker, processor = self._load(load_reranker, parts["reranker"])
+            reranks = {"reranker": reranker, "reranker_processor": processor}
+        return EntityLinker(*self._load(load_retriever, parts["model"]), kb, **reranks)
+
+    def _load(self, load: Callable[[str], tuple[Any, Any]], place: str) -> tuple[Any, Any]:
+        """A model and its processor, loaded once, however many names offer it."""
+        if place not in self._loaded:
+            self._loaded[place] = load(place)
+        return self._loaded[place]
 
     def fitting_kbs(self, model: str, session: Session | None = None) -> list[str]:
         """The knowledge bases that `model` built: only with those it can link."""
@@ -279,7 +281,11 @@ class Service:
             raise Refused("Entities come as a .csv or .jsonl file.")
         if table.stat().st_size > MAX_TABLE_BYTES:
             raise Refused(f"The table is larger than {MAX_TABLE_BYTES >> 20} MB.")
-        first = self.linker(model, next(iter(self.kbs)))
+        if model not in self.models:
+            raise Refused(f"There is no model “{_short(model)}”. Choose one of: {', '.join(self.models)}.")
+        place = self.models[model]
+        with self._lock:
+            encoder = _asking(lambda: self._load(load_retriever, place if isinstance(place, str) else place["model"]))
         digest = hashlib.sha256(f"{model}\n{table.suffix}\n".encode())
         digest.update(table.read_bytes())
         if archive is not None:
@@ -291,7 +297,7 @@ class Service:
             source = session.folder / key / "source"
             source.mkdir(parents=True)
             try:
-                self._build(table, archive, source, kb_folder, first)
+                self._build(table, archive, source, kb_folder, encoder)
             finally:
                 shutil.rmtree(source, ignore_errors=True)
         while len(session.kbs) >= MAX_OWN_KBS and label not in session.kbs:
@@ -304,7 +310,7 @@ class Service:
         return label, len(KnowledgeBase.load(kb_folder))
 
     @staticmethod
-    def _build(table: Path, archive: Any, source: Path, kb_folder: Path, made_by: EntityLinker) -> None:
+    def _build(table: Path, archive: Any, source: Path, kb_folder: Path, encoder: tuple[Any, Any]) -> None:
         entities = source / f"entities{table.suffix.lower()}"
         shutil.copyfile(table, entities)
         if archive is not None:
@@ -316,11 +322,7 @@ class Service:
             lines = [f"Row {problem.row}: {problem.message}".replace(f"{source}/", "") for problem in problems[:20]]
             more = f"\n… and {len(problems) - 20:,} more." if len(problems) > 20 else ""
             raise Refused(f"{len(problems):,} rows cannot be used:\n" + "\n".join(lines) + more)
-        _asking(
-            lambda: KnowledgeBase.build(
-                str(entities), made_by.model, made_by.processor, output=str(kb_folder), progress=False
-            )
-        )
+        _asking(lambda: KnowledgeBase.build(str(entities), *encoder, output=str(kb_folder), progress=False))
 
     def download_kb(self, kb: str, session: Session) -> str:
         """A zip of a visitor's own knowledge base."""
@@ -328,6 +330,27 @@ class Service:
             raise Refused("Only a knowledge base of your own can be downloaded; build one first.")
         folder = session.kbs[kb]
         return shutil.make_archive(str(folder.parent / "knowledge_base"), "zip", folder)
+
+
+def mentions_of(text: str, mentions: str | None, spans: str | None) -> list[str | tuple[int, int]]:
+    """The mentions a visitor asks for: a selected one by its place in the text, a typed one by its words.
+
+    Args:
+        text: the caption.
+        mentions: one a line.
+        spans: JSON of the places selected so far, `[[start, end], …]`; those that the lines do not name are left out.
+    """
+    try:
+        left = [(int(start), int(end)) for start, end in json.loads(spans or "[]")]
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        left = []
+    found: list[str | tuple[int, int]] = []
+    for line in filter(None, map(str.strip, (mentions or "").split("\n"))):
+        here = [(a, b) for a, b in left if 0 <= a < b and text[a:b].replace("\n", " ") == line]
+        found.append(here[0] if here else line)
+        if here:
+            left.remove(here[0])
+    return found
 
 
 def check_text(text: str, mentions: Sequence[str | tuple[int, int]]) -> None:

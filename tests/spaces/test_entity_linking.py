@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import sys
+import tempfile
 import threading
+import time
 import zipfile
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -21,8 +23,9 @@ from PIL import Image
 
 from hf_mel.linking.explaining import Explanation
 from hf_mel.linking.knowledge_base import KnowledgeBase
-from hf_mel.linking.linker import Candidate, LinkResult
+from hf_mel.linking.linker import Candidate, EntityLinker, LinkResult
 from tests.spaces.small_model import small_model
+from tests.toy import ToyPairProcessor, ToyProcessor, register, toy_entities, toy_model, toy_reranker
 
 SPACE = Path(__file__).parents[2] / "spaces" / "entity_linking"
 TEXT = "Georgia won again, and Jordan lost."
@@ -104,6 +107,84 @@ def test_threshold_and_units(service):
 def test_what_cannot_be_linked_is_refused_in_words(space, service, asked, words):
     with pytest.raises(space.service.Refused, match=words):
         link(service, **asked)
+
+
+@pytest.mark.parametrize(
+    ("mentions", "spans", "found"),
+    [
+        ("Georgia", "", ["Georgia"]),
+        ("Georgia", "[[12, 19]]", [(12, 19)]),
+        ("Georgia\nGeorgia", "[[12, 19]]", [(12, 19), "Georgia"]),
+        ("Georgia\nGeorgia", "[[12, 19], [0, 7]]", [(12, 19), (0, 7)]),
+        (" Peru \n\n", "[[0, 7]]", ["Peru"]),  # typed after a selection
+        ("in Jordan", "[[20, 29]]", [(20, 29)]),  # across a line
+        ("Georgia", "[[0, 7000], [-7, 0], [7, 0]]", ["Georgia"]),
+        ("Georgia", '{"a": [1]}', ["Georgia"]),
+        ("Georgia", "[[NaN, Infinity]]", ["Georgia"]),
+        ("Georgia", "[" * 100_000, ["Georgia"]),
+        (None, None, []),
+    ],
+)
+def test_mentions_are_those_selected_or_typed(space, mentions, spans, found):
+    assert space.service.mentions_of("Georgia met Georgia in\nJordan", mentions, spans) == found
+
+
+def test_scores_that_are_no_numbers_end_in_words_and_the_app_goes_on(space, service, monkeypatch):
+    model = service.linker("small", "flags").model
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "score", lambda *args, score=model.score: score(*args) * float("nan"))
+        with pytest.raises(space.service.Refused, match="nan"):
+            link(service)
+    assert link(service)[0].candidates
+
+
+def test_a_failure_of_ours_says_nothing_of_the_server(space, service, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(service.linker("small", "flags").model, "score", fail)
+    with pytest.raises(space.service.Refused, match="on our side") as refused:
+        link(service)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_reranker_ranks_the_mentions_of_a_caption_together(space, folders, tmp_path):
+    register()
+    toy_reranker(unit="context").save_pretrained(tmp_path / "reranker")
+    ToyPairProcessor().save_pretrained(tmp_path / "reranker")
+    both = {"model": str(folders / "model"), "reranker": str(tmp_path / "reranker")}
+    service = space.service.Service({"small": both}, {"flags": str(folders / "model" / "kb")})
+    found = link(service, mentions=["Georgia", "Jordan"])
+    linker = EntityLinker.from_pretrained(both["model"], kb=folders / "model" / "kb", reranker=both["reranker"])
+    rows = [{"text": TEXT, "mention": mention, "context_id": "x"} for mention in ("Georgia", "Jordan")]
+    expected = linker(rows, top_k=5)
+    assert [c.entity_id for r in found for c in r.candidates] == [c.entity_id for r in expected for c in r.candidates]
+    alone = linker(rows[:1], top_k=5)[0]
+    assert [c.reranker_score for c in alone.candidates] != [c.reranker_score for c in found[0].candidates]
+    assert (
+        "reranker puts it ahead"
+        in Tags(space.render.results([{"result": r, "images": [None] * 5} for r in found], 0)).text
+    )
+
+
+def test_a_knowledge_base_is_offered_with_the_model_that_built_it(space, folders, service, session, tmp_path):
+    model = toy_model()
+    register()
+    model.save_pretrained(tmp_path / "toy")
+    ToyProcessor().save_pretrained(tmp_path / "toy")
+    KnowledgeBase.build(toy_entities(), model, ToyProcessor(), output=tmp_path / "kb", progress=False)
+    two = space.service.Service(
+        {**service.models, "toy": str(tmp_path / "toy")}, {**service.kbs, "toys": str(tmp_path / "kb")}
+    )
+    assert [two.fitting_kbs(name) for name in ("small", "toy")] == [["flags"], ["toys"]]
+    label, _ = two.build_kb(
+        "Mine", entities_csv(tmp_path / "x.csv", [["1", "Jo", "", ""]]), None, model="toy", session=session
+    )
+    assert [two.fitting_kbs(name, session) for name in ("small", "toy")] == [["flags"], ["toys", label]]
+    with pytest.raises(space.service.Refused, match="goes with the model that built it"):
+        link(two, kb="toys")
+    with pytest.raises(space.service.Refused, match="built none"):
+        link(two, kb=None)
 
 
 # Images
@@ -376,6 +457,13 @@ def test_the_api_links(client, service, tmp_path):
     assert without["warnings"]
 
 
+def test_the_api_takes_the_place_of_the_mention(client):
+    text = "Georgia met Georgia"
+    assert client.predict(text, "Georgia", start=12, api_name="/link")["start"] == 12
+    with pytest.raises(AppError, match="does not start at character 3"):
+        client.predict(text, "Georgia", start=3, api_name="/link")
+
+
 def test_the_api_links_a_batch_and_only_two_endpoints_are_public(client, tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps({"text": TEXT, "mention": "Jordan"}))
     (row,) = client.predict(handle_file(str(tmp_path / "m.jsonl")), api_name="/batch")
@@ -418,6 +506,71 @@ def test_many_at_once_are_all_served(client):
         job.join(60)
     assert len(answers) == 12
     assert all(answer["mention"] == "Georgia" for answer in answers)
+
+
+def uploaded(url: str, path: Path) -> dict:
+    with path.open("rb") as file:
+        (place,) = requests.post(f"{url}gradio_api/upload", files={"files": file}, timeout=30).json()
+    return {"path": place, "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
+
+
+def private_call(demo, url: str, name: str, data: list, visitor: str) -> str:
+    """Calls a function of the page as a browser does, and gives what the server said."""
+    number = next(key for key, fn in demo.fns.items() if getattr(fn.fn, "__name__", "") == name)
+    body = {"data": data, "fn_index": number, "session_hash": visitor}
+    assert requests.post(f"{url}gradio_api/queue/join", json=body, timeout=30).ok
+    return requests.get(f"{url}gradio_api/queue/data?session_hash={visitor}", timeout=60).text
+
+
+def test_what_a_visitor_brought_is_deleted_and_no_other_visitor_can_use_it(space, service, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(space.app, "SESSION_SECONDS", 5)
+    demo = space.app.build(service)
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    try:
+        table = uploaded(url, entities_csv(tmp_path / "mine.csv", [["1", "Jo", "", ""]]))
+        said = private_call(demo, url, "own_kb", ["Mine", table, None, "small", None], "first")
+        assert "is ready, with 1 entities" in said
+        assert len(list(tmp_path.glob("mel-space-*"))) == 1
+        question = ["Jo won", "Jo", "", None, "small", "Mine (yours)", 5, None, None]
+        assert ">Jo<" in private_call(demo, url, "answer_of", question, "first").replace("</strong>", "<")
+        assert "not in the list of choices" in private_call(demo, url, "answer_of", question, "second")
+        for _ in range(100):
+            if not list(tmp_path.glob("mel-space-*")):
+                break
+            time.sleep(0.2)
+        assert not list(tmp_path.glob("mel-space-*"))
+        assert "deleted after an hour" in private_call(demo, url, "answer_of", question, "first")
+    finally:
+        demo.close()
+
+
+def test_more_requests_than_can_wait_are_told_so(space, service, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(space.app, "WAITING", 2)
+    released, answers = threading.Event(), []
+    slow = space.service.Service(service.models, service.kbs)
+    link_now = slow.link
+    demo = space.app.build(slow)  # the first example is linked here, before anybody waits
+    slow.link = lambda *args, **options: (released.wait(30), link_now(*args, **options))[1]
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    try:
+        client = Client(url, verbose=False)
+        jobs = [client.submit(TEXT, "Georgia", api_name="/link") for _ in range(9)]
+        while not any(job.done() for job in jobs):
+            time.sleep(0.05)
+        released.set()
+        for job in jobs:
+            try:
+                answers.append(job.result(timeout=60)["mention"])
+            except Exception as error:
+                answers.append(str(error))
+    finally:
+        released.set()
+        demo.close()
+    assert set(answers) == {"Georgia", "Queue is full! Please try again."}
+    assert answers.count("Georgia") >= 2
 
 
 def test_the_space_has_what_the_hub_asks_of_one():

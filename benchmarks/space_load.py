@@ -1,0 +1,140 @@
+"""The Space under load: many clients at once through its API on this machine.
+
+```sh
+python -m benchmarks.space_load runs/mimic_flags kb/flags_mel --clients 50 --seconds 120
+```
+
+Starts the Space as `hf-mel space` does, lets each client send one request after another (every other one with a photo),
+and prints requests per second, latencies, what was refused, and the memory of the server at the start, in the middle and
+at the end. Ends with 1 if a request failed or memory grew by more than a tenth after the first quarter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import numpy as np
+from gradio_client import Client, handle_file
+
+EXAMPLES = Path(__file__).parents[1] / "spaces" / "entity_linking" / "examples"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("kb")
+    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
+    args = parser.parse_args()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryFile("w+") as log:
+        command = [
+            sys.executable,
+            "-c",
+            "from hf_mel.cli import main; main()",
+            "space",
+            args.model,
+            args.kb,
+            "--port",
+            str(port),
+        ]
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            if not answers(url, server):
+                log.seek(0)
+                print(log.read(), file=sys.stderr)
+                return 1
+            figures = run(url, server.pid, args.clients, args.seconds)
+        finally:
+            server.terminate()
+            server.wait(30)
+    print(json.dumps(figures, indent=2))
+    if args.output:
+        args.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return int(figures["failed"] != {} or figures["memory_mb"]["growth_after_first_quarter"] > 0.1)
+
+
+def answers(url: str, server: subprocess.Popen) -> bool:
+    """Whether the server comes up within two minutes."""
+    for _ in range(240):
+        if server.poll() is not None:
+            return False
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return True
+        except httpx.TransportError:
+            time.sleep(0.5)
+    return False
+
+
+def memory(pid: int) -> float:
+    """Resident memory in MB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def run(url: str, pid: int, clients: int, seconds: float) -> dict:
+    """Lets `clients` work for `seconds` and counts."""
+    examples = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))
+    latencies: list[float] = []
+    failed: Counter[str] = Counter()
+    ready = [Client(url, verbose=False) for _ in range(clients)]
+    end = time.monotonic() + seconds
+
+    def work(number: int) -> None:
+        k = number
+        while time.monotonic() < end:
+            example, k = examples[k % len(examples)], k + 1
+            photo = handle_file(str(EXAMPLES / example["image"])) if k % 2 else None
+            start = time.monotonic()
+            try:
+                answer = ready[number].predict(example["text"], example["mentions"][0], photo, api_name="/link")
+                assert answer["mention"] == example["mentions"][0]
+                latencies.append(time.monotonic() - start)
+            except Exception as error:
+                failed[f"{type(error).__name__}: {error}"[:200]] += 1
+
+    samples = [memory(pid)]
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
+    begin = time.monotonic()
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(1)
+        samples.append(memory(pid))
+    took = time.monotonic() - begin
+    quarter = samples[len(samples) // 4 :]
+    return {
+        "clients": clients,
+        "seconds": round(took, 1),
+        "requests": len(latencies),
+        "requests_per_second": round(len(latencies) / took, 2),
+        "latency_s": {f"p{q}": round(float(np.percentile(latencies or [np.nan], q)), 2) for q in (50, 95, 99)},
+        "failed": dict(failed),
+        "memory_mb": {
+            "start": round(samples[0]),
+            "quarter": round(quarter[0]),
+            "middle": round(samples[len(samples) // 2]),
+            "end": round(samples[-1]),
+            "most": round(max(samples)),
+            "growth_after_first_quarter": round(max(quarter) / quarter[0] - 1, 3),
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
