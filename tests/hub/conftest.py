@@ -91,6 +91,7 @@ class Client:
             [sys.executable, *flags, "-c", code],
             env=self.environment | {"PYTHONPATH": str(ROOT)} | environment,
             cwd=self.home,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=180,

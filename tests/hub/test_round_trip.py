@@ -115,18 +115,27 @@ def test_the_round_trip(hub, client, new_client, tmp_path):
             [sys.executable, "-S", "-c", code],
             env=elsewhere.environment | {"PYTHONPATH": str(bare)},
             cwd=elsewhere.home,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=180,
         )
 
-    refused = without_hf_mel(_LOAD.format(""))
-    assert refused.returncode != 0
-    assert "trust_remote_code" in refused.stderr
-    assert not (elsewhere.home / "modules/transformers_modules").exists(), "code was fetched unasked"
-    remote = without_hf_mel(_LOAD.format(", trust_remote_code=True") + _SCORES)
+    refused = """
+import os, sys
+try:
+    exec(unasked)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+    assert not os.path.exists(os.path.join(os.environ["HF_HOME"], "modules/transformers_modules/org"))
+else:
+    sys.exit("code of the repository was run unasked")
+"""
+    remote = without_hf_mel(
+        f"unasked = {_LOAD.format('')!r}" + refused + _LOAD.format(", trust_remote_code=True") + _SCORES
+    )
     assert remote.returncode == 0, remote.stderr[-4000:]
-    remote = json.loads(remote.stdout.splitlines()[-1])
+    remote = json.loads(remote.stdout[remote.stdout.rindex('{"scores"') :])  # after a question nobody answers
     assert remote["code"] == "transformers_modules"
 
     # With hf_mel: no remote code, the same scores; then link, by the Python API, the pipeline and the metric.
