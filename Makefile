@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test test-datasets3 lint format types check golden clean
+.PHONY: help setup demo test test-browser test-space test-datasets3 lint format types check golden clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -22,8 +22,21 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## the whole way on the embedded data set: build, train, evaluate, build a KB, link a mention
 	HF_HUB_OFFLINE=1 $(BIN)/hf-mel demo
 
-test: setup  ## all tests, offline
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+test: setup  ## all tests but those in a browser, offline
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not browser"
+
+test-browser: setup  ## the Space in a real browser; screenshots in artifacts/space
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	{ apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 || \
+	echo "There is no Chromium, and it could not be installed (apt-get install chromium): these tests are skipped."
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MEL_SCREENSHOTS=artifacts/space $(BIN)/python -m pytest -q -m browser tests/spaces
+
+ALONE := .venv-space
+test-space: setup  ## the Space's folder alone, in an environment of its own: takes minutes
+	$(PYTHON) -m venv --clear $(ALONE)
+	$(ALONE)/bin/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
+	$(ALONE)/bin/python -m pip install --quiet --constraint constraints.txt . -r spaces/entity_linking/requirements.txt
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.spaces.check_alone $(ALONE)/bin/python
 
 lint: setup  ## ruff: lint and format
 	$(BIN)/ruff check .
@@ -36,7 +49,7 @@ format: setup  ## rewrite files in the project's format
 types: setup  ## mypy
 	$(BIN)/mypy
 
-check: lint types test  ## what CI runs
+check: lint types test test-browser  ## what CI runs
 
 OLD := .venv-datasets3
 test-datasets3: $(OLD)/.installed  ## every builder as a script of datasets 3.x, in an environment of its own
@@ -52,4 +65,4 @@ golden: setup  ## compare with golden values of the published network: make gold
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.modeling.check_golden $(GOLDEN)
 
 clean:  ## remove the environment and caches, not your data or runs
-	rm -rf $(VENV) $(OLD) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(OLD) $(ALONE) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

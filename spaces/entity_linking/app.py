@@ -187,8 +187,9 @@ def build(service: Service) -> gr.Blocks:
         photo = str(HERE / "examples" / example["image"])
         return [example["text"], "\n".join(example["mentions"]), json.dumps(example["spans"]), photo]
 
-    def answer_example(k: int, *options):
-        return answer_of(*fill(k), *options, note=examples[k]["note"])
+    def answer_example(k: int, model, kb, top_k, threshold, session):
+        text, mentions, spans, photo = fill(k)
+        return answer_of(text, mentions, spans, photo, model, kb, top_k, threshold, session, examples[k]["note"])
 
     examples = _examples(service.linker(models[0], kbs[0]))
     others = service.fitting_kbs(models[-1])

@@ -239,18 +239,21 @@ class Service:
         linker = self.linker(model, kb, session)
         if not _is_number(top_k) or not 1 <= top_k <= MAX_TOP_K:
             raise Refused(f"Between 1 and {MAX_TOP_K} candidates can be shown, not {top_k}.")
+
+        def link(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            for row in some:
+                check_text(row["text"], [row["mention"]])
+            return [_row_of(result) for result in _asking(lambda: linker(some, top_k=int(top_k)))]
+
         linked: list[dict[str, Any]] = []
         for first in range(0, len(rows), _BATCH_STEP):
             step = rows[first : first + _BATCH_STEP]
             try:
-                for row in step:
-                    check_text(row["text"], [row["mention"]])
-                linked += _asking(lambda step=step: [_row_of(result) for result in linker(step, top_k=int(top_k))])
+                linked += link(step)
             except Refused:  # one bad row does not cost the others
                 for row in step:
                     try:
-                        check_text(row["text"], [row["mention"]])
-                        linked.append(_asking(lambda row=row: _row_of(linker(row, top_k=int(top_k)))))
+                        linked += link([row])
                     except Refused as error:
                         linked.append({"error": str(error)})
             progress(len(linked) / len(rows))
