@@ -13,18 +13,28 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.hub_server.server import HubServer, hub_environment
+from tests.hub_server.server import HubServer, Store, hub_environment
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "hf_" + "a1B2c3D4e5" * 3 + "xyzw"
 _CLI = "import sys; sys.argv[0] = 'hf-mel'; from hf_mel.cli import main; main()"
 
 
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer(tmp_path / "hub") as server:
-        server.add_user("alice", TOKEN, orgs=["org"])
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    with HubServer(tmp_path_factory.mktemp("server")) as server:
         yield server
+
+
+@pytest.fixture
+def hub(server: HubServer, tmp_path: Path) -> HubServer:
+    """The server with nothing in it."""
+    server.store = Store(tmp_path / "hub")
+    server.users.clear()
+    server.faults.clear()
+    server.log.clear()
+    server.add_user("alice", TOKEN, orgs=["org"])
+    return server
 
 
 class Done(NamedTuple):
@@ -116,9 +126,9 @@ def client(hub: HubServer, tmp_path: Path) -> Client:
     return Client(hub, tmp_path / "home")
 
 
-@pytest.fixture
-def runner(client: Client) -> Iterator[Runner]:
-    runner = client.runner()
+@pytest.fixture(scope="module")
+def runner(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    runner = Client(server, tmp_path_factory.mktemp("home")).runner()
     yield runner
     runner.close()
 
