@@ -64,6 +64,9 @@ def evaluate(
         bool | None,
         typer.Option("--joint/--no-joint", help="Rank the mentions of a context together. Default: if it can."),
     ] = None,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Let a reranker compute in bfloat16: twice as fast, scores to three digits.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model, if it is not ours.")
@@ -95,6 +98,7 @@ def evaluate(
     if nil_threshold is not None and nil_from is not None:
         raise typer.BadParameter("Give a threshold or a split to choose it on, not both.", param_hint="--nil-from")
 
+    import torch
     from rich.console import Console
 
     from hf_mel.cli.candidates import candidates_for
@@ -141,26 +145,27 @@ def evaluate(
             retriever=retriever,
             device=device,
         )
-        reranked = evaluate_candidates(
-            loaded,
-            processor,
-            mentions,
-            entities,
-            lists.top(num_candidates) if lists.longest > num_candidates else lists,
-            joint=joint,
-            batch_size=batch_size,
-            ks=k_list,
-            ties=ties.value,
-            train_golds=train_golds,
-            data_version=version,
-        )
+        with torch.autocast(loaded.device.type, dtype=torch.bfloat16, enabled=bf16):
+            reranked = evaluate_candidates(
+                loaded,
+                processor,
+                mentions,
+                entities,
+                lists.top(num_candidates) if lists.longest > num_candidates else lists,
+                joint=joint,
+                batch_size=batch_size,
+                ks=k_list,
+                ties=ties.value,
+                train_golds=train_golds,
+                data_version=version,
+            )
         console.print(results_table(reranked.to_dict()))
         console.print(orders_table(reranked.to_dict()))
         _write(console, reranked.records(), reranked.to_dict(), predictions, output)
         return
-    if candidates is not None or retriever is not None or joint is not None:
+    if candidates is not None or retriever is not None or joint is not None or bf16:
         raise RecipeError(
-            f"{model!r} ranks all entities.", remedy="--candidates, --retriever and --joint are for rerankers."
+            f"{model!r} ranks all entities.", remedy="--candidates, --retriever, --joint and --bf16 are for rerankers."
         )
     unit_list = None if units is None else units.split(",")
     if unit_list is not None:

@@ -202,6 +202,7 @@ def evaluate_candidates(
             orders[protocol][name] = _report(best, worst, in_kb, labels, ks, ties, len(entity_ids))
         ranks[protocol] = resolve_ranks(*places_of[order], ties)
     lengths = [len(each) for each in candidates.entity_ids]
+    device, dtype = getattr(model, "device", "cpu"), getattr(model, "dtype", torch.float32)
     return CandidateResult(
         orders=orders,
         order=order,
@@ -231,6 +232,7 @@ def evaluate_candidates(
             "wall_time_seconds": round(time.perf_counter() - start, 3),
             "batch_size": batch_size,
             "device": device_name(model),
+            "precision": "bfloat16" if torch.is_autocast_enabled(torch.device(device).type) else str(dtype)[6:],
             "software": software_versions(),
         },
     )

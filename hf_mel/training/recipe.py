@@ -42,7 +42,8 @@ class ModelRecipe:
         type (`str`, *optional*): A model type that `AutoConfig` knows.
         from_pretrained (`str`, *optional*): Hub id or folder of a model to train on.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run the code that a `from_pretrained` repo carries.
-        text, vision (`str`, *optional*): Pretrained encoders: Hub id, folder, or `package:<python package>/<path in it>`.
+        text, vision (`str`, *optional*): Pretrained encoders: Hub id, folder, `package:<python package>/<path in it>`, or
+            `part:<name>:<model>`, an encoder that is part of another model, for instance `part:vision_model:runs/mine`.
         config (`dict`, *optional*): Fields of the method's configuration.
     """
 

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import (
     AutoModel,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedModel,
     set_seed,
 )
 
@@ -250,14 +252,38 @@ def _new(recipe: Recipe, texts: Iterable[str]) -> tuple[Any, Any]:
     _check_config(recipe, config_class, fields, "model.config")
     model_class: Any = MODEL_MAPPING[config_class]
     processor_class: Any = PROCESSOR_MAPPING[config_class]
-    options = recipe.processor.options
-    recipe.check_keys("processor.options", options, inspect.signature(processor_class).parameters)
+    recipe.check_keys("processor.options", recipe.processor.options, inspect.signature(processor_class).parameters)
 
-    weights = {
-        side: recipe.resolve_weights(reference)
-        for side, reference in (("text", recipe.model.text), ("vision", recipe.model.vision))
-        if reference
-    }
+    with tempfile.TemporaryDirectory() as scratch:
+        references = {"text": recipe.model.text, "vision": recipe.model.vision}
+        weights = {side: _weights(recipe, ref, Path(scratch, side)) for side, ref in references.items() if ref}
+        return _assembled(recipe, weights, texts, model_class, processor_class)
+
+
+def _weights(recipe: Recipe, reference: str, scratch: Path) -> str:
+    """Hub id or folder of a pretrained encoder; `part:<name>:<model>` is taken out of its model, into `scratch`."""
+    if not reference.startswith("part:"):
+        return recipe.resolve_weights(reference)
+    name, _, place = reference.removeprefix("part:").partition(":")
+    try:
+        model, processor = AutoModel.from_pretrained(place), AutoProcessor.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise recipe.error(f"{reference}: {place!r} cannot be loaded ({error}).") from error
+    part = getattr(model, name, None)
+    if not isinstance(part, PreTrainedModel):
+        parts = [child for child, module in model.named_children() if isinstance(module, PreTrainedModel)]
+        raise recipe.error(f"{reference}: the model has no part {name!r}; it has {', '.join(parts) or 'none'}.")
+    part.save_pretrained(scratch)
+    for component in ("tokenizer", "image_processor"):
+        if getattr(processor, component, None) is not None:
+            getattr(processor, component).save_pretrained(scratch)
+    return str(scratch)
+
+
+def _assembled(
+    recipe: Recipe, weights: Mapping[str, str], texts: Iterable[str], model_class: Any, processor_class: Any
+) -> tuple[Any, Any]:
+    kind, fields, options = str(recipe.model.type), dict(recipe.model.config), recipe.processor.options
     vision = weights.get("vision") or recipe.processor.vision
     try:
         if "text" in weights and not recipe.processor.vision:

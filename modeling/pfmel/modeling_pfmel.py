@@ -218,7 +218,8 @@ class PfmelPreTrainedModel(PreTrainedModel):
             attention_mask=attention_mask[:, :width],
             token_type_ids=token_type_ids[:, :width],
         ).pooler_output
-        return self.nsp_head(pooled).float()  # half precision has too few digits to rank by
+        with torch.autocast(pooled.device.type, enabled=False):  # half precision has too few digits to rank by
+            return self.nsp_head(pooled.to(self.nsp_head.weight.dtype)).float()
 
 
 class PfmelModel(PfmelPreTrainedModel):

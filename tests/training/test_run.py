@@ -229,6 +229,29 @@ def test_training_goes_on_from_a_model_repository(dataset, finished, tmp_path):
         build_model(Recipe.from_dict(content))
 
 
+def test_encoders_are_taken_out_of_another_model(dataset, finished):
+    content = {key: value for key, value in recipe_dict(dataset).items() if key != "processor"}
+    content["model"] = {
+        "type": "mmel",
+        "text": f"part:text_model:{finished}",
+        "vision": f"part:vision_model:{finished}",
+        "config": {"hidden_size": 8, "num_attention_heads": 2},
+    }
+    content["candidates"] = {"source": "name"}
+    model, processor = build_model(Recipe.from_dict(content))
+    source, parts = AutoModel.from_pretrained(finished), AutoProcessor.from_pretrained(finished)
+    for name in ("text_model", "vision_model"):
+        weights = getattr(source, name).state_dict()
+        taken = getattr(model, name).state_dict()
+        assert taken.keys() <= weights.keys()
+        assert all(torch.equal(tensor, weights[key]) for key, tensor in taken.items())
+    assert processor.tokenizer.get_vocab() == parts.tokenizer.get_vocab()
+    assert processor.image_processor.size == parts.image_processor.size
+    content["model"]["text"] = f"part:tglu:{finished}"
+    with pytest.raises(RecipeError, match="no part 'tglu'; it has text_model, vision_model"):
+        build_model(Recipe.from_dict(content))
+
+
 def test_without_matplotlib_there_is_no_plot_and_a_note(dataset, tmp_path, monkeypatch, capsys):
     def missing(*args, **kwargs):
         raise MissingExtraError("The plot needs matplotlib.", remedy='Run pip install "hf_mel[plot]".')
