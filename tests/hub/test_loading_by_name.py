@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 
 from hf_mel.hub.publish import kb_publication
@@ -177,7 +178,8 @@ def test_a_published_knowledge_base_leaves_removed_entities_here(kb_folder, tmp_
     for name, content in publication.files.items():
         (tmp_path / "up").mkdir(exist_ok=True)
         (tmp_path / "up" / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    assert b"Entity c" not in b"".join(path.read_bytes() for path in (tmp_path / "up").iterdir())
+    stored = [pq.read_table(path)["entity_id"].to_pylist() for path in (tmp_path / "up").glob("entities-*.parquet")]
+    assert stored == [kb.entity_ids], "a removed entity goes up with the others"
     copy = KnowledgeBase.load(tmp_path / "up", verify=True)
     assert copy.entity_ids == kb.entity_ids
     assert TOKEN.encode() not in publication.files["README.md"]

@@ -425,6 +425,14 @@ def test_a_metric_has_to_be_named_like_its_module(hub, runner):
     assert not hub.log
 
 
+def test_the_page_of_a_metric_shows_the_one_that_was_published(hub, runner):
+    assert runner.run("publish", "metric", "mel_ranking", "org/mel_ranking", "--yes").returncode == 0
+    files = content(hub, "space", "org/mel_ranking")
+    assert set(files) == {"README.md", "app.py", "mel_ranking.py", "requirements.txt"}
+    assert b'evaluate.load("org/mel_ranking")' in files["app.py"]
+    assert b"hf-mel/mel_ranking" not in files["README.md"] + files["app.py"]
+
+
 def test_a_space_needs_what_it_starts_with(hub, runner, tmp_path):
     folder = tmp_path / "demo"
     folder.mkdir()
