@@ -86,6 +86,7 @@ class MmelProcessor(ProcessorMixin):
                 return cls.from_parts(tokenizer, {"size": {"height": size, "width": size}}, **options)
         return cls.from_parts(tokenizer, vision, **options)
 
+    # Copied from modeling/mimic/processing_mimic.py
     @classmethod
     def from_parts(cls, tokenizer, vision: str | Mapping[str, Any] | None = None, **options) -> MmelProcessor:
         """A processor around a tokenizer.

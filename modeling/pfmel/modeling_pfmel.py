@@ -394,6 +394,7 @@ def _build_vision(config) -> PreTrainedModel:
         return AutoModel.from_config(config)
 
 
+# Copied from modeling/mimic/modeling_mimic.py
 def _last_width(config) -> int:
     """Width of an image encoder's last layer: `hidden_sizes[-1]` of a CNN, `hidden_size` of a transformer."""
     sizes = getattr(config, "hidden_sizes", None)

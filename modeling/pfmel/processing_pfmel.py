@@ -197,6 +197,7 @@ class PfmelProcessor(ProcessorMixin):
             raise ValueError("Give pairs= to link, or posts=, entities= and partners= to pre-train.")
         return self._pretraining(posts, entities, partners)
 
+    # Copied from modeling/mmel/processing_mmel.py
     def images(self, images: Sequence[Any]) -> torch.Tensor:
         """Pixel values [I, 3, H, W] of I PIL images."""
         return self.image_processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
