@@ -241,21 +241,18 @@ class Service:
             raise Refused(f"Between 1 and {MAX_TOP_K} candidates can be shown, not {top_k}.")
 
         def link(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            for row in some:
-                check_text(row["text"], [row["mention"]])
             return [_row_of(result) for result in _asking(lambda: linker(some, top_k=int(top_k)))]
 
         linked: list[dict[str, Any]] = []
         for first in range(0, len(rows), _BATCH_STEP):
-            step = rows[first : first + _BATCH_STEP]
+            step: list[dict[str, Any]] = rows[first : first + _BATCH_STEP]
+            wrong = {k: words for k, row in enumerate(step) if (words := _wrong(row))}
+            good = [row for k, row in enumerate(step) if k not in wrong]
             try:
-                linked += link(step)
+                found = iter(link(good))
             except Refused:  # one bad row does not cost the others
-                for row in step:
-                    try:
-                        linked += link([row])
-                    except Refused as error:
-                        linked.append({"error": str(error)})
+                found = iter([_or_error(link, row) for row in good])
+            linked += [{"error": wrong[k]} if k in wrong else next(found) for k in range(len(step))]
             progress(len(linked) / len(rows))
         return [
             {"text": row["text"], "mention": row["mention"], **answer}
@@ -500,6 +497,21 @@ def _asking(work: Callable[[], Any]) -> Any:
     except Exception as error:  # whatever it is, its words are not for strangers, and the app goes on
         _log.exception("a request failed")
         raise Refused("This went wrong on our side, not on yours. Try once more, or another text or photo.") from error
+
+
+def _wrong(row: dict[str, str]) -> str:
+    try:
+        check_text(row["text"], [row["mention"]])
+    except Refused as error:
+        return str(error)
+    return ""
+
+
+def _or_error(link: Callable[[list], list[dict[str, Any]]], row: dict[str, str]) -> dict[str, Any]:
+    try:
+        return link([row])[0]
+    except Refused as error:
+        return {"error": str(error)}
 
 
 def _row_of(result: Any) -> dict[str, Any]:

@@ -431,13 +431,18 @@ def test_nil_is_said_plainly(space):
 
 
 @pytest.fixture(scope="module")
-def url(space, service, tmp_path_factory):
+def demo(space, service, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
         demo = space.app.build(service)
-        _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, max_file_size="64mb", server_name="127.0.0.1")
-        yield url
+        space.app.launch(demo, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+        yield demo
         demo.close()
+
+
+@pytest.fixture(scope="module")
+def url(demo):
+    return demo.local_url
 
 
 @pytest.fixture(scope="module")
@@ -544,6 +549,23 @@ def test_what_a_visitor_brought_is_deleted_and_no_other_visitor_can_use_it(space
         assert "deleted after an hour" in private_call(demo, url, "answer_of", question, "first")
     finally:
         demo.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("no.png", "not an image"), ("x.svg", "not an image"), ("x.html", "not an image"), ("bomb.png", "pixels")],
+)
+def test_an_upload_that_is_no_photo_is_refused_in_words(demo, url, tmp_path, name, words):
+    (tmp_path / name).write_text("<svg><script>alert(1)</script></svg>")
+    if name == "bomb.png":
+        Image.new("1", (16_000, 10_000)).save(tmp_path / name)  # 160 million pixels: Pillow itself lets them through
+    file = uploaded(url, tmp_path / name)
+    question = [TEXT, "Georgia", "", file, "small", "flags", 5, None, None]
+    assert words in private_call(demo, url, "answer_of", question, name)
+    served = requests.get(f"{url}gradio_api/file={file['path']}", timeout=30)
+    assert served.headers["Content-Type"].startswith("image/png") or (
+        "attachment" in served.headers["Content-Disposition"]  # never shown as a page of ours
+    )
 
 
 def test_more_requests_than_can_wait_are_told_so(space, service, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, url):
-    """Opens the app in a window of its own; an error in the page's console fails the test."""
+    """Opens the app in a window of its own; an error of a script or a request to elsewhere fails the test."""
     contexts, errors = [], []
 
     def open_page(width=1280, height=900, **options):
@@ -69,6 +69,10 @@ def open_page(browser, url):
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("dialog", lambda dialog: errors.append(f"a script opened a window: {dialog.message}"))
+        page.on(
+            "request",
+            lambda sent: errors.append(sent.url) if not sent.url.startswith((url, "data:", "blob:")) else None,
+        )
         page.goto(url)
         expect(page.locator("#answer .mel-card").first).to_be_visible()
         return page
@@ -271,16 +275,18 @@ def test_bad_rows_of_an_own_knowledge_base_are_listed(page, tmp_path):
 
 def test_a_batch_from_file_to_files(page, tmp_path):
     with (tmp_path / "mentions.csv").open("w", newline="") as out:
-        csv.writer(out).writerows([["text", "mention"], ["Georgia won", "Georgia"], ["In Jordan", "Peru"]])
+        rows = [["Georgia won", "Georgia"], ["In Jordan", "Peru"]] * 150
+        csv.writer(out).writerows([["text", "mention"], *rows])
     page.get_by_role("tab", name="Many mentions").click()
     page.locator("#batch-file input[type=file]").set_input_files(str(tmp_path / "mentions.csv"))
     expect(page.locator("#batch-file")).to_contain_text("ment")
     press(page, "Link all")
-    expect(page.locator("#batch-answer")).to_contain_text("2 mentions linked, 1 could not be")
+    expect(page.locator("#batch-answer .progress-bar").first).to_be_attached()
+    expect(page.locator("#batch-answer")).to_contain_text("300 mentions linked, 150 could not be")
     with page.expect_download() as download:
         page.locator("a[download*='json']").first.click()
     rows = json.loads(Path(download.value.path()).read_text("utf-8"))
-    assert [row["mention"] for row in rows] == ["Georgia", "Peru"]
+    assert [row["mention"] for row in rows] == ["Georgia", "Peru"] * 150
     screenshot(page, "batch")
 
 
