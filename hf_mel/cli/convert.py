@@ -20,6 +20,9 @@ def convert(
             "its tokenizer goes into the folder too. Evaluating and linking need it."
         ),
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Where to write, as JSON, every key that found no place.", dir_okay=False)
+    ] = None,
 ) -> None:
     """Turn published weights into a model folder that [b]AutoModel.from_pretrained[/b] reads.
 
@@ -30,11 +33,11 @@ def convert(
 
     from hf_mel.hub.convert import convert_checkpoint
 
-    report = convert_checkpoint(method, state_dict, config, output, tokenizer)
+    done = convert_checkpoint(method, state_dict, config, output, tokenizer, report)
     console = Console()
-    console.print(f"{report.converted} tensors converted to [b]{report.output}[/b].")
-    if report.unused:
-        console.print(f"Left out, since no score uses them: {', '.join(report.unused)}.")
+    console.print(f"{done.converted} tensors converted to [b]{done.output}[/b].")
+    if done.unused:
+        console.print(f"Left out, since no score uses them: {', '.join(done.unused)}.")
     if tokenizer is None:
         console.print("No processor was written; give --tokenizer to evaluate and link with the folder.")
-    console.print(f'Next: AutoModel.from_pretrained("{report.output}")', markup=False)
+    console.print(f'Next: AutoModel.from_pretrained("{done.output}")', markup=False)

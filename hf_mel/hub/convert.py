@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hf_mel.errors import DataFormatError, MelError, RecipeError
+from hf_mel.files import write_text
 from hf_mel.hub.saving import save_model_repository
 
 
@@ -41,6 +42,7 @@ def convert_checkpoint(
     config: str | os.PathLike,
     output: str | os.PathLike,
     tokenizer: str | None = None,
+    report: str | os.PathLike | None = None,
 ) -> ConversionReport:
     """Writes a model folder from published weights.
 
@@ -53,6 +55,8 @@ def convert_checkpoint(
         output: the folder to write; must not exist or be empty.
         tokenizer (`str`, *optional*): Hub id or folder of the tokenizer (and encoder) the network was trained with;
             without it the folder holds no processor, which evaluating and linking need.
+        report: a JSON file to write, of every key that found no place, whether the conversion succeeds or not:
+            `unused` (the method's, but no score uses them), `unknown`, `missing`, `no_place` and `other_shape`.
 
     Raises:
         RecipeError: no such method.
@@ -78,20 +82,29 @@ def convert_checkpoint(
 
     model = AutoModel.from_config(model_config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"unknown key {key}" for key in unknown]
-    problems += [f"missing {key}" for key in sorted(expected.keys() - weights.keys())]
-    problems += [f"no place for {key}" for key in sorted(weights.keys() - expected.keys())]
-    problems += [
-        f"{key} is {tuple(weights[key].shape)}, the configuration needs {expected[key]}"
-        for key in sorted(expected.keys() & weights.keys())
-        if tuple(weights[key].shape) != expected[key]
-    ]
+    keys = {
+        "unused": list(unused),
+        "unknown": list(unknown),
+        "missing": sorted(expected.keys() - weights.keys()),
+        "no_place": sorted(weights.keys() - expected.keys()),
+        "other_shape": [
+            f"{key} is {tuple(weights[key].shape)}, the configuration needs {expected[key]}"
+            for key in sorted(expected.keys() & weights.keys())
+            if tuple(weights[key].shape) != expected[key]
+        ],
+    }
+    if report is not None:
+        write_text(report, [json.dumps(keys, indent=2, ensure_ascii=False) + "\n"])
+    problems = [f"unknown key {key}" for key in keys["unknown"]]
+    problems += [f"missing {key}" for key in keys["missing"]]
+    problems += [f"no place for {key}" for key in keys["no_place"]]
+    problems += keys["other_shape"]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise DataFormatError(
             f"The weights do not fit the configuration: {shown}.",
             file=state_dict,
-            remedy="Check that both are of one run.",
+            remedy="Check that both are of one run. --report FILE writes every such key.",
         )
     model.load_state_dict(weights)
     processor = None

@@ -332,9 +332,9 @@ def space_publication(folder: str | os.PathLike[str], repo_id: str, *, metric: b
                 if modules
                 else "A metric is a module with an evaluate.Metric.",
             )
-        for path in ("README.md", metadata["app_file"]):  # they call the metric where it is published
-            text = _read(folder / path).decode("utf-8", errors="replace")
-            files[path] = re.sub(rf"\bhf-mel/{re.escape(wanted)}\b", repo_id, text).encode()
+        for page in ("README.md", metadata["app_file"]):  # they call the metric where it is published
+            text = _read(folder / page).decode("utf-8", errors="replace")
+            files[page] = re.sub(rf"\bhf-mel/{re.escape(wanted)}\b", repo_id, text).encode()
     return Publication(
         "metric" if metric else "Space",
         repo_id,

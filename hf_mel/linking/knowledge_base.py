@@ -233,7 +233,7 @@ class KnowledgeBase:
                 )
         except HubError as error:
             raise HubError(
-                f"there is no such folder here, and of the data set of that name on the Hub: {error.message}",
+                f"there is no such folder here; on the Hub: {error.message}",
                 file=source,
                 remedy=error.remedy,
             ) from None

@@ -179,8 +179,7 @@ def _checked_files(name: str, revision: str | None, local_files_only: bool) -> i
                 )
         except HubError as error:
             raise UnknownModelError(
-                f"{name!r} cannot be loaded: there is no such folder here, and of the model of that name on the Hub: "
-                f"{error.message}",
+                f"{name!r} cannot be loaded: there is no such folder here; on the Hub: {error.message}",
                 remedy=f"{error.remedy or ''} Or give a run folder written by `hf-mel train`.".strip(),
             ) from None
     elif revision is not None:

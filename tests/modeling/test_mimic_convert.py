@@ -106,6 +106,25 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_written(published, cha
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+def test_every_key_without_a_place_is_in_the_report(published, tmp_path):
+    folder = published[0]
+
+    def change(weights):
+        weights.pop("matcher.tglu.fc_key.bias")
+        weights.update({f"surprise.{k}": torch.ones(1) for k in range(12)})
+        weights["matcher.cmfu.text_fc.bias"] = torch.ones(3)
+
+    break_weights(folder, change)
+    with pytest.raises(DataFormatError):  # which names the first eight
+        convert(folder, report=tmp_path / "keys.json")
+    keys = json.loads((tmp_path / "keys.json").read_text())
+    assert set(keys["unknown"]) == {f"surprise.{k}" for k in range(12)}
+    assert keys["missing"] == ["tglu.fc_key.bias"]
+    assert len(keys["other_shape"]) == 1
+    assert "cmfu.fc_text.bias is (3,)" in keys["other_shape"][0]
+    assert keys["no_place"] == []
+
+
 def test_files_that_are_not_what_they_say(published):
     folder = published[0]
     with pytest.raises(DataFormatError, match="No such file"):
