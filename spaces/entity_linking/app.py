@@ -134,8 +134,8 @@ def build(service: Service) -> gr.Blocks:
                 [r["text"], r["mention"], r.get("entity_id", ""), r.get("name", r.get("error", ""))] for r in rows
             ]
             failed = sum("error" in row for row in rows)
-            words = f"{len(rows):,} mentions linked" + (
-                f", {failed:,} could not be: see the last column." if failed else "."
+            words = f"{len(rows) - failed:,} of {len(rows):,} mentions linked" + (
+                "; why the others could not be stands in the last column." if failed else "."
             )
             files = list(write_results(rows, folder))
             shown = {"visible": True}
