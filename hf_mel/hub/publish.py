@@ -222,7 +222,8 @@ def dataset_publication(
     if not rows:
         raise PublishError("holds no Parquet files.", file=folder, remedy="Build it: hf-mel data build.")
     _check_parquet(files)
-    terms = report.get("redistribution")
+    # A report that does not say was written by an older version: not knowing is no leave.
+    terms = report.get("redistribution", "its report does not say whether it may (build it again)")
     if terms is not None and not isinstance(terms, str):
         raise PublishError(f"'redistribution' is {terms!r}, not a text.", file=folder / "report.json")
     notes = []
@@ -635,7 +636,7 @@ def _card_of_run(
         ) from error
     for split, evaluation in evaluations(info):
         metrics = evaluation["metrics"]
-        notes.append(f"In the card, {split}: H@1 {100 * metrics['hits@1']:.1f}, MRR {100 * metrics['mrr']:.1f}.")
+        notes.append(f"Results, {split}: H@1 {100 * metrics['hits@1']:.1f}, MRR {100 * metrics['mrr']:.1f}.")
     if not tests:
         notes.append(
             "The card has results on validation only. For a test split: hf-mel evaluate RUN … --output RUN/results_test.json"
@@ -647,7 +648,7 @@ def _card_of_run(
         notes.append("No .eval_results: they name a data set on the Hub, and this run's was a folder (see --dataset).")
     readme = folder / "README.md"
     if readme.is_file() and MARKER not in readme.read_text(encoding="utf-8", errors="replace"):
-        notes.append("README.md was edited by hand, and goes up as it is.")
+        notes.append("README.md was edited by hand, and goes up as it is; delete it to have it written anew.")
         return None, more
     return card, more
 

@@ -27,7 +27,7 @@ def data_folder(folder: Path, seed: object = 0, files: int = 2, **report) -> Pat
     }.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"entity_id": rows}), folder / f"{path}.parquet")
-    (folder / "report.json").write_text(json.dumps({"dataset": "toy", "seed": seed, **report}))
+    (folder / "report.json").write_text(json.dumps({"dataset": "toy", "seed": seed, "redistribution": None, **report}))
     (folder / "README.md").write_text(f'---\nlicense: cc0-1.0\n---\n\n# Toy {seed}\n\nload_dataset("path/to/toy")\n')
     return folder
 
@@ -261,6 +261,15 @@ def test_terms_that_forbid_it_are_said_and_can_be_overruled(hub, runner, tmp_pat
     assert hub.head("dataset", "org/toy")
 
 
+def test_a_report_that_does_not_say_is_no_leave(hub, runner, tmp_path):
+    folder = data_folder(tmp_path / "toy")
+    (folder / "report.json").write_text(json.dumps({"dataset": "toy"}))
+    done = runner.run("publish", "dataset", folder, "org/toy", "--yes")
+    assert done.returncode == 1
+    assert "does not say" in done.output
+    assert not hub.log
+
+
 def test_no_terms_against_it_is_no_refusal(hub, runner, tmp_path):
     assert runner.run("publish", "dataset", data_folder(tmp_path / "toy", redistribution=""), "org/a").returncode == 0
 
@@ -335,7 +344,7 @@ def test_a_model_goes_up_with_its_card_and_results_and_without_its_pickles(hub, 
         "Left out: checkpoints/ (a folder)",
         "Left out: optimizer.pt (may hold a pickle",
         "results_old.json was measured on other weights",
-        "In the card, test: H@1 25.0, MRR 50.0.",
+        "Results, test: H@1 25.0, MRR 50.0.",
         "Licence: mit",
     ):
         assert words in done.output

@@ -296,7 +296,7 @@ def _write_bomb(kb: KnowledgeBase, table: pa.Table, schema: pa.Schema) -> None:
 def test_a_card_is_text_and_not_more(tmp_path):
     (tmp_path / "mentions").mkdir()
     pq.write_table(pa.table({"a": [1]}), tmp_path / "mentions/train-00000-of-00001.parquet")
-    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "report.json").write_text('{"redistribution": null}')
     for metadata in ("!!python/object/apply:os.mkdir [sprung]", "[" * 20_000, "a: b: c", "- 1", "\x00"):
         (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n")
         with pytest.raises(MelError):
