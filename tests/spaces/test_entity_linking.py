@@ -551,6 +551,20 @@ def test_what_a_visitor_brought_is_deleted_and_no_other_visitor_can_use_it(space
         demo.close()
 
 
+def test_the_app_itself_opens_uploads_only(space, tmp_path, monkeypatch):
+    """Gradio refuses other paths before; should a release of it not, we still do."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    (tmp_path / "uploads").mkdir()
+    for name in ("secret.csv", "uploads/mine.csv"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "uploads" / "link.csv").symlink_to(tmp_path / "secret.csv")
+    for name in ("secret.csv", "uploads/../secret.csv", "uploads/link.csv", "uploads", "uploads/none.csv"):
+        with pytest.raises(space.service.Refused, match="a path alone is not read"):
+            space.app._uploaded({"path": str(tmp_path / name)})
+    assert space.app._uploaded({"path": str(tmp_path / "uploads/mine.csv")}) == str(tmp_path / "uploads/mine.csv")
+    assert space.app._uploaded(None) is None
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [("no.png", "not an image"), ("x.svg", "not an image"), ("x.html", "not an image"), ("bomb.png", "pixels")],
