@@ -69,7 +69,7 @@ class Runner:
         self._process.stdin.flush()
         return output
 
-    def result(self, output: Path, seconds: float = 120) -> Done:
+    def result(self, output: Path, seconds: float = 600) -> Done:
         end = time.monotonic() + seconds
         while not output.exists():
             assert self._process.poll() is None, "the runner died"
@@ -104,7 +104,7 @@ class Client:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=600,
         )
         assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         assert TOKEN not in done.stdout + done.stderr

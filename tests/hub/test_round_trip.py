@@ -118,7 +118,7 @@ def test_the_round_trip(hub, client, new_client, tmp_path):
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=600,
         )
 
     refused = """
