@@ -18,9 +18,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hf_mel.data.images import open_image
     from hf_mel.data.loading import check_entity_file
-    from hf_mel.errors import MelError
+    from hf_mel.errors import KnowledgeBaseError, MelError
     from hf_mel.linking.knowledge_base import KnowledgeBase
     from hf_mel.linking.linker import EntityLinker
+    from hf_mel.linking.loading import load_reranker, load_retriever
     from hf_mel.training.arguments import MelTrainingArguments
     from hf_mel.training.trainer import MelTrainer
 
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "KnowledgeBase": "hf_mel.linking.knowledge_base",
     "EntityLinker": "hf_mel.linking.linker",
+    "KnowledgeBaseError": "hf_mel.errors",
     "MelError": "hf_mel.errors",
+    "load_reranker": "hf_mel.linking.loading",
+    "load_retriever": "hf_mel.linking.loading",
     "check_entity_file": "hf_mel.data.loading",
     "open_image": "hf_mel.data.images",
     "MelTrainer": "hf_mel.training.trainer",
@@ -38,11 +42,14 @@ _EXPORTS = {
 __all__ = [
     "EntityLinker",
     "KnowledgeBase",
+    "KnowledgeBaseError",
     "MelError",
     "MelTrainer",
     "MelTrainingArguments",
     "__version__",
     "check_entity_file",
+    "load_reranker",
+    "load_retriever",
     "open_image",
 ]
 

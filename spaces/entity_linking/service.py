@@ -27,9 +27,16 @@ from typing import Any
 
 from PIL import Image
 
-from hf_mel import EntityLinker, KnowledgeBase, MelError, check_entity_file, open_image
-from hf_mel.errors import KnowledgeBaseError
-from hf_mel.linking.loading import load_reranker, load_retriever
+from hf_mel import (
+    EntityLinker,
+    KnowledgeBase,
+    KnowledgeBaseError,
+    MelError,
+    check_entity_file,
+    load_reranker,
+    load_retriever,
+    open_image,
+)
 
 _log = logging.getLogger(__name__)
 
