@@ -311,14 +311,15 @@ class MmelModel(MmelPreTrainedModel):
         """A model whose encoders are pretrained and whose other parts start untrained.
 
         Args:
-            text (`str`): Hub id or folder of a BERT-like text encoder.
+            text (`str`, *optional*): Hub id or folder of a BERT-like text encoder. Without it, `text_config` describes one
+                that starts untrained.
             vision (`str`, *optional*): Hub id or folder of an image encoder, or of a CLIP model, whose image half and
                 projection are taken.
             config: fields of [`MmelConfig`].
         """
-        if text is None:
-            raise ValueError("from_backbones needs the Hub id or folder of a text encoder.")
-        parts: dict[str, Any] = {"text_model": AutoModel.from_pretrained(text)}
+        if text is None and config.get("text_config") is None:
+            raise ValueError("from_backbones needs the Hub id or folder of a text encoder, or a text_config.")
+        parts: dict[str, Any] = {} if text is None else {"text_model": AutoModel.from_pretrained(text)}
         if vision is not None and AutoConfig.from_pretrained(vision).model_type == "clip":
             clip = AutoModel.from_pretrained(vision)
             parts |= {"vision_model": clip.vision_model, "visual_projection": clip.visual_projection}

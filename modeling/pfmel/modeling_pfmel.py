@@ -112,15 +112,17 @@ class PfmelPreTrainedModel(PreTrainedModel):
         """A model whose encoders are pretrained. A BERT checkpoint that has a next-sentence head keeps it.
 
         Args:
-            text (`str`): Hub id or folder of a BERT-like encoder.
+            text (`str`, *optional*): Hub id or folder of a BERT-like encoder. Without it, `text_config` describes one that
+                starts untrained.
             vision (`str`, *optional*): Hub id or folder of an image encoder. Without it, and without `vision_config`,
                 the model reads text only.
             config: fields of [`PfmelConfig`].
         """
-        if text is None:
-            raise ValueError("from_backbones needs the Hub id or folder of a BERT-like text encoder.")
-        text_model, head = _next_sentence_parts(text)
-        config.setdefault("text_config", _portable(text_model.config))
+        if text is None and config.get("text_config") is None:
+            raise ValueError("from_backbones needs the Hub id or folder of a BERT-like text encoder, or a text_config.")
+        text_model, head = (None, None) if text is None else _next_sentence_parts(text)
+        if text_model is not None:
+            config.setdefault("text_config", _portable(text_model.config))
         vision_model = None
         if vision is not None:
             vision_model = AutoModel.from_pretrained(vision)

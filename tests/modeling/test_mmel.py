@@ -566,6 +566,9 @@ def test_from_backbones_takes_the_pretrained_weights(tmp_path):
     ):
         for key, value in ours.state_dict().items():
             torch.testing.assert_close(value, theirs.state_dict()[key], msg=key)
+    fresh = MmelModel.from_backbones(vision=str(tmp_path / "vit"), text_config=dict(BERT), **SMALL)
+    assert fresh.text_model.config.vocab_size == BERT["vocab_size"]
+    torch.testing.assert_close(fresh.vision_model.state_dict(), both.vision_model.state_dict())
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         expected = clip.get_image_features(pixel_values=pixels).pooler_output

@@ -397,6 +397,8 @@ def test_backbones_of_both_kinds(tmp_path):
         torch.testing.assert_close(model.encode_images(pixels), theirs)
     fresh = PfmelModel.from_backbones(text=str(tmp_path / "bert"), vision_config=dict(RESNET), train_vision=True)
     assert fresh.image_projection.in_features == 12
+    blank = PfmelModel.from_backbones(vision=str(tmp_path / "resnet"), text_config=bert.config.to_dict())
+    assert all(torch.equal(value, blank.vision_model.state_dict()[key]) for key, value in resnet.state_dict().items())
     with pytest.raises(ValueError, match="next sentence prediction"):
         PfmelModel.from_backbones(text=str(tmp_path / "resnet"))
 
