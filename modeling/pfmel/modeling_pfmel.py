@@ -119,7 +119,9 @@ class PfmelPreTrainedModel(PreTrainedModel):
             config: fields of [`PfmelConfig`].
         """
         if text is None and config.get("text_config") is None:
-            raise ValueError("from_backbones needs the Hub id or folder of a BERT-like text encoder, or a text_config.")
+            raise ValueError(
+                "from_backbones needs the Hub id or folder of a BERT-like text encoder, or a text_config."
+            )
         text_model, head = (None, None) if text is None else _next_sentence_parts(text)
         if text_model is not None:
             config.setdefault("text_config", _portable(text_model.config))

@@ -80,7 +80,11 @@ def test_overrides_reach_into_the_recipe_and_create_what_is_missing(tmp_path):
         ("name: mine\nmodel: {type: a, text: b}", (), r"mine.yaml: has no 'data'"),
         (MINIMAL + "trainign: {}", (), r"mine.yaml: unknown key 'trainign'. Did you mean 'training'\?"),
         (MINIMAL, ("model.visoin=x",), r"mine.yaml: unknown key 'model.visoin'. Did you mean 'vision'\?"),
-        (MINIMAL, ("data.zzz=x",), r"unknown key 'data.zzz'. Known keys: config, dataset, posts_split, revision, train_split"),
+        (
+            MINIMAL,
+            ("data.zzz=x",),
+            r"unknown key 'data.zzz'. Known keys: config, dataset, posts_split, revision, train_split",
+        ),
         (MINIMAL, ("training.seed",), r"--set 'training.seed' is not key=value"),
         (MINIMAL, ("a..b=1",), r"--set 'a..b=1' is not key=value"),
         (MINIMAL, ("name.first=1",), r"'name' is a value, it has no keys"),
