@@ -145,7 +145,7 @@ def evaluate(
             retriever=retriever,
             device=device,
         )
-        with torch.autocast(loaded.device.type, dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast(getattr(loaded, "device", torch.device("cpu")).type, dtype=torch.bfloat16, enabled=bf16):
             reranked = evaluate_candidates(
                 loaded,
                 processor,

@@ -238,7 +238,7 @@ def build(service: Service) -> gr.Blocks:
                         elem_id="photo",
                     )
                     # Gradio would decode it, whatever its size, and fail without a word on what is no image.
-                    image.preprocess = lambda payload: payload and (payload.path or "")  # type: ignore[method-assign]
+                    image.preprocess = lambda payload: payload and (payload.path or "")  # type: ignore[method-assign,assignment,return-value]
                     go = gr.Button("Link", variant="primary", elem_id="go")
                     with gr.Accordion("Model, knowledge base, options", open=False):
                         model = gr.Dropdown(models, value=models[0], label="Model")
