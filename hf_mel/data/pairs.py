@@ -66,6 +66,8 @@ class PairCollator:
         entities (`datasets.Dataset`): The knowledge base, N rows.
         candidates (`Mapping[str, Sequence[str]]`): Entity ids by mention id; a mention that is not there has none.
         num_negatives (`int`, *optional*, defaults to 1): Negatives of each mention; fewer in a tiny knowledge base.
+        negatives_from (`int`, *optional*): Draw negatives from the first so many of the other candidates, which are the
+            hardest where a list has the best first. `None`: from all of them.
         unit (`str`, *optional*, defaults to `"mention"`): The model's `example_unit`. Of a "context",
             `mentions_per_example` mentions are drawn, a lone mention over and over; of a "document" come all.
         mentions_per_example (`int`, *optional*, defaults to 1): See above.
@@ -85,6 +87,7 @@ class PairCollator:
         candidates: Mapping[str, Sequence[str]],
         *,
         num_negatives: int = 1,
+        negatives_from: int | None = None,
         unit: str = "mention",
         mentions_per_example: int = 1,
         random_image: bool = True,
@@ -94,6 +97,7 @@ class PairCollator:
         if num_negatives < 1:
             raise ValueError(f"num_negatives={num_negatives} must be at least 1.")
         self.processor, self.candidates, self.num_negatives = processor, candidates, num_negatives
+        self.negatives_from = negatives_from
         self.unit, self.mentions_per_example = unit, mentions_per_example
         self.random_image, self.with_features, self.seed, self.epoch = random_image, with_features, seed, 0
         self.entities = LazyRows(entities)
@@ -163,7 +167,7 @@ class PairCollator:
         listed = self.candidates.get(mention["mention_id"], ())
         free = [
             row for row in dict.fromkeys(self._row(each, mention, "candidate") for each in listed) if row not in taken
-        ]
+        ][: self.negatives_from]
         negatives = draw.sample(free, min(self.num_negatives, len(free)))
         missing = min(self.num_negatives, len(self._ids) - len(taken)) - len(negatives)
         while missing > 0:

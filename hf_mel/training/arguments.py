@@ -30,6 +30,9 @@ class MelTrainingArguments(TrainingArguments):
             Whether training shows a random image of an entity that has several. Evaluation always takes the first.
         num_negatives (`int`, *optional*, defaults to 1):
             For a reranker: entities that each mention's gold is trained against, drawn from its candidates.
+        negatives_from (`int`, *optional*):
+            For a reranker: draw negatives from the first so many of the other candidates, the hardest where a list has
+            the best first. `None`: from all of them.
         eval_mentions (`int`, *optional*):
             For a reranker: evaluate on a fixed random choice of about this many mentions (whole contexts) instead of
             all. Reranking them all after every epoch can cost more than the epoch.
@@ -44,6 +47,9 @@ class MelTrainingArguments(TrainingArguments):
     group_size: int = field(default=4, metadata={"help": "Mentions in a group of batch_grouping."})
     random_entity_image: bool = field(default=True, metadata={"help": "Show a random image of each entity."})
     num_negatives: int = field(default=1, metadata={"help": "A reranker's negatives per mention."})
+    negatives_from: int | None = field(
+        default=None, metadata={"help": "Draw a reranker's negatives from the first so many of the other candidates."}
+    )
     eval_mentions: int | None = field(
         default=None, metadata={"help": "A reranker is evaluated on a random choice of this many mentions."}
     )
@@ -70,6 +76,8 @@ class MelTrainingArguments(TrainingArguments):
             raise ValueError(f"group_size={self.group_size} must be at least 1.")
         if self.num_negatives < 1:
             raise ValueError(f"num_negatives={self.num_negatives} must be at least 1.")
+        if self.negatives_from is not None and self.negatives_from < 1:
+            raise ValueError(f"negatives_from={self.negatives_from} must be at least 1.")
         if self.eval_mentions is not None and self.eval_mentions < 1:
             raise ValueError(f"eval_mentions={self.eval_mentions} must be at least 1.")
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:

@@ -122,6 +122,7 @@ class MelTrainer(Trainer):
                 entities,
                 train_candidates.by_mention if train_candidates is not None else {},
                 num_negatives=args.num_negatives,
+                negatives_from=args.negatives_from,
                 unit=unit,
                 mentions_per_example=getattr(model, "mentions_per_example", 1),
                 random_image=args.random_entity_image,

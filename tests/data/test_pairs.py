@@ -59,6 +59,21 @@ def test_each_mention_has_its_gold_and_negatives_of_its_list_first(rows, negativ
         assert len(others & of_list) == min(negatives, len(of_list))
 
 
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_negatives_come_from_the_first_of_the_other_candidates(first):
+    golds = {mention["mention_id"]: mention["entity_id"] for mention in MENTIONS}
+    hardest = {m: [each for each in CANDIDATES[m] if each != golds[m]][:first] for m in CANDIDATES}
+    drawn = {m: set() for m in CANDIDATES}
+    for epoch in range(30):
+        spy = Spy()
+        batch(spy, Examples(MENTIONS, "mention").__getitems__(range(20)), epoch, num_negatives=1, negatives_from=first)
+        for mention, listed in ids(spy):
+            drawn[mention] |= set(listed) - {golds[mention]}
+    long = [m for m in CANDIDATES if len(hardest[m]) == first and m in golds]
+    assert long
+    assert all(drawn[m] == set(hardest[m]) for m in long)
+
+
 def test_draws_are_a_function_of_seed_epoch_and_ids():
     spy = Spy()
 
