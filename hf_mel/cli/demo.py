@@ -100,6 +100,7 @@ def demo(
     for command in (
         f'hf-mel link {run} --kb {kb_folder} --text "The hosts raised their flag in Accra." --mention "The hosts" --json',
         f"hf-mel kb build {run} --entities mine.csv --output kb/mine      # your own entities: id,name,description,image",
+        "hf-mel space      # the same in a browser",
         "hf-mel --help",
     ):
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
