@@ -45,7 +45,7 @@ from hf_mel.errors import (
     KnowledgeBaseError,
     UnknownEntityError,
 )
-from hf_mel.files import file_sha256
+from hf_mel.files import file_sha256, replace_folder
 from hf_mel.linking.encodings import concat_encodings, encode_batches, num_rows, row_bytes, slice_encodings
 from hf_mel.linking.fingerprint import (
     describe_model,
@@ -944,19 +944,10 @@ def _staging(target: Path) -> Iterator[Path]:
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    old = work.with_name(f"{work.name}.old")
     try:
         yield work
         with _writing(target):
             work.chmod(0o755)  # mkdtemp makes it private
-            if target.exists():
-                target.rename(old)
-            try:
-                work.rename(target)
-            except OSError:
-                if old.exists():
-                    old.rename(target)
-                raise
+            replace_folder(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
