@@ -111,7 +111,8 @@ class MelProcessor(Protocol):
         Args:
             mentions: M rows → tensors named `mention_*`, first axis M.
             entities: N rows → tensors named `entity_*`, first axis N. The image of an entity is
-                `row["images"][0]`; whoever wants another one puts it first.
+                `row["images"][0]`; whoever wants another one puts it first. A processor that reads more of them says
+                how many in an attribute `max_entity_images` (`None`: all).
             pairs: M times (mention row, its C candidate rows) → tensors named `pair_*`, first axes M, C.
         """
         ...
@@ -128,6 +129,10 @@ class Retriever(Protocol):
     Optional: `attention(**mention_tensors, **entity_tensors)`, where the model looks: any of `words` [M, N, L] (shares
     of the L tokens of a mention), `mention_patches` [M, h, w] and `entity_patches` [N, h, w]; the processor's
     `text_spans(mentions)` says where each of the L tokens stands in the text.
+
+    Optional, for an index whose candidates are then scored exactly: `query_vectors(mentions)` [M, D] and
+    `index_vectors(entities)` [N, D], both from encodings, both float32, whose inner products are the scores or near
+    them.
     """
 
     def encode_mentions(self, **mention_inputs: Any) -> Encodings:
@@ -154,7 +159,8 @@ class Reranker(Protocol):
     Its processor turns `pairs` (M mentions with up to C candidates each) into tensors with first axes M, C, and always
     gives two more: `pair_mask` [M, C] (bool, False where a mention has no C-th candidate) and `pair_context` [M]
     (int64, equal for the mentions of one context). Rows whose images were encoded beforehand carry `image_features`
-    (a tensor [d], or `None`) beside their image; the processor then gives these and no pixels.
+    (a tensor [d], or `None`; [k, d] for an entity with k images, where the processor reads several) beside their image;
+    the processor then gives these and no pixels.
 
     Two more members are optional:
 

@@ -149,6 +149,21 @@ class TGLU(nn.Module):
             return global_to_global
         return (global_to_global + self._global_to_local(mentions, entities)) / 2
 
+    def query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[M, D]: t_M^G, and h_t (eq. 10) as it is where every token gets the same attention."""
+        if not self.local:
+            return mentions["text_global"]
+        mask = mentions.get("text_mask")
+        values = mentions["text_values"]
+        context = self.layer_norm(values.mean(1) if mask is None else _masked_mean(values, mask))
+        return torch.cat([mentions["text_global"], context], -1) / 2  # eq. 4
+
+    def index_vectors(self, entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[N, D]: t_E^G, and FC(t_E^G) of eq. 10."""
+        if not self.local:
+            return entities["text_global"]
+        return torch.cat([entities["text_global"], entities["text_query_global"]], -1)
+
     def _global_to_local(self, mentions, entities) -> torch.Tensor:
         """S_T^G2L [M, N] (eq. 9–10).
 
@@ -227,6 +242,15 @@ class DualGate(nn.Module):
     def encode_target(self, image_global: torch.Tensor, image_local: torch.Tensor):
         """Mean of V_B^L (eq. 12) and v_B^G, each [B, d_v]. Mean and linear map commute, so the mean comes first."""
         return self.fc_local(image_local.mean(1)), self.fc_global(image_global)
+
+    def query_vectors(self, query: torch.Tensor) -> torch.Tensor:
+        """What eq. 14 takes the inner product with, [A, d_v]."""
+        return self.layer_norm(query) if self.query_norm else query
+
+    def target_vectors(self, pooled: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """v_B^L of eq. 13 as it is where v_A^G is nought in eq. 12, [B, d_v]: what of it B alone decides."""
+        fused = self.fc(self.add_layer_norm(pooled))
+        return self.layer_norm(torch.tanh(self.fc_gate(fused)) * fused + key)
 
     def forward(self, query: torch.Tensor, pooled: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """S_V^A2B [A, B] from v_A^G [A, d_v] and the pooled patches and v_B^G [B, d_v].
@@ -559,6 +583,50 @@ class MimicModel(MimicPreTrainedModel):
     def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """S [M, N] (eq. 7): the mean of the units' scores."""
         return _mean(self.unit_scores(mentions, entities))
+
+    @torch.no_grad()
+    def query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One float32 vector per mention, [M, D], for a first stage: its inner product with an entity's
+        [`~MimicModel.index_vectors`] is near the score.
+
+        CMFU and TGLU's global half are inner products as they are. Two parts are approximated, each by what it would be
+        if mention and entity did not see one another: TGLU's local half by h_t with the same attention on every token
+        (eq. 9), VDLU by v_B^L without the other image (eq. 12).
+        """
+        mentions = {name: _full(tensor) for name, tensor in mentions.items() if tensor is not None}
+        parts = []
+        with torch.autocast(self.device.type, enabled=False):
+            for unit in self.config.units or ():
+                if unit == "text":
+                    parts.append(self.tglu.query_vectors(mentions))
+                elif unit == "vision":
+                    targets = self.vdlu.entity_to_mention.target_vectors(
+                        mentions["vision_pooled"], mentions["vision_key"]
+                    )
+                    queries = self.vdlu.mention_to_entity.query_vectors(mentions["vision_query"])
+                    parts.append(torch.cat([targets, queries], -1) / 2)  # eq. 5
+                else:
+                    parts.append(mentions["cross_modal"])
+        return torch.cat(parts, -1) / len(parts)  # eq. 7
+
+    @torch.no_grad()
+    def index_vectors(self, entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One float32 vector per entity, [N, D]; see [`~MimicModel.query_vectors`]."""
+        entities = {name: _full(tensor) for name, tensor in entities.items() if tensor is not None}
+        parts = []
+        with torch.autocast(self.device.type, enabled=False):
+            for unit in self.config.units or ():
+                if unit == "text":
+                    parts.append(self.tglu.index_vectors(entities))
+                elif unit == "vision":
+                    queries = self.vdlu.entity_to_mention.query_vectors(entities["vision_query"])
+                    targets = self.vdlu.mention_to_entity.target_vectors(
+                        entities["vision_pooled"], entities["vision_key"]
+                    )
+                    parts.append(torch.cat([queries, targets], -1))
+                else:
+                    parts.append(entities["cross_modal"])
+        return torch.cat(parts, -1)
 
     @torch.no_grad()
     def attention(

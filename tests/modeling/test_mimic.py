@@ -159,6 +159,29 @@ def test_blocks_do_not_change_scores(monkeypatch):
             torch.testing.assert_close(model(**batch).scores, whole)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("without", ["query", "fused"])
+def test_vectors_of_the_first_stage(name, without):
+    """Inner products of the vectors are the score wherever mention and entity do not see one another inside a unit."""
+    model = build(**VARIANTS[name])
+    batch = batch_for(model, mentions=4, entities=6)
+    with torch.no_grad():
+        if hasattr(model, "tglu") and model.config.text_local:
+            model.tglu.fc_key.weight.zero_()  # every token gets the same attention
+        if hasattr(model, "vdlu") and without == "fused":  # the fused image of eq. 12 is then a constant
+            model.vdlu.entity_to_mention.fc.weight.zero_()
+            model.vdlu.mention_to_entity.fc.weight.zero_()
+        mentions = model.encode_mentions(**{k: v for k, v in batch.items() if k.startswith("mention")})
+        entities = model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")})
+        if hasattr(model, "vdlu") and without == "query":
+            mentions["vision_query"].zero_()
+            entities["vision_query"].zero_()
+        found = model.query_vectors(mentions) @ model.index_vectors(entities).T
+        torch.testing.assert_close(found, model.score(mentions, entities), atol=1e-5, rtol=1e-5)
+        halves = {k: v.half() if v.is_floating_point() else v for k, v in entities.items()}
+        assert model.index_vectors(halves).dtype == model.query_vectors(mentions).dtype == torch.float32
+
+
 def test_laws_of_scoring():
     """Single = batched, chunked = whole, and permuting entities permutes columns."""
     model = build()
