@@ -6,8 +6,11 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+import filelock
 
 from hf_mel.errors import MelError
 
@@ -69,3 +72,56 @@ def replace_folder(work: str | os.PathLike[str], target: str | os.PathLike[str])
         if old.exists() and not target.exists():
             old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterator[Path]:
+    """The folder `.NAME.building` beside `target` in which it is built, with what an interrupted build left in it.
+
+    What is done is noted in files of its `notes` folder, and may be relied on if it is there. The folder goes when the
+    block succeeds or fails, and stays when the process is interrupted after its first note. One process has it at a
+    time.
+
+    Args:
+        target (`str` or `os.PathLike`): What is built.
+        fingerprint (`str`): All that the result depends on: what another build left is thrown away.
+
+    Raises:
+        MelError: another process has the folder, or it cannot be written.
+    """
+    target = Path(target)
+    stage = target.with_name(f".{target.name}.building")
+    try:
+        stage.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(stage / "lock", timeout=0)
+        try:
+            lock.acquire()
+            if not Path(lock.lock_file).exists():  # removed, with the folder, between opening and locking it
+                raise filelock.Timeout(lock.lock_file)
+        except filelock.Timeout:
+            raise MelError(
+                "is being built by another process.", file=target, remedy="Wait for it, or choose another output."
+            ) from None
+        keep = False
+        try:
+            mark = stage / "fingerprint"
+            same = mark.is_file() and mark.read_text(encoding="utf-8") == fingerprint
+            if not same or (stage / "ready").exists():  # another build, or one that was about to be renamed
+                for entry in stage.iterdir():
+                    if entry.is_dir():
+                        shutil.rmtree(entry)
+                write_text(mark, [fingerprint])
+            yield stage
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C and the like
+            keep = any((stage / "notes").glob("*"))
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(stage, ignore_errors=True)
+            lock.release()
+    except OSError as error:
+        raise MelError(
+            f"cannot be built ({error}).", file=target, remedy="Check the paths, permissions and free space."
+        ) from error

@@ -33,7 +33,6 @@ import itertools
 import json
 import os
 import pkgutil
-import shutil
 import sys
 import tempfile
 from array import array
@@ -49,7 +48,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
@@ -66,7 +64,7 @@ from hf_mel.errors import (
     MelError,
     UnknownDatasetError,
 )
-from hf_mel.files import parquet_sha256, replace_folder, write_text
+from hf_mel.files import building_folder, parquet_sha256, replace_folder, write_text
 from hf_mel.schema import NIL
 
 _REPORT = "report.json"
@@ -631,48 +629,12 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def _staging(target: Path, fingerprint: str) -> Iterator[Path]:
-    """The folder beside `target` in which it is built, with what an interrupted build left in it.
-
-    It goes when the block succeeds or fails, and stays when the process is interrupted. Only one process may have it.
-    """
-    stage = target.with_name(f".{target.name}.building")
-    try:
-        stage.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(stage / "lock", timeout=0)
-        try:
-            lock.acquire()
-            if not Path(lock.lock_file).exists():  # removed, with the folder, between opening and locking it
-                raise filelock.Timeout(lock.lock_file)
-        except filelock.Timeout:
-            raise MelError(
-                "is being built by another process.", file=target, remedy="Wait for it, or choose another output."
-            ) from None
-        keep = False
-        try:
-            mark = stage / "fingerprint"
-            same = mark.is_file() and mark.read_text(encoding="utf-8") == fingerprint
-            if not same or (stage / "ready").exists():  # another build, or one that was about to be renamed
-                for entry in stage.iterdir():
-                    if entry.is_dir():
-                        shutil.rmtree(entry)
-                write_text(mark, [fingerprint])
-            elif files := sorted((stage / "notes").glob("*.?????.json")):
-                rows = sum(json.loads(file.read_text(encoding="utf-8"))["rows"] for file in files)
-                tqdm.write(f"{target}: an interrupted build goes on; {rows:,} rows are there.", file=sys.stderr)
-            yield stage
-        except Exception:
-            raise
-        except BaseException:  # Ctrl-C and the like
-            keep = any((stage / "notes").glob("*"))
-            raise
-        finally:
-            if not keep:
-                shutil.rmtree(stage, ignore_errors=True)
-            lock.release()
-    except OSError as error:
-        raise MelError(
-            f"cannot be built ({error}).", file=target, remedy="Check the paths, permissions and free space."
-        ) from error
+    """[`building_folder`], which says how much of an interrupted build is there."""
+    with building_folder(target, fingerprint) as stage:
+        if files := sorted((stage / "notes").glob("*.?????.json")):
+            rows = sum(json.loads(file.read_text(encoding="utf-8"))["rows"] for file in files)
+            tqdm.write(f"{target}: an interrupted build goes on; {rows:,} rows are there.", file=sys.stderr)
+        yield stage
 
 
 def _dump(report: dict[str, Any]) -> str:
