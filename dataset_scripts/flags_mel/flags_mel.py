@@ -5,13 +5,14 @@ Nothing is downloaded: entities, sentences and pictures come from the modules be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from typing import Any
 
 import datasets
 
-from hf_mel.schema import NIL, entity_features, mention_features, post_features
+from hf_mel.errors import MelError
+from hf_mel.schema import NIL, NO_SPAN, entity_features, mention_features, post_features
 
 from .countries import BY_QID, COUNTRIES
 
@@ -19,7 +20,7 @@ from .countries import BY_QID, COUNTRIES
 from .drawing import BASIC_COLOURS as BASIC_COLOURS
 from .flags import clean_flag
 from .photo import Shot, photographs
-from .planning import SPLIT_SIZES, plan_mentions, plan_posts
+from .planning import SPLIT_SIZES, plan_documents, plan_mentions, plan_posts
 from .sentences import mention_type
 
 _CITATION = """\
@@ -37,15 +38,18 @@ flags. Each mention belongs to a stratum: the text decides, the image decides, o
 
 
 class FlagsMelConfig(datasets.BuilderConfig):
-    """One of the tables `mentions`, `entities` and `posts`.
+    """One of the tables `mentions`, `documents`, `entities` and `posts`.
 
     Args:
         seed (`int`, defaults to 0): Of the sentences and the pictures. Entities and their flags do not depend on it.
+        documents (`bool` or "true" or "false", defaults to `False`): Whether a build writes the table `documents` too.
+            The digest of a data set is that of all its tables, so that scores on the others name the same data as
+            before only without it.
     """
 
-    def __init__(self, seed: int = 0, **kwargs: Any):
+    def __init__(self, seed: int = 0, documents: bool | str = False, **kwargs: Any):
         super().__init__(version=datasets.Version("1.0.0"), **kwargs)
-        self.seed = seed
+        self.seed, self.documents = seed, documents
 
 
 class FlagsMel(datasets.GeneratorBasedBuilder):
@@ -54,6 +58,7 @@ class FlagsMel(datasets.GeneratorBasedBuilder):
     BUILDER_CONFIG_CLASS = FlagsMelConfig
     BUILDER_CONFIGS = [
         FlagsMelConfig(name="mentions", description="One row per mention."),
+        FlagsMelConfig(name="documents", description="The same mentions and their photographs, by document."),
         FlagsMelConfig(name="entities", description="The knowledge base, with clean flags."),
         FlagsMelConfig(name="posts", description="Short texts about the entities."),
     ]
@@ -69,16 +74,29 @@ class FlagsMel(datasets.GeneratorBasedBuilder):
     DOWNLOAD = "nothing: it is generated"
     REDISTRIBUTION = ""
     NEEDS_RAW = False
-    #: The same for every seed.
+    #: The same for every seed; how many photographs `documents` has is not.
     OFFICIAL_COUNTS = {
         "mentions": SPLIT_SIZES,
         "entities": {"kb": sum(country.in_kb for country in COUNTRIES)},
         "posts": {"kb": len(plan_posts(0))},
     }
 
+    @classmethod
+    def configs_in(cls, data_dir: Any, options: Mapping[str, Any]) -> list[str]:
+        """The configurations that are built: `documents` where it is asked for."""
+        wanted = str(options.get("documents", False)).lower()
+        if wanted not in ("true", "false"):
+            raise MelError(f"the option documents={options['documents']!r} is neither true nor false.")
+        return [config.name for config in cls.BUILDER_CONFIGS if config.name != "documents" or wanted == "true"]
+
     def _info(self) -> datasets.DatasetInfo:
         features = {
             "mentions": mention_features(stratum=datasets.Value("string")),
+            "documents": mention_features(
+                document_id=datasets.Value("string"),
+                modality=datasets.Value("string"),
+                stratum=datasets.Value("string"),
+            ),
             "entities": entity_features(),
             "posts": post_features(),
         }
@@ -91,11 +109,16 @@ class FlagsMel(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
-        splits = SPLIT_SIZES if self.config.name == "mentions" else ("kb",)
+        splits = SPLIT_SIZES if self.config.name in ("mentions", "documents") else ("kb",)
         return [datasets.SplitGenerator(name=split, gen_kwargs={"split": split}) for split in splits]
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        rows = {"mentions": self._mentions, "entities": self._entities, "posts": self._posts}[self.config.name]
+        rows = {
+            "mentions": self._mentions,
+            "documents": self._documents,
+            "entities": self._entities,
+            "posts": self._posts,
+        }[self.config.name]
         yield from enumerate(rows(split))
 
     def _mentions(self, split: str) -> Iterator[dict[str, Any]]:
@@ -117,6 +140,33 @@ class FlagsMel(datasets.GeneratorBasedBuilder):
                     "entity_id": mention.qid if BY_QID[mention.qid].in_kb else NIL,
                     "candidates": [],
                     "stratum": context.stratum,
+                }
+
+    def _documents(self, split: str) -> Iterator[dict[str, Any]]:
+        """Of each document its sentences, then its photographs of flags, which are visual mentions."""
+        of_context: dict[str, list[dict[str, Any]]] = {}
+        for row in self._mentions(split):
+            of_context.setdefault(row["context_id"], []).append(row)
+        contexts = list(of_context.values())
+        for number, members in enumerate(plan_documents(self.config.seed, split)):
+            document = {"document_id": f"{split}-d{number:04d}"}
+            for row in (row for member in members for row in contexts[member]):
+                yield {**row, **document, "modality": "text", "image": None}
+            for first in (contexts[member][0] for member in members):
+                if first["stratum"] == "text":  # a scene, or no picture at all
+                    continue
+                visual_id = f"{first['context_id']}-v"
+                yield {
+                    **first,
+                    **document,
+                    "mention_id": visual_id,
+                    "context_id": visual_id,
+                    "text": "",
+                    "mention": "",
+                    "start": NO_SPAN,
+                    "end": NO_SPAN,
+                    "mention_type": "",
+                    "modality": "image",
                 }
 
     def _entities(self, split: str) -> Iterator[dict[str, Any]]:

@@ -48,6 +48,9 @@ _HELD_OUT_SHARE = 0.18
 #: A flag alone decides if every other one differs on this share of its area at least.
 _CLEARLY_DIFFERENT = 0.04
 
+#: Contexts of a document, and how many of them at most are about one state or territory before the next one's turn.
+_DOCUMENT_SIZES, _SUBJECT_SIZES = (4, 5, 6), (2, 3)
+
 #: Share of the golds of `text` and `image` that are drawn among those with namesakes ("Congo", "the Dominicans").
 _NAMESAKE_SHARE = 0.35
 
@@ -380,6 +383,35 @@ def plan_mentions(seed: int, split: str) -> list[Context]:
         contexts.append(context)
     planner.rng.shuffle(contexts)
     return contexts
+
+
+def plan_documents(seed: int, split: str) -> list[list[int]]:
+    """The contexts of each document, as numbers in `plan_mentions(seed, split)`; every context is in one document.
+
+    A document holds four to six contexts (the last one of a split what is left): two or three about one state or
+    territory, as long as there are so many, then about the next. So sentences and photographs of a document are about
+    the same ones, some that tell them and some that leave them open.
+    """
+    rng = Random(f"documents {split} {seed}")
+    contexts = plan_mentions(seed, split)
+    about: dict[str, list[int]] = {}
+    for number, context in enumerate(contexts):
+        for qid in dict.fromkeys(mention.qid for mention in context.mentions):
+            about.setdefault(qid, []).append(number)
+    left = dict.fromkeys(range(len(contexts)))
+    documents: list[list[int]] = []
+    while left:
+        document: list[int] = []
+        size = rng.choice(_DOCUMENT_SIZES)
+        while left and len(document) < size:
+            subject = contexts[next(iter(left))].mentions[0].qid
+            others = [number for number in about[subject] if number in left]
+            chosen = others[: min(rng.choice(_SUBJECT_SIZES), size - len(document))]
+            document += chosen
+            for number in chosen:
+                del left[number]
+        documents.append(sorted(document))
+    return documents
 
 
 def plan_posts(seed: int) -> list[Post]:

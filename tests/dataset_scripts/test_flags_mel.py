@@ -21,8 +21,9 @@ from hf_mel.dataset_scripts.flags_mel.countries import BY_QID, COUNTRIES
 from hf_mel.dataset_scripts.flags_mel.flags import CROPS, FLAGS, LOOK_ALIKES, clean_flag, cloth, picture_set
 from hf_mel.dataset_scripts.flags_mel.flags_mel import BUILDER_CLASS, FlagsMel
 from hf_mel.dataset_scripts.flags_mel.photo import PHOTO_SIZE, Shot, photographs
-from hf_mel.dataset_scripts.flags_mel.planning import held_out, plan_mentions, plan_posts
+from hf_mel.dataset_scripts.flags_mel.planning import held_out, plan_documents, plan_mentions, plan_posts
 from hf_mel.dataset_scripts.flags_mel.sentences import LATER, MEANINGS, UNSEEN_GENERIC
+from hf_mel.errors import MelError
 from hf_mel.schema import NIL, entity_features, mention_features, post_features
 
 SPLITS = ("train", "validation", "test")
@@ -39,10 +40,10 @@ def rows_of(config, split, tmp_path, **options):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The three configurations as `datasets` prepares them, images as bytes."""
+    """The four configurations as `datasets` prepares them, images as bytes."""
     cache = tmp_path_factory.mktemp("flags_mel")
     tables = {}
-    for config in ("mentions", "entities", "posts"):
+    for config in ("mentions", "documents", "entities", "posts"):
         builder = make_builder(config, cache)
         builder.download_and_prepare()
         tables[config] = builder.as_dataset()
@@ -59,7 +60,7 @@ def cells(table, column):
 
 def test_counts_and_features(built):
     counts = {config: {str(s): len(t) for s, t in splits.items()} for config, splits in built.items()}
-    assert counts == FlagsMel.OFFICIAL_COUNTS
+    assert {config: counts[config] for config in counts if config != "documents"} == FlagsMel.OFFICIAL_COUNTS
     assert counts["mentions"] == {"train": 2400, "validation": 400, "test": 800}
     assert counts["entities"]["kb"] >= 80
     assert built["mentions"]["train"].features == mention_features(stratum=datasets.Value("string"))
@@ -126,7 +127,7 @@ def test_images(built):
 
 
 def test_no_image_names_anything(built):
-    for config, column in (("mentions", "image"), ("posts", "image")):
+    for config, column in (("mentions", "image"), ("documents", "image"), ("posts", "image")):
         for table in built[config].values():
             assert all(image is None or image["path"] is None for image in cells(table, column))
     assert all(image["path"] is None for images in cells(built["entities"]["kb"], "images") for image in images)
@@ -136,6 +137,73 @@ def test_mention_images_are_not_kb_images(built):
     kb = {image["bytes"] for images in cells(built["entities"]["kb"], "images") for image in images}
     mentions = {image["bytes"] for split in SPLITS for image in cells(built["mentions"][split], "image") if image}
     assert not kb & mentions
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_documents_hold_every_mention_and_every_photograph_of_a_flag_once(built, split):
+    rows, mentions = built["documents"][split].to_list(), built["mentions"][split].to_list()
+    textual = {row["mention_id"]: row for row in rows if row["modality"] == "text"}
+    visual = {row["mention_id"]: row for row in rows if row["modality"] == "image"}
+    assert len(textual) + len(visual) == len(rows)
+    assert set(textual) == {mention["mention_id"] for mention in mentions}
+    photographs_of = {}
+    for mention in mentions:
+        found = textual[mention["mention_id"]]
+        assert {**mention, "image": None} == {key: value for key, value in found.items() if key in mention}
+        if mention["stratum"] != "text":
+            photographs_of[f"{mention['context_id']}-v"] = mention
+    assert set(visual) == set(photographs_of)
+    for mention_id, row in visual.items():
+        of = photographs_of[mention_id]
+        assert row["image"] == of["image"] is not None
+        assert (row["entity_id"], row["stratum"]) == (of["entity_id"], of["stratum"])
+        assert (row["text"], row["mention"], row["start"], row["end"]) == ("", "", -1, -1)
+        assert row["context_id"] == mention_id
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_documents_are_of_four_to_six_contexts_about_the_same(built, split):
+    documents = defaultdict(list)
+    for row in built["documents"][split].remove_columns("image"):
+        documents[row["document_id"]].append(row)
+    sizes = [len({row["context_id"] for row in rows if row["modality"] == "text"}) for rows in documents.values()]
+    assert set(sizes[:-1]) == {4, 5, 6}
+    assert 1 <= sizes[-1] <= 6
+    # A context is in one document, and a document's rows stand together.
+    ids = built["documents"][split]["document_id"]
+    assert len(documents) == 1 + sum(one != other for one, other in pairwise(ids))
+    contexts = [context for rows in documents.values() for context in {row["context_id"] for row in rows}]
+    assert len(contexts) == len(set(contexts))
+    shared = [  # golds that both a sentence without a picture of its own and a photograph of the document are about
+        bool(
+            {row["entity_id"] for row in rows if row["stratum"] == "text"}
+            & {row["entity_id"] for row in rows if row["modality"] == "image"}
+        )
+        for rows in documents.values()
+        if any(row["stratum"] == "text" for row in rows)
+    ]
+    assert sum(shared) / len(shared) > 0.5
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(SPLITS[1:]))
+def test_documents_of_any_seed_hold_every_context_once(seed, split):
+    documents = plan_documents(seed, split)
+    assert sorted(number for document in documents for number in document) == list(
+        range(len(plan_mentions(seed, split)))
+    )
+    assert documents == plan_documents(seed, split)
+    assert all(4 <= len(document) <= 6 for document in documents[:-1])
+
+
+def test_documents_are_built_where_they_are_asked_for():
+    names = [config.name for config in FlagsMel.BUILDER_CONFIGS]
+    for asked in ({"documents": True}, {"documents": "true"}):
+        assert FlagsMel.configs_in(None, asked) == names
+    for not_asked in ({}, {"documents": False}, {"documents": "false"}):
+        assert FlagsMel.configs_in(None, not_asked) == ["mentions", "entities", "posts"]
+    with pytest.raises(MelError, match="neither true nor false"):
+        FlagsMel.configs_in(None, {"documents": "yes"})
 
 
 def test_posts(built):
