@@ -4,7 +4,8 @@ A knowledge base is a folder:
 
 - `kb.json`: everything else by name, size and sha256; which model and processor made it; which rows are removed;
 - `encodings-00000.safetensors`, …: the encodings of the rows of one shard, memory-mapped when read;
-- `entities-00000.parquet`, …: the same rows in the columns of [`~hf_mel.schema.entity_features`], the first image only.
+- `entities-00000.parquet`, …: the same rows in the columns of [`~hf_mel.schema.entity_features`], the first image only;
+- `index-….json` and what it names, if an index was built: see [`~hf_mel.linking.indexes.base`].
 
 A file is never changed once `kb.json` names it. Adding writes one more shard, removing marks rows, and either takes
 effect when a new `kb.json` is renamed into place: a reader, or a crash, sees the state before or the state after.
@@ -12,16 +13,18 @@ effect when a new `kb.json` is renamed into place: a reader, or a crash, sees th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import datasets
 import huggingface_hub
@@ -45,7 +48,7 @@ from hf_mel.errors import (
     KnowledgeBaseError,
     UnknownEntityError,
 )
-from hf_mel.files import file_sha256, replace_folder
+from hf_mel.files import building_folder, file_sha256, replace_folder, write_text
 from hf_mel.linking.encodings import concat_encodings, encode_batches, num_rows, row_bytes, slice_encodings
 from hf_mel.linking.fingerprint import (
     describe_model,
@@ -55,6 +58,9 @@ from hf_mel.linking.fingerprint import (
 )
 from hf_mel.remote import hub_errors
 from hf_mel.schema import NIL, MelProcessor, entity_features
+
+if TYPE_CHECKING:
+    from hf_mel.linking.indexes.base import Index
 
 #: Types a knowledge base can store floating-point encodings in.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -104,8 +110,8 @@ class KnowledgeBase:
         here[self._manifest["removed"]] = False
         self._active = np.flatnonzero(here)  # physical row of each row
         self._tensors: dict[int, dict[str, torch.Tensor]] = {}
-        self._parquets: dict[int, pq.ParquetFile] = {}
-        for name in ("entity_ids", "_rows_by_id"):
+        self._parquets: dict[int, tuple[pq.ParquetFile, np.ndarray]] = {}
+        for name in ("entity_ids", "_rows_by_id", "_rows_by_stored"):
             self.__dict__.pop(name, None)
 
     @classmethod
@@ -123,7 +129,8 @@ class KnowledgeBase:
         """Encodes entities, batch by batch, into a new folder that appears whole or not at all.
 
         Memory holds one shard, whatever the number of entities. Images are decoded as they are needed, and not at
-        all for a processor that does not look at them.
+        all for a processor that does not look at them. A build that was interrupted goes on with the first shard it
+        had not finished when the same entities are built into the same `output` again, with the same model.
 
         Args:
             entities ([`EntitiesLike`]): A data set's folder or Hub id, a .jsonl or .csv file of your own entities
@@ -143,6 +150,7 @@ class KnowledgeBase:
         Raises:
             KnowledgeBaseError: No entities; `output` is something else; the model is no retriever, or gives encodings
                 that are not finite in `dtype` or change shape between batches.
+            MelError: Another process builds into `output`.
             DuplicateIdError: An id occurs twice.
             DataFormatError: Columns or ids are missing.
             ImageError: An image is missing or damaged.
@@ -150,27 +158,36 @@ class KnowledgeBase:
         if dtype not in DTYPES:
             raise KnowledgeBaseError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
         temporary = tempfile.TemporaryDirectory(prefix="hf_mel-kb-") if output is None else None
-        target = Path(temporary.name if temporary else os.fspath(output))  # type: ignore[arg-type]
+        target = Path(temporary.name, "kb") if temporary else Path(os.fspath(output))  # type: ignore[arg-type]
         _check_target(target)
         source, name = _entity_rows(entities)
         _checked_ids(source, name)
-        with _staging(target) as work:
-            writer = _ShardWriter(work, 0, dtype)
-            _encode(source, name, model, processor, writer, batch_size, progress)
+        made_by = {"model": describe_model(model), "processor": describe_processor(processor)}
+        fingerprint = json.dumps({**made_by, "dtype": dtype, "entities": _content_sha256(source)}, sort_keys=True)
+        with building_folder(target, fingerprint) as stage:
+            work = stage / "kb"
+            work.mkdir(exist_ok=True)
+            writer = _ShardWriter(work, 0, dtype, notes=stage / "notes")
+            if writer.done:
+                print(f"{target}: an interrupted build goes on; {writer.done:,} entities are there.", file=sys.stderr)
+            rest = source.select(range(writer.done, len(source)))
+            if len(rest):
+                _encode(rest, name, model, processor, writer, batch_size, progress)
             shards = writer.close()
             _write_manifest(
                 work,
                 {
                     "format": _FORMAT,
                     "version": _VERSION,
-                    "model": describe_model(model),
-                    "processor": describe_processor(processor),
+                    **made_by,
                     "dtype": dtype,
                     "encodings": writer.layout,
                     "shards": shards,
                     "removed": [],
                 },
             )
+            with _writing(target):
+                replace_folder(work, target)
         kb = cls(target)
         kb._temporary = temporary
         return kb
@@ -243,6 +260,8 @@ class KnowledgeBase:
 
     def save(self, path: str | os.PathLike[str], *, progress: bool = True) -> KnowledgeBase:
         """Writes a compact copy: removed entities left out, shards merged. The folder appears whole or not at all.
+
+        The copy has no index: rows have other numbers there, so it is built again.
 
         Args:
             path (`str` or `os.PathLike`): The folder. A knowledge base that is there is replaced; this one's own
@@ -373,6 +392,51 @@ class KnowledgeBase:
                 remedy="Use that one, or build the knowledge base again: hf-mel kb build.",
             )
 
+    def build_index(
+        self, kind: str, model: Any, processor: MelProcessor, *, uri: str | None = None, progress: bool = True
+    ) -> Index:
+        """Builds an index, which finds candidates in much less time than it takes to score every entity.
+
+        It is kept beside the knowledge base and takes the place of one of the same kind. Entities that were added
+        since are added to the one that is there. A build that was interrupted goes on.
+
+        Args:
+            kind (`str`): One of [`~hf_mel.linking.indexes.KINDS`] other than "exact".
+            model ([`~hf_mel.schema.Retriever`]): The one that built this knowledge base; it gives vectors for a first
+                stage (`index_vectors`).
+            processor ([`~hf_mel.schema.MelProcessor`]): Its processor.
+            uri (`str`, *optional*): Of a Milvus server, for "milvus". Default: a file in the knowledge base's folder.
+            progress (`bool`): Whether to show a progress bar.
+
+        Raises:
+            KnowledgeBaseError: An unknown kind, another model, one that gives no vectors, no room on the disk, or a
+                server that cannot be reached. An index that was there stays.
+            MissingExtraError: The index needs a package that is not installed.
+            MelError: Another process builds this index.
+        """
+        from hf_mel.linking import indexes
+
+        self._check_ours()
+        self.check_made_by(model, processor)
+        return indexes.build_index(self, kind, model, uri=uri, progress=progress)
+
+    def open_index(self, kind: str, model: Any, *, first_stage: int | None = None) -> Index:
+        """What finds the entities of mentions: an index that was built, or "exact", which needs none.
+
+        Args:
+            kind (`str`): One of [`~hf_mel.linking.indexes.KINDS`].
+            model ([`~hf_mel.schema.Retriever`]): The one that built this knowledge base.
+            first_stage (`int`, *optional*): How many candidates the index finds for the model to score. Default:
+                [`~hf_mel.linking.indexes.base.FIRST_STAGE`].
+
+        Raises:
+            KnowledgeBaseError: No such index, a damaged one, or one of other encodings.
+            MissingExtraError: As in [`~KnowledgeBase.build_index`].
+        """
+        from hf_mel.linking import indexes
+
+        return indexes.open_index(self, kind, model, first_stage=first_stage)
+
     def __len__(self) -> int:
         return len(self._active)
 
@@ -390,7 +454,7 @@ class KnowledgeBase:
         ids: list[str] = []
         for shard in range(len(self._manifest["shards"])):
             with _reading(self._file(shard, "entities")):
-                table = self._parquet(shard).read(columns=["entity_id"])
+                table = self._parquet(shard)[0].read(columns=["entity_id"])
                 ids += _decoded(table, self._file(shard, "entities")).column(0).to_pylist()
         return ids if len(ids) == len(self) else [ids[row] for row in self._active]
 
@@ -462,22 +526,54 @@ class KnowledgeBase:
             "dtype": self.dtype,
             "encodings": self._manifest["encodings"],
             "model": {k: v for k, v in self._manifest["model"].items() if k != "config"},
+            "indexes": sorted(path.stem.removeprefix("index-") for path in self.path.glob("index-*.json")),
         }
 
     def files(self) -> list[str]:
-        """Names of the files the knowledge base is made of, kb.json first."""
+        """Names of the files the knowledge base is made of, kb.json first. An index is not part of it."""
         shards = self._manifest["shards"]
         return [_MANIFEST, *(shard[part]["file"] for shard in shards for part in ("encodings", "entities"))]
+
+    # What an index sees: rows as they are stored, the removed ones too. Their numbers stay when entities come and go.
+
+    @property
+    def shards(self) -> list[tuple[int, str]]:
+        """Rows and sha256 of the encodings of each shard: of an older state, a part from the start."""
+        return [(shard["rows"], shard["encodings"]["sha256"]) for shard in self._manifest["shards"]]
+
+    @property
+    def removed_stored(self) -> np.ndarray:
+        """Numbers of the stored rows that are removed, ascending."""
+        return np.array(sorted(self._manifest["removed"]), dtype=np.int64)
+
+    def rows_of_stored(self, stored: np.ndarray) -> np.ndarray:
+        """Row numbers of stored rows; -1 for a removed one, and for -1."""
+        if len(self) == self._starts[-1]:
+            return stored
+        return np.where(stored < 0, -1, self._rows_by_stored[stored])
+
+    @cached_property
+    def _rows_by_stored(self) -> np.ndarray:
+        rows = np.full(self._starts[-1], -1, dtype=np.int64)
+        rows[self._active] = np.arange(len(self))
+        return rows
+
+    def iter_stored(self, first: int, chunk_size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """As [`~KnowledgeBase.iter_chunks`], of stored rows from `first` on."""
+        for start in range(first, int(self._starts[-1]), chunk_size):
+            yield start, _as_float(self._gather(np.arange(start, min(start + chunk_size, int(self._starts[-1])))))
 
     def _stored_chunks(self, chunk_size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         for first in range(0, len(self), chunk_size):
             yield first, self._stored(np.arange(first, min(first + chunk_size, len(self))))
 
     def _stored(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        physical = self._active[rows]
+        return self._gather(self._active[rows])
+
+    def _gather(self, stored: np.ndarray) -> dict[str, torch.Tensor]:
         parts, places = [], []
-        for shard, where in _by_block(physical, self._starts):
-            local = physical[where] - self._starts[shard]
+        for shard, where in _by_block(stored, self._starts):
+            local = stored[where] - self._starts[shard]
             tensors = self._shard_tensors(shard)
             if local[-1] - local[0] + 1 == len(local) and (np.diff(local) == 1).all():
                 parts.append(slice_encodings(tensors, slice(int(local[0]), int(local[-1]) + 1)))
@@ -491,14 +587,12 @@ class KnowledgeBase:
         return joined if (np.diff(order) > 0).all() else slice_encodings(joined, torch.from_numpy(np.argsort(order)))
 
     def _table(self, rows: np.ndarray, columns: list[str]) -> pa.Table:
-        physical = self._active[rows]
+        stored = self._active[rows]
         parts, places = [entity_features().arrow_schema.empty_table().select(columns)], []
-        for shard, where in _by_block(physical, self._starts):
-            local = physical[where] - self._starts[shard]
+        for shard, where in _by_block(stored, self._starts):
+            local = stored[where] - self._starts[shard]
             with _reading(self._file(shard, "entities")):
-                file = self._parquet(shard)
-                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-                starts = np.concatenate([[0], np.cumsum(sizes)])
+                file, starts = self._parquet(shard)
                 for group, inside in _by_block(local, starts):
                     table = file.read_row_group(group, columns=columns).select(columns)
                     taken = table.take(pa.array(local[inside] - starts[group]))
@@ -523,7 +617,8 @@ class KnowledgeBase:
             self._tensors[shard] = tensors
         return self._tensors[shard]
 
-    def _parquet(self, shard: int) -> pq.ParquetFile:
+    def _parquet(self, shard: int) -> tuple[pq.ParquetFile, np.ndarray]:
+        """The file of a shard, and the first row of each of its row groups."""
         if shard not in self._parquets:
             path = self._file(shard, "entities")
             with _reading(path):
@@ -534,7 +629,8 @@ class KnowledgeBase:
                 file = pq.ParquetFile(path, memory_map=True, metadata=file.metadata, read_dictionary=texts)
             if file.metadata.num_rows != self._manifest["shards"][shard]["rows"]:
                 raise _damaged(path, f"it has {file.metadata.num_rows} rows, not those {_MANIFEST} tells of")
-            self._parquets[shard] = file
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            self._parquets[shard] = file, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         return self._parquets[shard]
 
     def _check_ours(self) -> None:
@@ -560,15 +656,41 @@ class KnowledgeBase:
 
 
 class _ShardWriter:
-    """Writes encodings and entity rows side by side, a new pair of files whenever one is full."""
+    """Writes encodings and entity rows side by side, a new pair of files whenever one is full.
 
-    def __init__(self, folder: Path, first: int, dtype: str, layout: dict[str, Any] | None = None):
-        self.folder, self.first, self.dtype, self.layout = folder, first, DTYPES[dtype], layout
+    With a folder for `notes`, every pair is noted there when it is finished, and those that were are not written again:
+    `done` rows.
+    """
+
+    def __init__(
+        self, folder: Path, first: int, dtype: str, layout: dict[str, Any] | None = None, notes: Path | None = None
+    ):
+        self.folder, self.first, self.dtype, self.layout, self.notes = folder, first, DTYPES[dtype], layout, notes
         self._shards: list[dict[str, Any]] = []
         self._encodings: list[dict[str, torch.Tensor]] = []
         self._tables: list[pa.Table] = []
         self._rows = self._bytes = 0
         self._parquet: pq.ParquetWriter | None = None
+        if notes is not None:
+            self._read_notes(notes)
+        self.done = sum(shard["rows"] for shard in self._shards)
+
+    def _read_notes(self, folder: Path) -> None:
+        whole = True
+        for path in sorted(folder.glob("*.json")):
+            note = json.loads(path.read_text(encoding="utf-8"))
+            files = [note["shard"][part] for part in ("encodings", "entities")]
+            # Not so if the process ended after the last rename, or somebody cleaned up.
+            whole = whole and all(_size(self.folder / file["file"]) == file["bytes"] for file in files)
+            if whole:
+                self._shards.append(note["shard"])
+                self.layout = note["layout"]
+            else:
+                path.unlink()
+        named = {shard[part]["file"] for shard in self._shards for part in ("encodings", "entities")}
+        for path in self.folder.iterdir():
+            if path.name not in named:  # begun, not finished
+                path.unlink()
 
     def add(self, encodings: Mapping[str, torch.Tensor], table: pa.Table) -> None:
         stored = {
@@ -622,7 +744,11 @@ class _ShardWriter:
                 self._parquet.close()
         with _writing(encodings):
             save_file(concat_encodings(self._encodings), encodings)
-        self._shards.append({"rows": self._rows, "encodings": _sealed(encodings), "entities": _sealed(entities)})
+        shard = {"rows": self._rows, "encodings": _sealed(encodings), "entities": _sealed(entities)}
+        if self.notes is not None:
+            note = self.notes / f"{len(self._shards):05d}.json"
+            write_text(note, [json.dumps({"shard": shard, "layout": self.layout})])
+        self._shards.append(shard)
         self._encodings, self._parquet = [], None
         self._rows = self._bytes = 0
 
@@ -706,6 +832,23 @@ def _checked_ids(source: datasets.Dataset, name: str | None) -> list[str]:
     return ids
 
 
+def _content_sha256(source: datasets.Dataset) -> str:
+    """sha256 of all columns; an image that is a file counts with its path, size and date."""
+    digest = hashlib.sha256()
+    stored = source.with_format("arrow")  # plain formatting would decode every image
+    for first in range(0, len(source), 256):
+        for row in stored[first : first + 256].to_pylist():
+            for image in row.pop("images") or ():
+                if image and image["bytes"] is not None:
+                    digest.update(image["bytes"])
+                elif image:
+                    path = Path(image["path"] or "")
+                    stat = path.stat() if path.is_file() else None
+                    digest.update(repr((image["path"], stat and (stat.st_size, stat.st_mtime_ns))).encode())
+            digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
 def _as_stored(columns: dict[str, list], file: str | None) -> dict[str, list]:
     """The columns of the schema without nulls; of the images the first, as bytes."""
     stored: dict[str, list] = {}
@@ -766,6 +909,10 @@ def _by_block(numbers: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, np
 
 def _layout_text(layout: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {spec['dtype']}{spec['shape']}" for name, spec in layout.items())
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def _sealed(path: Path) -> dict[str, Any]:

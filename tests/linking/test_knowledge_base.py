@@ -22,6 +22,7 @@ from hf_mel.errors import (
     DuplicateIdError,
     ImageError,
     KnowledgeBaseError,
+    MelError,
     UnknownEntityError,
 )
 from hf_mel.linking import knowledge_base
@@ -331,6 +332,91 @@ def test_a_failed_build_leaves_the_old_knowledge_base_or_nothing(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["kb"]
     build(WORLD, tmp_path / "kb")
     assert_holds(KnowledgeBase.load(tmp_path / "kb"), list(WORLD))
+
+
+class Interrupted(ToyProcessor):
+    """Counts entities, and calls something before the batch with entity `at`."""
+
+    def __init__(self, at: str | None = None, call=lambda: None):
+        super().__init__()
+        self.at, self.call, self.seen = at, call, 0
+
+    def __call__(self, entities=None, **kwargs):
+        if len(entities) == 4 or entities[0]["entity_id"] == "Q29":  # not those of a fingerprint
+            if any(row["entity_id"] == self.at for row in entities):
+                self.call()
+            self.seen += len(entities)
+        return super().__call__(entities=entities, **kwargs)
+
+
+def ctrl_c():
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(knowledge_base, "_SHARD_BYTES", 8 * 2 * 16 * 4)  # 8 rows, two batches
+    monkeypatch.setattr(knowledge_base, "_GROUP_ROWS", 4)
+
+
+@pytest.mark.parametrize(("at", "there"), [("Q1", 0), ("Q8", 0), ("Q9", 8), ("Q21", 16), ("Q30", 24)])
+def test_an_interrupted_build_goes_on_to_the_same_bytes(tmp_path, small_shards, capsys, at, there):
+    build(WORLD, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        build(WORLD, tmp_path / "kb", processor=Interrupted(at, ctrl_c))
+    assert not (tmp_path / "kb").exists()
+    assert (tmp_path / ".kb.building").exists() == (there > 0)
+    second = Interrupted()
+    assert_holds(build(WORLD, tmp_path / "kb", processor=second), list(WORLD))
+    assert second.seen == 30 - there
+    assert (f"{there} entities are there" in capsys.readouterr().err) == (there > 0)
+    made, whole = files(tmp_path / "kb"), files(tmp_path / "whole")
+    assert {k: v for k, v in made.items() if k != "kb.json"} == {k: v for k, v in whole.items() if k != "kb.json"}
+    assert sorted(os.listdir(tmp_path)) == ["kb", "whole"]
+
+
+@pytest.mark.parametrize("at", ["Q1", "Q14", "Q21", "Q30"])
+def test_a_build_goes_on_from_whatever_a_killed_process_leaves(tmp_path, small_shards, at):
+    stage, left = tmp_path / ".kb.building", tmp_path / "left"
+    build(WORLD, tmp_path / "kb", processor=Interrupted(at, lambda: shutil.copytree(stage, left)))
+    if at == "Q30":  # after the last rename: notes, and no files
+        shutil.rmtree(left / "kb")
+    shutil.rmtree(tmp_path / "kb")
+    left.rename(stage)
+    assert_holds(build(WORLD, tmp_path / "kb"), list(WORLD))
+    assert sorted(os.listdir(tmp_path)) == ["kb"]
+
+
+@pytest.mark.parametrize("change", ["texts", "image", "model", "dtype", "truncated"])
+def test_an_interrupted_build_of_something_else_is_not_continued(tmp_path, small_shards, change):
+    with pytest.raises(KeyboardInterrupt):
+        build(WORLD, tmp_path / "kb", processor=Interrupted("Q21", ctrl_c))
+    rows, options = WORLD, {}
+    if change == "texts":
+        rows = WORLD.map(lambda row: {"name": row["name"].replace("Entity b", "Entity B")})
+    elif change == "image":
+        image = {"images": [Image.new("RGB", (4, 4), "white")]}
+        rows = WORLD.map(lambda row: image if row["entity_id"] == "Q2" else {}, features=WORLD.features)
+    elif change == "truncated":
+        file = tmp_path / ".kb.building" / "kb" / "encodings-00001.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        options = {"model": toy_model(seed=1)} if change == "model" else {"dtype": "float16"}
+    second = Interrupted()
+    kb = build(rows, tmp_path / "kb", processor=second, **options)
+    assert second.seen == (22 if change == "truncated" else 30)
+    assert len(kb) == 30
+    assert kb.rows(range(30)) == [{k: v for k, v in row.items() if k != "images"} for row in rows]
+    if change == "image":
+        assert kb.image(1).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_one_process_builds_a_folder(tmp_path, small_shards):
+    def second():
+        with pytest.raises(MelError, match="being built by another process"):
+            build(WORLD, tmp_path / "kb")
+
+    assert_holds(build(WORLD, tmp_path / "kb", processor=Interrupted("Q13", second)), list(WORLD))
 
 
 @pytest.mark.parametrize("nth", range(4))
