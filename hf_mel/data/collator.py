@@ -44,6 +44,10 @@ class LazyRow(Mapping[str, Any]):
         """The same row with only one image, number `index`, in the list `column`."""
         return LazyRow({**self._values, column: [self._values[column][index]]}, self._features)
 
+    def first_images(self, column: str, count: int | None) -> LazyRow:
+        """The same row with the first `count` images of the list `column`; `None` keeps all."""
+        return LazyRow({**self._values, column: (self._values[column] or [])[:count]}, self._features)
+
     def stored(self, column: str) -> Any:
         """The value of a column with its images undecoded."""
         return self._values[column]
@@ -75,6 +79,11 @@ class LazyRows(Dataset):
     def __getitems__(self, indices: list[int]) -> list[LazyRow]:
         """The rows of one batch, in the order asked for."""
         return [LazyRow(values, self.dataset.features) for values in self._stored[indices].to_pylist()]
+
+
+def images_per_entity(processor: Any) -> int | None:
+    """How many images of an entity the processor reads, `None` for all: its `max_entity_images`, else one."""
+    return getattr(processor, "max_entity_images", 1)
 
 
 class RetrieverCollator:

@@ -11,7 +11,7 @@ import datasets
 import torch
 from torch.utils.data import Dataset
 
-from hf_mel.data.collator import LazyRow, LazyRows
+from hf_mel.data.collator import LazyRow, LazyRows, images_per_entity
 from hf_mel.errors import UnknownEntityError
 from hf_mel.schema import MelProcessor, Row
 
@@ -71,7 +71,8 @@ class PairCollator:
         unit (`str`, *optional*, defaults to `"mention"`): The model's `example_unit`. Of a "context",
             `mentions_per_example` mentions are drawn, a lone mention over and over; of a "document" come all.
         mentions_per_example (`int`, *optional*, defaults to 1): See above.
-        random_image (`bool`, *optional*, defaults to `True`): Whether an entity shows a random one of its images.
+        random_image (`bool`, *optional*, defaults to `True`): Whether an entity shows a random one of its images. A
+            processor that reads several (`max_entity_images`) gets them all.
         with_features (`Callable`, *optional*): Rows → the same with `image_features`, for a model whose image
             encoder is fixed.
         seed (`int`, *optional*, defaults to 0): Seed of all draws.
@@ -179,6 +180,6 @@ class PairCollator:
 
     def _shown(self, entity: LazyRow, draw: random.Random) -> LazyRow:
         images = entity.stored("images") or ()
-        if len(images) < 2:
+        if len(images) < 2 or images_per_entity(self.processor) != 1:
             return entity
         return entity.with_image("images", draw.randrange(len(images)) if self.random_image else 0)

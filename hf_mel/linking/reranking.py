@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from hf_mel.data.collator import LazyRow, LazyRows
+from hf_mel.data.collator import LazyRow, LazyRows, images_per_entity
 from hf_mel.data.images import open_image
 from hf_mel.errors import ScoreError, UnknownEntityError
 from hf_mel.schema import MelProcessor, Row
@@ -80,7 +80,8 @@ def score_pairs(
         raise ValueError(f"{len(mentions)} mentions need as many lists of candidates, not {len(candidates)}.")
     if len(joint_masks) and not can_rank_jointly(model):
         raise ValueError(f"{type(model).__name__} cannot rank the mentions of a context jointly.")
-    mention_rows, entity_rows = _source(mentions), _source(entities)
+    count = images_per_entity(processor)
+    mention_rows, entity_rows = _source(mentions, count), _source(entities, count)
     width = max((len(each) for each in candidates), default=0)
     shape = (len(mentions), width)
     result = PairScores(torch.full(shape, -torch.inf), [torch.full(shape, -torch.inf) for _ in joint_masks])
@@ -138,7 +139,7 @@ class ImageFeatures:
     """
 
     def __init__(self, model: Any, processor: Any):
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.per_entity = model, processor, images_per_entity(processor)
         self._of: dict[str, torch.Tensor] = {}
         self._of_mentions: set[str] = set()
 
@@ -149,28 +150,45 @@ class ImageFeatures:
         return cls(model, processor) if offered and sees_images_in_pairs(processor) else None
 
     def on(self, rows: Iterable[Row]) -> list[Row]:
-        """The rows, each with `image_features`: a tensor [d], or `None` where it has no image."""
+        """The rows, each with `image_features`: a tensor [d], or `None` where it has no image. Of an entity with k images,
+        where the processor reads several, they are [k, d].
+        """
         rows = list(rows)
-        keys = [_image_key(row) for row in rows]
-        new = {key: row for key, row in zip(keys, rows, strict=True) if key is not None and key not in self._of}
-        self._of_mentions |= {key for key, row in new.items() if key is not None and "mention" in row}
+        keys: list[list[str]] = []
+        new: dict[str, Image.Image | Mapping[str, Any]] = {}
+        named: dict[str, str | None] = {}
+        for row in rows:
+            images = _stored_images(row, self.per_entity)
+            keys.append([_image_key(image) for image in images])
+            for key, image in zip(keys[-1], images, strict=True):
+                if key not in self._of and key not in new:
+                    new[key], named[key] = image, row.get("mention_id") or row.get("entity_id")
+                    if "mention" in row:
+                        self._of_mentions.add(key)
         for first in range(0, len(new), _IMAGE_BATCH):
             some = list(new)[first : first + _IMAGE_BATCH]
-            for key, features in zip(some, self._encode([new[key] for key in some]), strict=True):
+            opened = [open_image(new[key], row=named[key]) for key in some]
+            for key, features in zip(some, self._encode(opened), strict=True):
                 self._of[key] = features
         # A ChainMap, because copying a row would decode its images.
         return [
-            ChainMap({"image_features": None if key is None else self._of[key]}, row)  # type: ignore[arg-type]
-            for key, row in zip(keys, rows, strict=True)
+            ChainMap({"image_features": self._features(each)}, row)  # type: ignore[arg-type]
+            for each, row in zip(keys, rows, strict=True)
         ]
 
+    def _features(self, keys: list[str]) -> torch.Tensor | None:
+        if len(keys) < 2:
+            return self._of[keys[0]] if keys else None
+        return torch.stack([self._of[key] for key in keys])
+
     def add(self, rows: datasets.Dataset, *, progress: bool = False) -> None:
-        """Encodes every image of the rows of a data set."""
+        """Encodes every image of the rows of a data set that a batch may show."""
         lazy, is_entity = LazyRows(rows), "images" in rows.column_names
+        shown = None if self.per_entity == 1 else self.per_entity  # of the one that is shown, training draws which
         bar = tqdm(range(0, len(rows), _IMAGE_BATCH), desc="Encoding images", delay=1, disable=not progress)
         for first in bar:
             for row in lazy.__getitems__(list(range(first, min(first + _IMAGE_BATCH, len(rows))))):
-                count = len(row.stored("images") or ()) if is_entity else 0
+                count = len((row.stored("images") or ())[:shown]) if is_entity else 0
                 self.on([row.with_image("images", k) for k in range(count)] if is_entity else [row])
 
     def forget_mentions(self) -> None:
@@ -179,11 +197,11 @@ class ImageFeatures:
             del self._of[key]
         self._of_mentions.clear()
 
-    def _encode(self, rows: Sequence[Row]) -> torch.Tensor:
+    def _encode(self, images: list[Image.Image]) -> torch.Tensor:
         training = self.model.training
         self.model.eval()
         try:
-            pixels = self.processor.images([_first_image(row) for row in rows])
+            pixels = self.processor.images(images)
             if isinstance(pixels, Mapping):
                 pixels = pixels["pixel_values"]
             with torch.no_grad():
@@ -224,8 +242,8 @@ class _AnyColumn(dict):
         return ""
 
 
-def _source(rows: datasets.Dataset | Sequence[Row]):
-    """Rows by their numbers: those of a data set, read when they are asked for, an entity with its first image only."""
+def _source(rows: datasets.Dataset | Sequence[Row], count: int | None):
+    """Rows by their numbers: those of a data set, read when they are asked for, an entity with its first images only."""
     if not isinstance(rows, datasets.Dataset):
         return lambda numbers: [rows[i] for i in numbers]
     lazy = LazyRows(rows)
@@ -234,7 +252,7 @@ def _source(rows: datasets.Dataset | Sequence[Row]):
         found = lazy.__getitems__(numbers)
         if "images" not in rows.column_names:
             return found
-        return [row.with_image("images", 0) if row.stored("images") else row for row in found]
+        return [row.first_images("images", count) for row in found]
 
     return read
 
@@ -374,18 +392,16 @@ def _jointly(model: Any, scores, features, mask, contexts) -> torch.Tensor:
     return result
 
 
-def _first_image(row: Row) -> Image.Image:
-    key = row.get("mention_id") or row.get("entity_id")
-    return open_image(row["image"] if "mention" in row else row["images"][0], row=key)
-
-
-def _image_key(row: Row) -> str | None:
-    """What the row's image is known by: a digest of its bytes, its path, or its pixels; `None` without an image."""
+def _stored_images(row: Row, count: int | None) -> list[Image.Image | Mapping[str, Any]]:
+    """The image of a mention, or the first `count` of an entity, undecoded where they are not decoded yet."""
     stored = row.stored if isinstance(row, LazyRow) else row.__getitem__
     # Which kind of row it is shows in a text: asking for an image would decode it.
-    image = stored("image") if "mention" in row else (stored("images") or [None])[0]
-    if image is None:
-        return None
+    images = [stored("image")] if "mention" in row else (stored("images") or [])[:count]
+    return [image for image in images if image is not None]
+
+
+def _image_key(image: Image.Image | Mapping[str, Any]) -> str:
+    """What an image is known by: a digest of its bytes, its path, or its pixels."""
     if isinstance(image, Mapping):
         content = image.get("bytes")
         return str(image["path"]) if content is None else hashlib.sha256(content).hexdigest()

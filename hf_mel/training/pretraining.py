@@ -22,12 +22,13 @@ from torch import nn
 from transformers import MODEL_FOR_PRETRAINING_MAPPING, EarlyStoppingCallback, Trainer, set_seed
 
 from hf_mel.data.batching import GroupingSampler, surface_key
-from hf_mel.data.collator import LazyRow, LazyRows
+from hf_mel.data.collator import LazyRow, LazyRows, images_per_entity
 from hf_mel.data.loading import check_golds, dataset_version, load_entities, load_mentions, load_posts
 from hf_mel.errors import DataFormatError, MissingExtraError, UnknownEntityError
 from hf_mel.evaluation.full import software_versions
 from hf_mel.evaluation.tables import write_results
 from hf_mel.files import write_text
+from hf_mel.hub.cards import model_card
 from hf_mel.hub.saving import save_model_repository
 from hf_mel.linking.reranking import ImageFeatures
 from hf_mel.schema import NIL, Row
@@ -51,7 +52,8 @@ class PretrainingCollator:
     Args:
         processor: Takes `posts`, `entities` and `partners`.
         entities (`datasets.Dataset`): The knowledge base, N rows.
-        random_image (`bool`, *optional*, defaults to `True`): Whether an entity shows a random one of its images.
+        random_image (`bool`, *optional*, defaults to `True`): Whether an entity shows a random one of its images. A
+            processor that reads several (`max_entity_images`) gets them all.
         with_features (`Callable`, *optional*): Rows → the same with `image_features`, for a model whose image encoder is
             fixed.
         seed (`int`, *optional*, defaults to 0): Seed of all draws.
@@ -100,7 +102,7 @@ class PretrainingCollator:
 
     def _shown(self, entity: LazyRow, draw: random.Random) -> LazyRow:
         images = entity.stored("images") or ()
-        if len(images) < 2:
+        if len(images) < 2 or images_per_entity(self.processor) != 1:
             return entity
         return entity.with_image("images", draw.randrange(len(images)) if self.random_image else 0)
 
@@ -314,5 +316,6 @@ def _finish(folder, recipe, trainer, train, validation, entities, loss, started,
         plot_training(state.log_history, folder / runs.PLOT, title=recipe.name)
     except MissingExtraError as error:
         print(f"No {runs.PLOT}: {error}")
+    write_text(folder / runs.CARD, [model_card(results)])
     write_results(results, folder / runs.RESULTS)
     shutil.rmtree(folder / runs.CHECKPOINTS, ignore_errors=True)

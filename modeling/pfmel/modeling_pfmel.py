@@ -13,6 +13,7 @@ sentence belongs to the first. Readings where the paper is silent, ambiguous or 
 - "The roles of sentence and next sentence are exchanged": the two segments change places. Read instead as an exchange of
   the tweets, it would repeat every positive example and draw a second negative from the same distribution.
 - The score of a pair is the log-odds of "is next", monotone in the probability.
+- T(e), the images of an entity's timeline: features are averaged, then projected. Who has no image has no image token.
 - A mention without a gold among its candidates (label -100) takes no part in the loss.
 """
 
@@ -163,16 +164,29 @@ class PfmelPreTrainedModel(PreTrainedModel):
             return local[:, 0] if pooled is None else pooled
 
     def _image_tokens(
-        self, features: torch.Tensor | None, pixel_values: torch.Tensor | None, present: torch.Tensor, names: str
+        self,
+        features: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        counts: torch.Tensor | None,
+        present: torch.Tensor,
+        names: str,
     ) -> torch.Tensor | None:
         """Embeddings of images as tokens, [*, hidden] ("W · Res + b", §3.2), of features [*, d] or pixels
-        [*, 3, H, W]; zeros where `present` [*] is False, `None` where no image is needed."""
+        [*, 3, H, W], or of `counts` [*] images each in pixels [*, K, 3, H, W]; zeros where `present` [*] is False, `None`
+        where no image is needed."""
         if not hasattr(self, "image_projection") or not present.any():
             return None
         if features is None:
             if pixel_values is None:
                 raise ValueError(f"This model sees images, and there are some: {names} is missing.")
-            features = self.encode_images(pixel_values[present])
+            pixel_values = pixel_values[present]
+            if counts is None:
+                features = self.encode_images(pixel_values)
+            else:  # T(e) of §3.2: the mean over the images of an entity
+                counts = counts[present].unsqueeze(1)
+                there = torch.arange(pixel_values.shape[1], device=counts.device) < counts
+                each = self.encode_images(pixel_values[there])
+                features = each.new_zeros(len(there), each.shape[1]).index_add(0, there.nonzero()[:, 0], each) / counts
         else:
             features = features[present]
         tokens = self.image_projection(features.to(self.image_projection.weight.dtype))
@@ -254,6 +268,7 @@ class PfmelModel(PfmelPreTrainedModel):
         pair_entity_image_features: torch.Tensor | None = None,
         pair_mention_pixel_values: torch.Tensor | None = None,
         pair_entity_pixel_values: torch.Tensor | None = None,
+        pair_entity_image_counts: torch.LongTensor | None = None,
         pair_context: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
     ) -> PfmelOutput:
@@ -266,6 +281,8 @@ class PfmelModel(PfmelPreTrainedModel):
             pair_mention_image_features, pair_entity_image_features ([M, d], [M, C, d], *optional*): what
                 `encode_images` gave, or
             pair_mention_pixel_values, pair_entity_pixel_values ([M, 3, H, W], [M, C, 3, H, W], *optional*): the images.
+            pair_entity_image_counts ([M, C], *optional*): with entity pixels [M, C, K, 3, H, W], how many of the K images
+                there are, whose features are averaged.
             pair_context ([M], *optional*): not used; pairs are scored each for itself.
             labels ([M], *optional*): the column of each mention's gold; -100 if it has none.
         """
@@ -282,12 +299,14 @@ class PfmelModel(PfmelPreTrainedModel):
             of_mentions = self._image_tokens(
                 pair_mention_image_features,
                 pair_mention_pixel_values,
+                None,
                 present[..., 0].any(1),
                 "pair_mention_pixel_values or pair_mention_image_features",
             )
             of_entities = self._image_tokens(
                 pair_entity_image_features,
                 pair_entity_pixel_values,
+                pair_entity_image_counts,
                 present[..., 1],
                 "pair_entity_pixel_values or pair_entity_image_features",
             )
@@ -331,6 +350,7 @@ class PfmelForPreTraining(PfmelPreTrainedModel):
         entity_image_features: torch.Tensor | None = None,
         post_pixel_values: torch.Tensor | None = None,
         entity_pixel_values: torch.Tensor | None = None,
+        entity_image_counts: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
     ) -> PfmelForPreTrainingOutput:
         """
@@ -342,19 +362,21 @@ class PfmelForPreTraining(PfmelPreTrainedModel):
                 3 multimodal.
             post_image_features, entity_image_features ([P, d], *optional*): what `encode_images` gave, or
             post_pixel_values, entity_pixel_values ([P, 3, H, W], *optional*): the images.
+            entity_image_counts ([P], *optional*): with entity pixels [P, K, 3, H, W], how many of the K images there are.
             labels ([S], *optional*): 0 = is next, 1 = is not.
         """
         sides = (
-            (post_index, post_image_features, post_pixel_values, "post"),
-            (entity_index, entity_image_features, entity_pixel_values, "entity"),
+            (post_index, post_image_features, post_pixel_values, None, "post"),
+            (entity_index, entity_image_features, entity_pixel_values, entity_image_counts, "entity"),
         )
         images = []
-        for k, (index, features, pixels, side) in enumerate(sides):
+        for k, (index, features, pixels, counts, side) in enumerate(sides):
             given = features if features is not None else pixels
             count = len(given) if given is not None else int(index.max()) + 1 if len(index) else 0
             needed = torch.zeros(count, dtype=torch.bool, device=index.device)
             needed[index[image_positions[:, k] >= 0]] = True
-            tokens = self._image_tokens(features, pixels, needed, f"{side}_pixel_values or {side}_image_features")
+            names = f"{side}_pixel_values or {side}_image_features"
+            tokens = self._image_tokens(features, pixels, counts, needed, names)
             images.append(None if tokens is None else tokens[index])
         if len(input_ids):
             logits = self._logits(input_ids, attention_mask, token_type_ids, image_positions, images)

@@ -89,6 +89,8 @@ class PfmelProcessor(ProcessorMixin):
         missing (`str`, *optional*): Stands for an empty column; "NA" in the paper. Sentences left empty are dropped.
         max_words (`dict`, *optional*): Most words of a column, by its name; of a list, of each item.
         use_images (`bool`, *optional*, defaults to `True`): Whether sentences have images at all.
+        max_entity_images (`int`, *optional*): How many images of an entity are averaged, the first ones: T(e) of §3.2.
+            `None`: all, as in the paper.
         pretraining_tasks (`list[str]`, *optional*): Which of "mixed", "text", "multimodal" (§3.3). Default: all, or the
             second alone without images.
         swap_roles (`bool`, *optional*, defaults to `True`): Whether pre-training has each example a second time, its
@@ -106,6 +108,7 @@ class PfmelProcessor(ProcessorMixin):
         missing="",
         max_words=None,
         use_images=True,
+        max_entity_images=None,
         pretraining_tasks=None,
         swap_roles=True,
     ):
@@ -118,6 +121,8 @@ class PfmelProcessor(ProcessorMixin):
             )
         if not use_images and list(pretraining_tasks) != ["text"]:
             raise ValueError(f"pretraining_tasks={pretraining_tasks!r} need images, and use_images is False.")
+        if max_entity_images is not None and max_entity_images < 1:
+            raise ValueError(f"max_entity_images={max_entity_images} must be at least 1; use_images=False shows none.")
         if max_length < 8:
             raise ValueError(f"max_length={max_length} leaves no room for two sentences; give at least 8.")
         limit = getattr(tokenizer, "model_max_length", max_length + 2)
@@ -133,6 +138,7 @@ class PfmelProcessor(ProcessorMixin):
         self.missing = missing
         self.max_words = dict(max_words or {})
         self.use_images = use_images
+        self.max_entity_images = max_entity_images
         self.pretraining_tasks = list(pretraining_tasks)
         self.swap_roles = swap_roles
 
@@ -178,8 +184,8 @@ class PfmelProcessor(ProcessorMixin):
         """
         Args:
             pairs (M pairs, *optional*): a mention row (`mention`, `text`, `start`, `end`, `image`) and its candidate rows
-                (what the template names, and `images`, of which the first is taken). A row with `image_features` (a
-                tensor [d], [k, d] to be averaged, or `None`) gives that instead of its image.
+                (what the template names, and `images`, which are averaged). A row with `image_features` (a tensor [d],
+                [k, d] to be averaged, or `None`) gives that instead of its images.
             posts, entities (P rows each, *optional*): posts (`text`, `image`; a mention row is one too), and each one's
                 own entity.
             partners (P ints, *optional*): the post whose sentence follows each; its own number if it is the next one.
@@ -398,24 +404,31 @@ class PfmelProcessor(ProcessorMixin):
 
     def _images(self, side: str, rows, column: str) -> tuple[dict[str, torch.Tensor], list[bool]]:
         """`<side>_image_features` [R, d] or `<side>_pixel_values` [R, 3, H, W] of R rows, zeros where a row has no image,
-        and which have one. Nothing if none has."""
+        and which have one. Where an entity has several, up to K: pixels [R, K, 3, H, W], and `<side>_image_counts` [R].
+        Nothing if no row has an image."""
+        limit = self.max_entity_images if column == "images" else None
         if any("image_features" in row for row in rows):
             values = [row.get("image_features") for row in rows]
-            values = [None if v is None else v.float().mean(0) if v.dim() == 2 else v.float() for v in values]
-            name = f"{side}_image_features"
-        else:
-            values = [row.get(column) for row in rows]
-            if column == "images":
-                values = [next(iter(images or ()), None) for images in values]
-            name = f"{side}_pixel_values"
-        shown = [value is not None for value in values]
-        if not any(shown):
-            return {}, shown
-        present = [value for value in values if value is not None]
-        stacked = torch.stack(present) if name.endswith("features") else self.images(present)
-        out = stacked.new_zeros(len(rows), *stacked.shape[1:])
-        out[torch.tensor(shown)] = stacked
-        return {name: out}, shown
+            values = [None if v is None else v[:limit].float().mean(0) if v.dim() == 2 else v.float() for v in values]
+            shown = [value is not None for value in values]
+            if not any(shown):
+                return {}, shown
+            present = torch.stack([value for value in values if value is not None])
+            features = present.new_zeros(len(rows), present.shape[1])
+            features[torch.tensor(shown)] = present
+            return {f"{side}_image_features": features}, shown
+        lists = [row.get(column) or () if column == "images" else [row.get(column)] for row in rows]
+        lists = [[image for image in images[:limit] if image is not None] for images in lists]
+        counts = torch.tensor([len(images) for images in lists], dtype=torch.long)
+        if not counts.any():
+            return {}, [False] * len(rows)
+        pixels = self.images([image for images in lists for image in images])
+        there = torch.arange(int(counts.max())) < counts.unsqueeze(1)
+        out = pixels.new_zeros(*there.shape, *pixels.shape[1:])
+        out[there] = pixels
+        if there.shape[1] == 1:
+            return {f"{side}_pixel_values": out[:, 0]}, (counts > 0).tolist()
+        return {f"{side}_pixel_values": out, f"{side}_image_counts": counts}, (counts > 0).tolist()
 
 
 __all__ = ["ACCOUNT_OPTIONS", "PfmelProcessor"]

@@ -162,6 +162,17 @@ def test_entities_show_a_random_image_or_their_first():
         assert shown == expected
 
 
+def test_a_processor_that_reads_several_images_gets_them_all():
+    images = [Image.new("RGB", (2, 2), (10 * i, 0, 0)) for i in range(4)]
+    row = {"entity_id": "Q1", "name": "", "description": "", "attributes": "", "aliases": [], "images": images}
+    spy = Spy()
+    spy.max_entity_images = None
+    collator = PairCollator(spy, datasets.Dataset.from_list([row], features=entity_features()), {})
+    collator(Examples(MENTIONS, "mention").__getitems__([0]))
+    [(_, [entity])] = spy.pairs
+    assert [image.getpixel((0, 0))[0] for image in entity["images"]] == [0, 10, 20, 30]
+
+
 def test_the_batch_trains_a_reranker():
     examples = Examples(MENTIONS, "context").__getitems__(range(4))
     made = batch(ToyPairProcessor(), examples, unit="context", mentions_per_example=2, num_negatives=2)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from hf_mel.errors import ScoreError, UnknownEntityError
 from hf_mel.linking import reranking
@@ -130,6 +132,46 @@ def test_every_image_is_encoded_once(monkeypatch):
     mentions = [mention["image"] for mention in MENTIONS if mention["image"] is not None]
     entities = [ENTITIES[row]["images"][0] for row in range(6) if ENTITIES[row]["images"]]
     assert len(colours) == len({image.getpixel((0, 0)) for image in mentions + entities})
+
+
+@pytest.mark.parametrize("limit", [1, 2, None])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_processor_that_reads_several_images_gets_the_features_of_all(monkeypatch, limit, in_memory):
+    """Against colours by NumPy: the first `max_entity_images` of each entity, every image encoded once."""
+
+    class Several(ToyPairProcessor):
+        max_entity_images = limit
+
+        def _colour(self, row, column):
+            if row.get("image_features") is not None and row["image_features"].dim() == 2:
+                row = {"image_features": row["image_features"].mean(0)}
+            return super()._colour(row, column)
+
+    colours = [[(10 * k, 5 * i, 7) for k in range(i % 4)] for i in range(12)]
+    pictures = [[Image.new("RGB", (4, 4), colour) for colour in each] for each in colours]
+    rows = [{**entity, "images": each} for entity, each in zip(ENTITIES, pictures, strict=True)]
+    entities = rows if in_memory else datasets.Dataset.from_list(rows, features=ENTITIES.features)
+    mentions = list(MENTIONS) if in_memory else MENTIONS
+    model, seen = toy_reranker(), []
+    encode = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda pixels: seen.extend(pixels) or encode(pixels))
+    lists = [[(3 * i + c) % 12 for c in range(5)] for i in range(10)]
+    found = score_pairs(model, Several(), mentions, entities, lists, batch_size=4).scores
+    assert len(seen) == len({tuple(pixel.flatten().tolist()) for pixel in seen})
+    for i, listed in enumerate(lists):
+        for c, row in enumerate(listed):
+            mean = np.mean([*colours[row][:limit]], axis=0) if colours[row] else np.zeros(3)
+            shown = [Image.new("RGB", (4, 4))] if colours[row] else []
+            base, _ = by_hand(model, MENTIONS[i], {**ENTITIES[row], "images": shown})  # its image black
+            weight, mention = model.vision.weight.detach().double().numpy(), MENTIONS[i]["image"]
+            colour = np.zeros(3) if mention is None else np.asarray(mention, dtype=float).mean((0, 1)) / 255
+            expected = base + ((weight @ colour) ** 2).sum() - ((weight @ (colour - mean / 255)) ** 2).sum()
+            assert found[i, c].item() == pytest.approx(expected, abs=1e-5)
+
+    images = ImageFeatures(model, Several())
+    images.add(datasets.Dataset.from_list(rows, features=ENTITIES.features))
+    shown = None if limit == 1 else limit  # of the one that is shown, training draws which
+    assert len(images._of) == len({colour for each in colours for colour in each[:shown]})
 
 
 def test_rows_in_memory_score_like_those_of_a_data_set():

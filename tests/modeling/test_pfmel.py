@@ -234,6 +234,46 @@ def test_pixels_are_their_features():
     torch.testing.assert_close(by_pixels, by_features, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_image_of_an_entity_is_the_mean_of_its_images(trained):
+    """T(e) of §3.2, one image at a time; the gradients of a trained encoder too."""
+    model, pairs = build(train_vision=trained), sentences((3, 1, 2))
+    batch = tensors(pairs)
+    there = batch["pair_image_positions"][..., 1] >= 0
+    counts = torch.randint(1, 4, there.shape, generator=torch.Generator().manual_seed(2)) * there
+    assert len(counts[there].unique()) > 1
+    pixels = torch.randn(*there.shape, 3, 3, 16, 16)
+    pixels[torch.arange(3) >= counts.unsqueeze(-1)] = float("nan")  # what is not there counts for nothing
+    labels, found = torch.tensor([2, 0, 1]), []
+    means = torch.zeros(*there.shape, WIDTH)
+    for m, c in there.nonzero().tolist():
+        each = [model.encode_images(pixels[m, c, k : k + 1])[0] for k in range(counts[m, c])]
+        means[m, c] = sum(each) / len(each)
+    batch.pop("pair_entity_image_features")
+    for images in (
+        {"pair_entity_image_features": means},
+        {"pair_entity_pixel_values": pixels, "pair_entity_image_counts": counts},
+    ):
+        model.zero_grad()
+        out = model(**batch, **images, labels=labels)
+        out.loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((out.scores.detach(), gradients))
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+    assert any(name.startswith("vision_model") for name in found[0][1]) == trained
+
+    model = build(PfmelForPreTraining, train_vision=trained)
+    batch, _, labels = pretraining_batch()
+    batch.pop("entity_image_features")
+    pixels, counts = pixels[:1, :2].nan_to_num().squeeze(0), torch.tensor([3, 1])
+    with torch.no_grad():
+        single = [[model.encode_images(pixels[i, k : k + 1])[0] for k in range(n)] for i, n in enumerate(counts)]
+        means = torch.stack([sum(each) / len(each) for each in single])
+        by_features = model(**batch, entity_image_features=means, labels=labels).logits
+        by_pixels = model(**batch, entity_pixel_values=pixels, entity_image_counts=counts, labels=labels).logits
+    torch.testing.assert_close(by_pixels, by_features, atol=1e-4, rtol=1e-4)
+
+
 VISIONS = {
     "resnet": (ResNetConfig(**{k: v for k, v in RESNET.items() if k != "model_type"}), 12),
     "vit": (

@@ -110,7 +110,7 @@ def test_empty_columns_leave_no_empty_sentences(columns, text):
 
 
 def test_images_stand_after_the_text_of_their_sentence():
-    processor = sighted()
+    processor = sighted(max_entity_images=1)
     seen = MENTION | {"image": picture()}, ENTITY | {"images": [picture(), picture((1, 2, 3))]}
     cases = {
         (0, 0): "[CLS] ana wins again . ana is [SEP] ana lima . runner . sex : female . [SEP]",
@@ -146,6 +146,38 @@ def test_features_go_before_images():
     torch.testing.assert_close(batch["pair_entity_image_features"][1, 0], features + 1)  # T(e): the mean of all
     shown = (batch["pair_image_positions"] >= 0).tolist()
     assert shown == [[[True, False], [False, False]], [[False, True], [False, False]]]
+
+
+@pytest.mark.parametrize("limit", [None, 1, 2])
+def test_the_images_of_an_entity_come_with_their_number(limit):
+    """T(e) of §3.2: all of them, or the first so many."""
+    pictures = [picture((10 * k, 0, 250 - 10 * k)) for k in range(3)]
+    entities = [ENTITY | {"images": pictures[:k]} for k in (0, 3, 1)]
+    processor = sighted(max_entity_images=limit, pretraining_tasks=["mixed"])
+    linking = processor(pairs=[(MENTION, entities), (MENTION, entities[2:])])
+    pretraining = processor(posts=POSTS[:1] * 3, entities=entities, partners=[0, 1, 2])
+    most = min(3, limit or 3)
+    assert ("pair_entity_image_counts" in linking) == ("entity_image_counts" in pretraining) == (most > 1)
+    for pixels, counts, kept in (
+        (linking["pair_entity_pixel_values"][0], linking.get("pair_entity_image_counts", [[0, 1, 1]])[0], entities),
+        (pretraining["entity_pixel_values"], pretraining.get("entity_image_counts", [0, 1, 1]), entities),
+        (
+            linking["pair_entity_pixel_values"][1],
+            linking.get("pair_entity_image_counts", [[], [1, 0, 0]])[1],
+            [entities[2]],
+        ),
+    ):
+        pixels = pixels if most > 1 else pixels.unsqueeze(1)
+        assert pixels.shape == (3, most, 3, 8, 8)
+        for entity, found, count in zip(kept, pixels, counts, strict=False):
+            assert int(count) == min(len(entity["images"]), most)
+            for k in range(most):
+                expected = processor.images([pictures[k]])[0] if k < count else torch.zeros(3, 8, 8)
+                torch.testing.assert_close(found[k], expected)
+    features = torch.arange(6.0).view(3, 2)
+    row = ENTITY | {"image_features": features}
+    batch = processor(pairs=[(MENTION | {"image_features": None}, [row])])
+    torch.testing.assert_close(batch["pair_entity_image_features"][0, 0], features[:limit].mean(0))
 
 
 def test_lists_of_unequal_length_contexts_and_no_candidates():
@@ -344,6 +376,7 @@ def test_options_survive_saving(tmp_path):
         "mention_tail": ", {mention}",
         **ACCOUNT_OPTIONS,
         "use_images": True,
+        "max_entity_images": 2,
         "pretraining_tasks": ["mixed"],
         "swap_roles": False,
     }
@@ -364,6 +397,7 @@ def test_options_survive_saving(tmp_path):
         ({"pretraining_tasks": []}, "pretraining_tasks"),
         ({"use_images": False, "pretraining_tasks": ["mixed"]}, "use_images"),
         ({"max_length": 5}, "max_length=5"),
+        ({"max_entity_images": 0}, "max_entity_images=0"),
     ],
 )
 def test_impossible_options_say_why(options, words_):
