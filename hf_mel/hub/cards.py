@@ -20,8 +20,8 @@ def model_card(run_info: Mapping[str, Any]) -> str:
     """The README.md of a trained model: Hub metadata, use, data, results, training, limits, citation.
 
     Args:
-        run_info (mapping): What `results.json` of a run folder holds (see [`~hf_mel.training.run.run_recipe`]), and
-            optionally `repo_id`, the repository the model goes to; default: the recipe's name under `hf-mel/`; and
+        run_info (mapping): What `results.json` of a run folder holds (see [`~hf_mel.training.run.run_recipe`]; of a
+            pre-training too, which has a card of its own), and optionally `repo_id`, the repository the model goes to; default: the recipe's name under `hf-mel/`; and
             `tests`, a list of evaluations of the finished model ([`~hf_mel.evaluation.full.FullResult.to_dict`]).
     """
     model, data, recipe = run_info["model"], run_info["data"], run_info["recipe"]
@@ -35,7 +35,8 @@ def model_card(run_info: Mapping[str, Any]) -> str:
         base_model=hub_bases or None,
     )
     lists = run_info["validation"].get("candidates")
-    name = "model_card.md" if lists is None else "reranker_card.md"
+    pretraining = _is_pretraining(run_info)
+    name = "pretraining_card.md" if pretraining else "model_card.md" if lists is None else "reranker_card.md"
     template = string.Template((resources.files("hf_mel.hub") / "templates" / name).read_text(encoding="utf-8"))
     citation = run_info.get("citation", "").strip()
     body = template.substitute(
@@ -47,7 +48,7 @@ def model_card(run_info: Mapping[str, Any]) -> str:
         base=f"built on {' and '.join(f'`{name}`' for name in bases)}" if bases else "started from scratch",
         data=_data(data),
         kb_size=f"{data['entities']:,}",
-        results=_all_results(run_info),
+        results=_loss(run_info) if pretraining else _all_results(run_info),
         nil=_nil(run_info.get("nil")),
         candidates="" if lists is None else _candidates(lists),
         orders="" if lists is None else _orders(run_info["validation"]),
@@ -131,10 +132,21 @@ def _squeezed(body: str) -> str:
 
 
 def evaluations(run_info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(split, evaluation): the tests, then validation."""
+    """(split, evaluation): the tests, then validation; nothing for a pre-training, which has a loss and no ranks."""
+    if _is_pretraining(run_info):
+        return
     for test in run_info.get("tests", ()):
         yield str((test.get("data") or {}).get("split", "test")), test
     yield run_info["data"]["validation_split"], run_info["validation"]
+
+
+def _is_pretraining(run_info: Mapping[str, Any]) -> bool:
+    return run_info.get("task") == "pretraining"
+
+
+def _loss(run_info: Mapping[str, Any]) -> str:
+    loss, split = run_info["validation"]["loss"], run_info["data"]["validation_split"]
+    return f"The loss on `{split}` is {loss:.4g}; the checkpoint was chosen by it."
 
 
 def _all_results(run_info: Mapping[str, Any]) -> str:
@@ -173,15 +185,16 @@ def _shown(training: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _data(data: Mapping[str, Any]) -> str:
+    kind = "mentions" if "train_mentions" in data else "posts"  # a pre-training's
     rows = [
         ["data set", f"`{data['dataset']}`"],
         ["revision", f"`{data['revision']}`" if data.get("revision") else "a local build"],
         ["sha256 of its files", f"`{data['sha256']}`" if data.get("sha256") else "not known"],
-        [f"mentions for training (`{data['train_split']}`)", f"{data['train_mentions']:,}"],
-        [f"mentions for validation (`{data['validation_split']}`)", f"{data['validation_mentions']:,}"],
+        [f"{kind} for training (`{data['train_split']}`)", f"{data[f'train_{kind}']:,}"],
+        [f"{kind} for validation (`{data['validation_split']}`)", f"{data[f'validation_{kind}']:,}"],
         ["entities of the knowledge base", f"{data['entities']:,}"],
     ]
-    if data["train_nil"]:
+    if data.get("train_nil"):
         rows.insert(4, ["of these left out, because their entity is NIL", f"{data['train_nil']:,}"])
     return _table(["", ""], rows)
 

@@ -637,7 +637,9 @@ def _card_of_run(
     for split, evaluation in evaluations(info):
         metrics = evaluation["metrics"]
         notes.append(f"Results, {split}: H@1 {100 * metrics['hits@1']:.1f}, MRR {100 * metrics['mrr']:.1f}.")
-    if not tests:
+    if info.get("task") == "pretraining":
+        notes.append("The card says that this is a pre-training: a loss, and no results of linking.")
+    elif not tests:
         notes.append(
             "The card has results on validation only. For a test split: hf-mel evaluate RUN … --output RUN/results_test.json"
         )

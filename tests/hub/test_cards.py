@@ -8,6 +8,7 @@ import re
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from hf_mel.hub.cards import MARKER, eval_results, kb_card, model_card
+from hf_mel.hub.publish import model_publication
 from hf_mel.hub.saving import save_model_repository
 from tests.toy import ToyProcessor, ToyRetriever, toy_model
 
@@ -191,6 +192,45 @@ hf_mel, which trained and evaluated it:
 
 def test_the_whole_card():
     assert model_card(run_info()) == EXPECTED
+
+
+def pretraining_info(**changes) -> dict:
+    info = run_info(task="pretraining", validation={"loss": 2.34567}, **changes)
+    del info["nil"]
+    data = {"train_posts": 1500, "validation_posts": 250}
+    kept = {k: v for k, v in info["data"].items() if k not in ("train_mentions", "train_nil", "validation_mentions")}
+    return info | {"data": kept | data}
+
+
+def test_the_card_of_a_pretraining():
+    """Its metadata, data and training are the other card's; it promises no linking and has no ranks."""
+    card, whole = model_card(pretraining_info()), model_card(run_info())
+    assert ModelCard(card).data.to_dict() == ModelCard(whole).data.to_dict()
+    for words in (
+        "The first of two steps",
+        "`toy_retriever` model of 1,234,567 parameters, built on `org/encoder`",
+        "  from_pretrained: hf-mel/toy_planets\n",
+        "| posts for training (`train`) | 1,500 |\n| posts for validation (`validation`) | 250 |\n| entities of",
+        "The loss on `validation` is 2.346; the checkpoint was chosen by it.",
+        "1.5 minutes on 2 CPU cores; epoch 10 was the best; seed 7. With hf_mel 0.1.0, torch 2.13.0.",
+        "@misc{toy, title = {Toy}}",
+    ):
+        assert words in card
+    assert "H@1" not in card
+    assert "NIL" not in card
+    assert card.endswith(f"```\n\n{MARKER}\n")
+    assert not re.search(r"\n{3}|\$\w", card)
+    assert eval_results(pretraining_info()) == []
+
+
+def test_a_pretraining_is_published_with_its_card(tmp_path):
+    save_model_repository(toy_model(), ToyProcessor(), tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(pretraining_info()))
+    publication = model_publication(tmp_path, "me/first")
+    assert b"The first of two steps" in publication.files["README.md"]
+    assert b"from_pretrained: me/first" in publication.files["README.md"]
+    assert any("pre-training" in note for note in publication.notes)
+    assert not any("validation only" in note for note in publication.notes)
 
 
 def test_a_threshold_that_was_only_made_up_is_offered_not_set():

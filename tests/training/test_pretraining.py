@@ -103,6 +103,9 @@ def test_a_run_gives_a_model_that_linking_goes_on_from(tmp_path, trained):
     results = json.loads((folder / "results.json").read_text())
     assert results["task"] == "pretraining"
     assert not (folder / "checkpoints").exists()
+    card = (folder / "README.md").read_text()
+    assert f"is {results['validation']['loss']:.4g};" in card
+    assert f"posts for training (`train`) | {results['data']['train_posts']} |" in card
     log = json.loads((folder / "training_log.json").read_text())
     losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     assert results["validation"]["loss"] == pytest.approx(min(losses), rel=1e-5)  # the best is kept
