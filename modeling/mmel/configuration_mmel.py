@@ -51,6 +51,10 @@ class MmelConfig(PreTrainedConfig):
             published network. 0: no pairwise training, hence no learned similarity and no collaborative ranking.
         margin (`int` or `float`, *optional*, defaults to 0.3):
             γ of eq. 11, from the published network.
+        similarity_weight (`int` or `float`, *optional*, defaults to 1):
+            Weight of S in the averages of collaborative ranking (§3.5); 1 is the average that the paper prints. Lower, S
+            decides only between candidates that m finds alike; 0 keeps the order of each mention. Not used in training:
+            a trained model may be given another.
     """
 
     model_type: ClassVar[str] = "mmel"
@@ -74,6 +78,7 @@ class MmelConfig(PreTrainedConfig):
     joint_image: bool = True
     pairwise_loss_weight: int | float = 0.5
     margin: int | float = 0.3
+    similarity_weight: int | float = 1
 
     def __post_init__(self, **kwargs):
         if self.text_config is None and self.vision_config is None:
@@ -105,7 +110,7 @@ class MmelConfig(PreTrainedConfig):
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
-        for field in ("pairwise_loss_weight", "margin"):
+        for field in ("pairwise_loss_weight", "margin", "similarity_weight"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
 

@@ -26,14 +26,19 @@ Equation numbers are the paper's. What it leaves open, misprints or contradicts,
 Collaborative ranking (§3.5), for a context with mentions x_1, x_2, … by falling best m:
 
 - the pairs of a combination and a candidate of the next mention get (S + score of the combination + m) / 3, S taking the
-  combination first; the |E| best go on, their features averaged, (h + h') / 2;
+  combination first; the |E| best go on, their features averaged, (h + h') / 2. "Select the top-|E| similarity scores and
+  then average" could also mean to select by S alone, but what goes on are "the top-|E| new ranking scores". With
+  `similarity_weight` w it is (w S + score of the combination + m) / (w + 2);
 - |E| is the most candidates a mention of the context has;
 - a candidate's final score is m plus the best score of the combinations it is in at the end, m alone if in none. "The
   maximum value of similarity scores" could also mean S; Figure 5 agrees with both, the published network with this.
   With a constant S the order of no mention changes: better candidates are in better combinations;
 - keeping |E| is exact for two mentions and for a constant S; with three and more, combinations that a later mention
   would have lifted can be lost;
-- S is the one trained by eq. 11 (the published ranking makes a new one, untrained).
+- S is the one trained by eq. 11 (the published ranking makes a new one, untrained). Eq. 11 teaches it to tell positives
+  from negatives, which m is taught too, while m is close to 0 or 1 for most candidates: in the average, S can then outvote
+  differences of m that are small as probabilities and large as odds. An untrained S hardly varies and cannot; a low
+  `similarity_weight` is between the two.
 """
 
 from __future__ import annotations
@@ -595,7 +600,8 @@ class MmelModel(MmelPreTrainedModel):
         chosen = [torch.arange(width, device=matching.device).expand(groups, -1)]
         for t in range(1, mentions):
             similarity = self.similarity(combined, features[:, t]).to(scores.dtype)
-            all_scores = (similarity + scores.unsqueeze(2) + matching[:, t].unsqueeze(1)) / 3
+            weight = self.config.similarity_weight
+            all_scores = (weight * similarity + scores.unsqueeze(2) + matching[:, t].unsqueeze(1)) / (weight + 2)
             best, index = all_scores.flatten(1).sort(descending=True, stable=True)
             best, index = best[:, :width].masked_fill(~within, -torch.inf), index[:, :width]
             first, second = index // width, index % width

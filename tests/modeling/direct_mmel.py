@@ -178,12 +178,12 @@ def confidence_order(mentions):
     return sorted(range(len(mentions)), key=lambda i: -max(m for m, _ in mentions[i]))
 
 
-def combination(choice, ordered, similar):
-    """Score and features of one candidate per mention (in order of confidence), averaged as §3.5 prints."""
+def combination(choice, ordered, similar, weight=1):
+    """Score of one candidate per mention (in order of confidence), averaged as §3.5 prints, S `weight` times."""
     score, features = ordered[0][choice[0]]
     for mention, column in zip(ordered[1:], choice[1:], strict=True):
         m, h = mention[column]
-        score = (similar(features, h) + score + m) / 3
+        score = (weight * similar(features, h) + score + m) / (weight + 2)
         features = (features + h) / 2
     return score
 
@@ -201,7 +201,7 @@ def finish(mentions, order, kept):
     return out
 
 
-def rank_by_greedy(mentions, similar):
+def rank_by_greedy(mentions, similar, weight=1):
     """§3.5 in loops. A mention is a list of (m, features); lists of final scores come back, mention by mention."""
     order = confidence_order(mentions)
     ordered = [mentions[i] for i in order]
@@ -211,7 +211,8 @@ def rank_by_greedy(mentions, similar):
         grown = []
         for score, features, choice in kept:
             for column, (m, h) in enumerate(mention):
-                grown.append(((similar(features, h) + score + m) / 3, (features + h) / 2, (*choice, column)))
+                average = (weight * similar(features, h) + score + m) / (weight + 2)
+                grown.append((average, (features + h) / 2, (*choice, column)))
         kept = sorted(grown, key=lambda item: -item[0])[:size]
     return finish(mentions, order, {choice: score for score, _, choice in kept})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
@@ -363,6 +364,20 @@ def test_ranking_together_is_section_3_5_in_loops(seed, budget, monkeypatch):
     np.testing.assert_allclose(found.numpy(), by_loops(model, *inputs, direct_mmel.rank_by_greedy), rtol=1e-12)
 
 
+@pytest.mark.parametrize("weight", [0, 0.25, 3])
+def test_the_weight_of_the_similarity_is_one_of_its_average(weight):
+    """1 is the paper's (the test above); with 0 no order changes."""
+    model, inputs = ranker(), contexts_for(1, [1, 2, 3, 4])
+    printed = model.rank_jointly(*inputs)
+    model.config.similarity_weight = weight
+    found = model.rank_jointly(*inputs)
+    greedy = functools.partial(direct_mmel.rank_by_greedy, weight=weight)
+    np.testing.assert_allclose(found.numpy(), by_loops(model, *inputs, greedy), rtol=1e-12)
+    assert not torch.allclose(found, printed)
+    if weight == 0:
+        assert torch.equal(found.argsort(dim=1, stable=True), inputs[0].argsort(dim=1, stable=True))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_greedy_is_exact_for_two_mentions_and_for_a_constant_similarity(seed):
     pairs, triples = contexts_for(seed, [2] * 6), contexts_for(seed, [3, 4, 3])
@@ -603,6 +618,7 @@ def test_configuration_survives_saving(tmp_path):
         ({"hidden_size": 10, "num_attention_heads": 4}, ["10", "4"]),
         ({"dropout": 1}, ["dropout"]),
         ({"pairwise_loss_weight": -1}, ["pairwise_loss_weight"]),
+        ({"similarity_weight": -0.5}, ["similarity_weight"]),
     ],
 )
 def test_impossible_configurations_say_why(fields, words):
