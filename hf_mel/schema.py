@@ -30,6 +30,11 @@ def mention_features(**extra: Any) -> datasets.Features:
     - `entity_id` (`str`): the gold, or [`NIL`].
     - `candidates` (list of `str`): entity ids the release ships for this mention; may be empty.
 
+    Some data sets have more: `document_id` (`str`, shared by the mentions of one document, which may have many texts and
+    images), `modality` (`str`: "text", or "image" for a visual mention, whose `text` and `mention` are empty and whose
+    `image` shows its gold; every mention is textual without this column), and `candidate_priors` (list of `float`:
+    p(e|m) of each of `candidates`).
+
     Args:
         extra: further columns of one data set (for instance FlagsMEL's `stratum`).
     """
@@ -158,12 +163,16 @@ class Reranker(Protocol):
 
     Its processor turns `pairs` (M mentions with up to C candidates each) into tensors with first axes M, C, and always
     gives two more: `pair_mask` [M, C] (bool, False where a mention has no C-th candidate) and `pair_context` [M]
-    (int64, equal for the mentions of one context). Rows whose images were encoded beforehand carry `image_features`
+    (int64, equal for the mentions of one context, or document). Rows whose images were encoded beforehand carry `image_features`
     (a tensor [d], or `None`; [k, d] for an entity with k images, where the processor reads several) beside their image;
     the processor then gives these and no pixels.
 
-    Two more members are optional:
+    The rows of candidates carry `prior`, p(e|m), where their lists have one (0 for a candidate that the table of priors
+    does not know, and for a gold that was added); a processor that reads it takes a row without as one of prior 0.
 
+    More members are optional:
+
+    - `max_mentions` (`int` or `None`): how many mentions an example may have; more are an error before the work.
     - `encode_images(pixel_values)`: [I, channels, height, width] → [I, d], and `image_features_are_fixed` (`bool`,
       whether training leaves them as they are): whoever scores encodes each image once with it, and sets
       `image_features` on the rows. The processor's `images(list of PIL images)` makes the pixel values.
@@ -171,8 +180,9 @@ class Reranker(Protocol):
       mentions of each context ranked together, after those of `forward`.
     """
 
-    #: What one example is: `"mention"`, `"context"` (all mentions of one text) or `"document"`. Training batches hold
-    #: mentions, `mentions_per_example` of one context (a lone one twice), or whole documents.
+    #: What one example is: `"mention"`, `"context"` (all mentions of one text) or `"document"` (all mentions of one
+    #: `document_id`, or where the data have none, of one context). Training batches hold mentions,
+    #: `mentions_per_example` of one context (a lone one twice), or whole documents.
     example_unit: str
     #: Whether the score of a pair depends on that pair alone, so that pairs may be scored in any grouping.
     pairs_are_independent: bool

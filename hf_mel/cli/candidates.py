@@ -23,7 +23,11 @@ def candidates(
         str, typer.Option(help="The configuration of the mentions, for a data set that has several.")
     ] = "mentions",
     source: Annotated[
-        str, typer.Option(help="[b]name[/b], [b]prior[/b], [b]retriever[/b], or several of them joined by +.")
+        str,
+        typer.Option(
+            help="[b]name[/b], [b]prior[/b], [b]retriever[/b], [b]release[/b] (those the data set ships), or several of "
+            "them joined by +; after these [b]document[/b]: what has none gets those of its document."
+        ),
     ] = "name",
     k: Annotated[int, typer.Option("--k", min=1, help="Candidates per mention at most.")] = 100,
     scorer: Annotated[

@@ -52,7 +52,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="For a reranker: a file that [b]hf-mel candidates[/b] wrote, or [b]name[/b], [b]prior[/b], "
-            "[b]retriever[/b], or several of them joined by +."
+            "[b]retriever[/b], [b]release[/b], or several of them joined by +, and after these [b]document[/b]."
         ),
     ] = None,
     num_candidates: Annotated[int, typer.Option(min=1, help="Candidates per mention at most.")] = 100,

@@ -1,4 +1,4 @@
-"""The order of mentions in an epoch: which ones meet in a batch decides which negatives they see."""
+"""Which mentions meet in a batch: the order of an epoch decides which negatives they see, examples which stay whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import random
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 
+import datasets
 from torch.utils.data import Sampler
+
+from hf_mel.errors import DataFormatError
+from hf_mel.schema import Row
+
+#: What a reranker may call one example (see [`~hf_mel.schema.Reranker`]).
+EXAMPLE_UNITS = ("mention", "context", "document")
+_GROUP_COLUMNS = ("context_id", "document_id")
 
 
 class GroupingSampler(Sampler[int]):
@@ -53,3 +61,43 @@ def surface_key(mention: str) -> str:
     """The last word of a surface form, case folded: "Tom Hiddleston" and "HIDDLESTON" are hard negatives for another."""
     words = mention.casefold().split()
     return words[-1] if words else ""
+
+
+def example_groups(mentions: datasets.Dataset | Sequence[Row], unit: str, most: int | None = None) -> list[list[int]]:
+    """The mentions of each example, as numbers, in the order of the first.
+
+    Args:
+        mentions (`datasets.Dataset` or sequence of rows): M mentions.
+        unit (`str`): What one example is: a "mention", all mentions of a "context" (one `context_id`), or of a
+            "document": one `document_id`, or where there is none, one `context_id`.
+        most (`int`, *optional*): Mentions that an example may have.
+
+    Raises:
+        DataFormatError: an example has more; names it.
+        `ValueError`: no such unit.
+    """
+    if unit not in EXAMPLE_UNITS:
+        raise ValueError(f"example_unit={unit!r} is not one of {', '.join(EXAMPLE_UNITS)}.")
+    count = len(mentions)
+    if unit == "mention":
+        return [[number] for number in range(count)]
+    if isinstance(mentions, datasets.Dataset):
+        columns = {name: mentions[name] for name in _GROUP_COLUMNS if name in mentions.column_names}
+        contexts = list(columns["context_id"])
+        documents = list(columns.get("document_id", [None] * count))
+    else:
+        contexts = [row["context_id"] for row in mentions]
+        documents = [row.get("document_id") for row in mentions]
+    groups: dict[tuple[bool, str], list[int]] = defaultdict(list)
+    for number, (context, document) in enumerate(zip(contexts, documents, strict=True)):
+        of_document = unit == "document" and document is not None
+        groups[of_document, document if of_document else context].append(number)
+    for (of_document, name), group in groups.items():
+        if most is not None and len(group) > most:
+            what = "document" if of_document else "context"
+            raise DataFormatError(
+                f"the {what} {name!r} has {len(group)} mentions; the model takes {most} together.",
+                row=name,
+                remedy=f"Divide it: give its parts a {what}_id each.",
+            )
+    return list(groups.values())

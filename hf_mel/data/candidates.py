@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from rapidfuzz import distance, fuzz, process
 from tqdm.auto import tqdm
 
+from hf_mel.data.batching import example_groups
 from hf_mel.errors import DataFormatError, MelError, UnknownEntityError
 from hf_mel.schema import NIL
 
@@ -43,6 +44,8 @@ SCORERS: dict[str, tuple[Callable, ...]] = {
 
 #: Scores of names that are in memory at a time.
 _CHUNK_SCORES = 2**23
+#: The source of [`CandidateLists.scores`] whose scores are p(e|m).
+PRIOR = "prior"
 _FORMAT = b"hf_mel.candidates"
 _SCORE = "score "
 
@@ -79,6 +82,29 @@ class CandidateLists:
     def by_mention(self) -> dict[str, list[str]]:
         """The candidates by mention id."""
         return dict(zip(self.mention_ids, self.entity_ids, strict=True))
+
+    @property
+    def priors(self) -> dict[str, dict[str, float]] | None:
+        """p(e|m) of the candidates by mention id and entity id; `None` if no source gave any.
+
+        A candidate that came from other sources only is not in it: its prior is 0.
+
+        Raises:
+            DataFormatError: A prior is negative or infinite; names the mention.
+        """
+        if PRIOR not in self.scores:
+            return None
+        found: dict[str, dict[str, float]] = {}
+        for mention_id, listed, scores in zip(self.mention_ids, self.entity_ids, self.scores[PRIOR], strict=True):
+            found[mention_id] = {e: float(s) for e, s in zip(listed, scores, strict=True) if not math.isnan(s)}
+            wrong = [e for e, prior in found[mention_id].items() if not 0 <= prior < math.inf]
+            if wrong:
+                raise DataFormatError(
+                    f"the prior of the candidate {wrong[0]!r} is {found[mention_id][wrong[0]]}.",
+                    row=mention_id,
+                    remedy="A prior is a probability, p(e|m).",
+                )
+        return found
 
     @property
     def longest(self) -> int:
@@ -211,7 +237,7 @@ def name_candidates(
     An entity scores as its best name does. The composite of MMEL (§4.1: longest common subsequence, common prefix,
     normalised edit distance) is the mean of the three, each in [0, 1]; the paper does not say how it combines them.
     Entities that score the same come in the order of a digest of their ids, so that neither the order of the knowledge
-    base nor the gold decides who is cut off.
+    base nor the gold decides who is cut off. A mention without a surface form (a visual one) has no candidates.
 
     Args:
         mentions (`datasets.Dataset`): M mentions.
@@ -231,7 +257,7 @@ def name_candidates(
     listed = [[name, *(aliases or ())] for name, aliases in zip(entities["name"], entities["aliases"], strict=True)]
     names = [name for row in order for name in listed[row]]
     starts = np.cumsum([0, *(len(listed[row]) for row in order)])[:-1]
-    surfaces = sorted(set(mentions["mention"]))
+    surfaces = sorted(set(mentions["mention"]) - {""})
     found: dict[str, tuple[list[str], list[float]]] = {}
     step = max(1, _CHUNK_SCORES // max(1, len(names)))
     with tqdm(total=len(surfaces), desc="Comparing names", unit="name", delay=1, disable=not progress) as bar:
@@ -246,7 +272,7 @@ def name_candidates(
             for surface, row, chosen in zip(some, best, columns, strict=True):
                 found[surface] = [ids[order[column]] for column in chosen], row[chosen].tolist()
             bar.update(len(some))
-    lists = [found[surface] for surface in mentions["mention"]]
+    lists = [found[surface] if surface else ([], []) for surface in mentions["mention"]]
     return CandidateLists(
         list(mentions["mention_id"]),
         [entity_ids for entity_ids, _ in lists],
@@ -259,7 +285,8 @@ def prior_candidates(mentions: datasets.Dataset, training: datasets.Dataset, *, 
     """The entities that the surface form meant in training, with p(e|m): their share of its uses.
 
     A mention that is one of training itself does not count for its own list. NIL counts as a use, and is no candidate.
-    Surface forms are compared case folded; entities of the same share come in the order of a digest of their ids.
+    Surface forms are compared case folded; entities of the same share come in the order of a digest of their ids. A
+    mention without a surface form (a visual one) has no candidates, and is no use of any.
 
     Args:
         mentions (`datasets.Dataset`): M mentions.
@@ -275,8 +302,9 @@ def prior_candidates(mentions: datasets.Dataset, training: datasets.Dataset, *, 
     for mention_id, surface, gold in zip(
         training["mention_id"], training["mention"], training["entity_id"], strict=True
     ):
-        uses[surface.casefold()][gold] += 1
-        own[mention_id] = gold
+        if surface:
+            uses[surface.casefold()][gold] += 1
+            own[mention_id] = gold
     lists: list[list[str]] = []
     scores: list[list[float]] = []
     for mention_id, surface in zip(mentions["mention_id"], mentions["mention"], strict=True):
@@ -289,8 +317,88 @@ def prior_candidates(mentions: datasets.Dataset, training: datasets.Dataset, *, 
         lists.append(meant[:k])
         scores.append([counts[entity_id] / total for entity_id in meant[:k]])
     return CandidateLists(
-        list(mentions["mention_id"]), lists, {"prior": scores}, {"source": "prior", "k": k, "training": len(training)}
+        list(mentions["mention_id"]), lists, {PRIOR: scores}, {"source": "prior", "k": k, "training": len(training)}
     )
+
+
+def release_candidates(mentions: datasets.Dataset, *, k: int = 100) -> CandidateLists:
+    """The candidates that the release ships: the column `candidates`, the best first where `candidate_priors` says so.
+
+    Args:
+        mentions (`datasets.Dataset`): M mentions; with a column `candidate_priors`, p(e|m) of each of its candidates.
+        k (`int`): Candidates per mention at most.
+
+    Raises:
+        DataFormatError: The data set ships none, a mention has not as many priors as candidates (none is fine), or a
+            prior is no probability; names the mention.
+        `ValueError`: `k` below 1.
+    """
+    _check_k(k)
+    listed = list(mentions["candidates"])
+    if len(listed) and not any(listed):
+        raise DataFormatError(
+            "the data set ships no candidates: its column 'candidates' is empty.",
+            remedy="Take them from name, prior or retriever.",
+        )
+    shipped = list(mentions["candidate_priors"]) if "candidate_priors" in mentions.column_names else []
+    priors = shipped if any(shipped) else None
+    lists: list[list[str]] = []
+    scores: list[list[float]] = []
+    for row, (mention_id, ids) in enumerate(zip(mentions["mention_id"], listed, strict=True)):
+        own = priors[row] if priors is not None and priors[row] else [0.0] * len(ids)
+        if len(own) != len(ids):
+            raise DataFormatError(f"{len(ids)} candidates have {len(own)} priors.", row=mention_id)
+        wrong = [prior for prior in own if prior is None or not 0 <= prior < math.inf]
+        if wrong:
+            raise DataFormatError(
+                f"the prior {wrong[0]} is no probability.", row=mention_id, remedy="Build the data set again."
+            )
+        first: dict[str, float] = {}
+        for entity_id, prior in sorted(zip(ids, own, strict=True), key=lambda pair: -pair[1]):
+            first.setdefault(entity_id, prior)
+        lists.append(list(first)[:k])
+        scores.append(list(first.values())[:k])
+    if priors is None:  # an order is all that is known
+        scores = [[1 / (place + 1) for place in range(len(ids))] for ids in lists]
+    return CandidateLists(
+        list(mentions["mention_id"]),
+        lists,
+        {"release" if priors is None else PRIOR: scores},
+        {"source": "release", "k": k},
+    )
+
+
+def document_candidates(mentions: datasets.Dataset, lists: CandidateLists, *, k: int = 100) -> CandidateLists:
+    """For each mention that has no candidates, those of the other mentions of its document.
+
+    So a photograph is compared with what the text beside it may mean (the heuristic linking of MM-nel, §2.4), and a
+    surface form that nothing knows with what is spoken of around it. An entity's score is the sum of 1 / place over the
+    lists it is in; entities of the same score come in the order of a digest of their ids.
+
+    Args:
+        mentions (`datasets.Dataset`): M mentions, whole documents ([`~hf_mel.data.batching.example_groups`]).
+        lists ([`CandidateLists`]): Their candidates from other sources.
+        k (`int`): Candidates per mention at most.
+
+    Raises:
+        `ValueError`: `k` below 1.
+    """
+    _check_k(k)
+    lists = lists.of(mentions)
+    found: list[list[str]] = [[] for _ in range(len(lists))]
+    scores: list[list[float]] = [[] for _ in range(len(lists))]
+    for group in example_groups(mentions, "document"):
+        without = [row for row in group if not lists.entity_ids[row]]
+        if not without:
+            continue
+        votes: dict[str, float] = defaultdict(float)
+        for row in group:
+            for place, entity_id in enumerate(lists.entity_ids[row]):
+                votes[entity_id] += 1 / (place + 1)
+        best = sorted(votes, key=lambda entity_id: (-votes[entity_id], _digest(entity_id)))[:k]
+        for row in without:
+            found[row], scores[row] = list(best), [votes[entity_id] for entity_id in best]
+    return CandidateLists(list(mentions["mention_id"]), found, {"document": scores}, {"source": "document", "k": k})
 
 
 def union_candidates(lists: Sequence[CandidateLists], *, k: int) -> CandidateLists:

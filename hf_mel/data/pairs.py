@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +11,10 @@ import datasets
 import torch
 from torch.utils.data import Dataset
 
+from hf_mel.data.batching import example_groups
 from hf_mel.data.collator import LazyRow, LazyRows, images_per_entity
 from hf_mel.errors import UnknownEntityError
 from hf_mel.schema import MelProcessor, Row
-
-#: What a reranker may call one example (see [`~hf_mel.schema.Reranker`]).
-EXAMPLE_UNITS = ("mention", "context", "document")
 
 
 class Examples(Dataset):
@@ -24,20 +22,17 @@ class Examples(Dataset):
 
     Args:
         mentions (`datasets.Dataset`): M mentions.
-        unit (`str`): What one example is: a "mention", or all mentions of a "context" or "document" (one `context_id`).
+        unit (`str`): What one example is: a "mention", or all mentions of a "context" or a "document", as
+            [`~hf_mel.data.batching.example_groups`] has it.
+        most (`int`, *optional*): Mentions that an example may have.
+
+    Raises:
+        DataFormatError: an example has more.
     """
 
-    def __init__(self, mentions: datasets.Dataset, unit: str):
-        if unit not in EXAMPLE_UNITS:
-            raise ValueError(f"example_unit={unit!r} is not one of {', '.join(EXAMPLE_UNITS)}.")
+    def __init__(self, mentions: datasets.Dataset, unit: str, most: int | None = None):
         self.rows = LazyRows(mentions)
-        if unit == "mention":
-            self._groups = [[row] for row in range(len(mentions))]
-        else:
-            groups: dict[str, list[int]] = defaultdict(list)
-            for row, context in enumerate(mentions["context_id"]):
-                groups[context].append(row)
-            self._groups = list(groups.values())
+        self._groups = example_groups(mentions, unit, most)
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -51,12 +46,21 @@ class Examples(Dataset):
         return [[next(rows) for _ in self._groups[index]] for index in indices]
 
 
+def with_prior(entity: Row, prior: float) -> Row:
+    """The row of a candidate with its `prior`, p(e|m); not a copy, which would decode its images."""
+    return ChainMap({"prior": prior}, entity)  # type: ignore[arg-type]
+
+
 class PairCollator:
     """Turns training examples into the batch of a [`~hf_mel.schema.Reranker`].
 
     Every mention stands beside its gold and `num_negatives` others: drawn from its candidates, and from the whole
     knowledge base where these are too few. No gold of the example is a negative in it, and no negative occurs in it
     twice. Where the gold stands is drawn too, so that only `labels` tell.
+
+    In a "document", whose mentions are linked by what their candidates have in common, each mention has a list of its
+    own as in evaluation: what one mention means may be a negative of another. With as many negatives as the lists have
+    other candidates, they are whole.
 
     All draws are a function of seed, epoch and ids, so they change from epoch to epoch and come out the same in a
     resumed run, on any number of processes.
@@ -65,6 +69,8 @@ class PairCollator:
         processor ([`~hf_mel.schema.MelProcessor`]): Turns pairs into tensors.
         entities (`datasets.Dataset`): The knowledge base, N rows.
         candidates (`Mapping[str, Sequence[str]]`): Entity ids by mention id; a mention that is not there has none.
+        priors (`Mapping[str, Mapping[str, float]]`, *optional*): p(e|m) by mention id and entity id: every candidate row,
+            gold or negative, then carries its `prior`, 0 where there is none.
         num_negatives (`int`, *optional*, defaults to 1): Negatives of each mention; fewer in a tiny knowledge base.
         negatives_from (`int`, *optional*): Draw negatives from the first so many of the other candidates, which are the
             hardest where a list has the best first. `None`: from all of them.
@@ -87,6 +93,7 @@ class PairCollator:
         entities: datasets.Dataset,
         candidates: Mapping[str, Sequence[str]],
         *,
+        priors: Mapping[str, Mapping[str, float]] | None = None,
         num_negatives: int = 1,
         negatives_from: int | None = None,
         unit: str = "mention",
@@ -98,6 +105,7 @@ class PairCollator:
         if num_negatives < 1:
             raise ValueError(f"num_negatives={num_negatives} must be at least 1.")
         self.processor, self.candidates, self.num_negatives = processor, candidates, num_negatives
+        self.priors = priors
         self.negatives_from = negatives_from
         self.unit, self.mentions_per_example = unit, mentions_per_example
         self.random_image, self.with_features, self.seed, self.epoch = random_image, with_features, seed, 0
@@ -127,6 +135,8 @@ class PairCollator:
             chosen = self._chosen(example, draw)
             taken = {self._row(mention["entity_id"], mention, "gold") for mention in chosen}
             for mention in chosen:
+                if self.unit == "document":
+                    taken = {self._row_of[mention["entity_id"]]}
                 negatives = self._negatives(mention, taken, draw)
                 taken |= set(negatives)
                 place = draw.randint(0, len(negatives))
@@ -141,6 +151,12 @@ class PairCollator:
         ]
         if self.with_features is not None:
             mentions, entities = list(self.with_features(mentions)), list(self.with_features(entities))
+        if self.priors is not None:
+            listed = ((mention, row) for mention, rows in zip(mentions, lists, strict=True) for row in rows)
+            entities = [
+                with_prior(entity, self.priors.get(mention["mention_id"], {}).get(self._ids[row], 0.0))
+                for entity, (mention, row) in zip(entities, listed, strict=True)
+            ]
         rest = iter(entities)
         pairs = [(mention, [next(rest) for _ in rows]) for mention, rows in zip(mentions, lists, strict=True)]
         return {**self.processor(pairs=pairs), "labels": torch.tensor(labels)}

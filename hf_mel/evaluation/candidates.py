@@ -110,6 +110,12 @@ def evaluate_candidates(
     each other scores the lists of each protocol). The candidates are given to the model in the order of their ids, so
     that the place of a gold, added or not, says nothing. Mentions whose gold is NIL are not ranked.
 
+    "micro_f1" is that of MM-nel's Tables 3 and 4 and of the linkers they compare: every mention is linked to the candidate
+    of the highest score, or to nothing if it has no candidate. Of the mentions whose gold is in the knowledge base,
+    precision is the share of the linked ones that are linked to their gold, recall that of all of them; mentions whose
+    gold is NIL count in neither. Where every mention has a candidate, it is H@1; a gold that shares the highest score
+    counts as there.
+
     Where a source's own order is reported, a gold that another source gave, or that was added, counts as a miss end to
     end, and as the last with the gold added.
 
@@ -119,6 +125,7 @@ def evaluate_candidates(
         mentions (`datasets.Dataset`): M rows of the schema.
         entities (`datasets.Dataset`): N rows of the schema.
         candidates ([`~hf_mel.data.candidates.CandidateLists`]): The candidates of these mentions, and maybe of others.
+            With p(e|m) among their scores ("prior"), their rows carry it to the model.
         joint (`bool`, *optional*): Whether the order that counts ranks the mentions of a context together. Default: if
             the model can. Both orders are reported.
         images ([`~hf_mel.linking.reranking.ImageFeatures`], *optional*): Images that are encoded already.
@@ -126,7 +133,8 @@ def evaluate_candidates(
         ks (sequence of `int`): The k of H@k and of the candidates' recall.
         ties (`str`): "realistic", "optimistic" or "pessimistic".
         tie_tolerance (`float`): A candidate equals the gold if its score differs by at most this * max(1, |gold score|).
-        strata (sequence of `str`, *optional*): Columns to report by; see [`~hf_mel.evaluation.strata.strata_of`].
+        strata (sequence of `str`, *optional*): Columns to report by, by default "modality" and "stratum"; see
+            [`~hf_mel.evaluation.strata.strata_of`].
         train_golds (collection of `str`, *optional*): Golds of the training split; reports seen and unseen ones apart.
         data_version (`Mapping`, *optional*): What identifies the data.
         progress (`bool`): Whether to show a progress bar.
@@ -136,7 +144,8 @@ def evaluate_candidates(
 
     Raises:
         [`~hf_mel.errors.UnknownEntityError`]: a gold or a candidate is not in the knowledge base; names the mention.
-        [`~hf_mel.errors.DataFormatError`]: a mention has no list, or there is no such column to report by.
+        [`~hf_mel.errors.DataFormatError`]: a mention has no list, there is no such column to report by, a prior is no
+            probability, or an example has more mentions than the model's `max_mentions`.
         [`~hf_mel.errors.RecipeError`]: `joint` for a model that cannot rank jointly.
         [`~hf_mel.errors.KnowledgeBaseError`]: there are no entities.
         [`~hf_mel.errors.ScoreError`]: a score is nan or infinite.
@@ -155,6 +164,7 @@ def evaluate_candidates(
     golds = list(mentions["entity_id"])
     candidates = candidates.of(mentions)
     candidates.rows(entity_ids)  # an unknown one shows now
+    table = candidates.priors
     lists = _Lists(candidates, golds, {entity_id: row for row, entity_id in enumerate(entity_ids)})
 
     scored: dict[str, dict[str, torch.Tensor]] = {END_TO_END: {}, GOLD_ADDED: {}}
@@ -163,6 +173,7 @@ def evaluate_candidates(
     masks = {END_TO_END: lists.retrieved, GOLD_ADDED: lists.listed}
     if model.pairs_are_independent:
         asked = list(masks.values()) if jointly else []
+        options["priors"] = lists.priors(table, lists.ids)
         found = score_pairs(model, processor, mentions, entities, lists.rows, joint_masks=asked, **options)
         for number, (protocol, mask) in enumerate(masks.items()):
             scored[protocol][_RERANKER] = found.scores.masked_fill(~mask, -torch.inf)
@@ -175,6 +186,8 @@ def evaluate_candidates(
             for i, each in enumerate(rows):
                 own[i, : len(each)] = True
             width = max(map(len, rows), default=0)
+            shown = [[ids[c] for c in columns] for ids, columns in zip(lists.ids, places, strict=True)]
+            options["priors"] = lists.priors(table, shown)
             asked = [own[:, :width]] if jointly else []
             found = score_pairs(model, processor, mentions, entities, rows, joint_masks=asked, **options)
             for order, scores in ((_RERANKER, found.scores), *((_JOINT, each) for each in found.joint)):
@@ -192,14 +205,18 @@ def evaluate_candidates(
             name: _places(scores.double().numpy(), lists.gold_columns, tie_tolerance)
             for name, scores in of_orders.items()
         }
+        linked = {name: masks[protocol].any(1).numpy() for name in places_of}
         for source in candidates.scores:
-            best, worst = _places(lists.source_scores(source), lists.gold_columns, tie_tolerance)
+            given = lists.source_scores(source)
+            best, worst = _places(given, lists.gold_columns, tie_tolerance)
+            name = f"candidates: {source}"
+            linked[name] = np.any(masks[protocol].numpy() if protocol == GOLD_ADDED else np.isfinite(given), axis=1)
             if protocol == GOLD_ADDED:
                 last = lists.listed.sum(1).numpy()
                 best, worst = (np.where(np.isnan(each) & in_kb, last, each) for each in (best, worst))
-            places_of[f"candidates: {source}"] = best, worst
+            places_of[name] = best, worst
         for name, (best, worst) in places_of.items():
-            orders[protocol][name] = _report(best, worst, in_kb, labels, ks, ties, len(entity_ids))
+            orders[protocol][name] = _report(best, worst, linked[name], in_kb, labels, ks, ties, len(entity_ids))
         ranks[protocol] = resolve_ranks(*places_of[order], ties)
     lengths = [len(each) for each in candidates.entity_ids]
     device, dtype = getattr(model, "device", "cpu"), getattr(model, "dtype", torch.float32)
@@ -219,6 +236,7 @@ def evaluate_candidates(
                 "k": candidates.longest,
                 "mean_length": float(np.mean(lengths)) if lengths else 0.0,
                 "without": lengths.count(0),
+                **({} if table is None else {"without_prior": sum(not table[m] for m in mentions["mention_id"])}),
                 "recall": candidates.recall(golds, [k for k in ks if k < candidates.longest] + [candidates.longest]),
             },
             "kb_size": len(entity_ids),
@@ -269,6 +287,15 @@ class _Lists:
         places = [each.nonzero().flatten().tolist() for each in mask]
         return [[rows[c] for c in columns] for rows, columns in zip(self.rows, places, strict=True)], places
 
+    def priors(
+        self, table: Mapping[str, Mapping[str, float]] | None, shown: Sequence[Sequence[str]]
+    ) -> list[list[float]] | None:
+        """p(e|m) of the candidates `shown` of each mention, 0 for one without; `None` without a table."""
+        if table is None:
+            return None
+        known = (table[mention_id] for mention_id in self.candidates.mention_ids)
+        return [[own.get(entity_id, 0.0) for entity_id in ids] for own, ids in zip(known, shown, strict=True)]
+
     def source_scores(self, source: str) -> np.ndarray:
         """The scores [M, C] that a source gave; -inf for what it did not give."""
         scores = np.full(self.listed.shape, -np.inf)
@@ -292,11 +319,20 @@ def _places(scores: np.ndarray, gold_columns: np.ndarray, tolerance: float) -> t
     return np.where(known, better + 1, np.nan), np.where(known, not_worse, np.nan)
 
 
-def _report(best, worst, in_kb, labels: Mapping[str, Labels], ks, ties, kb_size) -> dict[str, Any]:
+def _report(best, worst, linked, in_kb, labels: Mapping[str, Labels], ks, ties, kb_size) -> dict[str, Any]:
+    right = resolve_ranks(best, worst, ties) == 1
+
     def metrics(chosen: np.ndarray) -> dict[str, float]:
         ranked = chosen & in_kb
+        # 2PR / (P + R), with P = right / linked and R = right / all of them.
+        both = int((ranked & linked).sum() + ranked.sum())
+        micro_f1 = 2 * int((ranked & right).sum()) / both if both else np.nan
         counts = {"num_mentions": int(chosen.sum()), "num_nil": int(chosen.sum() - ranked.sum())}
-        return {**ranking_metrics(best[ranked], worst[ranked], ks, ties, kb_size), **counts}
+        return {
+            **ranking_metrics(best[ranked], worst[ranked], ks, ties, kb_size),
+            "micro_f1": micro_f1,
+            **counts,
+        }
 
     return {
         "metrics": metrics(np.ones(len(in_kb), dtype=bool)),

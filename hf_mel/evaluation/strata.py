@@ -13,6 +13,9 @@ from hf_mel.schema import NIL
 #: One group name per mention, `None` for a mention that is in none.
 Labels = list[str | None]
 
+#: The group of a mention with an empty value, by column; elsewhere it is in none.
+_DEFAULTS = {"modality": "text"}
+
 
 def strata_of(
     mentions: datasets.Dataset,
@@ -21,13 +24,15 @@ def strata_of(
 ) -> dict[str, Labels]:
     """The groups of each of M mentions, by the name of what divides them.
 
-    - every name in `columns`: the value of that column, in no group where it is empty;
+    - every name in `columns`: the value of that column, in no group where it is empty; a mention without a "modality" is a
+      textual one;
     - "mentions in context": "single", or "multiple" where another of these mentions has the same `context_id`;
     - "gold in training", given `train_golds`: "seen" or "unseen"; a mention whose gold is NIL is in no group.
 
     Args:
         mentions (`datasets.Dataset`): M rows of the schema.
-        columns (sequence of `str`, *optional*): Columns to divide by. Default: "stratum", if the data set has it.
+        columns (sequence of `str`, *optional*): Columns to divide by. Default: "modality" and "stratum", if the data set has
+            them.
         train_golds (collection of `str`, *optional*): The entity ids that occur as golds in training.
 
     Returns:
@@ -37,7 +42,7 @@ def strata_of(
         [`~hf_mel.errors.DataFormatError`]: the mentions lack one of `columns`.
     """
     if columns is None:
-        columns = [column for column in ("stratum",) if column in mentions.column_names]
+        columns = [column for column in ("modality", "stratum") if column in mentions.column_names]
     missing = [column for column in columns if column not in mentions.column_names]
     if missing:
         raise DataFormatError(
@@ -45,7 +50,8 @@ def strata_of(
             remedy=f"They have {', '.join(mentions.column_names)}.",
         )
     strata: dict[str, Labels] = {
-        column: [None if value in (None, "") else str(value) for value in mentions[column]] for column in columns
+        column: [_DEFAULTS.get(column) if value in (None, "") else str(value) for value in mentions[column]]
+        for column in columns
     }
     contexts = Counter(mentions["context_id"])
     strata["mentions in context"] = [

@@ -41,11 +41,14 @@ def results_table(results: Mapping[str, Any], title: str | None = None) -> Table
     title = title or f"{results['num_mentions']:,} mentions against {against} (ties {results['ties']}{units})"
     table = Table("mentions", title=title)
     table.add_column("in KB", justify="right")
-    columns = [name for name in _columns(overall) if name not in _DECISIONS]
+    decides = "nil_threshold" in results  # among candidates every mention is linked, and F1 is a column
+    columns = [name for name in _columns(overall) if not (decides and name in _DECISIONS)]
     for name in columns:
         table.add_column(display_name(name), justify="right")
     decisions = [
-        f"{display_name(name)} {display_value(name, overall[name])}" for name in overall if name in _DECISIONS
+        f"{display_name(name)} {display_value(name, overall[name])}"
+        for name in overall
+        if decides and name in _DECISIONS
     ]
     if decisions:  # as columns they would squeeze the ranks out of a terminal of 80 characters
         table.caption = f"All mentions, NIL below {results['nil_threshold']:.4g}: {', '.join(decisions)}"

@@ -1,4 +1,4 @@
-"""Candidate lists from any source: by name, by prior, by a trained retriever, from a file, or several together."""
+"""Candidate lists from any source: by name, by prior, by a trained retriever, as released, or several together."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import datasets
 from hf_mel.data.candidates import (
     SCORERS,
     CandidateLists,
+    document_candidates,
     name_candidates,
     prior_candidates,
     ranked_candidates,
+    release_candidates,
     union_candidates,
 )
 from hf_mel.errors import RecipeError
@@ -25,7 +27,7 @@ from hf_mel.linking.loading import load_retriever
 from hf_mel.linking.ranking import EncodedEntities, EntitySource, rank
 from hf_mel.schema import MelProcessor
 
-SOURCES = ("name", "prior", "retriever")
+SOURCES = ("name", "prior", "retriever", "release", "document")
 
 
 def default_cache() -> Path:
@@ -49,7 +51,9 @@ def make_candidates(
     """The candidates of M mentions.
 
     Args:
-        source (`str`): "name", "prior", "retriever", or several joined by "+" ("name+prior"), which take turns.
+        source (`str`): "name", "prior", "retriever", "release" (the columns `candidates` and `candidate_priors`), or
+            several joined by "+" ("name+prior"), which take turns. After others, "document": a mention for which they
+            find nothing gets the candidates of the other mentions of its document.
         mentions (`datasets.Dataset`): M rows of the schema.
         entities (`datasets.Dataset`): N rows of the schema.
         k (`int`): Candidates per mention at most.
@@ -63,6 +67,7 @@ def make_candidates(
 
     Raises:
         RecipeError: An unknown source or scorer, or one without what it needs.
+        DataFormatError: The source is "release", and the data set ships no candidates, or priors that are none.
         UnknownModelError: No such retriever.
     """
     sources = source.split("+")
@@ -77,6 +82,11 @@ def make_candidates(
         model, processor = load_retriever(retriever, device=device)
     lists = []
     for each in sources:
+        if each == "release":
+            lists.append(release_candidates(mentions, k=k))
+            continue
+        if each == "document":
+            continue  # after all others
         file = None
         if cache_dir is not None:
             depends = {"source": each, "k": k, "mentions": _digest(mentions), "entities": _digest(entities)}
@@ -102,7 +112,16 @@ def make_candidates(
         if file is not None:
             made.save(file)
         lists.append(made)
-    return lists[0] if len(lists) == 1 else union_candidates(lists, k=k)
+    given = [scored for each in lists for scored in each.scores]
+    if len(set(given)) < len(given):
+        raise RecipeError(
+            "the release ships priors of its candidates, and 'prior' would count others.",
+            remedy="Leave 'prior' or 'release' out.",
+        )
+    made = lists[0] if len(lists) == 1 else union_candidates(lists, k=k)
+    if "document" in sources:
+        made = union_candidates([made, document_candidates(mentions, made, k=k)], k=k)
+    return made
 
 
 def check_source(source: str, *, k: int, scorer: str, retriever: Any) -> None:
@@ -115,6 +134,10 @@ def check_source(source: str, *, k: int, scorer: str, retriever: Any) -> None:
             )
     if len(set(sources)) < len(sources):
         raise RecipeError(f"{source!r} names a source twice.")
+    if sources == ["document"]:
+        raise RecipeError(
+            "'document' shares out the candidates that other sources find.", remedy="For instance prior+name+document."
+        )
     if k < 1:
         raise RecipeError(f"{k} candidates per mention are too few.", remedy="Give at least 1.")
     if scorer not in SCORERS:

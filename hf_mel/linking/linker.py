@@ -20,11 +20,11 @@ from hf_mel.linking.explaining import Explanation, explain
 from hf_mel.linking.fingerprint import sees_images
 from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.loading import load_reranker, load_retriever
-from hf_mel.linking.ranking import rank, score_of_units
 from hf_mel.linking.reranking import can_rank_jointly, score_pairs, sees_images_in_pairs
 from hf_mel.schema import NIL, NO_SPAN, MelProcessor
 
-#: A mention to link: `text`, and `mention`, or `start` and `end`, or all three; `image` if there is one.
+#: A mention to link: `text`, and `mention`, or `start` and `end`, or all three; `image` if there is one. Or a visual one, for
+#: a reranker of documents: `modality` "image" and `image`. Those of one document share a `document_id`.
 MentionLike = Mapping[str, Any]
 
 _EXAMPLE = '{"text": "Swift on stage.", "mention": "Swift"}'
@@ -106,12 +106,17 @@ class EntityLinker:
             (`config.nil_threshold`, set by calibration); without one, no mention is NIL.
         reranker ([`~hf_mel.schema.Reranker`], *optional*): Puts the model's best `rerank_k` entities into a new order.
             If it can, it ranks the mentions of one context together: those that share a `context_id`, or without one
-            the text and the image object.
+            the text and the image object. If it links documents, it reads all mentions that share a `document_id`, or
+            without one a context. Nothing is known of p(e|m) here: its candidates have the prior 0.
         reranker_processor ([`~hf_mel.schema.MelProcessor`], *optional*): The reranker's.
         rerank_k (`int`, *optional*, defaults to 16): How many.
+        index (`str`, *optional*, defaults to "exact"): What finds the entities: "exact" scores all of them; an index
+            that was built ([`~hf_mel.KnowledgeBase.build_index`]) finds `first_stage` candidates, which are scored.
+        first_stage (`int`, *optional*): How many. Default: 256.
 
     Raises:
-        KnowledgeBaseError: There is no knowledge base, it is damaged, or another model or processor built it.
+        KnowledgeBaseError: There is no knowledge base or index, it is damaged, or another model or processor built it.
+        MissingExtraError: The index needs a package that is not installed.
     """
 
     def __init__(
@@ -124,6 +129,8 @@ class EntityLinker:
         reranker: Any = None,
         reranker_processor: MelProcessor | None = None,
         rerank_k: int = 16,
+        index: str = "exact",
+        first_stage: int | None = None,
     ):
         if (reranker is None) != (reranker_processor is None):
             raise ValueError("reranker and reranker_processor go together.")
@@ -133,6 +140,7 @@ class EntityLinker:
         self.model, self.processor = model, processor
         self.kb = kb if isinstance(kb, KnowledgeBase) else KnowledgeBase.from_pretrained(kb)
         self.kb.check_made_by(model, processor)
+        self.index = self.kb.open_index(index, model, first_stage=first_stage)
         if nil_threshold is None:
             nil_threshold = getattr(getattr(model, "config", None), "nil_threshold", None)
         self.nil_threshold = nil_threshold
@@ -149,6 +157,8 @@ class EntityLinker:
         nil_threshold: float | None = None,
         reranker: str | os.PathLike[str] | None = None,
         rerank_k: int = 16,
+        index: str = "exact",
+        first_stage: int | None = None,
         kb_revision: str | None = None,
         **kwargs: Any,
     ) -> EntityLinker:
@@ -159,7 +169,7 @@ class EntityLinker:
             kb ([`KnowledgeBase`], `str` or `os.PathLike`): The knowledge base, its folder or its Hub id.
             nil_threshold (`float`, *optional*): As in [`EntityLinker`].
             reranker (`str` or `os.PathLike`, *optional*): Folder or Hub id of a reranker.
-            rerank_k (`int`): As in [`EntityLinker`].
+            rerank_k, index, first_stage (*optional*): As in [`EntityLinker`].
             kb_revision (`str`, *optional*): Branch, tag or commit of a knowledge base on the Hub.
             kwargs: As in [`~hf_mel.linking.loading.load_retriever`]: `revision` (of the model), `device`,
                 `trust_remote_code` (of both).
@@ -184,7 +194,14 @@ class EntityLinker:
             both = {key: value for key, value in kwargs.items() if key != "revision"}
             loaded, processor = load_reranker(reranker, **both)
             reranks = {"reranker": loaded, "reranker_processor": processor, "rerank_k": rerank_k}
-        return cls(*load_retriever(model, **kwargs), kb, nil_threshold=nil_threshold, **reranks)
+        return cls(
+            *load_retriever(model, **kwargs),
+            kb,
+            nil_threshold=nil_threshold,
+            index=index,
+            first_stage=first_stage,
+            **reranks,
+        )
 
     @overload
     def __call__(
@@ -240,12 +257,14 @@ class EntityLinker:
         Args:
             mentions (mapping, sequence of mappings or `datasets.Dataset`, *optional*): One mention, or M of them, each
                 with the keys below; rows of the schema (`start` and `end` -1 where not located) fit as they are.
+                In a document, textual mentions and visual ones (`modality` "image", an `image`, no text) share a
+                `document_id`.
             text, mention, start, end, image (*optional*): One mention in words instead. `mention` is the surface
                 form in `text`: the first occurrence, unless `start` and `end` (characters, end exclusive) say which.
                 `image` is a path, bytes, or a PIL image.
             top_k (`int`): How many candidates to give; all entities if there are fewer.
             units (sequence of `str`, *optional*): Rank by the mean of only these of the model's units; nothing is NIL
-                then, because a threshold is one of the whole score.
+                then, because a threshold is one of the whole score. The index "exact" can do that.
             batch_size (`int`): Mentions per pass over the knowledge base.
             progress (`bool`): Whether to show a progress bar.
 
@@ -254,9 +273,11 @@ class EntityLinker:
 
         Raises:
             SpanError: A mention is empty, not in its text, or not at its offsets; names its row in the list.
-            DataFormatError: A mention lacks `text`, or a value has a wrong type.
+            DataFormatError: A mention lacks `text`, a visual one its `image`, or a value has a wrong type; a document has
+                more mentions than the reranker takes together.
             ImageError: An image is missing or damaged.
             ScoreError: The model's scores cannot be ranked.
+            KnowledgeBaseError: The index cannot rank by units, or became unusable.
         """
         single = {"text": text, "mention": mention, "start": start, "end": end, "image": image}
         if (mentions is None) == all(value is None for value in single.values()):
@@ -299,14 +320,13 @@ class EntityLinker:
                 name: tensor.float() if tensor.is_floating_point() else tensor
                 for name, tensor in self.model.encode_mentions(**inputs).items()
             }
-            score = None if units is None else score_of_units(self.model, units)
             kept = max(top_k, self.rerank_k) if reranks else top_k
-            ranking = rank(self.model, encoded, self.kb, top_k=kept, score=score)  # type: ignore[arg-type]
+            ranking = self.index.find(encoded, kept, units=units)
             top_rows, top_scores = ranking.top_rows.tolist(), ranking.top_scores.tolist()
             best_scores = [scores[0] for scores in top_scores]
             reranked: list[list[float | None]] = [[None] * len(scores) for scores in top_scores]
             if reranks:
-                contexts = [_context(mention) for mention in mentions]
+                contexts = [self._example(mention) for mention in mentions]
                 top_rows, top_scores, reranked = self._rerank(rows, contexts, top_rows, top_scores)
             top_rows, top_scores = [each[:top_k] for each in top_rows], [each[:top_k] for each in top_scores]
             wanted = sorted({row for each in top_rows for row in each})  # once, however many mentions share them
@@ -326,10 +346,10 @@ class EntityLinker:
             ]
 
     def _batches(self, mentions: Any, batch_size: int) -> Iterator[list[int]]:
-        """Numbers of the mentions of each batch; with a reranker, contexts are whole."""
+        """Numbers of the mentions of each batch; with a reranker, contexts or documents are whole."""
         groups: dict[Any, list[int]] = {}
         for k in range(len(mentions)):
-            groups.setdefault(k if self.reranker is None else _context(mentions[k]), []).append(k)
+            groups.setdefault(k if self.reranker is None else self._example(mentions[k]), []).append(k)
         batch: list[int] = []
         for group in groups.values():
             if batch and len(batch) + len(group) > batch_size:
@@ -338,6 +358,12 @@ class EntityLinker:
             batch = batch + group
         if batch:
             yield batch
+
+    def _example(self, mention: MentionLike) -> Any:
+        """What the mentions share that the reranker reads together."""
+        if getattr(self.reranker, "example_unit", None) == "document" and mention.get("document_id"):
+            return "document", mention["document_id"]
+        return _context(mention)
 
     def _rerank(
         self,
@@ -350,7 +376,7 @@ class EntityLinker:
         assert self.reranker_processor is not None
         number_of = {context: number for number, context in enumerate(dict.fromkeys(contexts))}
         rows = [
-            {**mention, "context_id": str(number_of[context])}
+            {**mention, "context_id": str(number_of[context]), "document_id": str(number_of[context])}
             for mention, context in zip(mentions, contexts, strict=True)
         ]
         first = [each[: self.rerank_k] for each in top_rows]
@@ -441,7 +467,7 @@ class EntityLinker:
     def _row(mention: MentionLike, span: tuple[str, int, int], row: int | None) -> dict[str, Any]:
         """A row of the schema, its image opened."""
         surface, start, end = span
-        filled = {**_DEFAULTS, **mention, "mention": surface, "start": start, "end": end}
+        filled = {**_DEFAULTS, "text": "", **mention, "mention": surface, "start": start, "end": end}
         if filled["image"] is not None:
             filled["image"] = open_image(filled["image"], row=row)
         return filled
@@ -460,18 +486,23 @@ def _context(mention: MentionLike) -> Any:
     if mention.get("context_id"):
         return mention["context_id"]
     image = mention.get("image")
-    return mention["text"], image if isinstance(image, str | os.PathLike | bytes | None) else id(image)
+    return mention.get("text"), image if isinstance(image, str | os.PathLike | bytes | None) else id(image)
 
 
 def _span(mention: MentionLike, row: int | None) -> tuple[str, int, int]:
     """Surface form, start and end of a mention, found or checked."""
     if not isinstance(mention, Mapping):
         raise DataFormatError(f"a mention is a {type(mention).__name__}.", row=row, remedy=f"Give {_EXAMPLE}.")
+    visual = mention.get("modality") == "image"
     for key, kind in (("text", str), ("mention", str), ("start", int), ("end", int)):
         value = mention.get(key)
-        if (value is None and key == "text") or (value is not None and not isinstance(value, kind)):
+        if (value is None and key == "text" and not visual) or (value is not None and not isinstance(value, kind)):
             expected = "a text" if kind is str else "a whole number"
             raise DataFormatError(f"{key!r} is {value!r}, expected {expected}.", row=row, remedy=f"Give {_EXAMPLE}.")
+    if visual:
+        if mention.get("image") is None:
+            raise DataFormatError("a visual mention has no image.", row=row, remedy="Give its 'image'.")
+        return "", NO_SPAN, NO_SPAN
     text: str = mention["text"]
     surface: Any = mention.get("mention")
     start: Any = mention.get("start")

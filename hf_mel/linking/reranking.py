@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import ChainMap, defaultdict
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from hf_mel.data.batching import example_groups
 from hf_mel.data.collator import LazyRow, LazyRows, images_per_entity
 from hf_mel.data.images import open_image
+from hf_mel.data.pairs import with_prior
 from hf_mel.errors import ScoreError, UnknownEntityError
 from hf_mel.schema import MelProcessor, Row
 
@@ -44,6 +46,7 @@ def score_pairs(
     entities: datasets.Dataset | Sequence[Row],
     candidates: Sequence[Sequence[int]],
     *,
+    priors: Sequence[Sequence[float]] | None = None,
     joint_masks: Sequence[torch.Tensor] = (),
     images: ImageFeatures | None = None,
     batch_size: int = 64,
@@ -58,10 +61,12 @@ def score_pairs(
     Args:
         model ([`~hf_mel.schema.Reranker`]): Scores, on the device it is on.
         processor ([`~hf_mel.schema.MelProcessor`]): Turns pairs into the model's tensors.
-        mentions (`datasets.Dataset` or sequence of rows): M mentions. To rank jointly, all mentions of a context: those
-            of one `context_id`.
+        mentions (`datasets.Dataset` or sequence of rows): M mentions. To rank jointly, or for a model whose examples are
+            contexts or documents, all of each ([`~hf_mel.data.batching.example_groups`]). A mention without candidates
+            is not shown to the model.
         entities (`datasets.Dataset` or sequence of rows): N entities.
         candidates (M sequences of `int`): Rows of `entities`, up to C for each mention; none is fine.
+        priors (M sequences of `float`, *optional*): p(e|m) of the candidates, which their rows then carry as `prior`.
         joint_masks (sequence of `torch.Tensor` `[M, C]`): For each, rank jointly among the candidates where it is true.
         images ([`ImageFeatures`], *optional*): Images that are encoded already, and where further ones are kept.
         batch_size (`int`): Pairs to score at a time; a larger example of dependent pairs is a batch of its own.
@@ -74,10 +79,13 @@ def score_pairs(
         [`~hf_mel.errors.ScoreError`]: a score is nan or infinite; names the mention and the entity.
         [`~hf_mel.errors.UnknownEntityError`]: a candidate is not a row of `entities`; names the mention.
         [`~hf_mel.errors.ImageError`]: an image is damaged.
-        `ValueError`: not one list of candidates per mention, or joint masks for a model that cannot rank jointly.
+        [`~hf_mel.errors.DataFormatError`]: an example has more mentions than the model's `max_mentions`.
+        `ValueError`: not one list of candidates per mention or not one prior per candidate, or joint masks for a model that cannot rank jointly.
     """
     if len(candidates) != len(mentions):
         raise ValueError(f"{len(mentions)} mentions need as many lists of candidates, not {len(candidates)}.")
+    if priors is not None and list(map(len, priors)) != list(map(len, candidates)):
+        raise ValueError("There must be one prior per candidate.")
     if len(joint_masks) and not can_rank_jointly(model):
         raise ValueError(f"{type(model).__name__} cannot rank the mentions of a context jointly.")
     count = images_per_entity(processor)
@@ -85,7 +93,9 @@ def score_pairs(
     width = max((len(each) for each in candidates), default=0)
     shape = (len(mentions), width)
     result = PairScores(torch.full(shape, -torch.inf), [torch.full(shape, -torch.inf) for _ in joint_masks])
-    contexts = _by_context(mentions)
+    unit = str(getattr(model, "example_unit", "mention"))
+    # Those of single mentions come by context all the same: it may be ranked jointly.
+    groups = example_groups(mentions, "context" if unit == "mention" else unit, getattr(model, "max_mentions", None))
     own = images is None
     images = ImageFeatures.of(model, processor) if images is None else images
     training = getattr(model, "training", False)
@@ -97,7 +107,7 @@ def score_pairs(
             tqdm(total=total, desc="Reranking", unit="pair", unit_scale=True, delay=1, disable=not progress) as bar,
             torch.inference_mode(),
         ):
-            for chunk in _chunks(contexts, candidates):
+            for chunk in _chunks(groups, candidates):
                 numbers = [i for context in chunk for i in context if len(candidates[i])]
                 if not numbers:
                     continue
@@ -110,7 +120,13 @@ def score_pairs(
                     known = dict(zip(known, images.on(known.values()), strict=True))
                 score = _score_single if model.pairs_are_independent else _score_whole
                 places = [[i for i in context if len(candidates[i])] for context in chunk]
-                scores, features = score(model, processor, rows, known, candidates, places, batch_size, bar)
+
+                def listed(i: int, c: int, known: dict[int, Row] = known) -> Row:
+                    """The row of the c-th candidate of mention i."""
+                    entity = known[candidates[i][c]]
+                    return entity if priors is None else with_prior(entity, float(priors[i][c]))
+
+                scores, features = score(model, processor, rows, known, candidates, places, listed, batch_size, bar)
                 result.scores[numbers, : scores.shape[1]] = scores
                 if joint_masks:
                     ids = {i: number for number, context in enumerate(chunk) for i in context}
@@ -213,7 +229,7 @@ class ImageFeatures:
 def sees_images_in_pairs(processor: MelProcessor) -> bool:
     """Whether an image changes the tensors of a pair: false for a text-only processor."""
 
-    def tensors(image: Image.Image | None) -> Mapping[str, Any]:
+    def tensors(image: Image.Image | None, modality: str) -> Mapping[str, Any]:
         mention: dict[str, Any] = {
             "mention_id": "m",
             "context_id": "c",
@@ -223,14 +239,19 @@ def sees_images_in_pairs(processor: MelProcessor) -> bool:
             "end": 1,
         }
         mention |= {"mention_type": "", "topic": "", "image": image, "entity_id": "Q0", "candidates": []}
+        mention |= {"modality": modality}
         entity: dict[str, Any] = {"entity_id": "Q0", "name": "A", "description": "", "attributes": "", "aliases": []}
         entity |= {"images": [] if image is None else [image]}
         return processor(pairs=[(_AnyColumn(mention), [_AnyColumn(entity)])])
 
-    seen, blind = tensors(Image.linear_gradient("L").resize((48, 32)).convert("RGB")), tensors(None)
-    return seen.keys() != blind.keys() or any(
-        seen[name].shape != blind[name].shape or not torch.equal(seen[name], blind[name]) for name in seen
-    )
+    picture = Image.linear_gradient("L").resize((48, 32)).convert("RGB")
+    for modality in ("text", "image"):  # a document model may look at the images of visual mentions alone
+        seen, blind = tensors(picture, modality), tensors(None, modality)
+        if seen.keys() != blind.keys() or any(
+            seen[name].shape != blind[name].shape or not torch.equal(seen[name], blind[name]) for name in seen
+        ):
+            return True
+    return False
 
 
 class _AnyColumn(dict):
@@ -255,15 +276,6 @@ def _source(rows: datasets.Dataset | Sequence[Row], count: int | None):
         return [row.first_images("images", count) for row in found]
 
     return read
-
-
-def _by_context(mentions: datasets.Dataset | Sequence[Row]) -> list[list[int]]:
-    """Numbers of the mentions of each context, in the order of the first."""
-    ids = mentions["context_id"] if isinstance(mentions, datasets.Dataset) else [row["context_id"] for row in mentions]
-    groups: dict[str, list[int]] = defaultdict(list)
-    for number, context in enumerate(ids):
-        groups[context].append(number)
-    return list(groups.values())
 
 
 def _chunks(contexts: list[list[int]], candidates: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:
@@ -291,7 +303,7 @@ def _check_rows(wanted: list[int], entities: int, numbers: list[int], candidates
         )
 
 
-def _score_single(model, processor, rows, entities, candidates, contexts, batch_size, bar):
+def _score_single(model, processor, rows, entities, candidates, contexts, listed, batch_size, bar):
     """Scores [m, C] and features [m, C, d] (or `None`) of independent pairs, the longest first."""
     numbers = [i for context in contexts for i in context]
     width = max(len(candidates[i]) for i in numbers)
@@ -305,7 +317,7 @@ def _score_single(model, processor, rows, entities, candidates, contexts, batch_
     pairs.sort(key=lambda pair: lengths[pair[1]] + sizes[pair[3]], reverse=True)
     for first in range(0, len(pairs), batch_size):
         batch = pairs[first : first + batch_size]
-        output = _forward(model, processor, [(rows[i], [entities[j]]) for _, i, _, j in batch])
+        output = _forward(model, processor, [(rows[i], [listed(i, c)]) for _, i, c, _ in batch])
         found = output["scores"][:, 0].float().cpu()
         _check(found, [(rows[i], entities[j]) for _, i, _, j in batch])
         at = [k for k, *_ in batch], [c for _, _, c, _ in batch]
@@ -318,7 +330,7 @@ def _score_single(model, processor, rows, entities, candidates, contexts, batch_
     return scores, features
 
 
-def _score_whole(model, processor, rows, entities, candidates, contexts, batch_size, bar):
+def _score_whole(model, processor, rows, entities, candidates, contexts, listed, batch_size, bar):
     """As [`_score_single`], with batches of whole examples."""
     numbers = [i for context in contexts for i in context]
     place = {i: k for k, i in enumerate(numbers)}
@@ -326,17 +338,17 @@ def _score_whole(model, processor, rows, entities, candidates, contexts, batch_s
     scores, features = torch.full((len(numbers), width), -torch.inf), None
     examples = [[i] for i in numbers] if model.example_unit == "mention" else [each for each in contexts if each]
     for batch in _batches(examples, candidates, batch_size):
-        pairs = [(rows[i], [entities[j] for j in candidates[i]]) for i in batch]
+        pairs = [(rows[i], [listed(i, c) for c in range(len(candidates[i]))]) for i in batch]
         output = _forward(model, processor, pairs)
         found, vectors = output["scores"].float().cpu(), output.get("features")
-        for k, (i, (mention, listed)) in enumerate(zip(batch, pairs, strict=True)):
-            _check(found[k, : len(listed)], [(mention, entity) for entity in listed])
-            scores[place[i], : len(listed)] = found[k, : len(listed)]
+        for k, (i, (mention, shown)) in enumerate(zip(batch, pairs, strict=True)):
+            _check(found[k, : len(shown)], [(mention, entity) for entity in shown])
+            scores[place[i], : len(shown)] = found[k, : len(shown)]
             if vectors is not None:
                 if features is None:
                     features = torch.zeros(len(numbers), width, vectors.shape[-1])
-                features[place[i], : len(listed)] = vectors[k, : len(listed)].float().cpu()
-            bar.update(len(listed))
+                features[place[i], : len(shown)] = vectors[k, : len(shown)].float().cpu()
+            bar.update(len(shown))
     return scores, features
 
 

@@ -29,12 +29,14 @@ class MelTrainingArguments(TrainingArguments):
         random_entity_image (`bool`, *optional*, defaults to `True`):
             Whether training shows a random image of an entity that has several. Evaluation always takes the first.
         num_negatives (`int`, *optional*, defaults to 1):
-            For a reranker: entities that each mention's gold is trained against, drawn from its candidates.
+            For a reranker: entities that each mention's gold is trained against, drawn from its candidates. One that
+            links whole documents should see whole lists, as in evaluation: one less than the candidates of a mention.
         negatives_from (`int`, *optional*):
             For a reranker: draw negatives from the first so many of the other candidates, the hardest where a list has
             the best first. `None`: from all of them.
         eval_mentions (`int`, *optional*):
-            For a reranker: evaluate on a fixed random choice of about this many mentions (whole contexts) instead of
+            For a reranker: evaluate on a fixed random choice of about this many mentions (whole contexts or documents)
+            instead of
             all. Reranking them all after every epoch can cost more than the epoch.
         early_stopping_patience (`int`, *optional*):
             Stop after this many evaluations in a row without a better `metric_for_best_model`.

@@ -97,7 +97,8 @@ class CandidatesRecipe:
     """`candidates:` of a recipe: what a reranker chooses from, in training and in evaluation.
 
     Args:
-        source (`str`): "name", "prior", "retriever", several of them joined by "+", or "file".
+        source (`str`): "name", "prior", "retriever", "release" (those the data set ships), several of them joined by "+",
+            "document" after these ([`~hf_mel.linking.candidates.make_candidates`]), or "file".
         k (`int`, *optional*, defaults to 100): Candidates per mention at most.
         scorer (`str`, *optional*, defaults to `"WRatio"`): How names are compared.
         retriever (`str`, *optional*): Run folder or Hub id of a trained retriever.

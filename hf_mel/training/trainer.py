@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
-from hf_mel.data.batching import GroupingSampler, surface_key
+from hf_mel.data.batching import GroupingSampler, example_groups, surface_key
 from hf_mel.data.candidates import CandidateLists
 from hf_mel.data.collator import LazyRows, RetrieverCollator
 from hf_mel.data.loading import check_golds
@@ -59,7 +59,8 @@ class MelTrainer(Trainer):
     Raises:
         UnknownEntityError: a gold is not in the knowledge base.
         DuplicateIdError: a mention or an entity id occurs twice.
-        DataFormatError: no mention is left to train on, or one has no list of candidates.
+        DataFormatError: no mention is left to train on, one has no list of candidates, a prior is no probability, or a
+            document has more mentions than the model's `max_mentions`.
         RecipeError: `head_learning_rate` is set, and the model does not say which of its parts are pretrained; or a
             reranker without candidates.
     """
@@ -106,7 +107,8 @@ class MelTrainer(Trainer):
                     _check_candidates(model, mentions, lists, entities)
         self.eval_total = None if eval_dataset is None else len(eval_dataset)
         if self.reranks and eval_dataset is not None and args.eval_mentions is not None:
-            eval_dataset = _some_contexts(eval_dataset, args.eval_mentions, args.seed)
+            whole = "document" if model.example_unit == "document" else "context"
+            eval_dataset = _some_examples(eval_dataset, whole, args.eval_mentions, args.seed)
             logger.warning("Evaluating on %d of %d mentions (eval_mentions).", len(eval_dataset), self.eval_total)
         if train_dataset is not None:
             self.mentions = _linkable(train_dataset)
@@ -116,11 +118,12 @@ class MelTrainer(Trainer):
             args.dataloader_persistent_workers = False  # they would not learn of a new epoch
             unit = str(model.example_unit)
             if self.mentions is not None:
-                rows = Examples(self.mentions, unit)
+                rows = Examples(self.mentions, unit, getattr(model, "max_mentions", None))
             collator = PairCollator(
                 processing_class,
                 entities,
                 train_candidates.by_mention if train_candidates is not None else {},
+                priors=None if train_candidates is None else train_candidates.priors,
                 num_negatives=args.num_negatives,
                 negatives_from=args.negatives_from,
                 unit=unit,
@@ -281,18 +284,16 @@ def _check_candidates(model: Any, mentions: datasets.Dataset, lists: CandidateLi
     lists.of(mentions).rows(entities["entity_id"])
 
 
-def _some_contexts(mentions: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
-    """The mentions of randomly chosen contexts, `count` or a few more, in their order; all if there are fewer."""
-    groups: dict[str, list[int]] = {}
-    for row, context in enumerate(mentions["context_id"]):
-        groups.setdefault(context, []).append(row)
-    order = list(groups)
-    random.Random(seed).shuffle(order)
+def _some_examples(mentions: datasets.Dataset, unit: str, count: int, seed: int) -> datasets.Dataset:
+    """The mentions of randomly chosen contexts or documents, `count` or a few more, in their order; all if there are
+    fewer."""
+    groups = example_groups(mentions, unit)
+    random.Random(seed).shuffle(groups)
     chosen: list[int] = []
-    for context in order:
+    for group in groups:
         if len(chosen) >= count:
             break
-        chosen += groups[context]
+        chosen += group
     return mentions.select(sorted(chosen))
 
 
