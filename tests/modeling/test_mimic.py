@@ -182,6 +182,29 @@ def test_vectors_of_the_first_stage(name, without):
         assert model.index_vectors(halves).dtype == model.query_vectors(mentions).dtype == torch.float32
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_extreme_texts(masked):
+    """Keys so large that powers would overflow, and texts without a token: the equations in float64 say the same."""
+    model = build(mask_padding=masked, units=["text"], vision_config=None)
+    batch = batch_for(model, mentions=6, entities=7)
+    if masked:
+        batch["mention_attention_mask"][2] = batch["entity_attention_mask"][3] = 0
+    with torch.no_grad():
+        mentions = model.encode_mentions(**{k: v for k, v in batch.items() if k.startswith("mention")})
+        entities = model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")})
+        mentions.text_keys[1] *= 3000
+        scores = model.score(mentions, entities)
+        exact = model.double().score(
+            *(
+                {k: v.double() if v.is_floating_point() else v for k, v in side.items()}
+                for side in (mentions, entities)
+            )
+        )
+        logits = entities["text_queries"].double() @ mentions["text_keys"][1].double().T
+    assert logits.max() > 12**0.5 * np.log(np.finfo(np.float32).max)
+    torch.testing.assert_close(scores, exact.float(), atol=1e-4, rtol=1e-4)
+
+
 def test_laws_of_scoring():
     """Single = batched, chunked = whole, and permuting entities permutes columns."""
     model = build()
