@@ -1,0 +1,256 @@
+"""Ranking a whole knowledge base: pairs per second and peak memory, beside MIMIC's equations written directly.
+
+At the paper's sizes (40 tokens, 50 patches, text 512 wide, units 96 wide) and for knowledge bases of several sizes:
+
+- direct: `benchmarks.direct_mimic`, blocks of 20 mentions × 6,000 entities as the published evaluation, float32;
+- whole: the library, every pair scored in full;
+- pruned: the library as it ranks by default; same ranks, top 20 and gold, with trained weights.
+
+All are timed in turn in one process; memory is that of a process of its own each, above what it had before it opened
+the knowledge base. The direct form's time per pair does not depend on N, so one block is timed; its memory is the
+measured peak of one block plus what it caches of N entities. Examples:
+
+    python -m benchmarks.ranking                                        # trains a model, about six minutes
+    python -m benchmarks.ranking --sizes 10000 --mentions 8 --repeats 3 # a look
+    python -m benchmarks.ranking --model runs/mimic-text_wikimel --dataset data/wikimel --sizes 18880,110000
+    python -m benchmarks.ranking --device cuda --dtype bfloat16 --mentions 512
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from benchmarks.direct_mimic import BLOCK, DirectMimic
+from benchmarks.sources import Source, open_source
+from hf_mel.linking.encodings import slice_encodings
+from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.linking.ranking import EncodedEntities, RankingResult, rank
+
+FORMS = ("whole", "pruned")
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--sizes", default="10000,50000,110000", help="entities of the knowledge bases")
+    parser.add_argument("--mentions", type=int, default=32, help="ranked at once by the library")
+    parser.add_argument("--steps", type=int, default=300, help="of training the generated source's model; 0: random")
+    parser.add_argument("--model", help="a MIMIC run folder, in place of the generated source")
+    parser.add_argument("--dataset", help="its data-set folder")
+    parser.add_argument("--block", default=",".join(map(str, BLOCK)), help="mentions,entities of the direct form")
+    return parser
+
+
+def ranked(
+    model: Any, mentions: Any, kb: Any, golds: torch.Tensor, *, prune: bool, byte_budget: int | None = None
+) -> RankingResult:
+    """The library's ranking, default top k."""
+    options: dict[str, Any] = {} if byte_budget is None else {"byte_budget": byte_budget}
+    import inspect
+
+    if "prune" in inspect.signature(rank).parameters:
+        options["prune"] = prune
+    return rank(model, mentions, kb, gold_rows=golds, **options)
+
+
+def _on(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    return {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+
+
+def operations_per_pair(mentions: Any, entities: Any) -> tuple[int, int]:
+    """Multiplications and additions, and exponentials, that the factorised scores cost per pair, from the encodings."""
+    operations = exponentials = 0
+    if "text_global" in entities:
+        operations += 2 * entities["text_global"].shape[-1]  # eq. 8
+    if "text_queries" in entities:
+        (queries, dim), keys = entities["text_queries"].shape[1:], mentions["text_keys"].shape[1]
+        exponentials += queries * keys
+        operations += 2 * queries * keys * dim  # QKᵀ of eq. 9
+        operations += queries * keys  # weights averaged over the entity's tokens
+        operations += 2 * keys * keys + 2 * keys * dim  # |h|² and h·q of eq. 10
+    if "vision_query" in entities:
+        operations += 2 * 5 * 2 * entities["vision_query"].shape[-1]  # five inner products, both ways
+    if "cross_modal" in entities:
+        operations += 2 * entities["cross_modal"].shape[-1]  # eq. 19
+    return operations, exponentials
+
+
+def child_memory(form: str, size: int, block: list[int], **options: Any) -> dict[str, Any]:
+    """Peak memory of ranking in this process: called through [`~benchmarks.harness.in_child`]."""
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    device = options["device"]
+    source = open_source(options["scratch"], size, options["model"], options["dataset"], options["steps"])
+    source.model.to(device)
+    if form == "direct":
+        direct = _DirectBlock(source, block, device, options["dtype"])
+        direct.score(8)
+        with harness.memory(device) as used:
+            direct.score()
+        return {**used, "cached_bytes_per_entity": direct.bytes_per_entity}
+    kb = source.knowledge_base(size)
+    mentions, _, golds = source.mentions(options["mentions"])
+    few = EncodedEntities(["a", "b"], kb.encodings([0, 1]))
+    ranked(source.model, mentions, few, golds.clamp(max=1), prune=True)
+    kb = KnowledgeBase.load(kb.path)
+    begin = time.perf_counter()
+    with harness.memory(device) as used:
+        ranked(source.model, mentions, kb, golds, prune=form == "pruned", byte_budget=options.get("byte_budget"))
+    return {**used, "seconds": time.perf_counter() - begin}
+
+
+def child_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What a child needs to make the same source."""
+    names = ("threads", "device", "dtype", "model", "dataset", "steps", "mentions")
+    return {name: getattr(args, name) for name in names} | {"scratch": str(args.scratch.resolve())}
+
+
+def agreement(source: Source, kb: KnowledgeBase, device: str, block: list[int]) -> dict[str, Any]:
+    """How the library's ranks on a stored knowledge base compare with the direct form's in float32."""
+    direct = _DirectBlock(source, [block[0], min(2000, block[1], len(kb))], device)
+    encoded, _, golds = source.mentions(block[0])
+    scores = direct.score().cpu()
+    size = scores.shape[1]
+    inside = golds < size
+    gold_score = scores.gather(1, golds.clamp(max=size - 1)[:, None])
+    expected = 1 + (scores > gold_score + 1e-6 * gold_score.abs().clamp(min=1)).sum(1)
+    known = EncodedEntities([str(row) for row in range(size)], kb.encodings(range(size)))
+    found = {}
+    for form in FORMS:
+        result = ranked(source.model, encoded, known, torch.where(inside, golds, -1), prune=form == "pruned")
+        found[form] = {
+            "same_gold_rank": (result.best_rank == expected)[inside].double().mean().item(),
+            "same_first": (result.top_rows[:, 0] == scores.argmax(1)).double().mean().item(),
+            "largest_score_difference": (result.gold_score - gold_score[:, 0])[inside].abs().max().item(),
+        }
+    return {"mentions": int(inside.sum()), "entities": size, "stored_as": kb.dtype, **found}
+
+
+class _DirectBlock:
+    """One block of the direct form, ready to be scored.
+
+    Args:
+        source ([`~benchmarks.sources.Source`]): Model, mentions and entities.
+        block (two `int`): Mentions and entities.
+        device, dtype (`str`): Where and in what it computes.
+    """
+
+    def __init__(self, source: Source, block: list[int], device: str, dtype: str = "float32"):
+        self.direct = DirectMimic(copy.deepcopy(source.model).to(device, getattr(torch, dtype)))
+        self.mentions = self.direct.features(**_on(source.mentions(block[0])[1], self.direct.model))
+        parts = [
+            self.direct.features(**_on(source.entity_inputs(rows), self.direct.model))
+            for rows in torch.arange(block[1]).split(256)
+        ]
+        self.entities = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self.bytes_per_entity = sum(tensor[0].numel() * tensor.element_size() for tensor in self.entities.values())
+
+    def score(self, entities: int | None = None) -> torch.Tensor:
+        """Scores of the block's mentions and its first `entities`."""
+        return self.direct.score(self.mentions, slice_encodings(self.entities, slice(entities)))
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything in the module's description, as one record."""
+    harness.start(args)
+    sizes, block = ([int(number) for number in text.split(",")] for text in (args.sizes, args.block))
+    source = open_source(args.scratch, max(sizes), args.model, args.dataset, args.steps)
+    source.model.to(args.device)
+    kbs = {size: source.knowledge_base(size) for size in sizes}
+    described = harness.machine(args.device)
+    harness.say(f"{described['cpu']}, {described['cores']} cores, {described['gemm_gflops']} GFLOP/s")
+    encoded, _, golds = source.mentions(args.mentions)
+    agreed = agreement(source, kbs[sizes[0]], args.device, block)
+
+    direct = _DirectBlock(source, block, args.device, args.dtype)
+    cases: dict[str, Callable[[], Any]] = {"direct": direct.score}
+    for size, kb in kbs.items():
+        for form in FORMS:
+            cases[f"{form} {size}"] = partial(ranked, source.model, encoded, kb, golds, prune=form == "pruned")
+    seconds = harness.interleaved(cases, args.repeats, device=args.device, progress=harness.say)
+    direct_rate = block[0] * block[1] / statistics.median(seconds["direct"])
+    quality = ranked(source.model, encoded, kbs[sizes[-1]], golds, prune=True)
+    operations, exponentials = operations_per_pair(encoded, kbs[sizes[0]].encodings([0]))
+    floor_seconds = operations / (described["gemm_gflops"] * 1e9)
+    del direct, cases
+
+    def memory(form: str, size: int) -> dict[str, Any]:
+        harness.say(f"memory of {form}, {size:,} entities, in a process of its own")
+        options = child_options(args) | {"form": form, "size": size, "block": block}
+        return harness.in_child("benchmarks.ranking:child_memory", options)
+
+    direct_memory = memory("direct", sizes[0])
+    rows = []
+    for size, kb in kbs.items():
+        direct_peak = direct_memory["peak_bytes"] + size * direct_memory["cached_bytes_per_entity"]
+        for form in FORMS:
+            taken, used = seconds[f"{form} {size}"], memory(form, size)
+            rate = size * len(golds) / statistics.median(taken)
+            row = {
+                "entities": size,
+                "form": form,
+                "times_direct": rate / direct_rate,
+                "pairs_per_second": rate,
+                "of_products_floor": rate * floor_seconds,
+                "share_of_direct_memory": used["peak_bytes"] / direct_peak,
+                "peak_bytes": used["peak_bytes"],
+                "own_bytes": used["own_bytes"],
+                "direct_peak_bytes": direct_peak,
+                "stored_bytes_per_entity": stored_bytes(kb) / size,
+            }
+            rows.append(row | harness.summary(taken))
+    return {
+        "source": source.description,
+        "mentions": len(golds),
+        "hits@1": (quality.best_rank <= 1).double().mean().item(),
+        "direct": {
+            "block": block,
+            "dtype": args.dtype,
+            "pairs_per_second": direct_rate,
+            **harness.summary(seconds["direct"]),
+            "block_peak_bytes": direct_memory["peak_bytes"],
+            "cached_bytes_per_entity": direct_memory["cached_bytes_per_entity"],
+        },
+        "agreement_with_direct": agreed,
+        "floor": {
+            "operations_per_pair": operations,
+            "exponentials_per_pair": exponentials,
+            "products_pairs_per_second": 1 / floor_seconds,
+            "products_and_exponentials_pairs_per_second": 1
+            / (floor_seconds + exponentials / described["exp_per_second"]),
+        },
+        "rows": rows,
+        "repeats": args.repeats,
+        "device": args.device,
+        "machine": described,
+    }
+
+
+def stored_bytes(kb: KnowledgeBase) -> int:
+    """Bytes of the encodings on disk."""
+    return sum(path.stat().st_size for path in Path(kb.path).glob("encodings-*.safetensors"))
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    results = run(args)
+    name = (
+        "ranking" + ("-" + Path(args.model).resolve().name if args.model else "") + ("" if args.steps else "-random")
+    )
+    from benchmarks.summary import show
+
+    path = harness.write(args.output, name, results)
+    show(args.output, [path.stem])
+
+
+if __name__ == "__main__":
+    main()
