@@ -135,6 +135,16 @@ class Retriever(Protocol):
     of the L tokens of a mention), `mention_patches` [M, h, w] and `entity_patches` [N, h, w]; the processor's
     `text_spans(mentions)` says where each of the L tokens stands in the text.
 
+    Optional, for a model that knows an entity by posts (IMN):
+
+    - `encode_posts(**post_inputs)`: of P posts, the features [P, d] of each modality by its name, and under
+      `<modality>_present` [P] (bool) which of the posts have it. Training leaves the weights they come from as they are.
+    - `num_prototypes` (`int`): k, the most prototypes of an entity in one modality.
+
+    Its processor turns `posts=rows` into tensors named `post_*`, and the entity rows it gets carry `prototypes`: modality →
+    float tensor [k', d], vectors of length 1, the most representative first; k' is at most k, and may be 0.
+    [`hf_mel.linking.prototypes.Prototypes`] chooses them.
+
     Optional, for an index whose candidates are then scored exactly: `query_vectors(mentions)` [M, D] and
     `index_vectors(entities)` [N, D], both from encodings, both float32, whose inner products are the scores or near
     them.

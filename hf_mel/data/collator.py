@@ -55,7 +55,7 @@ class LazyRow(Mapping[str, Any]):
     def _decode(self, image: dict[str, Any] | None) -> Any:
         if image is None:
             return None
-        key = next((name for name in ("mention_id", "entity_id") if name in self._values), None)
+        key = next((name for name in ("mention_id", "post_id", "entity_id") if name in self._values), None)
         return open_image(image, row=self._values[key] if key else None)
 
 

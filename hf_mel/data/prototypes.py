@@ -94,7 +94,6 @@ def select_posts(
     k: int,
     *,
     damping: float = 0.85,
-    names: Sequence[str] | None = None,
     graph_bytes: int = _GRAPH_BYTES,
 ) -> list[list[int]]:
     """The k posts of each entity with the highest PageRank in its similarity graph.
@@ -106,25 +105,17 @@ def select_posts(
         groups (E sequences of `int`): The rows of each entity's posts; none is fine.
         k (`int`): How many to choose.
         damping (`float`): See [`pagerank`].
-        names (sequence of `str` `[P]`, *optional*): What to call the posts in an error.
         graph_bytes (`int`): Memory for the graphs that are computed together.
 
     Returns:
         E lists of up to k rows, the highest score first.
 
     Raises:
-        [`~hf_mel.errors.ScoreError`]: a feature is nan or infinite; names the post.
+        [`~hf_mel.errors.ScoreError`]: a feature is nan or infinite.
     """
     if k < 1:
         raise ValueError(f"k={k} posts are too few; choose at least 1.")
-    wrong = (~features.isfinite().all(1)).nonzero().flatten()
-    if len(wrong):
-        row = int(wrong[0])
-        raise ScoreError(
-            "the features of the post are nan or infinite.",
-            row=row if names is None else names[row],
-            remedy="Look at the weights of the model, and at this post.",
-        )
+    check_features(features)
     chosen: list[list[int]] = [[] for _ in groups]
     order = sorted(range(len(groups)), key=lambda group: -len(groups[group]))
     first = 0
@@ -145,6 +136,22 @@ def select_posts(
         for group, places in zip(batch, best, strict=True):
             chosen[group] = [groups[group][place] for place in places if place < len(groups[group])]
     return chosen
+
+
+def check_features(features: torch.Tensor, names: Sequence[str] | None = None) -> None:
+    """Checks that the features [P, d] of posts are numbers.
+
+    Raises:
+        [`~hf_mel.errors.ScoreError`]: a feature is nan or infinite; names the post, or without `names` its row.
+    """
+    wrong = (~features.isfinite().all(1)).nonzero().flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ScoreError(
+            "the features of the post are nan or infinite.",
+            row=row if names is None else names[row],
+            remedy="Look at the weights of the model, and at this post.",
+        )
 
 
 def random_posts(owner: str, posts: Sequence[int], k: int, *, seed: int = 0) -> list[int]:

@@ -8,7 +8,7 @@ import networkx
 import pytest
 import torch
 
-from hf_mel.data.prototypes import pagerank, random_posts, select_posts, similarity_graphs
+from hf_mel.data.prototypes import check_features, pagerank, random_posts, select_posts, similarity_graphs
 from hf_mel.errors import ScoreError
 
 
@@ -131,7 +131,7 @@ def test_features_that_are_no_numbers_name_their_post(value):
     features = torch.ones(3, 2)
     features[1, 0] = value
     with pytest.raises(ScoreError, match="row post-7: the features of the post"):
-        select_posts(features, [[0, 1, 2]], 2, names=["post-3", "post-7", "post-9"])
+        check_features(features, ["post-3", "post-7", "post-9"])
     with pytest.raises(ScoreError, match="row 1"):
         select_posts(features, [[0]], 2)
 

@@ -1,0 +1,136 @@
+"""Posts of entities: those a data set has, or the captions of training mentions in their place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+
+from hf_mel.data.collator import LazyRow, LazyRows
+from hf_mel.data.loading import load_mentions, load_posts
+from hf_mel.errors import UnknownSplitError
+from hf_mel.schema import NIL, NO_SPAN, Row, mention_features
+
+#: Column of posts that were made of mentions: the text of the mention, before its surface form was taken out.
+SOURCE = "source_text"
+
+
+def posts_of(
+    dataset: str | os.PathLike[str], choice: str = "auto", *, revision: str | None = None, config: str = "mentions"
+) -> datasets.Dataset | None:
+    """The posts that the entities of a data set are known by.
+
+    Args:
+        dataset (`str` or `os.PathLike`): Folder or Hub id.
+        choice (`str`): "auto" is the data set's posts if it has any, else the captions of its training split, else
+            nothing; "none" is nothing; anything else is a split of the mentions, whose captions are the posts.
+        revision (`str`, *optional*): Branch, tag or commit of a data set on the Hub.
+        config (`str`): The configuration of the mentions.
+
+    Returns:
+        `datasets.Dataset` of P posts (columns: [`~hf_mel.schema.post_features`], and [`SOURCE`] if they are captions), or
+        `None`.
+
+    Raises:
+        UnknownSplitError: no such split of the mentions.
+        MelError: As [`~hf_mel.data.loading.load_mentions`].
+    """
+    if choice == "none":
+        return None
+    if choice != "auto":
+        return captions_as_posts(load_mentions(dataset, choice, revision, config=config))
+    try:
+        return load_posts(dataset, revision=revision)
+    except UnknownSplitError:
+        pass
+    try:
+        return captions_as_posts(load_mentions(dataset, "train", revision, config=config))
+    except UnknownSplitError:
+        return None
+
+
+def captions_as_posts(mentions: datasets.Dataset) -> datasets.Dataset:
+    """The texts of mentions, each without the mention, as posts about their golds.
+
+    The surface form is taken out where `start` and `end` say it is, or else where it first occurs. NIL mentions are
+    left out, and those of which neither a word nor an image remains.
+
+    Args:
+        mentions (`datasets.Dataset`): M rows of the schema.
+
+    Returns:
+        `datasets.Dataset` of up to M posts: `post_id` (that of the mention), `entity_id`, `text`, `image`, and
+        [`SOURCE`].
+    """
+    texts, kept = [], []
+    lazy = LazyRows(mentions.select_columns(["mention_id", "image"]))
+    columns = mentions.select_columns(["text", "mention", "start", "end", "entity_id"])[:]
+    for number, values in enumerate(zip(*columns.values(), strict=True)):
+        row = dict(zip(columns, values, strict=True))
+        texts.append(_without_mention(row))
+        if row["entity_id"] != NIL and (texts[-1] or lazy[number].stored("image") is not None):
+            kept.append(number)
+    posts = mentions.select_columns(["mention_id", "entity_id", "image"]).rename_column("mention_id", "post_id")
+    posts = posts.add_column("text", texts).add_column(SOURCE, columns["text"])
+    return posts if len(kept) == len(posts) else posts.select(kept)
+
+
+def posts_as_mentions(posts: datasets.Dataset) -> datasets.Dataset:
+    """Posts as mentions without a surface form, whose gold is the entity they are about: what knowledge is learnt from.
+
+    Args:
+        posts (`datasets.Dataset`): P posts.
+
+    Returns:
+        `datasets.Dataset` of P rows in the columns of [`~hf_mel.schema.mention_features`]; `context_id` is the post's id.
+    """
+    count = len(posts)
+    ids = posts["post_id"]
+    rows = posts.select_columns(["post_id", "entity_id", "text", "image"]).rename_column("post_id", "mention_id")
+    for column, values in (
+        ("context_id", list(ids)),
+        *((column, [""] * count) for column in ("mention", "mention_type", "topic")),
+        *((column, [NO_SPAN] * count) for column in ("start", "end")),
+        ("candidates", [[]] * count),
+    ):
+        rows = rows.add_column(column, values, feature=mention_features()[column])
+    return rows
+
+
+def own_post(entity: Row) -> Row:
+    """An entity as a post about itself: "name. description. attributes.", and its first image, opened when looked at."""
+    parts = [str(entity.get(part) or "").strip() for part in ("name", "description", "attributes")]
+    text = " ".join(part if part.endswith((".", "!", "?", "。")) else f"{part}." for part in parts if part)
+    return _OwnPost({"post_id": entity["entity_id"], "entity_id": entity["entity_id"], "text": text}, entity)
+
+
+class _OwnPost(Mapping[str, Any]):
+    """The columns of a post, `image` taken from the entity: a text model never pays for it."""
+
+    def __init__(self, values: dict[str, Any], entity: Row):
+        self._values, self._entity = values, entity
+
+    def __getitem__(self, column: str) -> Any:
+        if column != "image":
+            return self._values[column]
+        entity = self._entity
+        if isinstance(entity, LazyRow):
+            entity = entity.with_image("images", 0) if entity.stored("images") else entity
+        images = entity["images"]
+        return images[0] if images else None
+
+    def __iter__(self):
+        return iter([*self._values, "image"])
+
+    def __len__(self) -> int:
+        return len(self._values) + 1
+
+
+def _without_mention(row: Row) -> str:
+    text, start, end = row["text"], row["start"], row["end"]
+    if start == NO_SPAN:
+        start = text.find(row["mention"]) if row["mention"] else NO_SPAN
+        end = start + len(row["mention"])
+    return " ".join((text if start == NO_SPAN else f"{text[:start]} {text[end:]}").split())

@@ -1,0 +1,116 @@
+"""Captions as posts, posts as mentions, entities as posts."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+from PIL import Image
+
+from hf_mel.data.collator import LazyRows
+from hf_mel.data.posts import SOURCE, captions_as_posts, own_post, posts_as_mentions, posts_of
+from hf_mel.errors import UnknownSplitError
+from hf_mel.schema import entity_features, mention_features, post_features
+from tests.toy import toy_entities, toy_mentions, write_toy_dataset
+from tests.toy_posts import toy_posts
+
+RED = Image.new("RGB", (2, 2), "red")
+
+
+def mentions(*rows: dict) -> datasets.Dataset:
+    default = {"context_id": "c", "mention_type": "", "topic": "", "image": None, "entity_id": "Q1", "candidates": []}
+    filled = [{**default, "mention_id": f"m{k}", "start": -1, "end": -1, **row} for k, row in enumerate(rows)]
+    return datasets.Dataset.from_list(filled, features=mention_features())
+
+
+def test_captions_lose_their_mention_and_nothing_else():
+    posts = captions_as_posts(
+        mentions(
+            {"text": "Swift met  Swift.", "mention": "Swift", "start": 11, "end": 16},
+            {"text": "Swift met Swift.", "mention": "Swift"},  # not located: the first
+            {"text": "He left.", "mention": "Swift"},  # not there at all
+            {"text": "Swift", "mention": "Swift", "start": 0, "end": 5},  # nothing remains
+            {"text": "Swift", "mention": "Swift", "start": 0, "end": 5, "image": RED},
+            {"text": "Nobody knows Swift", "mention": "Swift", "entity_id": "NIL"},
+        )
+    )
+    assert posts["post_id"][:] == ["m0", "m1", "m2", "m4"]
+    assert posts["text"][:] == ["Swift met .", "met Swift.", "He left.", ""]
+    assert posts[SOURCE][:] == ["Swift met  Swift.", "Swift met Swift.", "He left.", "Swift"]
+    assert [row["image"] is None for row in posts] == [True, True, True, False]
+    assert set(posts.column_names) == {*post_features(), SOURCE}
+
+
+def test_captions_of_all_mentions():
+    rows = toy_mentions(20, nil_every=5)
+    posts = captions_as_posts(rows)
+    expected = [
+        (row["mention_id"], row["entity_id"], " ".join((row["text"][:5] + row["text"][row["end"] :]).split()))
+        for row in rows
+        if row["entity_id"] != "NIL"
+    ]
+    assert list(zip(posts["post_id"], posts["entity_id"], posts["text"], strict=True)) == expected
+
+
+def test_posts_as_mentions_are_of_the_schema():
+    posts = toy_posts()
+    rows = posts_as_mentions(posts)
+    assert {name: rows.features[name] for name in mention_features()} == dict(mention_features())
+    for post, row in zip(posts, rows, strict=True):
+        assert row["mention_id"] == row["context_id"] == post["post_id"]
+        assert (row["text"], row["entity_id"]) == (post["text"], post["entity_id"])
+        assert (row["mention"], row["start"], row["end"], row["candidates"]) == ("", -1, -1, [])
+        assert (row["image"] is None) == (post["image"] is None)
+
+
+def test_an_entity_as_a_post_about_itself():
+    full = {"entity_id": "Q7", "name": "Swift", "description": "singer", "attributes": "Born: 1989.", "aliases": []}
+    plain = own_post({**full, "images": [RED]})
+    assert dict(plain) == {
+        "post_id": "Q7",
+        "entity_id": "Q7",
+        "text": "Swift. singer. Born: 1989.",
+        "image": RED,
+    }
+    bare = own_post({"entity_id": "Q8", "name": "Swift", "description": "", "attributes": None, "images": None})
+    assert (bare["text"], bare["image"]) == ("Swift.", None)
+    rows = datasets.Dataset.from_list([{**full, "images": [RED, RED]}], features=entity_features())
+    lazy = own_post(LazyRows(rows)[0])
+    assert lazy["image"].getpixel((0, 0)) == (255, 0, 0)
+    assert len(lazy) == len(list(lazy)) == 4
+
+
+def test_only_the_first_image_of_an_entity_is_opened(tmp_path):
+    broken = {"path": None, "bytes": b"no image"}
+    good = {"path": None, "bytes": (tmp_path / "a.png", RED.save(tmp_path / "a.png"))[0].read_bytes()}
+    row = {"entity_id": "Q1", "name": "A", "description": "", "attributes": "", "aliases": []}
+    rows = datasets.Dataset.from_list([{**row, "images": [good, broken]}], features=entity_features())
+    assert own_post(LazyRows(rows)[0])["image"].size == (2, 2)
+
+
+def write(folder, posts=None):
+    write_toy_dataset(folder)
+    if posts is not None:
+        card = (folder / "README.md").read_text()
+        config = "- config_name: posts\n  data_files:\n  - {split: kb, path: posts/kb.parquet}\n---"
+        (folder / "README.md").write_text(config.join(card.rsplit("---", 1)))
+        (folder / "posts").mkdir()
+        posts.to_parquet(folder / "posts/kb.parquet")
+    return folder
+
+
+def test_the_posts_of_a_data_set(tmp_path):
+    own = write(tmp_path / "own", toy_posts())
+    assert posts_of(own)["post_id"][:] == toy_posts()["post_id"][:]
+    assert SOURCE in posts_of(own, "train").column_names
+    assert posts_of(own, "none") is None
+
+    captions = write(tmp_path / "captions")
+    kept = [
+        row["mention_id"] for row in datasets.load_dataset(str(captions), split="train") if row["entity_id"] != "NIL"
+    ]
+    assert posts_of(captions)["post_id"][:] == kept
+    with pytest.raises(UnknownSplitError, match="'nothing'"):
+        posts_of(captions, "nothing")
+
+    test_only = write_toy_dataset(tmp_path / "test_only", entities=toy_entities(), test=toy_mentions())
+    assert posts_of(test_only) is None
