@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoProcessor
 
+from hf_mel.modeling.imn.configuration_imn import ImnConfig
+from hf_mel.modeling.imn.modeling_imn import ImnForKnowledgePreTraining, ImnModel
+from hf_mel.modeling.imn.processing_imn import ImnProcessor
 from hf_mel.modeling.mimic.configuration_mimic import MimicConfig
 from hf_mel.modeling.mimic.modeling_mimic import MimicModel
 from hf_mel.modeling.mimic.processing_mimic import MimicProcessor
@@ -15,6 +18,7 @@ from hf_mel.modeling.pfmel.modeling_pfmel import PfmelForPreTraining, PfmelModel
 from hf_mel.modeling.pfmel.processing_pfmel import PfmelProcessor
 
 _METHODS = [
+    (ImnConfig, ImnModel, ImnProcessor),
     (MimicConfig, MimicModel, MimicProcessor),
     (MmelConfig, MmelModel, MmelProcessor),
     (PfmelConfig, PfmelModel, PfmelProcessor),
@@ -25,4 +29,5 @@ for _config, _model, _processor in _METHODS:
     AutoModel.register(_config, _model, exist_ok=True)
     AutoProcessor.register(_config, _processor, exist_ok=True)
 
+AutoModelForPreTraining.register(ImnConfig, ImnForKnowledgePreTraining, exist_ok=True)
 AutoModelForPreTraining.register(PfmelConfig, PfmelForPreTraining, exist_ok=True)

@@ -1,0 +1,146 @@
+"""Configuration of IMN (Zhang et al., Findings of EMNLP 2022)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+#: The modalities of §3.3: m_t, m_v, m_o of a mention and e_t, e_v, e_o of an entity.
+MODALITIES = ("text", "image", "joint")
+
+
+class ImnConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`ImnModel`] or [`ImnForKnowledgePreTraining`]. With no encoder given, they are the paper's: BERT
+    base and DETR with a ResNet-50. The paper gives no widths and no numbers of layers; those here are ours.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            A BERT-like encoder, the text's feature extractor.
+        vision_config (`PreTrainedConfig` or `dict`, *optional*):
+            The images' feature extractor: DETR, whose decoder's output sequence is taken, or any image encoder whose
+            output is a sequence or a feature map. Without it there are no images.
+        joint_config (`PreTrainedConfig` or `dict`, *optional*):
+            The Transformer of §3.2 over text tokens, mention embedding and patch tokens. Default: as `text_config`.
+        mention_modalities, entity_modalities (`list[str]`, *optional*):
+            Which of `"text"`, `"image"`, `"joint"` each side has: the rows of Table 3. Default: all with a
+            `vision_config`, else text alone.
+        spaces (`list[int]`, *optional*):
+            The auxiliary spaces (1, 2, 3) whose own loss joins eq. 14: the rows of Table 4. Default: all. The fused space
+            reads all three in any case.
+        num_prototypes (`int`, *optional*, defaults to 10):
+            k, the most prototypes of an entity and modality (§3.3).
+        hidden_dim (`int`, *optional*, defaults to 256):
+            Width of the Dilated CNN's and the Transformer's outputs (eq. 1, 4).
+        aux_dim (`int`, *optional*, defaults to 128):
+            d, the width of the auxiliary spaces (eq. 3, 5, 8). Scoring costs 18 d multiplications per pair.
+        dilations (`list[int]`, *optional*):
+            Rates of the Dilated CNN's layers (kernel size 3). Default: 1, 2, 4.
+        num_layers, num_heads (`int`, *optional*, defaults to 1 and 4):
+            The Transformer of eq. 4.
+        conv_dim (`int`, *optional*, defaults to 128):
+            Channels of each of the four Conv1D blocks (eq. 6).
+        dropout (`int` or `float`, *optional*, defaults to 0.2):
+            Dropout (§4.2), on the inputs of both networks' linear maps and in the Transformer.
+        margin (`int` or `float`, *optional*, defaults to 0.2):
+            γ of eq. 13.
+        loss_weights (`list[float]`, *optional*):
+            τ_1, τ_2, τ_3, τ_4 of eq. 14. Default: 0.5, 0.5, 0.5, 1.
+        freeze_extractors (`bool`, *optional*, defaults to `True`):
+            Whether linking leaves the three feature extractors as they are, as the paper does. If not, prototypes are
+            still those of the extractors that made them.
+        patch_mask_probability (`int` or `float`, *optional*, defaults to 0.15):
+            Share of the patches that pre-training hides.
+        nil_threshold (`int` or `float`, *optional*):
+            A mention whose best score is below it is NIL. `None`: never NIL.
+    """
+
+    model_type: ClassVar[str] = "imn"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert", optional=True),
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="detr", optional=True),
+        "joint_config": SubConfigSpec(config_class=AutoConfig, model_type="bert", optional=True),
+    }
+
+    text_config: PreTrainedConfig | dict | None = None
+    vision_config: PreTrainedConfig | dict | None = None
+    joint_config: PreTrainedConfig | dict | None = None
+    mention_modalities: list[str] | None = None
+    entity_modalities: list[str] | None = None
+    spaces: list[int] | None = None
+    num_prototypes: int = 10
+    hidden_dim: int = 256
+    aux_dim: int = 128
+    dilations: list[int] | None = None
+    num_layers: int = 1
+    num_heads: int = 4
+    conv_dim: int = 128
+    dropout: int | float = 0.2
+    margin: int | float = 0.2
+    loss_weights: list[int | float] | None = None
+    freeze_extractors: bool = True
+    patch_mask_probability: int | float = 0.15
+    nil_threshold: int | float | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.text_config is None and self.vision_config is None and self.joint_config is None:
+            self.text_config = {}
+            if not self._lists() or "image" in self._lists():
+                self.vision_config = {}
+        default = list(MODALITIES) if self.vision_config is not None else ["text"]
+        if self.mention_modalities is None:
+            self.mention_modalities = list(default)
+        if self.entity_modalities is None:
+            self.entity_modalities = list(default)
+        if self.joint_config is None and "joint" in self._lists() and self.text_config is not None:
+            text = self.text_config
+            self.joint_config = dict(text) if isinstance(text, dict) else text.to_dict()
+        super().__post_init__(**kwargs)
+        if self.spaces is None:
+            self.spaces = [1, 2, 3]
+        if self.dilations is None:
+            self.dilations = [1, 2, 4]
+        if self.loss_weights is None:
+            self.loss_weights = [0.5, 0.5, 0.5, 1.0]
+        self._check()
+
+    def _lists(self) -> list[str]:
+        return [*(self.mention_modalities or ()), *(self.entity_modalities or ())]
+
+    @property
+    def modalities(self) -> list[str]:
+        """Those of either side, in the order of [`MODALITIES`]."""
+        return [modality for modality in MODALITIES if modality in self._lists()]
+
+    def _check(self) -> None:
+        for field in ("mention_modalities", "entity_modalities"):
+            values = getattr(self, field)
+            if not values or set(values) - set(MODALITIES) or len(set(values)) != len(values):
+                raise ValueError(
+                    f"{field}={values!r} must be one or more of {', '.join(map(repr, MODALITIES))}, each once."
+                )
+        needs = {"text": "text_config", "image": "vision_config", "joint": "joint_config"}
+        for modality in self.modalities:
+            if getattr(self, needs[modality]) is None:
+                raise ValueError(
+                    f"The modality {modality!r} needs {needs[modality]}; give it, or leave the modality out of "
+                    "mention_modalities and entity_modalities."
+                )
+        if set(self.spaces or ()) - {1, 2, 3}:
+            raise ValueError(f"spaces={self.spaces!r} may hold 1, 2 and 3.")
+        if not self.dilations or min(self.dilations) < 1:
+            raise ValueError(f"dilations={self.dilations!r} must be one or more numbers of at least 1.")
+        if len(self.loss_weights or ()) != 4:
+            raise ValueError(f"loss_weights={self.loss_weights!r} must be four numbers: τ_1, τ_2, τ_3, τ_4.")
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(f"hidden_dim={self.hidden_dim} must be a multiple of num_heads={self.num_heads}.")
+        if self.num_prototypes < 1:
+            raise ValueError(f"num_prototypes={self.num_prototypes} must be at least 1.")
+        for field in ("dropout", "patch_mask_probability"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 0 and below 1.")
+
+
+__all__ = ["ImnConfig"]

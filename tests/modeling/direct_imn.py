@@ -1,0 +1,197 @@
+"""IMN as printed: eq. 1–14 for one mention and one entity, in NumPy float64, by loops over tokens, spaces and pairs.
+
+`weights` are the model's, by name; a side's `sequences` are, by modality, a list of vectors without any padding. Written
+from the paper, not from the model's code.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def array(weights, name):
+    return weights[name].double().numpy()
+
+
+def linear(x, weights, name):
+    y = array(weights, f"{name}.weight") @ x
+    return y + array(weights, f"{name}.bias") if f"{name}.bias" in weights else y
+
+
+def softmax(values):
+    exps = np.exp(np.array(values) - np.max(values))
+    return exps / exps.sum()
+
+
+def layer_norm(x, weights, name, eps=1e-5):
+    normed = (x - x.mean()) / np.sqrt(x.var() + eps)
+    return normed * array(weights, f"{name}.weight") + array(weights, f"{name}.bias")
+
+
+def batch_norm(x, weights, name, statistics=None, eps=1e-5):
+    """`statistics`: mean and variance of the batch; else the running ones."""
+    mean, var = statistics or (array(weights, f"{name}.running_mean"), array(weights, f"{name}.running_var"))
+    return (x - mean) / np.sqrt(var + eps) * array(weights, f"{name}.weight") + array(weights, f"{name}.bias")
+
+
+def dilated_cnn(tokens, weights, name, dilations):
+    """Eq. 1; a token beyond either end is zeros."""
+    for layer, dilation in enumerate(dilations):
+        kernel, bias = array(weights, f"{name}.layers.{layer}.weight"), array(weights, f"{name}.layers.{layer}.bias")
+        out = []
+        for i in range(len(tokens)):
+            y = bias.copy()
+            for tap, j in enumerate((i - dilation, i, i + dilation)):
+                if 0 <= j < len(tokens):
+                    y += kernel[:, :, tap] @ tokens[j]
+            out.append(np.maximum(y, 0))
+        tokens = out
+    return tokens
+
+
+def attention_pooling(g, weights, name):
+    """Eq. 2."""
+    alpha = softmax([linear(x, weights, name)[0] for x in g])
+    return sum(share * x for share, x in zip(alpha, g, strict=True))
+
+
+def transformer(tokens, weights, name, layers, heads):
+    """Eq. 4: post-norm encoder layers (Vaswani et al.), token by token and head by head."""
+    if not tokens:
+        return []
+    for layer in range(layers):
+        prefix = f"{name}.layers.{layer}"
+        inside, bias = (
+            array(weights, f"{prefix}.self_attn.in_proj_weight"),
+            array(weights, f"{prefix}.self_attn.in_proj_bias"),
+        )
+        dim = len(tokens[0])
+        queries, keys, values = (
+            [inside[k * dim : (k + 1) * dim] @ x + bias[k * dim : (k + 1) * dim] for x in tokens] for k in range(3)
+        )
+        size, out = dim // heads, []
+        for i, x in enumerate(tokens):
+            found = []
+            for head in range(heads):
+                part = slice(head * size, (head + 1) * size)
+                shares = softmax([queries[i][part] @ key[part] / np.sqrt(size) for key in keys])
+                found.append(sum(share * value[part] for share, value in zip(shares, values, strict=True)))
+            attended = linear(np.concatenate(found), weights, f"{prefix}.self_attn.out_proj")
+            x = layer_norm(x + attended, weights, f"{prefix}.norm1")
+            inner = np.maximum(linear(x, weights, f"{prefix}.linear1"), 0)
+            out.append(layer_norm(x + linear(inner, weights, f"{prefix}.linear2"), weights, f"{prefix}.norm2"))
+        tokens = out
+    return tokens
+
+
+def conv_pooling(t, weights, name):
+    """Eq. 6–7: a window starts at every token; beyond the last one it sees zeros."""
+    out = []
+    for block, kernel in enumerate((2, 3, 4, 5)):
+        weight, bias = array(weights, f"{name}.{block}.weight"), array(weights, f"{name}.{block}.bias")
+        windows = []
+        for i in range(len(t)):
+            y = bias.copy()
+            for tap in range(kernel):
+                if i + tap < len(t):
+                    y += weight[:, :, tap] @ t[i + tap]
+            windows.append(np.maximum(y, 0))
+        out.append(np.max(windows, axis=0))
+    return np.concatenate(out)
+
+
+def levels(weights, side, sequences, config):
+    """What eq. 3, 5 and 8 map, before their linear maps: three vectors."""
+    prefix, hidden = f"{side}_encoder", config.hidden_dim
+    g = {
+        name: dilated_cnn([np.float64(x) for x in tokens], weights, f"{prefix}.cnn.{name}", config.dilations)
+        for name, tokens in sequences.items()
+    }
+    joined = [x for tokens in g.values() for x in tokens]
+    states = transformer(joined, weights, f"{prefix}.transformer", config.num_layers, config.num_heads)
+    t, first = {}, 0
+    for name, tokens in g.items():
+        t[name], first = states[first : first + len(tokens)], first + len(tokens)
+    one, two, three = [], [], []
+    for name in sequences:
+        if not g[name]:
+            one.append(np.zeros(hidden))
+            two.append(np.zeros(hidden))
+            three.append(np.zeros(4 * config.conv_dim))
+            continue
+        one.append(attention_pooling(g[name], weights, f"{prefix}.attention.{name}"))
+        two.append(np.mean(t[name], axis=0))
+        three.append(conv_pooling(t[name], weights, f"{prefix}.convolutions.{name}"))
+    return [np.concatenate(level) for level in (one, two, three)]
+
+
+def spaces(weights, side, items, config, training=False):
+    """aux^1, aux^2, aux^3 (eq. 3, 5, 8) of a batch of items: [B, 3, d]."""
+    mapped = [
+        [linear(x, weights, f"{side}_encoder.fc.{k}") for k, x in enumerate(levels(weights, side, item, config))]
+        for item in items
+    ]
+    out = []
+    for item in mapped:
+        aux = []
+        for k, x in enumerate(item):
+            column = np.array([other[k] for other in mapped])
+            statistics = (column.mean(0), column.var(0)) if training and len(items) > 1 else None
+            aux.append(batch_norm(x, weights, f"{side}_encoder.norm.{k}", statistics))
+        out.append(aux)
+    return np.array(out)
+
+
+def attended(weights, direction, own, other):
+    """u (eq. 9–12) of a side whose spaces are `own` [3, d], attending to `other` [3, d]."""
+    us = []
+    for i in range(3):
+        b = [
+            own[i]
+            @ np.maximum(
+                linear(own[i], weights, f"{direction}.query") + linear(other[j], weights, f"{direction}.key"), 0
+            )
+            for j in range(3)
+        ]  # eq. 9
+        beta = softmax(b)  # eq. 10
+        us.append(sum(beta[j] * other[j] for j in range(3)))  # eq. 11
+    return np.mean(us, axis=0)  # eq. 12
+
+
+def cosine(x, y):
+    return x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+
+
+def fused(weights, mention, entity):
+    """f(u_m, u_e) of one pair of spaces [3, d]."""
+    u_m = attended(weights, "mention_to_entity", mention, entity)
+    u_e = attended(weights, "entity_to_mention", entity, mention)
+    return cosine(u_m, u_e)
+
+
+def all_scores(weights, mentions, entities):
+    return np.array([[fused(weights, m, e) for e in entities] for m in mentions])
+
+
+def margin_loss(scores, labels, margin):
+    """Eq. 13, its similarities the right way round, mean over mentions."""
+    losses = []
+    for row, gold in enumerate(labels):
+        losses.append(
+            sum(
+                max(margin - scores[row][gold] + scores[row][other], 0)
+                for other in range(len(scores[row]))
+                if other != gold
+            )
+        )
+    return np.mean(losses)
+
+
+def loss(weights, mentions, entities, labels, config):
+    """Eq. 14."""
+    *taus, last = config.loss_weights
+    total = last * margin_loss(all_scores(weights, mentions, entities), labels, config.margin)
+    for space in config.spaces:
+        scores = [[cosine(m[space - 1], e[space - 1]) for e in entities] for m in mentions]
+        total += taus[space - 1] * margin_loss(scores, labels, config.margin)
+    return total
