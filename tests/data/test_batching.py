@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_mel.data.batching import GroupingSampler, surface_key
+from hf_mel.data.batching import GroupingSampler, example_groups, surface_key
+from hf_mel.errors import DataFormatError
+from tests.toy import toy_mentions
+from tests.toy_documents import toy_documents
 
 KEYS = st.lists(st.integers(0, 5), max_size=60)
 
@@ -68,3 +71,44 @@ def test_surface_key_is_the_last_word_whatever_its_case():
     assert surface_key("Tom HIDDLESTON ") == surface_key("hiddleston") == "hiddleston"
     assert surface_key("STRASSE") == surface_key("Straße")
     assert surface_key(" ") == ""
+
+
+IDS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["a", "b", "x", None])), max_size=20)
+
+
+@given(IDS)
+def test_examples_are_the_mentions_that_share_an_id(ids):
+    rows = [{"context_id": context, "document_id": document} for context, document in ids]
+    for unit in ("mention", "context", "document"):
+        groups = example_groups(rows, unit)
+        assert sorted(number for group in groups for number in group) == list(range(len(rows)))
+        together = {number: k for k, group in enumerate(groups) for number in group}
+        for i, (context, document) in enumerate(ids):
+            for j, (other_context, other_document) in enumerate(ids):
+                same = {
+                    "mention": i == j,
+                    "context": context == other_context,
+                    # A document and a context of one name are two.
+                    "document": document == other_document and (document is not None or context == other_context),
+                }[unit]
+                assert (together[i] == together[j]) == same
+        assert [group[0] for group in groups] == sorted(group[0] for group in groups)
+
+
+def test_a_data_set_without_documents_has_contexts():
+    mentions, documents = toy_mentions(12), toy_documents(12)
+    assert example_groups(mentions, "document") == example_groups(mentions, "context")
+    assert example_groups(documents, "document") == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    assert example_groups(list(documents.remove_columns("image")), "document") == example_groups(documents, "document")
+
+
+def test_an_example_with_too_many_mentions_is_named():
+    documents = toy_documents(12)
+    assert example_groups(documents, "document", 4) == example_groups(documents, "document")
+    with pytest.raises(DataFormatError, match=r"row d0: the document 'd0' has 4 mentions; the model takes 3.*Divide"):
+        example_groups(documents, "document", 3)
+    with pytest.raises(DataFormatError, match="the context 'c0' has 2 mentions"):
+        example_groups(toy_mentions(12), "document", 1)
+    assert example_groups(documents, "mention", 1) == [[i] for i in range(12)]
+    with pytest.raises(ValueError, match="example_unit='page'"):
+        example_groups(documents, "page")

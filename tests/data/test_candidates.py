@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_mel.data import candidates as module
-from hf_mel.data.candidates import CandidateLists, name_candidates, prior_candidates, union_candidates
+from hf_mel.data.candidates import (
+    CandidateLists,
+    document_candidates,
+    name_candidates,
+    prior_candidates,
+    release_candidates,
+    union_candidates,
+)
 from hf_mel.errors import DataFormatError, MelError, UnknownEntityError
 from hf_mel.schema import NIL, entity_features, mention_features
 
@@ -197,3 +204,87 @@ def test_wrong_arguments():
         CandidateLists(["m"], [], {})
     with pytest.raises(ValueError, match="'name' are not as many"):
         make([["Q1"]], scores=[[]])
+
+
+def test_a_visual_mention_has_no_name_and_no_prior():
+    entities, mentions = entities_of([["ab"], ["cd"]]), mentions_of(["ab", "", "ab"], ["Q0", "Q1", "Q0"])
+    assert [bool(each) for each in name_candidates(mentions, entities, k=1).entity_ids] == [True, False, True]
+    assert prior_candidates(mentions, mentions, k=5).entity_ids == [["Q0"], [], ["Q0"]]
+
+
+def test_priors_are_those_that_a_source_gave():
+    lists = CandidateLists(["a", "b"], [["Q1", "Q2"], []], {"prior": [[0.25, math.nan], []], "name": [[9, 8], []]})
+    assert lists.priors == {"a": {"Q1": 0.25}, "b": {}}
+    assert lists.of(mentions_of(["x"], prefix="a").map(lambda row: {"mention_id": "a"})).priors == {"a": {"Q1": 0.25}}
+    assert CandidateLists(["a"], [["Q1"]], {"name": [[1.0]]}).priors is None
+    for wrong in (-0.5, math.inf):
+        with pytest.raises(DataFormatError, match="row a: the prior of the candidate 'Q2' is"):
+            _ = CandidateLists(["a"], [["Q1", "Q2"]], {"prior": [[0.5, wrong]]}).priors
+
+
+def shipped(listed, priors=None) -> datasets.Dataset:
+    rows = mentions_of(["x"] * len(listed)).remove_columns("candidates").to_list()
+    for i, row in enumerate(rows):
+        row |= {"candidates": listed[i]} | ({} if priors is None else {"candidate_priors": priors[i]})
+    extra = {} if priors is None else {"candidate_priors": [datasets.Value("float32")]}
+    return datasets.Dataset.from_list(rows, features=mention_features(**extra))
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), max_size=6), min_size=1, max_size=4))
+def test_released_candidates_come_best_first_with_their_priors(pairs):
+    listed = [[f"Q{entity}" for entity, _ in each] for each in pairs]
+    if not any(listed):
+        return
+    found = release_candidates(shipped(listed, [[prior / 4 for _, prior in each] for each in pairs]), k=3)
+    for ids, priors, each in zip(found.entity_ids, found.scores["prior"], pairs, strict=True):
+        best = {}
+        for entity, prior in each:
+            best[f"Q{entity}"] = max(best.get(f"Q{entity}", 0), prior / 4)
+        assert priors == sorted(best.values(), reverse=True)[:3]
+        assert [best[entity_id] for entity_id in ids] == priors
+        assert len(set(ids)) == len(ids)
+
+
+def test_released_candidates_without_priors_keep_their_order():
+    found = release_candidates(shipped([["Q2", "Q1", "Q2"], []], [[], []]), k=2)
+    assert found.entity_ids == [["Q2", "Q1"], []]
+    assert list(found.scores) == ["release"]
+    assert found.priors is None
+    assert release_candidates(shipped([["Q2", "Q1"]]), k=1).entity_ids == [["Q2"]]
+    some = release_candidates(shipped([["Q2", "Q1"], ["Q3"]], [[0.25, 0.75], []]))
+    assert (some.entity_ids, some.scores) == ([["Q1", "Q2"], ["Q3"]], {"prior": [[0.75, 0.25], [0.0]]})
+
+
+@pytest.mark.parametrize(
+    ("listed", "priors", "message"),
+    [
+        ([["Q1"], ["Q2"]], [[0.5], [math.nan]], "row m1: the prior nan is no probability"),
+        ([["Q1"], ["Q2"]], [[0.5], [-0.1]], "row m1: the prior -0.1"),
+        ([["Q1"], ["Q2", "Q3"]], [[0.5], [0.5]], "row m1: 2 candidates have 1 priors"),
+        ([[], []], None, "ships no candidates"),
+    ],
+)
+def test_wrong_released_candidates(listed, priors, message):
+    with pytest.raises(DataFormatError, match=message):
+        release_candidates(shipped(listed, priors))
+
+
+@given(
+    st.lists(st.lists(st.sampled_from("QRSTU"), max_size=4, unique=True), min_size=1, max_size=8), st.integers(1, 4)
+)
+def test_a_mention_without_candidates_gets_those_of_its_document(listed, k):
+    names = [f"d{i % 2}" for i in range(len(listed))]
+    mentions = mentions_of(["x"] * len(listed)).add_column("document_id", names)
+    lists = CandidateLists(list(mentions["mention_id"]), listed, {"name": [[1.0] * len(each) for each in listed]})
+    found = document_candidates(mentions, lists, k=k)
+    for i, own in enumerate(listed):
+        if own:
+            assert found.entity_ids[i] == []
+            continue
+        votes = Counter()
+        for j, each in enumerate(listed):
+            for place, entity_id in enumerate(each):
+                votes[entity_id] += (1 / (place + 1)) * (names[i] == names[j])
+        best = sorted((score for score in votes.values() if score), reverse=True)[:k]
+        assert found.scores["document"][i] == pytest.approx(best)
+        assert [votes[entity_id] for entity_id in found.entity_ids[i]] == pytest.approx(best)

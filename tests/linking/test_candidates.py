@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datasets
 import pytest
 import torch
 
@@ -9,7 +10,9 @@ from hf_mel.data.candidates import CandidateLists, name_candidates, prior_candid
 from hf_mel.errors import RecipeError
 from hf_mel.linking import candidates as module
 from hf_mel.linking.candidates import make_candidates, retriever_candidates
+from hf_mel.schema import mention_features
 from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model
+from tests.toy_documents import toy_documents
 
 ENTITIES, MENTIONS = toy_entities(12), toy_mentions(8)
 
@@ -71,6 +74,34 @@ def test_sources_join_and_are_made_once(tmp_path, monkeypatch):
 def test_what_cannot_be_made_is_said_first(source, options, message):
     with pytest.raises(RecipeError, match=message):
         make_candidates(source, MENTIONS, ENTITIES, **options)
+
+
+def test_documents_share_out_what_the_other_sources_find():
+    documents = toy_documents(12)
+    own = make_candidates("name", documents, ENTITIES, k=4)
+    found = make_candidates("name+document", documents, ENTITIES, k=4)
+    for i, modality in enumerate(documents["modality"]):
+        assert bool(own.entity_ids[i]) == (modality == "text")
+        if modality == "text":
+            assert found.entity_ids[i] == own.entity_ids[i]
+        else:
+            of_document = {e for j in range(12) if j % 3 == i % 3 for e in own.entity_ids[j]}
+            assert len(found.entity_ids[i]) == 4
+            assert set(found.entity_ids[i]) <= of_document
+    assert set(found.scores) == {"name", "document"}
+
+
+def test_released_candidates_beside_others():
+    rows = [{**row, "candidates": ["Q3", "Q1"], "candidate_priors": [0.2, 0.7]} for row in MENTIONS.to_list()]
+    features = mention_features(stratum=datasets.Value("string"), candidate_priors=[datasets.Value("float64")])
+    mentions = datasets.Dataset.from_list(rows, features=features)
+    found = make_candidates("release+name", mentions, ENTITIES, k=3)
+    assert [each[0] for each in found.entity_ids] == ["Q1"] * 8
+    assert all(own.items() >= {"Q1": 0.7}.items() for own in found.priors.values())
+    with pytest.raises(RecipeError, match="the release ships priors"):
+        make_candidates("release+prior", mentions, ENTITIES, k=3, training=MENTIONS)
+    with pytest.raises(RecipeError, match="shares out"):
+        make_candidates("document", mentions, ENTITIES, k=3)
 
 
 def test_without_a_cache_nothing_is_written(tmp_path, monkeypatch):
