@@ -15,6 +15,7 @@ from hf_mel.data.pairs import Examples, PairCollator
 from hf_mel.errors import UnknownEntityError
 from hf_mel.schema import entity_features
 from tests.toy import ToyPairProcessor, toy_entities, toy_mentions, toy_reranker
+from tests.toy_documents import toy_documents
 
 ENTITIES, MENTIONS = toy_entities(12), toy_mentions(20)
 CANDIDATES = {f"m{i}": [f"Q{1 + (i * 5 + c) % 12}" for c in range(i % 6)] for i in range(20)}
@@ -180,3 +181,51 @@ def test_the_batch_trains_a_reranker():
     scores, labels = output.scores, made["labels"]
     expected = sum(scores[i].logsumexp(0) - scores[i, label] for i, label in enumerate(labels)) / len(labels)
     torch.testing.assert_close(output.loss, expected)
+
+
+# Documents
+
+DOCUMENTS = toy_documents(20)
+LISTS = {f"m{i}": [f"Q{1 + (i * 5 + c) % 12}" for c in range(i % 6)] for i in range(20)}
+PRIORS = {m: {each: (1 + place) / 8 for place, each in enumerate(listed[1:])} for m, listed in LISTS.items()}
+
+
+@pytest.mark.parametrize("negatives", [1, 3, 11])
+def test_each_mention_of_a_document_has_a_list_of_its_own(negatives):
+    spy = Spy()
+    found = PairCollator(spy, ENTITIES, LISTS, num_negatives=negatives, unit="document")(
+        Examples(DOCUMENTS, "document").__getitems__([0, 3])
+    )
+    golds = dict(zip(DOCUMENTS["mention_id"], DOCUMENTS["entity_id"], strict=True))
+    assert [mention for mention, _ in ids(spy)] == [f"m{i}" for i in (0, 5, 10, 15, 3, 8, 13, 18)]
+    for (mention, listed), label in zip(ids(spy), found["labels"].tolist(), strict=True):
+        others = set(LISTS[mention]) - {golds[mention]}
+        assert listed[label] == golds[mention]
+        assert len(set(listed)) == len(listed) == 1 + negatives
+        assert len(set(listed) & others) == min(negatives, len(others))  # whatever its neighbours mean or list
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 3), st.integers(0, 3), st.sampled_from(["mention", "context", "document"]), st.integers(1, 11))
+def test_every_candidate_keeps_its_prior_wherever_it_is_put(seed, epoch, unit, negatives):
+    spy = Spy()
+    collator = PairCollator(
+        spy, ENTITIES, LISTS, priors=PRIORS, num_negatives=negatives, unit=unit, mentions_per_example=2, seed=seed
+    )
+    collator.epoch = epoch
+    collator(Examples(DOCUMENTS, unit).__getitems__([0, 1, 2]))
+    assert spy.pairs
+    for mention, listed in spy.pairs:
+        for entity in listed:  # the gold too, listed or not
+            assert entity["prior"] == PRIORS[mention["mention_id"]].get(entity["entity_id"], 0)
+
+
+def test_without_priors_rows_carry_none_and_images_stay_undecoded(monkeypatch):
+    spy, decoded = Spy(), []
+    monkeypatch.setattr("hf_mel.data.collator.open_image", lambda image, row=None: decoded.append(row))
+    for priors in (None, PRIORS):
+        PairCollator(spy, ENTITIES, LISTS, priors=priors, unit="document")(
+            Examples(DOCUMENTS, "document").__getitems__([0])
+        )
+        assert all(("prior" in entity) == (priors is not None) for _, listed in spy.pairs for entity in listed)
+    assert not decoded

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from hf_mel.data.candidates import CandidateLists
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.evaluation.candidates import END_TO_END, GOLD_ADDED, evaluate_candidates
+from hf_mel.evaluation.tables import results_table
 from hf_mel.linking.reranking import score_pairs
 from hf_mel.schema import NIL
 from tests.toy import ToyPairProcessor, toy_entities, toy_mentions, toy_reranker
+from tests.toy_documents import ToyDocumentProcessor, toy_document_reranker, toy_documents
 
 ENTITIES, MENTIONS = toy_entities(12), toy_mentions(12, nil_every=5)
 GOLDS = list(MENTIONS["entity_id"])
@@ -180,3 +182,112 @@ def test_bad_input_is_named():
         evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, CandidateLists(["m3"], [["Q1"]], {}))
     with pytest.raises(RecipeError, match="jointly"):
         evaluate_candidates(Fixed(torch.zeros(1)), numbers, MENTIONS, ENTITIES, lists_of([[1]] * 12), joint=True)
+
+
+# Documents, priors, and micro-F1
+
+
+@settings(max_examples=15, deadline=None)
+@given(ROWS, st.integers(0, 2**16), st.lists(st.sampled_from(["text", "image", ""]), min_size=12, max_size=12))
+def test_micro_f1_is_that_of_counting_links(rows, seed, modalities):
+    table = torch.randint(0, 6, (12, 12), generator=torch.Generator().manual_seed(seed)).float()
+    mentions = MENTIONS.add_column("modality", modalities)
+    result = evaluate_candidates(Fixed(table), numbers, mentions, ENTITIES, lists_of(rows), progress=False)
+    for protocol in (END_TO_END, GOLD_ADDED):
+        for order in ("reranker", "candidates: here"):
+            counts: dict[str, list[int]] = {}  # right, linked, all
+            for i, gold in enumerate(GOLDS):
+                if gold == NIL:
+                    continue
+                row, listed = int(gold[1:]) - 1, list(rows[i])
+                scores = {each: float(-place) for place, each in enumerate(listed)}
+                if protocol == GOLD_ADDED and row not in listed:
+                    listed.append(row)
+                    scores[row] = -100.0
+                if order == "reranker":
+                    scores = {each: float(table[i, each]) for each in listed}
+                best = [each for each in listed if scores[each] == max(scores.values())]
+                for group in ("all", modalities[i] or "text"):
+                    found = counts.setdefault(group, [0, 0, 0])
+                    found[0] += best == [row]
+                    found[1] += bool(listed)
+                    found[2] += 1
+            reported = result.orders[protocol][order]
+            assert set(reported["strata"]["modality"]) == {each or "text" for each in modalities}
+            for group, metrics in (("all", reported["metrics"]), *reported["strata"]["modality"].items()):
+                right, linked, every = counts.get(group, [0, 0, 0])
+                if not every:
+                    assert np.isnan(metrics["micro_f1"])
+                    continue
+                precision, recall = right / linked if linked else 0, right / every
+                f1 = 2 * precision * recall / (precision + recall) if right else 0
+                assert metrics["micro_f1"] == pytest.approx(f1)
+                if linked == every:
+                    assert metrics["micro_f1"] == pytest.approx(metrics["hits@1"])
+
+
+def test_the_table_has_f1_by_modality():
+    mentions = MENTIONS.add_column("modality", ["text", "image"] * 6)
+    result = evaluate_candidates(
+        Fixed(torch.zeros(12, 12)), numbers, mentions, ENTITIES, lists_of([[1]] * 12), progress=False
+    )
+    table = results_table(result.to_dict())
+    assert "F1" in [column.header for column in table.columns]
+    assert {"modality: image", "modality: text"} <= set(table.columns[0]._cells)
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_the_model_gets_each_candidate_with_its_prior(independent):
+    """By both protocols: 0 for an added gold and for what another source gave."""
+    seen: dict[tuple[str, str], set[float]] = {}
+
+    class Spy(ToyDocumentProcessor):
+        def __call__(self, mentions=None, entities=None, pairs=None, **kwargs):
+            for mention, listed in pairs:
+                for entity in listed:
+                    seen.setdefault((mention["mention_id"], entity["entity_id"]), set()).add(entity["prior"])
+            return super().__call__(pairs=pairs)
+
+    documents, rows = toy_documents(12, nil_every=5), [[(5 * i + c) % 12 for c in range(i % 4)] for i in range(12)]
+    scores = [[float("nan") if c == 1 else (1 + c) / 8 for c in range(len(each))] for each in rows]
+    ids = [[f"Q{row + 1}" for row in each] for each in rows]
+    lists = CandidateLists(list(documents["mention_id"]), ids, {"prior": scores}, {"source": "prior"})
+    model = toy_reranker(unit="document", independent=independent)
+    result = evaluate_candidates(model, Spy(), documents, ENTITIES, lists, progress=False)
+    for (mention_id, entity_id), priors in seen.items():
+        if mention_id in ("m", ""):
+            continue
+        i = int(mention_id[1:])
+        place = ids[i].index(entity_id) if entity_id in ids[i] else 1
+        assert priors == {0.0 if place == 1 else (1 + place) / 8}
+    added = {(f"m{i}", gold) for i, gold in enumerate(documents["entity_id"]) if gold != NIL}
+    assert added <= set(seen)
+    assert result.setting["candidates"]["without_prior"] == 3
+    wrong = CandidateLists(lists.mention_ids, ids, {"prior": [[-1.0] * len(each) for each in rows]})
+    with pytest.raises(DataFormatError, match="row m1: the prior of the candidate"):
+        evaluate_candidates(model, Spy(), documents, ENTITIES, wrong, progress=False)
+
+
+def test_documents_are_scored_whole_by_both_protocols():
+    documents = toy_documents(12, nil_every=5)
+    rows = [sorted({(3 * i + c) % 12 for c in range(i % 5)}) for i in range(12)]
+    lists = CandidateLists(
+        list(documents["mention_id"]),
+        [[f"Q{row + 1}" for row in each] for each in rows],
+        {"prior": [[(1 + row) / 16 for row in each] for each in rows]},
+    )
+    model, processor = toy_document_reranker(), ToyDocumentProcessor()
+    result = evaluate_candidates(model, processor, documents, ENTITIES, lists, progress=False, batch_size=5)
+    for protocol in (END_TO_END, GOLD_ADDED):
+        listed = [list(each) for each in rows]
+        for each, gold in zip(listed, documents["entity_id"], strict=True):
+            if protocol == GOLD_ADDED and gold != NIL and int(gold[1:]) - 1 not in each:
+                each.append(int(gold[1:]) - 1)
+        priors = [
+            [(1 + row) / 16 if row in own else 0.0 for row in each] for each, own in zip(listed, rows, strict=True)
+        ]
+        scores = score_pairs(model, processor, documents, ENTITIES, listed, priors=priors).scores
+        for i, gold in enumerate(documents["entity_id"]):
+            row = None if gold == NIL else int(gold[1:]) - 1
+            rank = int((scores[i] >= scores[i, listed[i].index(row)] - 1e-6).sum()) if row in listed[i] else np.nan
+            assert result.ranks[protocol][i] == pytest.approx(rank, nan_ok=True)

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_mel.errors import ScoreError, UnknownEntityError
+from hf_mel.errors import DataFormatError, ScoreError, UnknownEntityError
 from hf_mel.linking import reranking
-from hf_mel.linking.reranking import ImageFeatures, score_pairs
+from hf_mel.linking.reranking import ImageFeatures, score_pairs, sees_images_in_pairs
 from hf_mel.schema import Reranker
 from tests.toy import ToyPairProcessor, toy_entities, toy_mentions, toy_reranker
+from tests.toy_documents import ToyDocumentProcessor, toy_document_reranker, toy_documents
 
 ENTITIES, MENTIONS = toy_entities(12), toy_mentions(10)
 PROCESSOR = ToyPairProcessor()
@@ -212,3 +213,96 @@ def test_bad_scores_and_candidates_are_named():
         model.out.bias.fill_(torch.nan)
     with pytest.raises(ScoreError, match=r"row m\d: the score with entity 'Q5' is nan"):
         score_pairs(model, PROCESSOR, MENTIONS, ENTITIES, [[4]] * 10)
+
+
+# Documents
+
+DOCUMENTS = toy_documents(12)
+DOCUMENT_PROCESSOR = ToyDocumentProcessor()
+
+
+def prior_of(i: int, row: int) -> float:
+    return (1 + (5 * i + 3 * row) % 7) / 8
+
+
+@pytest.mark.parametrize("batch_size", [1, 20, 1000])
+@pytest.mark.parametrize("chunk", [1, 8192])
+def test_documents_together_score_as_each_alone(monkeypatch, batch_size, chunk):
+    """Also one larger than a batch, one with a single mention, one without images, one without texts."""
+    monkeypatch.setattr(reranking, "_CHUNK_PAIRS", chunk)
+    names = ["d0"] * 6 + ["d1", "d2", "d2", "d3", "d3", "d3"]
+    modalities = ["text", "image"] * 3 + ["text", "text", "text", "image", "image", "image"]
+    order = [7, 0, 9, 6, 1, 2, 10, 8, 3, 4, 11, 5]  # documents are not contiguous
+    rows = [{**DOCUMENTS[i], "document_id": names[i], "modality": modalities[i]} for i in range(12)]
+    mentions = datasets.Dataset.from_list([rows[i] for i in order], features=DOCUMENTS.features)
+    lists = [[(3 * i + c) % 12 for c in range(i % 5)] for i in range(12)]
+    priors = [[prior_of(i, row) for row in each] for i, each in enumerate(lists)]
+    model = toy_document_reranker()
+    found = score_pairs(
+        model, DOCUMENT_PROCESSOR, mentions, ENTITIES, lists, priors=priors, batch_size=batch_size
+    ).scores
+    for name in set(names):
+        members = [i for i, row in enumerate(mentions["document_id"]) if row == name]
+        alone = score_pairs(
+            model,
+            DOCUMENT_PROCESSOR,
+            mentions.select(members),
+            ENTITIES,
+            [lists[i] for i in members],
+            priors=[priors[i] for i in members],
+        ).scores
+        torch.testing.assert_close(found[members, : alone.shape[1]], alone, atol=1e-5, rtol=1e-5)
+        assert (found[members, alone.shape[1] :] == -torch.inf).all()
+    # The document counts: linked one by one, its mentions score otherwise.
+    single = mentions.map(lambda row: {"document_id": row["mention_id"]}, load_from_cache_file=False)
+    apart = score_pairs(model, DOCUMENT_PROCESSOR, single, ENTITIES, lists, priors=priors).scores
+    assert not torch.allclose(apart[apart.isfinite()], found[found.isfinite()])
+
+
+@settings(max_examples=20, deadline=None)
+@given(LISTS, st.randoms(), st.booleans())
+def test_priors_follow_their_candidates_in_any_order(lists, random, independent):
+    lists = [*lists, [], []]
+    shuffled = [random.sample(rows, len(rows)) for rows in lists]
+    model, found = toy_reranker(unit="document", independent=independent), []
+    for some in (lists, shuffled):
+        priors = [[prior_of(i, row) for row in rows] for i, rows in enumerate(some)]
+        scores = score_pairs(model, DOCUMENT_PROCESSOR, DOCUMENTS, ENTITIES, some, priors=priors, batch_size=7).scores
+        found.append([dict(zip(rows, each, strict=False)) for rows, each in zip(some, scores.tolist(), strict=True)])
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_a_prior_changes_the_score_of_its_candidate():
+    model, lists = toy_reranker(unit="document"), [[1, 2, 3]] * 12
+    scores = [
+        score_pairs(model, DOCUMENT_PROCESSOR, DOCUMENTS, ENTITIES, lists, priors=priors).scores
+        for priors in (None, [[0.0, 0.0, 0.0]] * 12, [[0.0, 0.5, 0.0]] * 12)
+    ]
+    torch.testing.assert_close(scores[0], scores[1])
+    assert (scores[1] != scores[2]).all(0).tolist() == [False, True, False]
+
+
+def test_wrong_documents_and_priors():
+    lists = [[1, 2]] * 12
+    with pytest.raises(ValueError, match="one prior per candidate"):
+        score_pairs(toy_reranker(), DOCUMENT_PROCESSOR, DOCUMENTS, ENTITIES, lists, priors=[[0.5]] * 12)
+    model = toy_document_reranker()
+    model.max_mentions = 3
+    with pytest.raises(DataFormatError, match="the document 'd0' has 4 mentions"):
+        score_pairs(model, DOCUMENT_PROCESSOR, DOCUMENTS, ENTITIES, lists)
+    model.max_mentions = 4
+    score_pairs(model, DOCUMENT_PROCESSOR, DOCUMENTS, ENTITIES, lists)
+
+
+def test_images_of_visual_mentions_alone_are_seen():
+    class OfVisual(ToyPairProcessor):
+        def _colour(self, row, column):
+            return torch.zeros(3) if column == "images" or row["modality"] == "text" else super()._colour(row, column)
+
+    class OfNone(ToyPairProcessor):
+        def _colour(self, row, column):
+            return torch.zeros(3)
+
+    assert sees_images_in_pairs(OfVisual())
+    assert not sees_images_in_pairs(OfNone())
