@@ -132,6 +132,8 @@ class PfmelPreTrainedModel(PreTrainedModel):
             vision_model = getattr(vision_model, "vision_model", vision_model)  # the image half of a CLIP
             config.setdefault("vision_config", _portable(vision_model.config))
         model = cls(PfmelConfig(**config))
+        if head is None:  # it starts fresh, so it learns like what is new
+            model.backbone_names = ("text_model", "vision_model")
         for name, part in (("text_model", text_model), ("vision_model", vision_model), ("nsp_head", head)):
             if part is not None:
                 target = getattr(model, name)
