@@ -11,13 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import AutoConfig, AutoModel, BertConfig, CLIPModel, ViTConfig
 
 import hf_mel.auto  # noqa: F401
-from hf_mel.modeling.mmel import MmelConfig, MmelModel, modeling_mmel
+from hf_mel.hub.saving import save_model_repository
+from hf_mel.modeling.mmel import MmelConfig, MmelModel, MmelProcessor, modeling_mmel
 from hf_mel.schema import Reranker
 from tests.modeling import direct_mmel, published_mimic
 from tests.modeling.test_mimic import BERT, CNN, VIT
+from tests.modeling.test_mmel_processing import WORDS, make_tokenizer
 
 CLIP_VISION = {"model_type": "clip_vision_model"} | published_mimic.clip_config().vision_config.to_dict()
 SMALL = {"hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 14, "num_image_tokens": 3, "dropout": 0.0}
@@ -533,31 +536,62 @@ def test_missing_weights_are_initialised_not_garbage(tmp_path):
     assert 0 < loaded.similarity.fc_first.weight.abs().max() <= 12**-0.5
 
 
+ROWS = """
+[
+    (
+        {"mention": "Chaplin", "text": "Chaplin and Anderson", "start": 0, "end": 7, "context_id": "a", "image": picture},
+        [
+            {"name": "Charlie Chaplin", "description": "", "attributes": "actor", "images": [picture]},
+            {"name": "Chaplin", "description": "british", "attributes": "actor", "images": []},
+        ],
+    ),
+    (
+        {"mention": "Anderson", "text": "Chaplin and Anderson", "start": 12, "end": 20, "context_id": "a", "image": None},
+        [{"name": "Anderson", "description": "", "attributes": "actor", "images": [picture]}],
+    ),
+]
+"""
+
+
 def test_remote_code_loads_without_the_package(tmp_path):
-    for cls, auto in ((MmelConfig, "AutoConfig"), (MmelModel, "AutoModel")):
-        cls.register_for_auto_class(auto)
-    model = build()
-    model.save_pretrained(tmp_path)
-    torch.save(batch_for(model), tmp_path / "batch.pt")
-    torch.save(model(**batch_for(model)).scores.detach(), tmp_path / "scores.pt")
+    """Model and processor of a repository, from plain rows to ranks, where hf_mel is not installed."""
+    processor = MmelProcessor.from_parts(make_tokenizer(), {"size": {"height": 16, "width": 16}}, max_length=30)
+    model = build(text_config=dict(BERT, vocab_size=len(WORDS)))
+    save_model_repository(model, processor, tmp_path)
+    batch = processor(pairs=eval(ROWS, {"picture": Image.new("RGB", (9, 7), (200, 30, 30))}))
+    with torch.no_grad():
+        out = model(**batch)
+    torch.save((out.scores, model.rank_jointly(**ranked(out, batch))), tmp_path / "scores.pt")
     program = f"""
 import sys
 sys.modules["hf_mel"] = None  # any import of it fails
 import torch
-from transformers import AutoModel
-batch = torch.load({str(tmp_path / "batch.pt")!r})
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+picture = Image.new("RGB", (9, 7), (200, 30, 30))
+batch = processor(pairs={ROWS.strip()})
 with torch.no_grad():
     out = model(**batch)
-    difference = (out.scores - torch.load({str(tmp_path / "scores.pt")!r})).abs()[batch["pair_mask"]].max()
     joint = model.rank_jointly(out.scores, out.features, batch["pair_mask"], batch["pair_context"])
-assert difference < 1e-5, difference
-assert joint.shape == out.scores.shape
-assert type(model).__module__.startswith("transformers_modules"), type(model)
+for found, expected in zip((out.scores, joint), torch.load({str(tmp_path / "scores.pt")!r})):
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+for part in (model, processor):
+    assert type(part).__module__.startswith("transformers_modules"), type(part)
 print("loaded")
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert run.stdout.strip() == "loaded", run.stderr
+
+
+def ranked(out, batch):
+    return {
+        "scores": out.scores,
+        "features": out.features,
+        "mask": batch["pair_mask"],
+        "contexts": batch["pair_context"],
+    }
 
 
 def test_from_backbones_takes_the_pretrained_weights(tmp_path):

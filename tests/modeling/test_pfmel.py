@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoModel,
     AutoModelForPreTraining,
@@ -23,9 +24,11 @@ from transformers import (
 )
 
 import hf_mel.auto  # noqa: F401
-from hf_mel.modeling.pfmel import PfmelConfig, PfmelForPreTraining, PfmelModel, modeling_pfmel
+from hf_mel.hub.saving import save_model_repository
+from hf_mel.modeling.pfmel import PfmelConfig, PfmelForPreTraining, PfmelModel, PfmelProcessor, modeling_pfmel
 from hf_mel.schema import Reranker
 from tests.modeling import direct_pfmel
+from tests.modeling.test_pfmel_processing import WORDS, make_tokenizer
 
 BERT = {
     "model_type": "bert",
@@ -397,6 +400,7 @@ def test_a_bert_checkpoint_brings_its_head(tmp_path, kind):
     model = PfmelModel.from_backbones(text=str(tmp_path)).eval()
     assert torch.equal(model.nsp_head.weight, bert.cls.seq_relationship.weight)
     assert torch.equal(model.nsp_head.bias, bert.cls.seq_relationship.bias)
+    assert "nsp_head" in model.backbone_names
     assert str(tmp_path) not in model.config.to_json_string()
     pairs = [((text, None), [(other, None) for other, _ in cs]) for (text, _), cs in sentences()]
     batch = tensors(pairs)
@@ -417,6 +421,8 @@ def test_a_bert_without_a_head_gets_a_fresh_one(tmp_path):
         assert torch.equal(model.text_model.state_dict()[key], value), key
     assert model.nsp_head.bias.abs().max() == 0
     assert 0.01 < model.nsp_head.weight.std() < 0.03
+    assert "nsp_head" not in model.backbone_names  # it learns at the rate of what is new
+    assert "nsp_head" in PfmelModel.backbone_names
 
 
 def test_backbones_of_both_kinds(tmp_path):
@@ -471,22 +477,41 @@ def test_a_pretrained_model_loads_for_linking(tmp_path):
     assert torch.equal(linking.nsp_head.weight, model.nsp_head.weight)
 
 
+ROWS = """
+[
+    (
+        {"mention": "Ana", "text": "Ana wins again.", "start": 0, "end": 3, "image": picture, "context_id": "c"},
+        [
+            {"name": "Ana Lima", "description": "runner", "attributes": "Sex: female.", "images": [picture, other]},
+            {"name": "Porto", "description": "river", "attributes": "", "images": []},
+        ],
+    ),
+]
+"""
+
+
 def test_remote_code_loads_without_the_package(tmp_path):
-    for cls, auto in ((PfmelConfig, "AutoConfig"), (PfmelModel, "AutoModel")):
-        cls.register_for_auto_class(auto)
-    model, batch = build(), tensors(sentences())
-    model.save_pretrained(tmp_path)
-    torch.save((batch, model(**batch).scores.detach()), tmp_path / "batch.pt")
+    """Model and processor of a repository, from plain rows to scores, where hf_mel is not installed."""
+    processor = PfmelProcessor.from_parts(make_tokenizer(), {"size": {"height": 16, "width": 16}}, max_length=30)
+    model = build(text_config=dict(BERT, vocab_size=len(WORDS)))
+    save_model_repository(model, processor, tmp_path)
+    pictures = {"picture": Image.new("RGB", (9, 7), (200, 30, 30)), "other": Image.new("RGB", (5, 5), (2, 3, 230))}
+    with torch.no_grad():
+        torch.save(model(**processor(pairs=eval(ROWS, pictures))).scores, tmp_path / "scores.pt")
     program = f"""
 import sys
 sys.modules["hf_mel"] = None  # any import of it fails
 import torch
-from transformers import AutoModel
-batch, scores = torch.load({str(tmp_path / "batch.pt")!r})
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+picture, other = Image.new("RGB", (9, 7), (200, 30, 30)), Image.new("RGB", (5, 5), (2, 3, 230))
 with torch.no_grad():
-    torch.testing.assert_close(model(**batch).scores, scores, atol=1e-5, rtol=1e-5)
-assert type(model).__module__.startswith("transformers_modules"), type(model)
+    scores = model(**processor(pairs={ROWS.strip()})).scores
+torch.testing.assert_close(scores, torch.load({str(tmp_path / "scores.pt")!r}), atol=1e-5, rtol=1e-5)
+for part in (model, processor):
+    assert type(part).__module__.startswith("transformers_modules"), type(part)
 print("loaded")
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)

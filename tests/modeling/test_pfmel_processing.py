@@ -109,6 +109,15 @@ def test_empty_columns_leave_no_empty_sentences(columns, text):
     assert words(batch, 0, 0).split(" [SEP] ")[1] == f"{text} [SEP]"
 
 
+def test_an_entity_by_its_attributes_alone():
+    """The template of MMEL's and GHMFC's tables; a long one still loses its end."""
+    processor = make(entity_template="{attributes}.", max_length=30)
+    batch = processor(pairs=[(MENTION, [ENTITY, ENTITY | {"attributes": "Sex: female. " * 30}])])
+    assert words(batch, 0, 0).split(" [SEP] ")[1] == "sex : female . [SEP]"
+    assert words(batch, 0, 1).startswith("[CLS] ana wins again . ana is [SEP] sex : female . sex : female .")
+    assert batch["pair_attention_mask"][0, 1].sum() == 30
+
+
 def test_images_stand_after_the_text_of_their_sentence():
     processor = sighted(max_entity_images=1)
     seen = MENTION | {"image": picture()}, ENTITY | {"images": [picture(), picture((1, 2, 3))]}
