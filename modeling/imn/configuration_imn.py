@@ -32,6 +32,11 @@ class ImnConfig(PreTrainedConfig):
             reads all three in any case.
         num_prototypes (`int`, *optional*, defaults to 10):
             k, the most prototypes of an entity and modality (§3.3).
+        prototype_selection (`str`, *optional*, defaults to `"pagerank"`):
+            How they are chosen: by PageRank, or at `"random"` (Figure 4).
+        entity_prototype (`bool`, *optional*, defaults to `False`):
+            Whether the entity itself (name, description, attributes, first image) is always the first of them. Not in the
+            paper, whose entities are accounts.
         hidden_dim (`int`, *optional*, defaults to 256):
             Width of the Dilated CNN's and the Transformer's outputs (eq. 1, 4).
         aux_dim (`int`, *optional*, defaults to 128):
@@ -43,14 +48,11 @@ class ImnConfig(PreTrainedConfig):
         conv_dim (`int`, *optional*, defaults to 128):
             Channels of each of the four Conv1D blocks (eq. 6).
         dropout (`int` or `float`, *optional*, defaults to 0.2):
-            Dropout (§4.2), on the inputs of both networks' linear maps and in the Transformer.
+            Dropout (§4.2), before the linear maps of eq. 3, 5 and 8 and in the Transformer.
         margin (`int` or `float`, *optional*, defaults to 0.2):
             γ of eq. 13.
         loss_weights (`list[float]`, *optional*):
             τ_1, τ_2, τ_3, τ_4 of eq. 14. Default: 0.5, 0.5, 0.5, 1.
-        freeze_extractors (`bool`, *optional*, defaults to `True`):
-            Whether linking leaves the three feature extractors as they are, as the paper does. If not, prototypes are
-            still those of the extractors that made them.
         patch_mask_probability (`int` or `float`, *optional*, defaults to 0.15):
             Share of the patches that pre-training hides.
         nil_threshold (`int` or `float`, *optional*):
@@ -71,6 +73,8 @@ class ImnConfig(PreTrainedConfig):
     entity_modalities: list[str] | None = None
     spaces: list[int] | None = None
     num_prototypes: int = 10
+    prototype_selection: str = "pagerank"
+    entity_prototype: bool = False
     hidden_dim: int = 256
     aux_dim: int = 128
     dilations: list[int] | None = None
@@ -80,7 +84,6 @@ class ImnConfig(PreTrainedConfig):
     dropout: int | float = 0.2
     margin: int | float = 0.2
     loss_weights: list[int | float] | None = None
-    freeze_extractors: bool = True
     patch_mask_probability: int | float = 0.15
     nil_threshold: int | float | None = None
 
@@ -136,6 +139,8 @@ class ImnConfig(PreTrainedConfig):
             raise ValueError(f"loss_weights={self.loss_weights!r} must be four numbers: τ_1, τ_2, τ_3, τ_4.")
         if self.hidden_dim % self.num_heads:
             raise ValueError(f"hidden_dim={self.hidden_dim} must be a multiple of num_heads={self.num_heads}.")
+        if self.prototype_selection not in ("pagerank", "random"):
+            raise ValueError(f"prototype_selection={self.prototype_selection!r} is not one of 'pagerank', 'random'.")
         if self.num_prototypes < 1:
             raise ValueError(f"num_prototypes={self.num_prototypes} must be at least 1.")
         for field in ("dropout", "patch_mask_probability"):

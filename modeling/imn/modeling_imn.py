@@ -20,6 +20,7 @@ ambiguous or misprinted:
 - Eq. 13 has the two similarities the wrong way round: minimising it would push f(m, e⁺) below f(m, e⁻). Corrected to
   max(γ − f(m, e⁺) + f(m, e⁻), 0). Its sum is over the other entities of the batch; over mentions it is a mean.
 - Table 4's rows without auxiliary spaces drop their losses; the fused space would be empty without the spaces.
+- The extractors (§3.3) stay as they are when linking is trained; prototypes are made of them before.
 - The post's own mention enters through the joint model alone (§3.2). Texts with several mentions need it in the text
   too: see the processor's `mention_template`.
 
@@ -260,6 +261,8 @@ class ImnPreTrainedModel(PreTrainedModel):
 
     #: Submodules that come pretrained; the trainer may give everything else its own learning rate.
     backbone_names = ("text_model", "vision_model", "joint_model")
+    #: Submodules that training leaves as they are.
+    frozen_names: tuple[str, ...] = ("text_model", "vision_model", "joint_model", "patch_projection")
 
     def _build_extractors(self, config: ImnConfig) -> None:
         self.widths: dict[str, int] = {}
@@ -282,15 +285,10 @@ class ImnPreTrainedModel(PreTrainedModel):
             if getattr(config.joint_config, "type_vocab_size", 0) < 2:
                 self._joint_inputs -= {"token_type_ids"}
 
-    @property
-    def _frozen(self) -> tuple[str, ...]:
-        """The submodules that training leaves as they are."""
-        return ("text_model", "vision_model", "joint_model", "patch_projection")
-
     def train(self, mode: bool = True):
-        """As every module's, but extractors that stay as they are stay in evaluation."""
+        """As every module's, but what stays as it is stays in evaluation too."""
         super().train(mode)
-        for name in self._frozen:
+        for name in self.frozen_names:
             if hasattr(self, name):
                 # Here and not only on construction: `from_pretrained` makes new parameters, then sets evaluation.
                 getattr(self, name).eval().requires_grad_(False)
@@ -489,8 +487,9 @@ class ImnModel(ImnPreTrainedModel):
         self.train()  # fixes the extractors
 
     @property
-    def _frozen(self) -> tuple[str, ...]:
-        return super()._frozen if self.config.freeze_extractors else ()
+    def num_prototypes(self) -> int:
+        """k, the most prototypes of an entity in one modality."""
+        return self.config.num_prototypes
 
     @torch.no_grad()
     def encode_posts(
@@ -706,6 +705,7 @@ class ImnForKnowledgePreTraining(ImnPreTrainedModel):
     """
 
     main_input_name = "input_ids"
+    frozen_names = ("text_model", "vision_model")
 
     def __init__(self, config: ImnConfig):
         super().__init__(config)
@@ -726,10 +726,6 @@ class ImnForKnowledgePreTraining(ImnPreTrainedModel):
             self.matching_head = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 2))
         self.post_init()
         self.train()  # fixes the other extractors
-
-    @property
-    def _frozen(self) -> tuple[str, ...]:
-        return ("text_model", "vision_model")
 
     def forward(
         self,

@@ -215,9 +215,11 @@ class ImnProcessor(ProcessorMixin):
             guided = self.knowledge_guided and inside
             chosen, probability = (inside, _MENTION_MASKING) if guided else (words, _WORD_MASKING)
             hidden, targets = list(tokens), [-100] * len(tokens)
-            for k in chosen:
-                if torch.rand((), generator=draw) < probability:
-                    hidden[k], targets[k] = self._hide(tokens[k], draw), tokens[k]
+            for k, (chance, kind, word) in zip(
+                chosen, torch.rand(len(chosen), 3, generator=draw).tolist(), strict=True
+            ):
+                if chance < probability:
+                    hidden[k], targets[k] = self._hidden(tokens[k], kind, word), tokens[k]
             ids.append(hidden)
             labels.append(targets)
             # What the text hides, the mention embedding must not tell.
@@ -238,12 +240,12 @@ class ImnProcessor(ProcessorMixin):
             batch["mask_seeds"] = torch.randint(2**31, (len(posts),), generator=draw)
         return BatchFeature(batch)
 
-    def _hide(self, token: int, draw: torch.Generator) -> int:
-        """BERT's replacement of a hidden word: [MASK], in a tenth of cases any word, in a tenth itself."""
-        share = float(torch.rand((), generator=draw))
-        if share < 0.8:
+    def _hidden(self, token: int, kind: float, word: float) -> int:
+        """BERT's replacement of a hidden word, by two draws in [0, 1): [MASK], in a tenth of cases any word, in another
+        tenth itself."""
+        if kind < 0.8:
             return self.tokenizer.mask_token_id
-        return int(torch.randint(len(self.tokenizer), (), generator=draw)) if share < 0.9 else token
+        return int(word * len(self.tokenizer)) if kind < 0.9 else token
 
     @staticmethod
     def _span(row: Mapping[str, Any], text: str, mention: str) -> tuple[int, int]:

@@ -172,7 +172,6 @@ VARIANTS = {
     "two layers, other rates": {"num_layers": 2, "dilations": [2, 1]},
     "feature map": {"vision": RESNET},
     "vit": {"vision": VIT},
-    "ends to end": {"freeze_extractors": False},
     "other weights": {"loss_weights": [0.1, 0.7, 0.2, 2], "margin": 1},
 }
 FEW = ("the paper's", "text+image / text", "- aux 1", "text without a vision model", "joint without a vision model")
@@ -265,14 +264,14 @@ def test_the_margin_pushes_the_gold_up():
     assert model._margin_loss(bad, labels).item() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("name", [*TABLE_3, *TABLE_4, "text without a vision model", "ends to end"])
+@pytest.mark.parametrize("name", [*TABLE_3, *TABLE_4, "text without a vision model"])
 def test_every_row_of_the_tables_learns(name):
     model = build(**VARIANTS[name]).train()
     batch, labels = batch_for(model, mentions=4, entities=3), torch.tensor([2, 0, 1, 2])
     before = weights_of(model)
     learning = {n for n, p in model.named_parameters() if p.requires_grad}
     extractors = {n for n in before if n.split(".")[0] in (*model.backbone_names, "patch_projection")}
-    assert bool(learning & extractors) != model.config.freeze_extractors
+    assert not learning & extractors
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.02)
     losses = []
     for _ in range(8):
@@ -282,9 +281,8 @@ def test_every_row_of_the_tables_learns(name):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    if model.config.freeze_extractors:
-        assert [n for n, p in model.named_parameters() if n in learning and p.grad is None] == []
-        assert all(torch.equal(before[n], model.state_dict()[n]) for n in extractors)
+    assert [n for n, p in model.named_parameters() if n in learning and p.grad is None] == []
+    assert all(torch.equal(before[n], model.state_dict()[n]) for n in extractors)
 
 
 def test_padding_changes_nothing():
@@ -569,7 +567,7 @@ def test_a_pretrained_model_loads_for_linking(tmp_path):
 # Saving, building, bad input
 
 
-@pytest.mark.parametrize("name", [*FEW, "vit", "feature map", "ends to end"])
+@pytest.mark.parametrize("name", [*FEW, "vit", "feature map"])
 def test_save_and_load(name, tmp_path):
     model = build(**VARIANTS[name])
     batch = batch_for(model)
@@ -580,7 +578,8 @@ def test_save_and_load(name, tmp_path):
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
     frozen = [p for n, p in loaded.named_parameters() if n.split(".")[0] in loaded.backbone_names]
-    assert all(p.requires_grad != model.config.freeze_extractors for p in frozen)
+    assert not any(p.requires_grad for p in frozen)
+    assert loaded.num_prototypes == 4
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch).scores, model(**batch).scores, atol=1e-6, rtol=1e-6)
 
@@ -656,6 +655,7 @@ def test_the_default_configuration_is_the_papers():
         ({"dilations": [0]}, ["dilations"]),
         ({"num_heads": 3}, ["num_heads"]),
         ({"num_prototypes": 0}, ["num_prototypes"]),
+        ({"prototype_selection": "best"}, ["prototype_selection", "'random'"]),
         ({"dropout": 1}, ["dropout"]),
     ],
 )
