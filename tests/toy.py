@@ -84,6 +84,12 @@ class ToyRetriever(PreTrainedModel):
         units = self.unit_scores(mentions, entities)
         return (units["text"] + units["vision"]) / 2
 
+    def query_vectors(self, mentions):
+        return torch.cat([mentions["text"], mentions["vision"]], 1) / 2
+
+    def index_vectors(self, entities):
+        return torch.cat([entities["text"], entities["vision"]], 1)
+
     def forward(self, labels=None, **inputs):
         mentions = self.encode_mentions(**{k: v for k, v in inputs.items() if k.startswith("mention_")})
         entities = self.encode_entities(**{k: v for k, v in inputs.items() if k.startswith("entity_")})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,24 @@ _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a 
 _BatchSize = Annotated[int, typer.Option(min=1, help="Entities to encode at a time.")]
 
 
+class Kind(str, Enum):
+    """What an index is."""
+
+    FAISS_FLAT = "faiss-flat"
+    FAISS_IVF = "faiss-ivf"
+    FAISS_HNSW = "faiss-hnsw"
+    MILVUS = "milvus"
+
+
+_Kind = Annotated[
+    Kind,
+    typer.Option(
+        help="[b]faiss-ivf[/b]: quick to build, for most. [b]faiss-hnsw[/b]: slow to build. [b]faiss-flat[/b]: compares "
+        "with everything, for a hundred thousand entities. [b]milvus[/b]: a database, in a file or on a server."
+    ),
+]
+
+
 class Dtype(str, Enum):
     """What encodings are stored in."""
 
@@ -42,6 +61,13 @@ def build(
         str | None, typer.Option(help="A data-set folder, or a data set on the Hub, whose entities to take.")
     ] = None,
     entities: Annotated[Path | None, typer.Option(help=_ENTITIES_HELP)] = None,
+    posts: Annotated[
+        str,
+        typer.Option(
+            help="What a model that knows entities by posts knows them by: [b]auto[/b], the data set's posts, or without "
+            "any the captions of its training split; [b]none[/b]; or a split. Entities of a file are known by themselves."
+        ),
+    ] = "auto",
     batch_size: _BatchSize = 64,
     dtype: Annotated[
         Dtype, typer.Option(help="What to store encodings in: the halves take half the disk, at some rounding.")
@@ -52,7 +78,7 @@ def build(
 ) -> None:
     """Encode entities with a model into a folder that [b]hf-mel link[/b] ranks.
 
-    Entities come from a data set or from a file of your own.
+    Entities come from a data set or from a file of your own. An interrupted build goes on when it is repeated.
 
     Examples:
 
@@ -72,13 +98,15 @@ def build(
         retriever,
         processor,
         output=output,
+        posts=posts,
         batch_size=batch_size,
         dtype=dtype.value,
     )
     _report(kb)
     _print(
         f'Next: hf-mel link {model} --kb {output} --text "…" --mention "…"\n'
-        f"      hf-mel kb add {output} --model {model} --entities FILE"
+        f"      hf-mel kb add {output} --model {model} --entities FILE\n"
+        f"      hf-mel kb index {output} --model {model}   # for a large one"
     )
 
 
@@ -129,6 +157,99 @@ def remove(
 
 
 @app.command()
+def index(
+    kb: Annotated[Path, typer.Argument(help="The folder of the knowledge base.")],
+    model: Annotated[str, typer.Option(help="The model that built it.")],
+    kind: _Kind = Kind.FAISS_IVF,
+    uri: Annotated[
+        str | None,
+        typer.Option(
+            help="The address of a Milvus server, for [b]milvus[/b]; its token is taken from MILVUS_TOKEN. Default: a "
+            "file in the knowledge base's folder."
+        ),
+    ] = None,
+    device: _Device = None,
+    trust_remote_code: _TrustRemoteCode = False,
+    revision: _Revision = None,
+) -> None:
+    """Build an index, so that a mention need not be compared with every entity.
+
+    An index finds candidates by one vector of each entity; the model then scores these as it scores everything. What
+    is not among them is missed: [b]hf-mel kb recall[/b] says how often.
+
+    Run it again after adding many entities: it goes on from the index that is there. It goes on after an interruption,
+    too. Removing entities needs nothing. An index is not published with its knowledge base.
+
+    Examples:
+
+      hf-mel kb index kb/wikimel --model runs/mimic_wikimel
+
+      hf-mel kb index kb/wikimel --model runs/mimic_wikimel --kind milvus --uri http://localhost:19530
+    """
+    from hf_mel.linking.knowledge_base import KnowledgeBase
+    from hf_mel.linking.loading import load_retriever
+
+    opened = KnowledgeBase.load(kb)
+    retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
+    opened.build_index(kind.value, retriever, processor, uri=uri)
+    _print(
+        f"The index {kind.value} of {kb} has its {_entities(len(opened))}.\n"
+        f'Next: hf-mel link {model} --kb {kb} --index {kind.value} --text "…" --mention "…"\n'
+        f"      hf-mel kb recall {kb} --model {model} --kind {kind.value} --dataset DATA"
+    )
+
+
+@app.command()
+def recall(
+    kb: Annotated[Path, typer.Argument(help="The folder of the knowledge base.")],
+    model: Annotated[str, typer.Option(help="The model that built it.")],
+    dataset: Annotated[str, typer.Option(help="A data-set folder, or a data set on the Hub: whose mentions to take.")],
+    kind: _Kind = Kind.FAISS_IVF,
+    split: Annotated[str, typer.Option(help="Which mentions.")] = "validation",
+    limit: Annotated[int, typer.Option(min=1, help="How many mentions, evenly drawn from all.")] = 500,
+    first_stage: Annotated[
+        int | None, typer.Option(min=1, help="How many candidates the index finds. Default: 256.")
+    ] = None,
+    device: _Device = None,
+    trust_remote_code: _TrustRemoteCode = False,
+    revision: _Revision = None,
+) -> None:
+    """Print, as JSON, how much of the exact ranking an index finds: recall at 1, 10 and 64.
+
+    Recall at k is the share of the k best of all entities that are among the candidates.
+
+    Example:
+
+      hf-mel kb recall kb/wikimel --model runs/mimic_wikimel --dataset data/wikimel
+    """
+    import numpy as np
+
+    from hf_mel.data.loading import load_mentions
+    from hf_mel.linking.encodings import encode_rows
+    from hf_mel.linking.indexes.base import FIRST_STAGE
+    from hf_mel.linking.indexes.recall import recall as recall_of
+    from hf_mel.linking.knowledge_base import KnowledgeBase
+    from hf_mel.linking.loading import load_retriever
+
+    mentions = load_mentions(dataset, split)
+    count = min(limit, len(mentions))
+    some = mentions.select(np.linspace(0, len(mentions) - 1, count).astype(int))
+    opened = KnowledgeBase.load(kb)
+    retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
+    opened.check_made_by(retriever, processor)
+    found = opened.open_index(kind.value, retriever, first_stage=first_stage)
+    encoded = encode_rows(retriever, processor, some, "mentions", progress=True)
+    values = recall_of(found, encoded, progress=True)
+    result = {
+        "index": kind.value,
+        "first_stage": first_stage or FIRST_STAGE,
+        "entities": len(opened),
+        "mentions": count,
+    }
+    typer.echo(json.dumps({**result, **{f"recall@{at}": round(value, 4) for at, value in values.items()}}))
+
+
+@app.command()
 def info(
     kb: Annotated[Path, typer.Argument(help="The folder of the knowledge base.")],
     verify: Annotated[
@@ -169,6 +290,8 @@ def _report(kb) -> None:
         table.add_row("", f"{name} {' × '.join(map(str, spec['shape'])) or '1'} {spec['dtype']}")
     table.add_row("names and images", decimal(info["entity_bytes"]))
     table.add_row("shards", f"{info['shards']:,}")
+    if info["indexes"]:
+        table.add_row("indexes", ", ".join(info["indexes"]))
     Console().print(table)
 
 

@@ -51,6 +51,16 @@ def link(
         typer.Option(help="A reranker (a run folder or a model) that puts the best candidates into a new order."),
     ] = None,
     rerank_k: Annotated[int, typer.Option(min=1, help="How many candidates the reranker looks at.")] = 16,
+    index: Annotated[
+        str,
+        typer.Option(
+            help="What finds the entities: [b]exact[/b] scores all of them; the others are built with hf-mel kb index: "
+            "[b]faiss-ivf[/b], [b]faiss-hnsw[/b], [b]faiss-flat[/b], [b]milvus[/b]."
+        ),
+    ] = "exact",
+    first_stage: Annotated[
+        int | None, typer.Option(min=1, help="How many candidates an index finds, which are scored. Default: 256.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Mentions per pass over the knowledge base.")] = 32,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
@@ -77,7 +87,7 @@ def link(
       hf-mel link runs/mimic_wikimel --kb kb/wikimel --reranker runs/RERANKER --text "Kerry met Marzouki." \\
         --mention Kerry --mention Marzouki
 
-      hf-mel link runs/mimic_flags --kb kb/flags --input mentions.jsonl --output linked.jsonl
+      hf-mel link runs/mimic_flags --kb kb/flags --input mentions.jsonl --output linked.jsonl --index faiss-ivf
     """
     surfaces: list[str | None] = [*mention] if mention else [None]
     single = {"text": text, "mention": surfaces[0], "image": image, "start": start, "end": end}
@@ -106,6 +116,8 @@ def link(
         kb_revision=kb_revision,
         reranker=reranker,
         rerank_k=rerank_k,
+        index=index,
+        first_stage=first_stage,
     )
     if records is None:
         if len(surfaces) == 1:

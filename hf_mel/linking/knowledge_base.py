@@ -56,6 +56,7 @@ from hf_mel.linking.fingerprint import (
     model_difference,
     processor_difference,
 )
+from hf_mel.linking.prototypes import Prototypes, knows_posts
 from hf_mel.remote import hub_errors
 from hf_mel.schema import NIL, MelProcessor, entity_features
 
@@ -122,6 +123,7 @@ class KnowledgeBase:
         processor: MelProcessor,
         *,
         output: str | os.PathLike[str] | None = None,
+        posts: str | datasets.Dataset | None = "auto",
         batch_size: int = 64,
         dtype: str = "float32",
         progress: bool = True,
@@ -140,6 +142,8 @@ class KnowledgeBase:
             processor ([`~hf_mel.schema.MelProcessor`]): What prepares them; it has to pad all batches alike.
             output (`str` or `os.PathLike`, *optional*): The folder. A knowledge base that is there is replaced.
                 Default: a temporary folder that goes when the object does.
+            posts (`str` or `datasets.Dataset`, *optional*): What a model knows its entities by, if it knows them by
+                posts; see [`~hf_mel.linking.prototypes.Prototypes.from_data`].
             batch_size (`int`): Entities per forward pass.
             dtype (`str`): `"float32"`, `"float16"` or `"bfloat16"`, the type floating-point encodings are stored in.
             progress (`bool`): Whether to show a progress bar.
@@ -162,8 +166,15 @@ class KnowledgeBase:
         _check_target(target)
         source, name = _entity_rows(entities)
         _checked_ids(source, name)
-        made_by = {"model": describe_model(model), "processor": describe_processor(processor)}
-        fingerprint = json.dumps({**made_by, "dtype": dtype, "entities": _content_sha256(source)}, sort_keys=True)
+        prototypes = Prototypes.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
+        made_by = {
+            "model": describe_model(model),
+            "processor": describe_processor(processor, posts=prototypes is not None),
+        }
+        known_by = None if prototypes is None or prototypes.posts is None else _content_sha256(prototypes.posts)
+        fingerprint = json.dumps(
+            {**made_by, "dtype": dtype, "entities": _content_sha256(source), "posts": known_by}, sort_keys=True
+        )
         with building_folder(target, fingerprint) as stage:
             work = stage / "kb"
             work.mkdir(exist_ok=True)
@@ -172,7 +183,7 @@ class KnowledgeBase:
                 print(f"{target}: an interrupted build goes on; {writer.done:,} entities are there.", file=sys.stderr)
             rest = source.select(range(writer.done, len(source)))
             if len(rest):
-                _encode(rest, name, model, processor, writer, batch_size, progress)
+                _encode(rest, name, model, processor, prototypes, writer, batch_size, progress)
             shards = writer.close()
             _write_manifest(
                 work,
@@ -186,7 +197,7 @@ class KnowledgeBase:
                     "removed": [],
                 },
             )
-            with _writing(target):
+            with writing(target):
                 replace_folder(work, target)
         kb = cls(target)
         kb._temporary = temporary
@@ -301,6 +312,7 @@ class KnowledgeBase:
         model: Any,
         processor: MelProcessor,
         *,
+        posts: str | datasets.Dataset | None = "auto",
         replace: bool = False,
         batch_size: int = 64,
         progress: bool = True,
@@ -308,7 +320,7 @@ class KnowledgeBase:
         """Encodes more entities into a new shard; the ones there are not touched. The folder changes at once.
 
         Args:
-            entities, model, processor, batch_size, progress: As in [`~KnowledgeBase.build`].
+            entities, model, processor, posts, batch_size, progress: As in [`~KnowledgeBase.build`].
             replace (`bool`): An entity whose id is there takes the place of the old one, at the end of the order,
                 instead of being an error.
 
@@ -336,7 +348,8 @@ class KnowledgeBase:
         work = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.path))
         try:
             writer = _ShardWriter(work, len(self._manifest["shards"]), self.dtype, self._manifest["encodings"])
-            _encode(source, name, model, processor, writer, batch_size, progress)
+            prototypes = Prototypes.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
+            _encode(source, name, model, processor, prototypes, writer, batch_size, progress)
             shards = writer.close()
             self._check_unchanged()
             for entry in (shard[part] for shard in shards for part in ("encodings", "entities")):
@@ -381,7 +394,9 @@ class KnowledgeBase:
         difference = model_difference(made, describe_model(model))
         culprit = "model"
         if difference is None:
-            difference = processor_difference(self._manifest["processor"], describe_processor(processor))
+            difference = processor_difference(
+                self._manifest["processor"], describe_processor(processor, posts=knows_posts(model))
+            )
             culprit = "processor"
         if difference is not None:
             revision = f", revision {made['revision']}" if made["revision"] else ""
@@ -542,13 +557,13 @@ class KnowledgeBase:
         return [(shard["rows"], shard["encodings"]["sha256"]) for shard in self._manifest["shards"]]
 
     @property
-    def removed_stored(self) -> np.ndarray:
-        """Numbers of the stored rows that are removed, ascending."""
-        return np.array(sorted(self._manifest["removed"]), dtype=np.int64)
+    def stored(self) -> int:
+        """How many rows are stored."""
+        return int(self._starts[-1])
 
     def rows_of_stored(self, stored: np.ndarray) -> np.ndarray:
         """Row numbers of stored rows; -1 for a removed one, and for -1."""
-        if len(self) == self._starts[-1]:
+        if len(self) == self.stored:
             return stored
         return np.where(stored < 0, -1, self._rows_by_stored[stored])
 
@@ -560,8 +575,8 @@ class KnowledgeBase:
 
     def iter_stored(self, first: int, chunk_size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """As [`~KnowledgeBase.iter_chunks`], of stored rows from `first` on."""
-        for start in range(first, int(self._starts[-1]), chunk_size):
-            yield start, _as_float(self._gather(np.arange(start, min(start + chunk_size, int(self._starts[-1])))))
+        for start in range(first, self.stored, chunk_size):
+            yield start, _as_float(self._gather(np.arange(start, min(start + chunk_size, self.stored))))
 
     def _stored_chunks(self, chunk_size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         for first in range(0, len(self), chunk_size):
@@ -728,7 +743,7 @@ class _ShardWriter:
 
     def _write_group(self) -> None:
         path = self._path("entities", "parquet")
-        with _writing(path):
+        with writing(path):
             if self._parquet is None:
                 self._parquet = pq.ParquetWriter(path, self._tables[0].schema, compression="zstd")
             table = pa.concat_tables(self._tables)
@@ -739,12 +754,12 @@ class _ShardWriter:
         if self._tables:
             self._write_group()
         entities, encodings = self._path("entities", "parquet"), self._path("encodings", "safetensors")
-        with _writing(entities):
+        with writing(entities):
             if self._parquet is not None:
                 self._parquet.close()
-        with _writing(encodings):
+        with writing(encodings):
             save_file(concat_encodings(self._encodings), encodings)
-        shard = {"rows": self._rows, "encodings": _sealed(encodings), "entities": _sealed(entities)}
+        shard = {"rows": self._rows, "encodings": sealed(encodings), "entities": sealed(entities)}
         if self.notes is not None:
             note = self.notes / f"{len(self._shards):05d}.json"
             write_text(note, [json.dumps({"shard": shard, "layout": self.layout})])
@@ -758,6 +773,7 @@ def _encode(
     name: str | None,
     model: Any,
     processor: MelProcessor,
+    prototypes: Prototypes | None,
     writer: _ShardWriter,
     batch_size: int,
     progress: bool,
@@ -774,7 +790,9 @@ def _encode(
     try:
         first = 0
         stored = source.with_format("arrow")  # plain formatting would decode every image
-        batches = encode_batches(model, processor, source, "entities", batch_size=batch_size, progress=progress)
+        batches = encode_batches(
+            model, processor, source, "entities", prototypes=prototypes, batch_size=batch_size, progress=progress
+        )
         for encodings in batches:
             columns = _as_stored(stored[first : first + batch_size].to_pydict(), name)
             ids = columns["entity_id"]
@@ -838,7 +856,7 @@ def _content_sha256(source: datasets.Dataset) -> str:
     stored = source.with_format("arrow")  # plain formatting would decode every image
     for first in range(0, len(source), 256):
         for row in stored[first : first + 256].to_pylist():
-            for image in row.pop("images") or ():
+            for image in row.pop("images", None) or [row.pop("image", None)]:
                 if image and image["bytes"] is not None:
                     digest.update(image["bytes"])
                 elif image:
@@ -915,8 +933,9 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _sealed(path: Path) -> dict[str, Any]:
-    with _writing(path), path.open("rb+") as file:
+def sealed(path: Path) -> dict[str, Any]:
+    """Brings a finished file to the disk; what a manifest says of it: `file`, `bytes`, `sha256`."""
+    with writing(path), path.open("rb+") as file:
         os.fsync(file.fileno())
         path.chmod(0o644)
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -925,7 +944,7 @@ def _sealed(path: Path) -> dict[str, Any]:
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     temporary = folder / f".{_MANIFEST}.{os.getpid()}"
     try:
-        with _writing(folder / _MANIFEST), temporary.open("w", encoding="utf-8") as file:
+        with writing(folder / _MANIFEST), temporary.open("w", encoding="utf-8") as file:
             file.write(_dump(manifest))
             file.flush()
             os.fsync(file.fileno())
@@ -1067,7 +1086,8 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """A full disk or a folder of somebody else as a [`~hf_mel.errors.KnowledgeBaseError`]."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -1088,12 +1108,12 @@ def _check_target(target: Path) -> None:
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place if the block succeeds, and vanishes if it does not."""
-    with _writing(target):
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield work
-        with _writing(target):
+        with writing(target):
             work.chmod(0o755)  # mkdtemp makes it private
             replace_folder(work, target)
     finally:

@@ -20,6 +20,7 @@ from hf_mel.linking.explaining import Explanation, explain
 from hf_mel.linking.fingerprint import sees_images
 from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.loading import load_reranker, load_retriever
+from hf_mel.linking.prototypes import knows_posts
 from hf_mel.linking.reranking import can_rank_jointly, score_pairs, sees_images_in_pairs
 from hf_mel.schema import NIL, NO_SPAN, MelProcessor
 
@@ -474,7 +475,7 @@ class EntityLinker:
 
     @cached_property
     def _sees_images(self) -> bool:
-        return sees_images(self.processor)
+        return sees_images(self.processor, posts=knows_posts(self.model))
 
     @cached_property
     def _reranker_sees_images(self) -> bool:
