@@ -205,10 +205,10 @@ class MmelProcessor(ProcessorMixin):
         return str(row["name"] or ""), ". " + ". ".join(rest) if rest else ""
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of texts, each as if in the middle of a sentence."""
+        """Tokens of texts, each as if in the middle of a sentence: after a space, but for a full stop."""
         if not texts:
             return []
-        filled = [" " + text if text else "" for text in texts]
+        filled = [text if text.startswith(".") or not text else " " + text for text in texts]
         return self.tokenizer(filled, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _spans(self, mentions) -> list[tuple[list[int], int, int]]:

@@ -385,8 +385,7 @@ class PfmelProcessor(ProcessorMixin):
     def _value(self, column: str, value: Any) -> str:
         limit = self.max_words.get(column)
         if isinstance(value, str) or value is None:
-            words = (value or "").split() if limit else [(value or "").strip()]
-            text = " ".join(words[:limit])
+            text = " ".join((value or "").split()[:limit])
             if column == "screen_name" and text:
                 text = "@" + text.removeprefix("@")
             return text or self.missing
@@ -406,7 +405,7 @@ class PfmelProcessor(ProcessorMixin):
         """`<side>_image_features` [R, d] or `<side>_pixel_values` [R, 3, H, W] of R rows, zeros where a row has no image,
         and which have one. Where an entity has several, up to K: pixels [R, K, 3, H, W], and `<side>_image_counts` [R].
         Nothing if no row has an image."""
-        limit = self.max_entity_images if column == "images" else None
+        limit = self.max_entity_images
         if any("image_features" in row for row in rows):
             values = [row.get("image_features") for row in rows]
             values = [None if v is None else v[:limit].float().mean(0) if v.dim() == 2 else v.float() for v in values]

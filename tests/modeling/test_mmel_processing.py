@@ -165,6 +165,42 @@ def test_a_mention_and_a_name_that_cannot_fit_are_cut(tokenizer):
         MmelProcessor.from_parts(tokenizer, max_length=8)(pairs=[(MENTION, [ENTITY])])
 
 
+def test_a_mention_too_long_to_fit_keeps_its_beginning(tokenizer):
+    surface = " ".join(f"w{i}" for i in range(40))
+    mention = {**MENTION, "mention": surface, "text": f"anderson and {surface}", "start": 13, "end": 13 + len(surface)}
+    context, _ = sides(MmelProcessor.from_parts(tokenizer, max_length=30)(pairs=[(mention, [ENTITY])]))
+    named, _, inside = context.removeprefix("[CLS] mention : ").removesuffix(" .").partition(" . context : ")
+    assert len(named.split()) > 3
+    assert surface.startswith(named)
+    assert surface.startswith(inside)
+
+
+def test_the_tokens_of_a_mention_are_its_own(tokenizer):
+    """Not those that touch it; a mention without a place is found in whatever case."""
+    processor = MmelProcessor.from_parts(tokenizer)
+    for text, surface in (("w1.chaplin.w2", "chaplin"), ("(W1 CHAPLIN)", "w1 chaplin"), ("chaplin", "chaplin")):
+        start = text.lower().index(surface)
+        for place in ((start, start + len(surface)), (-1, -1), (None, None)):
+            [(ids, first, last)] = processor._spans(
+                [{"text": text, "mention": surface, "start": place[0], "end": place[1]}]
+            )
+            assert words(ids[first:last]) == surface
+
+
+def test_texts_are_read_as_in_the_middle_of_a_sentence():
+    """A tokenizer that tells words after a space from others gets the space (RoBERTa's kind)."""
+    vocabulary = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", ".", ":", *(f"Ġ{w}" for w in ("Mention", "Context", "Entity"))]
+    vocabulary += ["Ġchaplin", "Ġcharlie", "Ġactor"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep")}
+    processor = MmelProcessor.from_parts(PreTrainedTokenizerFast(tokenizer_object=backend, **names))
+    mention = {**MENTION, "mention": "chaplin", "text": "chaplin", "start": 0, "end": 7}
+    ids = processor(pairs=[(mention, [{**ENTITY, "name": "charlie"}])])["pair_input_ids"][0, 0].tolist()
+    expected = "[CLS] ĠMention : Ġchaplin . ĠContext : Ġchaplin . ĠEntity : Ġcharlie . Ġactor . [SEP]"
+    assert " ".join(vocabulary[i] for i in ids) == expected
+
+
 def test_a_mention_that_is_not_in_the_text(processor):
     context, _ = sides(processor(pairs=[({**MENTION, "mention": "w9", "start": -1, "end": -1}, [ENTITY])]))
     assert context == f"[CLS] mention : w9 . context : {TEXT} ."

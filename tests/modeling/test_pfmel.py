@@ -298,8 +298,16 @@ VISIONS = {
 def test_any_image_encoder(name):
     config, width = VISIONS[name]
     model = build(vision_config=config.to_dict(), train_vision=True)
-    features = model.encode_images(torch.randn(2, 3, 16, 16))
+    pixels = torch.randn(2, 3, 16, 16)
+    features = model.encode_images(pixels)
     assert features.shape == (2, width)
+    output = model.vision_model(pixel_values=pixels)
+    states = output.last_hidden_state  # a feature map's mean, a transformer's first token
+    if name == "convnext":  # which norms the mean
+        expected = output.pooler_output
+    else:
+        expected = states.mean((2, 3)) if states.dim() == 4 else states[:, 0]
+    torch.testing.assert_close(features, expected)
     assert model.image_projection.in_features == width
     assert features.requires_grad
 
