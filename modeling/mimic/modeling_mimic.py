@@ -31,8 +31,14 @@ from .configuration_mimic import MimicConfig
 #: Elements of one block of attention weights in TGLU; bounds its memory, and keeps a block in the processor's L2 cache.
 _BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}
 _BLOCK_MENTIONS = 4
-#: No power of two up to this, up or down, leaves float32; nor does the sum of as many as a text has tokens.
-_SAFE_EXPONENT = 100
+#: A softmax is computed without subtracting the largest exponent unless a sum of powers is below this or above 1 / this.
+_SMALLEST_SUM = 2.0**-100
+#: Above this share of wanted pairs it is faster to compute all of them.
+_DENSE = 0.4
+#: What a bound is widened by, relative to it: many times what float32 rounds off in scores.
+_ROUNDING = 1e-4
+#: Pairs of one block of products on the CPU, so that the two dozen steps of VDLU stay in the processor's caches.
+_BLOCK_PAIRS = 2**16
 
 
 @dataclass
@@ -110,6 +116,10 @@ class _AlignedLinear(nn.Linear):
     """Starts as the orthogonal projection that all others of its shape start as, without a bias."""
 
 
+#: Attribute of the model that holds a unit.
+_MODULES = {"text": "tglu", "vision": "vdlu", "cross_modal": "cmfu"}
+
+
 class TGLU(nn.Module):
     """Text-based Global-Local interaction Unit (§3.3.1, eq. 4 and 8–10)."""
 
@@ -147,10 +157,13 @@ class TGLU(nn.Module):
 
     def forward(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """S_T [M, N] (eq. 4), or S_T^G2G alone (eq. 8) without the local half."""
+        quick = self.quick_scores(mentions, entities)
+        return quick + self._global_to_local(mentions, entities) / 2 if self.local else quick
+
+    def quick_scores(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What S_T^G2G (eq. 8) gives to S_T (eq. 4), [M, N]."""
         global_to_global = mentions["text_global"] @ entities["text_global"].T
-        if not self.local:
-            return global_to_global
-        return (global_to_global + self._global_to_local(mentions, entities)) / 2
+        return global_to_global / 2 if self.local else global_to_global
 
     def query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[M, D]: t_M^G, and h_t (eq. 10) as it is where every token gets the same attention."""
@@ -171,17 +184,15 @@ class TGLU(nn.Module):
         """S_T^G2L [M, N] (eq. 9–10).
 
         H_t = softmax(QK^T)V is only needed as its mean over entity tokens, so the attention weights are averaged first
-        and meet the values once per pair; and LayerNorm(h)·q needs of h only h·q' and |h|², both quadratic forms in
-        those averaged weights. Blocks of like length stop where their longest text does.
+        and meet the values once per pair. Blocks of like length stop where their longest text does.
         """
         keys, values, key_mask = self._mention_side(mentions)
-        queries, share = entities["text_queries"], _shares(entities["text_queries"], entities.get("text_mask"))
+        queries = entities["text_queries"]
+        share = _shares(keys, queries.shape[:2], entities.get("text_mask"))
         # LayerNorm is γ·h̃/σ + β with h̃ = h centred; centring is linear, so it was done to the values.
         target = entities["text_query_global"] * self.layer_norm.weight
         offset = entities["text_query_global"] @ self.layer_norm.bias
-        gram = values @ values.transpose(-1, -2)  # [M, L, L]; |h̃|² = wᵀ gram w
 
-        shift = _largest_norm(keys) * _largest_norm(queries) > _SAFE_EXPONENT
         m_order, m_lengths = _by_length(keys, key_mask)
         n_order, n_lengths = _by_length(queries, entities.get("text_mask"))
         pairs = max(1, _BLOCK_ELEMENTS.get(keys.device.type, 2**24) // (keys.shape[1] * queries.shape[1]))
@@ -191,18 +202,54 @@ class TGLU(nn.Module):
         for m in range(0, len(keys), m_step):
             block, width = m_order[m : m + m_step], max(m_lengths[m : m + m_step])
             mask = None if key_mask is None else key_mask[block, :width]
-            blocks.append((keys[block, :width], mask, values[block, :width], gram[block, :width, :width]))
+            blocks.append((keys[block, :width], mask, values[block, :width]))
         columns = []
         for n in range(0, len(queries), n_step):
             part, height = n_order[n : n + n_step], max(n_lengths[n : n + n_step])
             # Entities last: softmax, means and sums then run along memory, whatever the lengths.
-            q, s = queries[part, :height].transpose(0, 1).contiguous(), share[part, :height].T.contiguous()
+            q, s = (
+                queries[part, :height].to(keys.dtype).transpose(0, 1).contiguous(),
+                share[part, :height].T.contiguous(),
+            )
             t, o = target[part].T, offset[part]
             rows = []
-            for k, mask, v, g in blocks:
-                rows.append(self._context_score(_mean_attention(q, s, k, mask, shift), v, g, t) + o)
+            for k, mask, v in blocks:
+                rows.append(self._context_score(_mean_attention(q, s, k, mask), v, t) + o)
             columns.append(torch.cat(rows))
         return torch.cat(columns, 1)[m_order.argsort()][:, n_order.argsort()]
+
+    def local_scores(self, mentions, entities, floor: torch.Tensor) -> torch.Tensor:
+        """S_T^G2L [M, N] (eq. 9–10) wherever it may be at least `floor` [M, N], -inf where it cannot be.
+
+        Centred, a context after LayerNorm is no longer than √d_t; so S_T^G2L is within √d_t |γ·FC(t_E^G)| (centred as
+        well) of β·FC(t_E^G), whatever the attention. The queries may be half precision: few of them are read.
+        """
+        target = _centre(entities["text_query_global"] * self.layer_norm.weight)
+        offset = entities["text_query_global"] @ self.layer_norm.bias
+        reach = target.norm(dim=-1) * target.shape[-1] ** 0.5
+        highest = offset + reach * (1 + _ROUNDING) + offset.abs() * _ROUNDING
+        wanted = ~(highest < floor)  # also where either is nan
+        if wanted.sum() > _DENSE * wanted.numel():
+            return self._global_to_local(mentions, entities)
+
+        keys, values, key_mask = self._mention_side(mentions)
+        queries, query_mask = entities["text_queries"], entities.get("text_mask")
+        order, lengths = _by_length(queries, query_mask)
+        wanted, tokens = wanted[:, order], queries.flatten(0, 1)
+        positions = torch.arange(queries.shape[1], device=queries.device)[:, None]
+        step = max(1, _BLOCK_ELEMENTS.get(keys.device.type, 2**24) // (keys.shape[1] * queries.shape[1]))
+        found = torch.full_like(floor, -torch.inf)
+        for m in wanted.any(1).nonzero()[:, 0].tolist():
+            k, v = (keys[m], values[m]) if key_mask is None else (keys[m, key_mask[m]], values[m, key_mask[m]])
+            for some in wanted[m].nonzero()[:, 0].split(step):
+                rows, height = order[some], lengths[int(some[-1])]
+                q = tokens.index_select(0, (rows * queries.shape[1] + positions[:height]).flatten())
+                mask = None if query_mask is None else query_mask[rows]
+                share = _shares(k, (len(rows), queries.shape[1]), mask)[:, :height].T
+                weights = _mean_attention(q.view(height, len(rows), -1).to(k.dtype), share, k[None], None)
+                score = self._context_score(weights, v[None], target[rows].T)[0] + offset[rows]
+                found[m, rows] = torch.where(score.isfinite(), score, torch.nan)  # -inf says that it was not computed
+        return found
 
     def _mention_side(self, mentions):
         """Keys in units of log₂ as eq. 9 scales them, centred values, and the mask of the keys."""
@@ -213,46 +260,51 @@ class TGLU(nn.Module):
             mask = mask | (first & ~mask.any(1, keepdim=True))
         return keys, _centre(mentions["text_values"]), mask
 
-    def _context_score(self, weights, values, gram, target) -> torch.Tensor:
-        """LayerNorm(h_t) · FC(t_E^G) but for its constant (eq. 10): [m, n] from weights [m, L, n], target [d_t, n]."""
-        variance = ((gram @ weights) * weights).sum(1) / values.shape[-1]
-        projected = (values @ target) * weights  # [m, L, n]
-        return projected.sum(1) * torch.rsqrt(variance.clamp(min=0) + self.layer_norm.eps)
+    def _context_score(self, weights, values, target) -> torch.Tensor:
+        """LayerNorm(h_t)·FC(t_E^G) but for its constant (eq. 10): [m, n] from weights [m, L, n] and target [d_t, n]."""
+        context = values.transpose(1, 2) @ weights  # h̃_t [m, d_t, n]
+        return (context * target).sum(1) * torch.rsqrt(context.square().mean(1) + self.layer_norm.eps)
 
     @torch.no_grad()
     def attention(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The share [M, N, L] of each token of a mention in eq. 9, averaged over the tokens of an entity."""
         keys, _, mask = self._mention_side(mentions)
-        share = _shares(entities["text_queries"], entities.get("text_mask"))
-        queries = entities["text_queries"].transpose(0, 1).contiguous()
-        return _mean_attention(queries, share.T, keys, mask, shift=True).transpose(1, 2)
+        queries = entities["text_queries"].transpose(0, 1)
+        share = _shares(keys, entities["text_queries"].shape[:2], entities.get("text_mask"))
+        return _mean_attention(queries, share.T, keys, mask).transpose(1, 2)
 
 
-def _mean_attention(queries, share, keys, key_mask, shift: bool) -> torch.Tensor:
+def _mean_attention(queries, share, keys, key_mask) -> torch.Tensor:
     """Attention of every entity token over the mention's tokens (eq. 9), averaged over entity tokens: [m, L, n].
 
     Args:
         queries, share: [L', n, d_t] and the weight of each token in the average, [L', n].
         keys, key_mask: [m, L, d_t] in units of log₂, and [m, L] or `None`.
-        shift: Whether powers may overflow, so that the largest is subtracted from all.
     """
     height, n, dim = queries.shape
     m, width, _ = keys.shape
-    logits = (keys.reshape(m * width, dim) @ queries.view(height * n, dim).T).view(m, width, height * n)
-    if key_mask is not None and not key_mask.all():
-        logits = logits.masked_fill(~key_mask[..., None], -torch.inf)
-    if shift:
-        logits = logits - logits.detach().amax(1, keepdim=True)
-    powers = logits.exp2_()
-    weights = powers * (share.reshape(-1) / powers.sum(1))[:, None]
+    keys, queries = keys.reshape(m * width, dim), queries.reshape(height * n, dim)
+
+    def exponents() -> torch.Tensor:
+        x = (keys @ queries.T).view(m, width, height * n)
+        return x if key_mask is None or key_mask.all() else x.masked_fill(~key_mask[..., None], -torch.inf)
+
+    powers = exponents().exp2_()
+    total = powers.sum(1)
+    low, high = torch.aminmax(total.detach())
+    if not (low > _SMALLEST_SUM and high < 1 / _SMALLEST_SUM):  # too near the ends of float32: once more, shifted
+        x = exponents()
+        powers = (x - x.detach().amax(1, keepdim=True)).exp2_()
+        total = powers.sum(1)
+    weights = powers * (share.reshape(-1) / total)[:, None]
     return weights.view(m, width, height, n).sum(2)
 
 
-def _shares(queries: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """What each of an entity's tokens counts in their mean, [N, L]."""
+def _shares(like: torch.Tensor, shape: tuple[int, int], mask: torch.Tensor | None) -> torch.Tensor:
+    """What each of an entity's tokens counts in their mean, of `shape` [N, L]; type and device as those of `like`."""
     if mask is None:
-        return queries.new_full(queries.shape[:2], 1 / queries.shape[1])
-    return mask.to(queries.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
+        return like.new_full(shape, 1 / shape[1])
+    return mask.to(like.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def _by_length(tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[int]]:
@@ -262,10 +314,6 @@ def _by_length(tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.T
     last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).clamp(min=1)
     order = last.argsort()
     return order, last[order].tolist()
-
-
-def _largest_norm(tokens: torch.Tensor) -> float:
-    return float(tokens.detach().square().sum(-1).amax().sqrt()) if tokens.numel() else 0.0
 
 
 class DualGate(nn.Module):
@@ -621,15 +669,40 @@ class MimicModel(MimicPreTrainedModel):
         Scores are float32 even under autocast: half precision has too few digits to rank by, and VDLU's expansion
         subtracts nearly equal terms.
         """
-        mentions = {name: _full(tensor) for name, tensor in mentions.items() if tensor is not None}
-        entities = {name: _full(tensor) for name, tensor in entities.items() if tensor is not None}
-        modules = {"text": "tglu", "vision": "vdlu", "cross_modal": "cmfu"}
+        mentions, entities = _prepared(mentions), _prepared(entities)
         with torch.autocast(self.device.type, enabled=False):
-            return {unit: getattr(self, modules[unit])(mentions, entities) for unit in self.config.units or ()}
+            return {unit: getattr(self, _MODULES[unit])(mentions, entities) for unit in self.config.units or ()}
 
     def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """S [M, N] (eq. 7): the mean of the units' scores."""
         return _mean(self.unit_scores(mentions, entities))
+
+    @torch.no_grad()
+    def quick_scores(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """S [M, N] (eq. 7) but for TGLU's local half: what products of per-item vectors give."""
+        mentions, entities = _prepared(mentions), _prepared(entities, without="text_queries")
+        units = [getattr(self, _MODULES[unit]) for unit in self.config.units or ()]
+        m, n = (len(next(iter(side.values()))) for side in (mentions, entities))
+        step = max(1, _BLOCK_PAIRS // max(1, m)) if self.device.type == "cpu" else max(1, n)
+        columns = []
+        with torch.autocast(self.device.type, enabled=False):
+            for first in range(0, max(1, n), step):
+                part = {name: tensor[first : first + step] for name, tensor in entities.items()}
+                scores = [getattr(unit, "quick_scores", unit)(mentions, part) for unit in units]
+                columns.append(sum(scores[1:], scores[0]) / len(scores))
+        return torch.cat(columns, 1)
+
+    @torch.no_grad()
+    def remaining_scores(
+        self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor], floor: torch.Tensor
+    ) -> torch.Tensor:
+        """What [`~MimicModel.quick_scores`] leaves out of S, [M, N]; -inf for a pair where it is surely below `floor`."""
+        if "text" not in (self.config.units or ()) or not self.config.text_local:
+            return torch.zeros_like(floor)
+        scale = 2 * len(self.config.units)  # eq. 4 and 7
+        mentions, entities = _prepared(mentions), {**entities, **_prepared(entities, without="text_queries")}
+        with torch.autocast(self.device.type, enabled=False):
+            return self.tglu.local_scores(mentions, entities, floor * scale) / scale
 
     @torch.no_grad()
     def query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -640,7 +713,7 @@ class MimicModel(MimicPreTrainedModel):
         if mention and entity did not see one another: TGLU's local half by h_t with the same attention on every token
         (eq. 9), VDLU by v_B^L without the other image (eq. 12).
         """
-        mentions = {name: _full(tensor) for name, tensor in mentions.items() if tensor is not None}
+        mentions = _prepared(mentions)
         parts = []
         with torch.autocast(self.device.type, enabled=False):
             for unit in self.config.units or ():
@@ -659,7 +732,7 @@ class MimicModel(MimicPreTrainedModel):
     @torch.no_grad()
     def index_vectors(self, entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """One float32 vector per entity, [N, D]; see [`~MimicModel.query_vectors`]."""
-        entities = {name: _full(tensor) for name, tensor in entities.items() if tensor is not None}
+        entities = _prepared(entities, without="text_queries")
         parts = []
         with torch.autocast(self.device.type, enabled=False):
             for unit in self.config.units or ():
@@ -742,9 +815,13 @@ def _mean(unit_scores: dict[str, torch.Tensor]) -> torch.Tensor:
     return sum(others, first) / len(unit_scores)
 
 
-def _full(x: torch.Tensor) -> torch.Tensor:
-    """Half precision (of an autocast, or of a knowledge base on disk) as float32; anything else as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+def _prepared(encodings: Mapping[str, torch.Tensor], without: str | None = None) -> dict[str, torch.Tensor]:
+    """Half precision (of an autocast, or of a knowledge base on disk) as float32; the rest as it is, `None` left out."""
+    return {
+        name: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+        for name, tensor in encodings.items()
+        if tensor is not None and name != without
+    }
 
 
 def _build_backbone(config, pooling_layer: bool) -> PreTrainedModel:
