@@ -49,12 +49,21 @@ def candidates(
     from rich.console import Console
 
     from hf_mel.data.loading import load_entities, load_mentions
+    from hf_mel.data.posts import posts_of
     from hf_mel.evaluation.full import KS
 
     of_split = partial(load_mentions, dataset, config=config)
     mentions, entities = of_split(split), load_entities(dataset)
     lists = candidates_for(
-        source, mentions, entities, of_split, k=k, scorer=scorer, retriever=retriever, device=device
+        source,
+        mentions,
+        entities,
+        of_split,
+        k=k,
+        scorer=scorer,
+        retriever=retriever,
+        device=device,
+        posts=partial(posts_of, dataset, config=config),
     )
     lists.setting["split"] = split
     lists.save(output)

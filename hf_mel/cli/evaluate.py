@@ -45,6 +45,13 @@ def evaluate(
         float | None,
         typer.Option(help="A mention is NIL if its best score is below this. Default: the model's, if it has one."),
     ] = None,
+    posts: Annotated[
+        str,
+        typer.Option(
+            help="What a model that knows entities by posts knows them by: [b]auto[/b], the data set's posts, or without "
+            "any the captions of its training split; [b]none[/b]; or a split."
+        ),
+    ] = "auto",
     nil_from: Annotated[
         str | None, typer.Option(help="A split to choose the NIL threshold on, for instance validation.")
     ] = None,
@@ -103,12 +110,14 @@ def evaluate(
 
     from hf_mel.cli.candidates import candidates_for
     from hf_mel.data.loading import dataset_version, load_entities, load_mentions
+    from hf_mel.data.posts import posts_of
     from hf_mel.errors import RecipeError, UnknownSplitError
     from hf_mel.evaluation.candidates import evaluate_candidates
     from hf_mel.evaluation.full import check_units, evaluate_full
     from hf_mel.evaluation.tables import orders_table, results_table
     from hf_mel.linking.encodings import encode_rows
     from hf_mel.linking.loading import load_linking_model
+    from hf_mel.linking.prototypes import Prototypes
     from hf_mel.linking.ranking import EncodedEntities
     from hf_mel.schema import Reranker
 
@@ -144,6 +153,7 @@ def evaluate(
             scorer=scorer,
             retriever=retriever,
             device=device,
+            posts=partial(posts_of, dataset, posts, revision=dataset_revision, config=config),
         )
         with torch.autocast(getattr(loaded, "device", torch.device("cpu")).type, dtype=torch.bfloat16, enabled=bf16):
             reranked = evaluate_candidates(
@@ -170,7 +180,15 @@ def evaluate(
     unit_list = None if units is None else units.split(",")
     if unit_list is not None:
         check_units(loaded, processor, mentions, entities, unit_list)
-    encodings = encode_rows(loaded, processor, entities, "entities", batch_size=batch_size, progress=True)
+    prototypes = Prototypes.from_data(dataset, loaded, processor, posts, revision=dataset_revision, config=config)
+    if prototypes is not None and (told := prototypes.overlap(mentions)):
+        console.print(
+            f"Of {told:,} of {len(mentions):,} mentions, the text itself is a post about the entity: these results say "
+            "little about other texts."
+        )
+    encodings = encode_rows(
+        loaded, processor, entities, "entities", prototypes=prototypes, batch_size=batch_size, progress=True
+    )
     evaluate_on = partial(
         evaluate_full,
         loaded,

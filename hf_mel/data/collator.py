@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -97,13 +97,22 @@ class RetrieverCollator:
         random_image (`bool`, *optional*, defaults to `True`): Whether an entity shows a random one of its images
             instead of the first, which is the one evaluation uses. The choice is a function of the seed, the entity
             and the mentions it meets, so it changes from epoch to epoch and comes out the same in a resumed run.
+        with_prototypes (`Callable`, *optional*): Rows of entities, texts → the rows with `prototypes`, none of which is a
+            post of one of these texts; for a model that knows entities by posts.
         seed (`int`, *optional*, defaults to 0): Seed of that choice.
     """
 
     def __init__(
-        self, processor: MelProcessor, entities: datasets.Dataset, *, random_image: bool = True, seed: int = 0
+        self,
+        processor: MelProcessor,
+        entities: datasets.Dataset,
+        *,
+        random_image: bool = True,
+        with_prototypes: Callable[[Sequence[Row], Collection[str]], Sequence[Row]] | None = None,
+        seed: int = 0,
     ):
         self.processor, self.random_image, self.seed = processor, random_image, seed
+        self.with_prototypes = with_prototypes
         self.entities = LazyRows(entities)
         self._row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
 
@@ -127,10 +136,12 @@ class RetrieverCollator:
                     remedy="Train on mentions whose entity is in it; NIL mentions are for evaluation.",
                 )
             columns.setdefault(gold, len(columns))
-        entities = self.entities.__getitems__([self._row_of[gold] for gold in columns])
-        if self.random_image:
+        entities: Sequence[Row] = self.entities.__getitems__([self._row_of[gold] for gold in columns])
+        if self.with_prototypes is not None:
+            entities = self.with_prototypes(entities, [mention["text"] for mention in mentions])
+        elif self.random_image:
             met = " ".join(str(mention.get("mention_id")) for mention in mentions)
-            entities = [self._with_random_image(entity, met) for entity in entities]
+            entities = [self._with_random_image(entity, met) for entity in entities]  # type: ignore[arg-type]
         batch = {**self.processor(mentions=mentions), **self.processor(entities=entities)}
         return {**batch, "labels": torch.tensor([columns[mention["entity_id"]] for mention in mentions])}
 

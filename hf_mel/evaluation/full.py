@@ -20,6 +20,7 @@ from hf_mel.evaluation.nil import NilThreshold, best_other_scores, calibrate_nil
 from hf_mel.evaluation.strata import strata_of
 from hf_mel.linking.encodings import encode_rows
 from hf_mel.linking.fingerprint import describe_model
+from hf_mel.linking.prototypes import Prototypes
 from hf_mel.linking.ranking import EncodedEntities, EntitySource, RankingResult, rank, score_of_units
 from hf_mel.schema import NIL, Encodings, MelProcessor
 from hf_mel.spaces.mel_ranking.mel_ranking import nil_metrics, ranking_metrics, resolve_ranks
@@ -100,6 +101,7 @@ def evaluate_full(
     mentions: datasets.Dataset,
     entities: datasets.Dataset | EntitySource,
     *,
+    prototypes: Prototypes | None = None,
     batch_size: int = 64,
     top_k: int = 20,
     ks: Sequence[int] = KS,
@@ -126,6 +128,8 @@ def evaluate_full(
         mentions (`datasets.Dataset`): M rows of the schema.
         entities (`datasets.Dataset` or [`~hf_mel.linking.ranking.EntitySource`]): N rows of the schema, which are
             encoded and kept in memory as float32; or entities that are encoded already (a knowledge base).
+        prototypes ([`~hf_mel.linking.prototypes.Prototypes`], *optional*): Those of the entities, for a model that knows
+            them by posts.
         batch_size (`int`): Rows that are encoded at a time.
         top_k (`int`): Candidates to keep per mention, for [`FullResult.records`] and calibration.
         ks (sequence of `int`): The k of H@k.
@@ -172,7 +176,7 @@ def evaluate_full(
     try:
         encode = partial(encode_rows, model, processor, batch_size=batch_size, progress=progress)
         if isinstance(entities, datasets.Dataset):
-            entities = EncodedEntities(entity_ids, encode(entities, "entities"))
+            entities = EncodedEntities(entity_ids, encode(entities, "entities", prototypes=prototypes))
         if mention_encodings is None:
             mention_encodings = encode(mentions, "mentions") if len(mentions) else {"none": torch.empty(0)}
         ranking = rank(

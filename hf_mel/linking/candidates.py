@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hf_mel.errors import RecipeError
 from hf_mel.linking.encodings import encode_rows, model_fingerprint
 from hf_mel.linking.fingerprint import describe_model
 from hf_mel.linking.loading import load_retriever
+from hf_mel.linking.prototypes import Prototypes, knows_posts
 from hf_mel.linking.ranking import EncodedEntities, EntitySource, rank
 from hf_mel.schema import MelProcessor
 
@@ -45,6 +47,7 @@ def make_candidates(
     training: datasets.Dataset | None = None,
     retriever: str | os.PathLike[str] | None = None,
     device: str | None = None,
+    posts: Callable[[], datasets.Dataset | None] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> CandidateLists:
@@ -61,6 +64,7 @@ def make_candidates(
         training (`datasets.Dataset`, *optional*): Mentions that the prior is counted on.
         retriever (`str` or `os.PathLike`, *optional*): Folder or Hub id of a trained retriever.
         device (`str`, *optional*): Where the retriever goes. Default: a GPU if there is one.
+        posts (`Callable`, *optional*): Gives the posts about the entities, to a retriever that knows them by posts.
         cache_dir (`str` or `os.PathLike`, *optional*): Where finished lists are kept and looked for, by a digest of all
             they depend on. Default: nowhere.
         progress (`bool`): Whether to show progress bars.
@@ -80,6 +84,7 @@ def make_candidates(
     if "retriever" in sources:
         assert retriever is not None
         model, processor = load_retriever(retriever, device=device)
+    known_by = posts() if posts is not None and knows_posts(model) else None
     lists = []
     for each in sources:
         if each == "release":
@@ -95,7 +100,8 @@ def make_candidates(
             elif each == "prior":
                 depends["training"] = _digest(training)
             else:  # the digest of texts does not see images
-                depends["model"] = [model_fingerprint(model), mentions._fingerprint, entities._fingerprint]
+                rows = [mentions, entities, *([] if known_by is None else [known_by])]
+                depends["model"] = [model_fingerprint(model), *(each._fingerprint for each in rows)]
             key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
             file = Path(cache_dir) / f"{each}-{key[:32]}.parquet"
         if file is not None and file.exists():
@@ -108,7 +114,10 @@ def make_candidates(
             made = prior_candidates(mentions, training, k=k)
         else:
             assert processor is not None
-            made = retriever_candidates(model, processor, mentions, entities, k=k, progress=progress)
+            prototypes = Prototypes.of(model, processor, known_by)
+            made = retriever_candidates(
+                model, processor, mentions, entities, k=k, prototypes=prototypes, progress=progress
+            )
         if file is not None:
             made.save(file)
         lists.append(made)
@@ -153,6 +162,7 @@ def retriever_candidates(
     entities: datasets.Dataset | EntitySource,
     *,
     k: int = 16,
+    prototypes: Prototypes | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> CandidateLists:
@@ -164,11 +174,14 @@ def retriever_candidates(
         mentions (`datasets.Dataset`): M mentions.
         entities (`datasets.Dataset` or [`~hf_mel.linking.ranking.EntitySource`]): N entities.
         k (`int`): Candidates per mention.
+        prototypes ([`~hf_mel.linking.prototypes.Prototypes`], *optional*): For a model that knows entities by posts.
         batch_size (`int`): Rows that are encoded at a time.
         progress (`bool`): Whether to show progress bars.
     """
     if isinstance(entities, datasets.Dataset):
-        encodings = encode_rows(model, processor, entities, "entities", batch_size=batch_size, progress=progress)
+        encodings = encode_rows(
+            model, processor, entities, "entities", prototypes=prototypes, batch_size=batch_size, progress=progress
+        )
         entities = EncodedEntities(list(entities["entity_id"]), encodings)
     made_by = {key: value for key, value in describe_model(model).items() if key != "config"}
     top_rows: list[list[int]] = []

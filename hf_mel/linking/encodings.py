@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_mel.data.collator import LazyRows
+from hf_mel.linking.prototypes import Prototypes
 from hf_mel.schema import Encodings, MelProcessor
 
 
@@ -71,6 +72,7 @@ def encode_batches(
     rows: datasets.Dataset,
     kind: Literal["mentions", "entities"],
     *,
+    prototypes: Prototypes | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -81,6 +83,8 @@ def encode_batches(
         processor ([`~hf_mel.schema.MelProcessor`]): Called as `processor(mentions=rows)` or `processor(entities=rows)`.
         rows (`datasets.Dataset`): N rows of the schema. A transform that is set on them is respected.
         kind (`str`): "mentions" or "entities".
+        prototypes ([`~hf_mel.linking.prototypes.Prototypes`], *optional*): Those of entities, for a model that knows them
+            by posts. Default, for such a model: every entity is the only post about itself.
         batch_size (`int`): Rows per batch.
         progress (`bool`): Whether to show a progress bar.
 
@@ -92,9 +96,13 @@ def encode_batches(
     """
     encode: Callable = model.encode_mentions if kind == "mentions" else model.encode_entities
     device, dtype = getattr(model, "device", "cpu"), getattr(model, "dtype", torch.float32)
+    if kind == "entities" and prototypes is None:
+        prototypes = Prototypes.of(model, processor)
     with tqdm(total=len(rows), desc=f"Encoding {kind}", unit="row", delay=1, disable=not progress) as bar:
         for first in range(0, len(rows), batch_size):
             batch = _rows(rows, kind, range(first, min(first + batch_size, len(rows))))
+            if kind == "entities" and prototypes is not None:
+                batch = prototypes.on(batch)
             tensors = processor(mentions=batch) if kind == "mentions" else processor(entities=batch)
             inputs = {
                 name: tensor.to(device, dtype if tensor.is_floating_point() else None)
@@ -113,6 +121,7 @@ def encode_rows(
     rows: datasets.Dataset,
     kind: Literal["mentions", "entities"],
     *,
+    prototypes: Prototypes | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, torch.Tensor]:
@@ -125,7 +134,9 @@ def encode_rows(
         raise ValueError(f"There are no {kind} to encode.")
     encodings: dict[str, torch.Tensor] = {}
     first = 0
-    for part in encode_batches(model, processor, rows, kind, batch_size=batch_size, progress=progress):
+    for part in encode_batches(
+        model, processor, rows, kind, prototypes=prototypes, batch_size=batch_size, progress=progress
+    ):
         if not encodings:
             encodings = {name: tensor.new_empty((len(rows), *tensor.shape[1:])) for name, tensor in part.items()}
         layouts = [{name: tuple(t.shape[1:]) for name, t in some.items()} for some in (encodings, part)]

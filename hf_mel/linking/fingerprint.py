@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from hf_mel.data.posts import own_post
 from hf_mel.linking.encodings import model_fingerprint
 from hf_mel.schema import MelProcessor
 
@@ -47,14 +48,16 @@ def describe_model(model: Any) -> dict[str, Any]:
     }
 
 
-def describe_processor(processor: MelProcessor) -> dict[str, Any]:
+def describe_processor(processor: MelProcessor, *, posts: bool = False) -> dict[str, Any]:
     """What identifies a processor on the entity side: `type`, and `tensors`, a sha256 of what it makes of fixed rows.
+
+    Of a model that knows entities by `posts` the rows are posts: what is made of an entity is vectors that came of them.
 
     Comparing what it does, not how it is saved, is safe against a processor that was saved by another version of
     transformers, or whose mention side alone changed.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(processor(entities=_probe_rows(_image())).items()):
+    for name, tensor in sorted(_probe(processor, _image(), posts).items()):
         # Floats rounded, since resizing and normalising may differ in the last bit between machines.
         values = (tensor.float() * 100).round().to(torch.int64) if tensor.is_floating_point() else tensor.long()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -62,10 +65,10 @@ def describe_processor(processor: MelProcessor) -> dict[str, Any]:
     return {"type": type(processor).__name__, "tensors": digest.hexdigest()}
 
 
-def sees_images(processor: MelProcessor) -> bool:
-    """Whether an image changes the tensors of an entity: false for a text-only processor."""
-    with_image, without = (processor(entities=_probe_rows(image)) for image in (_image(), None))
-    return any(not torch.equal(with_image[name], without[name]) for name in with_image)
+def sees_images(processor: MelProcessor, *, posts: bool = False) -> bool:
+    """Whether an image changes the tensors of an entity, or of a post: false for a text-only processor."""
+    with_image, without = (_probe(processor, image, posts) for image in (_image(), None))
+    return any(name not in without or not torch.equal(with_image[name], without[name]) for name in with_image)
 
 
 def model_difference(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str | None:
@@ -94,6 +97,13 @@ class _AnyColumn(dict):
 
     def __missing__(self, column: str) -> str:
         return column
+
+
+def _probe(processor: Any, image: Image.Image | None, posts: bool) -> Mapping[str, torch.Tensor]:
+    rows = _probe_rows(image)
+    if not posts:
+        return processor(entities=rows)
+    return processor(posts=[_AnyColumn(own_post(row)) for row in rows])
 
 
 def _probe_rows(image: Image.Image | None) -> list[_AnyColumn]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import ChainMap, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_mel.data.collator import LazyRows
-from hf_mel.data.posts import SOURCE, own_post
+from hf_mel.data.posts import SOURCE, own_post, posts_of
 from hf_mel.data.prototypes import SELECTIONS, check_features, random_posts, select_posts
-from hf_mel.errors import DataFormatError, RecipeError
+from hf_mel.errors import DataFormatError, RecipeError, UnknownSplitError
+from hf_mel.rows import ROW_SUFFIXES
 from hf_mel.schema import MelProcessor, Row
 
 #: Posts whose features are in memory together while prototypes are chosen and kept.
@@ -91,6 +93,44 @@ class Prototypes:
         """For a model that knows entities by posts; otherwise `None`."""
         return cls(model, processor, posts, batch_size=batch_size) if knows_posts(model) else None
 
+    @classmethod
+    def from_data(
+        cls,
+        source: str | os.PathLike[str] | None,
+        model: Any,
+        processor: MelProcessor,
+        posts: str | datasets.Dataset | None = "auto",
+        *,
+        revision: str | None = None,
+        config: str = "mentions",
+    ) -> Prototypes | None:
+        """[`Prototypes.of`] with the posts of a data set.
+
+        Args:
+            source (`str` or `os.PathLike`, *optional*): Where the entities come from: a data set, or a file, which has no
+                posts; `None` if it has no name.
+            model, processor: As in [`Prototypes`].
+            posts (`str` or `datasets.Dataset`, *optional*): Posts, or which of the data set's: "auto" is the posts it
+                ships, else the captions of its training split; "none"; or a split, whose captions are the posts
+                ([`~hf_mel.data.posts.posts_of`]).
+            revision, config: Of the data set and its mentions.
+
+        Raises:
+            UnknownSplitError: no such split.
+        """
+        if not knows_posts(model):
+            return None
+        if isinstance(posts, str):
+            named = source is not None and not os.fspath(source).lower().endswith(ROW_SUFFIXES)
+            if not named and posts not in ("auto", "none"):
+                raise UnknownSplitError(
+                    f"there is no split {posts!r} of posts: the entities do not come from a data set.",
+                    file=source,
+                    remedy="Leave posts out, or give a data set.",
+                )
+            posts = posts_of(source, posts, revision=revision, config=config) if named else None  # type: ignore[arg-type]
+        return cls.of(model, processor, posts)
+
     def add(self, entities: datasets.Dataset, *, progress: bool = False) -> None:
         """Chooses the prototypes of entities, one more than k, and keeps them in memory for [`Prototypes.on`]."""
         ids = list(entities["entity_id"])
@@ -118,6 +158,18 @@ class Prototypes:
             ChainMap({"prototypes": self._shown(chosen.get(i) or self._kept[i], hidden)}, row)  # type: ignore[arg-type]
             for i, row in ((row["entity_id"], row) for row in entities)
         ]
+
+    def overlap(self, mentions: datasets.Dataset) -> int:
+        """How many of the mentions are linked with their own text at hand: it is that of a post about their gold."""
+        if self.posts is None:
+            return 0
+        known: dict[str, set[int]] = {}
+        count = 0
+        for text, gold in zip(mentions["text"], mentions["entity_id"], strict=True):
+            if gold not in known:
+                known[gold] = set(self._digests[self._posts_of.get(gold, [])].ravel().tolist())
+            count += _digest(text) in known[gold]
+        return count
 
     def support(self, entities: datasets.Dataset) -> datasets.Dataset:
         """The posts that are a prototype of one of the entities, in any modality: the support set (section 3.4.3).

@@ -32,6 +32,7 @@ from transformers import (
 
 from hf_mel.data.candidates import CandidateLists
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions
+from hf_mel.data.posts import posts_as_mentions, posts_of
 from hf_mel.errors import MissingExtraError, RecipeError
 from hf_mel.evaluation.candidates import evaluate_candidates
 from hf_mel.evaluation.full import evaluate_full
@@ -40,6 +41,7 @@ from hf_mel.files import write_text
 from hf_mel.hub.cards import model_card
 from hf_mel.hub.saving import save_model_repository
 from hf_mel.linking.candidates import check_source, default_cache, make_candidates
+from hf_mel.linking.prototypes import Prototypes, knows_posts
 from hf_mel.schema import NIL, Reranker, Retriever
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.plot import plot_training
@@ -106,6 +108,12 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
             }
         elif recipe.candidates is not None:
             raise recipe.error(f"{type(model).__name__} ranks all entities; leave 'candidates' out.")
+        prototypes = prototypes_for(recipe, model, processor)
+        if recipe.task == "knowledge":
+            assert prototypes is not None
+            model.to(arguments.device)
+            prototypes.add(entities, progress=not arguments.disable_tqdm)
+            train = posts_as_mentions(prototypes.support(entities))
         trainer = MelTrainer(
             model,
             arguments,
@@ -113,6 +121,7 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
             eval_dataset=validation,
             entities=entities,
             processing_class=processor,
+            prototypes=prototypes,
             **lists,
         )
         main = trainer.is_world_process_zero()
@@ -178,9 +187,34 @@ def candidates_for(
         scorer=wanted.scorer,
         training=training,
         retriever=wanted.retriever,
+        posts=lambda: posts_of(recipe.data.dataset, revision=recipe.data.revision, config=recipe.data.config),
         cache_dir=default_cache(),
         progress=True,
     )
+
+
+def prototypes_for(recipe: Recipe, model: Any, processor: Any) -> Prototypes | None:
+    """What a recipe's model knows entities by: the posts of the data set, or the captions of its training split.
+
+    What the recipe says of them is kept in the model's configuration, for whoever encodes entities later.
+
+    Raises:
+        RecipeError: the recipe says something of them, and the model does not know entities by posts.
+    """
+    data = recipe.data
+    chosen = {"prototype_selection": data.prototype_selection, "entity_prototype": data.entity_prototype}
+    chosen = {field: value for field, value in chosen.items() if value is not None}
+    if not knows_posts(model):
+        if recipe.task == "knowledge":
+            raise recipe.error(f"task: {type(model).__name__} does not know entities by posts.")
+        if chosen:
+            raise recipe.error(
+                f"data: {type(model).__name__} does not know entities by posts.", f"Leave {', '.join(chosen)} out."
+            )
+        return None
+    for field, value in chosen.items():
+        setattr(model.config, field, value)
+    return Prototypes.from_data(data.dataset, model, processor, revision=data.revision, config=data.config)
 
 
 def _check_candidates(recipe: Recipe) -> None:
@@ -400,7 +434,15 @@ def _finish(
             data_version=version,
         )
     else:
-        evaluation = evaluate_full(model, processor, validation, entities, batch_size=batch_size, data_version=version)
+        evaluation = evaluate_full(
+            model,
+            processor,
+            validation,
+            entities,
+            prototypes=trainer.prototypes,
+            batch_size=batch_size,
+            data_version=version,
+        )
         nil = evaluation.calibrate_nil_threshold() if len(validation) and len(entities) > 1 else None
     # Made-up NIL cases are half of all by construction; where the data has none, they must not switch NIL on unasked.
     if nil is not None and not nil.simulated and hasattr(model.config, "nil_threshold"):
@@ -420,7 +462,7 @@ def _finish(
         },
         "data": {
             **version,
-            "train_split": recipe.data.train_split,
+            "train_split": "posts" if recipe.task == "knowledge" else recipe.data.train_split,
             "train_mentions": len(train),
             "train_nil": list(train["entity_id"]).count(NIL),
             "validation_split": recipe.data.validation_split,

@@ -23,6 +23,7 @@ from hf_mel.data.pairs import Examples, PairCollator
 from hf_mel.errors import DataFormatError, RecipeError
 from hf_mel.evaluation.candidates import CandidateResult, evaluate_candidates
 from hf_mel.evaluation.full import FullResult, evaluate_full
+from hf_mel.linking.prototypes import Prototypes
 from hf_mel.linking.reranking import ImageFeatures
 from hf_mel.schema import NIL, MelProcessor, Reranker
 from hf_mel.training.arguments import MelTrainingArguments
@@ -51,6 +52,9 @@ class MelTrainer(Trainer):
         entities (`datasets.Dataset`): The knowledge base.
         train_candidates, eval_candidates ([`~hf_mel.data.candidates.CandidateLists`], *optional*): For a reranker, the
             candidates of both sets of mentions.
+        prototypes ([`~hf_mel.linking.prototypes.Prototypes`], *optional*): For a retriever that knows entities by posts,
+            what chooses among these. They are encoded once, before training. A batch shows no post that is the text of
+            one of its mentions. Default, for such a model: every entity is the only post about itself.
         processing_class ([`~hf_mel.schema.MelProcessor`]): Turns rows into tensors; saved with every checkpoint. It is the
             attribute `processor` of the trainer.
         callbacks (`list[TrainerCallback]`, *optional*): Further callbacks.
@@ -79,6 +83,7 @@ class MelTrainer(Trainer):
         processing_class: MelProcessor,
         train_candidates: CandidateLists | None = None,
         eval_candidates: CandidateLists | None = None,
+        prototypes: Prototypes | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
@@ -163,6 +168,13 @@ class MelTrainer(Trainer):
                 if images is not None:
                     self.image_features.add(images, progress=not args.disable_tqdm and self.is_world_process_zero())
             collator.with_features = self.image_features.on
+        #: The posts that entities are known by, encoded.
+        self.prototypes: Prototypes | None = None
+        if not self.reranks:
+            self.prototypes = Prototypes.of(model, processing_class) if prototypes is None else prototypes
+        if self.prototypes is not None:
+            self.prototypes.add(entities, progress=not args.disable_tqdm and self.is_world_process_zero())
+            collator.with_prototypes = self.prototypes.on
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if not args.disable_tqdm:
@@ -262,7 +274,9 @@ class MelTrainer(Trainer):
         }
         with self.accelerator.autocast():
             if not self.reranks:
-                return evaluate_full(model, self.processor, mentions, self.entities, **options)
+                return evaluate_full(
+                    model, self.processor, mentions, self.entities, prototypes=self.prototypes, **options
+                )
             assert self.eval_candidates is not None
             return evaluate_candidates(
                 model,

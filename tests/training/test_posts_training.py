@@ -1,0 +1,240 @@
+"""Training, evaluating and linking with a retriever that knows entities by posts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hf_mel.data.collator import LazyRows, RetrieverCollator
+from hf_mel.data.posts import captions_as_posts
+from hf_mel.errors import RecipeError, UnknownSplitError
+from hf_mel.evaluation.full import evaluate_full
+from hf_mel.linking.encodings import encode_rows
+from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.linking.linker import EntityLinker
+from hf_mel.linking.prototypes import Prototypes
+from hf_mel.training.arguments import MelTrainingArguments
+from hf_mel.training.recipe import Recipe
+from hf_mel.training.run import run_recipe
+from hf_mel.training.trainer import MelTrainer
+from tests.data.test_posts import write
+from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model, write_toy_dataset
+from tests.toy_posts import ToyPostsProcessor, register, toy_posts, toy_posts_model
+from tests.training.toy_run import recipe_dict, write_dataset
+
+ENTITIES = toy_entities(12)
+
+
+@pytest.mark.parametrize("batch", [[0], [0, 1, 2, 3], [4, 28, 16, 5], list(range(10))])
+def test_a_batch_never_shows_a_mention_its_own_caption(batch):
+    """Whoever's prototype it would be: the mention's gold's, or another entity's of the same text."""
+    mentions = toy_mentions(40)
+    shared = mentions[0]["text"]
+    mentions = mentions.map(lambda row: {"text": shared} if row["mention_id"] in ("m1", "m28") else {})
+    model, seen = toy_posts_model(), []
+
+    class Recording(ToyPostsProcessor):
+        def __call__(self, **rows):
+            seen.extend(rows.get("entities") or ())
+            return super().__call__(**rows)
+
+    posts = captions_as_posts(mentions)
+    prototypes = Prototypes(model, ToyPostsProcessor(), posts)
+    prototypes.add(ENTITIES)
+    collator = RetrieverCollator(Recording(), ENTITIES, with_prototypes=prototypes.on)
+    tensors = collator(LazyRows(mentions).__getitems__(batch))
+    texts = {mentions[i]["text"] for i in batch}
+    assert len(seen) == len(tensors["entity_text"]) == len({mentions[i]["entity_id"] for i in batch})
+    hidden = [post for post in posts if post["source_text"] in texts]
+    with torch.no_grad():
+        vectors = model.encode_posts(
+            **{k: v for k, v in ToyPostsProcessor()(posts=hidden).items() if k.startswith("post_")}
+        )["text"]
+    vectors = vectors / vectors.norm(dim=1, keepdim=True)
+    for row in seen:
+        assert len(row["prototypes"]["text"])
+        assert not torch.isclose(row["prototypes"]["text"][:, None], vectors, atol=1e-6).all(2).any(), row["entity_id"]
+
+
+def test_without_prototypes_the_entities_are_as_before():
+    collator = RetrieverCollator(ToyProcessor(), ENTITIES)
+    mentions = LazyRows(toy_mentions(4)).__getitems__([0, 1])
+    assert set(collator(mentions)) == {*ToyProcessor()(mentions=mentions, entities=list(ENTITIES)), "labels"}
+
+
+def trained(tmp_path, model, prototypes=None):
+    trainer = MelTrainer(
+        model,
+        MelTrainingArguments(
+            output_dir=str(tmp_path / "checkpoints"),
+            num_train_epochs=2,
+            per_device_train_batch_size=4,
+            learning_rate=0.01,
+            disable_tqdm=True,
+            log_level="error",
+        ),
+        train_dataset=toy_mentions(16),
+        eval_dataset=toy_mentions(12),
+        entities=ENTITIES,
+        processing_class=ToyPostsProcessor(),
+        prototypes=prototypes,
+    )
+    trainer.train()
+    return trainer
+
+
+def test_posts_are_encoded_once_for_a_whole_training(tmp_path):
+    model = toy_posts_model()
+    before = model.mention_text.weight.clone()
+    trainer = trained(tmp_path, model, Prototypes(model, ToyPostsProcessor(), toy_posts()))
+    assert model.posts_seen == len(toy_posts()) + len(ENTITIES)
+    assert not torch.equal(model.mention_text.weight, before)
+    expected = evaluate_full(
+        model,
+        ToyPostsProcessor(),
+        toy_mentions(12),
+        ENTITIES,
+        prototypes=Prototypes(model, ToyPostsProcessor(), toy_posts()),
+        progress=False,
+    )
+    assert trainer.evaluate()["eval_mrr"] == pytest.approx(expected.metrics["mrr"])
+
+
+def test_training_without_posts_knows_entities_by_themselves(tmp_path):
+    trainer = trained(tmp_path, toy_posts_model())
+    assert trainer.prototypes.posts is None
+    assert trainer.evaluate()["eval_mrr"] > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_a_knowledge_base_ranks_as_the_evaluation_does(tmp_path, batch_size):
+    """By the posts of the data set without being told; as plain scores of plain tensors."""
+    model, processor = toy_posts_model(), ToyPostsProcessor()
+    folder = write(tmp_path / "data", toy_posts())
+    kb = KnowledgeBase.build(str(folder), model, processor, batch_size=batch_size, progress=False)
+    prototypes = Prototypes(model, processor, toy_posts())
+    evaluated = evaluate_full(
+        model, processor, toy_mentions(20), toy_entities(), prototypes=prototypes, top_k=12, progress=False
+    )
+    by_kb = evaluate_full(model, processor, toy_mentions(20), kb, top_k=12, progress=False)
+    assert torch.equal(by_kb.ranking.best_rank, evaluated.ranking.best_rank)
+    assert torch.equal(by_kb.ranking.top_rows, evaluated.ranking.top_rows)
+    entities = prototypes.on(list(toy_entities()))
+    with torch.no_grad():
+        plain = model.encode_entities(**processor(entities=entities))
+    torch.testing.assert_close(kb.encodings(range(12))["text"], plain["text"])
+    linked = EntityLinker(model, processor, kb)([dict(row) for row in toy_mentions(20)])
+    assert [result.entity_id for result in linked] == [
+        f"Q{rows[0] + 1}" for rows in evaluated.ranking.top_rows.tolist()
+    ]
+
+
+def test_a_knowledge_base_of_captions_and_of_nothing(tmp_path):
+    model, processor = toy_posts_model(), ToyPostsProcessor()
+    folder = str(write_toy_dataset(tmp_path / "data"))
+    built = {
+        posts: KnowledgeBase.build(folder, model, processor, posts=posts, progress=False).encodings(range(12))["text"]
+        for posts in ("auto", "train", "test", "none")
+    }
+    own = encode_rows(model, processor, toy_entities(), "entities")["text"]
+    assert torch.equal(built["auto"], built["train"])
+    torch.testing.assert_close(built["none"], own)
+    for posts in ("train", "test"):
+        assert (built[posts] - own).abs().max() > 0.01
+    assert (built["train"] - built["test"]).abs().max() > 0.01
+    with pytest.raises(UnknownSplitError, match="'nowhere'"):
+        KnowledgeBase.build(folder, model, processor, posts="nowhere", progress=False)
+
+
+def test_entities_of_a_file_are_known_by_themselves(tmp_path):
+    model, processor = toy_posts_model(), ToyPostsProcessor()
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(json.dumps({"id": f"Q{k}", "name": f"Entity {k}"}) for k in range(3)))
+    kb = KnowledgeBase.build(str(file), model, processor, progress=False)
+    single = Prototypes(model, processor).on(
+        [{"entity_id": "Q2", "name": "Entity 2", "description": "", "attributes": "", "images": []}]
+    )
+    with torch.no_grad():
+        expected = model.encode_entities(**processor(entities=single))["text"]
+    torch.testing.assert_close(kb.encodings([2])["text"], expected)
+    more = tmp_path / "more.csv"
+    more.write_text("id,name\nQ9,Somebody\n")
+    assert kb.add(str(more), model, processor, progress=False) == 1
+    assert len(EntityLinker(model, processor, kb)(text="Entity 2 won.", mention="Entity 2").candidates) == 4
+    with pytest.raises(UnknownSplitError, match="do not come from a data set"):
+        KnowledgeBase.build(str(file), model, processor, posts="train", progress=False)
+
+
+def test_texts_that_are_posts_are_counted(tmp_path):
+    mentions = toy_mentions(20, nil_every=5)
+    prototypes = Prototypes(toy_posts_model(), ToyPostsProcessor(), captions_as_posts(mentions))
+    assert prototypes.overlap(mentions) == 16
+    assert prototypes.overlap(mentions.map(lambda row: {"text": row["text"] + " Again."})) == 0
+    wrong = mentions.map(lambda row: {"entity_id": "Q99"})
+    assert prototypes.overlap(wrong) == 0
+    assert Prototypes(toy_posts_model(), ToyPostsProcessor()).overlap(mentions) == 0
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """A folder with an untrained model, to continue from."""
+    register()
+    monkeypatch.chdir(tmp_path)
+    toy_posts_model().save_pretrained("start")
+    ToyPostsProcessor().save_pretrained("start")
+    return "start"
+
+
+def recipe(start, dataset, name, **more) -> Recipe:
+    training = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
+    data = {"dataset": str(dataset), **more.pop("data", {})}
+    return Recipe.from_dict(
+        {"name": name, "model": {"from_pretrained": start}, "data": data, "training": training, **more}
+    )
+
+
+def test_knowledge_then_task(start, tmp_path):
+    """Posts that are prototypes are learnt from as mentions without a surface, then the task goes on from there."""
+    dataset = write(tmp_path / "data", toy_posts())
+    knowledge = run_recipe(
+        recipe(start, dataset, "knowledge", task="knowledge", data={"prototype_selection": "random"})
+    )
+    results = json.loads((knowledge / "results.json").read_text())
+    model = toy_posts_model()
+    model.config.prototype_selection = "random"
+    prototypes = Prototypes(model, ToyPostsProcessor(), toy_posts())
+    prototypes.add(toy_entities())
+    assert results["data"]["train_split"] == "posts"
+    assert results["data"]["train_mentions"] == len(prototypes.support(toy_entities()))
+    assert json.loads((knowledge / "config.json").read_text())["prototype_selection"] == "random"
+
+    task = run_recipe(recipe(str(knowledge), dataset, "task"))
+    results = json.loads((task / "results.json").read_text())
+    assert results["data"]["train_mentions"] == 20
+    # What was chosen for the first stage holds for whoever encodes entities with the second's model.
+    assert json.loads((task / "config.json").read_text())["prototype_selection"] == "random"
+
+
+def test_recipes_that_do_not_fit_the_model(start, tmp_path):
+    dataset = write_dataset(tmp_path / "data")
+    mimic = recipe_dict(dataset)
+    with pytest.raises(RecipeError, match="MimicModel does not know entities by posts"):
+        run_recipe(Recipe.from_dict({**mimic, "task": "knowledge"}), tmp_path / "a")
+    mimic["data"]["entity_prototype"] = True
+    with pytest.raises(RecipeError, match=r"does not know entities by posts.*Leave entity_prototype out"):
+        run_recipe(Recipe.from_dict(mimic), tmp_path / "b")
+    with pytest.raises(
+        RecipeError, match=r"data.prototype_selection: 'best' is not one of 'pagerank'|pagerank, random"
+    ):
+        recipe(start, dataset, "c", data={"prototype_selection": "best"})
+
+
+def test_other_models_do_not_look_at_posts(tmp_path):
+    folder = write(tmp_path / "data", toy_posts())
+    model, processor = toy_model(), ToyProcessor()
+    kb = KnowledgeBase.build(str(folder), model, processor, posts="nowhere", progress=False)
+    torch.testing.assert_close(
+        kb.encodings(range(12))["text"], encode_rows(model, processor, toy_entities(), "entities")["text"]
+    )
