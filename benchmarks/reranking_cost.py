@@ -1,7 +1,8 @@
 """What a reranker costs: pairs per second, and seconds per mention as the number of candidates grows.
 
 Scores the first mentions of a split with 1, 4, 16, 64 and 100 candidates each, as evaluation does (batches sorted by
-length, each image encoded once, contexts ranked jointly if the model does), and one pair at a time for comparison:
+length, each image encoded once, contexts ranked jointly if the model does), and one pair at a time for comparison. A line is
+laid through the seconds per mention: what a mention costs whatever its list, and what each candidate of it costs.
 
     python -m benchmarks.reranking_cost runs/RERANKER data/wikimel --candidates cands/test.parquet --output cost.json
 """
@@ -12,7 +13,9 @@ import argparse
 import json
 import os
 import random
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,19 +29,26 @@ from hf_mel.linking.loading import load_reranker
 from hf_mel.linking.reranking import can_rank_jointly, score_pairs
 
 
-def main() -> None:
+def line(results: Sequence[dict[str, float]], column: str) -> dict[str, float]:
+    """Seconds of a mention ≈ `per_mention` + `per_candidate` · |E|, by least squares over the sizes of lists."""
+    sizes, seconds = [each["pairs"] / each["mentions"] for each in results], [each[column] for each in results]
+    slope, intercept = statistics.linear_regression(sizes, seconds)
+    return {"per_mention": intercept, "per_candidate": slope}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a reranker's run folder or Hub id")
     parser.add_argument("dataset", help="a data-set folder")
     parser.add_argument("--split", default="test")
     parser.add_argument("--candidates", help="a file of hf-mel candidates (default: random entities)")
-    parser.add_argument("--mentions", type=int, default=64, help="how many, whole contexts")
+    parser.add_argument("--mentions", type=int, default=16, help="how many, the first of the split")
     parser.add_argument("--sizes", default="1,4,16,64,100")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     model, processor = load_reranker(args.model, device=args.device)
     mentions, entities = load_mentions(args.dataset, args.split), load_entities(args.dataset)
@@ -53,32 +63,52 @@ def main() -> None:
         others = generator.sample(range(len(entities)), min(max(sizes), len(entities)))
         lists.append(list(dict.fromkeys([*rows, *others]))[: max(sizes)])
 
-    def seconds(size: int, batch_size: int, joint: bool) -> float:
-        chosen = [rows[:size] for rows in lists]
-        masks = [torch.ones(len(chosen), max(map(len, chosen)), dtype=torch.bool)] if joint else []
+    jointly = can_rank_jointly(model)
+    ranking = 0.0  # seconds of ranking jointly, which is after scoring and once for a chunk of pairs
+    if jointly:
+        rank_jointly = model.rank_jointly
+
+        def timed(*inputs):
+            nonlocal ranking
+            start = time.perf_counter()
+            found = rank_jointly(*inputs)
+            ranking += time.perf_counter() - start
+            return found
+
+        model.rank_jointly = timed
+
+    def seconds(size: int, batch_size: int) -> tuple[float, float]:
+        """Of scoring, and of ranking jointly."""
+        nonlocal ranking
+        chosen, ranking = [rows[:size] for rows in lists], 0.0
+        masks = [torch.ones(len(chosen), max(map(len, chosen)), dtype=torch.bool)] if jointly else []
         start = time.perf_counter()
         score_pairs(model, processor, mentions, entities, chosen, joint_masks=masks, batch_size=batch_size)
-        return time.perf_counter() - start
+        return time.perf_counter() - start - ranking, ranking
 
-    seconds(1, args.batch_size, False)  # the first pass pays for what later ones find ready
+    seconds(1, args.batch_size)  # the first pass pays for what later ones find ready
     results = []
     for size in sizes:
-        plain = seconds(size, args.batch_size, False)
+        plain, joint = seconds(size, args.batch_size)
         pairs = sum(len(rows[:size]) for rows in lists)
-        result = {"candidates": size, "pairs": pairs, "pairs_per_second": pairs / plain}
+        result = {"candidates": size, "mentions": len(lists), "pairs": pairs, "pairs_per_second": pairs / plain}
         result["seconds_per_mention"] = plain / len(lists)
-        if can_rank_jointly(model):
-            result["seconds_per_mention_jointly"] = seconds(size, args.batch_size, True) / len(lists)
+        if jointly:
+            result["seconds_per_mention_jointly"] = (plain + joint) / len(lists)
         results.append(result)
-    single = sum(len(rows[: sizes[0]]) for rows in lists) / seconds(sizes[0], 1, False)
+    single = sum(len(rows[: sizes[0]]) for rows in lists) / seconds(sizes[0], 1)[0]
+    timed_columns = [name for name in results[0] if name.startswith("seconds_")]
+    fitted = {name: line(results, name) for name in timed_columns} if len(set(sizes)) > 1 else {}
 
     table = Table("candidates", title=f"{Path(args.model).name}, {len(lists)} mentions of {args.split}")
-    columns = [name for name in results[0] if name not in ("candidates", "pairs")]
+    columns = ["pairs_per_second", *timed_columns]
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
     for result in results:
         table.add_row(str(result["candidates"]), *(f"{result[name]:.4g}" for name in columns))
     table.caption = f"One pair at a time: {single:.4g} pairs per second."
+    for name, fit in fitted.items():
+        table.caption += f"\n{name.replace('_', ' ')} ≈ {fit['per_mention']:.3g} + {fit['per_candidate']:.3g} · |E|"
     Console().print(table)
     if args.output:
         content = {
@@ -87,6 +117,7 @@ def main() -> None:
             "mentions": len(lists),
             "batch_size": args.batch_size,
             "results": results,
+            "fitted": fitted,
             "pairs_per_second_one_at_a_time": single,
             "device": device_name(model),
             "threads": torch.get_num_threads(),
