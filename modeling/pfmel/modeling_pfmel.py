@@ -84,7 +84,7 @@ class PfmelPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     #: Submodules that come pretrained; the trainer may give everything else its own learning rate.
-    backbone_names = ("text_model", "vision_model", "nsp_head")
+    backbone_names: tuple[str, ...] = ("text_model", "vision_model", "nsp_head")
 
     def __init__(self, config: PfmelConfig):
         super().__init__(config)
