@@ -10,6 +10,9 @@ from hf_mel.modeling.imn.processing_imn import ImnProcessor
 from hf_mel.modeling.mimic.configuration_mimic import MimicConfig
 from hf_mel.modeling.mimic.modeling_mimic import MimicModel
 from hf_mel.modeling.mimic.processing_mimic import MimicProcessor
+from hf_mel.modeling.mm_nel.configuration_mm_nel import MmNelConfig
+from hf_mel.modeling.mm_nel.modeling_mm_nel import MmNelModel
+from hf_mel.modeling.mm_nel.processing_mm_nel import MmNelProcessor
 from hf_mel.modeling.mmel.configuration_mmel import MmelConfig
 from hf_mel.modeling.mmel.modeling_mmel import MmelModel
 from hf_mel.modeling.mmel.processing_mmel import MmelProcessor
@@ -20,6 +23,7 @@ from hf_mel.modeling.pfmel.processing_pfmel import PfmelProcessor
 _METHODS = [
     (ImnConfig, ImnModel, ImnProcessor),
     (MimicConfig, MimicModel, MimicProcessor),
+    (MmNelConfig, MmNelModel, MmNelProcessor),
     (MmelConfig, MmelModel, MmelProcessor),
     (PfmelConfig, PfmelModel, PfmelProcessor),
 ]

@@ -1,0 +1,341 @@
+"""MM-nel written out in NumPy with loops, one document, one mention, one candidate at a time; for tests.
+
+A document is a list of mentions, a mention a dict: `left`, `own`, `right` (numbers of words) or, for a visual one, `image`
+(pixels or `None`); `candidates`, each a dict with `entity`, `prior`; `gold`, a place among them, or `None`. An entity is a
+dict with `name`, `facts` (numbers of words) and `image`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def weights(model) -> dict[str, np.ndarray]:
+    return {name: value.detach().double().numpy() for name, value in model.state_dict().items()}
+
+
+def softmax(values) -> np.ndarray:
+    exp = np.exp(np.asarray(values, float) - np.max(values))
+    return exp / exp.sum()
+
+
+def mean(words, table) -> np.ndarray:
+    return sum((table[i] for i in words), np.zeros(table.shape[1])) / max(1, len(words))
+
+
+def unit(vector) -> np.ndarray:
+    norm = math.sqrt(sum(x * x for x in vector))
+    return vector / norm if norm > 1e-6 else vector / 1e-6
+
+
+def entity_vector(w, entity) -> np.ndarray:
+    table = w["word_embeddings.weight"]
+    mapped = w["entity_vectors.name_map.weight"] @ mean(entity["name"], table) + w["entity_vectors.name_map.bias"]
+    return unit(mapped + w["entity_vectors.fact_map.weight"] @ mean(entity["facts"], table))
+
+
+def context(config, mention) -> list[int]:
+    own = mention["own"] if config.mention_in_context else []
+    return [*mention["left"], *own, *mention["right"]]
+
+
+def selected(w, config, mention, entities, keep_gold=False) -> tuple[list[int], list[int]]:
+    """Places of the candidates that are linked among, and of the others in their order."""
+    table = w["word_embeddings.weight"]
+    words = sum((table[i] for i in context(config, mention)), np.zeros(table.shape[1]))
+    similarity, prior = [], []
+    for candidate in mention["candidates"]:
+        entity = entities[candidate["entity"]]
+        similarity.append(unit(mean(entity["name"], table) + mean(entity["facts"], table)) @ words)
+        prior.append(candidate["prior"])
+    places = sorted(range(len(prior)), key=lambda c: (-prior[c], -similarity[c], c))
+    chosen = places[: config.prior_candidates]
+    pool = sorted(
+        places[config.prior_candidates : config.num_candidates], key=lambda c: (-similarity[c], places.index(c))
+    )
+    chosen = chosen + pool[: config.context_candidates]
+    gold = mention["gold"]
+    if keep_gold and gold is not None and gold not in chosen:
+        chosen = [*chosen[:-1], gold]
+    return sorted(chosen), [c for c in places if c not in chosen]
+
+
+def psi(w, config, vectors, words) -> list[float]:
+    """Ψ of one mention's candidates: the attention of Ganea and Hofmann."""
+    if not words:
+        return [0.0] * len(vectors)
+    table, a, b = w["word_embeddings.weight"], w["local.attention"], w["local.score"]
+    agreement = [max(sum(e * a * table[i]) for e in vectors) for i in words]
+    kept = sorted(range(len(words)), key=lambda k: -agreement[k])[: config.attention_words]
+    beta = softmax([agreement[k] for k in kept])
+    return [sum(beta[r] * sum(e * b * table[words[k]]) for r, k in enumerate(kept)) for e in vectors]
+
+
+def embedding(w, config, mention) -> np.ndarray:
+    """f of eq. 3."""
+    table, half = w["word_embeddings.weight"], config.relation_window // 2
+    left = mention["left"][-half:] if half else []
+    parts = [mean(left, table), mean(mention["own"], table), mean(mention["right"][:half], table)]
+    return np.tanh(w["mention_map.weight"] @ np.concatenate(parts) + w["mention_map.bias"])
+
+
+def alpha(w, mentions) -> np.ndarray:
+    """[n, n, K], eq. 3–4."""
+    n, d, relations = len(mentions), len(mentions[0]), w["relations.mention"]
+    out = np.zeros((n, n, len(relations)))
+    for k, diagonal in enumerate(relations):
+        for i in range(n):
+            z = sum(math.exp(mentions[i] @ np.diag(diagonal) @ mentions[j] / math.sqrt(d)) for j in range(n) if j != i)
+            for j in range(n):
+                if j != i:
+                    out[i, j, k] = math.exp(mentions[i] @ np.diag(diagonal) @ mentions[j] / math.sqrt(d)) / z
+    return out
+
+
+def phi(w, a, i, j, e_i, e_j) -> float:
+    """Eq. 2."""
+    return sum(a[i, j, k] * (e_i @ np.diag(r) @ e_j) for k, r in enumerate(w["relations.entity"]))
+
+
+def max_marginals(local, pair, iterations, damping) -> list[list[float]]:
+    """Loopy max-product with dicts; `pair(i, j, a, b)` is the potential of candidates a of i and b of j."""
+    n = len(local)
+    message = {(i, j): [1 / len(local[j])] * len(local[j]) for i in range(n) for j in range(n) if i != j}
+    for _ in range(iterations):
+        new = {}
+        for i, j in message:
+            values = []
+            for b in range(len(local[j])):
+                values.append(
+                    max(
+                        local[i][a]
+                        + pair(i, j, a, b)
+                        + sum(math.log(message[k, i][a]) for k in range(n) if k not in (i, j))
+                        for a in range(len(local[i]))
+                    )
+                )
+            new[i, j] = [
+                damping * s + (1 - damping) * before for s, before in zip(softmax(values), message[i, j], strict=True)
+            ]
+        message = new
+    return [
+        [local[i][a] + sum(math.log(message[k, i][a]) for k in range(n) if k != i) for a in range(len(local[i]))]
+        for i in range(n)
+    ]
+
+
+def rho(w, config, belief: float, prior: float) -> float:
+    inputs = np.array([belief, math.log(max(prior, config.min_prior))])
+    hidden = np.maximum(0, w["score_fc1.weight"] @ inputs + w["score_fc1.bias"])
+    return float((w["score_fc2.weight"] @ hidden + w["score_fc2.bias"])[0])
+
+
+def link_text(w, config, mentions, entities, keep_gold=False):
+    """For each textual mention of a document: {place: ρ} of the selected, places of the rest, and f."""
+    picks = [selected(w, config, mention, entities, keep_gold) for mention in mentions]
+    vectors = [
+        [entity_vector(w, entities[mention["candidates"][c]["entity"]]) for c in chosen]
+        for mention, (chosen, _) in zip(mentions, picks, strict=True)
+    ]
+    local = [psi(w, config, v, context(config, m)) for m, v in zip(mentions, vectors, strict=True)]
+    f = [embedding(w, config, mention) for mention in mentions]
+    beliefs = local
+    if config.num_relations:
+        a = alpha(w, f)
+
+        def pair(i, j, x, y):
+            one, two = vectors[i][x], vectors[j][y]
+            return phi(w, a, i, j, one, two) + phi(w, a, j, i, two, one)
+
+        beliefs = max_marginals(local, pair, config.lbp_iterations, config.lbp_damping)
+    out = []
+    for mention, (chosen, rest), belief, embedded in zip(mentions, picks, beliefs, f, strict=True):
+        scores = [
+            rho(w, config, q, mention["candidates"][c]["prior"]) for c, q in zip(chosen, softmax(belief), strict=True)
+        ]
+        out.append((dict(zip(chosen, scores, strict=True)), rest, embedded))
+    return out
+
+
+def ranking_loss(scores: dict[int, float], gold: int, gamma: float) -> float:
+    """Eq. 6 summed as in eq. 5, of one mention."""
+    return sum(max(0.0, gamma - scores[gold] + value) for c, value in scores.items() if c != gold)
+
+
+def layer_norm(x, weight, bias) -> np.ndarray:
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * weight + bias
+
+
+def image_vector(w, config, pixels) -> np.ndarray:
+    """Eq. 7 of one image [3, H, W] cut into 8 × 8 pieces."""
+
+    def linear(name, x):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    size = pixels.shape[1] // 8
+    kernel = w["image_encoder.pieces.weight"].reshape(config.hidden_size, -1)
+    pieces = []
+    for row in range(8):
+        for column in range(8):
+            cut = pixels[:, row * size : (row + 1) * size, column * size : (column + 1) * size]
+            pieces.append(kernel @ cut.reshape(-1) + w["image_encoder.pieces.bias"])
+    x = np.stack(pieces) + w["image_encoder.position.weight"]
+    heads = config.num_attention_heads
+    for k in range(config.num_image_layers):
+        name = f"image_encoder.layers.{k}"
+        query, key, value = (linear(f"{name}.{part}", x) for part in ("query", "key", "value"))
+        width = query.shape[1] // heads
+        found = []
+        for h in range(heads):
+            part = slice(h * width, (h + 1) * width)
+            found.append(
+                np.stack([softmax(key[:, part] @ q / math.sqrt(width)) for q in query[:, part]]) @ value[:, part]
+            )
+        attended = linear(f"{name}.output", np.concatenate(found, 1))
+        o = layer_norm(x + attended, w[f"{name}.norm1.weight"], w[f"{name}.norm1.bias"])
+        inner = linear(f"{name}.fc2", np.maximum(0, linear(f"{name}.fc1", o)))
+        x = layer_norm(o + inner, w[f"{name}.norm2.weight"], w[f"{name}.norm2.bias"])
+    return sum(x) / 64
+
+
+def triplet_loss(scores: dict[int, float], gold: int, margin: float) -> float:
+    """Eq. 8, the mean over the negatives of one mention."""
+    return float(np.mean([max(0.0, margin - scores[gold] + value) for c, value in scores.items() if c != gold]))
+
+
+def cosine_cost(a, b) -> float:
+    return 1 - float(unit(a) @ unit(b))
+
+
+def costs(x, y):
+    return tuple(
+        np.array([[cosine_cost(a, b) for b in second] for a in first]) for first, second in ((x, y), (x, x), (y, y))
+    )
+
+
+def scaling(cost, beta, rounds=20000) -> np.ndarray:
+    """Eq. 10 between uniform distributions by plain matrix scaling."""
+    n, m = cost.shape
+    kernel = np.exp(-(cost - cost.min()) / beta)
+    v = np.ones(m)
+    for _ in range(rounds):
+        u = (1 / n) / (kernel @ v)
+        v, before = (1 / m) / (kernel.T @ u), v
+        if np.abs(v - before).max() < 1e-14 * np.abs(v).max():
+            break
+    return u[:, None] * kernel * v
+
+
+def pair_cost(within, other, plan) -> np.ndarray:
+    """Σ T_i'j' (c₁(i, i') - c₂(j, j'))² for each i, j: a sum over four indices if summed with T (eq. 9)."""
+    n, m = plan.shape
+    out = np.zeros((n, m))
+    for i in range(n):
+        for j in range(m):
+            for k in range(n):
+                for l in range(m):  # noqa: E741
+                    out[i, j] += plan[k, l] * (within[i, k] - other[j, l]) ** 2
+    return out
+
+
+def transport(x, y, config) -> tuple[np.ndarray, float]:
+    """The plan between two lists of embeddings, and its cost."""
+    cross, within, other = costs(x, y)
+    plan = np.full(cross.shape, 1 / cross.size)
+    a = config.gw_weight
+    for _ in range(500):
+        before = plan
+        plan = scaling((1 - a) * cross + 2 * a * pair_cost(within, other, plan), config.beta)
+        if np.abs(plan - before).sum() < 1e-9:
+            break
+    return plan, float(((1 - a) * plan * cross).sum() + a * (plan * pair_cost(within, other, plan)).sum())
+
+
+def corrected(scores, said, mass, config) -> dict[int, float]:
+    """Algorithm 1 for one mention.
+
+    Args:
+        scores: {entity: score} of its candidates.
+        said: for each mention of the other modality, {entity: score}.
+        mass: of the plan between it and each of those.
+    """
+    best = sorted(range(len(mass)), key=lambda k: -mass[k])[: config.transport_matches or len(mass)]
+    total = sum(mass[k] for k in best)
+    spread = max(scores.values()) - min(scores.values())
+    out = {}
+    for entity, score in scores.items():
+        added = 0.0
+        for k in best:
+            low, high = min(said[k].values()), max(said[k].values())
+            if entity in said[k] and high > low:
+                added += mass[k] / total * (said[k][entity] - low) / (high - low)
+        out[entity] = score + config.correction_weight * (spread or 1.0) * added
+    return out
+
+
+def link(model, document, entities, keep_gold=False):
+    """Everything about one document.
+
+    Returns:
+        `scores`, one list for each mention; `ranking` and `triplet`, a list of the losses of the mentions that have any;
+        `plan` and `cost`, or `None`.
+    """
+    w, config = weights(model), model.config
+    textual = [k for k, mention in enumerate(document) if "own" in mention and mention["candidates"]]
+    visual = [k for k, mention in enumerate(document) if "own" not in mention and mention["candidates"]]
+    linked = link_text(w, config, [document[k] for k in textual], entities, keep_gold) if textual else []
+    ranking, triplet = [], []
+    for k, (scores, _, _) in zip(textual, linked, strict=True):
+        gold = document[k]["gold"]
+        if gold is not None and gold in scores:
+            ranking.append(ranking_loss(scores, gold, config.gamma))
+    similar, vectors = {}, {}
+    for k in visual:
+        mention, scores, shown = document[k], {}, {}
+        if mention["image"] is not None:
+            vectors[k] = image_vector(w, config, mention["image"])
+        for c, candidate in enumerate(mention["candidates"]):
+            picture = entities[candidate["entity"]]["image"]
+            if mention["image"] is None:
+                scores[c] = 0.0
+            elif picture is None:
+                scores[c] = -1.0
+            else:
+                scores[c] = shown[c] = 1 - cosine_cost(vectors[k], image_vector(w, config, picture))
+        similar[k] = scores
+        if mention["gold"] in shown and len(shown) > 1:
+            triplet.append(triplet_loss(shown, mention["gold"], config.margin))
+    plan = cost = None
+    if config.joint == "transport" and textual and vectors:
+        plan, cost = transport([f for *_, f in linked], list(vectors.values()), config)
+
+    def by_entity(k, scores):
+        return {document[k]["candidates"][c]["entity"]: value for c, value in scores.items()}
+
+    text_said = [by_entity(k, scores) for k, (scores, _, _) in zip(textual, linked, strict=True)]
+    image_said = [by_entity(k, similar[k]) for k in vectors]
+    out = [None] * len(document)
+    for r, (k, (scores, rest, _)) in enumerate(zip(textual, linked, strict=True)):
+        if plan is not None:
+            final = corrected(text_said[r], image_said, plan[r], config)
+            scores = {c: final[document[k]["candidates"][c]["entity"]] for c in scores}
+        low = min(scores.values())
+        scores = scores | {c: low - 1 - place for place, c in enumerate(rest)}
+        out[k] = [scores[c] for c in range(len(scores))]
+    for k in visual:
+        scores = similar[k]
+        if plan is not None and k in vectors:
+            final = corrected(by_entity(k, scores), text_said, plan[:, list(vectors).index(k)], config)
+            scores = {c: final[document[k]["candidates"][c]["entity"]] for c in scores}
+        out[k] = [scores[c] for c in range(len(scores))]
+    return {
+        "scores": [row or [] for row in out],
+        "ranking": ranking,
+        "triplet": triplet,
+        "plan": plan,
+        "cost": cost,
+        "textual": textual,
+        "visual": list(vectors),
+    }
