@@ -34,10 +34,11 @@ def toy_documents(count: int = 12, size: int = 4, nil_every: int = 0) -> dataset
     """
     rows = toy_mentions(count, nil_every=nil_every).to_list()
     documents = -(-count // size)
+    pictures = toy_mentions(count + 3)["image"]
     for i, row in enumerate(rows):
         row |= {"document_id": f"d{i % documents}", "modality": "text"}
         if i // documents == size - 1:
-            picture = toy_mentions(count)[i - i % 3 + 1]["image"]
+            picture = pictures[i - i % 3 + 1]
             row |= {"modality": "image", "text": "", "mention": "", "start": -1, "end": -1, "image": picture}
     features = mention_features(
         stratum=datasets.Value("string"), document_id=datasets.Value("string"), modality=datasets.Value("string")

@@ -24,6 +24,7 @@ from hf_mel.linking.linker import EntityLinker
 from hf_mel.linking.reranking import score_pairs
 from hf_mel.schema import NIL, entity_features
 from tests.toy import ToyPairProcessor, ToyProcessor, register, toy_entities, toy_mentions, toy_model, toy_reranker
+from tests.toy_documents import ToyDocumentProcessor, toy_document_reranker
 
 MODEL, PROCESSOR = toy_model(), ToyProcessor()
 WORLD, MENTIONS = toy_entities(30), list(toy_mentions(20, entities=30))
@@ -353,6 +354,53 @@ def test_a_reranker_orders_the_first_candidates_and_ranks_a_context_together(bat
         assert [c.rank for c in result.candidates] == list(range(1, 10))
     alone = linker(mentions[0], top_k=2)
     assert [c.entity_id for c in alone.candidates] == [e for e, _ in reranked([mentions[0]], mentions[0], 6)[:2]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_a_reranker_of_documents_reads_texts_and_images_together(batch_size):
+    """Several mentions of one text, another text and two images as one document; beside it one without an id."""
+    picture = [Image.new("RGB", (4, 4), colour) for colour in ((250, 10, 10), (10, 250, 10))]
+    document = [
+        {"text": "Entity a met Entity b.", "mention": "Entity a", "document_id": "d"},
+        {"modality": "image", "image": picture[0], "document_id": "d"},
+        {"text": "Entity a met Entity b.", "mention": "Entity b", "document_id": "d"},
+        {"text": "It was Entity c.", "mention": "Entity c", "document_id": "d"},
+        {"text": "", "mention": "", "modality": "image", "image": picture[1], "document_id": "d"},
+    ]
+    other = [{"text": "Entity d and Entity e.", "mention": name} for name in ("Entity d", "Entity e")]
+    mentions = [document[0], other[0], *document[1:4], other[1], document[4]]
+    model, processor = toy_document_reranker(), ToyDocumentProcessor()
+    model.rank_jointly = None  # its scores are joint as they are
+    linker = EntityLinker(MODEL, PROCESSOR, build(), reranker=model, reranker_processor=processor, rerank_k=5)
+    results = linker(mentions, top_k=5, batch_size=batch_size)
+    plain = EntityLinker(MODEL, PROCESSOR, build())
+    for together in (document, other):
+        rows, lists = [], []
+        for mention in together:
+            found = plain(mention, top_k=5)
+            rows.append({"context_id": "c", "document_id": "d", "image": None, "text": "", **mention})
+            rows[-1] |= {"mention": found.mention, "document_id": "d"}
+            lists.append([WORLD["entity_id"].index(c.entity_id) for c in found.candidates])
+        scores = score_pairs(model, processor, rows, WORLD, lists).scores
+        for mention, listed, own in zip(together, lists, scores.tolist(), strict=True):
+            expected = {WORLD[row]["entity_id"]: score for row, score in zip(listed, own, strict=True)}
+            found = results[mentions.index(mention)].candidates
+            assert {c.entity_id: c.reranker_score for c in found} == pytest.approx(expected, abs=1e-4)
+            assert [c.reranker_score for c in found] == sorted((c.reranker_score for c in found), reverse=True)
+    visual = results[2]
+    assert (visual.mention, visual.start, visual.end) == ("", -1, -1)
+
+
+def test_what_is_no_visual_mention_and_a_document_too_large():
+    model = toy_document_reranker()
+    linker = EntityLinker(
+        MODEL, PROCESSOR, build(), reranker=model, reranker_processor=ToyDocumentProcessor(), rerank_k=5
+    )
+    with pytest.raises(DataFormatError, match="row 1: a visual mention has no image"):
+        linker([{"text": "Entity a.", "mention": "Entity a"}, {"modality": "image", "document_id": "d"}])
+    model.max_mentions = 2
+    with pytest.raises(DataFormatError, match="has 3 mentions; the model takes 2 together"):
+        linker([{"text": "Entity a.", "mention": "Entity a", "document_id": "d"}] * 3)
 
 
 def test_a_knowledge_base_of_one_and_the_threshold_of_the_retriever_with_a_reranker():

@@ -15,12 +15,14 @@ from hf_mel.data.pairs import Examples, PairCollator
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.evaluation.candidates import END_TO_END, evaluate_candidates
 from hf_mel.linking.loading import load_reranker
+from hf_mel.schema import NIL
 from hf_mel.training import run
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run import run_recipe
 from hf_mel.training.trainer import MelTrainer
 from tests.toy import ToyPairProcessor, register, toy_entities, toy_mentions, toy_model, toy_reranker
+from tests.toy_documents import ToyDocumentProcessor, toy_document_reranker, toy_documents
 from tests.training.toy_run import write_dataset
 
 ENTITIES, TRAIN, VALIDATION = toy_entities(12), toy_mentions(16), toy_mentions(12)
@@ -226,3 +228,76 @@ def test_a_retriever_takes_no_candidates(base, tmp_path):
     toy_model().save_pretrained(tmp_path / "start")
     with pytest.raises(RecipeError, match="leave 'candidates' out"):
         run_recipe(Recipe.from_dict(base), tmp_path / "run")
+
+
+# Documents
+
+DOCUMENTS = toy_documents(16, nil_every=7)
+
+
+def with_priors(mentions, prior=0.25) -> CandidateLists:
+    """Five candidates with priors, the gold among some of them; the last mention has none."""
+    found = [[f"Q{1 + (3 * i + c) % 12}" for c in range(5 * (i + 1 < len(mentions)))] for i in range(len(mentions))]
+    scores = [[prior * (1 + c) / 2 for c in range(len(each))] for each in found]
+    return CandidateLists(list(mentions["mention_id"]), found, {"prior": scores}, {"source": "made up"})
+
+
+def document_trainer(tmp_path, model=None, lists=None, **arguments) -> MelTrainer:
+    options = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "num_negatives": 4, "log_level": "error"}
+    options |= {"disable_tqdm": True, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    return MelTrainer(
+        toy_document_reranker() if model is None else model,
+        MelTrainingArguments(output_dir=str(tmp_path / "checkpoints"), **{**options, **arguments}),
+        train_dataset=DOCUMENTS,
+        eval_dataset=DOCUMENTS,
+        entities=ENTITIES,
+        processing_class=ToyDocumentProcessor(),
+        train_candidates=with_priors(DOCUMENTS) if lists is None else lists,
+        eval_candidates=with_priors(DOCUMENTS),
+    )
+
+
+def test_a_document_model_trains_on_whole_documents_with_their_priors(tmp_path):
+    start = toy_document_reranker()
+    options = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    trained = document_trainer(tmp_path, copy.deepcopy(start), **options)
+    trained.train()
+    known = DOCUMENTS.select([i for i, gold in enumerate(DOCUMENTS["entity_id"]) if gold != NIL])
+    collator = PairCollator(
+        ToyDocumentProcessor(),
+        ENTITIES,
+        with_priors(DOCUMENTS).by_mention,
+        priors=with_priors(DOCUMENTS).priors,
+        num_negatives=4,
+        unit="document",
+    )
+    examples = [[known[i] for i in range(len(known)) if known[i]["document_id"] == f"d{k}"] for k in range(4)]
+    sampler = GroupingSampler(range(4))
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        collator.epoch, order = epoch, list(sampler)
+        for first in (0, 2):
+            start.zero_grad()
+            start(**collator([examples[i] for i in order[first : first + 2]])).loss.backward()
+            with torch.no_grad():
+                for parameter in start.parameters():
+                    parameter -= 0.1 * parameter.grad
+    for (name, expected), found in zip(start.named_parameters(), trained.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
+
+
+def test_documents_are_evaluated_whole(tmp_path):
+    built = document_trainer(tmp_path, eval_mentions=5)
+    chosen = built.eval_dataset
+    assert len(chosen) == 8  # two of four
+    assert all(sum(other == name for other in chosen["document_id"]) == 4 for name in set(chosen["document_id"]))
+    assert "eval_micro_f1" in built.evaluate()
+
+
+def test_what_a_document_model_cannot_train_on(tmp_path):
+    model = toy_document_reranker()
+    model.max_mentions = 2
+    with pytest.raises(DataFormatError, match="mentions; the model takes 2 together"):
+        document_trainer(tmp_path, model)
+    with pytest.raises(DataFormatError, match=r"row m0: the prior of the candidate 'Q1' is -0.5"):
+        document_trainer(tmp_path, lists=with_priors(DOCUMENTS, prior=-1.0))
