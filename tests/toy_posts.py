@@ -16,6 +16,8 @@ class ToyPostsConfig(ToyConfig):
     model_type = "toy_posts_retriever"
 
     num_prototypes: int = 3
+    prototype_selection: str = "pagerank"
+    entity_prototype: bool = False
 
 
 class ToyPostsRetriever(ToyRetriever):

@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from hf_mel.data.prototypes import SELECTIONS
 from hf_mel.errors import MissingExtraError, RecipeError
 
 #: What a recipe may train a model for.
@@ -83,10 +82,6 @@ class DataRecipe:
         train_split, validation_split (`str`): The best checkpoint is chosen on the second.
         posts_split (`str`, *optional*): Pre-train on this split of the data set's posts instead of the mentions of
             `train_split`.
-        prototype_selection (`str`, *optional*): For a model that knows entities by posts, how the posts of an entity are
-            chosen: "pagerank", the default of a new model, or "random".
-        entity_prototype (`bool`, *optional*): For such a model, whether an entity is always a post about itself as well.
-            Both are kept in the model's configuration, see [`~hf_mel.linking.prototypes.Prototypes`].
     """
 
     dataset: str = ""
@@ -95,8 +90,6 @@ class DataRecipe:
     train_split: str = "train"
     validation_split: str = "validation"
     posts_split: str | None = None
-    prototype_selection: str | None = None
-    entity_prototype: bool | None = None
 
 
 @dataclass
@@ -223,10 +216,6 @@ class Recipe:
             raise self.error(f"task: {self.task!r} is not one of {', '.join(map(repr, TASKS))}.")
         if self.data.posts_split is not None and self.task != "pretraining":
             raise self.error("data.posts_split is for task: pretraining.")
-        if self.data.prototype_selection not in (None, *SELECTIONS):
-            raise self.error(
-                f"data.prototype_selection: {self.data.prototype_selection!r} is not one of {', '.join(SELECTIONS)}."
-            )
         if not self.data.dataset:
             raise self.error("data has no 'dataset'.", "Give a folder or a Hub id.")
         if self.candidates is not None and (self.candidates.source == "file") != bool(self.candidates.file):
@@ -329,7 +318,6 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "str | None": (str, type(None)),
     "bool": bool,
-    "bool | None": (bool, type(None)),
     "int": int,
     "dict[str, Any]": dict,
     "dict[str, Any] | None": (dict, type(None)),

@@ -41,7 +41,7 @@ from hf_mel.files import write_text
 from hf_mel.hub.cards import model_card
 from hf_mel.hub.saving import save_model_repository
 from hf_mel.linking.candidates import check_source, default_cache, make_candidates
-from hf_mel.linking.prototypes import Prototypes, knows_posts
+from hf_mel.linking.prototypes import Prototypes
 from hf_mel.schema import NIL, Reranker, Retriever
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.plot import plot_training
@@ -108,9 +108,10 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
             }
         elif recipe.candidates is not None:
             raise recipe.error(f"{type(model).__name__} ranks all entities; leave 'candidates' out.")
-        prototypes = prototypes_for(recipe, model, processor)
+        prototypes = Prototypes.from_data(data.dataset, model, processor, revision=data.revision, config=data.config)
         if recipe.task == "knowledge":
-            assert prototypes is not None
+            if prototypes is None:
+                raise recipe.error(f"task: {type(model).__name__} does not know entities by posts.")
             model.to(arguments.device)
             prototypes.add(entities, progress=not arguments.disable_tqdm)
             train = posts_as_mentions(prototypes.support(entities))
@@ -191,30 +192,6 @@ def candidates_for(
         cache_dir=default_cache(),
         progress=True,
     )
-
-
-def prototypes_for(recipe: Recipe, model: Any, processor: Any) -> Prototypes | None:
-    """What a recipe's model knows entities by: the posts of the data set, or the captions of its training split.
-
-    What the recipe says of them is kept in the model's configuration, for whoever encodes entities later.
-
-    Raises:
-        RecipeError: the recipe says something of them, and the model does not know entities by posts.
-    """
-    data = recipe.data
-    chosen = {"prototype_selection": data.prototype_selection, "entity_prototype": data.entity_prototype}
-    chosen = {field: value for field, value in chosen.items() if value is not None}
-    if not knows_posts(model):
-        if recipe.task == "knowledge":
-            raise recipe.error(f"task: {type(model).__name__} does not know entities by posts.")
-        if chosen:
-            raise recipe.error(
-                f"data: {type(model).__name__} does not know entities by posts.", f"Leave {', '.join(chosen)} out."
-            )
-        return None
-    for field, value in chosen.items():
-        setattr(model.config, field, value)
-    return Prototypes.from_data(data.dataset, model, processor, revision=data.revision, config=data.config)
 
 
 def _check_candidates(recipe: Recipe) -> None:
