@@ -584,8 +584,8 @@ class MmelModel(MmelPreTrainedModel):
             found = features[index].gather(2, candidates[index].unsqueeze(-1).expand(-1, -1, -1, features.shape[-1]))
             added = self._best_combinations(matching[index], found, there)
             half = ((matching[rows[there]] + added[there]) / 2).clamp(max=1 - torch.finfo(wide).eps)
-            log_odds = (half.clamp(min=torch.finfo(wide).tiny) / (1 - half)).log().to(joint.dtype)
-            joint[rows[there]] = log_odds.masked_fill(half == -torch.inf, -torch.inf)
+            # Where there is no candidate, half is -inf, and so is the logarithm of tiny / inf.
+            joint[rows[there]] = (half.clamp(min=torch.finfo(wide).tiny) / (1 - half)).log().to(joint.dtype)
         return torch.empty_like(joint).scatter_(1, candidates, joint)
 
     def _best_combinations(self, matching, features, there) -> torch.Tensor:

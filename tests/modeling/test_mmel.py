@@ -457,6 +457,17 @@ def test_extreme_scores_stay_finite_and_in_order():
         assert (order[:, :-1] > order[:, 1:]).all() if contexts[1] else (order[:, :-1] >= order[:, 1:]).all()
 
 
+def test_certain_scores_and_a_certain_similarity_stay_finite():
+    """m and S are 1 to the last digit, and the average of ones has no odds."""
+    model = ranker()
+    with torch.no_grad():
+        model.similarity.fc_out.bias.fill_(1000.0)
+    scores = torch.tensor([[800.0, 0.0]] * 3)
+    ranked = model.rank_jointly(scores, torch.zeros(3, 2, 6), torch.ones(3, 2, dtype=torch.bool), torch.zeros(3))
+    assert ranked.isfinite().all()
+    assert (ranked[:, 0] > ranked[:, 1]).all()
+
+
 def test_ranking_together_ignores_the_order_of_rows_and_columns():
     model = ranker()
     scores, features, mask, contexts = contexts_for(6, [1, 3, 2])
