@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test test-browser test-space test-datasets3 lint format types check golden clean
+.PHONY: help setup demo test bench test-browser test-space test-datasets3 lint format types check golden clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -37,6 +37,9 @@ test-space: setup  ## the Space's folder alone, in an environment of its own: ta
 	$(ALONE)/bin/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
 	$(ALONE)/bin/python -m pip install --quiet --constraint constraints.txt . -r spaces/entity_linking/requirements.txt
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.spaces.check_alone $(ALONE)/bin/python
+
+bench: setup  ## time the library beside plain references: under 20 minutes; everything: make bench BENCH=--full
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCH)
 
 lint: setup  ## ruff: lint and format
 	$(BIN)/ruff check .

@@ -230,7 +230,7 @@ class Source:
     def knowledge_base(self, size: int, dtype: str = "bfloat16") -> KnowledgeBase:
         """Of the first `size` entities; built when it is asked for the first time."""
         folder = self.scratch / f"kb-{size}-{dtype}"
-        model, processor = self._builder(size)
+        model, processor = self.builder(size)
         try:
             kb = KnowledgeBase.load(folder)
             kb.check_made_by(model, processor)
@@ -246,7 +246,7 @@ class Source:
             source, model, processor, output=folder, batch_size=256, dtype=dtype, progress=False
         )
 
-    def _builder(self, size: int) -> tuple[Any, Any]:
+    def builder(self, size: int) -> tuple[Any, Any]:
         """Model and processor that encode entities by row."""
         raise NotImplementedError
 
@@ -303,7 +303,8 @@ class Generated(Source):
         """See [`Source`]."""
         return self.people.entity_inputs(rows)
 
-    def _builder(self, size: int):
+    def builder(self, size: int) -> tuple[Any, Any]:
+        """See [`Source`]."""
         return self.model, _RowProcessor(self.people.entity_inputs)
 
     def quality(self, mentions: int = 256, size: int = 10_000) -> dict[str, float]:
@@ -351,7 +352,8 @@ class Resampled(Source):
         made = self.processor(entities=[self.entities[int(row)] for row in rows])
         return {name.removeprefix("entity_"): tensor for name, tensor in made.items()}
 
-    def _builder(self, size: int):
+    def builder(self, size: int) -> tuple[Any, Any]:
+        """See [`Source`]."""
         if self._real is None:
             folder = self.scratch / "real"
             try:

@@ -30,6 +30,7 @@ def report_ranking(found: dict[str, Any]) -> Report:
         "× direct",
         "pairs/s",
         "of the floor",
+        "in full",
         "memory / direct",
         "peak memory",
         "kB/entity",
@@ -41,6 +42,7 @@ def report_ranking(found: dict[str, Any]) -> Report:
             f"{row['times_direct']:.1f}",
             f"{row['pairs_per_second']:,.0f}",
             f"{row['of_products_floor']:.2f}",
+            f"{row['pairs_in_full']:.1%}",
             f"{row['share_of_direct_memory']:.3f}",
             f"{row['peak_bytes'] / 1e9:.2f} GB",
             f"{row['stored_bytes_per_entity'] / 1e3:.1f}",
@@ -48,8 +50,9 @@ def report_ranking(found: dict[str, Any]) -> Report:
         for row in found["rows"]
     ]
     agreed = found["agreement_with_direct"]
+    hits = ", ".join(f"{share:.2f} of {int(size):,}" for size, share in found["hits@1"].items())
     below = (
-        f"{found['source']}; {found['mentions']} mentions, H@1 {found['hits@1']:.3f}. Direct: "
+        f"{found['source']}; {found['mentions']} mentions, H@1 {hits}. Direct: "
         f"{direct['pairs_per_second']:,.0f} pairs/s, {direct['block_peak_bytes'] / 1e9:.2f} GB for a block of "
         f"{direct['block'][0]} × {direct['block'][1]:,} in {direct['dtype']}, {direct['cached_bytes_per_entity'] / 1e3:.1f} kB "
         f"per entity. Floor of the whole form: {floor['operations_per_pair']:,} operations per pair at "
@@ -89,7 +92,10 @@ def report_latency(found: dict[str, Any]) -> Report:
         ]
         for row in found["rows"]
     ]
-    below = f"{found['source']}; one mention at a time, encoded; {found['mentions']} mentions, {found['candidates']} candidates."
+    below = (
+        f"{found['source']}; one mention at a time, encoded; {found['mentions']} mentions, {found['candidates']} "
+        f"candidates scored. {' '.join(f'Left out: {why}.' for why in found['left_out'])}"
+    ).strip()
     return "One mention", columns, lines, below
 
 

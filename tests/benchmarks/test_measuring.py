@@ -1,0 +1,125 @@
+"""Ranking, latency and summary on a world of a few dozen: what they report is what was measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import harness, latency, ranking, sources, summary
+from tests.benchmarks.test_sources import SIZES
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory) -> sources.Generated:
+    return sources.Generated(tmp_path_factory.mktemp("bench"), 300, steps=3, sizes=SIZES)
+
+
+def test_the_library_agrees_with_the_direct_form(generated):
+    found = ranking.agreement(generated, generated.knowledge_base(1000, dtype="float32"), "cpu", [6, 1000])
+    assert found["mentions"] == 6
+    for form in ranking.FORMS:
+        assert found[form]["same_gold_rank"] == 1
+        assert found[form]["same_first"] == 1
+        assert found[form]["largest_score_difference"] < 1e-4
+
+
+def test_disagreement_shows(generated, monkeypatch):
+    shift = torch.linspace(0, 1e3, 1000)  # makes the last entities best, whatever the units say
+    score = ranking.DirectMimic.score
+    monkeypatch.setattr(ranking.DirectMimic, "score", lambda self, m, e: score(self, m, e) + shift)
+    found = ranking.agreement(generated, generated.knowledge_base(1000, dtype="float32"), "cpu", [6, 1000])
+    assert found["whole"]["same_first"] < 1
+    assert found["whole"]["largest_score_difference"] > 1
+
+
+def test_pairs_in_full_are_counted(generated):
+    encoded, _, golds = generated.mentions(5)
+    counting = ranking._Counting(generated.model)
+    result = ranking.ranked(counting, encoded, generated.knowledge_base(1000), golds, prune=True)
+    assert torch.equal(
+        result.best_rank,
+        ranking.ranked(generated.model, encoded, generated.knowledge_base(1000), golds, prune=False).best_rank,
+    )
+    assert 0 < counting.pairs <= 5 * 1000 + 5 * 20 + 5 * 5  # at most every pair, the first k and the golds
+
+
+def test_latency_of_the_exact_ranking_misses_nothing(generated):
+    kb = generated.knowledge_base(1000)
+    rows, left_out = latency.measure(generated, kb, ["exact"], mentions=6, exact_mentions=4, first_stage=100, rounds=3)
+    assert left_out == []
+    assert rows[0]["recall"] == {"1": 1.0, "10": 1.0, "64": 1.0}
+    assert rows[0]["mentions"] == 4
+    assert 0 < rows[0]["p50_s"] <= rows[0]["p95_s"]
+
+
+def test_latency_of_an_index_that_finds_half(generated, monkeypatch):
+    """An index that gives every second of the exact ranking's first 64 has a recall of one half."""
+    kb = generated.knowledge_base(1000)
+    encoded, _, _ = generated.mentions(4)
+    exact = kb.open_index("exact", generated.model)
+    best = exact.find(encoded, 64).top_rows
+
+    class Half:
+        def find(self, one, k):
+            result = exact.find(one, k)
+            result.top_rows[:, 1::2] = -1
+            return result
+
+    monkeypatch.setattr(latency, "built", lambda *args: 3.0)
+    opened = type(kb).open_index
+    monkeypatch.setattr(
+        type(kb),
+        "open_index",
+        lambda self, kind, *args, **kw: Half() if kind == "half" else opened(self, kind, *args, **kw),
+    )
+    rows, _ = latency.measure(generated, kb, ["half"], mentions=4, exact_mentions=4, first_stage=9, rounds=2)
+    assert rows[0]["recall"] == {"1": 1.0, "10": 0.5, "64": 0.5}
+    assert rows[0]["build_s"] == 3.0
+    assert len(best) == 4
+
+
+def record(rows: list[dict]) -> dict:
+    machine = {"cpu": "a CPU", "cores": 2, "threads": 2, "load_at_start": 0.1, "gemm_gflops": 200.0, "software": {}}
+    return {"source": "a source", "rows": rows, "repeats": 5, "machine": machine, "device": "cpu"}
+
+
+def test_tables_and_plot(tmp_path):
+    direct = {"block": [20, 6000], "dtype": "float32", "pairs_per_second": 10_000.0}
+    direct |= {"block_peak_bytes": 6_400_000_000, "cached_bytes_per_entity": 103_552}
+    floor = {"operations_per_pair": 300_000, "exponentials_per_pair": 1600, "products_pairs_per_second": 666_667.0}
+    floor |= {"products_and_exponentials_pairs_per_second": 400_000.0}
+    same = {"same_gold_rank": 1.0}
+    rows = [
+        {
+            "entities": size,
+            "form": form,
+            "times_direct": 50.5,
+            "pairs_per_second": 505_000.0,
+            "of_products_floor": 0.7575,
+            "pairs_in_full": 0.125,
+            "share_of_direct_memory": 0.05,
+            "peak_bytes": 400_000_000,
+            "direct_peak_bytes": 7_435_520_000,
+            "stored_bytes_per_entity": 9700.0,
+        }
+        for size in (10_000, 50_000)
+        for form in ranking.FORMS
+    ]
+    found = record(rows) | {"mentions": 32, "hits@1": {"10000": 0.8}, "direct": direct, "floor": floor}
+    found["agreement_with_direct"] = {"whole": same, "pruned": same, "stored_as": "bfloat16"}
+    harness.write(tmp_path, "ranking", found)
+    training = record([]) | {"model": "a model", "batch_size": 128, "dtype": "float32", "share_of_plain_loop": 0.93}
+    training |= {"mentions_per_second": 18.6, "plain_mentions_per_second": 20.0, "share_of_pair_scoring": 0.021}
+    harness.write(tmp_path, "training", training)
+
+    text = summary.markdown(tmp_path)
+    assert "| 10,000 | pruned | 50.5 | 505,000 | 0.76 | 12.5% | 0.050 | 0.40 GB | 9.7 |" in text
+    assert "| 0.93 | 18.6 | 20.0 | 2% |" in text
+    assert text.index("**Ranking") < text.index("**Training")
+    for line in text.splitlines():
+        assert not line.startswith("|") or line.count("|") in (10, 5)
+    summary.plot(tmp_path, tmp_path / "ranking.png")
+    assert (tmp_path / "ranking.png").stat().st_size > 5_000
+    assert json.loads((tmp_path / "ranking.json").read_text())["rows"] == rows
