@@ -15,7 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, ROOT
+
+#: What the tables stand between in README.
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 #: (title, columns, rows, what stands below)
 Report = tuple[str, list[str], list[list[str]], str]
@@ -166,6 +169,20 @@ def markdown(folder: Path) -> str:
     return "\n".join(parts)
 
 
+def put_into(readme: Path, text: str) -> None:
+    """Replaces what stands between the markers of a README.
+
+    Raises:
+        `ValueError`: it has no markers.
+    """
+    content = readme.read_text(encoding="utf-8")
+    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
+        raise ValueError(f"{readme} needs {BEGIN} and, after it, {END}, once each.")
+    before, rest = content.split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after}", encoding="utf-8")
+
+
 def plot(folder: Path, output: Path) -> None:
     """Pairs per second and peak memory against the number of entities, direct and ours."""
     import matplotlib
@@ -202,10 +219,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS)
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown, no plot")
+    parser.add_argument("--readme", action="store_true", help="tables as Markdown into README.md, and the plot")
     args = parser.parse_args()
     if args.markdown:
         print(markdown(args.folder))
         return
+    if args.readme:
+        put_into(ROOT / "README.md", markdown(args.folder))
     show(args.folder)
     if (args.folder / "ranking.json").exists():
         plot(args.folder, args.folder / "ranking.png")

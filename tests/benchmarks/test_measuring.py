@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
 import torch
 
+from benchmarks import __main__ as everything
 from benchmarks import harness, latency, ranking, sources, summary
 from tests.benchmarks.test_sources import SIZES
 
@@ -123,3 +125,33 @@ def test_tables_and_plot(tmp_path):
     summary.plot(tmp_path, tmp_path / "ranking.png")
     assert (tmp_path / "ranking.png").stat().st_size > 5_000
     assert json.loads((tmp_path / "ranking.json").read_text())["rows"] == rows
+
+
+def test_tables_go_between_the_markers(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
+    for _ in range(2):
+        summary.put_into(readme, "| new |\n\n")
+        assert readme.read_text() == f"before\n{summary.BEGIN}\n| new |\n{summary.END}\nafter\n"
+    readme.write_text("nothing")
+    with pytest.raises(ValueError, match="needs"):
+        summary.put_into(readme, "x")
+    assert readme.read_text() == "nothing"
+
+
+def test_a_short_and_a_full_run(tmp_path):
+    """Every command that `make bench` runs is one that its benchmark understands."""
+    parser = harness.parser("")
+    for option in ("--full", "--only", "--model", "--dataset"):
+        parser.add_argument(option, **({"action": "store_true"} if option == "--full" else {}))
+    given = ["--model", "runs/x", "--dataset", "data/x", "--repeats", "7"]
+    for options in (given, [*given, "--full"]):
+        names = []
+        for name, (module, *words) in everything.commands(parser.parse_args(options)):
+            benchmark = importlib.import_module(module)
+            assert benchmark.arguments().parse_args(words).repeats == 7
+            names.append(name)
+        assert names[:5] == ["ranking", "growth", "latency", "building", "training"]
+        assert len(names) == (8 if "--full" in options else 7)
+    with pytest.raises(SystemExit, match="There is no benchmark speed"):
+        everything.commands(parser.parse_args(["--only", "speed"]))
