@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 #: HNSW: links of a node, candidates while a link is looked for, and while an entity is (at least; twice those wanted).
 _LINKS, _EF_BUILD, _EF_SEARCH = 32, 100, 512
 #: IVF: rows per centroid that k-means sees, and the share and least number of lists that a search looks into.
-_ROWS_PER_LIST, _PROBED, _LEAST_PROBED = 64, 1 / 16, 8
+_ROWS_PER_LIST, _PROBED, _LEAST_PROBED = 64, 1 / 16, 32
 #: What is lost at most when a build is interrupted, in seconds.
 _CHECKPOINT_SECONDS = 120
 
