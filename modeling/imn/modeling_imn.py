@@ -26,7 +26,7 @@ ambiguous or misprinted:
 
 What scoring costs: the encoders run once per item, and the cosine of a pair follows from 3 × 3 inner products once the
 attention is known. Eq. 9 does not factorise, because of its ReLU: 9 d comparisons and multiplications per pair and
-direction, computed in blocks of pairs, so that memory does not grow with them. With
+direction (about 1 µs per pair for d = 128 on one busy CPU core), in blocks of pairs, so that memory does not grow. With
 ReLU(x + y) = max(x, −y) + y the second term does become a matrix product.
 
 Pre-training (§3.2, "similar to" FashionBERT, Gao et al., SIGIR 2020) is described at [`ImnForKnowledgePreTraining`].
@@ -48,9 +48,9 @@ from transformers.utils import ModelOutput
 
 from .configuration_imn import ImnConfig
 
-#: Numbers in one block of eq. 9; bounds its memory, and keeps a block near the processor's caches.
-_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
-_BLOCK_MENTIONS = 16
+#: Mentions in a block of pairs, and numbers in their entities' three spaces; bound what the pairs of a block take.
+_BLOCK_MENTIONS = 256
+_BLOCK_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}
 #: Kernel sizes of the Conv1D blocks (eq. 6).
 _KERNELS = (2, 3, 4, 5)
 
@@ -221,27 +221,31 @@ def _attention(aux: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> tor
         key [b, 3, d]: W_c^2 aux + b_c of the side that it attends to.
 
     Returns:
-        [a, b, 3]: mean over i of β_{i,j}. As u = mean_i Σ_j β_{i,j} aux^j, this is all that eq. 11–12 need of β.
+        [a, 3, b]: mean over i of β_{i,j}. As u = mean_i Σ_j β_{i,j} aux^j, this is all that eq. 11–12 need of β.
     """
     a, b = len(aux), len(key)
-    aux, query, key = aux.flatten(0, 1), query.flatten(0, 1), key.flatten(0, 1)
-    larger = torch.maximum(query.unsqueeze(1), -key.unsqueeze(0))  # [3 a, 3 b, d]
-    logits = (larger @ aux.unsqueeze(-1)).squeeze(-1) + aux @ key.T  # ReLU(x + y) = max(x, −y) + y
-    return logits.view(a, 3, b, 3).softmax(-1).mean(1)
+    aux, query, key = aux.flatten(0, 1), query.flatten(0, 1), key.transpose(0, 1).flatten(0, 1)
+    negative = -key
+    # Row by row of one side: one [rows of the other, d] at a time stays in the caches.
+    if a <= 2 * b:
+        larger = torch.stack([torch.maximum(q, negative) @ x for q, x in zip(query, aux, strict=True)])
+    else:
+        larger = torch.stack([(torch.maximum(query, k) * aux).sum(-1) for k in negative], 1)
+    logits = larger + aux @ key.T  # ReLU(x + y) = max(x, −y) + y
+    return logits.view(a, 3, 3, b).softmax(2).mean(1)
 
 
 def _fused_scores(mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """f(u_m, u_e) [m, n] of every pair of a block (eq. 9–12)."""
     aux_m, aux_e = mentions["aux"], entities["aux"]
-    of_entity = _attention(aux_m, mentions["query"], entities["key"])  # u_m = Σ_j of_entity_j aux_e^j
-    of_mention = _attention(aux_e, entities["query"], mentions["key"]).transpose(
-        0, 1
-    )  # u_e = Σ_i of_mention_i aux_m^i
-    inner = (aux_m.flatten(0, 1) @ aux_e.flatten(0, 1).T).view(len(aux_m), 3, len(aux_e), 3)
-    product = ((inner.transpose(1, 2) @ of_entity.unsqueeze(-1)).squeeze(-1) * of_mention).sum(-1)
+    of_entity = _attention(aux_m, mentions["query"], entities["key"])  # [m, 3, n]; u_m = Σ_j of_entity_j aux_e^j
+    of_mention = _attention(aux_e, entities["query"], mentions["key"])
+    of_mention = of_mention.permute(2, 1, 0).contiguous()  # [m, 3, n]; u_e = Σ_i of_mention_i aux_m^i
+    inner = (aux_m.flatten(0, 1) @ aux_e.transpose(0, 1).flatten(0, 1).T).view(len(aux_m), 3, 3, len(aux_e))
+    product = ((inner * of_entity.unsqueeze(1)).sum(2) * of_mention).sum(1)
     gram_m, gram_e = aux_m @ aux_m.transpose(1, 2), aux_e @ aux_e.transpose(1, 2)
-    length_m = ((of_entity.transpose(0, 1) @ gram_e).transpose(0, 1) * of_entity).sum(-1)  # |u_m|²
-    length_e = ((of_mention @ gram_m) * of_mention).sum(-1)  # |u_e|²
+    length_m = ((gram_e.permute(1, 2, 0) * of_entity.unsqueeze(1)).sum(2) * of_entity).sum(1)  # |u_m|²
+    length_e = ((gram_m @ of_mention) * of_mention).sum(1)  # |u_e|²
     return product * torch.rsqrt((length_m * length_e).clamp(min=1e-12))
 
 
@@ -604,8 +608,8 @@ class ImnModel(ImnPreTrainedModel):
         mentions = {name: _full(tensor) for name, tensor in mentions.items()}
         entities = {name: _full(tensor) for name, tensor in entities.items()}
         aux = mentions["aux"]
-        m_step = max(1, min(_BLOCK_MENTIONS, len(aux)))
-        n_step = max(1, _BLOCK_ELEMENTS.get(aux.device.type, 2**24) // (9 * aux.shape[-1] * m_step))
+        m_step = _BLOCK_MENTIONS
+        n_step = max(1, _BLOCK_ELEMENTS.get(aux.device.type, 2**22) // aux[:1].numel())
         with torch.autocast(aux.device.type, enabled=False):
             rows = []
             for m in range(0, len(aux), m_step):
