@@ -85,6 +85,8 @@ def evaluate(
 ) -> None:
     """Rank every entity of the knowledge base for every mention, and print H@k, MRR and MR, overall and by stratum.
 
+    What some papers call P@1, R@3 and R@10 is H@1, H@3 and H@10.
+
     Seen and unseen golds are told apart where the data set has a training split. A reranker puts the candidates of
     every mention into a new order; its results come end to end and with the gold added, beside the order it was given.
 

@@ -15,6 +15,18 @@ MARKER = "<!-- Written by hf_mel from results.json. Take this line out to keep w
 
 _METRICS = (("hits@1", "H@1"), ("hits@3", "H@3"), ("hits@5", "H@5"), ("hits@10", "H@10"), ("mrr", "MRR"), ("mr", "MR"))
 
+#: In the example of a card: what a model that knows entities by posts needs of them.
+_PROTOTYPES = """\
+own = [{"text": f"{row['name']}. {row['attributes']}", "image": None} for row in entities]  # the only posts, about themselves
+with torch.no_grad():
+    posts = model.encode_posts(**processor(posts=own))
+for k, row in enumerate(entities):
+    known = {name: (posts[name], posts[f"{name}_present"]) for name in posts if f"{name}_present" in posts}
+    row["prototypes"] = {
+        name: torch.nn.functional.normalize(vectors[[k]][there[[k]]], dim=-1) for name, (vectors, there) in known.items()
+    }
+"""
+
 
 def model_card(run_info: Mapping[str, Any]) -> str:
     """The README.md of a trained model: Hub metadata, use, data, results, training, limits, citation.
@@ -46,6 +58,7 @@ def model_card(run_info: Mapping[str, Any]) -> str:
         model_type=model["type"],
         parameters=f"{model['parameters']:,}",
         base=f"built on {' and '.join(f'`{name}`' for name in bases)}" if bases else "started from scratch",
+        prototypes=_PROTOTYPES if model.get("posts") else "",
         data=_data(data),
         kb_size=f"{data['entities']:,}",
         results=_loss(run_info) if pretraining else _all_results(run_info),

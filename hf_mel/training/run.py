@@ -436,6 +436,7 @@ def _finish(
             "from_pretrained": recipe.model.from_pretrained,
             "text": recipe.model.text,
             "vision": recipe.model.vision,
+            **({} if trainer.prototypes is None else {"posts": True}),
         },
         "data": {
             **version,

@@ -1,0 +1,85 @@
+"""Every row of IMN's Tables 3 and 4 and of its Figure 4 is a recipe, or one with overrides that its first lines name: each is
+built with small encoders and trained by a step."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from hf_mel.data.collator import RetrieverCollator
+from hf_mel.linking.prototypes import Prototypes
+from hf_mel.training.pretraining import PretrainingCollator, as_posts, pretraining_model
+from hf_mel.training.recipe import Recipe, shipped_recipes
+from hf_mel.training.run import build_model
+from tests.recipes.test_rerankers import encoders, load  # noqa: F401 (a fixture)
+from tests.toy import toy_entities, toy_mentions
+from tests.toy_posts import toy_posts
+
+SPACES = {"[2,3]": [2, 3], "[3]": [3], "[]": []}
+VARIANTS = [
+    *((name, "", {}) for name in ("imn-pretraining_flags", "imn-text_wikimel", "imn_tweets")),
+    *(
+        (name, f"model.config.spaces={text}", {"spaces": value})
+        for name in ("imn-text_wikimel", "imn_tweets")
+        for text, value in SPACES.items()
+    ),
+    *(
+        (name, "model.config.prototype_selection=random", {"prototype_selection": "random"})
+        for name in ("imn-pretraining_flags", "imn-text_wikimel", "imn_tweets")
+    ),
+    (
+        "imn_tweets",
+        "model.config.mention_modalities=[text] model.config.entity_modalities=[text]",
+        {"mention_modalities": ["text"], "entity_modalities": ["text"]},
+    ),
+    ("imn-pretraining_flags", "model.config.entity_prototype=true", {"entity_prototype": True}),
+    ("imn-text_wikimel", "model.config.entity_prototype=false", {"entity_prototype": False}),
+    (
+        "imn-pretraining_flags",
+        "model.config.num_prototypes=5 processor.options.num_prototypes=5",
+        {"num_prototypes": 5},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides", "expected"), VARIANTS)
+def test_a_row_of_the_tables_trains(name, overrides, expected, encoders):  # noqa: F811
+    recipe = load(name, overrides, encoders)
+    recipe.task = "linking"
+    model, processor = build_model(recipe)
+    assert {field: getattr(model.config, field) for field in expected} == expected
+    assert processor.num_prototypes == model.num_prototypes
+    prototypes = Prototypes(model, processor, toy_posts())
+    collator = RetrieverCollator(processor, toy_entities(), with_prototypes=prototypes.on)
+    batch = collator([dict(row) for row in toy_mentions(4)])
+    loss = model.train()(**batch).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["imn-pretraining_flags", "imn_tweets"])
+@pytest.mark.parametrize(
+    ("overrides", "guided"),
+    [("", True), ("processor.options.knowledge_guided=false training.batch_grouping=none", False)],
+)
+def test_pre_training_guided_and_not(name, overrides, guided, encoders):  # noqa: F811
+    recipe = load(name, overrides, encoders)
+    recipe.task = "pretraining"
+    model, processor = pretraining_model(recipe)
+    assert processor.knowledge_guided is guided
+    assert (recipe.training["batch_grouping"] == "surface") is guided
+    collator = PretrainingCollator(processor, toy_entities())
+    posts = as_posts(toy_mentions(6))
+    loss = model.train()(**collator([dict(row) for row in posts])).loss
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_the_stages_follow_each_other():
+    stages = [Recipe.load(name) for name in ("imn-pretraining_flags", "imn-knowledge_flags", "imn_flags")]
+    assert [stage.task for stage in stages] == ["pretraining", "knowledge", "linking"]
+    for before, after in itertools.pairwise(stages):
+        assert after.model.from_pretrained == f"runs/{before.name}"
+    assert {stage.name for stage in stages} <= set(shipped_recipes())
