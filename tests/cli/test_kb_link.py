@@ -14,7 +14,7 @@ from hf_mel.cli.link import link
 from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError, SpanError
 from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
-from tests.toy import ToyProcessor, register, toy_entities, toy_model
+from tests.toy import ToyProcessor, register, toy_entities, toy_model, write_toy_dataset
 
 MODEL, PROCESSOR = toy_model(), ToyProcessor()
 
@@ -62,6 +62,29 @@ def test_build_add_remove_info(tmp_path, model):
     shown = run("kb", "info", folder, "--verify").stdout
     for word in ("1, and 3 removed", "float16", "model (toy_retriever)", "Every file is as it was written"):
         assert word in shown
+
+
+def test_an_index_is_built_used_measured_and_shown(tmp_path, model):
+    pytest.importorskip("faiss")
+    KnowledgeBase.build(toy_entities(80), MODEL, PROCESSOR, output=tmp_path / "kb", progress=False)
+    data = write_toy_dataset(tmp_path / "data", entities=toy_entities(80))
+    folder, mention = tmp_path / "kb", ("--text", "Here Entity c met.", "--mention", "Entity c")
+    assert "has its 80 entities" in run("kb", "index", folder, "--model", model, "--kind", "faiss-hnsw").stdout
+    exact = json.loads(run("link", model, "--kb", folder, *mention, "--json").stdout)
+    options = ("--index", "faiss-hnsw", "--first-stage", 20)
+    found = json.loads(run("link", model, "--kb", folder, *mention, *options, "--json").stdout)
+    assert [c["entity_id"] for c in found["candidates"]] == [c["entity_id"] for c in exact["candidates"]]
+    arguments = ("--model", model, "--kind", "faiss-hnsw", "--dataset", data, "--limit", 7, "--first-stage", 20)
+    shown = json.loads(run("kb", "recall", folder, *arguments).stdout)
+    places = {place: shown.pop(f"recall@{place}") for place in (1, 10, 64)}
+    assert shown == {"index": "faiss-hnsw", "first_stage": 20, "entities": 80, "mentions": 7}
+    assert places[1] == places[10] == 1  # the toy's vectors give its scores
+    assert places[64] <= 22 / 64
+    shown = run("kb", "info", folder).stdout
+    assert [line.split("│")[2].strip() for line in shown.splitlines() if "indexes" in line] == ["faiss-hnsw"]
+    with pytest.raises(KnowledgeBaseError, match="no index 'milvus'"):
+        run("link", model, "--kb", folder, *mention, "--index", "milvus")
+    run("kb", "index", folder, "--model", model, "--kind", "exact", ok=False)
 
 
 def test_build_takes_one_source(tmp_path, model):

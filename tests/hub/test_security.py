@@ -143,6 +143,41 @@ def test_the_names_of_a_repository_stay_in_the_cache(hub, client):
     assert all(cache in path.resolve().parents for path in written)
 
 
+def test_an_index_is_not_downloaded(hub, client, kb):
+    """faiss is native code: what it reads was made here, by the user's own command."""
+    hub.store.create("dataset", "org/kb")
+    files = {path.name: hub.store.put(path.read_bytes()) for path in kb.path.iterdir()}
+    evil = {name: hub.store.put(b"evil") for name in ("index-faiss-flat.json", "index-faiss-flat-00.faiss")}
+    hub.store.commit("dataset", "org/kb", "main", "with an index", files | evil, [])
+    done = client.python(
+        "from hf_mel import KnowledgeBase\n"
+        "kb = KnowledgeBase.from_pretrained('org/kb')\n"
+        "print(len(kb), kb.info()['indexes'])\n"
+        "try:\n    kb.open_index('faiss-flat', None)\nexcept Exception as error:\n    print(type(error).__name__)"
+    )
+    assert done.stdout.splitlines()[-2:] == ["12 []", "KnowledgeBaseError"]
+    assert not [path for path in client.home.rglob("*") if path.is_file() and path.read_bytes() == b"evil"]
+
+
+def test_an_index_of_other_content_or_elsewhere_is_not_parsed(kb, tmp_path, monkeypatch):
+    faiss = pytest.importorskip("faiss")
+    kb.build_index("faiss-flat", toy_model(), ToyProcessor(), progress=False)
+    kb.open_index("faiss-flat", toy_model())
+    record, (file,) = kb.path / "index-faiss-flat.json", kb.path.glob("*.faiss")
+    content, text = file.read_bytes(), record.read_text()
+    monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("it was parsed"))
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(KnowledgeBaseError, match="not what was written"):
+        kb.open_index("faiss-flat", toy_model())
+    (tmp_path / "elsewhere").write_bytes(content)
+    for name in (f"/../../elsewhere{'0' * 50}", str(tmp_path / "elsewhere"), "", None, 3):
+        changed = json.loads(text)
+        changed["store"] |= {"sha256": name, "file": str(tmp_path / "elsewhere")}
+        record.write_text(json.dumps(changed))
+        with pytest.raises(KnowledgeBaseError, match="damaged"):
+            kb.open_index("faiss-flat", toy_model())
+
+
 # -- 4. sizes, depths and types beyond all bounds ----------------------------------------------------------------------
 
 _HOSTILE = {
