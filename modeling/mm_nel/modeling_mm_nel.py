@@ -664,18 +664,19 @@ def max_product(
     there = mask.any(-1)
     talk = _others(there).unsqueeze(-1)  # [G, n, n, 1], from i to j
     heard = talk & mask.unsqueeze(1)  # [G, n, n, S], about the candidates of j
+    silent, unreal = ~heard, ~mask.unsqueeze(2)
     log_uniform = -mask.sum(-1).clamp(min=1).to(local.dtype).log()
-    messages = log_uniform[:, None, :, None].expand(heard.shape).masked_fill(~heard, 0.0)
+    messages = log_uniform[:, None, :, None].expand(heard.shape).masked_fill(silent, 0.0)
     local = local.masked_fill(~mask, 0.0)
     lowest = torch.finfo(local.dtype).min / 4
     for _ in range(iterations):
         belief = (local + messages.sum(1)).unsqueeze(2) - messages.transpose(1, 2)  # of i without what j said
-        belief = belief.masked_fill(~mask.unsqueeze(2), lowest)
+        belief = belief.masked_fill(unreal, lowest)
         new = (belief.unsqueeze(-1) + pairs).max(3).values  # max keeps indices for the gradient, not the sums
-        new = new.masked_fill(~heard, lowest).log_softmax(-1).masked_fill(~heard, 0.0)
+        new = new.masked_fill(silent, lowest).log_softmax(-1).masked_fill(silent, 0.0)
         if damping < 1:
             mixed = torch.logaddexp(math.log(damping) + new, math.log(1 - damping) + messages)
-            new = mixed.masked_fill(~heard, 0.0)
+            new = mixed.masked_fill(silent, 0.0)
         messages = new
     return local + messages.sum(1)
 
@@ -708,7 +709,7 @@ def sinkhorn(
     rows = (kernel + g.unsqueeze(1)).logsumexp(2)
     off = torch.full_like(log_p[:, 0], torch.inf)
     for _ in range(iterations):
-        going = ~(off <= tolerance)
+        going = off > tolerance  # not of nan, which no iteration mends
         if not going.any():
             break
         new_f = log_p - rows
@@ -752,7 +753,7 @@ def transport_plan(
     potential = None
     residual = torch.full_like(p[:, 0], torch.inf)
     for _ in range(gw_iterations):
-        going = ~(residual <= tolerance)
+        going = residual > tolerance
         if not going.any():
             break
         gradient = constant - 2 * within @ plan @ within_other

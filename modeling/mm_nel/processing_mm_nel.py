@@ -168,8 +168,8 @@ class MmNelProcessor(ProcessorMixin):
     @staticmethod
     def _document(row: Mapping[str, Any], place: int) -> Any:
         for column in ("document_id", "context_id"):
-            if row.get(column) is not None:
-                return row[column]
+            if row.get(column) not in (None, ""):
+                return column, row[column]
         return ("row", place)
 
     @staticmethod
