@@ -149,7 +149,7 @@ def conditions(found: dict[str, Any]) -> str:
 
 def show(folder: Path, names: Sequence[str] | None = None) -> None:
     """Prints the tables."""
-    console = Console()
+    console = Console(width=max(120, Console().width))
     for (title, columns, lines, below), found in reports(folder, names):
         table = Table(title=title, caption=f"{below} {conditions(found)}", caption_justify="left")
         for number, column in enumerate(columns):
