@@ -47,7 +47,8 @@ class PretrainingCollator:
     """Turns posts into a batch of pre-training.
 
     With probability 1/2 a post's partner is the post itself, else another one of the batch that is about another entity
-    (itself again, if there is none). All draws are a function of seed, epoch and ids.
+    (itself again, if there is none); with `same_surface`, one whose mention ends in the same word, if there is any: what
+    the knowledge base holds under a similar name (IMN, section 3.2). All draws are a function of seed, epoch and ids.
 
     Args:
         processor: Takes `posts`, `entities` and `partners`.
@@ -56,6 +57,7 @@ class PretrainingCollator:
             processor that reads several (`max_entity_images`) gets them all.
         with_features (`Callable`, *optional*): Rows → the same with `image_features`, for a model whose image encoder is
             fixed.
+        same_surface (`bool`, *optional*, defaults to `False`): See above.
         seed (`int`, *optional*, defaults to 0): Seed of all draws.
 
     Attributes:
@@ -69,10 +71,11 @@ class PretrainingCollator:
         *,
         random_image: bool = True,
         with_features: Callable[[Sequence[Row]], Sequence[Row]] | None = None,
+        same_surface: bool = False,
         seed: int = 0,
     ):
         self.processor, self.random_image, self.with_features = processor, random_image, with_features
-        self.seed, self.epoch = seed, 0
+        self.same_surface, self.seed, self.epoch = same_surface, seed, 0
         self.entities = LazyRows(entities)
         self._row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
 
@@ -90,9 +93,12 @@ class PretrainingCollator:
                 )
         partners, entities = [], []
         rows = self.entities.__getitems__([self._row_of[owner] for owner in owners])
+        surfaces = [surface_key(post["mention"]) for post in posts] if self.same_surface else []
         for place, (post, owner, entity) in enumerate(zip(posts, owners, rows, strict=True)):
             draw = random.Random(f"{self.seed} {self.epoch} {post['mention_id']}")
             others = [k for k, other in enumerate(owners) if other != owner] if draw.random() < 0.5 else []
+            if self.same_surface:
+                others = [k for k in others if surfaces[k] == surfaces[place]] or others
             partners.append(draw.choice(others) if others else place)
             entities.append(self._shown(entity, draw))
         shown: Sequence[Row] = posts
@@ -147,7 +153,11 @@ class PretrainingTrainer(MelTrainer):
             if posts is not None:
                 check_golds(posts, entities["entity_id"])
         self._collator = PretrainingCollator(
-            processing_class, entities, random_image=args.random_entity_image, seed=args.seed
+            processing_class,
+            entities,
+            random_image=args.random_entity_image,
+            same_surface=args.batch_grouping == "surface",
+            seed=args.seed,
         )
         Trainer.__init__(  # not the MelTrainer's, which is about mentions and candidates
             self,

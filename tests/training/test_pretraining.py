@@ -58,6 +58,27 @@ def test_posts_of_one_entity_only_follow_themselves():
     assert collator([posts[k] for k in range(10)])["partners"] == list(range(10))
 
 
+def test_partners_are_guided_by_the_surface_where_one_is_shared():
+    """Every partner has the last word of the mention if another entity in the batch has, any other one if not."""
+    mentions = toy_mentions(24, 8).map(
+        lambda row, k: {"mention": f"The {('Swift', 'swift', 'Jones')[k % 3]}"}, with_indices=True
+    )
+    mentions = mentions.map(lambda row: {"mention": "Alone"} if row["mention_id"] == "m5" else {})
+    posts = LazyRows(as_posts(mentions)).__getitems__(list(range(24)))
+    seen: dict[bool, set] = {True: set(), False: set()}
+    for guided, pairs in seen.items():
+        collator = PretrainingCollator(Recorder(), toy_entities(), same_surface=guided)
+        for collator.epoch in range(12):
+            for place, partner in enumerate(collator(posts)["partners"]):
+                if partner != place:
+                    assert posts[partner]["entity_id"] != posts[place]["entity_id"]
+                    pairs.add((posts[place]["mention"].lower(), posts[partner]["mention"].lower()))
+    shared = {(surface, surface) for surface in ("the swift", "the jones")}
+    assert {pair for pair in seen[True] if pair[0] != "alone"} == shared
+    assert {surface for first, surface in seen[True] if first == "alone"} == {"the swift", "the jones"}
+    assert ("the swift", "the jones") in seen[False]
+
+
 def test_features_are_put_on_posts_and_entities():
     collator = PretrainingCollator(
         Recorder(), toy_entities(), with_features=lambda some: [{"seen": row["entity_id"]} for row in some]
