@@ -56,7 +56,8 @@ def ranked(
 ) -> RankingResult:
     """The library's ranking, default top k."""
     budget: dict[str, Any] = {} if byte_budget is None else {"byte_budget": byte_budget}
-    return rank(model, mentions, kb, gold_rows=golds, prune=prune, **budget)
+    known = golds.where(golds < len(kb), -1)
+    return rank(model, mentions, kb, gold_rows=known, prune=prune, **budget)
 
 
 class _Counting:
@@ -128,23 +129,23 @@ def child_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def agreement(source: Source, kb: KnowledgeBase, device: str, block: list[int]) -> dict[str, Any]:
     """How the library's ranks on a stored knowledge base compare with the direct form's in float32."""
-    direct = _DirectBlock(source, [block[0], min(2000, block[1], len(kb))], device)
     encoded, _, golds = source.mentions(block[0])
-    scores = direct.score().cpu()
-    size = scores.shape[1]
-    inside = golds < size
-    gold_score = scores.gather(1, golds.clamp(max=size - 1)[:, None])
+    golds = golds.clamp(max=len(kb) - 1)
+    rows = torch.cat([golds, torch.arange(min(2000, block[1], len(kb)))]).unique()  # the golds, and as many others
+    scores = _DirectBlock(source, block, device, rows=rows).score().cpu()
+    golds = torch.searchsorted(rows, golds)
+    gold_score = scores.gather(1, golds[:, None])
     expected = 1 + (scores > gold_score + 1e-6 * gold_score.abs().clamp(min=1)).sum(1)
-    known = EncodedEntities([str(row) for row in range(size)], kb.encodings(range(size)))
+    known = EncodedEntities([str(row) for row in rows.tolist()], kb.encodings(rows.numpy()))
     found = {}
     for form in FORMS:
-        result = ranked(source.model, encoded, known, torch.where(inside, golds, -1), prune=form == "pruned")
+        result = ranked(source.model, encoded, known, golds, prune=form == "pruned")
         found[form] = {
-            "same_gold_rank": (result.best_rank == expected)[inside].double().mean().item(),
+            "same_gold_rank": (result.best_rank == expected).double().mean().item(),
             "same_first": (result.top_rows[:, 0] == scores.argmax(1)).double().mean().item(),
-            "largest_score_difference": (result.gold_score - gold_score[:, 0])[inside].abs().max().item(),
+            "largest_score_difference": (result.gold_score - gold_score[:, 0]).abs().max().item(),
         }
-    return {"mentions": int(inside.sum()), "entities": size, "stored_as": kb.dtype, **found}
+    return {"mentions": len(golds), "entities": len(rows), "stored_as": kb.dtype, **found}
 
 
 class _DirectBlock:
@@ -154,14 +155,15 @@ class _DirectBlock:
         source ([`~benchmarks.sources.Source`]): Model, mentions and entities.
         block (two `int`): Mentions and entities.
         device, dtype (`str`): Where and in what it computes.
+        rows (`torch.Tensor`, *optional*): Its entities. Default: the first ones.
     """
 
-    def __init__(self, source: Source, block: list[int], device: str, dtype: str = "float32"):
+    def __init__(self, source: Source, block: list[int], device: str, dtype: str = "float32", rows: Any = None):
         self.direct = DirectMimic(copy.deepcopy(source.model).to(device, getattr(torch, dtype)))
         self.mentions = self.direct.features(**_on(source.mentions(block[0])[1], self.direct.model))
         parts = [
-            self.direct.features(**_on(source.entity_inputs(rows), self.direct.model))
-            for rows in torch.arange(block[1]).split(256)
+            self.direct.features(**_on(source.entity_inputs(part), self.direct.model))
+            for part in (torch.arange(block[1]) if rows is None else rows).split(256)
         ]
         self.entities = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         self.bytes_per_entity = sum(tensor[0].numel() * tensor.element_size() for tensor in self.entities.values())
