@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -603,13 +603,14 @@ class KnowledgeBase:
 
     def _table(self, rows: np.ndarray, columns: list[str]) -> pa.Table:
         stored = self._active[rows]
-        parts, places = [entity_features().arrow_schema.empty_table().select(columns)], []
+        parts, places = [_schema().empty_table().select(columns)], []
         for shard, where in _by_block(stored, self._starts):
             local = stored[where] - self._starts[shard]
             with _reading(self._file(shard, "entities")):
                 file, starts = self._parquet(shard)
                 for group, inside in _by_block(local, starts):
-                    table = file.read_row_group(group, columns=columns).select(columns)
+                    # One thread: a group of texts is read in less time than threads take to start.
+                    table = file.read_row_group(group, columns=columns, use_threads=False).select(columns)
                     taken = table.take(pa.array(local[inside] - starts[group]))
                     parts.append(_decoded(taken, self._file(shard, "entities")))
                     places.append(where[inside])
@@ -783,7 +784,7 @@ def _encode(
             f"{type(model).__name__} does not encode entities by themselves.",
             remedy="A knowledge base needs a retriever; a reranker orders the candidates a retriever finds.",
         )
-    schema = entity_features().arrow_schema
+    schema = _schema()
     training = getattr(model, "training", False)
     if training:
         model.eval()
@@ -918,6 +919,11 @@ def _as_float(encodings: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in encodings.items()}
 
 
+@cache
+def _schema() -> pa.Schema:
+    return entity_features().arrow_schema
+
+
 def _by_block(numbers: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Groups numbers by the block `starts[b] … starts[b+1]` they are in: (b, their positions in `numbers`)."""
     blocks = np.searchsorted(starts, numbers, side="right") - 1
@@ -1049,7 +1055,7 @@ def _damaged(file: Path, what: str) -> KnowledgeBaseError:
 
 def _check_parquet(file: pq.ParquetFile, path: Path) -> None:
     """Refuses other columns, and row groups that say of themselves that they are beyond all bounds."""
-    if not file.schema_arrow.equals(entity_features().arrow_schema):
+    if not file.schema_arrow.equals(_schema()):
         raise _damaged(path, "its columns are not those of entities")
     for k in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(k)
@@ -1063,7 +1069,7 @@ def _decoded(table: pa.Table, path: Path) -> pa.Table:
     size = sum(_decoded_bytes(chunk) for column in table.columns for chunk in column.chunks)
     if size > _READ_BYTES:
         raise _damaged(path, f"texts and images of {table.num_rows:,} rows decode to {size:,} bytes")
-    schema = entity_features().arrow_schema
+    schema = _schema()
     return table.cast(pa.schema([schema.field(name) for name in table.column_names], metadata=schema.metadata))
 
 
