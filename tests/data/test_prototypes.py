@@ -117,6 +117,8 @@ def test_equal_posts_come_in_their_order():
     assert select_posts(noisy, [[4, 1, 5, 0]], 3) == [[4, 1, 5]]
     unrelated = torch.eye(4)
     assert select_posts(unrelated, [[0, 1, 2, 3]], 2) == [[0, 1]]
+    many = same[:1].repeat(500, 1)  # a sort that is not stable keeps the order of a few
+    assert select_posts(many, [range(499, -1, -1)], 20) == [list(range(499, 479, -1))]
 
 
 def test_the_odd_one_out_is_last():
