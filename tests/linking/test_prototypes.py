@@ -149,6 +149,22 @@ def test_posts_that_lack_everything_leave_the_entity():
     torch.testing.assert_close(found["text"], plain(model, [], ENTITIES[1], "text"))
 
 
+def test_features_of_what_is_not_there_do_not_matter(monkeypatch):
+    model = toy_posts_model()
+    expected = Prototypes(model, ToyPostsProcessor(), toy_posts()).on(list(ENTITIES))
+    encode = model.encode_posts
+
+    def careless(**inputs):
+        found = encode(**inputs)
+        return found | {"image": found["image"].masked_fill(~found["image_present"][:, None], torch.nan)}
+
+    monkeypatch.setattr(model, "encode_posts", careless)
+    for row, same in zip(
+        Prototypes(model, ToyPostsProcessor(), toy_posts()).on(list(ENTITIES)), expected, strict=True
+    ):
+        torch.testing.assert_close(row["prototypes"], same["prototypes"])
+
+
 def test_random_choice_is_the_same_in_every_run():
     model = toy_posts_model()
     model.config.prototype_selection = "random"
