@@ -145,6 +145,10 @@ class Retriever(Protocol):
     float tensor [k', d], vectors of length 1, the most representative first; k' is at most k, and may be 0.
     [`hf_mel.linking.prototypes.Prototypes`] chooses them.
 
+    Optional, for a ranking that leaves out pairs which cannot matter: `quick_scores(mentions, entities)` [M, N], the part
+    of the score that costs little, and `remaining_scores(mentions, entities, floor)` [M, N], what is to be added: exact
+    wherever that is at least `floor` [M, N], and -inf where it is surely below. Both take half precision as it is stored.
+
     Optional, for an index whose candidates are then scored exactly: `query_vectors(mentions)` [M, D] and
     `index_vectors(entities)` [N, D], both from encodings, both float32, whose inner products are the scores or near
     them.

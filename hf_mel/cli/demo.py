@@ -114,7 +114,7 @@ def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version:
 
     known = EncodedEntities(list(entities["entity_id"]), encode_rows(model, processor, entities, "entities"))
     encoded = encode_rows(model, processor, mentions, "mentions")
-    units = model.unit_scores(slice_encodings(encoded, slice(1)), slice_encodings(known.encodings, slice(1)))
+    units = model.unit_scores(slice_encodings(encoded, slice(1)), slice_encodings(known.tensors, slice(1)))
     results = {}
     for name, chosen in {"all units": None, **{f"{unit} unit": [unit] for unit in units}}.items():
         results[name] = evaluate_full(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,8 +18,13 @@ ScoreFunction = Callable[[Encodings, Encodings], torch.Tensor]
 
 # What one pair costs while a model scores it: a few unit scores and the temporaries of the widest unit, as float32.
 _SCORING_BYTES_PER_PAIR = 96
-# What one pair of the buffered rows costs: its score, and the comparisons and index of the selection.
-_ROW_BYTES_PER_PAIR = 16
+# Entities of a chunk, and pairs of a block, at most: more of either is no faster, and leaves the processor's caches.
+_CHUNK_ROWS = 8192
+_BLOCK_PAIRS = {"cpu": 2**19, "cuda": 2**25}
+# Mentions and their golds that are scored at a time: of m² pairs, m are needed.
+_GOLD_MENTIONS = 16
+# What float32 may round off between two ways to add up a score, relative to its largest part.
+_ROUNDING = 1e-5
 
 
 class EntitySource(Protocol):
@@ -38,6 +43,10 @@ class EntitySource(Protocol):
         """Yields (number of the first row, encodings of up to `chunk_size` rows), in row order and without gaps."""
         ...
 
+    def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
+        """Encodings of the rows `indices`, in any order."""
+        ...
+
 
 @dataclass
 class EncodedEntities:
@@ -45,15 +54,15 @@ class EncodedEntities:
 
     Args:
         entity_ids (sequence of `str` `[N]`): Entity id of each row.
-        encodings (`Mapping[str, torch.Tensor]`): Tensors with first axis N.
+        tensors (`Mapping[str, torch.Tensor]`): Their encodings, tensors with first axis N.
     """
 
     entity_ids: Sequence[str]
-    encodings: Encodings
+    tensors: Encodings
 
     def __post_init__(self):
-        if len(self.entity_ids) != num_rows(self.encodings):
-            raise ValueError(f"{len(self.entity_ids)} entity ids but {num_rows(self.encodings)} encoded rows.")
+        if len(self.entity_ids) != num_rows(self.tensors):
+            raise ValueError(f"{len(self.entity_ids)} entity ids but {num_rows(self.tensors)} encoded rows.")
 
     def __len__(self) -> int:
         return len(self.entity_ids)
@@ -61,7 +70,11 @@ class EncodedEntities:
     def iter_chunks(self, chunk_size: int) -> Iterator[tuple[int, Encodings]]:
         """See [`EntitySource`]; the chunks are views."""
         for first in range(0, len(self), chunk_size):
-            yield first, slice_encodings(self.encodings, slice(first, first + chunk_size))
+            yield first, slice_encodings(self.tensors, slice(first, first + chunk_size))
+
+    def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
+        """See [`EntitySource`]."""
+        return slice_encodings(self.tensors, torch.as_tensor(indices, dtype=torch.long))
 
 
 @dataclass
@@ -95,13 +108,17 @@ def rank(
     byte_budget: int = 2**29,
     tie_tolerance: float = 1e-6,
     score: ScoreFunction | None = None,
+    prune: bool = True,
     progress: bool = False,
 ) -> RankingResult:
     """Scores M mentions against all N entities and keeps the k best and the position of each gold.
 
-    For a batch of mentions the rows of scores are gathered over all chunks of the knowledge base, then read once. The
-    batch is as large as `byte_budget` allows (one mention at least), so a budget smaller than the rows of all mentions
-    means as many passes over the chunks. Pairs are scored in float32, whatever autocast is on around the call.
+    One pass over the knowledge base, chunk by chunk; each chunk meets all mentions, batch by batch. What is kept are
+    the k best so far and counts, so memory is that of one chunk, one block of pairs and the mentions' encodings. Pairs
+    are scored in float32, whatever autocast is on around the call.
+
+    A model that scores in two steps (see [`~hf_mel.schema.Retriever`]) takes the second one only for pairs that may
+    come among the k best so far or reach the gold: what is left out changes neither the k best nor any rank.
 
     Rounding in matrix products depends on the shape of a chunk, so identical entities need not score identically:
     an entity is *equal* to the gold if its score differs by at most `tie_tolerance` * max(1, |gold score|), *better*
@@ -113,10 +130,11 @@ def rank(
         entity_chunks ([`EntitySource`]): The N entities.
         gold_rows (integers `[M]`, *optional*): Entity row of each mention's gold, -1 for none.
         top_k (`int`): How many entities to keep per mention; N if N is smaller.
-        byte_budget (`int`): Memory for scores and for one chunk of entities on the model's device, in bytes. The
-            mentions' encodings are there as well.
+        byte_budget (`int`): Memory for one block of scores and one chunk of entities on the model's device, in bytes.
+            The mentions' encodings are there as well.
         tie_tolerance (`float`): See above.
         score (`Callable`, *optional*): (mentions, entities) → scores [M, N], in place of `model.score`.
+        prune (`bool`): Whether to leave out what cannot matter, where the model can tell.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
@@ -128,41 +146,116 @@ def rank(
         [`~hf_mel.errors.UnknownEntityError`]: a gold row beyond the knowledge base.
         `ValueError`: `top_k` below 1, or not one gold row per mention.
     """
-    score = score or model.score
+    two_steps = score is None and prune and hasattr(model, "remaining_scores")
+    scorer = _Pruned(model) if two_steps else _Plain(score or model.score)
     device = torch.device(getattr(model, "device", "cpu"))
     mentions, entities = num_rows(mention_encodings), len(entity_chunks)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}.")
     if not entities:
         raise KnowledgeBaseError("The knowledge base has no entities to rank.")
-    golds = None if gold_rows is None else _checked_golds(gold_rows, mentions, entities)
+    golds = None if gold_rows is None else _checked_golds(gold_rows, mentions, entities).to(device)
 
     _, sample = next(iter(entity_chunks.iter_chunks(1)))
-    batch_size = max(1, min(mentions, byte_budget // 2 // (_ROW_BYTES_PER_PAIR * entities)))
-    pair_bytes = _SCORING_BYTES_PER_PAIR * batch_size
-    chunk_size = max(1, min(entities, byte_budget // 2 // (pair_bytes + row_bytes(sample))))
+    half, least = byte_budget // 2, _SCORING_BYTES_PER_PAIR * min(mentions, 64)
+    chunk_size = max(1, min(entities, _CHUNK_ROWS, half // (least + row_bytes(sample))))
+    pairs = min(half // _SCORING_BYTES_PER_PAIR, _BLOCK_PAIRS.get(device.type, 2**22))
+    batch_size = max(1, min(mentions, pairs // chunk_size))
 
     mention_encodings = to_device(mention_encodings, device)
-    kept = min(top_k, entities)
-    # All that lives longer than one batch is allocated here: what is kept from a batch would otherwise lie between the
-    # large blocks that it frees, and memory would grow with every batch.
-    top_scores, top_rows = torch.empty(mentions, kept), torch.empty(mentions, kept, dtype=torch.long)
-    gold_columns = () if golds is None else (torch.empty(mentions), torch.empty_like(golds), torch.empty_like(golds))
-    buffer = torch.empty(batch_size, entities, device=device)
-    pairs = tqdm(
-        total=mentions * entities, desc="Ranking", unit="pair", unit_scale=True, delay=1, disable=not progress
-    )
-    with pairs, torch.autocast(device.type, enabled=False):
-        for first in range(0, mentions, batch_size):
-            some = slice(first, min(first + batch_size, mentions))
-            rows = buffer[: some.stop - first]
-            _fill_rows(rows, score, slice_encodings(mention_encodings, some), first, entity_chunks, chunk_size, pairs)
-            top_scores[some], top_rows[some] = _top_k(rows, kept)
-            if golds is not None:
-                found = _gold_ranks(rows, golds[some].to(device), tie_tolerance)
-                for column, values in zip(gold_columns, found, strict=True):
-                    column[some] = values
-    return RankingResult(top_scores, top_rows, *gold_columns)
+    bar = tqdm(total=mentions * entities, desc="Ranking", unit="pair", unit_scale=True, delay=1, disable=not progress)
+    with bar, torch.autocast(device.type, enabled=False):
+        state = _State.start(mentions, min(top_k, entities), device)
+        if golds is not None:
+            state.set_golds(golds, _gold_scores(scorer, mention_encodings, golds, entity_chunks), tie_tolerance)
+        for first, chunk in _checked_chunks(entity_chunks, chunk_size):
+            chunk = to_device(chunk, device)
+            for m in range(0, mentions, batch_size):
+                some = slice(m, min(m + batch_size, mentions))
+                batch, part = slice_encodings(mention_encodings, some), state.rows(some)
+                part.update(scorer.block(batch, chunk, part, (m, first)), first)
+                bar.update((some.stop - m) * num_rows(chunk))
+    return state.result()
+
+
+@dataclass
+class _State:
+    """What is known of M mentions after some entities: the k best, and how the gold stands.
+
+    Args:
+        top_scores, top_rows (`torch.Tensor` `[M, k]`): Best first; -inf where fewer than k were seen.
+        golds, gold_score (`torch.Tensor` `[M]`, *optional*): -1 and inf for a mention without a gold row.
+        above, below (`torch.Tensor` `[M]`, *optional*): A score beyond these is better, or worse, than the gold's.
+        better, not_worse (`torch.Tensor` `[M]`, *optional*): Entities seen so far; the gold itself is not worse.
+    """
+
+    top_scores: torch.Tensor
+    top_rows: torch.Tensor
+    golds: torch.Tensor | None = None
+    gold_score: torch.Tensor | None = None
+    above: torch.Tensor | None = None
+    below: torch.Tensor | None = None
+    better: torch.Tensor | None = None
+    not_worse: torch.Tensor | None = None
+
+    @classmethod
+    def start(cls, mentions: int, kept: int, device: torch.device) -> _State:
+        rows = torch.zeros(mentions, kept, dtype=torch.long, device=device)
+        return cls(torch.full((mentions, kept), -torch.inf, device=device), rows)
+
+    def set_golds(self, golds: torch.Tensor, scores: torch.Tensor, tolerance: float) -> None:
+        margin = tolerance * scores.abs().clamp(min=1)
+        self.golds, self.gold_score = golds, scores
+        # Without a gold, inf: nothing is as good.
+        self.above = torch.where(golds >= 0, scores + margin, torch.inf)
+        self.below = torch.where(golds >= 0, scores - margin, torch.inf)
+        self.better, self.not_worse = torch.zeros_like(golds), torch.zeros_like(golds)
+
+    def rows(self, some: slice) -> _State:
+        """Views of some mentions."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: column[some] for name, column in columns.items() if column is not None})
+
+    def update(self, block: torch.Tensor, first: int) -> None:
+        """Takes in the scores [M, n] of the entity rows from `first` on, -inf where one is below the floor."""
+        if self.golds is not None:
+            assert self.gold_score is not None
+            assert self.above is not None
+            assert self.below is not None
+            assert self.better is not None
+            assert self.not_worse is not None
+            # A gold scores what it did when it was compared with nothing else, whatever the shape of this block.
+            here = ((self.golds >= first) & (self.golds < first + block.shape[1])).nonzero()[:, 0]
+            block[here, self.golds[here] - first] = self.gold_score[here]
+            self.better += (block > self.above[:, None]).sum(1)
+            self.not_worse += (block >= self.below[:, None]).sum(1)
+        # Rows come in order: one that equals the last of the k best comes too late.
+        rows, columns = (block > self.top_scores[:, -1:]).nonzero(as_tuple=True)
+        if not len(rows):
+            return
+        counts = torch.bincount(rows, minlength=len(block))
+        width, kept = int(counts.max()), self.top_scores.shape[1]
+        if width > 2 * kept:
+            scores, new = _top_k(block, min(kept, block.shape[1]))
+        else:
+            place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+            scores = block.new_full((len(block), width), -torch.inf)
+            new = rows.new_zeros((len(block), width))
+            scores[rows, place], new[rows, place] = block[rows, columns], columns
+        scores, new = torch.cat([self.top_scores, scores], 1), torch.cat([self.top_rows, new + first], 1)
+        best = scores.sort(dim=1, descending=True, stable=True)
+        self.top_scores[:] = best.values[:, :kept]
+        self.top_rows[:] = new.gather(1, best.indices[:, :kept])
+
+    def result(self) -> RankingResult:
+        if self.golds is None:
+            return RankingResult(self.top_scores.cpu(), self.top_rows.cpu())
+        assert self.gold_score is not None
+        assert self.better is not None
+        assert self.not_worse is not None
+        known = self.golds >= 0
+        columns = (torch.where(known, self.gold_score, torch.nan), (self.better + 1) * known, self.not_worse)
+        return RankingResult(*(tensor.cpu() for tensor in (self.top_scores, self.top_rows, *columns)))
 
 
 def score_of_units(model: Any, units: Sequence[str]) -> ScoreFunction:
@@ -200,34 +293,111 @@ def _checked_golds(gold_rows, mentions: int, entities: int) -> torch.Tensor:
     return golds
 
 
-def _fill_rows(rows, score, batch, first_mention, chunks, chunk_size, progress) -> None:
-    """Writes the scores of one batch of mentions into `rows` [m, N], chunk by chunk."""
-    count, total = rows.shape
-    seen = 0
+class _Plain:
+    """Scores of all pairs of a block."""
+
+    def __init__(self, score: ScoreFunction):
+        self.score = score
+
+    def block(self, mentions: Encodings, entities: Encodings, state: _State, firsts: tuple[Any, Any]) -> torch.Tensor:
+        """[M, n]; `firsts` are the numbers of the first mention and of the first entity."""
+        block = self.score(mentions, entities)
+        _check_block(block, mentions, entities, firsts)
+        return block
+
+    def diagonal(self, mentions: Encodings, entities: Encodings, numbers: tuple[Any, Any]) -> torch.Tensor:
+        """Score of each mention with the entity of the same place, [M]; `numbers` are theirs."""
+        block = self.score(mentions, entities)
+        _check_block(block, mentions, entities, numbers)
+        return block.diagonal()
+
+
+class _Pruned:
+    """Scores of the pairs of a block that can matter, by a model that scores in two steps; -inf for the others."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def block(self, mentions: Encodings, entities: Encodings, state: _State, firsts: tuple[Any, Any]) -> torch.Tensor:
+        """As [`_Plain.block`]."""
+        quick = self.model.quick_scores(mentions, entities)
+        _check_block(quick, mentions, entities, firsts)
+        # Added up in another order, or in a block of another shape, a score may come out a little higher.
+        spare = _ROUNDING * quick.abs().amax(1)
+        last, kept = state.top_scores[:, -1], state.top_scores.shape[1]
+        if kept <= quick.shape[1] and (last == -torch.inf).any():
+            # So far nothing is known: the k that look best now are no better than the k best.
+            best = quick.topk(kept).indices
+            some = torch.full_like(quick, torch.inf).scatter_(1, best, -torch.inf)
+            found = quick.gather(1, best) + self._remaining(mentions, entities, some).gather(1, best)
+            last = torch.maximum(last, found.amin(1))
+        floor = last if state.below is None else torch.minimum(last, state.below)
+        rest = self._remaining(mentions, entities, (floor - spare - _ROUNDING * floor.abs())[:, None] - quick)
+        self._check(quick, rest, mentions, entities, firsts)
+        return quick.add_(rest)
+
+    def diagonal(self, mentions: Encodings, entities: Encodings, numbers: tuple[Any, Any]) -> torch.Tensor:
+        """As [`_Plain.diagonal`]."""
+        quick = self.model.quick_scores(mentions, entities)
+        _check_block(quick, mentions, entities, numbers)
+        rest = self._remaining(mentions, entities, torch.full_like(quick, torch.inf).fill_diagonal_(-torch.inf))
+        self._check(quick, rest, mentions, entities, numbers)
+        return (quick + rest).diagonal()
+
+    def _remaining(self, mentions: Encodings, entities: Encodings, floor: torch.Tensor) -> torch.Tensor:
+        return self.model.remaining_scores(mentions, entities, floor)
+
+    @staticmethod
+    def _check(quick, rest, mentions, entities, numbers) -> None:
+        if not rest.amax() < torch.inf:
+            _check_block(quick + rest.masked_fill(rest == -torch.inf, 0), mentions, entities, numbers)
+
+
+def _gold_scores(
+    scorer: _Plain | _Pruned, mentions: Encodings, golds: torch.Tensor, entities: EntitySource
+) -> torch.Tensor:
+    """Score of each mention's gold, [M]; inf without one."""
+    found = torch.full(golds.shape, torch.inf, device=golds.device)
+    known = (golds >= 0).nonzero()[:, 0]
+    for first in range(0, len(known), _GOLD_MENTIONS):
+        some = known[first : first + _GOLD_MENTIONS]
+        rows = golds[some]
+        gold = to_device(entities.encodings(rows.cpu().numpy()), golds.device)
+        found[some] = scorer.diagonal(slice_encodings(mentions, some), gold, (some, rows))
+    return found
+
+
+def _checked_chunks(chunks: EntitySource, chunk_size: int) -> Iterator[tuple[int, Encodings]]:
+    """The chunks, if they follow one another up to the last entity."""
+    seen, total = 0, len(chunks)
     for first, chunk in chunks.iter_chunks(chunk_size):
-        size = num_rows(chunk)
-        if first != seen or first + size > total:
+        if first != seen or first + num_rows(chunk) > total:
             break
-        block = score(batch, to_device(chunk, rows.device))
-        if block.shape != (count, size):
-            raise ScoreError(
-                f"{count} mentions and {size} entities need a score each, not shape {tuple(block.shape)}."
-            )
-        low, high = torch.aminmax(block)  # both are nan if any score is
-        if not (low.isfinite() and high.isfinite()):
-            mention, entity = (~block.isfinite()).nonzero()[0].tolist()
-            raise ScoreError(
-                f"The score of mention {first_mention + mention} and entity row {first + entity} is "
-                f"{block[mention, entity].item()}.",
-                remedy="Look at the weights and at the encodings of these two rows for nan or overflow.",
-            )
-        rows[:, first : first + size] = block
-        seen += size
-        progress.update(count * size)
+        yield first, chunk
+        seen += num_rows(chunk)
     if seen != total:
         raise KnowledgeBaseError(
             f"The chunks of the knowledge base do not follow one another up to its {total} entities: row {seen} is "
             "missing or comes out of turn."
+        )
+
+
+def _check_block(block, mentions, entities, firsts) -> None:
+    """Refuses scores of a wrong shape, and scores that cannot be ranked; the firsts are numbers, or tensors of them."""
+    count, size = num_rows(mentions), num_rows(entities)
+    if block.shape != (count, size):
+        raise ScoreError(f"{count} mentions and {size} entities need a score each, not shape {tuple(block.shape)}.")
+    low, high = torch.aminmax(block)  # both are nan if any score is
+    if not (low.isfinite() and high.isfinite()):
+        mention, entity = (~block.isfinite()).nonzero()[0].tolist()
+        value = block[mention, entity].item()
+        numbers = [
+            int(first[k]) if isinstance(first, torch.Tensor) else first + k
+            for first, k in zip(firsts, (mention, entity), strict=True)
+        ]
+        raise ScoreError(
+            f"The score of mention {numbers[0]} and entity row {numbers[1]} is {value}.",
+            remedy="Look at the weights and at the encodings of these two rows for nan or overflow.",
         )
 
 
@@ -244,18 +414,3 @@ def _top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     values, columns = values.gather(1, by_column), columns.gather(1, by_column)
     by_value = values.argsort(dim=1, descending=True, stable=True)
     return values.gather(1, by_value), columns.gather(1, by_value)
-
-
-def _gold_ranks(rows: torch.Tensor, golds: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, ...]:
-    """Score, best and worst rank of each gold among its row, [m] each."""
-    known = golds >= 0
-    gold_score = rows.gather(1, golds.clamp(min=0)[:, None])[:, 0]
-    margin = tolerance * gold_score.abs().clamp(min=1)
-    better = (rows > (gold_score + margin)[:, None]).sum(1)
-    not_worse = (rows >= (gold_score - margin)[:, None]).sum(1)  # the gold itself is one of them
-    nothing = torch.zeros_like(better)
-    return (
-        torch.where(known, gold_score, torch.nan),
-        torch.where(known, better + 1, nothing),
-        torch.where(known, not_worse, nothing),
-    )

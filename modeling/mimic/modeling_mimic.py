@@ -15,7 +15,7 @@ come out of matrix products, equal up to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ _BLOCK_MENTIONS = 4
 _SMALLEST_SUM = 2.0**-100
 #: Above this share of wanted pairs it is faster to compute all of them.
 _DENSE = 0.4
+#: How far along their mean direction a mention's values must at least lie, relative to the longest, to bound contexts.
+_NARROW = 0.05
 #: What a bound is widened by, relative to it: many times what float32 rounds off in scores.
 _ROUNDING = 1e-4
 #: Pairs of one block of products on the CPU, so that the two dozen steps of VDLU stay in the processor's caches.
@@ -221,35 +223,57 @@ class TGLU(nn.Module):
     def local_scores(self, mentions, entities, floor: torch.Tensor) -> torch.Tensor:
         """S_T^G2L [M, N] (eq. 9–10) wherever it may be at least `floor` [M, N], -inf where it cannot be.
 
-        Centred, a context after LayerNorm is no longer than √d_t; so S_T^G2L is within √d_t |γ·FC(t_E^G)| (centred as
-        well) of β·FC(t_E^G), whatever the attention. The queries may be half precision: few of them are read.
+        Two bounds spare the attention. Both are of h·q', h the context of eq. 10 after LayerNorm but for γ and β, and q'
+        = γ·FC(t_E^G), centred as h is:
+        - |h| is at most √d_t, so h·q' is at most √d_t |q'|, for every mention;
+        - h is along a mean of the values Σ wₗvₗ, centred, with some weights wₗ. For a unit vector c with all vₗ·c > 0,
+          |Σ wₗvₗ| ≥ Σ wₗ(vₗ·c), so h·q' is at most √d_t max(0, maxₗ (vₗ·q')/(vₗ·c)). c is the direction of the mean.
+        The queries may be half precision: few of them are read.
         """
         target = _centre(entities["text_query_global"] * self.layer_norm.weight)
         offset = entities["text_query_global"] @ self.layer_norm.bias
         reach = target.norm(dim=-1) * target.shape[-1] ** 0.5
-        highest = offset + reach * (1 + _ROUNDING) + offset.abs() * _ROUNDING
-        wanted = ~(highest < floor)  # also where either is nan
+        spare = (reach + offset.abs()) * _ROUNDING
+        wanted = ~(offset + reach + spare < floor)  # also where either is nan
         if wanted.sum() > _DENSE * wanted.numel():
-            return self._global_to_local(mentions, entities)
+            return _finite_or_nan(self._global_to_local(mentions, entities))
 
         keys, values, key_mask = self._mention_side(mentions)
         queries, query_mask = entities["text_queries"], entities.get("text_mask")
         order, lengths = _by_length(queries, query_mask)
+        target, offset, floor = target[order], offset[order], (floor - offset - spare)[:, order]
         wanted, tokens = wanted[:, order], queries.flatten(0, 1)
+        rays, bounded = self._rays(values, key_mask)
         positions = torch.arange(queries.shape[1], device=queries.device)[:, None]
         step = max(1, _BLOCK_ELEMENTS.get(keys.device.type, 2**24) // (keys.shape[1] * queries.shape[1]))
         found = torch.full_like(floor, -torch.inf)
         for m in wanted.any(1).nonzero()[:, 0].tolist():
             k, v = (keys[m], values[m]) if key_mask is None else (keys[m, key_mask[m]], values[m, key_mask[m]])
-            for some in wanted[m].nonzero()[:, 0].split(step):
+            columns = wanted[m].nonzero()[:, 0]
+            if bounded[m]:
+                highest = (target[columns] @ rays[m].T).amax(1).clamp(min=0)
+                columns = columns[~(highest < floor[m, columns])]
+            for some in columns.split(step):
                 rows, height = order[some], lengths[int(some[-1])]
                 q = tokens.index_select(0, (rows * queries.shape[1] + positions[:height]).flatten())
                 mask = None if query_mask is None else query_mask[rows]
                 share = _shares(k, (len(rows), queries.shape[1]), mask)[:, :height].T
                 weights = _mean_attention(q.view(height, len(rows), -1).to(k.dtype), share, k[None], None)
-                score = self._context_score(weights, v[None], target[rows].T)[0] + offset[rows]
-                found[m, rows] = torch.where(score.isfinite(), score, torch.nan)  # -inf says that it was not computed
+                score = self._context_score(weights, v[None], target[some].T)[0] + offset[some]
+                found[m, rows] = _finite_or_nan(score)
         return found
+
+    @staticmethod
+    def _rays(values, mask) -> tuple[torch.Tensor, list[bool]]:
+        """√d_t vₗ/(vₗ·c) [M, L, d_t] of centred values, and whether all vₗ·c are well above nought, [M]."""
+        mask = torch.ones_like(values[..., 0], dtype=torch.bool) if mask is None else mask
+        axis = F.normalize(_masked_mean(values, mask), dim=-1)
+        along = (values @ axis[..., None])[..., 0]
+        longest = values.norm(dim=-1).masked_fill(~mask, 0).amax(1)
+        bounded = along.masked_fill(~mask, torch.inf).amin(1) > _NARROW * longest
+        first = values[:, :1] / along[:, :1, None]  # padding repeats a token, which changes no maximum
+        rays = torch.where(mask[..., None], values / along[..., None], first)
+        return rays * values.shape[-1] ** 0.5, bounded.tolist()
 
     def _mention_side(self, mentions):
         """Keys in units of log₂ as eq. 9 scales them, centred values, and the mask of the keys."""
@@ -300,11 +324,16 @@ def _mean_attention(queries, share, keys, key_mask) -> torch.Tensor:
     return weights.view(m, width, height, n).sum(2)
 
 
-def _shares(like: torch.Tensor, shape: tuple[int, int], mask: torch.Tensor | None) -> torch.Tensor:
+def _shares(like: torch.Tensor, shape: Sequence[int], mask: torch.Tensor | None) -> torch.Tensor:
     """What each of an entity's tokens counts in their mean, of `shape` [N, L]; type and device as those of `like`."""
     if mask is None:
         return like.new_full(shape, 1 / shape[1])
     return mask.to(like.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def _finite_or_nan(scores: torch.Tensor) -> torch.Tensor:
+    """Scores among which -inf shall say that one was not computed."""
+    return torch.where(scores.isfinite(), scores, torch.nan)
 
 
 def _by_length(tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[int]]:
@@ -697,9 +726,10 @@ class MimicModel(MimicPreTrainedModel):
         self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor], floor: torch.Tensor
     ) -> torch.Tensor:
         """What [`~MimicModel.quick_scores`] leaves out of S, [M, N]; -inf for a pair where it is surely below `floor`."""
-        if "text" not in (self.config.units or ()) or not self.config.text_local:
+        units = self.config.units or ()
+        if "text" not in units or not self.config.text_local:
             return torch.zeros_like(floor)
-        scale = 2 * len(self.config.units)  # eq. 4 and 7
+        scale = 2 * len(units)  # eq. 4 and 7
         mentions, entities = _prepared(mentions), {**entities, **_prepared(entities, without="text_queries")}
         with torch.autocast(self.device.type, enabled=False):
             return self.tglu.local_scores(mentions, entities, floor * scale) / scale

@@ -85,6 +85,66 @@ def test_the_order_of_the_entities_does_not_change_ranks(scores, budget, data):
     assert torch.equal(plain.top_scores, other.top_scores)
 
 
+class TwoSteps:
+    """Scores x·x' + y·y', the second only where it reaches the floor; for a cautious one, where |y|·|y'| does."""
+
+    def __init__(self, cautious):
+        self.cautious, self.pairs, self.left_out = cautious, 0, 0
+
+    def quick_scores(self, mentions, entities):
+        return mentions["x"] @ entities["x"].T
+
+    def remaining_scores(self, mentions, entities, floor):
+        rest = mentions["y"] @ entities["y"].T
+        bound = mentions["y"].norm(dim=1)[:, None] * entities["y"].norm(dim=1) if self.cautious else rest
+        below = bound < floor
+        self.pairs += below.numel()
+        self.left_out += int(below.sum())
+        return rest.masked_fill(below, -torch.inf)
+
+
+@settings(max_examples=200, deadline=None)
+@given(matrices, budgets, st.integers(1, 12), st.booleans(), st.data())
+def test_leaving_out_what_cannot_matter_changes_nothing(scores, budget, k, cautious, data):
+    count, size = scores.shape
+    golds = data.draw(st.none() | st.lists(st.integers(-1, size - 1), min_size=count, max_size=count))
+    quick = data.draw(hnp.arrays(np.int64, scores.shape, elements=st.integers(-3, 3)))
+    mentions = {"x": torch.tensor(quick).float(), "y": torch.tensor(scores - quick).float()}
+    entities = source({"x": torch.eye(size), "y": torch.eye(size)})
+    result = rank(TwoSteps(cautious), mentions, entities, gold_rows=golds, top_k=k, byte_budget=budget)
+    top, best, worst = brute_force(scores, [max(gold, 0) for gold in golds or [0] * count], k)
+    assert result.top_rows.tolist() == top
+    assert result.top_scores.tolist() == [[row[i] for i in rows] for row, rows in zip(scores, top, strict=True)]
+    if golds is not None:
+        known = [gold >= 0 for gold in golds]
+        assert result.best_rank.tolist() == [rank * here for rank, here in zip(best, known, strict=True)]
+        assert result.worst_rank.tolist() == [rank * here for rank, here in zip(worst, known, strict=True)]
+
+
+def test_most_pairs_are_left_out():
+    generator = torch.Generator().manual_seed(0)
+    mentions = {name: torch.randn(9, 8, generator=generator) for name in "xy"}
+    entities = {name: torch.randn(5_000, 8, generator=generator) for name in "xy"}
+    mentions["y"] /= 8
+    model = TwoSteps(cautious=True)
+    rank(model, mentions, source(entities), gold_rows=range(9), top_k=5, byte_budget=300_000)
+    assert model.left_out < model.pairs
+    easy = TwoSteps(cautious=True)
+    rank(easy, mentions, source(entities), top_k=5, byte_budget=300_000)  # a gold that ranks low keeps pairs in
+    assert easy.left_out > 0.9 * easy.pairs
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["x", "y"])
+def test_a_part_that_cannot_be_ranked_is_named(value, part):
+    mentions, entities = {name: torch.ones(5, 1) for name in "xy"}, {name: torch.ones(7, 1) for name in "xy"}
+    entities[part][4] = value
+    with pytest.raises(ScoreError, match="mention 0 and entity row 4"):
+        rank(TwoSteps(cautious=False), mentions, source(entities), top_k=2)
+    with pytest.raises(ScoreError, match=r"mention \d and entity row 4"):
+        rank(TwoSteps(cautious=False), mentions, source(entities), gold_rows=[-1, -1, 0, 4, -1], top_k=2)
+
+
 def test_real_numbers_in_chunks_of_any_shape():
     generator = torch.Generator().manual_seed(0)
     mentions = {"x": torch.randn(23, 16, generator=generator)}
@@ -204,10 +264,10 @@ def test_blocks_stay_within_the_budget(budget):
     mentions, width = {"x": torch.ones(300, 8)}, 8 * 4
     for size in (10, 500, 3_000):
         model = DotProduct()
-        rank(model, mentions, source({"x": torch.ones(size, 8)}), gold_rows=[0] * 300, byte_budget=budget)
+        rank(model, mentions, source({"x": torch.ones(size, 8)}), byte_budget=budget)
         rows, columns = (max(axis) for axis in zip(*model.blocks, strict=True))
-        # The scores of whole rows, the entities of the chunk, and a scorer that holds two dozen tensors of the block.
-        assert rows * size * 4 + columns * width + rows * columns * 4 * 24 <= budget
+        # The entities of the chunk, and a scorer that holds two dozen tensors of the block.
+        assert columns * width + rows * columns * 4 * 24 <= budget
         assert sum(m * n for m, n in model.blocks) == 300 * size
 
 

@@ -205,6 +205,76 @@ def test_extreme_texts(masked):
     torch.testing.assert_close(scores, exact.float(), atol=1e-4, rtol=1e-4)
 
 
+def texts(model, count, side, generator, spread=1.0, aligned=0.0):
+    """Encodings as a trained model may give them: tokens around one direction, of many lengths."""
+    dim, length = model.config.text_dim, 7
+    common = torch.randn(dim, generator=generator)
+    tokens = {
+        name: aligned * common + spread * torch.randn(count, length, dim, generator=generator) for name in ("a", "b")
+    }
+    found = {"text_global": torch.nn.functional.normalize(torch.randn(count, 24, generator=generator), dim=-1)}
+    if side == "mention":
+        found |= {"text_keys": tokens["a"], "text_values": tokens["b"]}
+    else:
+        query = torch.randn(count, dim, generator=generator)
+        found |= {"text_query_global": query, "text_queries": tokens["a"]}
+    if model.config.mask_padding:
+        found["text_mask"] = torch.rand(count, length, generator=generator) < torch.rand(count, 1, generator=generator)
+    return found
+
+
+TEXTS = {"random": (1.0, 0.0), "narrow": (0.1, 1.0), "one direction": (1e-4, 1.0), "sharp": (8.0, 2.0)}
+
+
+@pytest.mark.parametrize("fields", [{}, {"mask_padding": True}, {"mask_padding": True, "global_norm": "l2"}], ids=str)
+@pytest.mark.parametrize("shape", TEXTS)
+def test_the_second_step_gives_what_reaches_the_floor(fields, shape, monkeypatch):
+    model = build(units=["text"], vision_config=None, **fields)
+    generator = torch.Generator().manual_seed(1)
+    spread, aligned = TEXTS[shape]
+    mentions = texts(model, 9, "mention", generator, spread, aligned)
+    entities = texts(model, 200, "entity", generator, spread, aligned)
+    entities["text_query_global"][:9] = mentions["text_values"].mean(1) * 5  # scores as high as any bound allows
+    with torch.no_grad():
+        scores = model.score(mentions, entities)
+        quick = model.quick_scores(mentions, entities)
+    rest = scores - quick
+    torch.testing.assert_close(model.remaining_scores(mentions, entities, torch.full_like(rest, -torch.inf)), rest)
+    monkeypatch.setattr(modeling_mimic, "_DENSE", 1.0)
+    shares = []
+    for quantile in (0.5, 0.9, 0.99):
+        floor = rest.quantile(quantile, dim=1, keepdim=True).expand_as(rest)
+        found = model.remaining_scores(mentions, entities, floor)
+        here = found > -torch.inf
+        torch.testing.assert_close(found[here], rest[here], atol=2e-5, rtol=2e-5)
+        assert (rest[~here] < floor[~here]).all()
+        shares.append(here.float().mean().item())
+    assert shares[2] < 1
+    if shape in ("narrow", "one direction"):  # the second bound tells them apart
+        assert shares[2] < 0.2
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in entities.items()}
+    with torch.no_grad():
+        expected = model.score(mentions, halves) - model.quick_scores(mentions, halves)
+    found = model.remaining_scores(mentions, halves, expected)  # each pair is its own floor
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["published", "vision unit", "fusion unit", "global text only", "aligned"])
+@pytest.mark.parametrize("pairs", [2**16, 12])
+def test_the_two_steps_add_up_to_the_score(name, pairs, monkeypatch):
+    monkeypatch.setattr(modeling_mimic, "_BLOCK_PAIRS", pairs)
+    model = build(**VARIANTS[name])
+    batch = batch_for(model, mentions=4, entities=7)
+    with torch.no_grad():
+        mentions = model.encode_mentions(**{k: v for k, v in batch.items() if k.startswith("mention")})
+        entities = model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")})
+        quick = model.quick_scores(mentions, entities)
+        rest = model.remaining_scores(mentions, entities, torch.full_like(quick, -torch.inf))
+        torch.testing.assert_close(quick + rest, model.score(mentions, entities), atol=1e-5, rtol=1e-5)
+        none = model.remaining_scores(mentions, entities, torch.full_like(quick, torch.inf))
+    assert (none == (-torch.inf if name in ("published", "aligned") else 0)).all()
+
+
 def test_laws_of_scoring():
     """Single = batched, chunked = whole, and permuting entities permutes columns."""
     model = build()
