@@ -195,19 +195,19 @@ class TGLU(nn.Module):
         target = entities["text_query_global"] * self.layer_norm.weight
         offset = entities["text_query_global"] @ self.layer_norm.bias
 
-        m_order, m_lengths = _by_length(keys, key_mask)
-        n_order, n_lengths = _by_length(queries, entities.get("text_mask"))
+        m_lengths, m_order = _lengths(keys, key_mask).sort()
+        n_lengths, n_order = _lengths(queries, entities.get("text_mask")).sort()
         pairs = max(1, _BLOCK_ELEMENTS.get(keys.device.type, 2**24) // (keys.shape[1] * queries.shape[1]))
         m_step = max(1, min(_BLOCK_MENTIONS, pairs))
         n_step = max(1, pairs // m_step)
         blocks = []
         for m in range(0, len(keys), m_step):
-            block, width = m_order[m : m + m_step], max(m_lengths[m : m + m_step])
+            block, width = m_order[m : m + m_step], int(m_lengths[m : m + m_step][-1])
             mask = None if key_mask is None else key_mask[block, :width]
             blocks.append((keys[block, :width], mask, values[block, :width]))
         columns = []
         for n in range(0, len(queries), n_step):
-            part, height = n_order[n : n + n_step], max(n_lengths[n : n + n_step])
+            part, height = n_order[n : n + n_step], int(n_lengths[n : n + n_step][-1])
             # Entities last: softmax, means and sums then run along memory, whatever the lengths.
             q, s = (
                 queries[part, :height].to(keys.dtype).transpose(0, 1).contiguous(),
@@ -233,16 +233,14 @@ class TGLU(nn.Module):
         target = _centre(entities["text_query_global"] * self.layer_norm.weight)
         offset = entities["text_query_global"] @ self.layer_norm.bias
         reach = target.norm(dim=-1) * target.shape[-1] ** 0.5
-        spare = (reach + offset.abs()) * _ROUNDING
-        wanted = ~(offset + reach + spare < floor)  # also where either is nan
+        above = offset + (reach + offset.abs()) * _ROUNDING
+        wanted = ~(reach + above < floor)  # also where either is nan
         if wanted.sum() > _DENSE * wanted.numel():
             return _finite_or_nan(self._global_to_local(mentions, entities))
 
         keys, values, key_mask = self._mention_side(mentions)
         queries, query_mask = entities["text_queries"], entities.get("text_mask")
-        order, lengths = _by_length(queries, query_mask)
-        target, offset, floor = target[order], offset[order], (floor - offset - spare)[:, order]
-        wanted, tokens = wanted[:, order], queries.flatten(0, 1)
+        lengths, tokens = _lengths(queries, query_mask), queries.flatten(0, 1)
         rays, bounded = self._rays(values, key_mask)
         positions = torch.arange(queries.shape[1], device=queries.device)[:, None]
         step = max(1, _BLOCK_ELEMENTS.get(keys.device.type, 2**24) // (keys.shape[1] * queries.shape[1]))
@@ -251,15 +249,17 @@ class TGLU(nn.Module):
             k, v = (keys[m], values[m]) if key_mask is None else (keys[m, key_mask[m]], values[m, key_mask[m]])
             columns = wanted[m].nonzero()[:, 0]
             if bounded[m]:
-                highest = (target[columns] @ rays[m].T).amax(1).clamp(min=0)
-                columns = columns[~(highest < floor[m, columns])]
-            for some in columns.split(step):
-                rows, height = order[some], lengths[int(some[-1])]
+                highest = (target.index_select(0, columns) @ rays[m].T).amax(1).clamp(min=0)
+                columns = columns[~(highest + above[columns] < floor[m, columns])]
+            columns = columns[lengths[columns].argsort()]
+            for first in range(0, len(columns), step):
+                rows = columns[first : first + step]
+                height = int(lengths[rows[-1]])
                 q = tokens.index_select(0, (rows * queries.shape[1] + positions[:height]).flatten())
                 mask = None if query_mask is None else query_mask[rows]
                 share = _shares(k, (len(rows), queries.shape[1]), mask)[:, :height].T
                 weights = _mean_attention(q.view(height, len(rows), -1).to(k.dtype), share, k[None], None)
-                score = self._context_score(weights, v[None], target[some].T)[0] + offset[some]
+                score = self._context_score(weights, v[None], target[rows].T)[0] + offset[rows]
                 found[m, rows] = _finite_or_nan(score)
         return found
 
@@ -336,13 +336,11 @@ def _finite_or_nan(scores: torch.Tensor) -> torch.Tensor:
     return torch.where(scores.isfinite(), scores, torch.nan)
 
 
-def _by_length(tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[int]]:
-    """Numbers of the texts from short to long, and how many positions up to the last token each needs in that order."""
+def _lengths(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """How many positions up to the last token each text needs, [B]; one at least."""
     if mask is None:
-        return torch.arange(len(tokens), device=tokens.device), [tokens.shape[1]] * len(tokens)
-    last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).clamp(min=1)
-    order = last.argsort()
-    return order, last[order].tolist()
+        return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).clamp(min=1)
 
 
 class DualGate(nn.Module):

@@ -250,6 +250,10 @@ def test_the_second_step_gives_what_reaches_the_floor(fields, shape, monkeypatch
         assert (rest[~here] < floor[~here]).all()
         shares.append(here.float().mean().item())
     assert shares[2] < 1
+    over = model.remaining_scores(mentions, entities, (rest.amax(1, keepdim=True) + 0.01).expand_as(rest))
+    if shape == "one direction":  # only the second bound shows that no pair is there
+        assert (over == -torch.inf).any(1).all()
+        assert (over == -torch.inf).all(1).any()
     if shape in ("narrow", "one direction"):  # the second bound tells them apart
         assert shares[2] < 0.2
     halves = {k: v.half() if v.is_floating_point() else v for k, v in entities.items()}
