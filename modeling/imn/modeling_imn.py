@@ -810,7 +810,6 @@ def _adaptive_weights(losses: torch.Tensor) -> torch.Tensor:
     return inverse / inverse.sum()
 
 
-# Copied from modeling/mimic/modeling_mimic.py
 def _full(x: torch.Tensor) -> torch.Tensor:
     """Half precision (of an autocast, or of a knowledge base on disk) as float32; anything else as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

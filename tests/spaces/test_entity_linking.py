@@ -132,7 +132,7 @@ def test_mentions_are_those_selected_or_typed(space, mentions, spans, found):
 def test_scores_that_are_no_numbers_end_in_words_and_the_app_goes_on(space, service, monkeypatch):
     model = service.linker("small", "flags").model
     with monkeypatch.context() as patch:
-        patch.setattr(model, "score", lambda *args, score=model.score: score(*args) * float("nan"))
+        patch.setattr(model, "quick_scores", lambda *args, score=model.quick_scores: score(*args) * float("nan"))
         with pytest.raises(space.service.Refused, match="nan"):
             link(service)
     assert link(service)[0].candidates
@@ -142,7 +142,7 @@ def test_a_failure_of_ours_says_nothing_of_the_server(space, service, monkeypatc
     def fail(*args):
         raise RuntimeError("/secret/path")
 
-    monkeypatch.setattr(service.linker("small", "flags").model, "score", fail)
+    monkeypatch.setattr(service.linker("small", "flags").model, "quick_scores", fail)
     with pytest.raises(space.service.Refused, match="on our side") as refused:
         link(service)
     assert "secret" not in str(refused.value)
