@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from hf_mel.data.loading import check_golds
 from hf_mel.errors import KnowledgeBaseError
@@ -21,7 +22,15 @@ from hf_mel.evaluation.strata import strata_of
 from hf_mel.linking.encodings import encode_rows
 from hf_mel.linking.fingerprint import describe_model
 from hf_mel.linking.prototypes import Prototypes
-from hf_mel.linking.ranking import EncodedEntities, EntitySource, RankingResult, rank, score_of_units
+from hf_mel.linking.ranking import (
+    EncodedEntities,
+    EntityPart,
+    EntitySource,
+    RankingResult,
+    part_of_process,
+    rank,
+    score_of_units,
+)
 from hf_mel.schema import NIL, Encodings, MelProcessor
 from hf_mel.spaces.mel_ranking.mel_ranking import nil_metrics, ranking_metrics, resolve_ranks
 
@@ -114,6 +123,7 @@ def evaluate_full(
     mention_encodings: Encodings | None = None,
     data_version: Mapping[str, Any] | None = None,
     byte_budget: int = 2**29,
+    processes: PartialState | None = None,
     progress: bool = True,
 ) -> FullResult:
     """Ranks all N entities for each of M mentions, and says how well.
@@ -143,6 +153,8 @@ def evaluate_full(
             (to score the same encodings with other `units`).
         data_version (`Mapping`, *optional*): What identifies the data, for [`FullResult.setting`].
         byte_budget (`int`): Memory for ranking, in bytes; see [`~hf_mel.linking.ranking.rank`].
+        processes (`accelerate.PartialState`, *optional*): Share the entities among processes, all of which make this
+            call: each encodes and ranks its part, and gets the result of the whole.
         progress (`bool`): Whether to show progress bars.
 
     Returns:
@@ -176,7 +188,13 @@ def evaluate_full(
     try:
         encode = partial(encode_rows, model, processor, batch_size=batch_size, progress=progress)
         if isinstance(entities, datasets.Dataset):
-            entities = EncodedEntities(entity_ids, encode(entities, "entities", prototypes=prototypes))
+            own = range(len(entities)) if processes is None else part_of_process(len(entities), processes)
+            encoded = (
+                encode(entities.select(own), "entities", prototypes=prototypes) if own else {"none": torch.empty(0)}
+            )
+            entities = EncodedEntities(entity_ids[own.start : own.stop], encoded)
+        elif processes is not None:
+            entities = EntityPart(entities, part_of_process(len(entities), processes))
         if mention_encodings is None:
             mention_encodings = encode(mentions, "mentions") if len(mentions) else {"none": torch.empty(0)}
         ranking = rank(
@@ -188,6 +206,7 @@ def evaluate_full(
             byte_budget=byte_budget,
             tie_tolerance=tie_tolerance,
             score=None if units is None else score_of_units(model, units),
+            processes=processes,
             progress=progress,
         )
     finally:

@@ -520,13 +520,16 @@ class KnowledgeBase:
         """
         return _as_float(self._stored(np.asarray(indices, dtype=np.int64)))
 
-    def iter_chunks(self, chunk_size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def iter_chunks(
+        self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False
+    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Yields (number of the first row, encodings of up to `chunk_size` rows), in row order and without gaps.
 
-        Tensors are on the CPU, floating point as float32; a chunk of a float32 shard is a view of the mapped file.
+        Tensors are on the CPU, floating point as float32 or, `as_stored`, as it is in the file; a chunk of a shard whose
+        type that is, is a view of the mapped file. `rows` (without a step) limits it to some.
         """
-        for first, encodings in self._stored_chunks(chunk_size):
-            yield first, _as_float(encodings)
+        for first, encodings in self._stored_chunks(chunk_size, rows):
+            yield first, encodings if as_stored else _as_float(encodings)
 
     def info(self) -> dict[str, Any]:
         """What it is made of: counts, sizes in bytes, types, model."""
@@ -578,9 +581,12 @@ class KnowledgeBase:
         for start in range(first, self.stored, chunk_size):
             yield start, _as_float(self._gather(np.arange(start, min(start + chunk_size, self.stored))))
 
-    def _stored_chunks(self, chunk_size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        for first in range(0, len(self), chunk_size):
-            yield first, self._stored(np.arange(first, min(first + chunk_size, len(self))))
+    def _stored_chunks(
+        self, chunk_size: int, rows: range | None = None
+    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        rows = range(len(self)) if rows is None else rows
+        for first in range(rows.start, rows.stop, chunk_size):
+            yield first, self._stored(np.arange(first, min(first + chunk_size, rows.stop)))
 
     def _stored(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         return self._gather(self._active[rows])

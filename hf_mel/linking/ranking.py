@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from hf_mel.errors import KnowledgeBaseError, RecipeError, ScoreError, UnknownEntityError
@@ -39,8 +42,16 @@ class EntitySource(Protocol):
         """Number of entities."""
         ...
 
-    def iter_chunks(self, chunk_size: int) -> Iterator[tuple[int, Encodings]]:
-        """Yields (number of the first row, encodings of up to `chunk_size` rows), in row order and without gaps."""
+    def iter_chunks(
+        self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False
+    ) -> Iterator[tuple[int, Encodings]]:
+        """Yields (number of the first row, encodings of up to `chunk_size` rows), in row order and without gaps.
+
+        Args:
+            chunk_size (`int`): Rows at a time.
+            rows (`range`, *optional*): Only these, a range without a step.
+            as_stored (`bool`): Half precision as it is, and not as float32.
+        """
         ...
 
     def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
@@ -67,14 +78,56 @@ class EncodedEntities:
     def __len__(self) -> int:
         return len(self.entity_ids)
 
-    def iter_chunks(self, chunk_size: int) -> Iterator[tuple[int, Encodings]]:
+    def iter_chunks(
+        self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False
+    ) -> Iterator[tuple[int, Encodings]]:
         """See [`EntitySource`]; the chunks are views."""
-        for first in range(0, len(self), chunk_size):
-            yield first, slice_encodings(self.tensors, slice(first, first + chunk_size))
+        rows = range(len(self)) if rows is None else rows
+        for first in range(rows.start, rows.stop, chunk_size):
+            yield first, slice_encodings(self.tensors, slice(first, min(first + chunk_size, rows.stop)))
 
     def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
         """See [`EntitySource`]."""
         return slice_encodings(self.tensors, torch.as_tensor(indices, dtype=torch.long))
+
+
+@dataclass
+class EntityPart:
+    """Some rows of an [`EntitySource`], as one of their own.
+
+    Args:
+        source ([`EntitySource`]): N entities.
+        part (`range`): Which of them, a range without a step.
+    """
+
+    source: EntitySource
+    part: range
+
+    @property
+    def entity_ids(self) -> Sequence[str]:
+        """See [`EntitySource`]."""
+        return self.source.entity_ids[self.part.start : self.part.stop]
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def iter_chunks(
+        self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False
+    ) -> Iterator[tuple[int, Encodings]]:
+        """See [`EntitySource`]."""
+        some = self.part if rows is None else self.part[rows.start : rows.stop]
+        for first, chunk in self.source.iter_chunks(chunk_size, rows=some, as_stored=as_stored):
+            yield first - self.part.start, chunk
+
+    def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
+        """See [`EntitySource`]."""
+        return self.source.encodings(np.asarray(indices) + self.part.start)
+
+
+def part_of_process(count: int, processes: PartialState) -> range:
+    """The rows of this process, when `count` rows are shared among all in order and as evenly as can be."""
+    bounds = [count * k // processes.num_processes for k in range(processes.num_processes + 1)]
+    return range(bounds[processes.process_index], bounds[processes.process_index + 1])
 
 
 @dataclass
@@ -109,6 +162,7 @@ def rank(
     tie_tolerance: float = 1e-6,
     score: ScoreFunction | None = None,
     prune: bool = True,
+    processes: PartialState | None = None,
     progress: bool = False,
 ) -> RankingResult:
     """Scores M mentions against all N entities and keeps the k best and the position of each gold.
@@ -135,6 +189,9 @@ def rank(
         tie_tolerance (`float`): See above.
         score (`Callable`, *optional*): (mentions, entities) → scores [M, N], in place of `model.score`.
         prune (`bool`): Whether to leave out what cannot matter, where the model can tell.
+        processes (`accelerate.PartialState`, *optional*): Share the work among processes: all of them call this, each
+            with its own part of the entities (see [`part_of_process`]) and the same mentions, whose `gold_rows` are
+            those of the whole. Each gets the result of the whole, or the error of the first process that has one.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
@@ -149,33 +206,91 @@ def rank(
     two_steps = score is None and prune and hasattr(model, "remaining_scores")
     scorer = _Pruned(model) if two_steps else _Plain(score or model.score)
     device = torch.device(getattr(model, "device", "cpu"))
-    mentions, entities = num_rows(mention_encodings), len(entity_chunks)
+    team = _Alone() if processes is None else _Team(processes)
+    mentions, sizes = num_rows(mention_encodings), team.gather(len(entity_chunks))
+    start, entities = sum(sizes[: team.number]), sum(sizes)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}.")
     if not entities:
         raise KnowledgeBaseError("The knowledge base has no entities to rank.")
     golds = None if gold_rows is None else _checked_golds(gold_rows, mentions, entities).to(device)
 
-    _, sample = next(iter(entity_chunks.iter_chunks(1)))
+    sample = next((row_bytes(chunk) for _, chunk in entity_chunks.iter_chunks(1, as_stored=two_steps)), 0)
     half, least = byte_budget // 2, _SCORING_BYTES_PER_PAIR * min(mentions, 64)
-    chunk_size = max(1, min(entities, _CHUNK_ROWS, half // (least + row_bytes(sample))))
+    chunk_size = max(1, min(len(entity_chunks), _CHUNK_ROWS, half // (least + sample)))
     pairs = min(half // _SCORING_BYTES_PER_PAIR, _BLOCK_PAIRS.get(device.type, 2**22))
     batch_size = max(1, min(mentions, pairs // chunk_size))
 
     mention_encodings = to_device(mention_encodings, device)
-    bar = tqdm(total=mentions * entities, desc="Ranking", unit="pair", unit_scale=True, delay=1, disable=not progress)
+    bar = tqdm(
+        total=mentions * len(entity_chunks),
+        desc="Ranking",
+        unit="pair",
+        unit_scale=True,
+        delay=1,
+        disable=not progress,
+    )
     with bar, torch.autocast(device.type, enabled=False):
         state = _State.start(mentions, min(top_k, entities), device)
         if golds is not None:
-            state.set_golds(golds, _gold_scores(scorer, mention_encodings, golds, entity_chunks), tie_tolerance)
-        for first, chunk in _checked_chunks(entity_chunks, chunk_size):
-            chunk = to_device(chunk, device)
-            for m in range(0, mentions, batch_size):
-                some = slice(m, min(m + batch_size, mentions))
-                batch, part = slice_encodings(mention_encodings, some), state.rows(some)
-                part.update(scorer.block(batch, chunk, part, (m, first)), first)
-                bar.update((some.stop - m) * num_rows(chunk))
+            with team.all_or_none():
+                here = torch.where((golds >= start) & (golds < start + len(entity_chunks)), golds - start, -1)
+                scores = _gold_scores(scorer, mention_encodings, here, entity_chunks)
+            state.set_golds(golds, team.smallest(scores), tie_tolerance)
+        with team.all_or_none():
+            for first, chunk in _checked_chunks(entity_chunks, chunk_size, two_steps):
+                chunk = to_device(chunk, device)
+                for m in range(0, mentions, batch_size):
+                    some = slice(m, min(m + batch_size, mentions))
+                    batch, part = slice_encodings(mention_encodings, some), state.rows(some)
+                    part.update(scorer.block(batch, chunk, part, (m, start + first)), start + first)
+                    bar.update((some.stop - m) * num_rows(chunk))
+        state.join(team)
     return state.result()
+
+
+class _Alone:
+    """One process."""
+
+    number = 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process."""
+        return [value]
+
+    def smallest(self, values: torch.Tensor) -> torch.Tensor:
+        """The smallest of all processes, value by value."""
+        return torch.stack(self.gather(values)).amin(0)
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """What one process raises in the block is raised in all, so that none waits for another in vain."""
+        yield
+
+
+class _Team(_Alone):
+    """Several processes of Accelerate."""
+
+    def __init__(self, processes: PartialState):
+        self.number, self.device = processes.process_index, processes.device
+
+    def gather(self, value: Any) -> list[Any]:
+        """As [`_Alone.gather`]."""
+        device = value.device if isinstance(value, torch.Tensor) else None
+        values = gather_object([value if device is None else value.cpu()])
+        return values if device is None else [each.to(device) for each in values]
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """As [`_Alone.all_or_none`]."""
+        mine: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # of whatever kind: the others have to hear of it
+            mine = error
+        for theirs in self.gather(mine):
+            if theirs is not None:
+                raise mine or theirs
 
 
 @dataclass
@@ -246,6 +361,14 @@ class _State:
         best = scores.sort(dim=1, descending=True, stable=True)
         self.top_scores[:] = best.values[:, :kept]
         self.top_rows[:] = new.gather(1, best.indices[:, :kept])
+
+    def join(self, team: _Alone) -> None:
+        """Takes in what the other processes saw; the entities of each come after those of the one before."""
+        scores, rows = torch.cat(team.gather(self.top_scores), 1), torch.cat(team.gather(self.top_rows), 1)
+        best, kept = scores.sort(dim=1, descending=True, stable=True), self.top_scores.shape[1]
+        self.top_scores, self.top_rows = best.values[:, :kept], rows.gather(1, best.indices[:, :kept])
+        if self.golds is not None:
+            self.better, self.not_worse = sum(team.gather(self.better)), sum(team.gather(self.not_worse))
 
     def result(self) -> RankingResult:
         if self.golds is None:
@@ -367,10 +490,10 @@ def _gold_scores(
     return found
 
 
-def _checked_chunks(chunks: EntitySource, chunk_size: int) -> Iterator[tuple[int, Encodings]]:
+def _checked_chunks(chunks: EntitySource, chunk_size: int, as_stored: bool) -> Iterator[tuple[int, Encodings]]:
     """The chunks, if they follow one another up to the last entity."""
     seen, total = 0, len(chunks)
-    for first, chunk in chunks.iter_chunks(chunk_size):
+    for first, chunk in chunks.iter_chunks(chunk_size, as_stored=as_stored):
         if first != seen or first + num_rows(chunk) > total:
             break
         yield first, chunk

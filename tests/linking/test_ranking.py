@@ -1,6 +1,7 @@
 """`rank` against plain NumPy over the whole score matrix."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hf_mel.errors import KnowledgeBaseError, ScoreError, UnknownEntityError
+from hf_mel.evaluation.full import evaluate_full
 from hf_mel.linking import ranking
+from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.ranking import EncodedEntities, RankingResult, rank
 from hf_mel.spaces.mel_ranking.mel_ranking import ranks_from_ids
+from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
 
 
 class DotProduct:
@@ -251,8 +255,8 @@ def test_wrong_arguments():
 
 def test_chunks_with_a_gap():
     class Gap(EncodedEntities):
-        def iter_chunks(self, chunk_size):
-            chunks = list(super().iter_chunks(1))
+        def iter_chunks(self, chunk_size, **options):
+            chunks = list(super().iter_chunks(1, **options))
             return iter(chunks[:1] + chunks[2:])
 
     with pytest.raises(KnowledgeBaseError, match="row 1 is missing"):
@@ -299,3 +303,72 @@ def test_result_is_on_the_cpu_and_free_of_gradients():
     assert isinstance(result, RankingResult)
     assert not result.top_scores.requires_grad
     assert ranking.rank is rank
+
+
+_TWO_PROCESSES = """
+import sys
+import torch
+from accelerate import PartialState
+from hf_mel.errors import ScoreError
+from hf_mel.evaluation.full import evaluate_full
+from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.linking.ranking import EntityPart, part_of_process, rank
+from tests.linking.test_ranking import TwoSteps, source
+from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
+
+processes = PartialState(cpu=True)
+data = torch.load(sys.argv[1])
+found = []
+for size in (1, 2, 37):
+    entities = source({name: tensor[:size] for name, tensor in data["entities"].items()})
+    part = EntityPart(entities, part_of_process(size, processes))
+    golds = [min(gold, size - 1) for gold in data["golds"]]
+    found.append(vars(rank(TwoSteps(True), data["mentions"], part, gold_rows=golds, top_k=6, processes=processes)))
+mentions, entities = toy_mentions(20, entities=12, nil_every=5), toy_entities(15)
+model, processor = toy_model(), ToyProcessor()
+for kb in (entities, KnowledgeBase.load(sys.argv[2])):
+    result = evaluate_full(model, processor, mentions, kb, processes=processes, progress=False)
+    found.append(vars(result.ranking) | {"metrics": result.metrics})
+data["entities"]["x"][30] = float("nan")  # of the second process
+part = EntityPart(source(data["entities"]), part_of_process(37, processes))
+try:
+    rank(TwoSteps(True), data["mentions"], part, processes=processes)
+except ScoreError as error:
+    found.append(str(error))
+torch.save(found, f"{sys.argv[3]}{processes.process_index}.pt")
+"""
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    mentions = {name: torch.randint(-2, 3, (11, 4), generator=generator).float() for name in "xy"}
+    entities = {name: torch.randint(-2, 3, (37, 4), generator=generator).float() for name in "xy"}
+    golds = [*torch.randint(0, 37, (9,), generator=generator).tolist(), -1, 36]
+    torch.save({"mentions": mentions, "entities": entities, "golds": golds}, tmp_path / "data.pt")
+    model, processor = toy_model(), ToyProcessor()
+    KnowledgeBase.build(toy_entities(15), model, processor, output=tmp_path / "kb", progress=False)
+    program = tmp_path / "program.py"
+    program.write_text(_TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        [*command, str(tmp_path / "data.pt"), str(tmp_path / "kb"), str(tmp_path / "found")],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
+        timeout=600,
+    )
+    result = evaluate_full(
+        model, processor, toy_mentions(20, entities=12, nil_every=5), toy_entities(15), progress=False
+    )
+    for process in range(2):
+        *ranked, error = torch.load(tmp_path / f"found{process}.pt", weights_only=False)
+        assert "entity row 30 is nan" in error
+        for size, found in zip((1, 2, 37), ranked[:3], strict=True):
+            whole = source({name: tensor[:size] for name, tensor in entities.items()})
+            own = [min(gold, size - 1) for gold in golds]
+            for name, column in vars(rank(TwoSteps(True), mentions, whole, gold_rows=own, top_k=6)).items():
+                torch.testing.assert_close(found[name], column, rtol=0, atol=0, equal_nan=True)
+        for found in ranked[3:]:
+            assert found["metrics"] == result.metrics
+            for name, column in vars(result.ranking).items():
+                torch.testing.assert_close(found[name], column, equal_nan=True)
