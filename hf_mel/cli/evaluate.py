@@ -71,6 +71,13 @@ def evaluate(
         bool | None,
         typer.Option("--joint/--no-joint", help="Rank the mentions of a context together. Default: if it can."),
     ] = None,
+    candidate_weight: Annotated[
+        str | None,
+        typer.Option(
+            help="Add the candidates' own scores to the reranker's: a number, 0 the reranker alone, or [b]auto[/b] to "
+            "find it on validation."
+        ),
+    ] = None,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Let a reranker compute in bfloat16: twice as fast, scores to three digits.")
     ] = False,
@@ -97,6 +104,8 @@ def evaluate(
       hf-mel evaluate runs/mimic_flags --dataset data/flags_mel --units vision --predictions vision.jsonl
 
       hf-mel evaluate runs/RERANKER --dataset data/wikimel --candidates cands/test.parquet
+
+      hf-mel evaluate runs/RERANKER --dataset data/wikimel --split validation --candidates name --candidate-weight auto
     """
     try:
         k_list = [int(k) for k in ks.split(",")]
@@ -104,6 +113,16 @@ def evaluate(
         k_list = [0]
     if min(k_list) < 1:
         raise typer.BadParameter(f"{ks!r} is not a list of numbers of at least 1, such as 1,5,10.", param_hint="--ks")
+    weight: Any = candidate_weight
+    if candidate_weight not in (None, "auto"):
+        try:
+            weight = float(candidate_weight)  # type: ignore[arg-type]
+        except ValueError:
+            weight = -1.0
+        if not 0 <= weight < float("inf"):
+            raise typer.BadParameter(
+                f"{candidate_weight!r} is neither a number of at least 0 nor auto.", param_hint="--candidate-weight"
+            )
     if nil_threshold is not None and nil_from is not None:
         raise typer.BadParameter("Give a threshold or a split to choose it on, not both.", param_hint="--nil-from")
 
@@ -123,6 +142,11 @@ def evaluate(
     from hf_mel.linking.ranking import EncodedEntities
     from hf_mel.schema import Reranker
 
+    if weight == "auto" and split.startswith("test"):
+        raise RecipeError(
+            f"--candidate-weight auto would choose the weight on {split!r}, by the golds it is then judged by.",
+            remedy="Choose it with --split validation, and give that number here.",
+        )
     of_split = partial(load_mentions, dataset, revision=dataset_revision, config=config)
     mentions, entities = of_split(split), load_entities(dataset, revision=dataset_revision)
     validation = None if nil_from is None else of_split(nil_from)
@@ -165,6 +189,7 @@ def evaluate(
                 entities,
                 lists.top(num_candidates) if lists.longest > num_candidates else lists,
                 joint=joint,
+                candidate_weight=weight,
                 batch_size=batch_size,
                 ks=k_list,
                 ties=ties.value,
@@ -175,9 +200,10 @@ def evaluate(
         console.print(orders_table(reranked.to_dict()))
         _write(console, reranked.records(), reranked.to_dict(), predictions, output)
         return
-    if candidates is not None or retriever is not None or joint is not None or bf16:
+    if any(option is not None for option in (candidates, retriever, joint, weight)) or bf16:
         raise RecipeError(
-            f"{model!r} ranks all entities.", remedy="--candidates, --retriever, --joint and --bf16 are for rerankers."
+            f"{model!r} ranks all entities.",
+            remedy="--candidates, --retriever, --joint, --candidate-weight and --bf16 are for rerankers.",
         )
     unit_list = None if units is None else units.split(",")
     if unit_list is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -25,7 +25,9 @@ from hf_mel.spaces.mel_ranking.mel_ranking import ranking_metrics, resolve_ranks
 END_TO_END = "candidates (end to end)"
 #: A gold that was not among the candidates is put there, as published tables do.
 GOLD_ADDED = "candidates (gold added)"
-_RERANKER, _JOINT = "reranker", "reranker, jointly"
+_RERANKER, _JOINT, _COMBINED = "reranker", "reranker, jointly", "reranker + candidates"
+#: The weights of the candidates' own scores that [`choose_candidate_weight`] tries; with 0 the reranker decides alone.
+CANDIDATE_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 @dataclass
@@ -35,9 +37,10 @@ class CandidateResult:
     Args:
         orders (`dict`): For [`END_TO_END`] and [`GOLD_ADDED`], the metrics of every order of the candidates: {protocol:
             {order: {"metrics": …, "strata": {what divides them: {group: metrics}}}}}. The orders are "reranker",
-            "reranker, jointly" (the mentions of a context ranked together) and "candidates: <source>", the order in
-            which a source gave them.
-        order (`str`): The reranker's order that counts: that of ranking jointly where it was asked for.
+            "reranker, jointly" (the mentions of a context ranked together), "candidates: <source>", the order in which
+            a source gave them, and "reranker + candidates" where the candidates' own scores were given a weight.
+        order (`str`): The reranker's order that counts: with a weight "reranker + candidates", else that of ranking
+            jointly where it was asked for.
         mention_ids, golds (`list` of `str` `[M]`): The mentions and their golds, or NIL.
         candidates (`list` of `list` of `str` `[M]`): The candidates in the order of their ids, the added gold among
             them.
@@ -94,6 +97,7 @@ def evaluate_candidates(
     candidates: CandidateLists,
     *,
     joint: bool | None = None,
+    candidate_weight: float | Literal["auto"] | None = None,
     images: ImageFeatures | None = None,
     batch_size: int = 64,
     ks: Sequence[int] = KS,
@@ -119,6 +123,13 @@ def evaluate_candidates(
     Where a source's own order is reported, a gold that another source gave, or that was added, counts as a miss end to
     end, and as the last with the gold added.
 
+    With a weight w, which no paper has, one more order counts: that of reranker score + w * (list score / scale). The
+    list score is that of the first source that gave any, the one whose candidate stands first in a list; scale is the
+    standard deviation of its scores over all lists (1 if they are all equal), so that w means the same for cosines and
+    for logits. A candidate that this source did not give, such as an added gold, has the lowest list score of its
+    mention. The list's best counts as 0: as with a log-softmax over the candidates, shifting those of a mention
+    together changes no rank. With w = 0 the order is the reranker's.
+
     Args:
         model ([`~hf_mel.schema.Reranker`]): Scores, on the device it is on.
         processor ([`~hf_mel.schema.MelProcessor`]): Turns pairs into the model's tensors.
@@ -128,6 +139,9 @@ def evaluate_candidates(
             With p(e|m) among their scores ("prior"), their rows carry it to the model.
         joint (`bool`, *optional*): Whether the order that counts ranks the mentions of a context together. Default: if
             the model can. Both orders are reported.
+        candidate_weight (`float` or "auto", *optional*): w, at least 0, added to the order that `joint` says. "auto":
+            what [`choose_candidate_weight`] finds best end to end on these mentions, which must be validation's. The
+            setting tells w, its source and the scale.
         images ([`~hf_mel.linking.reranking.ImageFeatures`], *optional*): Images that are encoded already.
         batch_size (`int`): Pairs to score at a time.
         ks (sequence of `int`): The k of H@k and of the candidates' recall.
@@ -146,7 +160,8 @@ def evaluate_candidates(
         [`~hf_mel.errors.UnknownEntityError`]: a gold or a candidate is not in the knowledge base; names the mention.
         [`~hf_mel.errors.DataFormatError`]: a mention has no list, there is no such column to report by, a prior is no
             probability, or an example has more mentions than the model's `max_mentions`.
-        [`~hf_mel.errors.RecipeError`]: `joint` for a model that cannot rank jointly.
+        [`~hf_mel.errors.RecipeError`]: `joint` for a model that cannot rank jointly, or a weight that is negative, not
+            finite, or for lists without scores, or "auto" without a mention whose gold is in the knowledge base.
         [`~hf_mel.errors.KnowledgeBaseError`]: there are no entities.
         [`~hf_mel.errors.ScoreError`]: a score is nan or infinite.
     """
@@ -157,6 +172,8 @@ def evaluate_candidates(
         raise RecipeError(
             f"{type(model).__name__} does not rank the mentions of a context jointly.", remedy="Leave joint out."
         )
+    if isinstance(candidate_weight, int | float) and not 0 <= candidate_weight < np.inf:
+        raise RecipeError(f"The weight of the candidates is {candidate_weight}.", remedy="Give 0 or more.")
     ranking_metrics([], ks=ks, ties=ties)  # a wrong k or policy shows before the work, not after it
     entity_ids = list(entities["entity_id"])
     check_golds(mentions, entity_ids)
@@ -166,6 +183,7 @@ def evaluate_candidates(
     candidates.rows(entity_ids)  # an unknown one shows now
     table = candidates.priors
     lists = _Lists(candidates, golds, {entity_id: row for row, entity_id in enumerate(entity_ids)})
+    given_scores = None if candidate_weight is None else lists.scaled_scores()  # without any, it shows now
 
     scored: dict[str, dict[str, torch.Tensor]] = {END_TO_END: {}, GOLD_ADDED: {}}
     jointly = can_rank_jointly(model)
@@ -197,6 +215,18 @@ def evaluate_candidates(
 
     in_kb = np.asarray([gold != NIL for gold in golds], dtype=bool)
     order = _JOINT if (jointly if joint is None else joint) else _RERANKER
+    weighting: dict[str, Any] = {}
+    if candidate_weight is not None and given_scores is not None:
+        own_scores, weighting = given_scores
+        alone = {protocol: of_orders[order].double() for protocol, of_orders in scored.items()}
+        if candidate_weight == "auto":
+            candidate_weight, weighting["chosen_by_mrr"] = choose_candidate_weight(
+                alone[END_TO_END].numpy(), own_scores, lists.gold_columns, ties=ties, tie_tolerance=tie_tolerance
+            )
+        weighting = {"weight": float(candidate_weight), "reranker": order, **weighting}
+        order = _COMBINED
+        for protocol, scores in alone.items():
+            scored[protocol][order] = scores + weighting["weight"] * torch.from_numpy(own_scores)
     ranks: dict[str, np.ndarray] = {}
     orders: dict[str, dict[str, dict[str, Any]]] = {}
     for protocol, of_orders in scored.items():
@@ -239,6 +269,7 @@ def evaluate_candidates(
                 **({} if table is None else {"without_prior": sum(not table[m] for m in mentions["mention_id"])}),
                 "recall": candidates.recall(golds, [k for k in ks if k < candidates.longest] + [candidates.longest]),
             },
+            **({"candidate_weight": weighting} if weighting else {}),
             "kb_size": len(entity_ids),
             "num_mentions": len(golds),
             "num_nil": int((~in_kb).sum()),
@@ -254,6 +285,44 @@ def evaluate_candidates(
             "software": software_versions(),
         },
     )
+
+
+def choose_candidate_weight(
+    scores: np.ndarray,
+    own_scores: np.ndarray,
+    gold_columns: np.ndarray,
+    *,
+    weights: Sequence[float] = CANDIDATE_WEIGHTS,
+    ties: str = "realistic",
+    tie_tolerance: float = 1e-6,
+) -> tuple[float, dict[str, float]]:
+    """The weight of the candidates' own scores with the best MRR; of equal ones, the first.
+
+    Args:
+        scores (`np.ndarray` `[M, C]`): The reranker's, -inf for what is no candidate.
+        own_scores (`np.ndarray` `[M, C]`): Those of the lists, finite, in units of their standard deviation.
+        gold_columns (`np.ndarray` `[M]`): Column of the gold, -1 for NIL, which does not count.
+        weights (sequence of `float`): What to try.
+        ties, tie_tolerance: As in [`evaluate_candidates`].
+
+    Returns:
+        The weight, and the MRR of every weight by its text; a gold at -inf counts 0.
+
+    Raises:
+        [`~hf_mel.errors.RecipeError`]: every gold is NIL.
+    """
+    in_kb = gold_columns >= 0
+    if not in_kb.any():
+        raise RecipeError(
+            "A weight of the candidates cannot be chosen: no mention's gold is in the knowledge base.",
+            remedy="Give a number.",
+        )
+    found = {}
+    for weight in weights:
+        places = _places(scores + weight * own_scores, gold_columns, tie_tolerance)
+        ranks = resolve_ranks(*(each[in_kb] for each in places), ties)
+        found[weight] = float(np.nan_to_num(1 / ranks).mean())
+    return max(found, key=lambda weight: found[weight]), {f"{weight:g}": mrr for weight, mrr in found.items()}
 
 
 class _Lists:
@@ -305,6 +374,26 @@ class _Lists:
                 if not np.isnan(score):
                     scores[i, column_of[entity_id]] = score
         return scores
+
+    def scaled_scores(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """List scores [M, C] / scale, at most 0 and finite everywhere, and the {"source", "scale"} they are of."""
+        for source in self.candidates.scores:
+            scores = self.source_scores(source)
+            known = np.isfinite(scores)
+            if known.any():
+                break
+        else:
+            raise RecipeError(
+                "The candidates have no scores that could be given a weight.",
+                remedy="Leave the weight out, or make the candidates from name, prior or retriever.",
+            )
+        deviation = float(scores[known].std())
+        scale = deviation if deviation > 0 else 1.0
+        highest = np.where(known, scores, -np.inf).max(1, keepdims=True)
+        lowest = np.where(known, scores, np.inf).min(1, keepdims=True)
+        has_any = known.any(1, keepdims=True)
+        below = np.where(known, scores, lowest) - np.where(has_any, highest, 0)
+        return np.where(has_any, below, 0) / scale, {"source": source, "scale": scale}
 
 
 def _places(scores: np.ndarray, gold_columns: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:

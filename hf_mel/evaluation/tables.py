@@ -82,6 +82,11 @@ def orders_table(results: Mapping[str, Any]) -> Table:
     table.caption = "Recall of the candidates: " + ", ".join(
         f"{100 * value:.1f} at {k}" for k, value in sorted(recall.items())
     )
+    if weighting := results.get("candidate_weight"):
+        table.caption += (
+            f"\nreranker + candidates: {weighting['reranker']} + {weighting['weight']:g} * {weighting['source']} score / "
+            f"{weighting['scale']:.4g}"
+        )
     return table
 
 

@@ -102,6 +102,25 @@ def test_candidates_of_a_retriever_and_without_ranking_jointly(run, tmp_path):
     }  # fmt: skip
 
 
+def test_a_weight_of_the_candidates_is_chosen_on_validation_and_given_on_test(run, tmp_path):
+    words = ["reranker", "--dataset", "toy_candidates", "--candidates", "name", "--output", tmp_path / "r.json"]
+    assert run(evaluate, *words, "--split", "validation", "--candidate-weight", "auto").exit_code == 0
+    found = json.loads((tmp_path / "r.json").read_text())["candidate_weight"]
+    tried = found["chosen_by_mrr"]
+    assert tried[f"{found['weight']:g}"] == max(tried.values())
+    outcome = run(evaluate, *words, "--candidate-weight", "2")
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["order"] == "reranker + candidates"
+    assert written["candidate_weight"]["weight"] == 2
+    assert "reranker, jointly + 2 * name score" in outcome.stdout
+    with pytest.raises(RecipeError, match=r"on 'test'.*--split validation"):
+        run(evaluate, *words, "--candidate-weight", "auto")
+    for wrong in ("much", "-1", "nan"):
+        assert run(evaluate, *words, "--candidate-weight", wrong).exit_code == 2
+    with pytest.raises(RecipeError, match="ranks all entities"):
+        run(evaluate, "model", "--dataset", "toy_candidates", "--candidate-weight", "2")
+
+
 def test_options_in_the_wrong_place(run, folder):
     with pytest.raises(RecipeError, match=r"none were given.*--candidates retriever --retriever"):
         run(evaluate, "reranker", "--dataset", "toy_candidates")

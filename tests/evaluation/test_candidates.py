@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from hf_mel.data.candidates import CandidateLists
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
-from hf_mel.evaluation.candidates import END_TO_END, GOLD_ADDED, evaluate_candidates
-from hf_mel.evaluation.tables import results_table
+from hf_mel.evaluation.candidates import CANDIDATE_WEIGHTS, END_TO_END, GOLD_ADDED, evaluate_candidates
+from hf_mel.evaluation.tables import orders_table, results_table
 from hf_mel.linking.reranking import score_pairs
 from hf_mel.schema import NIL
 from tests.toy import ToyPairProcessor, toy_entities, toy_mentions, toy_reranker
@@ -291,3 +291,124 @@ def test_documents_are_scored_whole_by_both_protocols():
             row = None if gold == NIL else int(gold[1:]) - 1
             rank = int((scores[i] >= scores[i, listed[i].index(row)] - 1e-6).sum()) if row in listed[i] else np.nan
             assert result.ranks[protocol][i] == pytest.approx(rank, nan_ok=True)
+
+
+def scored_lists(rows, seed) -> CandidateLists:
+    """Scores of a source that gave all but every third candidate, after one that gave none."""
+    random = np.random.default_rng(seed)
+    scores = [
+        [float(random.integers(0, 9)) / 4 if (c + i) % 3 else np.nan for c in each] for i, each in enumerate(rows)
+    ]
+    lists = lists_of(rows, scores)
+    none = [[np.nan] * len(each) for each in rows]
+    return CandidateLists(lists.mention_ids, lists.entity_ids, {"silent": none, "here": scores}, lists.setting)
+
+
+def weighted_ranks(table, lists, weight, protocol):
+    """Plain loops: the mean rank of each gold among ties, nan for a miss and for NIL."""
+    scores = lists.scores["here"]
+    scale = np.std([s for own in scores for s in own if not np.isnan(s)]) or 1.0
+    ranks = []
+    for i, gold in enumerate(GOLDS):
+        own = {e: s / scale for e, s in zip(lists.entity_ids[i], scores[i], strict=True)}
+        if protocol == GOLD_ADDED and gold != NIL:
+            own.setdefault(gold, np.nan)
+        lowest = min([s for s in own.values() if not np.isnan(s)], default=0.0)
+        total = {e: float(table[i, int(e[1:]) - 1]) + weight * (lowest if np.isnan(s) else s) for e, s in own.items()}
+        if gold not in total:
+            ranks.append(np.nan)
+            continue
+        better = sum(s > total[gold] + 1e-5 for s in total.values())
+        equal = sum(abs(s - total[gold]) <= 1e-5 for s in total.values()) - 1
+        ranks.append(1 + better + equal / 2)
+    return np.asarray(ranks)
+
+
+def reciprocal_mean(ranks) -> float:
+    in_kb = np.asarray([gold != NIL for gold in GOLDS])
+    return float(np.nan_to_num(1 / ranks[in_kb]).mean())
+
+
+@settings(max_examples=10, deadline=None)
+@given(ROWS, st.integers(0, 2**16), st.sampled_from([0.0, 0.5, 3.0]))
+def test_the_candidates_own_scores_weigh_as_a_double_loop_adds_them(rows, seed, weight):
+    rows[0], rows[1] = [1, 2, 3], []  # so that there are scores
+    lists = scored_lists(rows, seed)
+    table = torch.randint(0, 5, (12, 12), generator=torch.Generator().manual_seed(seed)).float()
+    options = {"ks": (1, 3), "progress": False}
+    result = evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, lists, candidate_weight=weight, **options)
+    chosen = evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, lists, candidate_weight="auto", **options)
+    plain = evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, lists, **options)
+    assert plain.order == "reranker"
+    assert "candidate_weight" not in plain.setting
+    assert result.order == "reranker + candidates"
+    for protocol in (END_TO_END, GOLD_ADDED):
+        expected = weighted_ranks(table, lists, weight, protocol)
+        np.testing.assert_array_equal(result.ranks[protocol], expected)
+        assert result.orders[protocol][result.order]["metrics"]["mrr"] == pytest.approx(reciprocal_mean(expected))
+        assert {**result.orders[protocol], result.order: None} == {**plain.orders[protocol], result.order: None}
+        if weight == 0:
+            np.testing.assert_array_equal(result.scores[protocol], plain.scores[protocol])
+            np.testing.assert_array_equal(result.ranks[protocol], plain.ranks[protocol])
+    mrr = {w: reciprocal_mean(weighted_ranks(table, lists, w, END_TO_END)) for w in CANDIDATE_WEIGHTS}
+    found = chosen.setting["candidate_weight"]
+    assert list(found["chosen_by_mrr"].values()) == pytest.approx(list(mrr.values()))
+    assert found["weight"] == next(w for w in mrr if mrr[w] >= max(mrr.values()) - 1e-12)
+    assert chosen.metrics["mrr"] == pytest.approx(max(mrr.values()))
+
+
+def test_the_order_in_which_scored_candidates_come_changes_no_rank():
+    rows = [[(5 * i + 2 * c) % 12 for c in range(i % 6)] for i in range(12)]
+    lists = scored_lists(rows, 3)
+    turned = CandidateLists(
+        lists.mention_ids,
+        [each[::-1] for each in lists.entity_ids],
+        {source: [each[::-1] for each in scores] for source, scores in lists.scores.items()},
+    )
+    table = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
+    one, other = (
+        evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, each, candidate_weight=2, progress=False)
+        for each in (lists, turned)
+    )
+    for protocol in (END_TO_END, GOLD_ADDED):
+        np.testing.assert_array_equal(one.ranks[protocol], other.ranks[protocol])
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_the_weight_is_added_to_the_order_that_counts_and_is_told(independent):
+    model = toy_reranker(unit="context", independent=independent)
+    lists = lists_of([[(3 * i + c) % 12 for c in range(4)] for i in range(12)])
+    for joint, of in ((True, "reranker, jointly"), (False, "reranker")):
+        options = {"joint": joint, "progress": False}
+        plain = evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists, **options)
+        result = evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists, candidate_weight=1e9, **options)
+        weighting = result.setting["candidate_weight"]
+        assert weighting["reranker"] == of
+        assert weighting["source"] == "here"
+        assert weighting["scale"] == pytest.approx(np.std([0, 1, 2, 3]))
+        # So great a weight leaves the list's own order, which the scores of 0, -1, … are.
+        best, own = result.orders[END_TO_END][result.order], result.orders[END_TO_END]["candidates: here"]
+        assert best["metrics"]["mrr"] == pytest.approx(own["metrics"]["mrr"])
+        none = evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists, candidate_weight=0, **options)
+        assert none.metrics == plain.metrics
+        assert f"{of} + 1e+09 * here score / 1.118" in orders_table(result.to_dict()).caption
+        json.dumps(result.to_dict())
+
+
+def test_weights_that_cannot_be():
+    model = Fixed(torch.zeros(12, 12))
+
+    def evaluate(lists, weight, mentions=MENTIONS):
+        evaluate_candidates(model, numbers, mentions, ENTITIES, lists, candidate_weight=weight, progress=False)
+
+    without = CandidateLists(list(MENTIONS["mention_id"]), [["Q1", "Q2"]] * 12, {})
+    with pytest.raises(RecipeError, match="no scores that could be given a weight"):
+        evaluate(without, 1.0)
+    with pytest.raises(RecipeError, match="no scores that could be given a weight"):
+        evaluate(lists_of([[1, 2]] * 12, [[np.nan, np.nan]] * 12), "auto")
+    for wrong in (-1.0, np.nan, np.inf):
+        with pytest.raises(RecipeError, match="Give 0 or more"):
+            evaluate(lists_of([[1, 2]] * 12), wrong)
+    nothing = MENTIONS.map(lambda row: {"entity_id": NIL})
+    with pytest.raises(RecipeError, match=r"no mention's gold.*Give a number"):
+        evaluate(lists_of([[1, 2]] * 12), "auto", nothing)
