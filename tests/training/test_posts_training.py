@@ -212,7 +212,9 @@ def test_knowledge_then_task(start, tmp_path):
     task = run_recipe(recipe(str(knowledge), dataset, "task"))
     results = json.loads((task / "results.json").read_text())
     assert results["data"]["train_mentions"] == 20
-    example = (task / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("hf-mel/task", str(task))
+    example = (
+        (task / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("hf-mel/task", str(task))
+    )
     exec(example, {})  # with transformers alone
     # What was chosen for the first stage holds for whoever encodes entities with the second's model.
     assert json.loads((task / "config.json").read_text())["prototype_selection"] == "random"
