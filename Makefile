@@ -38,7 +38,7 @@ test-space: setup  ## the Space's folder alone, in an environment of its own: ta
 	$(ALONE)/bin/python -m pip install --quiet --constraint constraints.txt . -r spaces/entity_linking/requirements.txt
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.spaces.check_alone $(ALONE)/bin/python
 
-bench: setup  ## time the library beside plain references: under 20 minutes; everything: make bench BENCH=--full
+bench: setup  ## time the library beside plain references, alone on the machine; everything: make bench BENCH=--full
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCH)
 
 lint: setup  ## ruff: lint and format

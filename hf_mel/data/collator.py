@@ -150,3 +150,9 @@ class RetrieverCollator:
         if count < 2:
             return entity
         return entity.with_image("images", random.Random(f"{self.seed} {entity['entity_id']} {met}").randrange(count))
+
+
+def model_inputs(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a processor gave, on the model's device, and floating-point tensors in its type."""
+    device, dtype = getattr(model, "device", "cpu"), getattr(model, "dtype", torch.float32)
+    return {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in tensors.items()}

@@ -14,7 +14,7 @@ import datasets
 import torch
 from tqdm.auto import tqdm
 
-from hf_mel.data.collator import LazyRows
+from hf_mel.data.collator import LazyRows, model_inputs
 from hf_mel.linking.prototypes import Prototypes
 from hf_mel.schema import Encodings, MelProcessor
 
@@ -95,7 +95,6 @@ def encode_batches(
         [`~hf_mel.errors.ImageError`]: an image is damaged; names its mention or entity.
     """
     encode: Callable = model.encode_mentions if kind == "mentions" else model.encode_entities
-    device, dtype = getattr(model, "device", "cpu"), getattr(model, "dtype", torch.float32)
     if kind == "entities" and prototypes is None:
         prototypes = Prototypes.of(model, processor)
     with tqdm(total=len(rows), desc=f"Encoding {kind}", unit="row", delay=1, disable=not progress) as bar:
@@ -104,10 +103,7 @@ def encode_batches(
             if kind == "entities" and prototypes is not None:
                 batch = prototypes.on(batch)
             tensors = processor(mentions=batch) if kind == "mentions" else processor(entities=batch)
-            inputs = {
-                name: tensor.to(device, dtype if tensor.is_floating_point() else None)
-                for name, tensor in tensors.items()
-            }
+            inputs = model_inputs(model, tensors)
             # Entered per batch: a generator that stays inside would switch the mode for its caller too.
             with torch.inference_mode():
                 encoded = {name: _stored(tensor) for name, tensor in encode(**inputs).items()}

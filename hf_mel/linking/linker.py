@@ -12,7 +12,7 @@ import datasets
 import torch
 from tqdm.auto import tqdm
 
-from hf_mel.data.collator import LazyRows
+from hf_mel.data.collator import LazyRows, model_inputs
 from hf_mel.data.images import ImageSource, open_image
 from hf_mel.errors import DataFormatError, KnowledgeBaseError, SpanError
 from hf_mel.linking.encodings import slice_encodings, to_device
@@ -311,11 +311,7 @@ class EntityLinker:
             self._row(mention, span, number) for mention, span, number in zip(mentions, spans, numbers, strict=True)
         ]
         reranks = self.reranker is not None
-        device, dtype = getattr(self.model, "device", "cpu"), getattr(self.model, "dtype", torch.float32)
-        inputs = {
-            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
-            for name, tensor in self.processor(mentions=rows).items()
-        }
+        inputs = model_inputs(self.model, self.processor(mentions=rows))
         with torch.inference_mode():
             encoded = {
                 name: tensor.float() if tensor.is_floating_point() else tensor

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_mel.data.collator import LazyRows
+from hf_mel.data.collator import LazyRows, model_inputs
 from hf_mel.data.posts import SOURCE, own_post, posts_of
 from hf_mel.data.prototypes import SELECTIONS, check_features, random_posts, select_posts
 from hf_mel.errors import DataFormatError, RecipeError, UnknownSplitError
@@ -263,17 +263,14 @@ class Prototypes:
         """Features [P, d] of posts by modality, and which of them have it [P]; about equally long ones are one batch."""
         order = sorted(range(len(posts)), key=lambda number: len(posts[number]["text"] or ""))
         features: dict[str, torch.Tensor] = {}
-        device, dtype = getattr(self.model, "device", "cpu"), getattr(self.model, "dtype", torch.float32)
         training = getattr(self.model, "training", False)
         if training:
             self.model.eval()
         try:
             for first in range(0, len(order), self.batch_size):
                 batch = order[first : first + self.batch_size]
-                inputs = {
-                    name: tensor.to(device, dtype if tensor.is_floating_point() else None)
-                    for name, tensor in self.processor(posts=[posts[number] for number in batch]).items()  # type: ignore[call-arg]
-                }
+                tensors = self.processor(posts=[posts[number] for number in batch])  # type: ignore[call-arg]
+                inputs = model_inputs(self.model, tensors)
                 with torch.no_grad():
                     found = self.model.encode_posts(**inputs)
                 for name, tensor in found.items():

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_mel.data.batching import example_groups
-from hf_mel.data.collator import LazyRow, LazyRows, images_per_entity
+from hf_mel.data.collator import LazyRow, LazyRows, images_per_entity, model_inputs
 from hf_mel.data.images import open_image
 from hf_mel.data.pairs import with_prior
 from hf_mel.errors import ScoreError, UnknownEntityError
@@ -366,12 +366,7 @@ def _batches(examples, candidates, batch_size: int) -> Iterator[list[int]]:
 
 
 def _forward(model: Any, processor: MelProcessor, pairs: list[tuple[Row, list[Row]]]) -> Mapping[str, Any]:
-    device, dtype = getattr(model, "device", "cpu"), getattr(model, "dtype", torch.float32)
-    inputs = {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else None)
-        for name, tensor in processor(pairs=pairs).items()
-    }
-    return model(**inputs)
+    return model(**model_inputs(model, processor(pairs=pairs)))
 
 
 def _check(scores: torch.Tensor, pairs: Sequence[tuple[Row, Row]]) -> None:
