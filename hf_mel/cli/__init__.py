@@ -38,10 +38,18 @@ app.command()(space)
 app.command()(demo)
 
 
-def main() -> None:
+def main(app: typer.Typer = app) -> None:
     """Runs the command line; an error of ours is one message and exit status 1, not a traceback."""
     try:
         app()
+    except SystemExit as ended:
+        if not ended.code and "accelerate" in sys.modules:
+            from accelerate import PartialState
+
+            # Without it one of several processes may abort while Python ends.
+            if PartialState._shared_state:
+                PartialState().destroy_process_group()
+        raise
     except MelError as error:
         from rich.console import Console
 

@@ -106,6 +106,8 @@ def evaluate(
       hf-mel evaluate runs/RERANKER --dataset data/wikimel --candidates cands/test.parquet
 
       hf-mel evaluate runs/RERANKER --dataset data/wikimel --split validation --candidates name --candidate-weight auto
+
+      accelerate launch -m hf_mel evaluate runs/mimic_flags --dataset data/flags_mel   (the entities shared among processes)
     """
     try:
         k_list = [int(k) for k in ks.split(",")]
@@ -127,6 +129,7 @@ def evaluate(
         raise typer.BadParameter("Give a threshold or a split to choose it on, not both.", param_hint="--nil-from")
 
     import torch
+    from accelerate import PartialState
     from rich.console import Console
 
     from hf_mel.cli.candidates import candidates_for
@@ -139,7 +142,7 @@ def evaluate(
     from hf_mel.linking.encodings import encode_rows
     from hf_mel.linking.loading import load_linking_model
     from hf_mel.linking.prototypes import Prototypes
-    from hf_mel.linking.ranking import EncodedEntities
+    from hf_mel.linking.ranking import EncodedEntities, part_of_process
     from hf_mel.schema import Reranker
 
     if weight == "auto" and split.startswith("test"):
@@ -156,12 +159,20 @@ def evaluate(
         train_golds = None
     version = dataset_version(dataset, revision=dataset_revision)
     start = time.perf_counter()
+    processes = PartialState(cpu=device == "cpu")
+    several, first = processes.num_processes > 1, processes.is_main_process
+    if several and device is None:
+        device = str(processes.device)
     loaded, processor = load_linking_model(
         model, revision=revision, device=device, trust_remote_code=trust_remote_code
     )
     version = {**version, "split": split, **({} if config == "mentions" else {"config": config})}
-    console = Console()
+    console = Console(quiet=not first)
     if isinstance(loaded, Reranker):
+        if several:
+            raise RecipeError(
+                "Several processes share the ranking of all entities.", remedy="Start a reranker in one."
+            )
         if candidates is None:
             raise RecipeError(
                 f"{model!r} reranks candidates, and none were given.",
@@ -214,18 +225,27 @@ def evaluate(
             f"Of {told:,} of {len(mentions):,} mentions, the text itself is a post about the entity: these results say "
             "little about other texts."
         )
+    own = part_of_process(len(entities), processes)
     encodings = encode_rows(
-        loaded, processor, entities, "entities", prototypes=prototypes, batch_size=batch_size, progress=True
+        loaded,
+        processor,
+        entities.select(own) if several else entities,
+        "entities",
+        prototypes=prototypes,
+        batch_size=batch_size,
+        progress=first,
     )
     evaluate_on = partial(
         evaluate_full,
         loaded,
         processor,
-        entities=EncodedEntities(list(entities["entity_id"]), encodings),
+        entities=EncodedEntities(list(entities["entity_id"]), encodings, own),
         batch_size=batch_size,
         ks=k_list,
         ties=ties.value,
         units=unit_list,
+        processes=processes if several else None,
+        progress=first,
     )
     calibration = None
     if validation is not None:
@@ -245,7 +265,8 @@ def evaluate(
     if calibration is not None:
         results["nil_calibration"] = {"split": nil_from, **asdict(calibration)}
     console.print(results_table(results))
-    _write(console, result.records(), results, predictions, output)
+    if first:
+        _write(console, result.records(), results, predictions, output)
 
 
 def _write(console: Any, records: Any, results: dict, predictions: Path | None, output: Path | None) -> None:

@@ -192,8 +192,8 @@ def evaluate_full(
             encoded = (
                 encode(entities.select(own), "entities", prototypes=prototypes) if own else {"none": torch.empty(0)}
             )
-            entities = EncodedEntities(entity_ids[own.start : own.stop], encoded)
-        elif processes is not None:
+            entities = EncodedEntities(entity_ids, encoded, own)
+        if processes is not None:
             entities = EntityPart(entities, part_of_process(len(entities), processes))
         if mention_encodings is None:
             mention_encodings = encode(mentions, "mentions") if len(mentions) else {"none": torch.empty(0)}

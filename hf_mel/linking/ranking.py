@@ -66,14 +66,17 @@ class EncodedEntities:
     Args:
         entity_ids (sequence of `str` `[N]`): Entity id of each row.
         tensors (`Mapping[str, torch.Tensor]`): Their encodings, tensors with first axis N.
+        part (`range`, *optional*): The rows that `tensors` has, where this process encoded only its own.
     """
 
     entity_ids: Sequence[str]
     tensors: Encodings
+    part: range | None = None
 
     def __post_init__(self):
-        if len(self.entity_ids) != num_rows(self.tensors):
-            raise ValueError(f"{len(self.entity_ids)} entity ids but {num_rows(self.tensors)} encoded rows.")
+        rows = len(self.entity_ids if self.part is None else self.part)
+        if rows and rows != num_rows(self.tensors):
+            raise ValueError(f"{rows} entity ids but {num_rows(self.tensors)} encoded rows.")
 
     def __len__(self) -> int:
         return len(self.entity_ids)
@@ -83,12 +86,15 @@ class EncodedEntities:
     ) -> Iterator[tuple[int, Encodings]]:
         """See [`EntitySource`]; the chunks are views."""
         rows = range(len(self)) if rows is None else rows
+        start = 0 if self.part is None else self.part.start
         for first in range(rows.start, rows.stop, chunk_size):
-            yield first, slice_encodings(self.tensors, slice(first, min(first + chunk_size, rows.stop)))
+            some = slice(first - start, min(first + chunk_size, rows.stop) - start)
+            yield first, slice_encodings(self.tensors, some)
 
     def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
         """See [`EntitySource`]."""
-        return slice_encodings(self.tensors, torch.as_tensor(indices, dtype=torch.long))
+        start = 0 if self.part is None else self.part.start
+        return slice_encodings(self.tensors, torch.as_tensor(indices, dtype=torch.long) - start)
 
 
 @dataclass

@@ -1,8 +1,13 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
 import typer
+import yaml
 from typer.testing import CliRunner
 
 from hf_mel.cli.evaluate import evaluate
@@ -10,6 +15,7 @@ from hf_mel.data.loading import dataset_version
 from hf_mel.errors import RecipeError, UnknownDatasetError, UnknownModelError, UnknownSplitError
 from hf_mel.evaluation.full import evaluate_full
 from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model, write_toy_dataset
+from tests.training.toy_run import recipe_dict, write_dataset
 
 APP = typer.Typer()
 APP.command()(evaluate)
@@ -118,3 +124,30 @@ def test_bad_input(run, tmp_path):
         assert outcome.exit_code == 2
         assert wrong[-2] in outcome.output
     assert not output.exists()
+
+
+def test_two_processes_train_and_evaluate_as_the_readme_says(tmp_path):
+    root, launch = Path(__file__).parents[2], [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+    launch += ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    recipe = recipe_dict(write_dataset(tmp_path / "data"), num_train_epochs=1)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+
+    def run(*words):
+        done = subprocess.run([*map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = run(*launch, root / "train.py", "tiny.yaml", "--output", "run")
+    assert said.count("Trained in") == 1
+    assert json.loads((tmp_path / "run/results.json").read_text())["validation"]["metrics"]["num_mentions"] == 12
+
+    results = {}
+    for name, start in {"two": [*launch, "-m", "hf_mel"], "one": [sys.executable, "-m", "hf_mel"]}.items():
+        words = ["evaluate", "run", "--dataset", "data", "--split", "validation", "--device", "cpu"]
+        said = run(*start, *words, "--output", f"{name}.json", "--predictions", f"{name}.jsonl")
+        assert said.count("Results:") == 1
+        results[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert results["two"]["metrics"] == results["one"]["metrics"]
+    assert results["two"]["strata"] == results["one"]["strata"]
+    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()

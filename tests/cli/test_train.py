@@ -43,10 +43,13 @@ def test_train_ends_with_the_table_the_places_and_the_next_commands(recipe, tmp_
     assert CliRunner().invoke(app, [*arguments, "--resume"]).exit_code == 0
 
 
-def test_train_py_says_what_is_wrong_in_one_line(tmp_path, monkeypatch):
+def test_train_py_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
     root = Path(__file__).parents[2]
     monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "nothing.yaml")])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(root / "train.py"), run_name="__main__")
-    assert "RecipeError" in str(stopped.value)
-    assert "no such recipe file" in str(stopped.value)
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert "RecipeError" in said
+    assert "no such recipe file" in said
+    assert "Traceback" not in said

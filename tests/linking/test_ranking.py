@@ -336,6 +336,7 @@ try:
 except ScoreError as error:
     found.append(str(error))
 torch.save(found, f"{sys.argv[3]}{processes.process_index}.pt")
+processes.destroy_process_group()
 """
 
 
