@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
+    "__main__": 3,
     "cli": 3,
     "hub": 2,
     "training": 2,

@@ -55,7 +55,7 @@ def link(
         str,
         typer.Option(
             help="What finds the entities: [b]exact[/b] scores all of them; the others are built with hf-mel kb index: "
-            "[b]faiss-ivf[/b], [b]faiss-hnsw[/b], [b]faiss-flat[/b], [b]milvus[/b]."
+            "[b]faiss-pq[/b], [b]faiss-flat[/b], [b]faiss-ivf[/b], [b]faiss-hnsw[/b], [b]milvus[/b]."
         ),
     ] = "exact",
     first_stage: Annotated[
@@ -87,7 +87,7 @@ def link(
       hf-mel link runs/mimic_wikimel --kb kb/wikimel --reranker runs/RERANKER --text "Kerry met Marzouki." \\
         --mention Kerry --mention Marzouki
 
-      hf-mel link runs/mimic_flags --kb kb/flags --input mentions.jsonl --output linked.jsonl --index faiss-ivf
+      hf-mel link runs/mimic_flags --kb kb/flags --input mentions.jsonl --output linked.jsonl --index faiss-pq
     """
     surfaces: list[str | None] = [*mention] if mention else [None]
     single = {"text": text, "mention": surfaces[0], "image": image, "start": start, "end": end}

@@ -25,7 +25,7 @@ from tests.toy import ToyProcessor, ToyRetriever, toy_entities, toy_mentions, to
 
 MODEL, PROCESSOR = toy_model(), ToyProcessor()
 WORLD = toy_entities(120)
-FAISS = ("faiss-flat", "faiss-ivf", "faiss-hnsw")
+FAISS = ("faiss-flat", "faiss-ivf", "faiss-hnsw", "faiss-pq")
 BUILT = (*FAISS, pytest.param("milvus", marks=pytest.mark.milvus))
 
 
@@ -78,8 +78,15 @@ def best(kb: KnowledgeBase, k: int, mentions=MENTIONS) -> np.ndarray:
 def assert_finds(index, kb: KnowledgeBase, top_k: int = 10) -> None:
     """The best entities, with their scores, in order."""
     found = index.find(MENTIONS, top_k)
-    assert np.array_equal(found.top_rows.numpy(), best(kb, top_k))
-    expected = np.take_along_axis(products(kb), best(kb, top_k), 1)
+    rows = best(kb, top_k)
+    if index.kind == "faiss-pq" and max(top_k, index.first_stage) < len(kb):  # codes of few coordinates miss some
+        rows = found.top_rows.numpy()
+        assert (found.top_scores.diff(dim=1) <= 0).all()
+        assert (
+            np.mean([len({*row} & {*wanted}) / top_k for row, wanted in zip(rows, best(kb, top_k), strict=True)]) > 0.8
+        )
+    assert np.array_equal(found.top_rows.numpy(), rows)
+    expected = np.take_along_axis(products(kb), rows, 1)
     np.testing.assert_allclose(found.top_scores.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -132,7 +139,8 @@ def test_candidates_are_the_largest_inner_products(kb, kind):
     index = build(kb, kind)
     for rows, expected in zip(index.candidates(MENTIONS, 25), best(kb, 25), strict=True):
         assert (np.diff(rows) > 0).all()
-        assert len(set(rows) & set(expected)) >= (24 if kind == "faiss-flat" else 23)  # half precision
+        least = {"faiss-flat": 24, "faiss-pq": 15}  # half precision; 20 coordinates as five bytes
+        assert len(set(rows) & set(expected)) >= least.get(kind, 23)
 
 
 def clustered(kb_rows: int = 1500, dim: int = 16):
@@ -170,7 +178,7 @@ def test_recall_on_clusters_of_uneven_lengths(monkeypatch):
         for k in (1, 10, 64):
             expected = np.mean([len(sets[m] & set(order[m, :k])) / k for m in range(50)])
             assert found[k] == pytest.approx(expected)
-            assert found[k] >= (0.85 if kind == "faiss-ivf" else 0.98)
+            assert found[k] >= {"faiss-ivf": 0.85, "faiss-pq": 0.9}.get(kind, 0.98)
         index.first_stage = 5
         assert recall(index, mentions)[10] <= 0.5
     with pytest.raises(KnowledgeBaseError, match="misses nothing"):
@@ -398,7 +406,7 @@ def test_a_full_disk_leaves_what_was_there_and_a_retry_works(kb, kind):
     kb.add(toy_entities(240).select(range(220, 240)), MODEL, PROCESSOR, progress=False)
     before = files(kb.path)
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if kind == "faiss-pq" else 6000, limits[1]))
     try:
         with pytest.raises(MelError, match=r"(cannot be written|does not answer).*disk has room"):
             build(kb, kind)
@@ -576,7 +584,7 @@ def test_more_than_milvus_gives_is_refused(kb, monkeypatch):
 # In use
 
 
-@pytest.mark.parametrize("kind", KINDS[:4])
+@pytest.mark.parametrize("kind", KINDS[:5])
 def test_a_linker_with_an_index_gives_what_one_without_gives(kb, kind):
     if kind != "exact":
         build(kb, kind)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hf_mel.linking.knowledge_base import KnowledgeBase
 
 #: "exact" scores every entity; the others find candidates, which are then scored.
-KINDS = ("exact", "faiss-flat", "faiss-ivf", "faiss-hnsw", "milvus")
+KINDS = ("exact", "faiss-pq", "faiss-flat", "faiss-ivf", "faiss-hnsw", "milvus")
 
 
 def build_index(

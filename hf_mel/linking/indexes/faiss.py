@@ -1,4 +1,4 @@
-"""Indexes of faiss: one file of vectors in half precision, memory-mapped when it is read."""
+"""Indexes of faiss: one file of vectors or their codes, memory-mapped when it is read."""
 
 from __future__ import annotations
 
@@ -36,20 +36,22 @@ if TYPE_CHECKING:
 _LINKS, _EF_BUILD, _EF_SEARCH = 32, 100, 512
 #: IVF: rows per centroid that k-means sees, and the share and least number of lists that a search looks into.
 _ROWS_PER_LIST, _PROBED, _LEAST_PROBED = 64, 1 / 16, 32
+#: PQ: coordinates that share a code of four bits, and rows that k-means sees.
+_PER_CODE, _CODE_ROWS = 2, 1 << 16
 #: What is lost at most when a build is interrupted, in seconds.
 _CHECKPOINT_SECONDS = 120
 
 
 class FaissIndex(VectorIndex):
-    """faiss-flat compares with every vector; faiss-ivf with those in the lists nearest to the mention's; faiss-hnsw
-    walks a graph of neighbours.
+    """faiss-pq compares with a code of every vector, two bits a coordinate; faiss-flat with every vector, in half
+    precision; faiss-ivf with those in the lists nearest to the mention's; faiss-hnsw walks a graph of neighbours.
     """
 
     def __init__(self, kb: KnowledgeBase, model: Any, record: Record, first_stage: int = FIRST_STAGE):
         super().__init__(kb, model, record, first_stage)
         path = _checked_path(kb.path, record)
         self._index = _read(path, record.kind, mapped=True)
-        if (self._index.ntotal, self._index.d) != (record.rows, record.dim):
+        if (self._index.ntotal, self._index.d) != (record.rows, _width(record)):
             raise damaged(path, record.kind, f"it holds {self._index.ntotal:,} vectors")
         self._left_out: tuple[int, Any] = (0, None)
 
@@ -65,7 +67,7 @@ class FaissIndex(VectorIndex):
             bar = tqdm(total=kb.stored, initial=index.ntotal, desc=kind, unit="entity", delay=1, disable=not progress)
             with bar:
                 for _, part in vectors(kb, model, index.ntotal):
-                    index.add(record.entities(part))
+                    index.add(_padded(record.entities(part), index))
                     bar.update(len(part))
                     if time.monotonic() - saved > _CHECKPOINT_SECONDS and index.ntotal < kb.stored:
                         _checkpoint(stage, record, index)
@@ -85,6 +87,9 @@ class FaissIndex(VectorIndex):
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         """See [`VectorIndex`]."""
         faiss = _faiss()
+        if self.kind == "faiss-pq":  # it cannot leave rows out, so more are asked for
+            removed = self.kb.stored - len(self.kb)
+            return self._index.search(_padded(queries, self._index), min(k + removed, self.record.rows))[1]
         selector = self._selector()
         if self.kind == "faiss-hnsw":
             parameters = faiss.SearchParametersHNSW(efSearch=max(2 * k, _EF_SEARCH), sel=selector)
@@ -123,6 +128,13 @@ def _empty(kb: KnowledgeBase, model: Any, kind: str) -> tuple[Record, Any]:
     record = new_record(kb, model, kind)
     if kind == "faiss-flat":
         return record, faiss.IndexScalarQuantizer(record.dim, half, product)
+    if kind == "faiss-pq":
+        width = _width(record)
+        index = faiss.IndexPQFastScan(width, width // _PER_CODE, 4, product)
+        index.pq.cp.min_points_per_centroid = 1
+        rows = record.entities(sample(kb, model, _CODE_ROWS))
+        index.train(_padded(np.resize(rows, (max(len(rows), 16), record.dim)), index))  # 16 centroids, not fewer rows
+        return replace(record, settings={"per_code": _PER_CODE}), index
     if kind == "faiss-hnsw":
         index = faiss.IndexHNSWSQ(record.dim, half, _LINKS, product)
         index.hnsw.efConstruction = _EF_BUILD
@@ -132,6 +144,17 @@ def _empty(kb: KnowledgeBase, model: Any, kind: str) -> tuple[Record, Any]:
     index.cp.min_points_per_centroid = 1  # a list of a small knowledge base has few
     index.train(record.entities(sample(kb, model, lists * _ROWS_PER_LIST)))
     return replace(record, settings={"lists": lists}), index
+
+
+def _width(record: Record) -> int:
+    """Coordinates of the vectors in faiss: an even number of whole codes for PQ."""
+    whole = 2 * _PER_CODE
+    return record.dim if record.kind != "faiss-pq" else -(-record.dim // whole) * whole
+
+
+def _padded(vectors: np.ndarray, index: Any) -> np.ndarray:
+    """With zeros up to the coordinates of an index."""
+    return np.pad(vectors, ((0, 0), (0, index.d - vectors.shape[1])))
 
 
 def _extended(kb: KnowledgeBase, model: Any, kind: str) -> tuple[Record, Any] | None:
