@@ -145,6 +145,11 @@ class Retriever(Protocol):
     float tensor [k', d], vectors of length 1, the most representative first; k' is at most k, and may be 0.
     [`hf_mel.linking.prototypes.Prototypes`] chooses them.
 
+    Optional, for a model whose training leaves what reads a mention as it is: `mention_features(**mention_inputs)`, of M
+    mentions tensors [M, S, d] by name, and under `<name>_mask` [M, S] (bool) what of them is no padding. Its processor takes
+    rows that carry them as `features` (name → [s, d], S differs from row to row), and then gives these and reads nothing
+    else of the row.
+
     Optional, for a ranking that leaves out pairs which cannot matter: `quick_scores(mentions, entities)` [M, N], the part
     of the score that costs little, and `remaining_scores(mentions, entities, floor)` [M, N], what is to be added: exact
     wherever that is at least `floor` [M, N], and -inf where it is surely below. Both take half precision as it is stored.

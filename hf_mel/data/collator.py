@@ -97,6 +97,8 @@ class RetrieverCollator:
         random_image (`bool`, *optional*, defaults to `True`): Whether an entity shows a random one of its images
             instead of the first, which is the one evaluation uses. The choice is a function of the seed, the entity
             and the mentions it meets, so it changes from epoch to epoch and comes out the same in a resumed run.
+        with_features (`Callable`, *optional*): Rows of mentions → the rows with `features`; for a model that reads a
+            mention the same way throughout training.
         with_prototypes (`Callable`, *optional*): Rows of entities, texts → the rows with `prototypes`, none of which is a
             post of one of these texts; for a model that knows entities by posts.
         seed (`int`, *optional*, defaults to 0): Seed of that choice.
@@ -108,11 +110,12 @@ class RetrieverCollator:
         entities: datasets.Dataset,
         *,
         random_image: bool = True,
+        with_features: Callable[[Sequence[Row]], Sequence[Row]] | None = None,
         with_prototypes: Callable[[Sequence[Row], Collection[str]], Sequence[Row]] | None = None,
         seed: int = 0,
     ):
         self.processor, self.random_image, self.seed = processor, random_image, seed
-        self.with_prototypes = with_prototypes
+        self.with_features, self.with_prototypes = with_features, with_prototypes
         self.entities = LazyRows(entities)
         self._row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
 
@@ -142,7 +145,8 @@ class RetrieverCollator:
         elif self.random_image:
             met = " ".join(str(mention.get("mention_id")) for mention in mentions)
             entities = [self._with_random_image(entity, met) for entity in entities]  # type: ignore[arg-type]
-        batch = {**self.processor(mentions=mentions), **self.processor(entities=entities)}
+        read = mentions if self.with_features is None else self.with_features(mentions)
+        batch = {**self.processor(mentions=read), **self.processor(entities=entities)}
         return {**batch, "labels": torch.tensor([columns[mention["entity_id"]] for mention in mentions])}
 
     def _with_random_image(self, entity: LazyRow, met: str) -> LazyRow:

@@ -21,9 +21,10 @@ from hf_mel.data.candidates import (
     release_candidates,
     union_candidates,
 )
-from hf_mel.errors import RecipeError
+from hf_mel.errors import KnowledgeBaseError, RecipeError
 from hf_mel.linking.encodings import encode_rows, model_fingerprint
 from hf_mel.linking.fingerprint import describe_model
+from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.loading import load_retriever
 from hf_mel.linking.prototypes import Prototypes, knows_posts
 from hf_mel.linking.ranking import EncodedEntities, EntitySource, rank
@@ -65,8 +66,8 @@ def make_candidates(
         retriever (`str` or `os.PathLike`, *optional*): Folder or Hub id of a trained retriever.
         device (`str`, *optional*): Where the retriever goes. Default: a GPU if there is one.
         posts (`Callable`, *optional*): Gives the posts about the entities, to a retriever that knows them by posts.
-        cache_dir (`str` or `os.PathLike`, *optional*): Where finished lists are kept and looked for, by a digest of all
-            they depend on. Default: nowhere.
+        cache_dir (`str` or `os.PathLike`, *optional*): Where finished lists, and the entities as a retriever encoded them,
+            are kept and looked for, by a digest of all they depend on. Default: nowhere.
         progress (`bool`): Whether to show progress bars.
 
     Raises:
@@ -115,8 +116,11 @@ def make_candidates(
         else:
             assert processor is not None
             prototypes = Prototypes.of(model, processor, known_by)
+            encoded: Any = entities
+            if cache_dir is not None:
+                encoded = _encoded_once(model, processor, entities, known_by, Path(cache_dir), progress)
             made = retriever_candidates(
-                model, processor, mentions, entities, k=k, prototypes=prototypes, progress=progress
+                model, processor, mentions, encoded, k=k, prototypes=prototypes, progress=progress
             )
         if file is not None:
             made.save(file)
@@ -193,6 +197,27 @@ def retriever_candidates(
     return ranked_candidates(
         mentions, entities.entity_ids, top_rows, top_scores, source="retriever", setting={"k": k, "retriever": made_by}
     )
+
+
+def _encoded_once(
+    model: Any,
+    processor: MelProcessor,
+    entities: datasets.Dataset,
+    known_by: datasets.Dataset | None,
+    folder: Path,
+    progress: bool,
+) -> KnowledgeBase:
+    """The entities as a knowledge base of the cache: the lists of every split are made from it."""
+    parts = [model_fingerprint(model), *(rows._fingerprint for rows in (entities, known_by) if rows is not None)]
+    path = folder / f"kb-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
+    try:
+        kb = KnowledgeBase.load(path)
+        kb.check_made_by(model, processor)
+        if kb.entity_ids == list(entities["entity_id"]):
+            return kb
+    except KnowledgeBaseError:
+        pass  # not there, or of another processor
+    return KnowledgeBase.build(entities, model, processor, output=path, posts=known_by, progress=progress)
 
 
 def _digest(rows: datasets.Dataset | None) -> str:

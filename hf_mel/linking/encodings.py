@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_mel.data.collator import LazyRows, model_inputs
+from hf_mel.data.mention_features import MentionFeatures
 from hf_mel.linking.prototypes import Prototypes
 from hf_mel.schema import Encodings, MelProcessor
 
@@ -73,6 +74,7 @@ def encode_batches(
     kind: Literal["mentions", "entities"],
     *,
     prototypes: Prototypes | None = None,
+    features: MentionFeatures | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -85,6 +87,7 @@ def encode_batches(
         kind (`str`): "mentions" or "entities".
         prototypes ([`~hf_mel.linking.prototypes.Prototypes`], *optional*): Those of entities, for a model that knows them
             by posts. Default, for such a model: every entity is the only post about itself.
+        features ([`~hf_mel.data.mention_features.MentionFeatures`], *optional*): Those of mentions, which were read before.
         batch_size (`int`): Rows per batch.
         progress (`bool`): Whether to show a progress bar.
 
@@ -102,6 +105,8 @@ def encode_batches(
             batch = _rows(rows, kind, range(first, min(first + batch_size, len(rows))))
             if kind == "entities" and prototypes is not None:
                 batch = prototypes.on(batch)
+            if kind == "mentions" and features is not None:
+                batch = features.on(batch)
             tensors = processor(mentions=batch) if kind == "mentions" else processor(entities=batch)
             inputs = model_inputs(model, tensors)
             # Entered per batch: a generator that stays inside would switch the mode for its caller too.
@@ -118,6 +123,7 @@ def encode_rows(
     kind: Literal["mentions", "entities"],
     *,
     prototypes: Prototypes | None = None,
+    features: MentionFeatures | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, torch.Tensor]:
@@ -131,7 +137,14 @@ def encode_rows(
     encodings: dict[str, torch.Tensor] = {}
     first = 0
     for part in encode_batches(
-        model, processor, rows, kind, prototypes=prototypes, batch_size=batch_size, progress=progress
+        model,
+        processor,
+        rows,
+        kind,
+        prototypes=prototypes,
+        features=features,
+        batch_size=batch_size,
+        progress=progress,
     ):
         if not encodings:
             encodings = {name: tensor.new_empty((len(rows), *tensor.shape[1:])) for name, tensor in part.items()}

@@ -19,10 +19,12 @@ from hf_mel.data.batching import GroupingSampler, example_groups, surface_key
 from hf_mel.data.candidates import CandidateLists
 from hf_mel.data.collator import LazyRows, RetrieverCollator
 from hf_mel.data.loading import check_golds
+from hf_mel.data.mention_features import MentionFeatures
 from hf_mel.data.pairs import Examples, PairCollator
 from hf_mel.errors import DataFormatError, RecipeError
 from hf_mel.evaluation.candidates import CandidateResult, evaluate_candidates
 from hf_mel.evaluation.full import FullResult, evaluate_full
+from hf_mel.linking.encodings import encode_rows
 from hf_mel.linking.prototypes import Prototypes
 from hf_mel.linking.reranking import ImageFeatures
 from hf_mel.schema import NIL, MelProcessor, Reranker
@@ -168,6 +170,16 @@ class MelTrainer(Trainer):
                 if images is not None:
                     self.image_features.add(images, progress=not args.disable_tqdm and self.is_world_process_zero())
             collator.with_features = self.image_features.on
+        #: What is read of mentions, where training leaves that as it is.
+        self.mention_features: MentionFeatures | None = None
+        if not self.reranks:
+            self.mention_features = MentionFeatures.of(model, processing_class)
+        if self.mention_features is not None:
+            if self.mentions is not None:
+                self.mention_features.add(
+                    self.mentions, progress=not args.disable_tqdm and self.is_world_process_zero()
+                )
+            collator.with_features = self.mention_features.on
         #: The posts that entities are known by, encoded.
         self.prototypes: Prototypes | None = None
         if not self.reranks:
@@ -250,13 +262,30 @@ class MelTrainer(Trainer):
         if mentions is None:
             raise ValueError("MelTrainer: evaluation needs an eval_dataset.")
         start = time.time()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure(mentions).metrics.items()}
+        measured = self.measure(mentions, **self._read_before(mentions)).metrics
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(mentions))
         if self.args.world_size > 1:
             metrics = broadcast_object_list([metrics])[0]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _read_before(self, mentions: datasets.Dataset) -> dict[str, Any]:
+        """The encodings of mentions whose features are kept, for [`MelTrainer.measure`]."""
+        if self.mention_features is None or not len(mentions):
+            return {}
+        model = self.accelerator.unwrap_model(self.model)
+        self.mention_features.add(mentions, progress=not self.args.disable_tqdm and self.is_world_process_zero())
+        training = model.training
+        model.eval()
+        with self.accelerator.autocast():
+            size = self.args.per_device_eval_batch_size
+            encoded = encode_rows(
+                model, self.processor, mentions, "mentions", features=self.mention_features, batch_size=size
+            )
+        model.train(training)
+        return {"mention_encodings": encoded}
 
     def measure(self, mentions: datasets.Dataset, **options: Any) -> FullResult | CandidateResult:
         """The full protocol, or for a reranker the candidate protocol, in the precision of training.

@@ -528,6 +528,22 @@ class ImnModel(ImnPreTrainedModel):
             found[modality], found[f"{modality}_present"] = _masked_mean(states, mask), mask.any(1)
         return found
 
+    @torch.no_grad()
+    def mention_features(self, **mention_inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the extractors, which training leaves as they are, make of M mentions.
+
+        Args: as those of [`encode_mentions`].
+
+        Returns:
+            `dict` of, for each of `config.mention_modalities`, states [M, S, d] named like it, and `<modality>_mask` [M, S].
+        """
+        names = ("input_ids", "attention_mask", "name_ids", "name_mask", "pixel_values", "image_mask")
+        inputs = (mention_inputs.get(f"mention_{name}") for name in names)
+        found: dict[str, torch.Tensor] = {}
+        for modality, (states, mask) in self._features("mention", self.config.mention_modalities, *inputs).items():
+            found |= {modality: states, f"{modality}_mask": mask}
+        return found
+
     def encode_mentions(
         self,
         mention_input_ids: torch.LongTensor | None = None,
@@ -536,6 +552,12 @@ class ImnModel(ImnPreTrainedModel):
         mention_name_mask: torch.Tensor | None = None,
         mention_pixel_values: torch.Tensor | None = None,
         mention_image_mask: torch.Tensor | None = None,
+        mention_features_text: torch.Tensor | None = None,
+        mention_features_text_mask: torch.Tensor | None = None,
+        mention_features_image: torch.Tensor | None = None,
+        mention_features_image_mask: torch.Tensor | None = None,
+        mention_features_joint: torch.Tensor | None = None,
+        mention_features_joint_mask: torch.Tensor | None = None,
     ) -> ImnEncodings:
         """Encodes M mentions.
 
@@ -544,17 +566,29 @@ class ImnModel(ImnPreTrainedModel):
             mention_name_ids, mention_name_mask ([M, K], *optional*): the mention's pieces; a mask of zeros for none.
             mention_pixel_values ([M, 3, H, W], *optional*): not needed where no mention has an image.
             mention_image_mask ([M], *optional*): which have one. Default: all.
+            mention_features_<modality>, mention_features_<modality>_mask ([M, S, d], [M, S], *optional*): what
+                [`~ImnModel.mention_features`] gave, in place of all of the above.
         """
-        sequences = self._features(
-            "mention",
-            self.config.mention_modalities,
-            mention_input_ids,
-            mention_attention_mask,
-            mention_name_ids,
-            mention_name_mask,
-            mention_pixel_values,
-            mention_image_mask,
-        )
+        sequences: dict[str, Sequence] = {}
+        given = {
+            "text": (mention_features_text, mention_features_text_mask),
+            "image": (mention_features_image, mention_features_image_mask),
+            "joint": (mention_features_joint, mention_features_joint_mask),
+        }
+        for modality, (states, states_mask) in given.items():
+            if states is not None and states_mask is not None:
+                sequences[modality] = (states, states_mask.bool())
+        if not sequences:
+            sequences = self._features(
+                "mention",
+                self.config.mention_modalities,
+                mention_input_ids,
+                mention_attention_mask,
+                mention_name_ids,
+                mention_name_mask,
+                mention_pixel_values,
+                mention_image_mask,
+            )
         aux = self.mention_encoder(sequences)
         return ImnEncodings(aux=aux, query=self.mention_to_entity.query(aux), key=self.entity_to_mention.key(aux))
 
@@ -629,6 +663,12 @@ class ImnModel(ImnPreTrainedModel):
         mention_name_mask: torch.Tensor | None = None,
         mention_pixel_values: torch.Tensor | None = None,
         mention_image_mask: torch.Tensor | None = None,
+        mention_features_text: torch.Tensor | None = None,
+        mention_features_text_mask: torch.Tensor | None = None,
+        mention_features_image: torch.Tensor | None = None,
+        mention_features_image_mask: torch.Tensor | None = None,
+        mention_features_joint: torch.Tensor | None = None,
+        mention_features_joint_mask: torch.Tensor | None = None,
         entity_prototypes_text: torch.Tensor | None = None,
         entity_prototypes_text_mask: torch.Tensor | None = None,
         entity_prototypes_image: torch.Tensor | None = None,
@@ -649,6 +689,12 @@ class ImnModel(ImnPreTrainedModel):
             mention_name_mask,
             mention_pixel_values,
             mention_image_mask,
+            mention_features_text,
+            mention_features_text_mask,
+            mention_features_image,
+            mention_features_image_mask,
+            mention_features_joint,
+            mention_features_joint_mask,
         )
         entities = self.encode_entities(
             entity_prototypes_text,

@@ -120,7 +120,8 @@ class ImnProcessor(ProcessorMixin):
         """
         Args:
             mentions (M rows, *optional*): rows with what the template names, `mention`, `text`, `image` (a PIL image or
-                `None`). A post is a mention that is not named: `mention` may be empty or missing.
+                `None`). A post is a mention that is not named: `mention` may be empty or missing. Or rows with `features`,
+                a `dict` of modality → states [s, d] of [`ImnModel.mention_features`], and then nothing else of them.
             entities (N rows, *optional*): rows with `prototypes`, a `dict` of modality → vectors [k', d], k' ≤ k.
             posts (P rows, *optional*): rows with `text` and `image`; with `partners`, mention rows too.
             partners (P ints, *optional*): to pre-train, the post whose image each text is read with; its own number for
@@ -139,7 +140,10 @@ class ImnProcessor(ProcessorMixin):
             return self._pretraining(posts, partners)
         batch: dict[str, torch.Tensor] = {}
         if mentions is not None:
-            batch |= self._side("mention", mentions)
+            read = [row["features"] for row in mentions if "features" in row]
+            if read and len(read) < len(mentions):
+                raise ValueError("Some mentions have features and others have none; give all of them, or none.")
+            batch |= self._mention_features(read) if read else self._side("mention", mentions)
         if posts is not None:
             batch |= self._side("post", posts)
         if entities is not None:
@@ -156,6 +160,20 @@ class ImnProcessor(ProcessorMixin):
         tensors = {f"{side}_{name}": self._padded(encoded[name]) for name in ("input_ids", "attention_mask")}
         names = [self._pieces(row["mention"]) if has else [] for row, has in zip(rows, named, strict=True)]
         return tensors | self._names(f"{side}_", names) | self._images(f"{side}_", rows)
+
+    @staticmethod
+    def _mention_features(rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Sequences [s, d] of each modality, put into one tensor [M, S, d]."""
+        tensors: dict[str, torch.Tensor] = {}
+        for modality in rows[0]:
+            states = [row[modality] for row in rows]
+            width = max([1, *(len(each) for each in states)])
+            out = torch.zeros(len(states), width, states[0].shape[1])
+            mask = torch.zeros(len(states), width, dtype=torch.bool)
+            for place, each in enumerate(states):
+                out[place, : len(each)], mask[place, : len(each)] = each, True
+            tensors |= {f"mention_features_{modality}": out, f"mention_features_{modality}_mask": mask}
+        return tensors
 
     def _prototypes(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         found: list[dict[str, torch.Tensor]] = []

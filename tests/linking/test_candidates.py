@@ -10,6 +10,7 @@ from hf_mel.data.candidates import CandidateLists, name_candidates, prior_candid
 from hf_mel.errors import RecipeError
 from hf_mel.linking import candidates as module
 from hf_mel.linking.candidates import make_candidates, retriever_candidates
+from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.schema import mention_features
 from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model
 from tests.toy_documents import toy_documents
@@ -45,7 +46,10 @@ def test_sources_join_and_are_made_once(tmp_path, monkeypatch):
         retriever_candidates(toy_model(), ToyProcessor(), MENTIONS, ENTITIES, k=5),
     ]
     assert found.entity_ids == union_candidates(parts, k=5).entity_ids
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()) == [
+        "kb",
+        *found.setting["source"].split("+"),
+    ]
     for name in ("name_candidates", "prior_candidates", "retriever_candidates"):
         monkeypatch.setattr(module, name, None)  # so that making one again would fail
     again = make_candidates("name+prior+retriever", MENTIONS, ENTITIES, **options)
@@ -58,6 +62,32 @@ def test_sources_join_and_are_made_once(tmp_path, monkeypatch):
     toy_model(seed=1).save_pretrained(tmp_path / "run")
     with pytest.raises(TypeError):
         make_candidates("retriever", MENTIONS, ENTITIES, **options)
+
+
+def test_entities_are_encoded_once_for_all_splits(tmp_path, monkeypatch):
+    register()
+    toy_model().save_pretrained(tmp_path / "run")
+    ToyProcessor().save_pretrained(tmp_path / "run")
+    options = {"k": 5, "retriever": tmp_path / "run", "device": "cpu"}
+    cached = {**options, "cache_dir": tmp_path / "cache"}
+    built = []
+    build = KnowledgeBase.build
+    monkeypatch.setattr(KnowledgeBase, "build", lambda *given, **kwargs: built.append(1) or build(*given, **kwargs))
+    for some in (range(3), range(3, 8)):
+        found = make_candidates("retriever", MENTIONS.select(some), ENTITIES, **cached)
+        expected = make_candidates("retriever", MENTIONS.select(some), ENTITIES, **options)
+        assert found.entity_ids == expected.entity_ids
+        for row, wanted in zip(found.scores["retriever"], expected.scores["retriever"], strict=True):
+            assert row == pytest.approx(wanted)
+    assert len(built) == 1
+    make_candidates("retriever", MENTIONS, ENTITIES.select(range(6)), **cached)
+    ToyProcessor(text_width=40).save_pretrained(tmp_path / "run")
+    make_candidates("retriever", MENTIONS.select([0]), ENTITIES, **cached)
+    assert len(built) == 3
+    for shard in (tmp_path / "cache").glob("kb-*/encodings-*"):
+        shard.write_bytes(shard.read_bytes()[:-40])
+    make_candidates("retriever", MENTIONS.select([1]), ENTITIES, **cached)
+    assert len(built) == 4
 
 
 @pytest.mark.parametrize(

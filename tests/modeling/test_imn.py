@@ -694,3 +694,37 @@ def test_a_text_beyond_the_positions_says_so():
     batch = batch_for(model) | posts(4, width=40)
     with pytest.raises(ValueError, match="max_length"):
         model(**batch)
+
+
+def test_features_read_before_give_the_same_encodings():
+    """Whatever the batch they were read in, in training too: what is kept of a mention has none of its padding."""
+    model = build()
+    batch = posts(6, "mention", seed=4)
+    with torch.no_grad():
+        whole = model.encode_mentions(**batch)
+        found = model.mention_features(**batch)
+        kept = {}
+        for name in (T, V, J):
+            states, mask = found[name], found[f"{name}_mask"]
+            rows = [states[row, mask[row]] for row in (5, 3, 1)]
+            kept[f"mention_features_{name}"] = torch.nn.utils.rnn.pad_sequence(
+                [*rows, torch.zeros(40, states.shape[2])], True
+            )[:3]
+            counts = torch.tensor([len(row) for row in rows])
+            kept[f"mention_features_{name}_mask"] = torch.arange(40) < counts[:, None]
+        for name, tensor in model.encode_mentions(**kept).items():
+            torch.testing.assert_close(tensor, whole[name][[5, 3, 1]], atol=1e-5, rtol=1e-5)
+    entities, labels = prototypes(model, 3), torch.arange(3)
+    losses = []
+    for inputs in (kept, {key: tensor[[5, 3, 1]] for key, tensor in batch.items() if "pixel" not in key}):
+        if inputs is not kept:
+            seen = batch["mention_image_mask"][[5, 3, 1]].bool()
+            inputs["mention_pixel_values"] = batch["mention_pixel_values"][[5, 3, 1]]
+            assert seen.any()
+        model.train()
+        model.zero_grad()
+        model(**inputs, **entities, labels=labels).loss.backward()
+        losses.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        model.eval()
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-4)
+    assert losses[0].abs().max() > 0

@@ -295,3 +295,13 @@ def test_wrong_calls_say_what_to_give(processor, tokenizer):
     tokenizer.mask_token = None
     with pytest.raises(ValueError, match="MASK"):
         pretrain(processor, [MENTION])
+
+
+def test_features_stand_for_all_of_a_mention(processor):
+    rows = [{"features": {"text": torch.full((length, 2), float(length))}} for length in (3, 0, 5)]
+    batch = processor(mentions=rows)
+    assert set(batch) == {"mention_features_text", "mention_features_text_mask"}
+    assert batch["mention_features_text_mask"].sum(1).tolist() == [3, 0, 5]
+    assert batch["mention_features_text"].sum((1, 2)).tolist() == [18, 0, 50]
+    with pytest.raises(ValueError, match="Some mentions have features"):
+        processor(mentions=[*rows, MENTION])

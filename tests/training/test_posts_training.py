@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_mel.data.collator import LazyRows, RetrieverCollator
+from hf_mel.data.mention_features import MentionFeatures
 from hf_mel.data.posts import captions_as_posts
 from hf_mel.errors import RecipeError, UnknownSplitError
 from hf_mel.evaluation.full import evaluate_full
@@ -20,8 +21,8 @@ from hf_mel.training.recipe import Recipe
 from hf_mel.training.run import run_recipe
 from hf_mel.training.trainer import MelTrainer
 from tests.data.test_posts import write
-from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model, write_toy_dataset
-from tests.toy_posts import ToyPostsProcessor, register, toy_posts, toy_posts_model
+from tests.toy import ToyEncodings, ToyProcessor, toy_entities, toy_mentions, toy_model, write_toy_dataset
+from tests.toy_posts import ToyPostsProcessor, ToyPostsRetriever, register, toy_posts, toy_posts_model
 from tests.training.toy_run import recipe_dict, write_dataset
 
 ENTITIES = toy_entities(12)
@@ -64,7 +65,7 @@ def test_without_prototypes_the_entities_are_as_before():
     assert set(collator(mentions)) == {*ToyProcessor()(mentions=mentions, entities=list(ENTITIES)), "labels"}
 
 
-def trained(tmp_path, model, prototypes=None):
+def trained(tmp_path, model, prototypes=None, processor=None):
     trainer = MelTrainer(
         model,
         MelTrainingArguments(
@@ -78,7 +79,7 @@ def trained(tmp_path, model, prototypes=None):
         train_dataset=toy_mentions(16),
         eval_dataset=toy_mentions(12),
         entities=ENTITIES,
-        processing_class=ToyPostsProcessor(),
+        processing_class=processor or ToyPostsProcessor(),
         prototypes=prototypes,
     )
     trainer.train()
@@ -234,3 +235,52 @@ def test_other_models_do_not_look_at_posts(tmp_path):
     torch.testing.assert_close(
         kb.encodings(range(12))["text"], encode_rows(model, processor, toy_entities(), "entities")["text"]
     )
+
+
+class Reading(ToyPostsRetriever):
+    """Offers what it reads of a mention, and counts how many it has read."""
+
+    read = 0
+
+    def mention_features(self, mention_input_ids, mention_attention_mask, **_):
+        self.read += len(mention_input_ids)
+        return {"text": self.characters(mention_input_ids), "text_mask": mention_attention_mask.bool()}
+
+    def encode_mentions(self, mention_features_text=None, mention_features_text_mask=None, **inputs):
+        if mention_features_text is None:
+            found = self.mention_features(**inputs)
+            mention_features_text, mention_features_text_mask = found["text"], found["text_mask"]
+        mask = mention_features_text_mask[..., None]
+        mean = (mention_features_text * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return ToyEncodings(text=self.mention_text(mean), vision=torch.zeros(len(mean), 16))
+
+
+class ReadingProcessor(ToyPostsProcessor):
+    def __call__(self, mentions=None, **rows):
+        if mentions and "features" in mentions[0]:
+            states = [row["features"]["text"].float() for row in mentions]
+            mask = [torch.ones(len(each), dtype=torch.bool) for each in states]
+            padded = {"": states, "_mask": mask}
+            batch = {f"mention_features_text{k}": torch.nn.utils.rnn.pad_sequence(v, True) for k, v in padded.items()}
+            return {**batch, **super().__call__(**rows)}
+        return super().__call__(mentions=mentions, **rows)
+
+
+def test_a_mention_is_read_once_for_a_whole_training(tmp_path, monkeypatch):
+    """And the weights are those that reading it in every epoch gives, to half precision."""
+    results = []
+    for keeps in (True, False):
+        torch.manual_seed(0)
+        model = Reading(toy_posts_model().config)
+        if not keeps:
+            monkeypatch.setattr(MentionFeatures, "of", classmethod(lambda cls, model, processor: None))
+        trainer = trained(tmp_path / str(keeps), model, processor=ReadingProcessor())
+        during = model.read
+        metrics = [trainer.evaluate()["eval_mrr"] for _ in range(3)]
+        results.append(
+            (model.mention_text.weight.detach().clone(), metrics, trainer.measure(toy_mentions(12)).metrics["mrr"])
+        )
+        assert during == (16 if keeps else 32 + 24)
+        assert model.read - during == (0 if keeps else 36) + 12  # what is measured in the end is read anew
+        assert metrics == pytest.approx([results[-1][2]] * 3)
+    torch.testing.assert_close(results[0][0], results[1][0], atol=2e-3, rtol=1e-2)
