@@ -119,12 +119,35 @@ def report_training(found: dict[str, Any]) -> Report:
     return "Training", columns, [[*line, f"{found['share_of_pair_scoring']:.0%}"]], below
 
 
+def report_precision(found: dict[str, Any]) -> Report:
+    """One row per type."""
+    columns = ["stored as", "kB/entity", "ranks that change", "first places that change", "H@1", "MRR", "MR"]
+    lines = [
+        [
+            row["dtype"],
+            f"{row['bytes_per_entity'] / 1e3:.1f}",
+            f"{row['changed_ranks']:,}",
+            f"{row['changed_first_places']:,}",
+            f"{row['metrics']['hits@1']:.4f}",
+            f"{row['metrics']['mrr']:.4f}",
+            f"{row['metrics']['mr']:.3f}",
+        ]
+        for row in found["rows"]
+    ]
+    below = (
+        f"{found['model']}, {found['split']} of {found['dataset']}: {found['mentions']:,} mentions, {found['entities']:,} "
+        "entities."
+    )
+    return "Half precision", columns, lines, below
+
+
 _REPORTS: dict[str, Callable[[dict[str, Any]], Report]] = {
     "ranking": report_ranking,
     "growth": report_growth,
     "latency": report_latency,
     "building": report_building,
     "training": report_training,
+    "precision": report_precision,
 }
 
 

@@ -1,0 +1,91 @@
+"""What storing a knowledge base in half precision changes: ranks, first places and metrics of a run on a whole split.
+
+The entities are encoded once, in float32; float16 and bfloat16 are that rounded, as a knowledge base stores them, and are
+scored as they are stored.
+
+    python -m benchmarks.precision --model runs/mimic-text_wikimel --dataset data/wikimel
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from hf_mel.data.loading import load_entities, load_mentions
+from hf_mel.linking.encodings import encode_rows
+from hf_mel.linking.loading import load_retriever
+from hf_mel.linking.ranking import EncodedEntities, rank
+from hf_mel.schema import NIL
+from hf_mel.spaces.mel_ranking.mel_ranking import ranking_metrics
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--model", required=True, help="a run folder")
+    parser.add_argument("--dataset", required=True, help="its data-set folder")
+    parser.add_argument("--split", default="test")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """One row per type, as one record."""
+    harness.start(args)
+    model, processor = load_retriever(args.model, device=args.device)
+    entities, mentions = load_entities(args.dataset), load_mentions(args.dataset, args.split)
+    ids = list(entities["entity_id"])
+    row_of = {entity_id: row for row, entity_id in enumerate(ids)}
+    golds = [-1 if gold == NIL else row_of[gold] for gold in mentions["entity_id"]]
+    linked = torch.tensor(golds) >= 0
+    encoded = encode_rows(model, processor, mentions, "mentions", progress=True)
+    full = encode_rows(model, processor, entities, "entities", progress=True)
+    rows, exact = [], None
+    for name in ("float32", "float16", "bfloat16"):
+        dtype = getattr(torch, name)
+        stored = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in full.items()}
+        size = sum(tensor[0].numel() * tensor.element_size() for tensor in stored.values())
+        if not hasattr(model, "remaining_scores"):  # such a model gets float32, as from a knowledge base
+            stored = {key: t.float() if t.is_floating_point() else t for key, t in stored.items()}
+        begin = time.perf_counter()
+        found = rank(model, encoded, EncodedEntities(ids, stored), gold_rows=golds, top_k=1, progress=True)
+        assert found.best_rank is not None
+        assert found.worst_rank is not None
+        exact = exact or found
+        ranks = [(found.best_rank + found.worst_rank)[linked] / 2, (exact.best_rank + exact.worst_rank)[linked] / 2]
+        rows.append(
+            {
+                "dtype": name,
+                "bytes_per_entity": size,
+                "changed_ranks": int((ranks[0] != ranks[1]).sum()),
+                "changed_first_places": int((found.top_rows[:, 0] != exact.top_rows[:, 0]).sum()),
+                "metrics": ranking_metrics(found.best_rank[linked].numpy(), found.worst_rank[linked].numpy()),
+                "seconds": time.perf_counter() - begin,
+            }
+        )
+    described = {"model": Path(args.model).resolve().name, "dataset": Path(args.dataset).resolve().name}
+    return {
+        **described,
+        "split": args.split,
+        "mentions": len(mentions),
+        "entities": len(ids),
+        "rows": rows,
+        "device": args.device,
+        "machine": harness.machine(args.device),
+        "repeats": 1,
+    }
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    from benchmarks.summary import show
+
+    path = harness.write(args.output, "precision", run(args))
+    show(args.output, [path.stem])
+
+
+if __name__ == "__main__":
+    main()
