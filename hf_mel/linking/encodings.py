@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_mel.data.collator import LazyRows, model_inputs
-from hf_mel.data.mention_features import MentionFeatures
+from hf_mel.linking.mention_features import MentionFeatures
 from hf_mel.linking.prototypes import Prototypes
 from hf_mel.schema import Encodings, MelProcessor
 
@@ -87,7 +87,7 @@ def encode_batches(
         kind (`str`): "mentions" or "entities".
         prototypes ([`~hf_mel.linking.prototypes.Prototypes`], *optional*): Those of entities, for a model that knows them
             by posts. Default, for such a model: every entity is the only post about itself.
-        features ([`~hf_mel.data.mention_features.MentionFeatures`], *optional*): Those of mentions, which were read before.
+        features ([`~hf_mel.linking.mention_features.MentionFeatures`], *optional*): Those of mentions, which were read before.
         batch_size (`int`): Rows per batch.
         progress (`bool`): Whether to show a progress bar.
 

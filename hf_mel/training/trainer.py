@@ -19,12 +19,12 @@ from hf_mel.data.batching import GroupingSampler, example_groups, surface_key
 from hf_mel.data.candidates import CandidateLists
 from hf_mel.data.collator import LazyRows, RetrieverCollator
 from hf_mel.data.loading import check_golds
-from hf_mel.data.mention_features import MentionFeatures
 from hf_mel.data.pairs import Examples, PairCollator
 from hf_mel.errors import DataFormatError, RecipeError
 from hf_mel.evaluation.candidates import CandidateResult, evaluate_candidates
 from hf_mel.evaluation.full import FullResult, evaluate_full
 from hf_mel.linking.encodings import encode_rows
+from hf_mel.linking.mention_features import MentionFeatures
 from hf_mel.linking.prototypes import Prototypes
 from hf_mel.linking.reranking import ImageFeatures
 from hf_mel.schema import NIL, MelProcessor, Reranker

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from hf_mel.data.collator import LazyRows, RetrieverCollator
-from hf_mel.data.mention_features import MentionFeatures
 from hf_mel.data.posts import captions_as_posts
 from hf_mel.errors import RecipeError, UnknownSplitError
 from hf_mel.evaluation.full import evaluate_full
 from hf_mel.linking.encodings import encode_rows
 from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
+from hf_mel.linking.mention_features import MentionFeatures
 from hf_mel.linking.prototypes import Prototypes
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.recipe import Recipe
