@@ -30,6 +30,9 @@ class ImnConfig(PreTrainedConfig):
         spaces (`list[int]`, *optional*):
             The auxiliary spaces (1, 2, 3) whose own loss joins eq. 14: the rows of Table 4. Default: all. The fused space
             reads all three in any case.
+        co_attention (`bool`, *optional*, defaults to `True`):
+            Whether the fused space is made by co-attention (§3.4.2). Without it u is the mean of a side's own auxiliary
+            spaces: an ablation that the paper does not have.
         num_prototypes (`int`, *optional*, defaults to 10):
             k, the most prototypes of an entity and modality (§3.3).
         prototype_selection (`str`, *optional*, defaults to `"pagerank"`):
@@ -72,6 +75,7 @@ class ImnConfig(PreTrainedConfig):
     mention_modalities: list[str] | None = None
     entity_modalities: list[str] | None = None
     spaces: list[int] | None = None
+    co_attention: bool = True
     num_prototypes: int = 10
     prototype_selection: str = "pagerank"
     entity_prototype: bool = False

@@ -64,8 +64,8 @@ class ImnEncodings(ModelOutput):
 
     Args:
         aux (`torch.Tensor` [B, 3, d]): aux^1, aux^2, aux^3 (eq. 3, 5, 8).
-        query (`torch.Tensor` [B, 3, d]): W_c^1 aux (eq. 9), where this side attends to the other.
-        key (`torch.Tensor` [B, 3, d]): W_c^2 aux + b_c (eq. 9), where the other attends to this side.
+        query (`torch.Tensor` [B, 3, d], *optional*): W_c^1 aux (eq. 9), where this side attends to the other.
+        key (`torch.Tensor` [B, 3, d], *optional*): W_c^2 aux + b_c (eq. 9), where the other attends to this side.
     """
 
     aux: torch.Tensor | None = None
@@ -485,8 +485,9 @@ class ImnModel(ImnPreTrainedModel):
         self.entity_encoder = HierarchicalEncoder(
             config, {name: self.widths[name] for name in config.entity_modalities or ()}
         )
-        self.mention_to_entity = CoAttention(config.aux_dim)
-        self.entity_to_mention = CoAttention(config.aux_dim)
+        if config.co_attention:
+            self.mention_to_entity = CoAttention(config.aux_dim)
+            self.entity_to_mention = CoAttention(config.aux_dim)
         self.post_init()
         self.train()  # fixes the extractors
 
@@ -590,6 +591,8 @@ class ImnModel(ImnPreTrainedModel):
                 mention_image_mask,
             )
         aux = self.mention_encoder(sequences)
+        if not self.config.co_attention:
+            return ImnEncodings(aux=aux)
         return ImnEncodings(aux=aux, query=self.mention_to_entity.query(aux), key=self.entity_to_mention.key(aux))
 
     def encode_entities(
@@ -621,6 +624,8 @@ class ImnModel(ImnPreTrainedModel):
                 )
             sequences[modality] = (prototypes, mask.bool())
         aux = self.entity_encoder(sequences)
+        if not self.config.co_attention:
+            return ImnEncodings(aux=aux)
         return ImnEncodings(aux=aux, query=self.entity_to_mention.query(aux), key=self.mention_to_entity.key(aux))
 
     def unit_scores(
@@ -642,6 +647,9 @@ class ImnModel(ImnPreTrainedModel):
         mentions = {name: _full(tensor) for name, tensor in mentions.items()}
         entities = {name: _full(tensor) for name, tensor in entities.items()}
         aux = mentions["aux"]
+        if not self.config.co_attention:
+            with torch.autocast(aux.device.type, enabled=False):
+                return F.normalize(aux.mean(1), dim=-1) @ F.normalize(entities["aux"].mean(1), dim=-1).T
         m_step = _BLOCK_MENTIONS
         n_step = max(1, _BLOCK_ELEMENTS.get(aux.device.type, 2**22) // aux[:1].numel())
         with torch.autocast(aux.device.type, enabled=False):

@@ -164,6 +164,8 @@ def cosine(x, y):
 
 def fused(weights, mention, entity):
     """f(u_m, u_e) of one pair of spaces [3, d]."""
+    if not any(name.startswith("mention_to_entity") for name in weights):  # without co-attention
+        return cosine(sum(mention) / 3, sum(entity) / 3)
     u_m = attended(weights, "mention_to_entity", mention, entity)
     u_e = attended(weights, "entity_to_mention", entity, mention)
     return cosine(u_m, u_e)

@@ -169,12 +169,20 @@ VARIANTS = {
     **TABLE_4,
     "text without a vision model": {"vision": None},
     "joint without a vision model": {"vision": None, "mention_modalities": [T, J], "entity_modalities": [J]},
+    "- co-attention": {"co_attention": False},
     "two layers, other rates": {"num_layers": 2, "dilations": [2, 1]},
     "feature map": {"vision": RESNET},
     "vit": {"vision": VIT},
     "other weights": {"loss_weights": [0.1, 0.7, 0.2, 2], "margin": 1},
 }
-FEW = ("the paper's", "text+image / text", "- aux 1", "text without a vision model", "joint without a vision model")
+FEW = (
+    "the paper's",
+    "- co-attention",
+    "text+image / text",
+    "- aux 1",
+    "text without a vision model",
+    "joint without a vision model",
+)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -264,7 +272,7 @@ def test_the_margin_pushes_the_gold_up():
     assert model._margin_loss(bad, labels).item() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("name", [*TABLE_3, *TABLE_4, "text without a vision model"])
+@pytest.mark.parametrize("name", [*TABLE_3, *TABLE_4, "- co-attention", "text without a vision model"])
 def test_every_row_of_the_tables_learns(name):
     model = build(**VARIANTS[name]).train()
     batch, labels = batch_for(model, mentions=4, entities=3), torch.tensor([2, 0, 1, 2])
