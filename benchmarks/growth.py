@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Both series as one record."""
     harness.start(args)
     sizes, counts = ([int(size) for size in text.split(",")] for text in (args.sizes, args.mentions_sizes))
-    source = open_source(args.scratch, max(*sizes, args.entities), args.model, args.dataset, args.steps)
+    source = open_source(args.scratch, [*sizes, args.entities], args.model, args.dataset, args.steps)
     source.model.to(args.device)
     points = [("entities", size, args.mentions) for size in sizes]
     points += [("mentions", args.entities, count) for count in counts]
@@ -47,12 +47,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     encoded, _, golds = source.mentions(max(args.mentions, *counts))
 
     def ranking(size: int, count: int):
+        if count > len(golds):
+            raise SystemExit(f"The source has {len(golds)} mentions, fewer than {count}: --mentions-sizes")
         mentions = slice_encodings(encoded, slice(count))
         return lambda: ranked(source.model, mentions, kbs[size], golds[:count], prune=True, byte_budget=BYTE_BUDGET)
 
     cases = {f"{axis} {size} × {count}": ranking(size, count) for axis, size, count in points}
     seconds = harness.interleaved(cases, args.repeats, device=args.device, progress=harness.say)
     options = child_options(args) | {"form": "pruned", "block": [0, 0], "byte_budget": BYTE_BUDGET}
+    options["sizes"] = [*sizes, args.entities]
     series: dict[str, Any] = {}
     for axis, size, count in points:
         harness.say(f"memory of {size:,} entities × {count} mentions")

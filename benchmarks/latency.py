@@ -97,7 +97,8 @@ def measure(
             indexes[kind] = kb.open_index(kind, source.model, first_stage=first_stage)
         except MissingExtraError as error:
             left_out.append(f"{kind}: {error.message}")
-    encoded, _, _ = source.mentions(mentions)
+    encoded, _, golds = source.mentions(mentions)
+    mentions, exact_mentions = min(mentions, len(golds)), min(exact_mentions, len(golds))
     harness.say(f"exact ranking of {mentions} mentions among {len(kb):,} entities")
     k = min(TOP_K, len(kb))
     exact = kb.open_index("exact", source.model).find(encoded, k).top_rows
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """All sizes as one record."""
     harness.start(args)
     sizes = [int(size) for size in args.sizes.split(",")]
-    source = open_source(args.scratch, max(sizes), args.model, args.dataset, args.steps)
+    source = open_source(args.scratch, sizes, args.model, args.dataset, args.steps)
     source.model.to(args.device)
     described = harness.machine(args.device)
     rows: list[dict[str, Any]] = []
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "candidates": args.first_stage,
         "rows": rows,
         "left_out": left_out,
-        "repeats": args.repeats,
+        "turns": args.repeats,
         "device": args.device,
         "machine": described,
     }

@@ -48,8 +48,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         dtype = getattr(torch, name)
         stored = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in full.items()}
         size = sum(tensor[0].numel() * tensor.element_size() for tensor in stored.values())
-        if not hasattr(model, "remaining_scores"):  # such a model gets float32, as from a knowledge base
-            stored = {key: t.float() if t.is_floating_point() else t for key, t in stored.items()}
         begin = time.perf_counter()
         found = rank(model, encoded, EncodedEntities(ids, stored), gold_rows=golds, top_k=1, progress=True)
         assert found.best_rank is not None
@@ -75,7 +73,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
         "device": args.device,
         "machine": harness.machine(args.device),
-        "repeats": 1,
     }
 
 

@@ -33,6 +33,7 @@ import torch
 from benchmarks import harness
 from benchmarks.direct_mimic import BLOCK, DirectMimic
 from benchmarks.sources import Source, open_source
+from hf_mel.data.collator import model_inputs
 from hf_mel.linking.encodings import slice_encodings
 from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.ranking import EncodedEntities, RankingResult, rank
@@ -75,10 +76,6 @@ class _Counting:
         return rest
 
 
-def _on(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    return {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
-
-
 def operations_per_pair(mentions: Any, entities: Any) -> tuple[int, int]:
     """Multiplications and additions, and exponentials, that the factorised scores cost per pair, from the encodings."""
     operations = exponentials = 0
@@ -102,7 +99,7 @@ def child_memory(form: str, size: int, block: list[int], **options: Any) -> dict
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     device = options["device"]
-    source = open_source(options["scratch"], size, options["model"], options["dataset"], options["steps"])
+    source = open_source(options["scratch"], options["sizes"], options["model"], options["dataset"], options["steps"])
     source.model.to(device)
     if form == "direct":
         direct = _DirectBlock(source, block, device, options["dtype"])
@@ -160,9 +157,9 @@ class _DirectBlock:
 
     def __init__(self, source: Source, block: list[int], device: str, dtype: str = "float32", rows: Any = None):
         self.direct = DirectMimic(copy.deepcopy(source.model).to(device, getattr(torch, dtype)))
-        self.mentions = self.direct.features(**_on(source.mentions(block[0])[1], self.direct.model))
+        self.mentions = self.direct.features(**model_inputs(self.direct.model, source.mentions(block[0])[1]))
         parts = [
-            self.direct.features(**_on(source.entity_inputs(part), self.direct.model))
+            self.direct.features(**model_inputs(self.direct.model, source.entity_inputs(part)))
             for part in (torch.arange(block[1]) if rows is None else rows).split(256)
         ]
         self.entities = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -177,12 +174,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Everything in the module's description, as one record."""
     harness.start(args)
     sizes, block = ([int(number) for number in text.split(",")] for text in (args.sizes, args.block))
-    source = open_source(args.scratch, max(sizes), args.model, args.dataset, args.steps)
+    source = open_source(args.scratch, sizes, args.model, args.dataset, args.steps)
     source.model.to(args.device)
     kbs = {size: source.knowledge_base(size) for size in sizes}
     described = harness.machine(args.device)
     harness.say(f"{described['cpu']}, {described['cores']} cores, {described['gemm_gflops']} GFLOP/s")
     encoded, _, golds = source.mentions(args.mentions)
+    block = [min(block[0], len(golds)), min(block[1], source.num_real or max(1000, *sizes))]
     agreed = agreement(source, kbs[sizes[0]], args.device, block)
 
     direct = _DirectBlock(source, block, args.device, args.dtype)
@@ -203,7 +201,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     def memory(form: str, size: int) -> dict[str, Any]:
         harness.say(f"memory of {form}, {size:,} entities, in a process of its own")
-        options = child_options(args) | {"form": form, "size": size, "block": block}
+        options = child_options(args) | {"form": form, "size": size, "sizes": sizes, "block": block}
         return harness.in_child("benchmarks.ranking:child_memory", options)
 
     direct_memory = memory("direct", sizes[0])

@@ -28,7 +28,8 @@ from transformers import BertConfig, ViTConfig
 
 import hf_mel.auto  # noqa: F401 (the shipped methods register with the Auto classes)
 from benchmarks.harness import say
-from hf_mel.data.loading import load_entities, load_mentions
+from hf_mel.data.collator import model_inputs
+from hf_mel.data.loading import dataset_version, load_entities, load_mentions
 from hf_mel.errors import MelError
 from hf_mel.linking.encodings import encode_rows, slice_encodings
 from hf_mel.linking.knowledge_base import KnowledgeBase
@@ -296,8 +297,9 @@ class Generated(Source):
         golds = torch.randint(1000, (count,), generator=generator)  # in every knowledge base, however small
         inputs = self.people.mention_inputs(golds, seed=0)
         with torch.inference_mode():
-            encoded = self.model.encode_mentions(**{f"mention_{name}": x for name, x in inputs.items()})
-        return {name: x.clone() for name, x in encoded.items()}, inputs, golds
+            named = {f"mention_{name}": x for name, x in inputs.items()}
+            encoded = self.model.encode_mentions(**model_inputs(self.model, named))
+        return {name: x.to("cpu").clone() for name, x in encoded.items()}, inputs, golds
 
     def entity_inputs(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """See [`Source`]."""
@@ -321,13 +323,16 @@ class Resampled(Source):
         scratch (`Path`): Where knowledge bases are kept.
         run (`str`): Run folder of a retriever.
         dataset (`str`): Folder of its data set.
+        size (`int`): The fewest entities that will be asked for: the golds are among them.
         split (`str`): Where mentions come from.
     """
 
-    def __init__(self, scratch: Path, run: str, dataset: str, split: str = "test"):
+    def __init__(self, scratch: Path, run: str, dataset: str, size: int = 2**62, split: str = "test"):
+        self.least = size
         model, self.processor = load_retriever(run)
         self.name = Path(run).resolve().name
-        super().__init__(scratch / f"resampled-{self.name}", model.eval())
+        version = str(dataset_version(dataset).get("sha256", ""))[:8]
+        super().__init__(scratch / "-".join(["resampled", self.name, version, str(NOISE)]), model.eval())
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.entities, self._mentions = load_entities(dataset), load_mentions(dataset, split)
         self.num_real = len(self.entities)
@@ -341,11 +346,12 @@ class Resampled(Source):
         """See [`Source`]."""
         row_of = {entity_id: row for row, entity_id in enumerate(self.entities["entity_id"])}
         golds = [row_of.get(entity_id, -1) for entity_id in self._mentions["entity_id"]]
-        chosen = self._mentions.select([row for row, gold in enumerate(golds) if gold >= 0][:count])
+        kept = [row for row, gold in enumerate(golds) if 0 <= gold < self.least][:count]
+        chosen = self._mentions.select(kept)
         encoded = encode_rows(self.model, self.processor, chosen, "mentions")
         inputs = self.processor(mentions=[chosen[row] for row in range(len(chosen))])
         inputs = {name.removeprefix("mention_"): tensor for name, tensor in inputs.items()}
-        return encoded, inputs, torch.tensor([gold for gold in golds if gold >= 0][:count])
+        return encoded, inputs, torch.tensor([golds[row] for row in kept])
 
     def entity_inputs(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """See [`Source`]."""
@@ -371,6 +377,7 @@ class Resampled(Source):
     def resample(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Encodings of these rows, real or copied with noise."""
         assert self._real is not None
+        rows = rows.cpu()
         copied = torch.arange(self.num_real).roll(1)[rows % self.num_real].where(rows >= self.num_real, rows)
         encoded = slice_encodings(self._real, copied)
         made = rows >= self.num_real
@@ -398,11 +405,11 @@ class _Lookup:
 
 
 def open_source(
-    scratch: Path | str, size: int, run: str | None = None, dataset: str | None = None, steps: int = 400
+    scratch: Path | str, sizes: Sequence[int], run: str | None = None, dataset: str | None = None, steps: int = 400
 ) -> Source:
-    """[`Resampled`] with a run and a data set, otherwise [`Generated`]."""
+    """[`Resampled`] with a run and a data set, otherwise [`Generated`]; for knowledge bases of these sizes."""
     if (run is None) != (dataset is None):
         raise SystemExit("--model and --dataset belong together.")
     if run is not None and dataset is not None:
-        return Resampled(Path(scratch), run, dataset)
-    return Generated(Path(scratch), size, steps=steps)
+        return Resampled(Path(scratch), run, dataset, min(sizes))
+    return Generated(Path(scratch), max(sizes), steps=steps)

@@ -96,8 +96,8 @@ def report_latency(found: dict[str, Any]) -> Report:
         for row in found["rows"]
     ]
     below = (
-        f"{found['source']}; one mention at a time, encoded; {found['mentions']} mentions, {found['candidates']} "
-        f"candidates scored. {' '.join(f'Left out: {why}.' for why in found['left_out'])}"
+        f"{found['source']}; one mention at a time, encoded; {found['mentions']} mentions (exact: fewer), each asked for "
+        f"once; {found['candidates']} candidates scored. {' '.join(f'Left out: {why}.' for why in found['left_out'])}"
     ).strip()
     return "One mention", columns, lines, below
 
@@ -167,7 +167,8 @@ def conditions(found: dict[str, Any]) -> str:
     machine = found["machine"]
     device = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     torch = machine["software"].get("torch", "?")
-    return f"{device}; {machine['gemm_gflops']} GFLOP/s; load {machine['load_at_start']}; torch {torch}; medians of {found['repeats']}."
+    repeated = f"; medians of {found['repeats']}" if "repeats" in found else ""
+    return f"{device}; {machine['gemm_gflops']} GFLOP/s; load {machine['load_at_start']}; torch {torch}{repeated}."
 
 
 def show(folder: Path, names: Sequence[str] | None = None) -> None:

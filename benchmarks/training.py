@@ -164,7 +164,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Library, plain loop and the scoring of pairs as one record."""
     harness.start(args)
     logging.set_verbosity_error()
-    entities = rows(args.batch_size * args.steps)
+    # The library prepares a batch while it is asked for the one before: one more, or the last step would prepare none.
+    entities = rows(args.batch_size * (args.steps + 1))
     mentions = mentions_of(entities)
     model, processor = model_and_processor(args.encoders, entities["attributes"])
     model.to(args.device)

@@ -143,7 +143,7 @@ def evaluate(
     from hf_mel.linking.loading import load_linking_model
     from hf_mel.linking.prototypes import Prototypes
     from hf_mel.linking.ranking import EncodedEntities, part_of_process
-    from hf_mel.schema import Reranker
+    from hf_mel.schema import Encodings, Reranker
 
     if weight == "auto" and split.startswith("test"):
         raise RecipeError(
@@ -226,15 +226,17 @@ def evaluate(
             "little about other texts."
         )
     own = part_of_process(len(entities), processes)
-    encodings = encode_rows(
-        loaded,
-        processor,
-        entities.select(own) if several else entities,
-        "entities",
-        prototypes=prototypes,
-        batch_size=batch_size,
-        progress=first,
-    )
+    encodings: Encodings = {"none": torch.empty(0)}  # more processes than entities
+    if len(own):
+        encodings = encode_rows(
+            loaded,
+            processor,
+            entities.select(own) if several else entities,
+            "entities",
+            prototypes=prototypes,
+            batch_size=batch_size,
+            progress=first,
+        )
     evaluate_on = partial(
         evaluate_full,
         loaded,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from filelock import FileLock
 
 from hf_mel.data.candidates import (
     SCORERS,
@@ -23,7 +24,7 @@ from hf_mel.data.candidates import (
 )
 from hf_mel.errors import KnowledgeBaseError, RecipeError
 from hf_mel.linking.encodings import encode_rows, model_fingerprint
-from hf_mel.linking.fingerprint import describe_model
+from hf_mel.linking.fingerprint import describe_model, describe_processor
 from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.loading import load_retriever
 from hf_mel.linking.prototypes import Prototypes, knows_posts
@@ -102,7 +103,7 @@ def make_candidates(
                 depends["training"] = _digest(training)
             else:  # the digest of texts does not see images
                 rows = [mentions, entities, *([] if known_by is None else [known_by])]
-                depends["model"] = [model_fingerprint(model), *(each._fingerprint for each in rows)]
+                depends["model"] = [_made_by(model, processor), *(each._fingerprint for each in rows)]
             key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
             file = Path(cache_dir) / f"{each}-{key[:32]}.parquet"
         if file is not None and file.exists():
@@ -208,16 +209,23 @@ def _encoded_once(
     progress: bool,
 ) -> KnowledgeBase:
     """The entities as a knowledge base of the cache: the lists of every split are made from it."""
-    parts = [model_fingerprint(model), *(rows._fingerprint for rows in (entities, known_by) if rows is not None)]
+    parts = [_made_by(model, processor), *(rows._fingerprint for rows in (entities, known_by) if rows is not None)]
     path = folder / f"kb-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
-    try:
-        kb = KnowledgeBase.load(path)
-        kb.check_made_by(model, processor)
-        if kb.entity_ids == list(entities["entity_id"]):
-            return kb
-    except KnowledgeBaseError:
-        pass  # not there, or of another processor
-    return KnowledgeBase.build(entities, model, processor, output=path, posts=known_by, progress=progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # another process may be at it: one encodes, the others read
+        try:
+            kb = KnowledgeBase.load(path)
+            kb.check_made_by(model, processor)
+            if kb.entity_ids == list(entities["entity_id"]):
+                return kb
+        except KnowledgeBaseError:
+            pass  # not there, or of another processor
+        return KnowledgeBase.build(entities, model, processor, output=path, posts=known_by, progress=progress)
+
+
+def _made_by(model: Any, processor: Any) -> list[Any]:
+    """What pins down a retriever: weights, configuration and how its processor reads rows."""
+    return [model_fingerprint(model), describe_model(model), describe_processor(processor, posts=knows_posts(model))]
 
 
 def _digest(rows: datasets.Dataset | None) -> str:

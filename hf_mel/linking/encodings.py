@@ -39,6 +39,11 @@ def slice_encodings(encodings: Encodings, index: slice | torch.Tensor | Sequence
     return {name: tensor[index] for name, tensor in encodings.items()}
 
 
+def as_float(encodings: Encodings) -> dict[str, torch.Tensor]:
+    """Half precision as float32, the rest as it is."""
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in encodings.items()}
+
+
 def concat_encodings(parts: Iterable[Encodings]) -> dict[str, torch.Tensor]:
     """The rows of all parts in one.
 

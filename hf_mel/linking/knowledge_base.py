@@ -49,7 +49,7 @@ from hf_mel.errors import (
     UnknownEntityError,
 )
 from hf_mel.files import building_folder, file_sha256, replace_folder, write_text
-from hf_mel.linking.encodings import concat_encodings, encode_batches, num_rows, row_bytes, slice_encodings
+from hf_mel.linking.encodings import as_float, concat_encodings, encode_batches, num_rows, row_bytes, slice_encodings
 from hf_mel.linking.fingerprint import (
     describe_model,
     describe_processor,
@@ -518,7 +518,7 @@ class KnowledgeBase:
         Args:
             indices (integers [R]): Row numbers, in any order.
         """
-        return _as_float(self._stored(np.asarray(indices, dtype=np.int64)))
+        return as_float(self._stored(np.asarray(indices, dtype=np.int64)))
 
     def iter_chunks(
         self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False
@@ -529,7 +529,7 @@ class KnowledgeBase:
         type that is, is a view of the mapped file. `rows` (without a step) limits it to some.
         """
         for first, encodings in self._stored_chunks(chunk_size, rows):
-            yield first, encodings if as_stored else _as_float(encodings)
+            yield first, encodings if as_stored else as_float(encodings)
 
     def info(self) -> dict[str, Any]:
         """What it is made of: counts, sizes in bytes, types, model."""
@@ -579,7 +579,7 @@ class KnowledgeBase:
     def iter_stored(self, first: int, chunk_size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """As [`~KnowledgeBase.iter_chunks`], of stored rows from `first` on."""
         for start in range(first, self.stored, chunk_size):
-            yield start, _as_float(self._gather(np.arange(start, min(start + chunk_size, self.stored))))
+            yield start, as_float(self._gather(np.arange(start, min(start + chunk_size, self.stored))))
 
     def _stored_chunks(
         self, chunk_size: int, rows: range | None = None
@@ -919,10 +919,6 @@ def _check_finite(
                 file=file,
                 remedy="Use bfloat16 or float32." if overflow else "Look at the weights of the model.",
             )
-
-
-def _as_float(encodings: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in encodings.items()}
 
 
 @cache

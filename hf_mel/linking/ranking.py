@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from hf_mel.errors import KnowledgeBaseError, RecipeError, ScoreError, UnknownEntityError
-from hf_mel.linking.encodings import num_rows, row_bytes, slice_encodings, to_device
+from hf_mel.linking.encodings import as_float, num_rows, row_bytes, slice_encodings, to_device
 from hf_mel.schema import Encodings
 
 ScoreFunction = Callable[[Encodings, Encodings], torch.Tensor]
@@ -84,17 +84,18 @@ class EncodedEntities:
     def iter_chunks(
         self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False
     ) -> Iterator[tuple[int, Encodings]]:
-        """See [`EntitySource`]; the chunks are views."""
+        """See [`EntitySource`]; the chunks are views, unless half precision is to be float32."""
         rows = range(len(self)) if rows is None else rows
         start = 0 if self.part is None else self.part.start
         for first in range(rows.start, rows.stop, chunk_size):
             some = slice(first - start, min(first + chunk_size, rows.stop) - start)
-            yield first, slice_encodings(self.tensors, some)
+            chunk = slice_encodings(self.tensors, some)
+            yield first, chunk if as_stored else as_float(chunk)
 
     def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
         """See [`EntitySource`]."""
         start = 0 if self.part is None else self.part.start
-        return slice_encodings(self.tensors, torch.as_tensor(indices, dtype=torch.long) - start)
+        return as_float(slice_encodings(self.tensors, torch.as_tensor(indices, dtype=torch.long) - start))
 
 
 @dataclass
@@ -221,13 +222,14 @@ def rank(
         raise KnowledgeBaseError("The knowledge base has no entities to rank.")
     golds = None if gold_rows is None else _checked_golds(gold_rows, mentions, entities).to(device)
 
-    sample = next((row_bytes(chunk) for _, chunk in entity_chunks.iter_chunks(1, as_stored=two_steps)), 0)
+    with team.all_or_none():
+        sample = next((row_bytes(chunk) for _, chunk in entity_chunks.iter_chunks(1, as_stored=two_steps)), 0)
+        mention_encodings = to_device(mention_encodings, device)
     half, least = byte_budget // 2, _SCORING_BYTES_PER_PAIR * min(mentions, 64)
-    chunk_size = max(1, min(len(entity_chunks), _CHUNK_ROWS, half // (least + sample)))
+    chunk_size = max(1, min(len(entity_chunks), _CHUNK_ROWS, half // max(1, least + sample)))
     pairs = min(half // _SCORING_BYTES_PER_PAIR, _BLOCK_PAIRS.get(device.type, 2**22))
     batch_size = max(1, min(mentions, pairs // chunk_size))
 
-    mention_encodings = to_device(mention_encodings, device)
     bar = tqdm(
         total=mentions * len(entity_chunks),
         desc="Ranking",
@@ -430,13 +432,13 @@ class _Plain:
 
     def block(self, mentions: Encodings, entities: Encodings, state: _State, firsts: tuple[Any, Any]) -> torch.Tensor:
         """[M, n]; `firsts` are the numbers of the first mention and of the first entity."""
-        block = self.score(mentions, entities)
+        block = self.score(mentions, entities).float()
         _check_block(block, mentions, entities, firsts)
         return block
 
     def diagonal(self, mentions: Encodings, entities: Encodings, numbers: tuple[Any, Any]) -> torch.Tensor:
         """Score of each mention with the entity of the same place, [M]; `numbers` are theirs."""
-        block = self.score(mentions, entities)
+        block = self.score(mentions, entities).float()
         _check_block(block, mentions, entities, numbers)
         return block.diagonal()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import datasets
 import pytest
 import torch
@@ -46,10 +49,8 @@ def test_sources_join_and_are_made_once(tmp_path, monkeypatch):
         retriever_candidates(toy_model(), ToyProcessor(), MENTIONS, ENTITIES, k=5),
     ]
     assert found.entity_ids == union_candidates(parts, k=5).entity_ids
-    assert sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()) == [
-        "kb",
-        *found.setting["source"].split("+"),
-    ]
+    kept = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+    assert sorted(kept) == ["kb", "name", "prior", "retriever"]
     for name in ("name_candidates", "prior_candidates", "retriever_candidates"):
         monkeypatch.setattr(module, name, None)  # so that making one again would fail
     again = make_candidates("name+prior+retriever", MENTIONS, ENTITIES, **options)
@@ -88,6 +89,27 @@ def test_entities_are_encoded_once_for_all_splits(tmp_path, monkeypatch):
         shard.write_bytes(shard.read_bytes()[:-40])
     make_candidates("retriever", MENTIONS.select([1]), ENTITIES, **cached)
     assert len(built) == 4
+
+
+def test_processes_that_start_together_share_one_encoding(tmp_path, monkeypatch):
+    register()
+    toy_model().save_pretrained(tmp_path / "run")
+    ToyProcessor().save_pretrained(tmp_path / "run")
+    options = {"k": 5, "retriever": tmp_path / "run", "device": "cpu", "cache_dir": tmp_path / "cache"}
+    built, build = [], KnowledgeBase.build
+
+    def slowly(*given, **kwargs):
+        built.append(1)
+        time.sleep(0.5)
+        return build(*given, **kwargs)
+
+    monkeypatch.setattr(KnowledgeBase, "build", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        made = list(
+            pool.map(lambda _: make_candidates("retriever", MENTIONS, ENTITIES, **options).entity_ids, range(2))
+        )
+    assert made[0] == made[1]
+    assert len(built) == 1
 
 
 @pytest.mark.parametrize(

@@ -373,3 +373,20 @@ def test_two_processes_find_what_one_finds(tmp_path):
             assert found["metrics"] == result.metrics
             for name, column in vars(result.ranking).items():
                 torch.testing.assert_close(found[name], column, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scores_of_another_type_are_ranked_as_float32(dtype):
+    generator = torch.Generator().manual_seed(3)
+    mentions = {"x": torch.randn(5, 4, generator=generator)}
+    entities = {"x": torch.randn(9, 4, generator=generator)}
+    found = rank(
+        None, mentions, source(entities), gold_rows=[0, 3, -1, 8, 2], score=lambda m, e: (m["x"] @ e["x"].T).to(dtype)
+    )
+    scores = (mentions["x"] @ entities["x"].T).to(dtype).float()
+    torch.testing.assert_close(found.top_scores, scores.sort(descending=True, dim=1).values)
+    halves = {name: tensor.half() for name, tensor in entities.items()}
+    in_float = rank(None, mentions, source(halves), score=lambda m, e: m["x"] @ e["x"].T)
+    torch.testing.assert_close(
+        in_float.top_scores, (mentions["x"] @ halves["x"].float().T).sort(descending=True, dim=1).values
+    )

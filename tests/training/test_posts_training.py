@@ -9,8 +9,9 @@ import torch
 
 from hf_mel.data.collator import LazyRows, RetrieverCollator
 from hf_mel.data.posts import captions_as_posts
-from hf_mel.errors import RecipeError, UnknownSplitError
+from hf_mel.errors import RecipeError, ScoreError, UnknownSplitError
 from hf_mel.evaluation.full import evaluate_full
+from hf_mel.linking import mention_features as module
 from hf_mel.linking.encodings import encode_rows
 from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
@@ -284,3 +285,47 @@ def test_a_mention_is_read_once_for_a_whole_training(tmp_path, monkeypatch):
         assert model.read - during == (0 if keeps else 36) + 12  # what is measured in the end is read anew
         assert metrics == pytest.approx([results[-1][2]] * 3)
     torch.testing.assert_close(results[0][0], results[1][0], atol=2e-3, rtol=1e-2)
+
+
+def test_other_splits_other_texts_and_pictures_are_read_apart(monkeypatch):
+    model, processor = Reading(toy_posts_model().config), ReadingProcessor()
+    features = MentionFeatures(model, processor)
+    mentions = toy_mentions(6)
+    features.add(mentions)
+    features.add(mentions)
+    assert model.read == 6
+    others = mentions.map(lambda row: {"text": f"now {row['text']}"})
+    features.add(others)
+    assert model.read == 12
+    image = mentions[0]["image"]
+    same = mentions.map(lambda row: {"image": image}, features=mentions.features)
+    features.add(same.select([1, 2]))
+    assert model.read == 14
+    with torch.no_grad():
+        expected = model.encode_mentions(**processor(mentions=list(others)))["text"]
+        found = model.encode_mentions(**processor(mentions=features.on(LazyRows(others).__getitems__([0, 4]))))["text"]
+    torch.testing.assert_close(found, expected[[0, 4]], atol=1e-3, rtol=1e-3)
+    with pytest.raises(KeyError):
+        features.on(LazyRows(toy_mentions(9)).__getitems__([8]))
+
+
+def test_features_without_room_for_them_are_read_again(monkeypatch, caplog):
+    monkeypatch.setattr(module, "_MOST_BYTES", 1000)
+    model = Reading(toy_posts_model().config)
+    features = MentionFeatures(model, ReadingProcessor())
+    features.add(toy_mentions(30), batch_size=4)
+    assert model.read == 4
+    assert "do not fit" in caplog.text
+    rows = LazyRows(toy_mentions(3)).__getitems__([0, 1, 2])
+    assert features.on(rows) == rows
+
+
+def test_features_that_are_no_numbers_name_the_mention():
+    class Broken(Reading):
+        def mention_features(self, **inputs):
+            found = super().mention_features(**inputs)
+            found["text"][1] = torch.nan
+            return found
+
+    with pytest.raises(ScoreError, match="m4"):
+        MentionFeatures(Broken(toy_posts_model().config), ReadingProcessor()).add(toy_mentions(5).select([4, 4]))
