@@ -18,7 +18,12 @@ SOURCE = "source_text"
 
 
 def posts_of(
-    dataset: str | os.PathLike[str], choice: str = "auto", *, revision: str | None = None, config: str = "mentions"
+    dataset: str | os.PathLike[str],
+    choice: str = "auto",
+    *,
+    revision: str | None = None,
+    config: str = "mentions",
+    train_split: str = "train",
 ) -> datasets.Dataset | None:
     """The posts that the entities of a data set are known by.
 
@@ -28,6 +33,7 @@ def posts_of(
             nothing; "none" is nothing; anything else is a split of the mentions, whose captions are the posts.
         revision (`str`, *optional*): Branch, tag or commit of a data set on the Hub.
         config (`str`): The configuration of the mentions.
+        train_split (`str`): The training split.
 
     Returns:
         `datasets.Dataset` of P posts (columns: [`~hf_mel.schema.post_features`], and [`SOURCE`] if they are captions), or
@@ -46,7 +52,7 @@ def posts_of(
     except UnknownSplitError:
         pass
     try:
-        return captions_as_posts(load_mentions(dataset, "train", revision, config=config))
+        return captions_as_posts(load_mentions(dataset, train_split, revision, config=config))
     except UnknownSplitError:
         return None
 

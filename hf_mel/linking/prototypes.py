@@ -103,6 +103,7 @@ class Prototypes:
         *,
         revision: str | None = None,
         config: str = "mentions",
+        train_split: str = "train",
     ) -> Prototypes | None:
         """[`Prototypes.of`] with the posts of a data set.
 
@@ -113,7 +114,7 @@ class Prototypes:
             posts (`str` or `datasets.Dataset`, *optional*): Posts, or which of the data set's: "auto" is the posts it
                 ships, else the captions of its training split; "none"; or a split, whose captions are the posts
                 ([`~hf_mel.data.posts.posts_of`]).
-            revision, config: Of the data set and its mentions.
+            revision, config, train_split: Of the data set and its mentions.
 
         Raises:
             UnknownSplitError: no such split.
@@ -128,7 +129,8 @@ class Prototypes:
                     file=source,
                     remedy="Leave posts out, or give a data set.",
                 )
-            posts = posts_of(source, posts, revision=revision, config=config) if named else None  # type: ignore[arg-type]
+            options = {"revision": revision, "config": config, "train_split": train_split}
+            posts = posts_of(source, posts, **options) if named else None  # type: ignore[arg-type]
         return cls.of(model, processor, posts)
 
     def add(self, entities: datasets.Dataset, *, progress: bool = False) -> None:

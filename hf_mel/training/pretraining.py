@@ -168,6 +168,7 @@ class PretrainingTrainer(MelTrainer):
             eval_dataset=None if eval_dataset is None else LazyRows(eval_dataset),
             **kwargs,
         )
+        self.label_names = ["labels"]  # others may be missing: a text without an image has none to be matched with
         self.add_callback(_SetEpoch(self))
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
         if getattr(model, "image_features_are_fixed", False):

@@ -108,7 +108,9 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
             }
         elif recipe.candidates is not None:
             raise recipe.error(f"{type(model).__name__} ranks all entities; leave 'candidates' out.")
-        prototypes = Prototypes.from_data(data.dataset, model, processor, revision=data.revision, config=data.config)
+        prototypes = Prototypes.from_data(
+            data.dataset, model, processor, revision=data.revision, config=data.config, train_split=data.train_split
+        )
         if recipe.task == "knowledge":
             if prototypes is None:
                 raise recipe.error(f"task: {type(model).__name__} does not know entities by posts.")
@@ -188,7 +190,12 @@ def candidates_for(
         scorer=wanted.scorer,
         training=training,
         retriever=wanted.retriever,
-        posts=lambda: posts_of(recipe.data.dataset, revision=recipe.data.revision, config=recipe.data.config),
+        posts=lambda: posts_of(
+            recipe.data.dataset,
+            revision=recipe.data.revision,
+            config=recipe.data.config,
+            train_split=recipe.data.train_split,
+        ),
         cache_dir=default_cache(),
         progress=True,
     )

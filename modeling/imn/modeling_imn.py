@@ -21,6 +21,9 @@ ambiguous or misprinted:
   max(γ − f(m, e⁺) + f(m, e⁻), 0). Its sum is over the other entities of the batch; over mentions it is a mean.
 - Table 4's rows without auxiliary spaces drop their losses; the fused space would be empty without the spaces.
 - The extractors (§3.3) stay as they are when linking is trained; prototypes are made of them before.
+- An entity without posts is the only post about itself: its name, description, attributes and first image.
+- The mention embedding (§3.2) is made of the joint model's word embeddings, not of GloVe; images are made square for DETR.
+- "Knowledge-guided" negatives are images of entities met in the batch under the same last word (the trainer's grouping).
 - The post's own mention enters through the joint model alone (§3.2). Texts with several mentions need it in the text
   too: see the processor's `mention_template`.
 

@@ -32,7 +32,8 @@ Textual mentions (§4.1)
 
 Visual mentions (§4.2)
 - Positional encodings are learned. With an image encoder, its last feature map is averaged to 8 × 8 pieces.
-- S^v is the cosine similarity, higher is better. Eq. 8 is the mean over all negatives.
+- S^v is the cosine similarity, higher is better. Eq. 8 is the mean over all negatives that have an image, for mentions
+  whose gold has one.
 - A candidate without an image has similarity -1. A visual mention without an image says nothing: all its scores are 0.
 
 Joint disambiguation (§4.3)
@@ -46,7 +47,10 @@ Joint disambiguation (§4.3)
 - Algorithm 1 is read from its description: for each visual mention, the textual mention that costs least (the most of
   the plan's mass) adds its weighted score for the same entity, and the other way round, both at once. As the two
   matrices have no common unit, what is added is scaled: from 0 for a mention's worst candidate, or an entity that is no
-  candidate of it, to 1 for its best; times the receiving mention's own spread. Losses are those of uncorrected scores.
+  candidate of it, to 1 for its best; times the receiving mention's own spread. Candidates without an image are 0 in what
+  images say, and do not count in their spread. Losses are those of uncorrected scores.
+
+Training documents are without their NIL mentions, which have no gold to learn from; those that are linked have them.
 
 Losses are printed as sums over a document. Here each is a mean over mentions (eq. 5: of the sum over candidates) or
 documents (eq. 9), so that the learning rate does not depend on the batch.
@@ -809,16 +813,21 @@ def _constant(within, within_other, p, q) -> torch.Tensor:
 
 
 def _scaled(side: _Side) -> torch.Tensor:
-    """Scores from 0, a mention's worst candidate, to 1, its best [R, S]; 0 if all are equal."""
-    lowest = side.scores.masked_fill(~side.mask, torch.inf).amin(1, keepdim=True)
+    """Scores from 0, a mention's worst candidate, to 1, its best [R, S]; 0 if all are equal, or without an image."""
+    lowest = side.scores.masked_fill(~_compared(side), torch.inf).amin(1, keepdim=True)
     spread = _spread(side)
-    return (side.scores - lowest) / torch.where(spread > 0, spread, 1.0)
+    return ((side.scores - lowest) / torch.where(spread > 0, spread, 1.0)).clamp(min=0)
 
 
 def _spread(side: _Side) -> torch.Tensor:
     """The best score of each mention minus the worst [R, 1]."""
-    best = side.scores.masked_fill(~side.mask, -torch.inf).amax(1, keepdim=True)
-    return best - side.scores.masked_fill(~side.mask, torch.inf).amin(1, keepdim=True)
+    best = side.scores.masked_fill(~_compared(side), -torch.inf).amax(1, keepdim=True)
+    return best - side.scores.masked_fill(~_compared(side), torch.inf).amin(1, keepdim=True)
+
+
+def _compared(side: _Side) -> torch.Tensor:
+    """The candidates whose scores say how alike they are: an image that is missing is no measure of others."""
+    return side.mask if side.shown is None else side.shown
 
 
 def _by_document(

@@ -253,21 +253,25 @@ def transport(x, y, config) -> tuple[np.ndarray, float]:
     return plan, float(((1 - a) * plan * cross).sum() + a * (plan * pair_cost(within, other, plan)).sum())
 
 
-def corrected(scores, said, mass, config) -> dict[int, float]:
+def corrected(scores, said, mass, config, compared=None) -> dict[int, float]:
     """Algorithm 1 for one mention.
 
     Args:
         scores: {entity: score} of its candidates.
         said: for each mention of the other modality, {entity: score}.
         mass: of the plan between it and each of those.
+        compared: the scores that make its spread; default: all.
     """
+    compared = list(scores.values()) if compared is None else compared
     best = sorted(range(len(mass)), key=lambda k: -mass[k])[: config.transport_matches or len(mass)]
     total = sum(mass[k] for k in best)
-    spread = max(scores.values()) - min(scores.values())
+    spread = max(compared) - min(compared) if compared else 0
     out = {}
     for entity, score in scores.items():
         added = 0.0
         for k in best:
+            if not said[k]:
+                continue
             low, high = min(said[k].values()), max(said[k].values())
             if entity in said[k] and high > low:
                 added += mass[k] / total * (said[k][entity] - low) / (high - low)
@@ -291,7 +295,7 @@ def link(model, document, entities, keep_gold=False):
         gold = document[k]["gold"]
         if gold is not None and gold in scores:
             ranking.append(ranking_loss(scores, gold, config.gamma))
-    similar, vectors = {}, {}
+    similar, vectors, alike = {}, {}, {}
     for k in visual:
         mention, scores, shown = document[k], {}, {}
         if mention["image"] is not None:
@@ -304,7 +308,7 @@ def link(model, document, entities, keep_gold=False):
                 scores[c] = -1.0
             else:
                 scores[c] = shown[c] = 1 - cosine_cost(vectors[k], image_vector(w, config, picture))
-        similar[k] = scores
+        similar[k], alike[k] = scores, shown
         if mention["gold"] in shown and len(shown) > 1:
             triplet.append(triplet_loss(shown, mention["gold"], config.margin))
     plan = cost = None
@@ -315,7 +319,7 @@ def link(model, document, entities, keep_gold=False):
         return {document[k]["candidates"][c]["entity"]: value for c, value in scores.items()}
 
     text_said = [by_entity(k, scores) for k, (scores, _, _) in zip(textual, linked, strict=True)]
-    image_said = [by_entity(k, similar[k]) for k in vectors]
+    image_said = [by_entity(k, alike[k]) for k in vectors]
     out = [None] * len(document)
     for r, (k, (scores, rest, _)) in enumerate(zip(textual, linked, strict=True)):
         if plan is not None:
@@ -327,7 +331,9 @@ def link(model, document, entities, keep_gold=False):
     for k in visual:
         scores = similar[k]
         if plan is not None and k in vectors:
-            final = corrected(by_entity(k, scores), text_said, plan[:, list(vectors).index(k)], config)
+            final = corrected(
+                by_entity(k, scores), text_said, plan[:, list(vectors).index(k)], config, [*alike[k].values()]
+            )
             scores = {c: final[document[k]["candidates"][c]["entity"]] for c in scores}
         out[k] = [scores[c] for c in range(len(scores))]
     return {

@@ -736,3 +736,20 @@ def test_features_read_before_give_the_same_encodings():
         model.eval()
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-4)
     assert losses[0].abs().max() > 0
+
+
+def test_dropout_is_for_training_alone():
+    model, plain = build(dropout=0.4), build()
+    plain.load_state_dict(model.state_dict())
+    batch = batch_for(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).scores, plain(**batch).scores)
+        model.train()
+        torch.manual_seed(0)
+        first, second = model.mention_encoder, model.entity_encoder
+        sequences = {
+            name: (torch.randn(4, 5, model.widths[name]), torch.ones(4, 5, dtype=torch.bool)) for name in (T, V, J)
+        }
+        for encoder in (first, second):
+            levels = [encoder(sequences) for _ in range(2)]
+            assert (levels[0][:, 0] - levels[1][:, 0]).abs().max() > 1e-3  # space 1 has no Transformer, only its own

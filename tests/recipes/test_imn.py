@@ -8,10 +8,16 @@ import itertools
 import pytest
 
 from hf_mel.data.collator import RetrieverCollator
+from hf_mel.data.loading import load_entities, load_mentions
+from hf_mel.evaluation.full import evaluate_full
+from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.linking.linker import EntityLinker
+from hf_mel.linking.loading import load_retriever
 from hf_mel.linking.prototypes import Prototypes
 from hf_mel.training.pretraining import PretrainingCollator, as_posts, pretraining_model
 from hf_mel.training.recipe import Recipe, shipped_recipes
-from hf_mel.training.run import build_model
+from hf_mel.training.run import build_model, run_recipe
+from tests.data.test_posts import write
 from tests.recipes.test_rerankers import encoders, load  # noqa: F401 (a fixture)
 from tests.toy import toy_entities, toy_mentions
 from tests.toy_posts import toy_posts
@@ -83,3 +89,30 @@ def test_the_stages_follow_each_other():
     for before, after in itertools.pairwise(stages):
         assert after.model.from_pretrained == f"runs/{before.name}"
     assert {stage.name for stage in stages} <= set(shipped_recipes())
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+def test_three_stages_train_evaluate_and_link(encoders, tmp_path, text_only):  # noqa: F811
+    data = str(write(tmp_path / "data", toy_posts()))
+    quick = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
+    runs = []
+    for name in ("imn-pretraining_flags", "imn-knowledge_flags", "imn_flags"):
+        recipe = load(name, "", encoders)
+        recipe.data.dataset = data
+        recipe.training.update(quick)
+        if runs:
+            recipe.model.from_pretrained = str(runs[-1])
+        elif text_only:
+            recipe.model.vision = None
+            recipe.model.config |= {"mention_modalities": ["text", "joint"], "entity_modalities": ["text", "joint"]}
+        runs.append(run_recipe(recipe, tmp_path / name))
+    model, processor = load_retriever(runs[-1])
+    assert model.config.mention_modalities == (["text", "joint"] if text_only else ["text", "image", "joint"])
+    test = load_mentions(data, "test")
+    prototypes = Prototypes.from_data(data, model, processor)
+    evaluated = evaluate_full(model, processor, test, load_entities(data), prototypes=prototypes, progress=False)
+    assert 0 < evaluated.metrics["mrr"] <= 1
+    kb = KnowledgeBase.build(data, model, processor, progress=False)
+    linked = EntityLinker(model, processor, kb, nil_threshold=None)([dict(row) for row in test])
+    ranked = [result.candidates[0].entity_id for result in linked]
+    assert ranked == [kb.entity_ids[row] for row in evaluated.ranking.top_rows[:, 0].tolist()]

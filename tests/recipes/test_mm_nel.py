@@ -1,0 +1,88 @@
+"""MM-nel's recipes: every row that a header names is built with small encoders and trained by a step; one runs through the
+whole library."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_mel.evaluation.candidates import evaluate_candidates
+from hf_mel.linking.candidates import make_candidates
+from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.linking.linker import EntityLinker
+from hf_mel.linking.loading import load_reranker
+from hf_mel.training.run import build_model, run_recipe
+from tests.recipes.test_rerankers import encoders, load, step  # noqa: F401 (a fixture)
+from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model, write_toy_dataset
+from tests.toy_documents import toy_documents
+
+PAPER = (
+    "candidates.k=30 training.num_negatives=29 model.config.num_candidates=30",
+    {"num_candidates": 30},
+)
+VARIANTS = [
+    *((name, "", {"joint": "transport"}) for name in ("mm-nel_flags", "mm-nel_m3el")),
+    *((name, "", {"joint": "none"}) for name in ("mm-nel-text_wikimel", "mm-nel_aida")),
+    ("mm-nel_flags", "model.config.joint=none", {"joint": "none", "num_relations": 3}),
+    ("mm-nel_flags", "model.config.joint=none model.config.num_relations=0", {"joint": "none", "num_relations": 0}),
+    ("mm-nel-text_wikimel", "model.config.num_relations=0", {"num_relations": 0}),
+    ("mm-nel-text_wikimel", *PAPER),
+]
+
+
+def of(rows, documents: bool):
+    """Documents as pairs of mention and candidates; without visual mentions unless `documents`."""
+    entities = [dict(row) for row in toy_entities(6)]
+    return [(dict(row), entities) for row in rows if documents or row["modality"] == "text"]
+
+
+@pytest.mark.parametrize(("name", "overrides", "expected"), VARIANTS)
+def test_a_row_trains(name, overrides, expected, encoders):  # noqa: F811
+    recipe = load(name, overrides, encoders)
+    model, processor = build_model(recipe)
+    assert {field: getattr(model.config, field) for field in expected} == expected
+    pairs = of(toy_documents(8), model.config.sees_images)
+    batch = dict(processor(pairs=pairs))
+    batch["labels"] = torch.tensor([k % 6 for k in range(len(pairs))])
+    step(model, batch)
+
+
+@pytest.mark.parametrize("joint", ["transport", "none"])
+def test_trains_evaluates_and_links(encoders, tmp_path, joint):  # noqa: F811
+    register()
+    splits = {
+        "train": toy_documents(24),
+        "validation": toy_documents(12),
+        "test": toy_documents(8, nil_every=4),
+    }
+    splits = {
+        name: rows.map(lambda row, name=name: {"mention_id": f"{name} {row['mention_id']}"})
+        for name, rows in splits.items()
+    }
+    data = write_toy_dataset(tmp_path / "data", entities=toy_entities(12), **splits)
+    recipe = load("mm-nel_flags", "", encoders)
+    recipe.model.config["joint"] = joint
+    recipe.data.dataset, recipe.data.config = str(data), "mentions"
+    recipe.candidates.source, recipe.candidates.retriever, recipe.candidates.k = "name+prior+document", None, 6
+    quick = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "num_negatives": 5,
+    }
+    recipe.training.update(quick)
+    run = run_recipe(recipe, tmp_path / "run")
+
+    model, processor = load_reranker(run)
+    lists = make_candidates("name+prior+document", splits["test"], toy_entities(12), training=splits["train"], k=6)
+    whole = evaluate_candidates(model, processor, splits["test"], toy_entities(12), lists, progress=False)
+    again = evaluate_candidates(
+        model, processor, splits["test"], toy_entities(12), lists, batch_size=1, progress=False
+    )
+    assert whole.metrics == again.metrics
+    assert 0 < whole.metrics["mrr"] <= 1
+    kb = KnowledgeBase.build(toy_entities(12), toy_model(), ToyProcessor(), progress=False)
+    linker = EntityLinker(toy_model(), ToyProcessor(), kb, reranker=model, reranker_processor=processor)
+    linked = linker([dict(row) for row in toy_mentions(4)], top_k=3)
+    assert all(len(result.candidates) == 3 for result in linked)
