@@ -413,7 +413,7 @@ class KnowledgeBase:
         """Builds an index, which finds candidates in much less time than it takes to score every entity.
 
         It is kept beside the knowledge base and takes the place of one of the same kind. Entities that were added
-        since are added to the one that is there. A build that was interrupted goes on.
+        since are added to the one that is there; Milvus gets all of them anew. A build that was interrupted goes on.
 
         Args:
             kind (`str`): One of [`~hf_mel.linking.indexes.KINDS`] other than "exact".

@@ -456,14 +456,19 @@ class _Pruned:
         # Added up in another order, or in a block of another shape, a score may come out a little higher.
         spare = _ROUNDING * quick.abs().amax(1)
         last, kept = state.top_scores[:, -1], state.top_scores.shape[1]
+        best = seeds = None
         if kept <= quick.shape[1] and (last == -torch.inf).any():
             # So far nothing is known: the k that look best now are no better than the k best.
             best = quick.topk(kept).indices
             some = torch.full_like(quick, torch.inf).scatter_(1, best, -torch.inf)
-            found = quick.gather(1, best) + self._remaining(mentions, entities, some).gather(1, best)
-            last = torch.maximum(last, found.amin(1))
+            seeds = self._remaining(mentions, entities, some).gather(1, best)
+            last = torch.maximum(last, (quick.gather(1, best) + seeds).amin(1))
         floor = last if state.below is None else torch.minimum(last, state.below)
-        rest = self._remaining(mentions, entities, (floor - spare - _ROUNDING * floor.abs())[:, None] - quick)
+        needed = (floor - spare - _ROUNDING * floor.abs())[:, None] - quick
+        if best is None or seeds is None:
+            rest = self._remaining(mentions, entities, needed)
+        else:
+            rest = self._remaining(mentions, entities, needed.scatter_(1, best, torch.inf)).scatter_(1, best, seeds)
         self._check(quick, rest, mentions, entities, firsts)
         return quick.add_(rest)
 

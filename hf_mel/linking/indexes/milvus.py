@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -83,7 +84,7 @@ class MilvusIndex(VectorIndex):
         where = uri or str(kb.path / _FILE)
         record = new_record(kb, model, _KIND)
         # A collection of its own for every state of the knowledge base: readers of an older one keep theirs till the end.
-        name = "hf_mel_" + hashlib.sha256(json.dumps(kb.shards).encode()).hexdigest()[:16]
+        name = _owner(kb) + hashlib.sha256(json.dumps(kb.shards).encode()).hexdigest()[:16]
         store = {"uri": uri, "collection": name}
         target = kb.path / f"index-{_KIND}"
         with building_folder(target, json.dumps([store, kb.shards])) as stage, _talking_to(where):
@@ -135,6 +136,12 @@ class MilvusIndex(VectorIndex):
             rows = [hit["row"] for hit in of_mention]
             each[: len(rows)] = rows
         return found
+
+
+def _owner(kb: KnowledgeBase) -> str:
+    """What the names of a folder's collections begin with: copies of a knowledge base may share a server."""
+    place = json.dumps([platform.node(), str(kb.path.resolve())])
+    return f"hf_mel_{hashlib.sha256(place.encode()).hexdigest()[:8]}_"
 
 
 def _pymilvus() -> Any:
@@ -205,4 +212,5 @@ def _replaced(kb: KnowledgeBase, client: Any, uri: str | None) -> set[str]:
         store = read_record(kb.path, _KIND).store
     except KnowledgeBaseError:
         return set()
-    return {store["collection"]} if store.get("uri") == uri else set()
+    ours = store.get("uri") == uri and store["collection"].startswith(_owner(kb))
+    return {store["collection"]} if ours else set()
