@@ -162,7 +162,7 @@ def remove(
 def index(
     kb: Annotated[Path, typer.Argument(help="The folder of the knowledge base.")],
     model: Annotated[str, typer.Option(help="The model that built it.")],
-    kind: _Kind = Kind.FAISS_IVF,
+    kind: _Kind = Kind.FAISS_PQ,
     uri: Annotated[
         str | None,
         typer.Option(
@@ -206,7 +206,7 @@ def recall(
     kb: Annotated[Path, typer.Argument(help="The folder of the knowledge base.")],
     model: Annotated[str, typer.Option(help="The model that built it.")],
     dataset: Annotated[str, typer.Option(help="A data-set folder, or a data set on the Hub: whose mentions to take.")],
-    kind: _Kind = Kind.FAISS_IVF,
+    kind: _Kind = Kind.FAISS_PQ,
     split: Annotated[str, typer.Option(help="Which mentions.")] = "validation",
     limit: Annotated[int, typer.Option(min=1, help="How many mentions, evenly drawn from all.")] = 500,
     first_stage: Annotated[
