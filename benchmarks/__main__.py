@@ -1,6 +1,6 @@
 """All benchmarks one after another, then their tables and plot: what `make bench` runs.
 
-    python -m benchmarks                            # sizes for two cores, nothing else running
+    python -m benchmarks                            # sizes for two cores, nothing else running: under 20 minutes
     python -m benchmarks --only growth,latency      # some; what was trained and built before is used again
     python -m benchmarks --full                     # all sizes, a million entities too: hours, 40 GB of scratch space
     python -m benchmarks --model runs/mimic-text_wikimel --dataset data/wikimel   # and that run, ranking and latency
@@ -20,7 +20,13 @@ import time
 from benchmarks import harness, summary
 
 #: Arguments of each benchmark: of a short run, and of a full one.
-SHORT: dict[str, list[str]] = {name: [] for name in ("ranking", "growth", "latency", "building", "training")}
+SHORT: dict[str, list[str]] = {
+    "ranking": ["--mentions", "8"],
+    "growth": ["--sizes", "10000,50000,110000", "--mentions-sizes", "16,64,256"],
+    "latency": ["--sizes", "10000,100000", "--graph-limit", "10000"],
+    "building": ["--entities", "64"],
+    "training": [],
+}
 FULL: dict[str, list[str]] = {
     "ranking": ["--mentions", "128"],
     "growth": ["--sizes", "10000,20000,50000,110000,200000", "--mentions-sizes", "16,32,64,128,256,512"],

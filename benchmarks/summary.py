@@ -234,7 +234,7 @@ def plot(folder: Path, output: Path) -> None:
         axes.set_xticks(sizes, [f"{size // 1000}k" if size >= 1000 else str(size) for size in sizes])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    speed.legend(fontsize=7)
+    speed.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0.01, 0.1))
     figure.savefig(output, dpi=110)
     plt.close(figure)
 
