@@ -23,7 +23,7 @@ from benchmarks import harness, summary
 SHORT: dict[str, list[str]] = {
     "ranking": ["--mentions", "8"],
     "growth": ["--sizes", "10000,50000,110000", "--mentions-sizes", "16,64,256"],
-    "latency": ["--sizes", "10000,100000", "--graph-limit", "10000"],
+    "latency": ["--sizes", "10000,50000", "--graph-limit", "10000"],
     "building": ["--entities", "64"],
     "training": [],
 }
