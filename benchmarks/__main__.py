@@ -22,7 +22,7 @@ from benchmarks import harness, summary
 #: Arguments of each benchmark: of a short run, and of a full one.
 SHORT: dict[str, list[str]] = {
     "ranking": ["--mentions", "8"],
-    "growth": ["--sizes", "10000,50000,110000", "--mentions-sizes", "16,64,256"],
+    "growth": ["--sizes", "10000,50000,110000", "--mentions-sizes", "16,64,128"],
     "latency": ["--sizes", "10000,50000", "--graph-limit", "10000"],
     "building": ["--entities", "64"],
     "training": [],
