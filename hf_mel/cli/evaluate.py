@@ -137,13 +137,11 @@ def evaluate(
     from hf_mel.data.posts import posts_of
     from hf_mel.errors import RecipeError, UnknownSplitError
     from hf_mel.evaluation.candidates import evaluate_candidates
-    from hf_mel.evaluation.full import check_units, evaluate_full
+    from hf_mel.evaluation.full import check_units, encode_own_entities, evaluate_full
     from hf_mel.evaluation.tables import orders_table, results_table
-    from hf_mel.linking.encodings import encode_rows
     from hf_mel.linking.loading import load_linking_model
     from hf_mel.linking.prototypes import Prototypes
-    from hf_mel.linking.ranking import EncodedEntities, part_of_process
-    from hf_mel.schema import Encodings, Reranker
+    from hf_mel.schema import Reranker
 
     if weight == "auto" and split.startswith("test"):
         raise RecipeError(
@@ -225,28 +223,26 @@ def evaluate(
             f"Of {told:,} of {len(mentions):,} mentions, the text itself is a post about the entity: these results say "
             "little about other texts."
         )
-    own = part_of_process(len(entities), processes)
-    encodings: Encodings = {"none": torch.empty(0)}  # more processes than entities
-    if len(own):
-        encodings = encode_rows(
-            loaded,
-            processor,
-            entities.select(own) if several else entities,
-            "entities",
-            prototypes=prototypes,
-            batch_size=batch_size,
-            progress=first,
-        )
+    among = processes if several else None
+    own = encode_own_entities(
+        loaded,
+        processor,
+        entities,
+        processes=among,
+        prototypes=prototypes,
+        batch_size=batch_size,
+        progress=first,
+    )
     evaluate_on = partial(
         evaluate_full,
         loaded,
         processor,
-        entities=EncodedEntities(list(entities["entity_id"]), encodings, own),
-        batch_size=batch_size,
+        entities=own,
         ks=k_list,
         ties=ties.value,
         units=unit_list,
-        processes=processes if several else None,
+        batch_size=batch_size,
+        processes=among,
         progress=first,
     )
     calibration = None

@@ -188,11 +188,15 @@ def evaluate_full(
     try:
         encode = partial(encode_rows, model, processor, batch_size=batch_size, progress=progress)
         if isinstance(entities, datasets.Dataset):
-            own = range(len(entities)) if processes is None else part_of_process(len(entities), processes)
-            encoded = (
-                encode(entities.select(own), "entities", prototypes=prototypes) if own else {"none": torch.empty(0)}
+            entities = encode_own_entities(
+                model,
+                processor,
+                entities,
+                prototypes=prototypes,
+                batch_size=batch_size,
+                processes=processes,
+                progress=progress,
             )
-            entities = EncodedEntities(entity_ids, encoded, own)
         if processes is not None:
             entities = EntityPart(entities, part_of_process(len(entities), processes))
         if mention_encodings is None:
@@ -249,6 +253,28 @@ def evaluate_full(
             "software": software_versions(),
         },
     )
+
+
+def encode_own_entities(
+    model: Any,
+    processor: MelProcessor,
+    entities: datasets.Dataset,
+    *,
+    processes: PartialState | None = None,
+    **options: Any,
+) -> EncodedEntities:
+    """All N entities, of which this process encodes its part; for [`evaluate_full`] on the same `processes`.
+
+    Args:
+        model, processor, entities, options: As of [`~hf_mel.linking.encodings.encode_rows`].
+        processes (`accelerate.PartialState`, *optional*): Who shares the work. Default: this process does all.
+    """
+    own = range(len(entities)) if processes is None else part_of_process(len(entities), processes)
+    encoded: Encodings = {"none": torch.empty(0)}  # more processes than entities
+    if len(own):
+        some = entities if len(own) == len(entities) else entities.select(own)
+        encoded = encode_rows(model, processor, some, "entities", **options)
+    return EncodedEntities(list(entities["entity_id"]), encoded, own)
 
 
 def check_units(

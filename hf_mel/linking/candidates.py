@@ -23,7 +23,7 @@ from hf_mel.data.candidates import (
     union_candidates,
 )
 from hf_mel.errors import KnowledgeBaseError, RecipeError
-from hf_mel.linking.encodings import encode_rows, model_fingerprint
+from hf_mel.linking.encodings import encode_rows
 from hf_mel.linking.fingerprint import describe_model, describe_processor
 from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.loading import load_retriever
@@ -87,6 +87,7 @@ def make_candidates(
         assert retriever is not None
         model, processor = load_retriever(retriever, device=device)
     known_by = posts() if posts is not None and knows_posts(model) else None
+    made_by = None if cache_dir is None or processor is None else _made_by(model, processor)
     lists = []
     for each in sources:
         if each == "release":
@@ -103,7 +104,7 @@ def make_candidates(
                 depends["training"] = _digest(training)
             else:  # the digest of texts does not see images
                 rows = [mentions, entities, *([] if known_by is None else [known_by])]
-                depends["model"] = [_made_by(model, processor), *(each._fingerprint for each in rows)]
+                depends["model"] = [made_by, *(each._fingerprint for each in rows)]
             key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
             file = Path(cache_dir) / f"{each}-{key[:32]}.parquet"
         if file is not None and file.exists():
@@ -119,7 +120,7 @@ def make_candidates(
             prototypes = Prototypes.of(model, processor, known_by)
             encoded: Any = entities
             if cache_dir is not None:
-                encoded = _encoded_once(model, processor, entities, known_by, Path(cache_dir), progress)
+                encoded = _encoded_once(model, processor, made_by, entities, known_by, Path(cache_dir), progress)
             made = retriever_candidates(
                 model, processor, mentions, encoded, k=k, prototypes=prototypes, progress=progress
             )
@@ -203,13 +204,14 @@ def retriever_candidates(
 def _encoded_once(
     model: Any,
     processor: MelProcessor,
+    made_by: list[Any] | None,
     entities: datasets.Dataset,
     known_by: datasets.Dataset | None,
     folder: Path,
     progress: bool,
 ) -> KnowledgeBase:
     """The entities as a knowledge base of the cache: the lists of every split are made from it."""
-    parts = [_made_by(model, processor), *(rows._fingerprint for rows in (entities, known_by) if rows is not None)]
+    parts = [made_by, *(rows._fingerprint for rows in (entities, known_by) if rows is not None)]
     path = folder / f"kb-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # another process may be at it: one encodes, the others read
@@ -225,7 +227,7 @@ def _encoded_once(
 
 def _made_by(model: Any, processor: Any) -> list[Any]:
     """What pins down a retriever: weights, configuration and how its processor reads rows."""
-    return [model_fingerprint(model), describe_model(model), describe_processor(processor, posts=knows_posts(model))]
+    return [describe_model(model), describe_processor(processor, posts=knows_posts(model))]
 
 
 def _digest(rows: datasets.Dataset | None) -> str:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from hf_mel.data.collator import LazyRows, model_inputs
 from hf_mel.data.images import ImageSource, open_image
 from hf_mel.errors import DataFormatError, KnowledgeBaseError, SpanError
-from hf_mel.linking.encodings import slice_encodings, to_device
+from hf_mel.linking.encodings import as_float, slice_encodings, to_device
 from hf_mel.linking.explaining import Explanation, explain
 from hf_mel.linking.fingerprint import sees_images
 from hf_mel.linking.knowledge_base import KnowledgeBase
@@ -313,10 +313,7 @@ class EntityLinker:
         reranks = self.reranker is not None
         inputs = model_inputs(self.model, self.processor(mentions=rows))
         with torch.inference_mode():
-            encoded = {
-                name: tensor.float() if tensor.is_floating_point() else tensor
-                for name, tensor in self.model.encode_mentions(**inputs).items()
-            }
+            encoded = as_float(self.model.encode_mentions(**inputs))
             kept = max(top_k, self.rerank_k) if reranks else top_k
             ranking = self.index.find(encoded, kept, units=units)
             top_rows, top_scores = ranking.top_rows.tolist(), ranking.top_scores.tolist()

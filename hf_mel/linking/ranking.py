@@ -280,7 +280,7 @@ class _Team(_Alone):
     """Several processes of Accelerate."""
 
     def __init__(self, processes: PartialState):
-        self.number, self.device = processes.process_index, processes.device
+        self.number = processes.process_index
 
     def gather(self, value: Any) -> list[Any]:
         """As [`_Alone.gather`]."""

@@ -167,13 +167,18 @@ class ImnProcessor(ProcessorMixin):
         tensors: dict[str, torch.Tensor] = {}
         for modality in rows[0]:
             states = [row[modality] for row in rows]
-            width = max([1, *(len(each) for each in states)])
-            out = torch.zeros(len(states), width, states[0].shape[1])
-            mask = torch.zeros(len(states), width, dtype=torch.bool)
-            for place, each in enumerate(states):
-                out[place, : len(each)], mask[place, : len(each)] = each, True
-            tensors |= {f"mention_features_{modality}": out, f"mention_features_{modality}_mask": mask}
+            length = max([1, *(len(each) for each in states)])
+            tensors |= ImnProcessor._stacked(f"mention_features_{modality}", states, length, states[0].shape[1])
         return tensors
+
+    @staticmethod
+    def _stacked(name: str, rows: Sequence[torch.Tensor | None], length: int, width: int) -> dict[str, torch.Tensor]:
+        """Vectors [s, width] of each row in one tensor [B, length, width], and which there are; `None` for none."""
+        out, mask = torch.zeros(len(rows), length, width), torch.zeros(len(rows), length, dtype=torch.bool)
+        for place, each in enumerate(rows):
+            if each is not None:
+                out[place, : len(each)], mask[place, : len(each)] = each, True
+        return {name: out, f"{name}_mask": mask}
 
     def _prototypes(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         found: list[dict[str, torch.Tensor]] = []
@@ -198,13 +203,8 @@ class ImnProcessor(ProcessorMixin):
             widths = {vectors[modality].shape[1] for vectors in found if modality in vectors}
             if len(widths) > 1:
                 raise ValueError(f"{modality} prototypes have several widths: {', '.join(map(str, sorted(widths)))}.")
-            out = torch.zeros(len(rows), self.num_prototypes, widths.pop())
-            mask = torch.zeros(len(rows), self.num_prototypes, dtype=torch.bool)
-            for place, row_vectors in enumerate(found):
-                if modality in row_vectors:
-                    count = len(row_vectors[modality])
-                    out[place, :count], mask[place, :count] = row_vectors[modality], True
-            tensors |= {f"entity_prototypes_{modality}": out, f"entity_prototypes_{modality}_mask": mask}
+            of_rows = [vectors.get(modality) for vectors in found]
+            tensors |= self._stacked(f"entity_prototypes_{modality}", of_rows, self.num_prototypes, widths.pop())
         return tensors
 
     def _pretraining(self, posts: Sequence[Mapping[str, Any]], partners: Sequence[int]) -> BatchFeature:
