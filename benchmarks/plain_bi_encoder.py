@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -45,10 +46,11 @@ def main() -> None:
     row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
     documents = [f"{e['name']} | {e['attributes']}" for e in entities]
 
-    def split(name: str) -> tuple[list[str], torch.Tensor]:
-        columns = ["mention", "text", "entity_id"]
+    def split(name: str) -> tuple[list[str], torch.Tensor, list[str]]:
+        columns = ["mention", "text", "entity_id", "context_id"]
         rows = load_dataset(args.dataset, "mentions", split=name).select_columns(columns)
-        return [f"{r['mention']} | {r['text']}" for r in rows], torch.tensor([row_of[r["entity_id"]] for r in rows])
+        golds = torch.tensor([row_of[r["entity_id"]] for r in rows])
+        return [f"{r['mention']} | {r['text']}" for r in rows], golds, list(rows["context_id"])
 
     def embed(texts: list[str]) -> torch.Tensor:
         tokens = tokenizer(texts, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
@@ -65,7 +67,7 @@ def main() -> None:
                 out[part] = embed([texts[i] for i in part])
         return out
 
-    queries, golds = split("train")
+    queries, golds, _ = split("train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     steps = args.epochs * (len(queries) // args.batch_size)
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, steps)
@@ -91,7 +93,7 @@ def main() -> None:
     bar.close()
 
     model.eval()
-    texts, golds = split(args.split)
+    texts, golds, contexts = split(args.split)
     left, right = embed_all(texts), embed_all(documents)
     ranks = []
     for first in range(0, len(left), 512):
@@ -99,11 +101,17 @@ def main() -> None:
         gold = scores.gather(1, golds[first : first + 512, None])
         ranks.append(1 + (scores > gold).sum(1))
     rank = torch.cat(ranks).double()
+    mentions_in = Counter(contexts)
+    single = torch.tensor([mentions_in[context] == 1 for context in contexts])
     metrics = {f"hits@{k}": (rank <= k).double().mean().item() for k in (1, 3, 5, 10, 20)}
     metrics |= {"mrr": (1 / rank).mean().item(), "mr": rank.mean().item()}
     result = {
         "model": "plain bi-encoder",
         "metrics": metrics,
+        "hits@1 by mentions in context": {
+            name: (rank[which] == 1).double().mean().item()
+            for name, which in (("single", single), ("multiple", ~single))
+        },
         "split": args.split,
         "num_mentions": len(rank),
         "kb_size": len(documents),

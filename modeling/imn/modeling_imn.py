@@ -56,6 +56,8 @@ _BLOCK_MENTIONS = 256
 _BLOCK_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}
 #: Kernel sizes of the Conv1D blocks (eq. 6).
 _KERNELS = (2, 3, 4, 5)
+#: Parts of a batch, by length, that are padded apart.
+_LENGTHS = 4
 
 #: A sequence [B, S, d] and which of its positions there are [B, S].
 Sequence = tuple[torch.Tensor, torch.Tensor]
@@ -120,14 +122,59 @@ def _masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (x * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
+def _some(states: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> Sequence:
+    """Those rows of a sequence, without the columns that are padding in all of them at its end."""
+    mask = mask[rows]
+    width = max(1, int((mask.any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max()))
+    return states[rows, :width], mask[:, :width]
+
+
+class _AlignedConv1d(nn.Conv1d):
+    """Starts as a map of single tokens, which all others of its shape start as: only one tap is not zero."""
+
+    def aligned_weight(self) -> torch.Tensor:
+        """Its tap: the identity where it keeps the width, as ReLU's outputs pass that and another ReLU unchanged; else
+        orthogonal, and scaled for the half that ReLU takes."""
+        out, into, taps = self.weight.shape
+        if out == into:
+            tap = torch.eye(out)
+        else:
+            tap = torch.empty(out, into)
+            nn.init.orthogonal_(tap, 2**0.5, generator=torch.Generator().manual_seed(0))
+        weight = torch.zeros(out, into, taps)
+        weight[:, :, taps // 2 if self.padding[0] else 0] = tap
+        return weight
+
+
+class _AlignedLinear(nn.Linear):
+    """Starts as the orthogonal projection that all others of its shape start as, without a bias."""
+
+    def aligned_weight(self) -> torch.Tensor:
+        weight = torch.empty(self.weight.shape)
+        return nn.init.orthogonal_(weight, generator=torch.Generator().manual_seed(0))
+
+
+class _FaintLinear(nn.Linear):
+    """Starts `scale` times as large as PyTorch's own, without a bias."""
+
+    scale = 0.1
+
+
+class _SilentLinear(_FaintLinear):
+    """Starts as zeros."""
+
+    scale = 0.0
+
+
 class DilatedCNN(nn.Module):
     """Eq. 1: convolutions of kernel size 3 and growing dilation, each followed by ReLU; as many outputs as inputs."""
 
     def __init__(self, width: int, config: ImnConfig):
         super().__init__()
+        convolution = _AlignedConv1d if config.encoder_init == "aligned" else nn.Conv1d
         self.layers = nn.ModuleList()
         for dilation in config.dilations or ():
-            self.layers.append(nn.Conv1d(width, config.hidden_dim, 3, padding=dilation, dilation=dilation))
+            self.layers.append(convolution(width, config.hidden_dim, 3, padding=dilation, dilation=dilation))
             width = config.hidden_dim
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -159,23 +206,41 @@ class HierarchicalEncoder(nn.Module):
     def __init__(self, config: ImnConfig, widths: Mapping[str, int]):
         super().__init__()
         hidden, aux = config.hidden_dim, config.aux_dim
+        aligned = config.encoder_init == "aligned"
+        convolution, linear = (_AlignedConv1d, _AlignedLinear) if aligned else (nn.Conv1d, nn.Linear)
         self.cnn = nn.ModuleDict({name: DilatedCNN(width, config) for name, width in widths.items()})
         self.attention = nn.ModuleDict({name: nn.Linear(hidden, 1, bias=False) for name in widths})
         layer = nn.TransformerEncoderLayer(hidden, config.num_heads, 4 * hidden, config.dropout, batch_first=True)
+        if aligned:
+            layer.linear2 = _SilentLinear(4 * hidden, hidden)
         self.transformer = nn.TransformerEncoder(layer, config.num_layers, enable_nested_tensor=False)
         self.convolutions = nn.ModuleDict(
             {
-                name: nn.ModuleList([nn.Conv1d(hidden, config.conv_dim, kernel) for kernel in _KERNELS])
+                name: nn.ModuleList([convolution(hidden, config.conv_dim, kernel) for kernel in _KERNELS])
                 for name in widths
             }
         )
         self.dropout = nn.Dropout(config.dropout)
         sizes = (hidden, hidden, len(_KERNELS) * config.conv_dim)
-        self.fc = nn.ModuleList([nn.Linear(len(widths) * size, aux) for size in sizes])
+        self.fc = nn.ModuleList([linear(len(widths) * size, aux) for size in sizes])
         self.norm = nn.ModuleList([_BatchNorm(aux) for _ in sizes])
 
     def forward(self, sequences: Mapping[str, Sequence]) -> torch.Tensor:
         """aux [B, 3, d] of the sequence of each modality."""
+        # About equally long ones together: a quarter of them need not be as long as the longest of all.
+        length = torch.stack([mask.sum(1) for _, mask in sequences.values()]).sum(0)
+        order = length.argsort(descending=True)
+        parts = order.split(max(1, -(-len(order) // _LENGTHS)))
+        found = [
+            self._levels({name: _some(*sequence, part) for name, sequence in sequences.items()}) for part in parts
+        ]
+        back = order.argsort()
+        levels = [torch.cat(level)[back] for level in zip(*found, strict=True)]
+        aux = [norm(fc(self.dropout(x))) for x, fc, norm in zip(levels, self.fc, self.norm, strict=True)]
+        return torch.stack(aux, 1)  # eq. 3, 5, 8
+
+    def _levels(self, sequences: Mapping[str, Sequence]) -> list[torch.Tensor]:
+        """What eq. 3, 5 and 8 map: of each level, its modalities' vectors side by side, [B, n · width]."""
         names = list(self.cnn)
         masks = [sequences[name][1] for name in names]
         locals_ = [self.cnn[name](*sequences[name]) for name in names]  # eq. 1
@@ -192,9 +257,7 @@ class HierarchicalEncoder(nn.Module):
         parts = states.split([mask.shape[1] for mask in masks], 1)
         second = [_masked_mean(t, mask) for t, mask in zip(parts, masks, strict=True)]
         third = [self._max_pooled(name, t, mask) for name, t, mask in zip(names, parts, masks, strict=True)]
-        levels = [torch.cat(level, -1) for level in (first, second, third)]
-        aux = [norm(fc(self.dropout(x))) for x, fc, norm in zip(levels, self.fc, self.norm, strict=True)]
-        return torch.stack(aux, 1)  # eq. 3, 5, 8
+        return [torch.cat(level, -1) for level in (first, second, third)]
 
     def _max_pooled(self, name: str, t: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """c [B, 4 · conv_dim] of t [B, S, h] (eq. 6–7). ReLU is never below 0, so 0 may stand for padding."""
@@ -210,10 +273,11 @@ class HierarchicalEncoder(nn.Module):
 class CoAttention(nn.Module):
     """W_c^1, W_c^2, b_c of one direction of eq. 9."""
 
-    def __init__(self, dim: int):
+    def __init__(self, config: ImnConfig):
         super().__init__()
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.key = nn.Linear(dim, dim)
+        linear = _FaintLinear if config.encoder_init == "aligned" else nn.Linear  # faint: nearly even at first
+        self.query = linear(config.aux_dim, config.aux_dim, bias=False)
+        self.key = linear(config.aux_dim, config.aux_dim)
 
 
 def _attention(aux: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -228,13 +292,17 @@ def _attention(aux: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> tor
     """
     a, b = len(aux), len(key)
     aux, query, key = aux.flatten(0, 1), query.flatten(0, 1), key.transpose(0, 1).flatten(0, 1)
-    negative = -key
     # Row by row of one side: one [rows of the other, d] at a time stays in the caches.
+    if torch.is_grad_enabled():
+        logits = torch.stack([F.relu(q + key) @ x for q, x in zip(query, aux, strict=True)])
+        return logits.view(a, 3, 3, b).softmax(2).mean(1)
+    # ReLU(x + y) = max(x, −y) + y is one pass less, but the gradient of max takes eight times as long as ReLU's.
+    negative = -key
     if a <= 2 * b:
         larger = torch.stack([torch.maximum(q, negative) @ x for q, x in zip(query, aux, strict=True)])
     else:
         larger = torch.stack([(torch.maximum(query, k) * aux).sum(-1) for k in negative], 1)
-    logits = larger + aux @ key.T  # ReLU(x + y) = max(x, −y) + y
+    logits = larger + aux @ key.T
     return logits.view(a, 3, 3, b).softmax(2).mean(1)
 
 
@@ -303,7 +371,15 @@ class ImnPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Conv1d):  # PyTorch's own start
+        if isinstance(module, _AlignedConv1d | _AlignedLinear):
+            init.copy_(module.weight, module.aligned_weight().to(module.weight))
+            init.zeros_(module.bias)
+        elif isinstance(module, _FaintLinear):
+            bound = module.scale * module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear | nn.Conv1d):  # PyTorch's own start
             init.kaiming_uniform_(module.weight, a=5**0.5)
             if module.bias is not None:
                 bound = module.weight[0].numel() ** -0.5
@@ -311,6 +387,9 @@ class ImnPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.MultiheadAttention):
             init.xavier_uniform_(module.in_proj_weight)
             init.zeros_(module.in_proj_bias)
+            if self.config.encoder_init == "aligned":  # after its children
+                init.zeros_(module.out_proj.weight)
+                init.zeros_(module.out_proj.bias)
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm1d):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -489,8 +568,8 @@ class ImnModel(ImnPreTrainedModel):
             config, {name: self.widths[name] for name in config.entity_modalities or ()}
         )
         if config.co_attention:
-            self.mention_to_entity = CoAttention(config.aux_dim)
-            self.entity_to_mention = CoAttention(config.aux_dim)
+            self.mention_to_entity = CoAttention(config)
+            self.entity_to_mention = CoAttention(config)
         self.post_init()
         self.train()  # fixes the extractors
 

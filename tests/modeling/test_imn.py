@@ -173,10 +173,12 @@ VARIANTS = {
     "two layers, other rates": {"num_layers": 2, "dilations": [2, 1]},
     "feature map": {"vision": RESNET},
     "vit": {"vision": VIT},
+    "aligned start": {"encoder_init": "aligned"},
     "other weights": {"loss_weights": [0.1, 0.7, 0.2, 2], "margin": 1},
 }
 FEW = (
     "the paper's",
+    "aligned start",
     "- co-attention",
     "text+image / text",
     "- aux 1",
@@ -337,6 +339,40 @@ def test_laws_of_scoring(name):
     torch.testing.assert_close(chunked, scores)
     assert {tuple(v.shape) for v in entities.values()} == {(7, 3, 6)}
     assert isinstance(model, Retriever)
+
+
+@pytest.mark.parametrize("counts", [(6, 7), (3, 9), (9, 2)])
+def test_scores_with_and_without_gradients_are_the_same(counts):
+    model = build()
+    batch = batch_for(model, *counts)
+    with torch.no_grad():
+        expected = model(**batch).scores
+    scores = model(**batch).scores
+    assert scores.requires_grad
+    torch.testing.assert_close(scores.detach(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_aligned_start_maps_single_tokens():
+    """Both networks start as one map: of each token, ReLU of an orthogonal projection; nothing of its neighbours."""
+    torch.manual_seed(0)
+    wide = {"vision_config": None, "encoder_init": "aligned", "dilations": [1, 2], **DIMS, "hidden_dim": 8}
+    model = ImnModel(ImnConfig(text_config=dict(BERT), **wide)).eval()
+    width = model.widths["text"]
+    token, others = torch.randn(2, width), torch.randn(5, width)
+    for encoder in (model.mention_encoder, model.entity_encoder):
+        weight = encoder.cnn["text"].layers[0].weight[:, :, 1]
+        torch.testing.assert_close(weight @ weight.T, 2 * torch.eye(8), atol=1e-5, rtol=0)
+        seen = encoder.cnn["text"](others.unsqueeze(0), torch.ones(1, 5, dtype=torch.bool))[0]
+        torch.testing.assert_close(seen, (others @ weight.T).clamp(min=0), atol=1e-5, rtol=1e-5)
+    there = torch.ones(2, 1, dtype=torch.bool)
+    with torch.no_grad():
+        of_mentions = model.mention_encoder({"text": (token.unsqueeze(1), there)})
+        of_entities = model.entity_encoder({"text": (token.unsqueeze(1), there)})
+        # Eight times the same token; eq. 6 adds zeros after the last, which no tap but the first meets.
+        repeated = model.mention_encoder({"text": (token.unsqueeze(1).expand(2, 8, width), there.expand(2, 8))})
+    torch.testing.assert_close(of_mentions, of_entities)
+    torch.testing.assert_close(repeated, of_mentions, atol=1e-5, rtol=1e-5)
+    assert of_mentions[0].sub(of_mentions[1]).abs().max() > 0.01
 
 
 def test_blocks_do_not_change_scores(monkeypatch):
@@ -665,6 +701,7 @@ def test_the_default_configuration_is_the_papers():
         ({"num_prototypes": 0}, ["num_prototypes"]),
         ({"prototype_selection": "best"}, ["prototype_selection", "'random'"]),
         ({"dropout": 1}, ["dropout"]),
+        ({"encoder_init": "zero"}, ["encoder_init", "'aligned'"]),
     ],
 )
 def test_impossible_configurations_say_why(fields, words):
