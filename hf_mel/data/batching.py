@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 
 import datasets
@@ -14,6 +14,8 @@ from hf_mel.schema import Row
 
 #: What a reranker may call one example (see [`~hf_mel.schema.Reranker`]).
 EXAMPLE_UNITS = ("mention", "context", "document")
+#: Which mentions stand side by side in an epoch (see [`grouping_sampler`]).
+BATCH_GROUPINGS = ("none", "surface", "namesakes")
 _GROUP_COLUMNS = ("context_id", "document_id")
 
 
@@ -28,12 +30,19 @@ class GroupingSampler(Sampler[int]):
         group_size (`int`): How many at most; the rest of a larger class form further groups elsewhere in the epoch.
             1 is a plain shuffle.
         seed (`int`): Seed of the order.
+        apart (sequence of hashables [M], *optional*): Indices of equal labels never come into one group.
     """
 
-    def __init__(self, keys: Sequence[Hashable], group_size: int = 1, seed: int = 0):
+    def __init__(
+        self,
+        keys: Sequence[Hashable],
+        group_size: int = 1,
+        seed: int = 0,
+        apart: Sequence[Hashable] | None = None,
+    ):
         if group_size < 1:
             raise ValueError(f"group_size={group_size} must be at least 1.")
-        self.keys, self.group_size, self.seed, self.epoch = keys, group_size, seed, 0
+        self.keys, self.group_size, self.seed, self.epoch, self.apart = keys, group_size, seed, 0, apart
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order comes next."""
@@ -49,8 +58,14 @@ class GroupingSampler(Sampler[int]):
         if self.group_size == 1:
             return iter(indices)
         classes: dict[Hashable, list[int]] = defaultdict(list)
+        met: Counter[Hashable] = Counter()
         for index in indices:
-            classes[self.keys[index]].append(index)
+            key = self.keys[index]
+            if self.apart is not None:  # the n-th of every label of a key make a class
+                label = (key, self.apart[index])
+                met[label] += 1
+                key = (key, met[label])
+            classes[key].append(index)
         size = self.group_size
         groups = [members[i : i + size] for members in classes.values() for i in range(0, len(members), size)]
         order.shuffle(groups)
@@ -61,6 +76,18 @@ def surface_key(mention: str) -> str:
     """The last word of a surface form, case folded: "Tom Hiddleston" and "HIDDLESTON" are hard negatives for another."""
     words = mention.casefold().split()
     return words[-1] if words else ""
+
+
+def grouping_sampler(mentions: datasets.Dataset, grouping: str, group_size: int, seed: int) -> GroupingSampler:
+    """The order of M mentions, by one of [`BATCH_GROUPINGS`].
+
+    "surface" puts those of one [`surface_key`] side by side, "namesakes" too, but of an entity one at a time: mentions of
+    the same gold are no negatives of each other, and may be what it is known by.
+    """
+    if grouping == "none":
+        return GroupingSampler(range(len(mentions)), seed=seed)
+    keys = [surface_key(mention) for mention in mentions["mention"]]
+    return GroupingSampler(keys, group_size, seed, list(mentions["entity_id"]) if grouping == "namesakes" else None)
 
 
 def example_groups(mentions: datasets.Dataset | Sequence[Row], unit: str, most: int | None = None) -> list[list[int]]:

@@ -8,7 +8,7 @@ import torch
 from transformers import IntervalStrategy, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-BATCH_GROUPINGS = ("none", "surface")
+from hf_mel.data.batching import BATCH_GROUPINGS
 
 
 @dataclass
@@ -23,7 +23,8 @@ class MelTrainingArguments(TrainingArguments):
             `backbone_names`. `None`: `learning_rate` everywhere.
         batch_grouping (`str`, *optional*, defaults to `"none"`):
             `"surface"` puts mentions whose surface form ends in the same word side by side, in groups of
-            `group_size`, so that a batch holds harder negatives; `"none"` shuffles.
+            `group_size`, so that a batch holds harder negatives; `"namesakes"` too, but only mentions of different entities;
+            `"none"` shuffles.
         group_size (`int`, *optional*, defaults to 4):
             Mentions in a group.
         random_entity_image (`bool`, *optional*, defaults to `True`):
@@ -45,7 +46,9 @@ class MelTrainingArguments(TrainingArguments):
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate outside the model's pretrained encoders."}
     )
-    batch_grouping: str = field(default="none", metadata={"help": "'none', or 'surface' for harder negatives."})
+    batch_grouping: str = field(
+        default="none", metadata={"help": "'none'; 'surface' or 'namesakes' for harder negatives."}
+    )
     group_size: int = field(default=4, metadata={"help": "Mentions in a group of batch_grouping."})
     random_entity_image: bool = field(default=True, metadata={"help": "Show a random image of each entity."})
     num_negatives: int = field(default=1, metadata={"help": "A reranker's negatives per mention."})

@@ -21,7 +21,7 @@ import datasets
 from torch import nn
 from transformers import MODEL_FOR_PRETRAINING_MAPPING, EarlyStoppingCallback, Trainer, set_seed
 
-from hf_mel.data.batching import GroupingSampler, surface_key
+from hf_mel.data.batching import GroupingSampler, grouping_sampler, surface_key
 from hf_mel.data.collator import LazyRow, LazyRows, images_per_entity
 from hf_mel.data.loading import check_golds, dataset_version, load_entities, load_mentions, load_posts
 from hf_mel.errors import DataFormatError, MissingExtraError, UnknownEntityError
@@ -156,7 +156,7 @@ class PretrainingTrainer(MelTrainer):
             processing_class,
             entities,
             random_image=args.random_entity_image,
-            same_surface=args.batch_grouping == "surface",
+            same_surface=args.batch_grouping != "none",
             seed=args.seed,
         )
         Trainer.__init__(  # not the MelTrainer's, which is about mentions and candidates
@@ -183,9 +183,7 @@ class PretrainingTrainer(MelTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupingSampler:
         assert self.posts is not None
-        grouped = self.args.batch_grouping == "surface"
-        keys = [surface_key(mention) for mention in self.posts["mention"]] if grouped else range(len(self.posts))
-        self._sampler = GroupingSampler(keys, self.args.group_size if grouped else 1, seed=self.args.seed)
+        self._sampler = grouping_sampler(self.posts, self.args.batch_grouping, self.args.group_size, self.args.seed)
         return self._sampler
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

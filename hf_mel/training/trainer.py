@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
-from hf_mel.data.batching import GroupingSampler, example_groups, surface_key
+from hf_mel.data.batching import GroupingSampler, example_groups, grouping_sampler
 from hf_mel.data.candidates import CandidateLists
 from hf_mel.data.collator import LazyRows, RetrieverCollator
 from hf_mel.data.loading import check_golds
@@ -198,9 +198,7 @@ class MelTrainer(Trainer):
         if self.reranks:
             self._sampler = GroupingSampler(range(len(self.train_dataset)), seed=self.args.seed)  # type: ignore[arg-type]
             return self._sampler
-        grouped = self.args.batch_grouping == "surface"
-        keys = [surface_key(mention) for mention in self.mentions["mention"]] if grouped else range(len(self.mentions))
-        self._sampler = GroupingSampler(keys, self.args.group_size if grouped else 1, seed=self.args.seed)
+        self._sampler = grouping_sampler(self.mentions, self.args.batch_grouping, self.args.group_size, self.args.seed)
         return self._sampler
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:

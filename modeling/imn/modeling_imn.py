@@ -373,7 +373,7 @@ class ImnPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, _AlignedConv1d | _AlignedLinear):
             init.copy_(module.weight, module.aligned_weight().to(module.weight))
-            init.zeros_(module.bias)
+            init.zeros_(module.bias)  # type: ignore[arg-type]
         elif isinstance(module, _FaintLinear):
             bound = module.scale * module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_mel.data.batching import GroupingSampler, example_groups, surface_key
+from hf_mel.data.batching import GroupingSampler, example_groups, grouping_sampler, surface_key
 from hf_mel.errors import DataFormatError
 from tests.toy import toy_mentions
 from tests.toy_documents import toy_documents
@@ -60,6 +61,39 @@ def test_members_of_a_group_change_between_epochs():
         order = list(sampler)
         epochs.append({frozenset(order[i : i + 4]) for i in range(0, 20, 4)})
     assert epochs[0] != epochs[1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), max_size=60), st.integers(1, 6), st.integers(0, 3))
+def test_what_is_kept_apart_meets_in_no_group(members, group_size, epoch):
+    keys, golds = [key for key, _ in members], [gold for _, gold in members]
+    sampler = GroupingSampler(keys, group_size, 0, golds)
+    sampler.set_epoch(epoch)
+    order = list(sampler)
+    assert sorted(order) == list(range(len(members)))
+    # As few groups as can be: the n-th mentions of all golds of a key share theirs.
+    rounds = Counter((key, turn) for (key, _), count in Counter(members).items() for turn in range(count))
+    most = sum(-(-count // group_size) for count in rounds.values())
+    groups: list[list[int]] = []
+    for index in order:
+        last = groups[-1] if groups else []
+        fits = last and keys[last[0]] == keys[index] and golds[index] not in {golds[other] for other in last}
+        if fits and len(last) < group_size:
+            last.append(index)
+        else:
+            groups.append([index])
+    assert len(groups) <= most
+
+
+def test_groupings_by_name():
+    rows = {"mention": ["A Swift", "b swift", "C Reed", "c swift"], "entity_id": ["Q1", "Q2", "Q3", "Q2"]}
+    mentions = datasets.Dataset.from_dict(rows)
+    assert list(grouping_sampler(mentions, "none", 4, 1)) == list(GroupingSampler(range(4), seed=1))
+    surface, namesakes = (list(grouping_sampler(mentions, name, 4, 1)) for name in ("surface", "namesakes"))
+    places = [surface.index(index) for index in (0, 1, 3)]
+    assert max(places) - min(places) == 2
+    assert {abs(namesakes.index(0) - namesakes.index(other)) for other in (1, 3)} & {1}
+    pairs = [{namesakes[i], namesakes[i + 1]} for i in range(3)]
+    assert {0, 1} in pairs or {0, 3} in pairs
 
 
 def test_a_group_needs_a_member():
