@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_mel.data.batching import GroupingSampler, example_groups, grouping_sampler, surface_key
+from hf_mel.data.batching import BATCH_GROUPINGS, GroupingSampler, example_groups, grouping_sampler, surface_key
 from hf_mel.errors import DataFormatError
 from tests.toy import toy_mentions
 from tests.toy_documents import toy_documents
@@ -85,15 +85,17 @@ def test_what_is_kept_apart_meets_in_no_group(members, group_size, epoch):
 
 
 def test_groupings_by_name():
-    rows = {"mention": ["A Swift", "b swift", "C Reed", "c swift"], "entity_id": ["Q1", "Q2", "Q3", "Q2"]}
-    mentions = datasets.Dataset.from_dict(rows)
-    assert list(grouping_sampler(mentions, "none", 4, 1)) == list(GroupingSampler(range(4), seed=1))
-    surface, namesakes = (list(grouping_sampler(mentions, name, 4, 1)) for name in ("surface", "namesakes"))
-    places = [surface.index(index) for index in (0, 1, 3)]
-    assert max(places) - min(places) == 2
-    assert {abs(namesakes.index(0) - namesakes.index(other)) for other in (1, 3)} & {1}
-    pairs = [{namesakes[i], namesakes[i + 1]} for i in range(3)]
-    assert {0, 1} in pairs or {0, 3} in pairs
+    golds = [f"Q{number % 5}" for number in range(30)]
+    mentions = datasets.Dataset.from_dict({"mention": ["Ann Swift", "bob swift", "Reed"] * 10, "entity_id": golds})
+    keys = ["swift", "swift", "reed"] * 10
+    expected = {
+        "none": GroupingSampler(range(30), seed=1),
+        "surface": GroupingSampler(keys, 4, 1),
+        "namesakes": GroupingSampler(keys, 4, 1, golds),
+    }
+    orders = {name: list(grouping_sampler(mentions, name, 4, 1)) for name in BATCH_GROUPINGS}
+    assert orders == {name: list(sampler) for name, sampler in expected.items()}
+    assert len({tuple(order) for order in orders.values()}) == 3
 
 
 def test_a_group_needs_a_member():

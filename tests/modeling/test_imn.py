@@ -373,6 +373,10 @@ def test_the_aligned_start_maps_single_tokens():
     torch.testing.assert_close(of_mentions, of_entities)
     torch.testing.assert_close(repeated, of_mentions, atol=1e-5, rtol=1e-5)
     assert of_mentions[0].sub(of_mentions[1]).abs().max() > 0.01
+    largest = 0.1 * model.config.aux_dim**-0.5  # a tenth of PyTorch's own start: co-attention is nearly even
+    for direction in (model.mention_to_entity, model.entity_to_mention):
+        for linear in (direction.query, direction.key):
+            assert largest / 2 < linear.weight.abs().max() <= largest
 
 
 def test_blocks_do_not_change_scores(monkeypatch):

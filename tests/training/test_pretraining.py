@@ -10,14 +10,24 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 import hf_mel.auto  # noqa: F401
+from hf_mel.data.batching import grouping_sampler
 from hf_mel.data.collator import LazyRows
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.schema import NIL
-from hf_mel.training.pretraining import PretrainingCollator, as_posts, pretraining_model, run_pretraining
+from hf_mel.training.arguments import MelTrainingArguments
+from hf_mel.training.pretraining import (
+    PretrainingCollator,
+    PretrainingTrainer,
+    as_posts,
+    pretraining_model,
+    run_pretraining,
+)
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run import run_recipe
 from tests.toy import toy_entities, toy_mentions
 from tests.training.toy_run import recipe_dict, write_dataset
+
+UNSAVED = {"save_strategy": "no", "load_best_model_at_end": False, "disable_tqdm": True}
 
 
 class Recorder:
@@ -77,6 +87,21 @@ def test_partners_are_guided_by_the_surface_where_one_is_shared():
     assert {pair for pair in seen[True] if pair[0] != "alone"} == shared
     assert {surface for first, surface in seen[True] if first == "alone"} == {"the swift", "the jones"}
     assert ("the swift", "the jones") in seen[False]
+
+
+@pytest.mark.parametrize("grouping", ["none", "surface"])
+def test_the_order_of_posts_is_that_of_the_grouping(grouping, tmp_path):
+    posts = as_posts(toy_mentions(12))
+    trainer = PretrainingTrainer(
+        torch.nn.Linear(1, 1),
+        MelTrainingArguments(tmp_path, batch_grouping=grouping, group_size=3, seed=5, eval_strategy="no", **UNSAVED),
+        posts,
+        entities=toy_entities(),
+        processing_class=Recorder(),
+    )
+    sampler = trainer._get_train_sampler()
+    assert list(sampler) == list(grouping_sampler(posts, grouping, 3, 5))
+    assert trainer._collator.same_surface is (grouping == "surface")
 
 
 def test_features_are_put_on_posts_and_entities():
