@@ -223,12 +223,12 @@ def evaluate(
             f"Of {told:,} of {len(mentions):,} mentions, the text itself is a post about the entity: these results say "
             "little about other texts."
         )
-    among = processes if several else None
+    sharing = processes if several else None
     own = encode_own_entities(
         loaded,
         processor,
         entities,
-        processes=among,
+        processes=sharing,
         prototypes=prototypes,
         batch_size=batch_size,
         progress=first,
@@ -242,7 +242,7 @@ def evaluate(
         ties=ties.value,
         units=unit_list,
         batch_size=batch_size,
-        processes=among,
+        processes=sharing,
         progress=first,
     )
     calibration = None

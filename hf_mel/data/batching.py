@@ -22,7 +22,7 @@ _GROUP_COLUMNS = ("context_id", "document_id")
 class GroupingSampler(Sampler[int]):
     """All indices once per epoch, in small groups of one key: with in-batch negatives, a group's are hard for it.
 
-    The order is a function of keys, seed and epoch alone, so every process of a distributed run and a resumed run
+    The order is a function of the arguments and the epoch alone, so every process of a distributed run and a resumed run
     compute the same one.
 
     Args:
@@ -42,6 +42,8 @@ class GroupingSampler(Sampler[int]):
     ):
         if group_size < 1:
             raise ValueError(f"group_size={group_size} must be at least 1.")
+        if apart is not None and len(apart) != len(keys):
+            raise ValueError(f"apart has {len(apart)} labels for {len(keys)} keys.")
         self.keys, self.group_size, self.seed, self.epoch, self.apart = keys, group_size, seed, 0, apart
 
     def set_epoch(self, epoch: int) -> None:
@@ -83,7 +85,12 @@ def grouping_sampler(mentions: datasets.Dataset, grouping: str, group_size: int,
 
     "surface" puts those of one [`surface_key`] side by side, "namesakes" too, but of an entity one at a time: mentions of
     the same gold are no negatives of each other, and may be what it is known by.
+
+    Raises:
+        `ValueError`: no such grouping.
     """
+    if grouping not in BATCH_GROUPINGS:
+        raise ValueError(f"grouping={grouping!r} is not one of {', '.join(BATCH_GROUPINGS)}.")
     if grouping == "none":
         return GroupingSampler(range(len(mentions)), seed=seed)
     keys = [surface_key(mention) for mention in mentions["mention"]]

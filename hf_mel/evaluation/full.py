@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -186,7 +185,6 @@ def evaluate_full(
     if training:
         model.eval()
     try:
-        encode = partial(encode_rows, model, processor, batch_size=batch_size, progress=progress)
         if isinstance(entities, datasets.Dataset):
             entities = encode_own_entities(
                 model,
@@ -200,7 +198,11 @@ def evaluate_full(
         if processes is not None:
             entities = EntityPart(entities, part_of_process(len(entities), processes))
         if mention_encodings is None:
-            mention_encodings = encode(mentions, "mentions") if len(mentions) else {"none": torch.empty(0)}
+            mention_encodings = {"none": torch.empty(0)}
+            if len(mentions):
+                mention_encodings = encode_rows(
+                    model, processor, mentions, "mentions", batch_size=batch_size, progress=progress
+                )
         ranking = rank(
             model,
             mention_encodings,

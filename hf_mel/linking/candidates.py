@@ -87,7 +87,7 @@ def make_candidates(
         assert retriever is not None
         model, processor = load_retriever(retriever, device=device)
     known_by = posts() if posts is not None and knows_posts(model) else None
-    made_by = None if cache_dir is None or processor is None else _made_by(model, processor)
+    made_by = [] if cache_dir is None or processor is None else _made_by(model, processor)
     lists = []
     for each in sources:
         if each == "release":
@@ -204,7 +204,7 @@ def retriever_candidates(
 def _encoded_once(
     model: Any,
     processor: MelProcessor,
-    made_by: list[Any] | None,
+    made_by: list[Any],
     entities: datasets.Dataset,
     known_by: datasets.Dataset | None,
     folder: Path,

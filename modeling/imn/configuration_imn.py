@@ -41,9 +41,9 @@ class ImnConfig(PreTrainedConfig):
             Whether the entity itself (name, description, attributes, first image) is always the first of them. Not in the
             paper, whose entities are accounts.
         encoder_init (`str`, *optional*, defaults to `"default"`):
-            How the encoding networks start: `"default"`, random, or `"aligned"`: both as the same map of single tokens, the
-            Transformer as the identity, co-attention nearly even. Then aux spaces start as projections of what the
-            extractors know; from a random start, 18,000 sentences do not get there. Not in the paper.
+            How the encoding networks start: `"default"`, at random; or `"aligned"`, both as the same map of single tokens,
+            the Transformer as a LayerNorm of each, co-attention nearly even, so that the auxiliary spaces start as
+            projections of what the extractors know. Not in the paper; needs both sides to have the same modalities.
         hidden_dim (`int`, *optional*, defaults to 256):
             Width of the Dilated CNN's and the Transformer's outputs (eq. 1, 4).
         aux_dim (`int`, *optional*, defaults to 128):
@@ -142,6 +142,11 @@ class ImnConfig(PreTrainedConfig):
                 )
         if self.encoder_init not in ("default", "aligned"):
             raise ValueError(f"encoder_init={self.encoder_init!r} is not one of 'default', 'aligned'.")
+        if self.encoder_init == "aligned" and self.mention_modalities != self.entity_modalities:
+            raise ValueError(
+                f"encoder_init='aligned' needs mention_modalities={self.mention_modalities!r} and "
+                f"entity_modalities={self.entity_modalities!r} to be the same."
+            )
         if set(self.spaces or ()) - {1, 2, 3}:
             raise ValueError(f"spaces={self.spaces!r} may hold 1, 2 and 3.")
         if not self.dilations or min(self.dilations) < 1:

@@ -24,13 +24,14 @@ ambiguous or misprinted:
 - An entity without posts is the only post about itself: its name, description, attributes and first image.
 - The mention embedding (§3.2) is made of the joint model's word embeddings, not of GloVe; images are made square for DETR.
 - "Knowledge-guided" negatives are images of entities met in the batch under the same last word (the trainer's grouping).
+- How the networks start is not told: at random, or by `encoder_init="aligned"` as one map of both sides.
 - The post's own mention enters through the joint model alone (§3.2). Texts with several mentions need it in the text
   too: see the processor's `mention_template`.
 
 What scoring costs: the encoders run once per item, and the cosine of a pair follows from 3 × 3 inner products once the
 attention is known. Eq. 9 does not factorise, because of its ReLU: 9 d comparisons and multiplications per pair and
 direction (about 1 µs per pair for d = 128 on one busy CPU core), in blocks of pairs, so that memory does not grow. With
-ReLU(x + y) = max(x, −y) + y the second term does become a matrix product.
+ReLU(x + y) = max(x, −y) + y the second term does become a matrix product (where no gradient is asked for).
 
 Pre-training (§3.2, "similar to" FashionBERT, Gao et al., SIGIR 2020) is described at [`ImnForKnowledgePreTraining`].
 """
@@ -56,8 +57,8 @@ _BLOCK_MENTIONS = 256
 _BLOCK_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}
 #: Kernel sizes of the Conv1D blocks (eq. 6).
 _KERNELS = (2, 3, 4, 5)
-#: Parts of a batch, by length, that are padded apart.
-_LENGTHS = 4
+#: Parts of a batch, by length, that are padded apart, and from which size on.
+_PARTS, _LEAST_PARTED = 4, 32
 
 #: A sequence [B, S, d] and which of its positions there are [B, S].
 Sequence = tuple[torch.Tensor, torch.Tensor]
@@ -122,7 +123,7 @@ def _masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (x * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def _some(states: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> Sequence:
+def _trimmed(states: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> Sequence:
     """Those rows of a sequence, without the columns that are padding in all of them at its end."""
     mask = mask[rows]
     width = max(1, int((mask.any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max()))
@@ -130,27 +131,31 @@ def _some(states: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> Seque
 
 
 class _AlignedConv1d(nn.Conv1d):
-    """Starts as a map of single tokens, which all others of its shape start as: only one tap is not zero."""
+    """Starts as a map of single tokens, which all others of its shape start as: one tap, orthogonal, scaled for the half
+    that ReLU takes; the others are zero."""
 
     def aligned_weight(self) -> torch.Tensor:
-        """Its tap: the identity where it keeps the width, as ReLU's outputs pass that and another ReLU unchanged; else
-        orthogonal, and scaled for the half that ReLU takes."""
-        out, into, taps = self.weight.shape
-        if out == into:
-            tap = torch.eye(out)
-        else:
-            tap = torch.empty(out, into)
-            nn.init.orthogonal_(tap, 2**0.5, generator=torch.Generator().manual_seed(0))
-        weight = torch.zeros(out, into, taps)
-        weight[:, :, taps // 2 if self.padding[0] else 0] = tap
+        weight = torch.zeros(self.weight.shape, device="cpu")
+        weight[:, :, self.kernel_size[0] // 2 if self.padding[0] else 0] = self._tap()
         return weight
+
+    def _tap(self) -> torch.Tensor:
+        tap = torch.empty(self.weight.shape[:2], device="cpu")
+        return nn.init.orthogonal_(tap, 2**0.5, generator=torch.Generator().manual_seed(0))
+
+
+class _PassingConv1d(_AlignedConv1d):
+    """Starts as the identity, which with ReLU passes on what came out of a ReLU."""
+
+    def _tap(self) -> torch.Tensor:
+        return torch.eye(len(self.weight), device="cpu")
 
 
 class _AlignedLinear(nn.Linear):
     """Starts as the orthogonal projection that all others of its shape start as, without a bias."""
 
     def aligned_weight(self) -> torch.Tensor:
-        weight = torch.empty(self.weight.shape)
+        weight = torch.empty(self.weight.shape, device="cpu")
         return nn.init.orthogonal_(weight, generator=torch.Generator().manual_seed(0))
 
 
@@ -171,11 +176,12 @@ class DilatedCNN(nn.Module):
 
     def __init__(self, width: int, config: ImnConfig):
         super().__init__()
-        convolution = _AlignedConv1d if config.encoder_init == "aligned" else nn.Conv1d
+        aligned = config.encoder_init == "aligned"
+        convolution = _AlignedConv1d if aligned else nn.Conv1d
         self.layers = nn.ModuleList()
         for dilation in config.dilations or ():
             self.layers.append(convolution(width, config.hidden_dim, 3, padding=dilation, dilation=dilation))
-            width = config.hidden_dim
+            width, convolution = config.hidden_dim, _PassingConv1d if aligned else nn.Conv1d
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """[B, S, width] → g [B, S, h]; zeros where `mask` [B, S] is False."""
@@ -227,13 +233,12 @@ class HierarchicalEncoder(nn.Module):
 
     def forward(self, sequences: Mapping[str, Sequence]) -> torch.Tensor:
         """aux [B, 3, d] of the sequence of each modality."""
-        # About equally long ones together: a quarter of them need not be as long as the longest of all.
-        length = torch.stack([mask.sum(1) for _, mask in sequences.values()]).sum(0)
-        order = length.argsort(descending=True)
-        parts = order.split(max(1, -(-len(order) // _LENGTHS)))
-        found = [
-            self._levels({name: _some(*sequence, part) for name, sequence in sequences.items()}) for part in parts
-        ]
+        names = list(self.cnn)
+        # About equally long ones together: most of a large batch need not be as long as the longest of all.
+        length = torch.stack([sequences[name][1].sum(1) for name in names]).sum(0)
+        order = length.argsort(descending=True, stable=True)
+        parts = order.chunk(_PARTS if len(order) >= _LEAST_PARTED else 1)
+        found = [self._levels({name: _trimmed(*sequences[name], part) for name in names}) for part in parts]
         back = order.argsort()
         levels = [torch.cat(level)[back] for level in zip(*found, strict=True)]
         aux = [norm(fc(self.dropout(x))) for x, fc, norm in zip(levels, self.fc, self.norm, strict=True)]
@@ -280,6 +285,10 @@ class CoAttention(nn.Module):
         self.key = linear(config.aux_dim, config.aux_dim)
 
 
+def _relu_of_sum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.relu(x + y)
+
+
 def _attention(aux: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Eq. 9–10 and the mean of eq. 12: how much of each of the other side's three spaces goes into u.
 
@@ -293,16 +302,15 @@ def _attention(aux: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> tor
     a, b = len(aux), len(key)
     aux, query, key = aux.flatten(0, 1), query.flatten(0, 1), key.transpose(0, 1).flatten(0, 1)
     # Row by row of one side: one [rows of the other, d] at a time stays in the caches.
-    if torch.is_grad_enabled():
-        logits = torch.stack([F.relu(q + key) @ x for q, x in zip(query, aux, strict=True)])
-        return logits.view(a, 3, 3, b).softmax(2).mean(1)
     # ReLU(x + y) = max(x, −y) + y is one pass less, but the gradient of max takes eight times as long as ReLU's.
-    negative = -key
+    learns = torch.is_grad_enabled()
+    other, of_pair = (key, _relu_of_sum) if learns else (-key, torch.maximum)
     if a <= 2 * b:
-        larger = torch.stack([torch.maximum(q, negative) @ x for q, x in zip(query, aux, strict=True)])
+        logits = torch.stack([of_pair(q, other) @ x for q, x in zip(query, aux, strict=True)])
     else:
-        larger = torch.stack([(torch.maximum(query, k) * aux).sum(-1) for k in negative], 1)
-    logits = larger + aux @ key.T
+        logits = torch.stack([(of_pair(query, k) * aux).sum(-1) for k in other], 1)
+    if not learns:
+        logits = logits + aux @ key.T
     return logits.view(a, 3, 3, b).softmax(2).mean(1)
 
 

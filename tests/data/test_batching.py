@@ -98,6 +98,13 @@ def test_groupings_by_name():
     assert len({tuple(order) for order in orders.values()}) == 3
 
 
+def test_wrong_groupings_say_so():
+    with pytest.raises(ValueError, match="'name' is not one of none, surface, namesakes"):
+        grouping_sampler(toy_mentions(3), "name", 2, 0)
+    with pytest.raises(ValueError, match="2 labels for 3 keys"):
+        GroupingSampler([1, 1, 2], 2, apart=[1, 2])
+
+
 def test_a_group_needs_a_member():
     with pytest.raises(ValueError, match="group_size=0"):
         GroupingSampler([1], 0)

@@ -352,6 +352,18 @@ def test_scores_with_and_without_gradients_are_the_same(counts):
     torch.testing.assert_close(scores.detach(), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_large_batches_are_padded_in_parts():
+    """The same aux as one by one, of more items than one part has, with unlike lengths in every modality."""
+    model = build()
+    batch = batch_for(model, mentions=41, entities=modeling_imn._LEAST_PARTED)
+    for name, count in (("mention", 41), ("entity", modeling_imn._LEAST_PARTED)):
+        encode = model.encode_mentions if name == "mention" else model.encode_entities
+        with torch.no_grad():
+            whole = encode(**side(batch, name)).aux
+            single = [encode(**{k: v[i : i + 1] for k, v in side(batch, name).items()}).aux for i in range(count)]
+        torch.testing.assert_close(whole, torch.cat(single), atol=1e-5, rtol=1e-5)
+
+
 def test_the_aligned_start_maps_single_tokens():
     """Both networks start as one map: of each token, ReLU of an orthogonal projection; nothing of its neighbours."""
     torch.manual_seed(0)
@@ -362,6 +374,7 @@ def test_the_aligned_start_maps_single_tokens():
     for encoder in (model.mention_encoder, model.entity_encoder):
         weight = encoder.cnn["text"].layers[0].weight[:, :, 1]
         torch.testing.assert_close(weight @ weight.T, 2 * torch.eye(8), atol=1e-5, rtol=0)
+        torch.testing.assert_close(encoder.cnn["text"].layers[1].weight[:, :, 1], torch.eye(8))
         seen = encoder.cnn["text"](others.unsqueeze(0), torch.ones(1, 5, dtype=torch.bool))[0]
         torch.testing.assert_close(seen, (others @ weight.T).clamp(min=0), atol=1e-5, rtol=1e-5)
     there = torch.ones(2, 1, dtype=torch.bool)
@@ -706,6 +719,7 @@ def test_the_default_configuration_is_the_papers():
         ({"prototype_selection": "best"}, ["prototype_selection", "'random'"]),
         ({"dropout": 1}, ["dropout"]),
         ({"encoder_init": "zero"}, ["encoder_init", "'aligned'"]),
+        ({"encoder_init": "aligned", "entity_modalities": ["text"]}, ["encoder_init", "entity_modalities=['text']"]),
     ],
 )
 def test_impossible_configurations_say_why(fields, words):

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 import hf_mel.auto  # noqa: F401
-from hf_mel.data.batching import grouping_sampler
+from hf_mel.data.batching import BATCH_GROUPINGS, grouping_sampler
 from hf_mel.data.collator import LazyRows
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.schema import NIL
@@ -89,7 +89,7 @@ def test_partners_are_guided_by_the_surface_where_one_is_shared():
     assert ("the swift", "the jones") in seen[False]
 
 
-@pytest.mark.parametrize("grouping", ["none", "surface"])
+@pytest.mark.parametrize("grouping", BATCH_GROUPINGS)
 def test_the_order_of_posts_is_that_of_the_grouping(grouping, tmp_path):
     posts = as_posts(toy_mentions(12))
     trainer = PretrainingTrainer(
@@ -101,7 +101,7 @@ def test_the_order_of_posts_is_that_of_the_grouping(grouping, tmp_path):
     )
     sampler = trainer._get_train_sampler()
     assert list(sampler) == list(grouping_sampler(posts, grouping, 3, 5))
-    assert trainer._collator.same_surface is (grouping == "surface")
+    assert trainer._collator.same_surface is (grouping != "none")
 
 
 def test_features_are_put_on_posts_and_entities():
