@@ -1,6 +1,6 @@
 """All benchmarks one after another, then their tables and plot: what `make bench` runs.
 
-    python -m benchmarks                            # sizes for two cores, nothing else running: under 20 minutes
+    python -m benchmarks                            # sizes for two cores, about 20 minutes
     python -m benchmarks --only growth,latency      # some; what was trained and built before is used again
     python -m benchmarks --full                     # all sizes, a million entities too: hours, 40 GB of scratch space
     python -m benchmarks --model runs/mimic-text_wikimel --dataset data/wikimel   # and that run, ranking and latency
