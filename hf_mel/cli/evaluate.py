@@ -220,8 +220,8 @@ def evaluate(
     prototypes = Prototypes.from_data(dataset, loaded, processor, posts, revision=dataset_revision, config=config)
     if prototypes is not None and (told := prototypes.overlap(mentions)):
         console.print(
-            f"Of {told:,} of {len(mentions):,} mentions, the text itself is a post about the entity: these results say "
-            "little about other texts."
+            f"The text of {told:,} of {len(mentions):,} mentions is itself a post about the entity: how they rank says little "
+            "about other texts."
         )
     sharing = processes if several else None
     own = encode_own_entities(
