@@ -130,6 +130,11 @@ def _trimmed(states: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> Se
     return states[rows, :width], mask[:, :width]
 
 
+def _orthogonal(shape: torch.Size, gain: float = 1.0) -> torch.Tensor:
+    """The same matrix for all of one shape."""
+    return nn.init.orthogonal_(torch.empty(shape, device="cpu"), gain, generator=torch.Generator().manual_seed(0))
+
+
 class _AlignedConv1d(nn.Conv1d):
     """Starts as a map of single tokens, which all others of its shape start as: one tap, orthogonal, scaled for the half
     that ReLU takes; the others are zero."""
@@ -140,8 +145,7 @@ class _AlignedConv1d(nn.Conv1d):
         return weight
 
     def _tap(self) -> torch.Tensor:
-        tap = torch.empty(self.weight.shape[:2], device="cpu")
-        return nn.init.orthogonal_(tap, 2**0.5, generator=torch.Generator().manual_seed(0))
+        return _orthogonal(self.weight.shape[:2], 2**0.5)
 
 
 class _PassingConv1d(_AlignedConv1d):
@@ -155,8 +159,7 @@ class _AlignedLinear(nn.Linear):
     """Starts as the orthogonal projection that all others of its shape start as, without a bias."""
 
     def aligned_weight(self) -> torch.Tensor:
-        weight = torch.empty(self.weight.shape, device="cpu")
-        return nn.init.orthogonal_(weight, generator=torch.Generator().manual_seed(0))
+        return _orthogonal(self.weight.shape)
 
 
 class _FaintLinear(nn.Linear):
