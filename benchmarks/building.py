@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from benchmarks import harness
-from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.modeling.mimic import MimicConfig, MimicModel, MimicProcessor
 from hf_mel.schema import entity_features
 from hf_mel.training.tokenizer import train_wordpiece

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.ranking import child_options, ranked
 from benchmarks.sources import open_source
-from hf_mel.linking.encodings import slice_encodings
+from hf_mel.inference.encodings import slice_encodings
 
 BYTE_BUDGET = 2**26
 

@@ -24,10 +24,10 @@ import torch
 from benchmarks import harness
 from benchmarks.sources import open_source
 from hf_mel.errors import MissingExtraError
-from hf_mel.linking.encodings import slice_encodings
-from hf_mel.linking.indexes import KINDS
-from hf_mel.linking.indexes.base import FIRST_STAGE
-from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.inference.encodings import slice_encodings
+from hf_mel.kb.indexes import KINDS
+from hf_mel.kb.indexes.base import FIRST_STAGE
+from hf_mel.kb.knowledge_base import KnowledgeBase
 
 TOP_K = 64
 #: Kinds that build an HNSW graph: minutes per 100,000 entities.

@@ -17,9 +17,9 @@ import torch
 
 from benchmarks import harness
 from hf_mel.data.loading import load_entities, load_mentions
-from hf_mel.linking.encodings import encode_rows
-from hf_mel.linking.loading import load_retriever
-from hf_mel.linking.ranking import EncodedEntities, rank
+from hf_mel.inference.checkpoints import load_retriever
+from hf_mel.inference.encode import encode_rows
+from hf_mel.inference.ranking import EncodedEntities, rank
 from hf_mel.schema import NIL
 from hf_mel.spaces.mel_ranking.mel_ranking import ranking_metrics
 

@@ -33,10 +33,10 @@ import torch
 from benchmarks import harness
 from benchmarks.direct_mimic import BLOCK, DirectMimic
 from benchmarks.sources import Source, open_source
-from hf_mel.data.collator import model_inputs
-from hf_mel.linking.encodings import slice_encodings
-from hf_mel.linking.knowledge_base import KnowledgeBase
-from hf_mel.linking.ranking import EncodedEntities, RankingResult, rank
+from hf_mel.inference.encodings import slice_encodings
+from hf_mel.inference.inputs import model_inputs
+from hf_mel.inference.ranking import EncodedEntities, RankingResult, rank
+from hf_mel.kb.knowledge_base import KnowledgeBase
 
 FORMS = ("whole", "pruned")
 

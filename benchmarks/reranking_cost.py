@@ -22,11 +22,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hf_mel.data.candidates import CandidateLists
+from hf_mel.candidates.lists import CandidateLists
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions
-from hf_mel.evaluation.full import device_name, software_versions
-from hf_mel.linking.loading import load_reranker
-from hf_mel.linking.reranking import can_rank_jointly, score_pairs
+from hf_mel.evaluation.full_evaluator import device_name, software_versions
+from hf_mel.inference.checkpoints import load_reranker
+from hf_mel.inference.reranking import can_rank_jointly, score_pairs
 
 
 def line(results: Sequence[dict[str, float]], column: str) -> dict[str, float]:

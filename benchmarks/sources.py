@@ -28,13 +28,14 @@ from transformers import BertConfig, ViTConfig
 
 import hf_mel.auto  # noqa: F401 (the shipped methods register with the Auto classes)
 from benchmarks.harness import say
-from hf_mel.data.collator import model_inputs
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions
 from hf_mel.errors import MelError
-from hf_mel.linking.encodings import encode_rows, slice_encodings
-from hf_mel.linking.knowledge_base import KnowledgeBase
-from hf_mel.linking.loading import load_retriever
-from hf_mel.linking.ranking import rank
+from hf_mel.inference.checkpoints import load_retriever
+from hf_mel.inference.encode import encode_rows
+from hf_mel.inference.encodings import slice_encodings
+from hf_mel.inference.inputs import model_inputs
+from hf_mel.inference.ranking import rank
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.modeling.mimic import MimicConfig, MimicModel
 from hf_mel.schema import entity_features
 

@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from hf_mel.data.images import open_image
     from hf_mel.data.loading import check_entity_file
     from hf_mel.errors import KnowledgeBaseError, MelError
-    from hf_mel.linking.knowledge_base import KnowledgeBase
+    from hf_mel.inference.checkpoints import load_reranker, load_retriever
+    from hf_mel.kb.knowledge_base import KnowledgeBase
     from hf_mel.linking.linker import EntityLinker
-    from hf_mel.linking.loading import load_reranker, load_retriever
     from hf_mel.training.arguments import MelTrainingArguments
     from hf_mel.training.trainer import MelTrainer
 
 # Heavy modules (torch, transformers) load on first use of a name, not on import of the package.
 _EXPORTS = {
-    "KnowledgeBase": "hf_mel.linking.knowledge_base",
+    "KnowledgeBase": "hf_mel.kb.knowledge_base",
     "EntityLinker": "hf_mel.linking.linker",
     "KnowledgeBaseError": "hf_mel.errors",
     "MelError": "hf_mel.errors",
-    "load_reranker": "hf_mel.linking.loading",
-    "load_retriever": "hf_mel.linking.loading",
+    "load_reranker": "hf_mel.inference.checkpoints",
+    "load_retriever": "hf_mel.inference.checkpoints",
     "check_entity_file": "hf_mel.data.loading",
     "open_image": "hf_mel.data.images",
     "MelTrainer": "hf_mel.training.trainer",

@@ -9,10 +9,12 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import filelock
+from safetensors import SafetensorError
 
-from hf_mel.errors import MelError
+from hf_mel.errors import KnowledgeBaseError, MelError
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -124,4 +126,23 @@ def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterato
     except OSError as error:
         raise MelError(
             f"cannot be built ({error}).", file=target, remedy="Check the paths, permissions and free space."
+        ) from error
+
+
+def sealed(path: Path) -> dict[str, Any]:
+    """Brings a finished file to the disk; what a manifest says of it: `file`, `bytes`, `sha256`."""
+    with writing(path), path.open("rb+") as file:
+        os.fsync(file.fileno())
+        path.chmod(0o644)
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk or a folder of somebody else as a [`~hf_mel.errors.KnowledgeBaseError`]."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise KnowledgeBaseError(
+            f"cannot be written ({error}).", file=path, remedy="Check that the disk has room and the folder is yours."
         ) from error

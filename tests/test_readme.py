@@ -87,7 +87,7 @@ def test_demo_and_link_snippet(tmp_path, capsys, monkeypatch):
 
 
 def test_every_data_set_is_in_the_table():
-    from hf_mel.data.building import known_datasets
+    from hf_mel.building.builders import known_datasets
 
     rows = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
     assert sorted(rows) == known_datasets()

@@ -1,26 +1,38 @@
-"""Who may import whom, and that the library knows no method or data set by name."""
+"""Who may import whom. Every module of the library has a floor; arrows run down, and never in a circle."""
 
 from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = {
-    "__main__": 3,
-    "cli": 3,
-    "hub": 2,
-    "training": 2,
-    "evaluation": 2,
-    "linking": 2,
-    "data": 1,
-    "schema": 0,
-    "errors": 0,
-    "rows": 0,
-    "auto": 0,
+
+#: The floors of the library, lowest first. A room imports its own and lower floors only, and not its neighbours.
+FLOORS = [
+    ["errors"],
+    ["schema", "files", "hub_errors"],
+    ["protocols", "row_files"],
+    ["data"],
+    ["building", "inference"],
+    ["kb"],
+    ["candidates"],
+    ["linking", "hub"],
+    ["evaluation"],
+    ["training"],
+    ["cli"],
+    ["__main__", "auto", "__init__"],
+]
+#: Wings beside the library, each what one kind of Hub repository carries, and what of the library may import them:
+#: `evaluate.load` needs the metric's arithmetic in a file that stands alone, so the library imports it from there.
+WINGS = {
+    "modeling": ["auto"],
+    "dataset_scripts": ["building"],
+    "spaces": ["evaluation", "cli", "hub"],
+    "recipes": ["training"],
 }
 
 
@@ -43,19 +55,50 @@ def roots(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imports(path) if not name.startswith(".")} - set(sys.stdlib_module_names)
 
 
+def module_name(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+
+
+def library_imports() -> dict[str, set[str]]:
+    """For every module of the library, the modules of the library that it imports, at its top or inside a function."""
+    modules = {module_name(path): path for path in files("hf_mel")}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                # `from hf_mel.kb import indexes` imports a module, `from hf_mel.kb.indexes import KINDS` a name.
+                members = [f"{node.module}.{alias.name}" for alias in node.names]
+                targets = [member if member in modules else node.module for member in members]
+            else:
+                continue
+            graph[name] |= {target for target in targets if target in modules} - {name}
+    return graph
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
 @pytest.mark.parametrize("path", files("modeling"), ids=str)
 def test_a_method_imports_torch_transformers_and_its_own_folder(path):
-    # tokenizers comes with transformers, and ot (POT) is imported where an option asks for it.
-    assert roots(path) <= {"torch", "transformers", "tokenizers", "ot"}
+    # tokenizers comes with transformers.
+    assert roots(path) <= {"torch", "transformers", "tokenizers"}
     assert not any(name.startswith("..") for name in imports(path))
 
 
 @pytest.mark.parametrize("path", files("dataset_scripts"), ids=str)
-def test_a_builder_imports_datasets_and_the_schema(path):
+def test_a_builder_imports_datasets_and_the_lowest_floors(path):
     assert roots(path) <= {"datasets", "numpy", "PIL", "hf_mel"}
     ours = {name for name in imports(path) if name.startswith("hf_mel")}
-    shared = {"hf_mel.dataset_scripts.release", "hf_mel.dataset_scripts.mapping"}
-    assert ours <= {"hf_mel.schema", "hf_mel.errors", "hf_mel.rows", *shared}
+    shared = [name for name in ours if name.startswith("hf_mel.dataset_scripts.")]
+    own_folder = module_name(path).rsplit(".", 1)[0]
+    for name in shared:
+        folder = name.removeprefix("hf_mel.").rsplit(".", 1)[0]
+        assert folder in ("dataset_scripts", "dataset_scripts.layouts", own_folder), f"{path} imports {name}"
+    assert ours - set(shared) <= {"hf_mel.schema", "hf_mel.errors", "hf_mel.row_files"}
 
 
 @pytest.mark.parametrize("path", files("spaces"), ids=str)
@@ -63,22 +106,59 @@ def test_a_space_stands_alone(path):
     assert not any(name.startswith(("hf_mel.", "..")) for name in imports(path))
 
 
-def layer(module: str) -> int:
-    return LAYERS.get(module.split(".")[1], 0) if "." in module else 0
+def test_every_room_of_the_library_has_a_floor():
+    rooms = {path.name if path.is_dir() else path.stem for path in (ROOT / "hf_mel").iterdir()}
+    rooms -= {"py", "__pycache__"}
+    rooms = {name for name in rooms if not name.startswith(("py.", "."))}
+    assert rooms == {name for floor in FLOORS for name in floor}
 
 
-@pytest.mark.parametrize("path", files("hf_mel"), ids=str)
-def test_the_library_imports_downwards(path):
-    here = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
-    for name in imports(path):
-        if name.startswith("hf_mel."):
-            assert layer(name) <= layer(here) or here == "hf_mel.__init__", f"{here} imports {name}"
+def test_the_library_imports_downwards():
+    floor_of = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+    upwards = [
+        f"{name} imports {target}"
+        for name, targets in library_imports().items()
+        for target in targets
+        if room(name) != room(target) and not floor_of[room(target)] < floor_of[room(name)]
+    ]
+    assert not upwards
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """A circle is a group of modules that cannot be put in any order of import."""
+    waiting = library_imports()
+    while ready := {name for name, targets in waiting.items() if not targets & waiting.keys()}:
+        waiting = {name: targets for name, targets in waiting.items() if name not in ready}
+    # What only depends on a circle is no part of one.
+    while leaves := {name for name in waiting if not any(name in targets for targets in waiting.values())}:
+        waiting = {name: targets for name, targets in waiting.items() if name not in leaves}
+    assert not waiting
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_a_wing_is_imported_by_its_own_rooms_only(wing):
+    for path in files("hf_mel"):
+        if any(name.startswith(f"hf_mel.{wing}") for name in imports(path)):
+            assert room(module_name(path)) in WINGS[wing], path
+
+
+def test_no_two_modules_share_a_name():
+    """A verb of the command line is called as its file is; otherwise a name says what a module is without its folder."""
+    names = Counter(path.stem for path in files("hf_mel") if path.stem != "__init__" and path.parent.name != "cli")
+    assert {name: count for name, count in names.items() if count > 1} == {}
+
+
+def test_no_verb_of_the_command_line_imports_another_verb():
+    helpers = {"hf_mel.cli.options", "hf_mel.cli.printing"}
+    for name, targets in library_imports().items():
+        if name.startswith("hf_mel.cli."):
+            assert {target for target in targets if target.startswith("hf_mel.cli.")} <= helpers, name
 
 
 def test_the_library_names_no_method_and_no_data_set():
     """Only the list of shipped methods does, and the demo, which is about one of each."""
     named = [p.name for folder in ("modeling", "dataset_scripts") for p in (ROOT / folder).iterdir() if p.is_dir()]
-    named = [name for name in named if not name.startswith("__")]
+    named = [name for name in named if not name.startswith("__") and name != "layouts"]
     assert "mimic" in named
     assert "flags_mel" in named
     for path in files("hf_mel"):

@@ -25,7 +25,7 @@ import datasets
 
 from hf_mel.dataset_scripts.release import NIL_SPELLINGS, Findings, locate, read_image
 from hf_mel.errors import DataFormatError, DuplicateIdError, KnowledgeBaseError, SpanError, UnknownEntityError
-from hf_mel.rows import (
+from hf_mel.row_files import (
     ENTITY_COLUMNS,
     ROW_SUFFIXES,
     entity_row,

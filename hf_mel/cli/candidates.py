@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     import datasets
 
-    from hf_mel.data.candidates import CandidateLists
+    from hf_mel.candidates.lists import CandidateLists
 
 
 def candidates(
@@ -50,7 +50,7 @@ def candidates(
 
     from hf_mel.data.loading import load_entities, load_mentions
     from hf_mel.data.posts import posts_of
-    from hf_mel.evaluation.full import KS
+    from hf_mel.evaluation.full_evaluator import KS
 
     of_split = partial(load_mentions, dataset, config=config)
     mentions, entities = of_split(split), load_entities(dataset)
@@ -89,8 +89,8 @@ def candidates_for(
     **options: Any,
 ) -> CandidateLists:
     """The candidates of mentions of a data set: from a Parquet file, or made from a source."""
-    from hf_mel.data.candidates import CandidateLists
-    from hf_mel.linking.candidates import check_source, default_cache, make_candidates
+    from hf_mel.candidates.lists import CandidateLists
+    from hf_mel.candidates.make import check_source, default_cache, make_candidates
 
     if wanted.endswith(".parquet"):
         return CandidateLists.load(wanted)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from hf_mel.data.checks import CheckReport
+    from hf_mel.building.report import CheckReport
 
 app = typer.Typer(
     help="Build data sets from their raw releases, check any data set, and list those that can be built.",
@@ -78,7 +78,7 @@ def build(
 
     from rich.console import Console
 
-    from hf_mel.data.building import build_dataset
+    from hf_mel.building.build import build_dataset
 
     try:
         report = build_dataset(
@@ -131,7 +131,7 @@ def check(
     """
     from rich.console import Console
 
-    from hf_mel.data.checks import check_dataset
+    from hf_mel.building.checks import check_dataset
 
     report = check_dataset(dataset, revision)
     if as_json:
@@ -156,7 +156,7 @@ def list_datasets(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """List the data sets that can be built: task, language, size, licence, what to fetch, options."""
-    from hf_mel.data.building import builder_options, find_builder, known_datasets
+    from hf_mel.building.builders import builder_options, find_builder, known_datasets
 
     found = []
     for name in known_datasets():
@@ -225,7 +225,7 @@ def _print_report(
     from rich.table import Table
     from rich.text import Text
 
-    from hf_mel.data.cards import leakage_rows
+    from hf_mel.building.dataset_card import leakage_rows
 
     counts = Table("configuration", "split", title=Text(title))
     for column in ("rows", *(["official"] if official else []), "images", "without image"):

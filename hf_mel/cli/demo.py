@@ -25,12 +25,12 @@ def demo(
     from rich.console import Console
 
     import hf_mel.auto  # noqa: F401 (the shipped methods register with the Auto classes)
+    from hf_mel.building.build import build_dataset
     from hf_mel.cli.link import link
-    from hf_mel.data.building import build_dataset
     from hf_mel.data.loading import dataset_version, load_entities, load_mentions
     from hf_mel.evaluation.tables import results_table, write_results
-    from hf_mel.linking.knowledge_base import KnowledgeBase
-    from hf_mel.linking.loading import load_retriever
+    from hf_mel.inference.checkpoints import load_retriever
+    from hf_mel.kb.knowledge_base import KnowledgeBase
     from hf_mel.training.recipe import Recipe
     from hf_mel.training.run import run_recipe
 
@@ -108,9 +108,10 @@ def demo(
 
 def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version: dict) -> dict[str, Any]:
     """Results on the same encodings with all units, and with each unit alone."""
-    from hf_mel.evaluation.full import evaluate_full
-    from hf_mel.linking.encodings import encode_rows, slice_encodings
-    from hf_mel.linking.ranking import EncodedEntities
+    from hf_mel.evaluation.full_evaluator import evaluate_full
+    from hf_mel.inference.encode import encode_rows
+    from hf_mel.inference.encodings import slice_encodings
+    from hf_mel.inference.ranking import EncodedEntities
 
     known = EncodedEntities(list(entities["entity_id"]), encode_rows(model, processor, entities, "entities"))
     encoded = encode_rows(model, processor, mentions, "mentions")

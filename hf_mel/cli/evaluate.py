@@ -136,12 +136,12 @@ def evaluate(
     from hf_mel.data.loading import dataset_version, load_entities, load_mentions
     from hf_mel.data.posts import posts_of
     from hf_mel.errors import RecipeError, UnknownSplitError
-    from hf_mel.evaluation.candidates import evaluate_candidates
-    from hf_mel.evaluation.full import check_units, encode_own_entities, evaluate_full
+    from hf_mel.evaluation.candidate_evaluator import evaluate_candidates
+    from hf_mel.evaluation.full_evaluator import check_units, encode_own_entities, evaluate_full
     from hf_mel.evaluation.tables import orders_table, results_table
-    from hf_mel.linking.loading import load_linking_model
-    from hf_mel.linking.prototypes import Prototypes
-    from hf_mel.schema import Reranker
+    from hf_mel.inference.checkpoints import load_linking_model
+    from hf_mel.inference.features.post_prototypes import Prototypes
+    from hf_mel.protocols import Reranker
 
     if weight == "auto" and split.startswith("test"):
         raise RecipeError(

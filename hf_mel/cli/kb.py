@@ -91,8 +91,8 @@ def build(
     if (dataset is None) == (entities is None):
         raise typer.BadParameter("Give a data set or a file of entities, one of them.", param_hint="--dataset")
 
-    from hf_mel.linking.knowledge_base import KnowledgeBase
-    from hf_mel.linking.loading import load_retriever
+    from hf_mel.inference.checkpoints import load_retriever
+    from hf_mel.kb.knowledge_base import KnowledgeBase
 
     retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
     kb = KnowledgeBase.build(
@@ -131,8 +131,8 @@ def add(
 
       hf-mel kb add kb/flags --model runs/mimic_flags --entities mine.jsonl
     """
-    from hf_mel.linking.knowledge_base import KnowledgeBase
-    from hf_mel.linking.loading import load_retriever
+    from hf_mel.inference.checkpoints import load_retriever
+    from hf_mel.kb.knowledge_base import KnowledgeBase
 
     opened = KnowledgeBase.load(kb)
     retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
@@ -151,7 +151,7 @@ def remove(
 
       hf-mel kb remove kb/flags Q30 Q145
     """
-    from hf_mel.linking.knowledge_base import KnowledgeBase
+    from hf_mel.kb.knowledge_base import KnowledgeBase
 
     opened = KnowledgeBase.load(kb)
     count = opened.remove(ids)
@@ -188,8 +188,8 @@ def index(
 
       hf-mel kb index kb/wikimel --model runs/mimic_wikimel --kind milvus --uri http://localhost:19530
     """
-    from hf_mel.linking.knowledge_base import KnowledgeBase
-    from hf_mel.linking.loading import load_retriever
+    from hf_mel.inference.checkpoints import load_retriever
+    from hf_mel.kb.knowledge_base import KnowledgeBase
 
     opened = KnowledgeBase.load(kb)
     retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
@@ -227,11 +227,11 @@ def recall(
     import numpy as np
 
     from hf_mel.data.loading import load_mentions
-    from hf_mel.linking.encodings import encode_rows
-    from hf_mel.linking.indexes.base import FIRST_STAGE
-    from hf_mel.linking.indexes.recall import recall as recall_of
-    from hf_mel.linking.knowledge_base import KnowledgeBase
-    from hf_mel.linking.loading import load_retriever
+    from hf_mel.inference.checkpoints import load_retriever
+    from hf_mel.inference.encode import encode_rows
+    from hf_mel.kb.indexes.base import FIRST_STAGE
+    from hf_mel.kb.indexes.recall import recall as recall_of
+    from hf_mel.kb.knowledge_base import KnowledgeBase
 
     mentions = load_mentions(dataset, split)
     count = min(limit, len(mentions))
@@ -264,7 +264,7 @@ def info(
 
       hf-mel kb info kb/flags --verify
     """
-    from hf_mel.linking.knowledge_base import KnowledgeBase
+    from hf_mel.kb.knowledge_base import KnowledgeBase
 
     _report(KnowledgeBase.load(kb, verify=verify))
     if verify:

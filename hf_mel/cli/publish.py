@@ -12,7 +12,8 @@ import typer
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from hf_mel.hub.publish import Comparison, Publication
+    from hf_mel.hub.publish.publication import Publication
+    from hf_mel.hub.publish.upload import Comparison
 
 app = typer.Typer(
     help="Publish models, data sets, knowledge bases, metrics and Spaces on the Hub.\n\n"
@@ -67,7 +68,7 @@ def model(
 
       hf-mel publish model runs/mimic_flags ORG/mimic-flags --dataset ORG/flags_mel --yes
     """
-    from hf_mel.hub.publish import model_publication
+    from hf_mel.hub.publish.model_repo import model_publication
 
     _publish(
         model_publication(run, repo, dataset=dataset, dataset_revision=dataset_revision), yes, private, gated, message
@@ -93,7 +94,7 @@ def dataset(
 
       hf-mel publish dataset data/flags_mel ORG/flags_mel --yes
     """
-    from hf_mel.hub.publish import dataset_publication
+    from hf_mel.hub.publish.dataset_repo import dataset_publication
 
     _publish(dataset_publication(folder, repo, i_hold_the_rights=i_hold_the_rights), yes, private, gated, message)
 
@@ -113,7 +114,7 @@ def kb(
 
       hf-mel publish kb kb/flags_mel ORG/flags-kb --yes
     """
-    from hf_mel.hub.publish import kb_publication
+    from hf_mel.hub.publish.kb_repo import kb_publication
 
     with tempfile.TemporaryDirectory(prefix="hf_mel-publish-") as work:
         _publish(kb_publication(folder, repo, work=work), yes, private, gated, message)
@@ -133,7 +134,7 @@ def metric(
 
       hf-mel publish metric mel_ranking ORG/mel_ranking --yes
     """
-    from hf_mel.hub.publish import space_publication
+    from hf_mel.hub.publish.space_repo import space_publication
 
     _publish(space_publication(folder, repo, metric=True), yes, private, None, message)
 
@@ -152,7 +153,7 @@ def space(
 
       hf-mel publish space spaces/my_demo ORG/my-demo --yes
     """
-    from hf_mel.hub.publish import space_publication
+    from hf_mel.hub.publish.space_repo import space_publication
 
     _publish(space_publication(folder, repo), yes, private, None, message)
 
@@ -161,7 +162,7 @@ def _publish(publication: Publication, yes: bool, private: bool, gated: Gated | 
     from huggingface_hub import HfApi
 
     from hf_mel.errors import HubError
-    from hf_mel.hub.publish import compare, offline_comparison, publish
+    from hf_mel.hub.publish.upload import compare, offline_comparison, publish
 
     api = HfApi(library_name="hf_mel")
     wanted: Any = None if gated is None else gated.value
@@ -193,7 +194,7 @@ def _account(api: HfApi) -> str:
     from huggingface_hub import get_token
 
     from hf_mel.errors import HubError
-    from hf_mel.remote import hub_errors
+    from hf_mel.hub_errors import hub_errors
 
     if get_token() is None:
         return "none; log in with hf auth login"

@@ -40,7 +40,8 @@ def train(
     import hf_mel.auto  # noqa: F401 (the shipped methods register with the Auto classes)
     from hf_mel.evaluation.tables import orders_table, results_table
     from hf_mel.training.recipe import Recipe
-    from hf_mel.training.run import LOG, PLOT, RECIPE, RESULTS, run_recipe
+    from hf_mel.training.run import run_recipe
+    from hf_mel.training.run_folder import LOG, PLOT, RECIPE, RESULTS
 
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_recipe(loaded, output=output, resume=resume)

@@ -26,7 +26,7 @@ from hf_mel.errors import (
     UnknownSplitError,
 )
 from hf_mel.files import files_sha256, parquet_sha256
-from hf_mel.rows import ENTITY_COLUMNS, entity_row, read_rows, texts_cell
+from hf_mel.row_files import ENTITY_COLUMNS, entity_row, read_rows, texts_cell
 from hf_mel.schema import NIL, entity_features, mention_features, post_features
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from hf_mel.data.collator import LazyRow, LazyRows
+from hf_mel.data.lazy_rows import LazyRow, LazyRows
 from hf_mel.data.loading import load_mentions, load_posts
 from hf_mel.errors import UnknownSplitError
 from hf_mel.schema import NIL, NO_SPAN, Row, mention_features

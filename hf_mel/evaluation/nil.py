@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_mel.linking.ranking import RankingResult
+from hf_mel.inference.ranking import RankingResult
 
 
 @dataclass
@@ -83,7 +83,7 @@ def best_other_scores(ranking: RankingResult, gold_rows) -> np.ndarray:
     """Score of each mention's best entity that is not its gold, [M].
 
     Args:
-        ranking ([`~hf_mel.linking.ranking.RankingResult`]): At least the two best of every mention.
+        ranking ([`~hf_mel.inference.ranking.RankingResult`]): At least the two best of every mention.
         gold_rows (integers `[M]`): Entity row of each gold, -1 for none.
 
     Raises:

@@ -30,7 +30,7 @@ def results_table(results: Mapping[str, Any], title: str | None = None) -> Table
     """A `rich` table of one evaluation: a row for all mentions and one for every group, fractions as percentages.
 
     Args:
-        results (`Mapping`): [`~hf_mel.evaluation.full.FullResult.to_dict`], or the same read from results.json.
+        results (`Mapping`): [`~hf_mel.evaluation.full_evaluator.FullResult.to_dict`], or the same read from results.json.
         title (`str`, *optional*): Default: number of mentions and of entities, and the treatment of ties.
     """
     overall = results["metrics"]
@@ -69,7 +69,7 @@ def orders_table(results: Mapping[str, Any]) -> Table:
     end and with the gold added.
 
     Args:
-        results (`Mapping`): [`~hf_mel.evaluation.candidates.CandidateResult.to_dict`], or the same from results.json.
+        results (`Mapping`): [`~hf_mel.evaluation.candidate_evaluator.CandidateResult.to_dict`], or the same from results.json.
     """
     rows = {
         f"{order}, {label}": metrics["metrics"]
@@ -126,7 +126,7 @@ def write_results(results: Mapping[str, Any] | Sequence[Any], path: str | os.Pat
     """Writes JSON, whole or not at all; nan, which JSON does not know, becomes null.
 
     Args:
-        results (`Mapping` or sequence): [`~hf_mel.evaluation.full.FullResult.to_dict`], or anything JSON can hold.
+        results (`Mapping` or sequence): [`~hf_mel.evaluation.full_evaluator.FullResult.to_dict`], or anything JSON can hold.
         path (`str` or `os.PathLike`): The file; its folder is made if need be.
 
     Raises:

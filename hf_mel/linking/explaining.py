@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from hf_mel.schema import MelProcessor, Row
+from hf_mel.protocols import MelProcessor
+from hf_mel.schema import Row
 
 #: From here on, scripts are written without spaces, and each token is a word of its own.
 _FIRST_CJK = 0x2E80
@@ -35,8 +36,8 @@ def explain(model: Any, processor: MelProcessor, mention: Row, entity: Row) -> E
     """Where `model` looked when it scored this mention against this entity.
 
     Args:
-        model ([`~hf_mel.schema.Retriever`]): In eval mode.
-        processor ([`~hf_mel.schema.MelProcessor`]): Its processor.
+        model ([`~hf_mel.protocols.Retriever`]): In eval mode.
+        processor ([`~hf_mel.protocols.MelProcessor`]): Its processor.
         mention (row): A row of `mentions`, its image a PIL image or `None`.
         entity (row): A row of `entities`, its images PIL images.
 

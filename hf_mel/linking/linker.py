@@ -12,17 +12,19 @@ import datasets
 import torch
 from tqdm.auto import tqdm
 
-from hf_mel.data.collator import LazyRows, model_inputs
 from hf_mel.data.images import ImageSource, open_image
+from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.errors import DataFormatError, KnowledgeBaseError, SpanError
-from hf_mel.linking.encodings import as_float, slice_encodings, to_device
+from hf_mel.inference.checkpoints import load_reranker, load_retriever
+from hf_mel.inference.encodings import as_float, slice_encodings, to_device
+from hf_mel.inference.features.post_prototypes import knows_posts
+from hf_mel.inference.inputs import model_inputs
+from hf_mel.inference.probe import sees_images, sees_images_in_pairs
+from hf_mel.inference.reranking import can_rank_jointly, score_pairs
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.explaining import Explanation, explain
-from hf_mel.linking.fingerprint import sees_images
-from hf_mel.linking.knowledge_base import KnowledgeBase
-from hf_mel.linking.loading import load_reranker, load_retriever
-from hf_mel.linking.prototypes import knows_posts
-from hf_mel.linking.reranking import can_rank_jointly, score_pairs, sees_images_in_pairs
-from hf_mel.schema import NIL, NO_SPAN, MelProcessor
+from hf_mel.protocols import MelProcessor
+from hf_mel.schema import NIL, NO_SPAN
 
 #: A mention to link: `text`, and `mention`, or `start` and `end`, or all three; `image` if there is one. Or a visual one, for
 #: a reranker of documents: `modality` "image" and `image`. Those of one document share a `document_id`.
@@ -100,16 +102,16 @@ class EntityLinker:
     ```
 
     Args:
-        model ([`~hf_mel.schema.Retriever`]): The model; it is put in eval mode.
-        processor ([`~hf_mel.schema.MelProcessor`]): Its processor.
+        model ([`~hf_mel.protocols.Retriever`]): The model; it is put in eval mode.
+        processor ([`~hf_mel.protocols.MelProcessor`]): Its processor.
         kb ([`KnowledgeBase`], `str` or `os.PathLike`): The knowledge base, its folder or its Hub id, built by this model.
         nil_threshold (`float`, *optional*): A mention whose best score is below it is NIL. Default: the model's own
             (`config.nil_threshold`, set by calibration); without one, no mention is NIL.
-        reranker ([`~hf_mel.schema.Reranker`], *optional*): Puts the model's best `rerank_k` entities into a new order.
+        reranker ([`~hf_mel.protocols.Reranker`], *optional*): Puts the model's best `rerank_k` entities into a new order.
             If it can, it ranks the mentions of one context together: those that share a `context_id`, or without one
             the text and the image object. If it links documents, it reads all mentions that share a `document_id`, or
             without one a context. Nothing is known of p(e|m) here: its candidates have the prior 0.
-        reranker_processor ([`~hf_mel.schema.MelProcessor`], *optional*): The reranker's.
+        reranker_processor ([`~hf_mel.protocols.MelProcessor`], *optional*): The reranker's.
         rerank_k (`int`, *optional*, defaults to 16): How many.
         index (`str`, *optional*, defaults to "exact"): What finds the entities: "exact" scores all of them; an index
             that was built ([`~hf_mel.KnowledgeBase.build_index`]) finds `first_stage` candidates, which are scored.
@@ -172,13 +174,13 @@ class EntityLinker:
             reranker (`str` or `os.PathLike`, *optional*): Folder or Hub id of a reranker.
             rerank_k, index, first_stage (*optional*): As in [`EntityLinker`].
             kb_revision (`str`, *optional*): Branch, tag or commit of a knowledge base on the Hub.
-            kwargs: As in [`~hf_mel.linking.loading.load_retriever`]: `revision` (of the model), `device`,
+            kwargs: As in [`~hf_mel.inference.checkpoints.load_retriever`]: `revision` (of the model), `device`,
                 `trust_remote_code` (of both).
 
         Raises:
             KnowledgeBaseError: As in [`EntityLinker`].
             HubError: As in [`~hf_mel.KnowledgeBase.from_pretrained`].
-            UnknownModelError: As in [`~hf_mel.linking.loading.load_retriever`].
+            UnknownModelError: As in [`~hf_mel.inference.checkpoints.load_retriever`].
         """
         if kb is None:
             raise KnowledgeBaseError(

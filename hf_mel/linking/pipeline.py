@@ -48,7 +48,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         **kwargs: Any,
     ):
         from hf_mel.errors import KnowledgeBaseError
-        from hf_mel.linking.knowledge_base import KnowledgeBase
+        from hf_mel.kb.knowledge_base import KnowledgeBase
         from hf_mel.linking.linker import EntityLinker
 
         if kb is None:

@@ -8,7 +8,7 @@ import torch
 from transformers import IntervalStrategy, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_mel.data.batching import BATCH_GROUPINGS
+from hf_mel.training.sampling import BATCH_GROUPINGS
 
 
 @dataclass

@@ -18,24 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import transformers
 from torch import nn
 from transformers import MODEL_FOR_PRETRAINING_MAPPING, EarlyStoppingCallback, Trainer, set_seed
 
-from hf_mel.data.batching import GroupingSampler, grouping_sampler, surface_key
-from hf_mel.data.collator import LazyRow, LazyRows, images_per_entity
+from hf_mel.data.lazy_rows import LazyRow, LazyRows
 from hf_mel.data.loading import check_golds, dataset_version, load_entities, load_mentions, load_posts
 from hf_mel.errors import DataFormatError, MissingExtraError, UnknownEntityError
-from hf_mel.evaluation.full import software_versions
+from hf_mel.evaluation.full_evaluator import software_versions
 from hf_mel.evaluation.tables import write_results
 from hf_mel.files import write_text
-from hf_mel.hub.cards import model_card
+from hf_mel.hub.model_cards import model_card
 from hf_mel.hub.saving import save_model_repository
-from hf_mel.linking.reranking import ImageFeatures
+from hf_mel.inference.features.image_features import ImageFeatures
+from hf_mel.inference.inputs import images_per_entity
 from hf_mel.schema import NIL, Row
-from hf_mel.training import run as runs
+from hf_mel.training import assemble, run_folder
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.plot import plot_training
 from hf_mel.training.recipe import Recipe
+from hf_mel.training.sampling import GroupingSampler, grouping_sampler, surface_key
 from hf_mel.training.tokenizer import texts_of
 from hf_mel.training.trainer import MelTrainer, _SetEpoch
 
@@ -215,7 +217,7 @@ def pretraining_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[Any, A
     Raises:
         RecipeError: the method has no pre-training, or the recipe cannot be used as written.
     """
-    linking, processor = runs.build_model(recipe, texts)
+    linking, processor = assemble.build_model(recipe, texts)
     config_class = type(linking.config)
     if config_class not in MODEL_FOR_PRETRAINING_MAPPING:
         raise recipe.error(
@@ -239,16 +241,16 @@ def run_pretraining(recipe: Recipe, output: str | os.PathLike[str] | None = None
     Returns:
         `Path`: the run folder.
     """
-    folder = runs.RUNS / recipe.name if output is None else Path(output)
+    folder = run_folder.RUNS / recipe.name if output is None else Path(output)
     by_loss = {"metric_for_best_model": "eval_loss", "greater_is_better": False}
-    arguments = runs.training_arguments(
-        dataclasses.replace(recipe, training=by_loss | recipe.training), folder / runs.CHECKPOINTS
+    arguments = run_folder.training_arguments(
+        dataclasses.replace(recipe, training=by_loss | recipe.training), folder / run_folder.CHECKPOINTS
     )
-    checkpoint = runs._start(folder, recipe, resume)
-    if (folder / runs.RESULTS).exists():
+    checkpoint = run_folder._start(folder, recipe, resume)
+    if (folder / run_folder.RESULTS).exists():
         return folder
     started, data = time.time(), recipe.data
-    with runs._quiet():
+    with run_folder._quiet():
         entities = load_entities(data.dataset, revision=data.revision)
         if data.posts_split is None:
             train = load_mentions(data.dataset, data.train_split, data.revision, config=data.config)
@@ -264,7 +266,7 @@ def run_pretraining(recipe: Recipe, output: str | os.PathLike[str] | None = None
         main = trainer.is_world_process_zero()
         if main:
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / runs.RECIPE, [recipe.to_yaml()])
+            write_text(folder / run_folder.RECIPE, [recipe.to_yaml()])
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         loss = trainer.evaluate()["eval_loss"]
         if main:
@@ -276,7 +278,7 @@ def run_pretraining(recipe: Recipe, output: str | os.PathLike[str] | None = None
 def _finish(folder, recipe, trainer, train, validation, entities, loss, started, resumed) -> None:
     """Writes the model that links, the log and its plot; results.json last."""
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    linking_class: Any = runs.MODEL_MAPPING[type(trained.config)]
+    linking_class: Any = transformers.MODEL_MAPPING[type(trained.config)]
     linking = linking_class(trained.config)
     linking.load_state_dict(trained.state_dict(), strict=False)
     state, data = trainer.state, recipe.data
@@ -320,11 +322,11 @@ def _finish(folder, recipe, trainer, train, validation, entities, loss, started,
         "versions": software_versions(),
     }
     save_model_repository(linking, trainer.processor, folder)
-    write_results(state.log_history, folder / runs.LOG)
+    write_results(state.log_history, folder / run_folder.LOG)
     try:
-        plot_training(state.log_history, folder / runs.PLOT, title=recipe.name)
+        plot_training(state.log_history, folder / run_folder.PLOT, title=recipe.name)
     except MissingExtraError as error:
-        print(f"No {runs.PLOT}: {error}")
-    write_text(folder / runs.CARD, [model_card(results)])
-    write_results(results, folder / runs.RESULTS)
-    shutil.rmtree(folder / runs.CHECKPOINTS, ignore_errors=True)
+        print(f"No {run_folder.PLOT}: {error}")
+    write_text(folder / run_folder.CARD, [model_card(results)])
+    write_results(results, folder / run_folder.RESULTS)
+    shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)

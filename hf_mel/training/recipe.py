@@ -98,7 +98,7 @@ class CandidatesRecipe:
 
     Args:
         source (`str`): "name", "prior", "retriever", "release" (those the data set ships), several of them joined by "+",
-            "document" after these ([`~hf_mel.linking.candidates.make_candidates`]), or "file".
+            "document" after these ([`~hf_mel.candidates.make.make_candidates`]), or "file".
         k (`int`, *optional*, defaults to 100): Candidates per mention at most.
         scorer (`str`, *optional*, defaults to `"WRatio"`): How names are compared.
         retriever (`str`, *optional*): Run folder or Hub id of a trained retriever.

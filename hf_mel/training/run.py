@@ -2,64 +2,50 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import inspect
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
-import transformers
-import yaml
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
-    CONFIG_MAPPING,
-    MODEL_MAPPING,
-    PROCESSOR_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
     set_seed,
 )
 
-from hf_mel.data.candidates import CandidateLists
+from hf_mel.candidates.lists import CandidateLists
+from hf_mel.candidates.make import check_source, default_cache, make_candidates
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions
 from hf_mel.data.posts import posts_as_mentions, posts_of
 from hf_mel.errors import MissingExtraError, RecipeError
-from hf_mel.evaluation.candidates import evaluate_candidates
-from hf_mel.evaluation.full import evaluate_full
+from hf_mel.evaluation.candidate_evaluator import evaluate_candidates
+from hf_mel.evaluation.full_evaluator import evaluate_full
 from hf_mel.evaluation.tables import write_results
 from hf_mel.files import write_text
-from hf_mel.hub.cards import model_card
+from hf_mel.hub.model_cards import model_card
 from hf_mel.hub.saving import save_model_repository
-from hf_mel.linking.candidates import check_source, default_cache, make_candidates
-from hf_mel.linking.prototypes import Prototypes
-from hf_mel.schema import NIL, Reranker, Retriever
-from hf_mel.training.arguments import MelTrainingArguments
+from hf_mel.inference.features.post_prototypes import Prototypes
+from hf_mel.protocols import Reranker
+from hf_mel.schema import NIL
+from hf_mel.training.assemble import build_model
 from hf_mel.training.plot import plot_training
 from hf_mel.training.recipe import Recipe
-from hf_mel.training.tokenizer import texts_of, train_wordpiece
+from hf_mel.training.run_folder import (
+    CARD,
+    CHECKPOINTS,
+    LOG,
+    PLOT,
+    RECIPE,
+    RESULTS,
+    RUNS,
+    _best,
+    _quiet,
+    _start,
+    training_arguments,
+)
+from hf_mel.training.tokenizer import texts_of
 from hf_mel.training.trainer import MelTrainer
-
-#: Where run folders go.
-RUNS = Path("runs")
-#: Written last: a run folder that has it is a finished run.
-RESULTS = "results.json"
-RECIPE = "recipe.yaml"
-LOG = "training_log.json"
-PLOT = "training.png"
-CARD = "README.md"
-CHECKPOINTS = "checkpoints"
-#: Written last by the Trainer: a checkpoint without it was interrupted.
-_CHECKPOINT_STATE = "trainer_state.json"
 
 
 def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, resume: bool = False) -> Path:
@@ -138,30 +124,6 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
     return folder
 
 
-def training_arguments(recipe: Recipe, output_dir: str | os.PathLike[str]) -> MelTrainingArguments:
-    """The recipe's training arguments, checked.
-
-    Raises:
-        RecipeError: an unknown argument, or a value that does not fit.
-    """
-    known = {item.name: item for item in dataclasses.fields(MelTrainingArguments) if item.init}
-    known.pop("output_dir")
-    recipe.check_keys("training", recipe.training, known)
-    for key, value in recipe.training.items():
-        default = known[key].default
-        if isinstance(default, bool) != isinstance(value, bool) and isinstance(default, (bool, int, float)):
-            raise recipe.error(
-                f"training.{key}: {value!r} is not {'true or false' if isinstance(default, bool) else 'a number'}."
-            )
-        if isinstance(default, (int, float)) and not isinstance(value, (int, float)):
-            raise recipe.error(f"training.{key}: {value!r} is not a number.")
-    options = {"disable_tqdm": False, "log_level": "error", **recipe.training}
-    try:
-        return MelTrainingArguments(output_dir=str(Path(output_dir).resolve()), **options)
-    except (TypeError, ValueError, ImportError) as error:
-        raise recipe.error(f"training: {error}") from error
-
-
 def candidates_for(
     recipe: Recipe,
     split: str,
@@ -208,184 +170,6 @@ def _check_candidates(recipe: Recipe) -> None:
             check_source(wanted.source, k=wanted.k, scorer=wanted.scorer, retriever=wanted.retriever)
         except RecipeError as error:
             raise recipe.error(f"candidates: {error.message}", error.remedy) from None
-
-
-def build_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[Any, Any]:
-    """The recipe's model, its new parts untrained, and its processor.
-
-    The classes are those that the Auto classes hold for the model type. With pretrained encoders, both classes offer
-    `from_backbones(text=…, vision=…, **options)`; without, the model comes from its configuration alone and the
-    processor class offers `from_parts(tokenizer, vision, **options)`.
-
-    Args:
-        recipe ([`~hf_mel.training.recipe.Recipe`]): What to build.
-        texts (iterable of `str`): What a new tokenizer is trained on, if the recipe asks for one.
-
-    Returns:
-        model ([`~hf_mel.schema.Retriever`] or [`~hf_mel.schema.Reranker`]) and processor
-        ([`~hf_mel.schema.MelProcessor`]).
-
-    Raises:
-        RecipeError: an unknown model type or field, or settings the model does not take.
-        MissingExtraError: a package with weights is not installed.
-    """
-    if recipe.model.from_pretrained:
-        model, processor = _continued(recipe)
-    else:
-        model, processor = _new(recipe, texts)
-    if not isinstance(model, Retriever | Reranker):
-        raise recipe.error(
-            f"{type(model).__name__} is neither a retriever (encode_mentions, encode_entities, score, unit_scores) nor a "
-            "reranker (example_unit, pairs_are_independent).",
-        )
-    return model, processor
-
-
-def _continued(recipe: Recipe) -> tuple[Any, Any]:
-    name, trust = recipe.model.from_pretrained, recipe.model.trust_remote_code
-    assert name is not None
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
-        _check_config(recipe, type(config), recipe.model.config, "model.config")
-        # Checkpoints in half precision load as such; training needs the full one.
-        model, report = AutoModel.from_pretrained(
-            name, trust_remote_code=trust, dtype=torch.float32, output_loading_info=True, **recipe.model.config
-        )
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise recipe.error(f"model.from_pretrained: {name!r} cannot be loaded ({error}).") from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        print(f"{name} has no weights for {len(report['missing_keys'])} tensors ({missing}, …): they start untrained.")
-    return model, processor
-
-
-def _new(recipe: Recipe, texts: Iterable[str]) -> tuple[Any, Any]:
-    kind, fields = str(recipe.model.type), dict(recipe.model.config)
-    config_class = _config_class(recipe, kind, "model.type")
-    if config_class not in MODEL_MAPPING or config_class not in PROCESSOR_MAPPING:
-        raise recipe.error(
-            f"model.type: {kind!r} has no model and processor class that AutoModel and AutoProcessor know."
-        )
-    _check_config(recipe, config_class, fields, "model.config")
-    model_class: Any = MODEL_MAPPING[config_class]
-    processor_class: Any = PROCESSOR_MAPPING[config_class]
-    recipe.check_keys("processor.options", recipe.processor.options, inspect.signature(processor_class).parameters)
-
-    with tempfile.TemporaryDirectory() as scratch:
-        references = {"text": recipe.model.text, "vision": recipe.model.vision}
-        weights = {side: _weights(recipe, ref, Path(scratch, side)) for side, ref in references.items() if ref}
-        return _assembled(recipe, weights, texts, model_class, processor_class)
-
-
-def _weights(recipe: Recipe, reference: str, scratch: Path) -> str:
-    """Hub id or folder of a pretrained encoder; `part:<name>:<model>` is taken out of its model, into `scratch`."""
-    if not reference.startswith("part:"):
-        return recipe.resolve_weights(reference)
-    name, _, place = reference.removeprefix("part:").partition(":")
-    try:
-        model, processor = AutoModel.from_pretrained(place), AutoProcessor.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise recipe.error(f"{reference}: {place!r} cannot be loaded ({error}).") from error
-    part = getattr(model, name, None)
-    if not isinstance(part, PreTrainedModel):
-        parts = [child for child, module in model.named_children() if isinstance(module, PreTrainedModel)]
-        raise recipe.error(f"{reference}: the model has no part {name!r}; it has {', '.join(parts) or 'none'}.")
-    part.save_pretrained(scratch)
-    for component in ("tokenizer", "image_processor"):
-        if getattr(processor, component, None) is not None:
-            getattr(processor, component).save_pretrained(scratch)
-    return str(scratch)
-
-
-def _assembled(
-    recipe: Recipe, weights: Mapping[str, str], texts: Iterable[str], model_class: Any, processor_class: Any
-) -> tuple[Any, Any]:
-    kind, fields, options = str(recipe.model.type), dict(recipe.model.config), recipe.processor.options
-    vision = weights.get("vision") or recipe.processor.vision
-    try:
-        if "text" in weights and not recipe.processor.vision:
-            processor = processor_class.from_backbones(**weights, **options)
-        elif "text" in weights:
-            tokenizer = AutoTokenizer.from_pretrained(weights["text"])
-            processor = processor_class.from_parts(tokenizer, vision, **options)
-        else:
-            assert recipe.processor.tokenizer is not None
-            tokenizer = train_wordpiece(texts, recipe.processor.tokenizer["vocab_size"])
-            processor = processor_class.from_parts(tokenizer, vision, **options)
-            if fields.get("text_config"):
-                special = {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
-                fields["text_config"] = {**fields["text_config"], **special}
-        if weights:
-            return model_class.from_backbones(**weights, **fields), processor
-        return AutoModel.from_config(AutoConfig.for_model(kind, **fields)), processor
-    except AttributeError as error:
-        raise recipe.error(f"model.type: {kind!r} cannot be built from a recipe ({error}).") from error
-    except (OSError, TypeError, ValueError, StrictDataclassError) as error:
-        raise recipe.error(f"model: {error}") from error
-
-
-def _config_class(recipe: Recipe, kind: str, where: str) -> Any:
-    try:
-        return CONFIG_MAPPING[kind]
-    except KeyError:
-        raise recipe.error(
-            f"{where}: {kind!r} is not a model type that AutoConfig knows.", "Check the spelling of the method."
-        ) from None
-
-
-def _check_config(recipe: Recipe, config_class: Any, values: Mapping[str, Any], where: str) -> None:
-    """Configurations take any keyword and keep it as an attribute; a misspelt field must not pass like that."""
-    known = set(inspect.signature(config_class).parameters) | set(getattr(config_class, "attribute_map", {}))
-    recipe.check_keys(where, values, known - {"kwargs"} | {"model_type"})
-    for key, value in values.items():
-        if isinstance(value, Mapping) and "model_type" in value:
-            inner = _config_class(recipe, str(value["model_type"]), f"{where}.{key}.model_type")
-            _check_config(recipe, inner, value, f"{where}.{key}")
-
-
-def _start(folder: Path, recipe: Recipe, resume: bool) -> Path | None:
-    """Checks that the folder may be used; the checkpoint to go on from, if any."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return None
-    if not (folder / RECIPE).exists():
-        raise RecipeError("is not empty, and holds no run.", file=folder, remedy="Give another --output.")
-    finished, checkpoint = (folder / RESULTS).exists(), _last_checkpoint(folder / CHECKPOINTS)
-    if not resume:
-        if finished or checkpoint:
-            raise RecipeError(
-                f"holds {'a finished' if finished else 'an interrupted'} run.",
-                file=folder,
-                remedy=f"{'Keep' if finished else 'Continue'} it with --resume, remove the folder, or give another --output.",
-            )
-        return None
-    try:
-        before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"cannot be read ({error}).", file=folder / RECIPE, remedy="Give another --output, or remove the folder."
-        ) from error
-    changed = sorted(_differences(before, recipe.to_dict()))
-    if changed:
-        raise RecipeError(
-            f"was started with other values of {', '.join(changed)}.",
-            file=folder / RECIPE,
-            remedy="Resume with the same recipe, or give another --output.",
-        )
-    return checkpoint
-
-
-def _differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for name in before.keys() | after.keys():
-            yield from _differences(before.get(name), after.get(name), f"{key}.{name}" if key else str(name))
-    elif before != after:
-        yield key
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{_CHECKPOINT_STATE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _finish(
@@ -477,24 +261,3 @@ def _finish(
     write_text(folder / CARD, [model_card(results)])
     write_results(results, folder / RESULTS)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-
-
-def _best(state: transformers.TrainerState) -> dict[str, float] | None:
-    """Step and epoch of the best evaluation."""
-    for entry in state.log_history:
-        if entry["step"] == state.best_global_step and "eval_mrr" in entry:
-            return {"step": entry["step"], "epoch": entry["epoch"]}
-    return None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers reports every freshly started weight and every file it reads; a user waits for numbers."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
-        transformers.logging.enable_progress_bar()

@@ -15,49 +15,51 @@ from torch.optim import Optimizer
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
-from hf_mel.data.batching import GroupingSampler, example_groups, grouping_sampler
-from hf_mel.data.candidates import CandidateLists
-from hf_mel.data.collator import LazyRows, RetrieverCollator
+from hf_mel.candidates.lists import CandidateLists
+from hf_mel.data.examples import example_groups
+from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.data.loading import check_golds
-from hf_mel.data.pairs import Examples, PairCollator
 from hf_mel.errors import DataFormatError, RecipeError
-from hf_mel.evaluation.candidates import CandidateResult, evaluate_candidates
-from hf_mel.evaluation.full import FullResult, evaluate_full
-from hf_mel.linking.encodings import encode_rows
-from hf_mel.linking.mention_features import MentionFeatures
-from hf_mel.linking.prototypes import Prototypes
-from hf_mel.linking.reranking import ImageFeatures
-from hf_mel.schema import NIL, MelProcessor, Reranker
+from hf_mel.evaluation.candidate_evaluator import CandidateResult, evaluate_candidates
+from hf_mel.evaluation.full_evaluator import FullResult, evaluate_full
+from hf_mel.inference.encode import encode_rows
+from hf_mel.inference.features.image_features import ImageFeatures
+from hf_mel.inference.features.mention_features import MentionFeatures
+from hf_mel.inference.features.post_prototypes import Prototypes
+from hf_mel.protocols import MelProcessor, Reranker
+from hf_mel.schema import NIL
 from hf_mel.training.arguments import MelTrainingArguments
+from hf_mel.training.collators import Examples, PairCollator, RetrieverCollator
+from hf_mel.training.sampling import GroupingSampler, grouping_sampler
 
 logger = logging.getLogger(__name__)
 
 
 class MelTrainer(Trainer):
-    """`transformers.Trainer` for a [`~hf_mel.schema.Retriever`] or a [`~hf_mel.schema.Reranker`].
+    """`transformers.Trainer` for a [`~hf_mel.protocols.Retriever`] or a [`~hf_mel.protocols.Reranker`].
 
     A retriever's batch is B mentions and the entities they mean; every entity that is not a mention's gold is its
     negative. Evaluation ranks every mention of `eval_dataset` against all entities (`eval_mrr`, `eval_hits@1`, …). In a
     distributed run each process draws its negatives from its own batch.
 
     A reranker's batch is B of its examples, each mention beside its gold and negatives of its candidates
-    ([`~hf_mel.data.pairs.PairCollator`]). Evaluation is the candidate protocol end to end, ranking jointly if the model
+    ([`~hf_mel.training.collators.PairCollator`]). Evaluation is the candidate protocol end to end, ranking jointly if the model
     does: `eval_mrr` counts a gold that is not among the candidates as 0.
 
     Resuming, mixed precision, gradient accumulation and distributed training are the Trainer's.
 
     Args:
-        model ([`~hf_mel.schema.Retriever`] or [`~hf_mel.schema.Reranker`]): What is trained.
+        model ([`~hf_mel.protocols.Retriever`] or [`~hf_mel.protocols.Reranker`]): What is trained.
         args ([`MelTrainingArguments`]): How.
         train_dataset (`datasets.Dataset`, *optional*): Mentions; those whose gold is NIL are left out, with a count.
         eval_dataset (`datasets.Dataset`, *optional*): Mentions to evaluate on.
         entities (`datasets.Dataset`): The knowledge base.
-        train_candidates, eval_candidates ([`~hf_mel.data.candidates.CandidateLists`], *optional*): For a reranker, the
+        train_candidates, eval_candidates ([`~hf_mel.candidates.lists.CandidateLists`], *optional*): For a reranker, the
             candidates of both sets of mentions.
-        prototypes ([`~hf_mel.linking.prototypes.Prototypes`], *optional*): For a retriever that knows entities by posts,
+        prototypes ([`~hf_mel.inference.features.post_prototypes.Prototypes`], *optional*): For a retriever that knows entities by posts,
             what chooses among these. They are encoded once, before training. A batch shows no post that is the text of
             one of its mentions. Default, for such a model: every entity is the only post about itself.
-        processing_class ([`~hf_mel.schema.MelProcessor`]): Turns rows into tensors; saved with every checkpoint. It is the
+        processing_class ([`~hf_mel.protocols.MelProcessor`]): Turns rows into tensors; saved with every checkpoint. It is the
             attribute `processor` of the trainer.
         callbacks (`list[TrainerCallback]`, *optional*): Further callbacks.
         kwargs: further arguments of `transformers.Trainer`.
@@ -290,8 +292,8 @@ class MelTrainer(Trainer):
 
         Args:
             mentions (`datasets.Dataset`): Mentions; of a reranker, some that the evaluation's candidates are of.
-            options: Further arguments of [`~hf_mel.evaluation.full.evaluate_full`] or
-                [`~hf_mel.evaluation.candidates.evaluate_candidates`].
+            options: Further arguments of [`~hf_mel.evaluation.full_evaluator.evaluate_full`] or
+                [`~hf_mel.evaluation.candidate_evaluator.evaluate_candidates`].
         """
         model = self.accelerator.unwrap_model(self.model)
         options = {

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import precision, summary
 from hf_mel.data.loading import load_mentions
-from hf_mel.evaluation.full import evaluate_full
+from hf_mel.evaluation.full_evaluator import evaluate_full
 from tests.toy import ToyProcessor, register, toy_entities, toy_model, write_toy_dataset
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.reranking_cost import line, main
-from hf_mel.data.candidates import CandidateLists
+from hf_mel.candidates.lists import CandidateLists
 from hf_mel.hub.saving import save_model_repository
 from tests.toy import ToyPairProcessor, register, toy_mentions, toy_reranker, write_toy_dataset
 

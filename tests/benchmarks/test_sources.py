@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import sources
 from benchmarks.ranking import operations_per_pair
-from hf_mel.linking.ranking import rank
+from hf_mel.inference.ranking import rank
 
 SIZES = {"length": 16, "text_width": 12, "unit_width": 8, "image_size": 8, "patch_size": 4, "vision_width": 8}
 

@@ -9,14 +9,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from hf_mel.candidates import make as making
+from hf_mel.candidates.lists import CandidateLists
+from hf_mel.candidates.sources import name_candidates
 from hf_mel.cli.candidates import candidates
 from hf_mel.cli.evaluate import evaluate
 from hf_mel.cli.link import link
-from hf_mel.data.candidates import CandidateLists, name_candidates
 from hf_mel.errors import RecipeError, UnknownModelError
-from hf_mel.evaluation.candidates import evaluate_candidates
-from hf_mel.linking import candidates as making
-from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.evaluation.candidate_evaluator import evaluate_candidates
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
 from tests.toy import (
     ToyPairProcessor,

@@ -8,10 +8,10 @@ import datasets
 import pytest
 from typer.testing import CliRunner
 
+from hf_mel.building import build as building
+from hf_mel.building.builders import known_datasets
 from hf_mel.cli.data import app
-from hf_mel.data import building
-from hf_mel.data.building import known_datasets
-from tests.data.test_checks import entity, mention, small, write_folder
+from tests.building.test_checks import entity, mention, small, write_folder
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hf_mel.cli.evaluate import evaluate
 from hf_mel.data.loading import dataset_version
 from hf_mel.errors import RecipeError, UnknownDatasetError, UnknownModelError, UnknownSplitError
-from hf_mel.evaluation.full import evaluate_full
+from hf_mel.evaluation.full_evaluator import evaluate_full
 from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model, write_toy_dataset
 from tests.training.toy_run import recipe_dict, write_dataset
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hf_mel.cli import kb
 from hf_mel.cli.link import link
 from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError, SpanError
-from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
 from tests.toy import ToyProcessor, register, toy_entities, toy_model, write_toy_dataset
 

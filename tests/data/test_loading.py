@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from PIL import Image
 
-from hf_mel.data.building import build_dataset
+from hf_mel.building.build import build_dataset
 from hf_mel.data.loading import (
     check_entity_file,
     check_golds,

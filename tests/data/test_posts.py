@@ -6,7 +6,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from hf_mel.data.collator import LazyRows
+from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.data.posts import SOURCE, captions_as_posts, own_post, posts_as_mentions, posts_of
 from hf_mel.errors import UnknownSplitError
 from hf_mel.schema import entity_features, mention_features, post_features

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_mel.data.building import build_dataset
+from hf_mel.building.build import build_dataset
 from hf_mel.dataset_scripts.aida_conll.aida_conll import AidaConll
 from hf_mel.errors import CountMismatchError, DataFormatError
 from hf_mel.schema import NIL

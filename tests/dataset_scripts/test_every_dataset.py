@@ -21,8 +21,9 @@ from datasets import load_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_mel.data.building import build_dataset, find_builder, known_datasets
-from hf_mel.data.checks import check_dataset
+from hf_mel.building.build import build_dataset
+from hf_mel.building.builders import find_builder, known_datasets
+from hf_mel.building.checks import check_dataset
 from hf_mel.data.loading import load_entities, load_mentions
 from hf_mel.errors import MelError
 from hf_mel.schema import NIL, NO_SPAN

@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 from datasets import load_dataset
 
-from hf_mel.data.building import build_dataset
+from hf_mel.building.build import build_dataset
 from hf_mel.dataset_scripts.jsonl.jsonl import Jsonl, hashed_split
 from hf_mel.errors import (
     DataFormatError,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_mel.data.building import build_dataset
+from hf_mel.building.build import build_dataset
 from hf_mel.dataset_scripts.tweets_mel.tweets_mel import TweetsMel, account_id, image_names, tweet_id
 from hf_mel.errors import DataFormatError, DuplicateIdError, MelError
 from tests.dataset_scripts.test_wikidiverse import mutations

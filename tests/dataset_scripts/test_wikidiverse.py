@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_mel.data.building import build_dataset
+from hf_mel.building.build import build_dataset
 from hf_mel.dataset_scripts.wikidiverse import wikidiverse
 from hf_mel.dataset_scripts.wikidiverse.wikidiverse import WikiDiverse, entity_key, image_names, is_nil, page_title
 from hf_mel.errors import DataFormatError, MelError

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_mel.evaluation.nil import best_other_scores, calibrate_nil_threshold
-from hf_mel.linking.ranking import RankingResult
+from hf_mel.inference.ranking import RankingResult
 
 # Few distinct scores, so that equal ones occur; a mention is (score, correct, gold is NIL).
 rows = st.lists(

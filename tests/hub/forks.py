@@ -22,15 +22,15 @@ import rich.table
 import safetensors.numpy
 import yaml
 
-import hf_mel.hub.cards
-import hf_mel.hub.publish
+import hf_mel.hub.model_cards
+import hf_mel.hub.publish.upload
 from hf_mel.cli import main
 
 if "kb" in sys.argv[1:]:
     import torch
 
-    from hf_mel.linking.knowledge_base import KnowledgeBase
-    from hf_mel.remote import HubError
+    from hf_mel.hub_errors import HubError
+    from hf_mel.kb.knowledge_base import KnowledgeBase
 
 
 def open_kb(name: str) -> None:

@@ -8,8 +8,8 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 
-from hf_mel.hub.publish import kb_publication
-from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.hub.publish.kb_repo import kb_publication
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from tests.hub.conftest import TOKEN
 from tests.hub_server.server import Fault, HubServer
 from tests.toy import ToyProcessor, toy_entities, toy_model
@@ -199,7 +199,7 @@ def test_a_model_by_name_says_why_not(hub, client, new_client, tmp_path):
     code = """
 import json
 from hf_mel.errors import UnknownModelError
-from hf_mel.linking.loading import load_retriever
+from hf_mel.inference.checkpoints import load_retriever
 
 def why(name, **options):
     try:

@@ -15,7 +15,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from tests.hub.conftest import TOKEN, Runner
-from tests.hub.test_cards import run_info
+from tests.hub.test_model_cards import run_info
 from tests.hub_server.server import Fault, HubServer
 
 

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from hf_mel.errors import DataFormatError, KnowledgeBaseError, MelError, UnknownModelError
 from hf_mel.hub.convert import convert_checkpoint
-from hf_mel.hub.publish import dataset_publication
+from hf_mel.hub.publish.dataset_repo import dataset_publication
 from hf_mel.hub.saving import save_model_repository
-from hf_mel.linking.knowledge_base import KnowledgeBase
-from hf_mel.linking.loading import load_retriever
-from hf_mel.remote import holds_token, without_tokens
+from hf_mel.hub_errors import holds_token, without_tokens
+from hf_mel.inference.checkpoints import load_retriever
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.schema import entity_features
 from tests.hub.conftest import ROOT, TOKEN
 from tests.toy import ToyProcessor, register, toy_entities, toy_model
@@ -249,7 +249,7 @@ _BOMB = """
 import resource, sys
 limit = int(open("/proc/self/statm").read().split()[0]) * 4096
 from hf_mel.errors import MelError
-from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.kb.knowledge_base import KnowledgeBase
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), used + (2 << 30)))
 for name in sys.argv[1:]:

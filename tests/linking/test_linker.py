@@ -18,10 +18,10 @@ from hf_mel.errors import (
     UnknownEntityError,
     UnknownModelError,
 )
-from hf_mel.linking import knowledge_base
-from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.inference.reranking import score_pairs
+from hf_mel.kb import shards
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
-from hf_mel.linking.reranking import score_pairs
 from hf_mel.schema import NIL, entity_features
 from tests.toy import ToyPairProcessor, ToyProcessor, register, toy_entities, toy_mentions, toy_model, toy_reranker
 from tests.toy_documents import ToyDocumentProcessor, toy_document_reranker
@@ -117,7 +117,7 @@ def test_a_batch_gives_what_each_mention_gives_alone(linker, chosen, batch_size)
 @given(order=st.permutations(range(30)), shard=st.integers(1, 4000))
 def test_order_and_sharding_of_the_entities_change_nothing(linker, order, shard):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(knowledge_base, "_SHARD_BYTES", shard)
+        patch.setattr(shards, "_SHARD_BYTES", shard)
         kb = build(WORLD.select(order), batch_size=5)
     assert_same(EntityLinker(MODEL, PROCESSOR, kb)(MENTIONS), linker(MENTIONS))
 

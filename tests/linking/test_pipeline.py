@@ -8,7 +8,7 @@ from transformers import pipeline
 import hf_mel  # noqa: F401 (registers the task)
 from hf_mel.errors import KnowledgeBaseError
 from hf_mel.hub.saving import save_model_repository
-from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
 from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model
 

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForPreTraining
 
 import hf_mel.auto  # noqa: F401
 from hf_mel.modeling.imn import ImnConfig, ImnForKnowledgePreTraining, ImnModel, modeling_imn
-from hf_mel.schema import Retriever
+from hf_mel.protocols import Retriever
 from tests.modeling import direct_imn
 
 BERT = {

@@ -13,9 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoProcessor, DetrImageProcessorPil, PreTrainedTokenizerFast
 
 import hf_mel.auto  # noqa: F401
-from hf_mel.linking.prototypes import Prototypes
+from hf_mel.inference.features.post_prototypes import Prototypes
 from hf_mel.modeling.imn import ImnForKnowledgePreTraining, ImnModel, ImnProcessor
-from hf_mel.schema import MelProcessor, entity_features, post_features
+from hf_mel.protocols import MelProcessor
+from hf_mel.schema import entity_features, post_features
 from tests.modeling.test_imn import BERT, DETR, DIMS, ImnConfig
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "taylor", "swift", "sings", "on", "stage", "bird", "flies", "."]

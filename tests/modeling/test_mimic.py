@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, BertConfig, CLIPModel, ViTConfig
 
 import hf_mel.auto  # noqa: F401
 from hf_mel.modeling.mimic import MimicConfig, MimicModel, modeling_mimic
-from hf_mel.schema import Retriever
+from hf_mel.protocols import Retriever
 from tests.modeling import direct_mimic, published_mimic
 
 BERT = {

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import hf_mel.cli
 from hf_mel.errors import DataFormatError, MelError, RecipeError
 from hf_mel.hub.convert import convert_checkpoint
-from hf_mel.linking.loading import load_retriever
+from hf_mel.inference.checkpoints import load_retriever
 from hf_mel.training.tokenizer import train_wordpiece
 from tests.modeling import published_mimic
 

@@ -11,7 +11,7 @@ from transformers import AutoProcessor, CLIPModel, PreTrainedTokenizerFast
 
 import hf_mel.auto  # noqa: F401
 from hf_mel.modeling.mimic import MimicProcessor
-from hf_mel.schema import MelProcessor
+from hf_mel.protocols import MelProcessor
 from tests.modeling import published_mimic
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "swift", "on", "stage", "taylor", "singer", "bird", "."]

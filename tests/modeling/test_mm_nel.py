@@ -16,7 +16,7 @@ from transformers import AutoModel, CLIPVisionConfig, ResNetConfig, ViTConfig
 import hf_mel.auto  # noqa: F401
 from hf_mel.modeling.mm_nel import MmNelConfig, MmNelModel, modeling_mm_nel
 from hf_mel.modeling.mm_nel.modeling_mm_nel import max_product, pot_plan, sinkhorn, transport_cost, transport_plan
-from hf_mel.schema import Reranker
+from hf_mel.protocols import Reranker
 from tests.modeling import direct_mm_nel as direct
 
 SMALL = {

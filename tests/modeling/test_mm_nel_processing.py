@@ -11,7 +11,7 @@ from transformers import AutoProcessor, BertConfig, BertModel, PreTrainedTokeniz
 import hf_mel.auto  # noqa: F401
 from hf_mel.modeling.mm_nel import MmNelModel, MmNelProcessor
 from hf_mel.modeling.mm_nel.processing_mm_nel import glove_tokenizer, glove_vectors
-from hf_mel.schema import MelProcessor
+from hf_mel.protocols import MelProcessor
 
 WORDS = [
     "wayne",

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, BertConfig, CLIPModel, ViTConfig
 import hf_mel.auto  # noqa: F401
 from hf_mel.hub.saving import save_model_repository
 from hf_mel.modeling.mmel import MmelConfig, MmelModel, MmelProcessor, modeling_mmel
-from hf_mel.schema import Reranker
+from hf_mel.protocols import Reranker
 from tests.modeling import direct_mmel, published_mimic
 from tests.modeling.test_mimic import BERT, CNN, VIT
 from tests.modeling.test_mmel_processing import WORDS, make_tokenizer

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, CLIPModel, PreTrainedTokenizerFast
 
 import hf_mel.auto  # noqa: F401
 from hf_mel.modeling.mmel import MmelProcessor
-from hf_mel.schema import MelProcessor
+from hf_mel.protocols import MelProcessor
 from tests.modeling import published_mimic
 
 TEXT = "chaplin and anderson in chicago"

@@ -26,7 +26,7 @@ from transformers import (
 import hf_mel.auto  # noqa: F401
 from hf_mel.hub.saving import save_model_repository
 from hf_mel.modeling.pfmel import PfmelConfig, PfmelForPreTraining, PfmelModel, PfmelProcessor, modeling_pfmel
-from hf_mel.schema import Reranker
+from hf_mel.protocols import Reranker
 from tests.modeling import direct_pfmel
 from tests.modeling.test_pfmel_processing import WORDS, make_tokenizer
 

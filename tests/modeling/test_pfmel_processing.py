@@ -14,7 +14,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 import hf_mel.auto  # noqa: F401
 from hf_mel.modeling.pfmel import PfmelConfig, PfmelForPreTraining, PfmelModel, PfmelProcessor
 from hf_mel.modeling.pfmel.processing_pfmel import ACCOUNT_OPTIONS
-from hf_mel.schema import MelProcessor
+from hf_mel.protocols import MelProcessor
 
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 _TEXT = """

@@ -7,16 +7,17 @@ import itertools
 
 import pytest
 
-from hf_mel.data.collator import RetrieverCollator
 from hf_mel.data.loading import load_entities, load_mentions
-from hf_mel.evaluation.full import evaluate_full
-from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.inference.checkpoints import load_retriever
+from hf_mel.inference.features.post_prototypes import Prototypes
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
-from hf_mel.linking.loading import load_retriever
-from hf_mel.linking.prototypes import Prototypes
+from hf_mel.training.assemble import build_model
+from hf_mel.training.collators import RetrieverCollator
 from hf_mel.training.pretraining import PretrainingCollator, as_posts, pretraining_model
 from hf_mel.training.recipe import Recipe, shipped_recipes
-from hf_mel.training.run import build_model, run_recipe
+from hf_mel.training.run import run_recipe
 from tests.data.test_posts import write
 from tests.recipes.test_rerankers import encoders, load  # noqa: F401 (a fixture)
 from tests.toy import toy_entities, toy_mentions

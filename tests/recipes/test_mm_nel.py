@@ -6,12 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_mel.evaluation.candidates import evaluate_candidates
-from hf_mel.linking.candidates import make_candidates
-from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.candidates.make import make_candidates
+from hf_mel.evaluation.candidate_evaluator import evaluate_candidates
+from hf_mel.inference.checkpoints import load_reranker
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
-from hf_mel.linking.loading import load_reranker
-from hf_mel.training.run import build_model, run_recipe
+from hf_mel.training.assemble import build_model
+from hf_mel.training.run import run_recipe
 from tests.recipes.test_rerankers import encoders, load, step  # noqa: F401 (a fixture)
 from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model, write_toy_dataset
 from tests.toy_documents import toy_documents

@@ -14,9 +14,9 @@ from transformers import AutoModel, BertConfig, BertForNextSentencePrediction, C
 
 import hf_mel.auto  # noqa: F401
 from hf_mel.dataset_scripts.tweets_mel.tweets_mel import TweetsMel
+from hf_mel.training.assemble import build_model
 from hf_mel.training.pretraining import pretraining_model
 from hf_mel.training.recipe import Recipe
-from hf_mel.training.run import build_model
 from hf_mel.training.tokenizer import texts_of, train_wordpiece
 from tests.toy import toy_entities, toy_mentions
 

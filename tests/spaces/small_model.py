@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_mel.data.building import build_dataset
+from hf_mel.building.build import build_dataset
 from hf_mel.data.loading import load_entities, load_mentions
 from hf_mel.hub.saving import save_model_repository
-from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.training.assemble import build_model
 from hf_mel.training.recipe import Recipe
-from hf_mel.training.run import build_model
 from hf_mel.training.tokenizer import texts_of
 
 

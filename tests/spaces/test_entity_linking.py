@@ -21,8 +21,8 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.explaining import Explanation
-from hf_mel.linking.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import Candidate, EntityLinker, LinkResult
 from tests.spaces.small_model import small_model
 from tests.toy import ToyPairProcessor, ToyProcessor, register, toy_entities, toy_model, toy_reranker

@@ -7,17 +7,18 @@ import json
 import pytest
 import torch
 
-from hf_mel.data.collator import LazyRows, RetrieverCollator
+from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.data.posts import captions_as_posts
 from hf_mel.errors import RecipeError, ScoreError, UnknownSplitError
-from hf_mel.evaluation.full import evaluate_full
-from hf_mel.linking import mention_features as module
-from hf_mel.linking.encodings import encode_rows
-from hf_mel.linking.knowledge_base import KnowledgeBase
+from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.inference.encode import encode_rows
+from hf_mel.inference.features import mention_features as module
+from hf_mel.inference.features.mention_features import MentionFeatures
+from hf_mel.inference.features.post_prototypes import Prototypes
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
-from hf_mel.linking.mention_features import MentionFeatures
-from hf_mel.linking.prototypes import Prototypes
 from hf_mel.training.arguments import MelTrainingArguments
+from hf_mel.training.collators import RetrieverCollator
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run import run_recipe
 from hf_mel.training.trainer import MelTrainer

@@ -10,8 +10,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 import hf_mel.auto  # noqa: F401
-from hf_mel.data.batching import BATCH_GROUPINGS, grouping_sampler
-from hf_mel.data.collator import LazyRows
+from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.schema import NIL
 from hf_mel.training.arguments import MelTrainingArguments
@@ -24,6 +23,7 @@ from hf_mel.training.pretraining import (
 )
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run import run_recipe
+from hf_mel.training.sampling import BATCH_GROUPINGS, grouping_sampler
 from tests.toy import toy_entities, toy_mentions
 from tests.training.toy_run import recipe_dict, write_dataset
 

@@ -8,18 +8,18 @@ import json
 import pytest
 import torch
 
-from hf_mel.data.batching import GroupingSampler
-from hf_mel.data.candidates import CandidateLists
+from hf_mel.candidates.lists import CandidateLists
 from hf_mel.data.loading import load_mentions
-from hf_mel.data.pairs import Examples, PairCollator
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
-from hf_mel.evaluation.candidates import END_TO_END, evaluate_candidates
-from hf_mel.linking.loading import load_reranker
+from hf_mel.evaluation.candidate_evaluator import END_TO_END, evaluate_candidates
+from hf_mel.inference.checkpoints import load_reranker
 from hf_mel.schema import NIL
 from hf_mel.training import run
 from hf_mel.training.arguments import MelTrainingArguments
+from hf_mel.training.collators import Examples, PairCollator
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run import run_recipe
+from hf_mel.training.sampling import GroupingSampler
 from hf_mel.training.trainer import MelTrainer
 from tests.toy import ToyPairProcessor, register, toy_entities, toy_mentions, toy_model, toy_reranker
 from tests.toy_documents import ToyDocumentProcessor, toy_document_reranker, toy_documents

@@ -17,10 +17,12 @@ from transformers import AutoModel, AutoProcessor
 
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions
 from hf_mel.errors import MissingExtraError, RecipeError
-from hf_mel.evaluation.full import evaluate_full
-from hf_mel.training import run
+from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.training import run, run_folder
+from hf_mel.training.assemble import build_model
 from hf_mel.training.recipe import Recipe
-from hf_mel.training.run import build_model, run_recipe, training_arguments
+from hf_mel.training.run import run_recipe
+from hf_mel.training.run_folder import training_arguments
 from hf_mel.training.trainer import MelTrainer
 from tests.training.toy_run import recipe_dict, write_dataset
 
@@ -186,8 +188,8 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
         checkpoint.mkdir()
         if complete:
             (checkpoint / "trainer_state.json").touch()
-    assert run._last_checkpoint(tmp_path).name == "checkpoint-10"
-    assert run._last_checkpoint(tmp_path / "none") is None
+    assert run_folder._last_checkpoint(tmp_path).name == "checkpoint-10"
+    assert run_folder._last_checkpoint(tmp_path / "none") is None
 
 
 def test_a_folder_of_something_else_is_left_alone(dataset, tmp_path):

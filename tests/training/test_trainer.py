@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_mel.data.batching import GroupingSampler, surface_key
-from hf_mel.data.collator import RetrieverCollator
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.training.arguments import MelTrainingArguments
+from hf_mel.training.collators import RetrieverCollator
+from hf_mel.training.sampling import GroupingSampler, surface_key
 from hf_mel.training.trainer import MelTrainer
 from tests.toy import ToyProcessor, ToyRetriever, toy_entities, toy_mentions, toy_model
 

@@ -1,0 +1,154 @@
+"""The card of a data set: metadata that the Hub and `load_dataset` read, then the body from the builder's template."""
+
+from __future__ import annotations
+
+import importlib
+import string
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCardData
+
+if TYPE_CHECKING:
+    from hf_mel.building.report import BuildReport
+
+_LEAKS = {
+    "gold_in_train": ("gold occurs in train", "with_gold"),
+    "text_in_train": ("text occurs in train", None),
+    "image_in_train": ("image occurs in train", "with_image"),
+    "image_in_kb": ("image is one of the knowledge base", "with_image"),
+    "image_of_gold": ("image is one of its gold", "with_image"),
+}
+
+
+def dataset_card(builder_class: Any, infos: dict[str, datasets.DatasetInfo], report: BuildReport) -> str:
+    """README.md of a built data set.
+
+    Args:
+        builder_class (`type`): The builder; `README.template.md` beside it is the body, with these placeholders, all
+            optional: `$title`, `$name`, `$homepage`, `$citation`, `$download`, `$redistribution`, `$layout`,
+            `$options`, `$counts`, `$schema`, `$problems`, `$leakage`, `$raw_files`.
+        infos (`dict[str, datasets.DatasetInfo]`): Features and sizes of each configuration.
+        report ([`~hf_mel.building.report.BuildReport`]): What was found.
+    """
+    data = DatasetCardData(
+        pretty_name=builder_class.TITLE,
+        language=list(builder_class.LANGUAGES),
+        license=builder_class.LICENSE,
+        task_categories=["text-retrieval"],
+        task_ids=["entity-linking-retrieval"],
+        tags=["entity-linking", "multimodal", "knowledge-base"],
+        size_categories=_size_category(sum(n for splits in report.counts.values() for n in splits.values())),
+    )
+    datasets.info.DatasetInfosDict(infos).to_dataset_card_data(data)
+    MetadataConfigs(
+        {
+            config: {
+                **({"default": True} if config == "mentions" else {}),
+                "data_files": [{"split": split, "path": f"{config}/{split}-*"} for split in info.splits],
+            }
+            for config, info in infos.items()
+        }
+    ).to_dataset_card_data(data)
+    module = importlib.import_module(builder_class.__module__)
+    template = Path(str(module.__file__)).with_name("README.template.md")
+    body = string.Template(template.read_text(encoding="utf-8")).substitute(
+        title=builder_class.TITLE,
+        name=builder_class.NAME,
+        homepage=builder_class.HOMEPAGE,
+        citation=f"```bibtex\n{builder_class.CITATION.strip()}\n```",
+        download=builder_class.DOWNLOAD.rstrip(".") + ".",
+        redistribution=_redistribution(builder_class),
+        layout=report.layout or "",
+        options=_options(report),
+        counts=_counts_table(report),
+        schema=_schema_tables(infos),
+        problems=_problems_table(report),
+        leakage=_leakage_table(report),
+        raw_files=_table(["file", "sha256"], [[f, f"`{h}`"] for f, h in sorted(report.raw_sha256.items())]),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n"
+
+
+def _size_category(rows: int) -> str:
+    names = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B"]
+    return names[min(max(len(str(rows)) - 3, 0), len(names) - 1)]
+
+
+def _redistribution(builder_class: Any) -> str:
+    if not builder_class.REDISTRIBUTION:
+        return f"This copy may be passed on under its licence, `{builder_class.LICENSE}`."
+    return f"Do not pass this copy on: {builder_class.REDISTRIBUTION.rstrip('.')}."
+
+
+def _options(report: BuildReport) -> str:
+    if not report.options:
+        return "Images are stored exactly as released."
+    listed = ", ".join(f"`{key}={value}`" for key, value in report.options.items())
+    images = "" if "resize" in report.options else " Images are stored exactly as released."
+    return f"Built with {listed}.{images}"
+
+
+def _counts_table(report: BuildReport) -> str:
+    header = ["configuration", "split", "rows", "images", "rows without image"]
+    official = any(n is not None for splits in report.official.values() for n in splits.values())
+    rows = []
+    for config, splits in report.counts.items():
+        for split, n in splits.items():
+            images = report.images[config][split]
+            rows.append([config, split, f"{n:,}", f"{images['images']:,}", f"{images['rows_without']:,}"])
+            if official:
+                expected = report.official.get(config, {}).get(split)
+                rows[-1].append("unknown" if expected is None else f"{expected:,}")
+    table = _table(header + ["official rows"] * official, rows)
+    # Also what keeps `datasets` from giving the cached rows of an earlier build: it tells folders apart by their card.
+    return f"{table}\n\nsha256 of all Parquet files together: `{report.data_sha256}`"
+
+
+def _schema_tables(infos: dict[str, datasets.DatasetInfo]) -> str:
+    parts = []
+    for config, info in infos.items():
+        rows = [[f"`{column}`", _type_name(kind)] for column, kind in info.features.items()]
+        parts.append(f"**{config}**\n\n{_table(['column', 'type'], rows)}")
+    return "\n\n".join(parts)
+
+
+def _type_name(kind: Any) -> str:
+    if (item := getattr(kind, "feature", None)) is not None:
+        return f"list of {_type_name(item)}"
+    return "image" if isinstance(kind, datasets.Image) else kind.dtype
+
+
+def _problems_table(report: BuildReport) -> str:
+    rows = [
+        [kind.replace("_", " "), f"{len(entries):,}", f"{entries[0][0]}, row {entries[0][1]}"]
+        for kind, entries in sorted(report.problems.items())
+    ]
+    rows += [[kind.replace("_", " "), f"{n:,}", ""] for kind, n in report.duplicates.items() if n]
+    return _table(["kind", "count", "first"], rows)
+
+
+def leakage_rows(leakage: dict[str, dict[str, dict[str, int]]], counts: dict[str, dict[str, int]]) -> list[list[str]]:
+    """Configuration, split, what is shared, and how many mentions share it of how many that could; only what is found."""
+    rows = []
+    for config, splits in leakage.items():
+        for split, found in splits.items():
+            for key, (name, of) in _LEAKS.items():
+                if n := found.get(key, 0):
+                    total = found[of] if of else counts[config][split]
+                    rows.append([config, split, name, f"{n:,} of {total:,} ({n / total:.1%})"])
+    return rows
+
+
+def _leakage_table(report: BuildReport) -> str:
+    rows = leakage_rows(report.leakage, report.counts)
+    return _table(["configuration", "split", "mentions whose", "count"], rows)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "None."
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

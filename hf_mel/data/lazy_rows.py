@@ -1,0 +1,84 @@
+"""hf_mel.data.lazy_rows."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import datasets
+from torch.utils.data import Dataset
+
+from hf_mel.data.images import open_image
+from hf_mel.schema import Row
+
+
+def with_prior(entity: Row, prior: float) -> Row:
+    """The row of a candidate with its `prior`, p(e|m); not a copy, which would decode its images."""
+    return ChainMap({"prior": prior}, entity)  # type: ignore[arg-type]
+
+
+class LazyRow(Mapping[str, Any]):
+    """A row of a data set whose images are decoded when they are looked at, so that a text model never pays for them.
+
+    Args:
+        values: the row with its images as `datasets` stores them.
+        features: the columns of the data set.
+    """
+
+    def __init__(self, values: dict[str, Any], features: datasets.Features):
+        self._values, self._features = values, features
+
+    def __getitem__(self, column: str) -> Any:
+        value, feature = self._values[column], self._features[column]
+        if isinstance(feature, datasets.Image):
+            return self._decode(value)
+        if isinstance(getattr(feature, "feature", None), datasets.Image):
+            return [self._decode(image) for image in value or ()]
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def with_image(self, column: str, index: int) -> LazyRow:
+        """The same row with only one image, number `index`, in the list `column`."""
+        return LazyRow({**self._values, column: [self._values[column][index]]}, self._features)
+
+    def first_images(self, column: str, count: int | None) -> LazyRow:
+        """The same row with the first `count` images of the list `column`; `None` keeps all."""
+        return LazyRow({**self._values, column: (self._values[column] or [])[:count]}, self._features)
+
+    def stored(self, column: str) -> Any:
+        """The value of a column with its images undecoded."""
+        return self._values[column]
+
+    def _decode(self, image: dict[str, Any] | None) -> Any:
+        if image is None:
+            return None
+        key = next((name for name in ("mention_id", "post_id", "entity_id") if name in self._values), None)
+        return open_image(image, row=self._values[key] if key else None)
+
+
+class LazyRows(Dataset):
+    """Rows of a data set as [`LazyRow`]s, for a `DataLoader`.
+
+    Args:
+        dataset (`datasets.Dataset`): M rows.
+    """
+
+    def __init__(self, dataset: datasets.Dataset):
+        self.dataset = dataset
+        self._stored = dataset.with_format("arrow")  # plain formatting would decode every image
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> LazyRow:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[LazyRow]:
+        """The rows of one batch, in the order asked for."""
+        return [LazyRow(values, self.dataset.features) for values in self._stored[indices].to_pylist()]

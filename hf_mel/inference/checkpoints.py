@@ -1,0 +1,240 @@
+"""Loading a retriever or a reranker and its processor from a folder or the Hub."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+import hf_mel.auto  # noqa: F401 (registers the shipped methods)
+from hf_mel.errors import HubError, UnknownModelError
+from hf_mel.hub_errors import check_repo_id, hub_errors
+from hf_mel.protocols import MelProcessor, Reranker, Retriever
+
+#: Larger ones, or deeper ones, are no configuration anybody wrote.
+_CONFIG_BYTES, _CONFIG_DEPTH, _CONFIG_NUMBER, _LAYERS = 8 << 20, 32, 1 << 40, 1024
+#: The files of a model that are looked at before transformers is.
+_FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+
+#: What transformers raises for folders and repositories that are not a model, or a damaged one.
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+
+def load_retriever(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
+) -> tuple[Any, MelProcessor]:
+    """A retriever in float32 and evaluation mode, and its processor.
+
+    Args:
+        name (`str` or `os.PathLike`): A run folder, a model folder, or a model on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit, for a model on the Hub.
+        device (`str` or `torch.device`, *optional*): Where the model goes. Default: a GPU if there is one.
+        trust_remote_code (`bool`): Whether to run code that comes with the model; the shipped methods need none.
+        local_files_only (`bool`): Take what is in the cache of downloads and do not ask the Hub.
+
+    Returns:
+        model ([`~hf_mel.protocols.Retriever`]) and processor ([`~hf_mel.protocols.MelProcessor`]).
+
+    Raises:
+        [`~hf_mel.errors.UnknownModelError`]: no such model, one that cannot be had (private, offline), a configuration
+            beyond all bounds, weights that are not safetensors or lack a part, or not a retriever.
+    """
+    model, processor = load_linking_model(
+        name,
+        revision=revision,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        local_files_only=local_files_only,
+    )
+    if isinstance(model, Reranker):
+        raise UnknownModelError(
+            f"{os.fspath(name)!r} reranks candidates, it does not find them.",
+            remedy="Give a retriever here, and this one as the reranker.",
+        )
+    return model, processor
+
+
+def load_reranker(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
+) -> tuple[Any, MelProcessor]:
+    """A reranker in float32 and evaluation mode, and its processor. Args and errors as in [`load_retriever`].
+
+    Returns:
+        model ([`~hf_mel.protocols.Reranker`]) and processor ([`~hf_mel.protocols.MelProcessor`]).
+    """
+    model, processor = load_linking_model(
+        name,
+        revision=revision,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        local_files_only=local_files_only,
+    )
+    if isinstance(model, Retriever):
+        raise UnknownModelError(
+            f"{os.fspath(name)!r} is a {type(model).__name__}, which finds entities and does not rerank candidates.",
+            remedy="Give it as the model, not as the reranker.",
+        )
+    return model, processor
+
+
+def load_linking_model(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
+) -> tuple[Any, MelProcessor]:
+    """A retriever or a reranker, whichever it is. Args and errors as in [`load_retriever`]."""
+    name = os.fspath(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    weight_bytes = _checked_files(name, revision, local_files_only)
+    options: dict[str, Any] = {
+        "revision": revision or "main",
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": local_files_only,
+    }
+    try:
+        if not trust_remote_code:
+            _check_size(name, AutoConfig.from_pretrained(name, **options), weight_bytes)
+        # Other formats of weights are pickles, which run code when they are opened.
+        model, report = AutoModel.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **options
+        )
+        processor = AutoProcessor.from_pretrained(name, **options)
+    except UnknownModelError:
+        raise
+    except _LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise UnknownModelError(
+            f"{name!r} cannot be loaded as a model ({reason[:300]}).",
+            remedy="Give a run folder written by `hf-mel train`, or the id of a model on the Hub; one whose code is "
+            "not part of hf_mel needs trust_remote_code.",
+        ) from error
+    if report["missing_keys"]:  # transformers would go on with random values in their place
+        missing = sorted(report["missing_keys"])
+        raise UnknownModelError(
+            f"{name!r}: the weights lack {len(missing)} of the model's tensors, among them {', '.join(missing[:3])}.",
+            remedy="The file is incomplete, or belongs to another configuration.",
+        )
+    try:
+        model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+        reason = str(error).strip().splitlines()[0]
+        raise UnknownModelError(
+            f"{name!r} cannot go to the device {device!r} ({reason}).", remedy="Try cpu."
+        ) from error
+    if not isinstance(model, Retriever | Reranker):
+        raise UnknownModelError(f"{name!r} is a {type(model).__name__}, which does not encode and score entities.")
+    wanted = "pairs" if isinstance(model, Reranker) else "mentions"
+    if wanted not in inspect.signature(type(processor).__call__).parameters:
+        raise UnknownModelError(
+            f"{name!r} has no processor for mentions and entities, only a {type(processor).__name__}.",
+            remedy="Save the model's processor into the same folder.",
+        )
+    return model, processor
+
+
+def _checked_files(name: str, revision: str | None, local_files_only: bool) -> int:
+    """Looks at configuration and weights as files, and gives the size of the weights in bytes."""
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            check_repo_id(name)
+            with hub_errors(name, revision):
+                folder = Path(
+                    huggingface_hub.snapshot_download(
+                        name, revision=revision, allow_patterns=_FILES, local_files_only=local_files_only
+                    )
+                )
+        except HubError as error:
+            raise UnknownModelError(
+                f"{name!r} cannot be loaded: there is no such folder here; on the Hub: {error.message}",
+                remedy=f"{error.remedy or ''} Or give a run folder written by `hf-mel train`.".strip(),
+            ) from None
+    elif revision is not None:
+        raise UnknownModelError(f"{name!r} is a folder, and has no revision {revision!r}.")
+    _check_config(folder / "config.json", name)
+    weights = [path for path in folder.glob("*.safetensors") if path.is_file()]
+    if not weights:
+        raise UnknownModelError(
+            f"{name!r} has no safetensors weights.",
+            remedy="Give a run folder, a model folder, or a model on the Hub; pickled weights are not read.",
+        )
+    return sum(path.stat().st_size for path in weights)
+
+
+def _check_config(path: Path, name: str) -> None:
+    """Refuses what would take all memory, or all day, before any class is made of it."""
+    try:
+        if path.stat().st_size > _CONFIG_BYTES:
+            raise UnknownModelError(f"{name!r}: its configuration has {path.stat().st_size:,} bytes.")
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnknownModelError(
+            f"{name!r} cannot be loaded as a model (config.json: {type(error).__name__}: {str(error)[:200]}).",
+            remedy="Give a run folder written by `hf-mel train`, or the id of a model on the Hub.",
+        ) from error
+    if not isinstance(config, dict):
+        raise UnknownModelError(f"{name!r}: its configuration is not a JSON object.")
+    for key, value, depth in _values(config, "", 0):
+        if depth > _CONFIG_DEPTH:
+            raise UnknownModelError(f"{name!r}: its configuration is nested too deeply.")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            limit = _LAYERS if re.search(r"layers|depths?$|stages|blocks", key) else _CONFIG_NUMBER
+            if value > limit:
+                raise UnknownModelError(f"{name!r}: its configuration says {key} = {value:g}, more than {limit:,}.")
+
+
+def _values(value: Any, key: str, depth: int) -> Iterator[tuple[str, Any, int]]:
+    yield key, value, depth
+    if depth <= _CONFIG_DEPTH:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                yield from _values(item, name, depth + 1)
+        elif isinstance(value, list):
+            for item in value:
+                yield from _values(item, key, depth + 1)
+
+
+def _check_size(name: str, config: Any, weight_bytes: int) -> None:
+    """Refuses a configuration of many more parameters than the files can hold: each would be made up, in memory."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters > 4 * weight_bytes + (1 << 20):
+        raise UnknownModelError(
+            f"{name!r}: the weights lack most of the model: its configuration asks for {parameters:,} parameters, and "
+            f"the files have {weight_bytes:,} bytes.",
+            remedy="The file is incomplete, or belongs to another configuration.",
+        )

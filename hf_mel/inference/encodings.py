@@ -1,0 +1,65 @@
+"""Encodings: named tensors that share their first axis, made by a retriever once per mention or entity.
+
+A model returns them as a `ModelOutput`, a knowledge base as a plain dict; everything here takes either and gives
+plain dicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from hf_mel.protocols import Encodings
+
+
+def num_rows(encodings: Encodings) -> int:
+    """Length of the first axis that all tensors share.
+
+    Raises:
+        `ValueError`: no tensor, or first axes that differ.
+    """
+    lengths = {name: len(tensor) for name, tensor in encodings.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"Encodings need tensors with one common first axis, not lengths {lengths}.")
+    return next(iter(lengths.values()))
+
+
+def slice_encodings(encodings: Encodings, index: slice | torch.Tensor | Sequence[int]) -> dict[str, torch.Tensor]:
+    """The rows `index` of every tensor: views for a slice, copies for a list or tensor of row numbers."""
+    if not isinstance(index, slice | torch.Tensor):
+        index = torch.as_tensor(index, dtype=torch.long)
+    return {name: tensor[index] for name, tensor in encodings.items()}
+
+
+def as_float(encodings: Encodings) -> dict[str, torch.Tensor]:
+    """Half precision as float32, the rest as it is."""
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in encodings.items()}
+
+
+def concat_encodings(parts: Iterable[Encodings]) -> dict[str, torch.Tensor]:
+    """The rows of all parts in one.
+
+    Raises:
+        `ValueError`: no part, or parts that differ in names or in a shape after the first axis.
+    """
+    parts = list(parts)
+    layouts = [{name: tuple(tensor.shape[1:]) for name, tensor in part.items()} for part in parts]
+    if not parts:
+        raise ValueError("There are no encodings to join.")
+    for layout in layouts:
+        if layout != layouts[0]:
+            raise ValueError(f"Encodings of different shapes cannot be joined: {layouts[0]} and {layout}.")
+    return {name: torch.cat([part[name] for part in parts]) for name in layouts[0]}
+
+
+def to_device(encodings: Encodings, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Every tensor on `device`; those that are there already are not copied."""
+    return {name: tensor.to(device) for name, tensor in encodings.items()}
+
+
+def row_bytes(encodings: Encodings) -> int:
+    """Bytes that one row takes over all tensors."""
+    return (
+        sum(tensor.element_size() * tensor[0].numel() for tensor in encodings.values()) if num_rows(encodings) else 0
+    )

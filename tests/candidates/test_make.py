@@ -1,0 +1,162 @@
+"""Candidates from every source, and the cache."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import datasets
+import pytest
+import torch
+
+from hf_mel.candidates import make as module
+from hf_mel.candidates.lists import CandidateLists
+from hf_mel.candidates.make import make_candidates, retriever_candidates
+from hf_mel.candidates.sources import name_candidates, prior_candidates, union_candidates
+from hf_mel.errors import RecipeError
+from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.schema import mention_features
+from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model
+from tests.toy_documents import toy_documents
+
+ENTITIES, MENTIONS = toy_entities(12), toy_mentions(8)
+
+
+def test_a_retriever_gives_what_it_scores_highest():
+    model, processor = toy_model(), ToyProcessor()
+    found = retriever_candidates(model, processor, MENTIONS, ENTITIES, k=4)
+    with torch.no_grad():
+        scores = model.score(
+            model.encode_mentions(**processor(mentions=list(MENTIONS))),
+            model.encode_entities(**processor(entities=list(ENTITIES))),
+        )
+    best = scores.sort(descending=True, dim=1)
+    assert found.entity_ids == [[f"Q{row + 1}" for row in rows] for rows in best.indices[:, :4].tolist()]
+    torch.testing.assert_close(torch.tensor(found.scores["retriever"]), best.values[:, :4])
+    assert found.setting["retriever"]["type"] == "toy_retriever"
+    assert len(retriever_candidates(model, processor, MENTIONS.select([]), ENTITIES, k=4)) == 0
+
+
+def test_sources_join_and_are_made_once(tmp_path, monkeypatch):
+    register()
+    toy_model().save_pretrained(tmp_path / "run")
+    ToyProcessor().save_pretrained(tmp_path / "run")
+    options = {"k": 5, "training": MENTIONS, "retriever": tmp_path / "run", "device": "cpu"}
+    options["cache_dir"] = tmp_path / "cache"
+    found = make_candidates("name+prior+retriever", MENTIONS, ENTITIES, **options)
+    parts = [
+        name_candidates(MENTIONS, ENTITIES, k=5),
+        prior_candidates(MENTIONS, MENTIONS, k=5),
+        retriever_candidates(toy_model(), ToyProcessor(), MENTIONS, ENTITIES, k=5),
+    ]
+    assert found.entity_ids == union_candidates(parts, k=5).entity_ids
+    kept = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+    assert sorted(kept) == ["kb", "name", "prior", "retriever"]
+    for name in ("name_candidates", "prior_candidates", "retriever_candidates"):
+        monkeypatch.setattr(module, name, None)  # so that making one again would fail
+    again = make_candidates("name+prior+retriever", MENTIONS, ENTITIES, **options)
+    assert again.entity_ids == found.entity_ids
+    for changed in ({"k": 4}, {"scorer": "ratio"}):
+        with pytest.raises(TypeError):
+            make_candidates("name", MENTIONS, ENTITIES, **{**options, **changed})
+    with pytest.raises(TypeError):
+        make_candidates("name", MENTIONS.select(range(7)), ENTITIES, **options)
+    toy_model(seed=1).save_pretrained(tmp_path / "run")
+    with pytest.raises(TypeError):
+        make_candidates("retriever", MENTIONS, ENTITIES, **options)
+
+
+def test_entities_are_encoded_once_for_all_splits(tmp_path, monkeypatch):
+    register()
+    toy_model().save_pretrained(tmp_path / "run")
+    ToyProcessor().save_pretrained(tmp_path / "run")
+    options = {"k": 5, "retriever": tmp_path / "run", "device": "cpu"}
+    cached = {**options, "cache_dir": tmp_path / "cache"}
+    built = []
+    build = KnowledgeBase.build
+    monkeypatch.setattr(KnowledgeBase, "build", lambda *given, **kwargs: built.append(1) or build(*given, **kwargs))
+    for some in (range(3), range(3, 8)):
+        found = make_candidates("retriever", MENTIONS.select(some), ENTITIES, **cached)
+        expected = make_candidates("retriever", MENTIONS.select(some), ENTITIES, **options)
+        assert found.entity_ids == expected.entity_ids
+        for row, wanted in zip(found.scores["retriever"], expected.scores["retriever"], strict=True):
+            assert row == pytest.approx(wanted)
+    assert len(built) == 1
+    make_candidates("retriever", MENTIONS, ENTITIES.select(range(6)), **cached)
+    ToyProcessor(text_width=40).save_pretrained(tmp_path / "run")
+    make_candidates("retriever", MENTIONS.select([0]), ENTITIES, **cached)
+    assert len(built) == 3
+    for shard in (tmp_path / "cache").glob("kb-*/encodings-*"):
+        shard.write_bytes(shard.read_bytes()[:-40])
+    make_candidates("retriever", MENTIONS.select([1]), ENTITIES, **cached)
+    assert len(built) == 4
+
+
+def test_processes_that_start_together_share_one_encoding(tmp_path, monkeypatch):
+    register()
+    toy_model().save_pretrained(tmp_path / "run")
+    ToyProcessor().save_pretrained(tmp_path / "run")
+    options = {"k": 5, "retriever": tmp_path / "run", "device": "cpu", "cache_dir": tmp_path / "cache"}
+    built, build = [], KnowledgeBase.build
+
+    def slowly(*given, **kwargs):
+        built.append(1)
+        time.sleep(0.5)
+        return build(*given, **kwargs)
+
+    monkeypatch.setattr(KnowledgeBase, "build", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        made = list(
+            pool.map(lambda _: make_candidates("retriever", MENTIONS, ENTITIES, **options).entity_ids, range(2))
+        )
+    assert made[0] == made[1]
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("fuzzy", {}, "'fuzzy'.*name, prior, retriever"),
+        ("name+name", {}, "twice"),
+        ("name", {"k": 0}, "too few"),
+        ("name", {"scorer": "soundex"}, "'soundex'.*WRatio"),
+        ("retriever", {}, "run folder"),
+        ("prior", {}, "training split"),
+    ],
+)
+def test_what_cannot_be_made_is_said_first(source, options, message):
+    with pytest.raises(RecipeError, match=message):
+        make_candidates(source, MENTIONS, ENTITIES, **options)
+
+
+def test_documents_share_out_what_the_other_sources_find():
+    documents = toy_documents(12)
+    own = make_candidates("name", documents, ENTITIES, k=4)
+    found = make_candidates("name+document", documents, ENTITIES, k=4)
+    for i, modality in enumerate(documents["modality"]):
+        assert bool(own.entity_ids[i]) == (modality == "text")
+        if modality == "text":
+            assert found.entity_ids[i] == own.entity_ids[i]
+        else:
+            of_document = {e for j in range(12) if j % 3 == i % 3 for e in own.entity_ids[j]}
+            assert len(found.entity_ids[i]) == 4
+            assert set(found.entity_ids[i]) <= of_document
+    assert set(found.scores) == {"name", "document"}
+
+
+def test_released_candidates_beside_others():
+    rows = [{**row, "candidates": ["Q3", "Q1"], "candidate_priors": [0.2, 0.7]} for row in MENTIONS.to_list()]
+    features = mention_features(stratum=datasets.Value("string"), candidate_priors=[datasets.Value("float64")])
+    mentions = datasets.Dataset.from_list(rows, features=features)
+    found = make_candidates("release+name", mentions, ENTITIES, k=3)
+    assert [each[0] for each in found.entity_ids] == ["Q1"] * 8
+    assert all(own.items() >= {"Q1": 0.7}.items() for own in found.priors.values())
+    with pytest.raises(RecipeError, match="the release ships priors"):
+        make_candidates("release+prior", mentions, ENTITIES, k=3, training=MENTIONS)
+    with pytest.raises(RecipeError, match="shares out"):
+        make_candidates("document", mentions, ENTITIES, k=3)
+
+
+def test_without_a_cache_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(CandidateLists, "save", None)
+    make_candidates("name", MENTIONS, ENTITIES)

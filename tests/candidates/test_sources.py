@@ -1,0 +1,290 @@
+"""Candidate lists against brute force over all names."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_mel.candidates import sources as module
+from hf_mel.candidates.lists import CandidateLists
+from hf_mel.candidates.sources import (
+    document_candidates,
+    name_candidates,
+    prior_candidates,
+    release_candidates,
+    union_candidates,
+)
+from hf_mel.errors import DataFormatError, MelError, UnknownEntityError
+from hf_mel.schema import NIL, entity_features, mention_features
+
+WORDS = st.text("abc ", min_size=1, max_size=6)
+
+
+def entities_of(names: list[list[str]]) -> datasets.Dataset:
+    rows = [
+        {"entity_id": f"Q{i}", "name": each[0], "description": "", "attributes": "", "aliases": each[1:], "images": []}
+        for i, each in enumerate(names)
+    ]
+    return datasets.Dataset.from_list(rows, features=entity_features())
+
+
+def mentions_of(surfaces: list[str], golds: list[str] | None = None, prefix: str = "m") -> datasets.Dataset:
+    rows = [
+        {
+            "mention_id": f"{prefix}{i}",
+            "context_id": f"c{i}",
+            "text": surface,
+            "mention": surface,
+            "start": -1,
+            "end": -1,
+            "mention_type": "",
+            "topic": "",
+            "image": None,
+            "entity_id": golds[i] if golds else NIL,
+            "candidates": [],
+        }
+        for i, surface in enumerate(surfaces)
+    ]
+    return datasets.Dataset.from_list(rows, features=mention_features())
+
+
+def longest_common_subsequence(a: str, b: str) -> int:
+    table = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
+    return int(table[-1, -1])
+
+
+def edit_distance(a: str, b: str) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (x != y)))
+    return row[-1]
+
+
+def composite(a: str, b: str) -> float:
+    longer = max(len(a), len(b))
+    prefix = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return (longest_common_subsequence(a, b) + prefix + longer - edit_distance(a, b)) / longer / 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(WORDS, min_size=1, max_size=6),
+    st.lists(st.lists(WORDS, min_size=1, max_size=3), min_size=1, max_size=9),
+    st.integers(1, 10),
+    st.integers(1, 30),
+)
+def test_the_composite_is_that_of_every_pair_by_hand(surfaces, names, k, chunk):
+    before, module._CHUNK_SCORES = module._CHUNK_SCORES, chunk
+    try:
+        found = name_candidates(mentions_of(surfaces), entities_of(names), k=k, scorer="composite")
+    finally:
+        module._CHUNK_SCORES = before
+    for surface, listed, scores in zip(surfaces, found.entity_ids, found.scores["name"], strict=True):
+        expected = {f"Q{i}": max(composite(surface, name) for name in each) for i, each in enumerate(names)}
+        assert len(set(listed)) == len(listed) == min(k, len(names))
+        assert scores == pytest.approx([expected[entity_id] for entity_id in listed], abs=1e-5)
+        assert scores == pytest.approx(sorted(expected.values(), reverse=True)[:k], abs=1e-5)
+
+
+def test_ties_do_not_follow_the_order_of_the_knowledge_base():
+    names = [["Paris"]] * 40
+    one = name_candidates(mentions_of(["Paris"]), entities_of(names), k=10).entity_ids[0]
+    assert one != [f"Q{i}" for i in range(10)]
+    entities = entities_of(names)
+    turned = name_candidates(mentions_of(["Paris"]), entities.select(range(39, -1, -1)), k=10).entity_ids[0]
+    assert turned == one
+
+
+@pytest.mark.parametrize("scorer", list(module.SCORERS))
+def test_every_scorer_finds_the_same_name(scorer):
+    entities = entities_of([["Anna Karenina"], ["Boris"], ["Anna K.", "The Karenin case"]])
+    assert name_candidates(mentions_of(["Boris"]), entities, k=1, scorer=scorer).entity_ids == [["Q1"]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("aAbB"), st.sampled_from(["Q1", "Q2", "Q3", NIL])), min_size=1, max_size=12),
+    st.lists(st.sampled_from("abx"), min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_the_prior_is_the_share_of_uses_without_the_mention_itself(uses, surfaces, within):
+    training = mentions_of([surface for surface, _ in uses], [gold for _, gold in uses], prefix="t")
+    mentions = training if within else mentions_of(surfaces)
+    found = prior_candidates(mentions, training, k=2)
+    for i, (surface, listed, scores) in enumerate(
+        zip(mentions["mention"], found.entity_ids, found.scores["prior"], strict=True)
+    ):
+        others = [use for j, use in enumerate(uses) if not (within and i == j)]
+        counts = Counter(gold for name, gold in others if name.lower() == surface.lower())
+        shares = {gold: count / sum(counts.values()) for gold, count in counts.items() if gold != NIL}
+        assert scores == pytest.approx(sorted(shares.values(), reverse=True)[:2])
+        assert scores == [shares[entity_id] for entity_id in listed]
+
+
+def make(ids, source="name", scores=None, **setting) -> CandidateLists:
+    scores = [[float(-c) for c in range(len(each))] for each in ids] if scores is None else scores
+    return CandidateLists([f"m{i}" for i in range(len(ids))], ids, {source: scores}, {"source": source, **setting})
+
+
+def test_a_union_takes_turns_and_tells_who_gave_what():
+    one, other = make([["Q1", "Q2", "Q3"], []]), make([["Q2", "Q9"], ["Q4"]], "prior")
+    union = union_candidates([one, other], k=3)
+    assert union.entity_ids == [["Q1", "Q2", "Q9"], ["Q4"]]
+    assert union.scores["name"][0][:2] == [0, -1]
+    assert math.isnan(union.scores["name"][0][2])
+    assert math.isnan(union.scores["prior"][0][0])
+    assert union.scores["prior"][0][1:] == [0, -1]
+    assert union.setting["source"] == "name+prior"
+    with pytest.raises(ValueError, match="twice"):
+        union_candidates([one, one], k=3)
+
+
+def test_recall_counts_golds_among_the_first_k():
+    lists = make([["Q1", "Q2"], ["Q2"], [], ["Q5"]])
+    assert lists.recall(["Q2", "Q2", "Q3", NIL], [1, 2]) == pytest.approx({"recall@1": 1 / 3, "recall@2": 2 / 3})
+    assert math.isnan(make([["Q1"]]).recall([NIL], [1])["recall@1"])
+
+
+def test_a_file_holds_all_of_it(tmp_path):
+    union = union_candidates([make([["Q1"], []], scorer="WRatio"), make([["Q2"], []], "prior")], k=3)
+    union.save(tmp_path / "deep/lists.parquet")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["lists.parquet"]
+    loaded = CandidateLists.load(tmp_path / "deep/lists.parquet")
+    assert (loaded.mention_ids, loaded.entity_ids, loaded.setting) == (
+        union.mention_ids,
+        union.entity_ids,
+        union.setting,
+    )
+    for source, scores in union.scores.items():
+        for found, expected in zip(loaded.scores[source], scores, strict=True):
+            np.testing.assert_equal(found, expected)
+
+
+def test_what_is_no_file_of_candidates(tmp_path):
+    (tmp_path / "text.parquet").write_text("no")
+    datasets.Dataset.from_dict({"mention_id": ["m"]}).to_parquet(tmp_path / "other.parquet")
+    for name in ("text.parquet", "other.parquet", "none.parquet"):
+        with pytest.raises(DataFormatError, match=f"{name}.*hf-mel candidates"):
+            CandidateLists.load(tmp_path / name)
+    with pytest.raises(MelError, match="Cannot be written"):
+        make([["Q1"]]).save(tmp_path / "text.parquet" / "x.parquet")
+
+
+def test_lists_in_the_order_of_other_mentions_and_their_rows():
+    lists = make([["Q1"], ["Q2"], ["Q3", "Q0"]])
+    picked = lists.of(mentions_of(["a"] * 3).select([2, 0]))
+    assert picked.entity_ids == [["Q3", "Q0"], ["Q1"]]
+    assert picked.scores["name"] == [[0, -1], [0]]
+    assert picked.rows(["Q0", "Q1", "Q3"]) == [[2, 0], [1]]
+    assert lists.top(1).entity_ids == [["Q1"], ["Q2"], ["Q3"]]
+    with pytest.raises(DataFormatError, match="no candidates of 1 of 4 mentions, among them 'm3'"):
+        lists.of(mentions_of(["a"] * 4))
+    with pytest.raises(UnknownEntityError, match="row m1: the candidate 'Q2'"):
+        lists.rows(["Q1"])
+
+
+def test_wrong_arguments():
+    entities, mentions = entities_of([["a"]]), mentions_of(["a"])
+    with pytest.raises(ValueError, match="scorer must be one of WRatio"):
+        name_candidates(mentions, entities, scorer="soundex")
+    with pytest.raises(ValueError, match="k must be"):
+        name_candidates(mentions, entities, k=0)
+    with pytest.raises(ValueError, match="as many lists"):
+        CandidateLists(["m"], [], {})
+    with pytest.raises(ValueError, match="'name' are not as many"):
+        make([["Q1"]], scores=[[]])
+
+
+def test_a_visual_mention_has_no_name_and_no_prior():
+    entities, mentions = entities_of([["ab"], ["cd"]]), mentions_of(["ab", "", "ab"], ["Q0", "Q1", "Q0"])
+    assert [bool(each) for each in name_candidates(mentions, entities, k=1).entity_ids] == [True, False, True]
+    assert prior_candidates(mentions, mentions, k=5).entity_ids == [["Q0"], [], ["Q0"]]
+
+
+def test_priors_are_those_that_a_source_gave():
+    lists = CandidateLists(["a", "b"], [["Q1", "Q2"], []], {"prior": [[0.25, math.nan], []], "name": [[9, 8], []]})
+    assert lists.priors == {"a": {"Q1": 0.25}, "b": {}}
+    assert lists.of(mentions_of(["x"], prefix="a").map(lambda row: {"mention_id": "a"})).priors == {"a": {"Q1": 0.25}}
+    assert CandidateLists(["a"], [["Q1"]], {"name": [[1.0]]}).priors is None
+    for wrong in (-0.5, math.inf):
+        with pytest.raises(DataFormatError, match="row a: the prior of the candidate 'Q2' is"):
+            _ = CandidateLists(["a"], [["Q1", "Q2"]], {"prior": [[0.5, wrong]]}).priors
+
+
+def shipped(listed, priors=None) -> datasets.Dataset:
+    rows = mentions_of(["x"] * len(listed)).remove_columns("candidates").to_list()
+    for i, row in enumerate(rows):
+        row |= {"candidates": listed[i]} | ({} if priors is None else {"candidate_priors": priors[i]})
+    extra = {} if priors is None else {"candidate_priors": [datasets.Value("float32")]}
+    return datasets.Dataset.from_list(rows, features=mention_features(**extra))
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), max_size=6), min_size=1, max_size=4))
+def test_released_candidates_come_best_first_with_their_priors(pairs):
+    listed = [[f"Q{entity}" for entity, _ in each] for each in pairs]
+    if not any(listed):
+        return
+    found = release_candidates(shipped(listed, [[prior / 4 for _, prior in each] for each in pairs]), k=3)
+    for ids, priors, each in zip(found.entity_ids, found.scores["prior"], pairs, strict=True):
+        best = {}
+        for entity, prior in each:
+            best[f"Q{entity}"] = max(best.get(f"Q{entity}", 0), prior / 4)
+        assert priors == sorted(best.values(), reverse=True)[:3]
+        assert [best[entity_id] for entity_id in ids] == priors
+        assert len(set(ids)) == len(ids)
+
+
+def test_released_candidates_without_priors_keep_their_order():
+    found = release_candidates(shipped([["Q2", "Q1", "Q2"], []], [[], []]), k=2)
+    assert found.entity_ids == [["Q2", "Q1"], []]
+    assert list(found.scores) == ["release"]
+    assert found.priors is None
+    assert release_candidates(shipped([["Q2", "Q1"]]), k=1).entity_ids == [["Q2"]]
+    some = release_candidates(shipped([["Q2", "Q1"], ["Q3"]], [[0.25, 0.75], []]))
+    assert (some.entity_ids, some.scores) == ([["Q1", "Q2"], ["Q3"]], {"prior": [[0.75, 0.25], [0.0]]})
+
+
+@pytest.mark.parametrize(
+    ("listed", "priors", "message"),
+    [
+        ([["Q1"], ["Q2"]], [[0.5], [math.nan]], "row m1: the prior nan is no probability"),
+        ([["Q1"], ["Q2"]], [[0.5], [-0.1]], "row m1: the prior -0.1"),
+        ([["Q1"], ["Q2", "Q3"]], [[0.5], [0.5]], "row m1: 2 candidates have 1 priors"),
+        ([[], []], None, "ships no candidates"),
+    ],
+)
+def test_wrong_released_candidates(listed, priors, message):
+    with pytest.raises(DataFormatError, match=message):
+        release_candidates(shipped(listed, priors))
+
+
+@given(
+    st.lists(st.lists(st.sampled_from("QRSTU"), max_size=4, unique=True), min_size=1, max_size=8), st.integers(1, 4)
+)
+def test_a_mention_without_candidates_gets_those_of_its_document(listed, k):
+    names = [f"d{i % 2}" for i in range(len(listed))]
+    mentions = mentions_of(["x"] * len(listed)).add_column("document_id", names)
+    lists = CandidateLists(list(mentions["mention_id"]), listed, {"name": [[1.0] * len(each) for each in listed]})
+    found = document_candidates(mentions, lists, k=k)
+    for i, own in enumerate(listed):
+        if own:
+            assert found.entity_ids[i] == []
+            continue
+        votes = Counter()
+        for j, each in enumerate(listed):
+            for place, entity_id in enumerate(each):
+                votes[entity_id] += (1 / (place + 1)) * (names[i] == names[j])
+        best = sorted((score for score in votes.values() if score), reverse=True)[:k]
+        assert found.scores["document"][i] == pytest.approx(best)
+        assert [votes[entity_id] for entity_id in found.entity_ids[i]] == pytest.approx(best)

@@ -1,0 +1,414 @@
+"""The candidate protocol against plain counting."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_mel.candidates.lists import CandidateLists
+from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
+from hf_mel.evaluation.candidate_evaluator import CANDIDATE_WEIGHTS, END_TO_END, GOLD_ADDED, evaluate_candidates
+from hf_mel.evaluation.tables import orders_table, results_table
+from hf_mel.inference.reranking import score_pairs
+from hf_mel.schema import NIL
+from tests.toy import ToyPairProcessor, toy_entities, toy_mentions, toy_reranker
+from tests.toy_documents import ToyDocumentProcessor, toy_document_reranker, toy_documents
+
+ENTITIES, MENTIONS = toy_entities(12), toy_mentions(12, nil_every=5)
+GOLDS = list(MENTIONS["entity_id"])
+PROCESSOR = ToyPairProcessor()
+
+
+class Fixed(torch.nn.Module):
+    """Scores the pair (mention m, entity q) with `table[m, q]`; its tensors are the two numbers."""
+
+    example_unit, pairs_are_independent = "mention", True
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, pair_ids, pair_mask, pair_context, **_):
+        return {"scores": self.table[pair_ids[..., 0], pair_ids[..., 1]].masked_fill(~pair_mask, -torch.inf)}
+
+
+def numbers(mentions=None, entities=None, pairs=None):
+    width = max(len(listed) for _, listed in pairs)
+    ids = torch.zeros(len(pairs), width, 2, dtype=torch.long)
+    mask = torch.zeros(len(pairs), width, dtype=torch.bool)
+    for i, (mention, listed) in enumerate(pairs):
+        for j, entity in enumerate(listed):
+            ids[i, j] = torch.tensor([int(mention["mention_id"][1:]), int(entity["entity_id"][1:]) - 1])
+            mask[i, j] = True
+    return {"pair_ids": ids, "pair_mask": mask, "pair_context": torch.zeros(len(pairs), dtype=torch.long)}
+
+
+def lists_of(rows, scores=None) -> CandidateLists:
+    ids = [[f"Q{row + 1}" for row in each] for each in rows]
+    scores = [[float(-c) for c in range(len(each))] for each in rows] if scores is None else scores
+    return CandidateLists(list(MENTIONS["mention_id"]), ids, {"here": scores}, {"source": "here"})
+
+
+ROWS = st.lists(st.lists(st.integers(0, 11), max_size=6, unique=True), min_size=12, max_size=12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(ROWS, st.integers(0, 2**16))
+def test_both_protocols_are_those_of_a_double_loop(rows, seed):
+    table = torch.randint(0, 5, (12, 12), generator=torch.Generator().manual_seed(seed)).float()  # with ties
+    result = evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, lists_of(rows), ks=(1, 3), progress=False)
+    for protocol in (END_TO_END, GOLD_ADDED):
+        reciprocal, own, hits, recall = [], [], 0, 0
+        for i, gold in enumerate(GOLDS):
+            if gold == NIL:
+                continue
+            row = int(gold[1:]) - 1
+            listed = list(rows[i])
+            recall += row in listed
+            own.append(1 / (listed.index(row) + 1) if row in listed else 0)
+            if protocol == GOLD_ADDED and row not in listed:
+                listed.append(row)
+                own[-1] = 1 / len(listed)
+            if row not in listed:
+                reciprocal.append(0)
+                continue
+            better = sum(table[i, other] > table[i, row] for other in listed)
+            equal = sum(table[i, other] == table[i, row] for other in listed) - 1
+            reciprocal.append(1 / float(1 + better + equal / 2))
+            hits += 1 + better + equal / 2 <= 1
+        found = result.orders[protocol]
+        assert found["reranker"]["metrics"]["mrr"] == pytest.approx(np.mean(reciprocal))
+        assert found["reranker"]["metrics"]["hits@1"] == pytest.approx(float(hits) / len(reciprocal))
+        assert found["candidates: here"]["metrics"]["mrr"] == pytest.approx(np.mean(own))
+        longest = max(map(len, rows))
+        assert result.setting["candidates"]["recall"][f"recall@{longest}"] == pytest.approx(recall / len(reciprocal))
+    assert result.metrics == result.orders[END_TO_END]["reranker"]["metrics"]
+
+
+@pytest.mark.parametrize("retrieved", [True, False])
+def test_a_constant_model_is_at_chance(retrieved):
+    """Whether the gold was in the list, first, or was added: where it stands says nothing."""
+    rows = [[] for _ in GOLDS]
+    for i, gold in enumerate(GOLDS):
+        row = 0 if gold == NIL else int(gold[1:]) - 1
+        others = [other for other in range(12) if other != row][:4]
+        rows[i] = [row, *others] if retrieved else others
+    result = evaluate_candidates(
+        Fixed(torch.zeros(12, 12)), numbers, MENTIONS, ENTITIES, lists_of(rows), progress=False
+    )
+    added = result.orders[GOLD_ADDED]["reranker"]["metrics"]
+    assert added["mr"] == 3  # of five
+    assert added["hits@1"] == 0
+    end_to_end = result.orders[END_TO_END]["reranker"]["metrics"]
+    assert end_to_end["num_missed"] == (0 if retrieved else end_to_end["num_ranked"])
+
+
+def test_the_model_sees_its_candidates_in_an_order_that_knows_no_gold():
+    seen = []
+
+    def spy(mentions=None, entities=None, pairs=None):
+        seen.extend((m["mention_id"], [e["entity_id"] for e in listed]) for m, listed in pairs)
+        return numbers(pairs=pairs)
+
+    model = Fixed(torch.zeros(12, 12))
+    model.pairs_are_independent = False
+    evaluate_candidates(model, spy, MENTIONS, ENTITIES, lists_of([[9, 3, 5]] * 12), progress=False)
+    assert all(listed == sorted(listed) for _, listed in seen)
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_joint_ranking_beside_the_plain_one_with_and_without_the_added_gold(independent):
+    model = toy_reranker(unit="context", independent=independent)
+    rows = [sorted({(3 * i + c) % 12 for c in range(i % 5)}) for i in range(12)]
+    result = evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists_of(rows), progress=False, batch_size=5)
+    assert result.order == "reranker, jointly"
+    for protocol in (END_TO_END, GOLD_ADDED):
+        listed = [list(each) for each in rows]
+        for each, gold in zip(listed, GOLDS, strict=True):
+            if protocol == GOLD_ADDED and gold != NIL and int(gold[1:]) - 1 not in each:
+                each.append(int(gold[1:]) - 1)
+        width = max(map(len, listed))
+        mask = torch.tensor([[c < len(each) for c in range(width)] for each in listed])
+        alone = score_pairs(model, PROCESSOR, MENTIONS, ENTITIES, listed, joint_masks=[mask])
+        for order, scores in (("reranker", alone.scores), ("reranker, jointly", alone.joint[0])):
+            reciprocal = []
+            for i, gold in enumerate(GOLDS):
+                if gold != NIL:
+                    row = int(gold[1:]) - 1
+                    place = listed[i].index(row) if row in listed[i] else None
+                    reciprocal.append(0 if place is None else 1 / int((scores[i] >= scores[i, place] - 1e-6).sum()))
+            assert result.orders[protocol][order]["metrics"]["mrr"] == pytest.approx(np.mean(reciprocal))
+    plain = evaluate_candidates(
+        model, PROCESSOR, MENTIONS, ENTITIES, lists_of(rows), joint=False, progress=False, batch_size=5
+    )
+    assert plain.order == "reranker"
+    assert plain.orders == result.orders
+
+
+def test_results_and_records_are_plain_data():
+    rows = [[0, 1, 2]] * 11 + [[]]
+    result = evaluate_candidates(toy_reranker(), PROCESSOR, MENTIONS, ENTITIES, lists_of(rows), progress=False)
+    data = json.loads(json.dumps(result.to_dict()))
+    assert data["protocol"] == END_TO_END
+    assert data["gold_added"]["protocol"] == GOLD_ADDED
+    assert data["candidates"]["source"] == "here"
+    assert data["candidates"]["k"] == 3
+    assert data["candidates"]["without"] == 1
+    assert data["ties"] == "realistic"
+    assert set(data["strata"]) == {"stratum", "mentions in context"}
+    records = list(result.records())
+    assert [record["mention_id"] for record in records] == list(MENTIONS["mention_id"])
+    assert records[-1]["candidates"] == []
+    for record in records:
+        scores = [candidate["score"] for candidate in record["candidates"]]
+        assert scores == sorted(scores, reverse=True)
+        found = [candidate["entity_id"] for candidate in record["candidates"]]
+        if record["rank"] is None:
+            assert record["entity_id"] not in found
+        else:
+            assert found[int(record["rank"]) - 1] == record["entity_id"]
+
+
+def test_bad_input_is_named():
+    model = toy_reranker()
+    with pytest.raises(UnknownEntityError, match="row m0: the candidate 'Q13'"):
+        evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists_of([[12]] * 12))
+    with pytest.raises(DataFormatError, match="no candidates of 11 of 12 mentions"):
+        evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, CandidateLists(["m3"], [["Q1"]], {}))
+    with pytest.raises(RecipeError, match="jointly"):
+        evaluate_candidates(Fixed(torch.zeros(1)), numbers, MENTIONS, ENTITIES, lists_of([[1]] * 12), joint=True)
+
+
+# Documents, priors, and micro-F1
+
+
+@settings(max_examples=15, deadline=None)
+@given(ROWS, st.integers(0, 2**16), st.lists(st.sampled_from(["text", "image", ""]), min_size=12, max_size=12))
+def test_micro_f1_is_that_of_counting_links(rows, seed, modalities):
+    table = torch.randint(0, 6, (12, 12), generator=torch.Generator().manual_seed(seed)).float()
+    mentions = MENTIONS.add_column("modality", modalities)
+    result = evaluate_candidates(Fixed(table), numbers, mentions, ENTITIES, lists_of(rows), progress=False)
+    for protocol in (END_TO_END, GOLD_ADDED):
+        for order in ("reranker", "candidates: here"):
+            counts: dict[str, list[int]] = {}  # right, linked, all
+            for i, gold in enumerate(GOLDS):
+                if gold == NIL:
+                    continue
+                row, listed = int(gold[1:]) - 1, list(rows[i])
+                scores = {each: float(-place) for place, each in enumerate(listed)}
+                if protocol == GOLD_ADDED and row not in listed:
+                    listed.append(row)
+                    scores[row] = -100.0
+                if order == "reranker":
+                    scores = {each: float(table[i, each]) for each in listed}
+                best = [each for each in listed if scores[each] == max(scores.values())]
+                for group in ("all", modalities[i] or "text"):
+                    found = counts.setdefault(group, [0, 0, 0])
+                    found[0] += best == [row]
+                    found[1] += bool(listed)
+                    found[2] += 1
+            reported = result.orders[protocol][order]
+            assert set(reported["strata"]["modality"]) == {each or "text" for each in modalities}
+            for group, metrics in (("all", reported["metrics"]), *reported["strata"]["modality"].items()):
+                right, linked, every = counts.get(group, [0, 0, 0])
+                if not every:
+                    assert np.isnan(metrics["micro_f1"])
+                    continue
+                precision, recall = right / linked if linked else 0, right / every
+                f1 = 2 * precision * recall / (precision + recall) if right else 0
+                assert metrics["micro_f1"] == pytest.approx(f1)
+                if linked == every:
+                    assert metrics["micro_f1"] == pytest.approx(metrics["hits@1"])
+
+
+def test_the_table_has_f1_by_modality():
+    mentions = MENTIONS.add_column("modality", ["text", "image"] * 6)
+    result = evaluate_candidates(
+        Fixed(torch.zeros(12, 12)), numbers, mentions, ENTITIES, lists_of([[1]] * 12), progress=False
+    )
+    table = results_table(result.to_dict())
+    assert "F1" in [column.header for column in table.columns]
+    assert {"modality: image", "modality: text"} <= set(table.columns[0]._cells)
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_the_model_gets_each_candidate_with_its_prior(independent):
+    """By both protocols: 0 for an added gold and for what another source gave."""
+    seen: dict[tuple[str, str], set[float]] = {}
+
+    class Spy(ToyDocumentProcessor):
+        def __call__(self, mentions=None, entities=None, pairs=None, **kwargs):
+            for mention, listed in pairs:
+                for entity in listed:
+                    seen.setdefault((mention["mention_id"], entity["entity_id"]), set()).add(entity["prior"])
+            return super().__call__(pairs=pairs)
+
+    documents, rows = toy_documents(12, nil_every=5), [[(5 * i + c) % 12 for c in range(i % 4)] for i in range(12)]
+    scores = [[float("nan") if c == 1 else (1 + c) / 8 for c in range(len(each))] for each in rows]
+    ids = [[f"Q{row + 1}" for row in each] for each in rows]
+    lists = CandidateLists(list(documents["mention_id"]), ids, {"prior": scores}, {"source": "prior"})
+    model = toy_reranker(unit="document", independent=independent)
+    result = evaluate_candidates(model, Spy(), documents, ENTITIES, lists, progress=False)
+    for (mention_id, entity_id), priors in seen.items():
+        if mention_id in ("m", ""):
+            continue
+        i = int(mention_id[1:])
+        place = ids[i].index(entity_id) if entity_id in ids[i] else 1
+        assert priors == {0.0 if place == 1 else (1 + place) / 8}
+    added = {(f"m{i}", gold) for i, gold in enumerate(documents["entity_id"]) if gold != NIL}
+    assert added <= set(seen)
+    assert result.setting["candidates"]["without_prior"] == 3
+    wrong = CandidateLists(lists.mention_ids, ids, {"prior": [[-1.0] * len(each) for each in rows]})
+    with pytest.raises(DataFormatError, match="row m1: the prior of the candidate"):
+        evaluate_candidates(model, Spy(), documents, ENTITIES, wrong, progress=False)
+
+
+def test_documents_are_scored_whole_by_both_protocols():
+    documents = toy_documents(12, nil_every=5)
+    rows = [sorted({(3 * i + c) % 12 for c in range(i % 5)}) for i in range(12)]
+    lists = CandidateLists(
+        list(documents["mention_id"]),
+        [[f"Q{row + 1}" for row in each] for each in rows],
+        {"prior": [[(1 + row) / 16 for row in each] for each in rows]},
+    )
+    model, processor = toy_document_reranker(), ToyDocumentProcessor()
+    result = evaluate_candidates(model, processor, documents, ENTITIES, lists, progress=False, batch_size=5)
+    for protocol in (END_TO_END, GOLD_ADDED):
+        listed = [list(each) for each in rows]
+        for each, gold in zip(listed, documents["entity_id"], strict=True):
+            if protocol == GOLD_ADDED and gold != NIL and int(gold[1:]) - 1 not in each:
+                each.append(int(gold[1:]) - 1)
+        priors = [
+            [(1 + row) / 16 if row in own else 0.0 for row in each] for each, own in zip(listed, rows, strict=True)
+        ]
+        scores = score_pairs(model, processor, documents, ENTITIES, listed, priors=priors).scores
+        for i, gold in enumerate(documents["entity_id"]):
+            row = None if gold == NIL else int(gold[1:]) - 1
+            rank = int((scores[i] >= scores[i, listed[i].index(row)] - 1e-6).sum()) if row in listed[i] else np.nan
+            assert result.ranks[protocol][i] == pytest.approx(rank, nan_ok=True)
+
+
+def scored_lists(rows, seed) -> CandidateLists:
+    """Scores of a source that gave all but every third candidate, after one that gave none."""
+    random = np.random.default_rng(seed)
+    scores = [
+        [float(random.integers(0, 9)) / 4 if (c + i) % 3 else np.nan for c in each] for i, each in enumerate(rows)
+    ]
+    lists = lists_of(rows, scores)
+    none = [[np.nan] * len(each) for each in rows]
+    return CandidateLists(lists.mention_ids, lists.entity_ids, {"silent": none, "here": scores}, lists.setting)
+
+
+def weighted_ranks(table, lists, weight, protocol):
+    """Plain loops: the mean rank of each gold among ties, nan for a miss and for NIL."""
+    scores = lists.scores["here"]
+    scale = np.std([s for own in scores for s in own if not np.isnan(s)]) or 1.0
+    ranks = []
+    for i, gold in enumerate(GOLDS):
+        own = {e: s / scale for e, s in zip(lists.entity_ids[i], scores[i], strict=True)}
+        if protocol == GOLD_ADDED and gold != NIL:
+            own.setdefault(gold, np.nan)
+        lowest = min([s for s in own.values() if not np.isnan(s)], default=0.0)
+        total = {e: float(table[i, int(e[1:]) - 1]) + weight * (lowest if np.isnan(s) else s) for e, s in own.items()}
+        if gold not in total:
+            ranks.append(np.nan)
+            continue
+        better = sum(s > total[gold] + 1e-5 for s in total.values())
+        equal = sum(abs(s - total[gold]) <= 1e-5 for s in total.values()) - 1
+        ranks.append(1 + better + equal / 2)
+    return np.asarray(ranks)
+
+
+def reciprocal_mean(ranks) -> float:
+    in_kb = np.asarray([gold != NIL for gold in GOLDS])
+    return float(np.nan_to_num(1 / ranks[in_kb]).mean())
+
+
+@settings(max_examples=10, deadline=None)
+@given(ROWS, st.integers(0, 2**16), st.sampled_from([0.0, 0.5, 3.0]))
+def test_the_candidates_own_scores_weigh_as_a_double_loop_adds_them(rows, seed, weight):
+    rows[0], rows[1] = [1, 2, 3], []  # so that there are scores
+    lists = scored_lists(rows, seed)
+    table = torch.randint(0, 5, (12, 12), generator=torch.Generator().manual_seed(seed)).float()
+    options = {"ks": (1, 3), "progress": False}
+    result = evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, lists, candidate_weight=weight, **options)
+    chosen = evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, lists, candidate_weight="auto", **options)
+    plain = evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, lists, **options)
+    assert plain.order == "reranker"
+    assert "candidate_weight" not in plain.setting
+    assert result.order == "reranker + candidates"
+    for protocol in (END_TO_END, GOLD_ADDED):
+        expected = weighted_ranks(table, lists, weight, protocol)
+        np.testing.assert_array_equal(result.ranks[protocol], expected)
+        assert result.orders[protocol][result.order]["metrics"]["mrr"] == pytest.approx(reciprocal_mean(expected))
+        assert {**result.orders[protocol], result.order: None} == {**plain.orders[protocol], result.order: None}
+        if weight == 0:
+            np.testing.assert_array_equal(result.scores[protocol], plain.scores[protocol])
+            np.testing.assert_array_equal(result.ranks[protocol], plain.ranks[protocol])
+    mrr = {w: reciprocal_mean(weighted_ranks(table, lists, w, END_TO_END)) for w in CANDIDATE_WEIGHTS}
+    found = chosen.setting["candidate_weight"]
+    assert list(found["chosen_by_mrr"].values()) == pytest.approx(list(mrr.values()))
+    assert found["weight"] == next(w for w in mrr if mrr[w] >= max(mrr.values()) - 1e-12)
+    assert chosen.metrics["mrr"] == pytest.approx(max(mrr.values()))
+
+
+def test_the_order_in_which_scored_candidates_come_changes_no_rank():
+    rows = [[(5 * i + 2 * c) % 12 for c in range(i % 6)] for i in range(12)]
+    lists = scored_lists(rows, 3)
+    turned = CandidateLists(
+        lists.mention_ids,
+        [each[::-1] for each in lists.entity_ids],
+        {source: [each[::-1] for each in scores] for source, scores in lists.scores.items()},
+    )
+    table = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
+    one, other = (
+        evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, each, candidate_weight=2, progress=False)
+        for each in (lists, turned)
+    )
+    for protocol in (END_TO_END, GOLD_ADDED):
+        np.testing.assert_array_equal(one.ranks[protocol], other.ranks[protocol])
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_the_weight_is_added_to_the_order_that_counts_and_is_told(independent):
+    model = toy_reranker(unit="context", independent=independent)
+    lists = lists_of([[(3 * i + c) % 12 for c in range(4)] for i in range(12)])
+    for joint, of in ((True, "reranker, jointly"), (False, "reranker")):
+        options = {"joint": joint, "progress": False}
+        plain = evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists, **options)
+        result = evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists, candidate_weight=1e9, **options)
+        weighting = result.setting["candidate_weight"]
+        assert weighting["reranker"] == of
+        assert weighting["source"] == "here"
+        assert weighting["scale"] == pytest.approx(np.std([0, 1, 2, 3]))
+        # So great a weight leaves the list's own order, which the scores of 0, -1, … are.
+        best, own = result.orders[END_TO_END][result.order], result.orders[END_TO_END]["candidates: here"]
+        assert best["metrics"]["mrr"] == pytest.approx(own["metrics"]["mrr"])
+        none = evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists, candidate_weight=0, **options)
+        assert none.metrics == plain.metrics
+        assert f"{of} + 1e+09 * here score / 1.118" in orders_table(result.to_dict()).caption
+        json.dumps(result.to_dict())
+
+
+def test_weights_that_cannot_be():
+    model = Fixed(torch.zeros(12, 12))
+
+    def evaluate(lists, weight, mentions=MENTIONS):
+        evaluate_candidates(model, numbers, mentions, ENTITIES, lists, candidate_weight=weight, progress=False)
+
+    without = CandidateLists(list(MENTIONS["mention_id"]), [["Q1", "Q2"]] * 12, {})
+    with pytest.raises(RecipeError, match="no scores that could be given a weight"):
+        evaluate(without, 1.0)
+    with pytest.raises(RecipeError, match="no scores that could be given a weight"):
+        evaluate(lists_of([[1, 2]] * 12, [[np.nan, np.nan]] * 12), "auto")
+    for wrong in (-1.0, np.nan, np.inf):
+        with pytest.raises(RecipeError, match="Give 0 or more"):
+            evaluate(lists_of([[1, 2]] * 12), wrong)
+    nothing = MENTIONS.map(lambda row: {"entity_id": NIL})
+    with pytest.raises(RecipeError, match=r"no mention's gold.*Give a number"):
+        evaluate(lists_of([[1, 2]] * 12), "auto", nothing)

@@ -1,0 +1,244 @@
+"""`evaluate_full` against the model's own forward pass over everything at once, ranked by sorting."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hf_mel.errors import (
+    DataFormatError,
+    DuplicateIdError,
+    KnowledgeBaseError,
+    RecipeError,
+    ScoreError,
+    UnknownEntityError,
+)
+from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.inference.encode import encode_rows
+from hf_mel.inference.ranking import EncodedEntities
+from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.schema import NIL
+from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
+
+MODEL, PROCESSOR = toy_model(), ToyProcessor()
+MENTIONS, ENTITIES = toy_mentions(20, entities=12, nil_every=5), toy_entities(15)
+
+
+def evaluate(mentions=MENTIONS, entities=ENTITIES, model=MODEL, **options):
+    return evaluate_full(model, PROCESSOR, mentions, entities, progress=False, **options)
+
+
+def forward(mentions=MENTIONS, entities=ENTITIES, unit=None):
+    inputs = PROCESSOR(
+        mentions=[mentions[i] for i in range(len(mentions))], entities=[entities[i] for i in range(len(entities))]
+    )
+    with torch.no_grad():
+        output = MODEL(**inputs)
+    return (output.scores if unit is None else output.unit_scores[unit]).numpy()
+
+
+def sorted_ranks(scores, mentions=MENTIONS, entities=ENTITIES):
+    """Rank of each gold that is not NIL; the scores of a random model do not tie."""
+    ids = np.array(entities["entity_id"])
+    lists = [list(ids[np.argsort(-row)]) for row in scores]
+    return [
+        1 + ids.index(gold) if gold != NIL else None for ids, gold in zip(lists, mentions["entity_id"], strict=True)
+    ]
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("byte_budget", [1, 20_000, 2**29])
+def test_metrics_are_those_of_the_sorted_scores(batch_size, byte_budget):
+    result = evaluate(batch_size=batch_size, byte_budget=byte_budget, ks=(1, 4))
+    ranks = [rank for rank in sorted_ranks(forward()) if rank is not None]
+    assert len(ranks) == 16
+    assert result.metrics["hits@1"] == pytest.approx(mean(rank <= 1 for rank in ranks))
+    assert result.metrics["hits@4"] == pytest.approx(mean(rank <= 4 for rank in ranks))
+    assert result.metrics["mrr"] == pytest.approx(mean(1 / rank for rank in ranks))
+    assert result.metrics["mr"] == pytest.approx(mean(ranks))
+    assert (result.metrics["num_ranked"], result.metrics["num_mentions"], result.metrics["num_nil"]) == (16, 20, 4)
+
+
+@pytest.mark.parametrize("unit", ["text", "vision"])
+def test_one_unit_alone(unit):
+    result = evaluate(units=[unit])
+    ids = list(ENTITIES["entity_id"])
+    for i, (row, gold) in enumerate(zip(forward(unit=unit), MENTIONS["entity_id"], strict=True)):
+        if gold != NIL:
+            # What has no image scores the same, so the vision unit ties.
+            difference = row - row[ids.index(gold)]
+            assert result.ranking.best_rank[i] == 1 + sum(difference > 1e-6)
+            assert result.ranking.worst_rank[i] == sum(difference >= -1e-6)
+    assert result.setting["units"] == [unit]
+
+
+def test_all_units_are_the_score():
+    assert evaluate(units=["text", "vision"]).metrics == evaluate().metrics
+    with pytest.raises(RecipeError, match=r"no unit 'sound'\. It has text, vision"):
+        evaluate(units=["text", "sound"])
+    with pytest.raises(RecipeError, match="text, vision"):
+        evaluate(units=[])
+
+
+def test_a_wrong_unit_shows_before_the_work():
+    model, encoded = toy_model(), []
+    encode = model.encode_entities
+    model.encode_entities = lambda **inputs: (encoded.append(len(inputs["entity_input_ids"])), encode(**inputs))[1]
+    with pytest.raises(RecipeError, match="sound"):
+        evaluate(model=model, units=["sound"])
+    assert sum(encoded) == 1
+
+
+def test_strata_are_the_metrics_of_their_mentions():
+    result = evaluate(train_golds={"Q1", "Q8"}, nil_threshold=0.05)
+    assert result.strata.keys() == {"stratum", "mentions in context", "gold in training"}
+    assert result.strata["stratum"].keys() == {"text", "image", "both"}
+    for group, metrics in result.strata["stratum"].items():
+        rows = MENTIONS.filter(lambda row, group=group: row["stratum"] == group)
+        assert metrics == pytest.approx(evaluate(rows, nil_threshold=0.05).metrics, nan_ok=True)
+    seen = result.strata["gold in training"]["seen"]
+    ranks = sorted_ranks(forward())
+    assert seen["mrr"] == pytest.approx(
+        mean(1 / ranks[i] for i, gold in enumerate(MENTIONS["entity_id"]) if gold in {"Q1", "Q8"})
+    )
+    assert seen["num_nil"] == 0
+
+
+def test_nil_decisions():
+    scores, best = forward(), evaluate().ranking.top_scores[:, 0].tolist()
+    threshold = sorted(best)[10]  # the score of one of them, which is linked
+    result = evaluate(nil_threshold=threshold)
+    ids, golds = np.array(ENTITIES["entity_id"]), MENTIONS["entity_id"]
+    answers = [NIL if top < threshold else ids[row.argmax()] for top, row in zip(best, scores, strict=True)]
+    assert answers.count(NIL) == 10
+    right = [answer == gold for answer, gold in zip(answers, golds, strict=True)]
+    assert result.metrics["accuracy"] == pytest.approx(mean(right))
+    assert result.metrics["in_kb_accuracy"] == pytest.approx(
+        mean(ok for ok, gold in zip(right, golds, strict=True) if gold != NIL)
+    )
+    assert result.metrics["nil_recall"] == pytest.approx(
+        mean(ok for ok, gold in zip(right, golds, strict=True) if gold == NIL)
+    )
+    assert result.metrics["nil_precision"] == pytest.approx(
+        mean(ok for ok, answer in zip(right, answers, strict=True) if answer == NIL)
+    )
+    assert result.metrics["mrr"] == evaluate().metrics["mrr"]
+    assert "accuracy" not in evaluate().metrics
+
+
+@pytest.mark.parametrize("nil_every", [0, 5])
+def test_calibrated_threshold_reaches_its_accuracy(nil_every):
+    mentions = toy_mentions(20, entities=12, nil_every=nil_every)
+    found = evaluate(mentions).calibrate_nil_threshold()
+    assert found.simulated == (nil_every == 0)
+    if nil_every:
+        assert evaluate(mentions, nil_threshold=found.threshold).metrics["accuracy"] == pytest.approx(found.accuracy)
+
+
+def test_ties_policy():
+    twice = ENTITIES.map(lambda row: {**row, "name": "Same", "attributes": "", "images": []})
+    known = MENTIONS.filter(lambda row: row["entity_id"] != NIL)
+    results = {ties: evaluate(known, twice, ties=ties).metrics for ties in ("realistic", "optimistic", "pessimistic")}
+    assert [results[ties]["mr"] for ties in results] == [8, 1, 15]
+    assert [results[ties]["hits@5"] for ties in results] == [0, 1, 0]
+
+
+def test_records():
+    result = evaluate(top_k=3)
+    records = list(result.records())
+    assert json.loads(json.dumps(records)) == records
+    ids, scores = np.array(ENTITIES["entity_id"]), forward()
+    for record, row, gold, rank in zip(records, scores, MENTIONS["entity_id"], sorted_ranks(scores), strict=True):
+        order = np.argsort(-row)[:3]
+        assert [candidate["entity_id"] for candidate in record["candidates"]] == list(ids[order])
+        assert [candidate["score"] for candidate in record["candidates"]] == pytest.approx(list(row[order]), abs=1e-6)
+        assert (record["entity_id"], record["rank"], record["best_rank"]) == (gold, rank, rank)
+        if gold == NIL:
+            assert record["gold_score"] is None
+        else:
+            assert record["gold_score"] == pytest.approx(row[list(ids).index(gold)], abs=1e-6)
+
+
+def test_encodings_can_be_reused():
+    encoded = EncodedEntities(list(ENTITIES["entity_id"]), encode_rows(MODEL, PROCESSOR, ENTITIES, "entities"))
+    mentions = encode_rows(MODEL, PROCESSOR, MENTIONS, "mentions")
+    plain = evaluate(units=["text"])
+    reused = evaluate_full(MODEL, None, MENTIONS, encoded, units=["text"], mention_encodings=mentions, progress=False)
+    assert reused.metrics == plain.metrics
+
+
+def test_a_knowledge_base_serves_as_entities(tmp_path):
+    kb = KnowledgeBase.build(ENTITIES, MODEL, PROCESSOR, output=tmp_path / "kb", progress=False)
+    assert evaluate(entities=kb).metrics == evaluate().metrics
+
+
+def test_setting_says_what_the_numbers_depend_on():
+    setting = evaluate(data_version={"dataset": "toy", "sha256": "00"}, ties="pessimistic").to_dict()
+    assert setting["kb_size"] == 15
+    assert (setting["num_mentions"], setting["num_nil"]) == (20, 4)
+    assert setting["data"] == {"dataset": "toy", "sha256": "00"}
+    assert (setting["ties"], setting["tie_tolerance"]) == ("pessimistic", 1e-6)
+    assert len(setting["model"]["weights"]) == 64
+    assert setting["software"]["torch"] == torch.__version__
+    assert setting["device"] == "cpu"
+    assert setting["wall_time_seconds"] > 0
+    assert evaluate(model=toy_model(seed=1)).setting["model"] != setting["model"]
+
+
+def test_the_model_is_left_in_its_mode():
+    model = toy_model().train()
+    seen = []
+    model.register_forward_pre_hook(lambda *_: None)
+    encode = model.encode_mentions
+    model.encode_mentions = lambda **inputs: (seen.append(model.training), encode(**inputs))[1]
+    evaluate(model=model)
+    assert model.training
+    assert seen == [False]
+    assert torch.is_grad_enabled()
+
+
+def test_smallest_inputs():
+    nobody = evaluate(MENTIONS.select([]))
+    assert nobody.metrics["num_mentions"] == 0
+    assert np.isnan(nobody.metrics["mrr"])
+    one = evaluate(MENTIONS.select([0]), ENTITIES.select([0]))
+    assert one.metrics["hits@1"] == one.metrics["mrr"] == 1
+    only_nil = evaluate(MENTIONS.select([4]), nil_threshold=float("inf"))
+    assert only_nil.metrics["nil_recall"] == only_nil.metrics["accuracy"] == 1
+    assert np.isnan(only_nil.metrics["mrr"])
+    assert next(iter(only_nil.records()))["rank"] is None
+
+
+def test_bad_input():
+    with pytest.raises(UnknownEntityError, match=r"'Q3' of mention 'm2'"):
+        evaluate(entities=ENTITIES.select([0, 1, 7, 9]))
+    with pytest.raises(DuplicateIdError, match="'Q1'"):
+        evaluate(entities=ENTITIES.select([*range(15), 0]))
+    with pytest.raises(DuplicateIdError, match="'m0'"):
+        evaluate(MENTIONS.select([0, 1, 0]))
+    with pytest.raises(KnowledgeBaseError, match="no entities"):
+        evaluate(entities=ENTITIES.select([]))
+    with pytest.raises(DataFormatError, match="genre"):
+        evaluate(strata=["genre"])
+    with pytest.raises(ValueError, match="random"):
+        evaluate(ties="random")
+    broken = toy_model()
+    with torch.no_grad():
+        broken.mention_text.bias.fill_(float("nan"))
+    with pytest.raises(ScoreError, match="mention 0 and entity row 0"):
+        evaluate(model=broken)
+
+
+def test_only_the_first_image_of_an_entity_is_decoded():
+    broken = {"bytes": b"not an image", "path": None}
+    stored = ENTITIES.with_format("arrow")[:].to_pylist()
+    for row in stored:
+        row["images"] = [*row["images"], broken] if row["images"] else []
+    rows = type(ENTITIES).from_list(stored, features=ENTITIES.features)
+    assert evaluate(entities=rows).metrics == evaluate().metrics

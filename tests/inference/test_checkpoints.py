@@ -1,0 +1,92 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_mel.errors import UnknownModelError
+from hf_mel.inference import checkpoints as loading
+from hf_mel.inference.checkpoints import load_retriever
+from tests.toy import ToyProcessor, ToyRetriever, register, toy_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    register()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    toy_model(seed=3).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    ToyProcessor(text_width=20).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_model_and_processor(folder):
+    model, processor = load_retriever(folder, device="cpu")
+    assert isinstance(model, ToyRetriever)
+    assert isinstance(processor, ToyProcessor)
+    assert not model.training
+    assert processor.text_width == 20
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    expected = toy_model(seed=3).mention_text.weight.to(torch.bfloat16).float()
+    assert torch.equal(model.mention_text.weight, expected)
+
+
+def test_no_such_model(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in (tmp_path / "empty", tmp_path / "typo", "nobody/nothing", "no spaces allowed"):
+        with pytest.raises(UnknownModelError, match="cannot be loaded"):
+            load_retriever(name)
+
+
+def test_incomplete_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["mention_text.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnknownModelError, match=r"lack 1 of .*mention_text\.weight"):
+        load_retriever(folder)
+
+
+def test_damaged_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UnknownModelError, match="cannot be loaded"):
+        load_retriever(folder)
+
+
+def test_a_hostile_configuration(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dim": "many"}))
+    with pytest.raises(UnknownModelError, match="cannot be loaded"):
+        load_retriever(folder)
+
+
+def test_a_device_that_is_not_there(folder):
+    with pytest.raises(UnknownModelError, match="'nowhere'"):
+        load_retriever(folder, device="nowhere")
+
+
+def test_not_a_retriever(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path)
+    ToyProcessor().save_pretrained(tmp_path)
+    with pytest.raises(UnknownModelError, match="BertModel"):
+        load_retriever(tmp_path)
+
+
+def test_a_tokenizer_is_not_a_processor(folder, monkeypatch):
+    def tokenizer(text):
+        raise AssertionError
+
+    # What AutoProcessor answers for a folder whose processor class it does not know.
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", lambda *_, **__: tokenizer)
+    with pytest.raises(UnknownModelError, match="no processor for mentions"):
+        load_retriever(folder)

@@ -1,0 +1,392 @@
+"""`rank` against plain NumPy over the whole score matrix."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from hf_mel.errors import KnowledgeBaseError, ScoreError, UnknownEntityError
+from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.inference import ranking
+from hf_mel.inference.ranking import EncodedEntities, RankingResult, rank
+from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.spaces.mel_ranking.mel_ranking import ranks_from_ids
+from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
+
+
+class DotProduct:
+    """Scores by inner product, and keeps the shape of every block it scored."""
+
+    def __init__(self):
+        self.blocks = []
+
+    def score(self, mentions, entities):
+        self.blocks.append((len(mentions["x"]), len(entities["x"])))
+        return mentions["x"] @ entities["x"].T
+
+
+def table(scores):
+    """Encodings of M mentions and N entities whose inner products are exactly `scores` [M, N] (small integers)."""
+    scores = torch.as_tensor(np.asarray(scores, dtype=np.float32))
+    return {"x": scores}, source({"x": torch.eye(scores.shape[1])})
+
+
+def source(encodings):
+    return EncodedEntities([f"Q{i}" for i in range(len(encodings["x"]))], encodings)
+
+
+def brute_force(scores, golds, k, tolerance=1e-6):
+    """One mention at a time, one entity at a time."""
+    top, best, worst = [], [], []
+    for row, gold in zip(np.asarray(scores, dtype=np.float64), golds, strict=True):
+        top.append(sorted(range(len(row)), key=lambda i: (-row[i], i))[:k])
+        margin = tolerance * max(1.0, abs(row[gold]))
+        better = sum(1 for s in row if s > row[gold] + margin)
+        equal = sum(1 for i, s in enumerate(row) if i != gold and abs(s - row[gold]) <= margin)
+        best.append(1 + better)
+        worst.append(1 + better + equal)
+    return top, best, worst
+
+
+# Budgets from "one mention and one entity at a time" to "all at once"; few values, so that ties abound.
+budgets = st.sampled_from([1, 400, 2_000, 20_000, 2**29])
+matrices = hnp.arrays(np.int64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(-3, 3))
+
+
+@settings(max_examples=200, deadline=None)
+@given(matrices, budgets, st.integers(1, 12), st.data())
+def test_chunks_and_batches_equal_brute_force(scores, budget, k, data):
+    golds = data.draw(st.lists(st.integers(0, scores.shape[1] - 1), min_size=len(scores), max_size=len(scores)))
+    mentions, entities = table(scores)
+    result = rank(DotProduct(), mentions, entities, gold_rows=golds, top_k=k, byte_budget=budget)
+    top, best, worst = brute_force(scores, golds, k)
+    assert result.top_rows.tolist() == top
+    assert result.top_scores.tolist() == [[row[i] for i in rows] for row, rows in zip(scores, top, strict=True)]
+    assert result.gold_score.tolist() == [row[gold] for row, gold in zip(scores, golds, strict=True)]
+    assert result.best_rank.tolist() == best
+    assert result.worst_rank.tolist() == worst
+
+
+@settings(max_examples=100, deadline=None)
+@given(matrices, budgets, st.data())
+def test_the_order_of_the_entities_does_not_change_ranks(scores, budget, data):
+    size = scores.shape[1]
+    golds = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=len(scores), max_size=len(scores))))
+    order = np.array(data.draw(st.permutations(range(size))))  # new row of each old row
+    shuffled = np.empty_like(scores)
+    shuffled[:, order] = scores
+    plain = rank(DotProduct(), *table(scores), gold_rows=golds, byte_budget=budget)
+    other = rank(DotProduct(), *table(shuffled), gold_rows=order[golds], byte_budget=budget)
+    assert torch.equal(plain.best_rank, other.best_rank)
+    assert torch.equal(plain.worst_rank, other.worst_rank)
+    assert torch.equal(plain.top_scores, other.top_scores)
+
+
+class TwoSteps:
+    """Scores x·x' + y·y', the second only where it reaches the floor; for a cautious one, where |y|·|y'| does."""
+
+    def __init__(self, cautious):
+        self.cautious, self.pairs, self.left_out = cautious, 0, 0
+
+    def quick_scores(self, mentions, entities):
+        return mentions["x"] @ entities["x"].T
+
+    def remaining_scores(self, mentions, entities, floor):
+        rest = mentions["y"] @ entities["y"].T
+        bound = mentions["y"].norm(dim=1)[:, None] * entities["y"].norm(dim=1) if self.cautious else rest
+        below = bound < floor
+        self.pairs += below.numel()
+        self.left_out += int(below.sum())
+        return rest.masked_fill(below, -torch.inf)
+
+
+@settings(max_examples=200, deadline=None)
+@given(matrices, budgets, st.integers(1, 12), st.booleans(), st.data())
+def test_leaving_out_what_cannot_matter_changes_nothing(scores, budget, k, cautious, data):
+    count, size = scores.shape
+    golds = data.draw(st.none() | st.lists(st.integers(-1, size - 1), min_size=count, max_size=count))
+    quick = data.draw(hnp.arrays(np.int64, scores.shape, elements=st.integers(-3, 3)))
+    mentions = {"x": torch.tensor(quick).float(), "y": torch.tensor(scores - quick).float()}
+    entities = source({"x": torch.eye(size), "y": torch.eye(size)})
+    result = rank(TwoSteps(cautious), mentions, entities, gold_rows=golds, top_k=k, byte_budget=budget)
+    top, best, worst = brute_force(scores, [max(gold, 0) for gold in golds or [0] * count], k)
+    assert result.top_rows.tolist() == top
+    assert result.top_scores.tolist() == [[row[i] for i in rows] for row, rows in zip(scores, top, strict=True)]
+    if golds is not None:
+        known = [gold >= 0 for gold in golds]
+        assert result.best_rank.tolist() == [rank * here for rank, here in zip(best, known, strict=True)]
+        assert result.worst_rank.tolist() == [rank * here for rank, here in zip(worst, known, strict=True)]
+
+
+def test_most_pairs_are_left_out():
+    generator = torch.Generator().manual_seed(0)
+    mentions = {name: torch.randn(9, 8, generator=generator) for name in "xy"}
+    entities = {name: torch.randn(5_000, 8, generator=generator) for name in "xy"}
+    mentions["y"] /= 8
+    model = TwoSteps(cautious=True)
+    rank(model, mentions, source(entities), gold_rows=range(9), top_k=5, byte_budget=300_000)
+    assert model.left_out < model.pairs
+    easy = TwoSteps(cautious=True)
+    rank(easy, mentions, source(entities), top_k=5, byte_budget=300_000)  # a gold that ranks low keeps pairs in
+    assert easy.left_out > 0.9 * easy.pairs
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["x", "y"])
+def test_a_part_that_cannot_be_ranked_is_named(value, part):
+    mentions, entities = {name: torch.ones(5, 1) for name in "xy"}, {name: torch.ones(7, 1) for name in "xy"}
+    entities[part][4] = value
+    with pytest.raises(ScoreError, match="mention 0 and entity row 4"):
+        rank(TwoSteps(cautious=False), mentions, source(entities), top_k=2)
+    with pytest.raises(ScoreError, match=r"mention \d and entity row 4"):
+        rank(TwoSteps(cautious=False), mentions, source(entities), gold_rows=[-1, -1, 0, 4, -1], top_k=2)
+
+
+def test_real_numbers_in_chunks_of_any_shape():
+    generator = torch.Generator().manual_seed(0)
+    mentions = {"x": torch.randn(23, 16, generator=generator)}
+    entities = torch.randn(211, 16, generator=generator)
+    entities[100:105] = entities[7]  # duplicates, which rounding may pull apart between chunks
+    golds = torch.randint(0, 211, (23,), generator=generator)
+    golds[:5] = 7
+    scores = mentions["x"].double() @ entities.double().T
+    top, best, worst = brute_force(scores.numpy(), golds.tolist(), 5, tolerance=1e-6)
+    assert max(worst[i] - best[i] for i in range(5)) == 5
+    for budget in (1, 3_000, 30_000, 300_000, 2**29):
+        model = DotProduct()
+        result = rank(model, mentions, source({"x": entities}), gold_rows=golds, top_k=5, byte_budget=budget)
+        assert result.best_rank.tolist() == best
+        assert result.worst_rank.tolist() == worst
+        duplicates = {7, *range(100, 105)}
+        for row, expected in zip(result.top_rows.tolist(), top, strict=True):
+            if not duplicates & set(expected):
+                assert row == expected
+
+
+def test_tolerance_is_relative_above_one_and_absolute_below():
+    mentions, entities = {"x": torch.eye(3)}, torch.zeros(4, 3)
+    entities[:, 0] = torch.tensor([0.5, 0.5 + 8e-7, 0.5 + 4e-6, 0.5 - 8e-7])
+    entities[:, 1] = torch.tensor([1e4, 1e4 + 5e-3, 1e4 + 0.1, 1e4 - 5e-3])
+    entities[:, 2] = torch.tensor([-1e4, -1e4 + 5e-3, -1e4 + 0.1, -1e4 - 5e-3])
+    result = rank(DotProduct(), mentions, source({"x": entities}), gold_rows=[0, 0, 0])
+    assert result.best_rank.tolist() == [2, 2, 2]
+    assert result.worst_rank.tolist() == [4, 4, 4]
+    wide = rank(DotProduct(), mentions, source({"x": entities}), gold_rows=[0, 0, 0], tie_tolerance=1e-4)
+    assert wide.best_rank.tolist() == [1, 1, 1]
+    assert wide.worst_rank.tolist() == [4, 4, 4]
+
+
+def test_ties_as_the_metric_defines_them():
+    generator = np.random.default_rng(0)
+    scores = generator.integers(-5, 5, (30, 12))
+    golds = generator.integers(0, 12, 30)
+    result = rank(DotProduct(), *table(scores), gold_rows=golds, top_k=12)
+    best, worst = ranks_from_ids(
+        [[f"Q{i}" for i in rows] for rows in result.top_rows.tolist()],
+        [f"Q{gold}" for gold in golds],
+        result.top_scores.tolist(),
+    )
+    assert result.best_rank.tolist() == best.tolist()
+    assert result.worst_rank.tolist() == worst.tolist()
+
+
+def test_constant_scorer():
+    result = rank(DotProduct(), *table(np.zeros((4, 9))), gold_rows=[0, 3, 8, 8], top_k=3, byte_budget=900)
+    assert result.best_rank.tolist() == [1] * 4
+    assert result.worst_rank.tolist() == [9] * 4
+    assert result.top_rows.tolist() == [[0, 1, 2]] * 4
+
+
+def test_mentions_without_a_gold():
+    result = rank(DotProduct(), *table([[3, 2, 1], [1, 2, 3]]), gold_rows=[-1, 0])
+    assert result.best_rank.tolist() == result.worst_rank.tolist() == [0, 3]
+    assert torch.isnan(result.gold_score).tolist() == [True, False]
+    without = rank(DotProduct(), *table([[3, 2, 1]]))
+    assert without.gold_score is without.best_rank is without.worst_rank is None
+
+
+def test_smallest_inputs():
+    one = rank(DotProduct(), *table([[5]]), gold_rows=[0], top_k=10)
+    assert (one.top_scores.tolist(), one.top_rows.tolist()) == ([[5]], [[0]])
+    assert one.best_rank.tolist() == one.worst_rank.tolist() == [1]
+    none = rank(DotProduct(), *table(np.zeros((0, 4))), gold_rows=[], top_k=2)
+    assert none.top_scores.shape == none.top_rows.shape == (0, 2)
+    assert none.best_rank.shape == none.worst_rank.shape == none.gold_score.shape == (0,)
+    assert none.top_rows.dtype == none.best_rank.dtype == torch.int64
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("budget", [1, 2**29])
+def test_a_score_that_cannot_be_ranked_is_named(value, budget):
+    scores = torch.zeros(5, 7)
+    scores[3, 4] = value
+    mentions = {"x": torch.arange(5.0)[:, None]}
+    entities = {"x": torch.arange(7.0)[:, None]}
+
+    def look_up(mention, entity):
+        return scores[mention["x"][:, 0].long()][:, entity["x"][:, 0].long()]
+
+    with pytest.raises(ScoreError, match="mention 3 and entity row 4"):
+        rank(None, mentions, source(entities), byte_budget=budget, score=look_up)
+
+
+def test_wrong_arguments():
+    mentions, entities = table([[1, 2], [2, 1]])
+    with pytest.raises(ValueError, match="top_k"):
+        rank(DotProduct(), mentions, entities, top_k=0)
+    with pytest.raises(ValueError, match="2 mentions"):
+        rank(DotProduct(), mentions, entities, gold_rows=[0])
+    with pytest.raises(UnknownEntityError, match=r"row 1: Gold row 2 .* 2 entities"):
+        rank(DotProduct(), mentions, entities, gold_rows=[0, 2])
+    with pytest.raises(KnowledgeBaseError, match="no entities"):
+        rank(DotProduct(), mentions, source({"x": torch.empty(0, 2)}))
+    with pytest.raises(ScoreError, match="2 mentions and 2 entities"):
+        rank(DotProduct(), mentions, entities, score=lambda m, e: torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="3 entity ids but 2"):
+        EncodedEntities(["a", "b", "c"], {"x": torch.zeros(2, 2)})
+
+
+def test_chunks_with_a_gap():
+    class Gap(EncodedEntities):
+        def iter_chunks(self, chunk_size, **options):
+            chunks = list(super().iter_chunks(1, **options))
+            return iter(chunks[:1] + chunks[2:])
+
+    with pytest.raises(KnowledgeBaseError, match="row 1 is missing"):
+        rank(DotProduct(), {"x": torch.ones(1, 2)}, Gap(["a", "b", "c"], {"x": torch.ones(3, 2)}))
+
+
+@pytest.mark.parametrize("budget", [200_000, 1_000_000])
+def test_blocks_stay_within_the_budget(budget):
+    mentions, width = {"x": torch.ones(300, 8)}, 8 * 4
+    for size in (10, 500, 3_000):
+        model = DotProduct()
+        rank(model, mentions, source({"x": torch.ones(size, 8)}), byte_budget=budget)
+        rows, columns = (max(axis) for axis in zip(*model.blocks, strict=True))
+        # The entities of the chunk, and a scorer that holds two dozen tensors of the block.
+        assert columns * width + rows * columns * 4 * 24 <= budget
+        assert sum(m * n for m, n in model.blocks) == 300 * size
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow_with_the_batches():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    generator = torch.Generator().manual_seed(0)
+    entities = source({"x": torch.randn(18_000, 256, generator=generator)})
+    mentions = {"x": torch.randn(5_000, 256, generator=generator)}  # 43 batches; all scores would be 360 MB
+    rank(DotProduct(), {"x": mentions["x"][:300]}, entities, gold_rows=[0] * 300, byte_budget=2**26)
+    before = resident()
+    rank(DotProduct(), mentions, entities, gold_rows=[0] * 5_000, byte_budget=2**26)
+    assert resident() - before < 2**27
+
+
+def test_scores_are_not_computed_under_autocast():
+    mentions, entities = {"x": torch.tensor([[1.0, 2**-12]])}, {"x": torch.tensor([[1.0, 0.0], [1.0, 1.0]])}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = rank(DotProduct(), mentions, source(entities), gold_rows=[0])
+    assert (result.best_rank.item(), result.worst_rank.item()) == (2, 2)
+
+
+def test_result_is_on_the_cpu_and_free_of_gradients():
+    mentions, entities = table([[1, 2]])
+    mentions["x"].requires_grad_()
+    result = rank(DotProduct(), mentions, entities, gold_rows=[0])
+    assert isinstance(result, RankingResult)
+    assert not result.top_scores.requires_grad
+    assert ranking.rank is rank
+
+
+_TWO_PROCESSES = """
+import sys
+import torch
+from accelerate import PartialState
+from hf_mel.errors import ScoreError
+from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.inference.ranking import EntityPart, part_of_process, rank
+from tests.inference.test_ranking import TwoSteps, source
+from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
+
+processes = PartialState(cpu=True)
+data = torch.load(sys.argv[1])
+found = []
+for size in (1, 2, 37):
+    entities = source({name: tensor[:size] for name, tensor in data["entities"].items()})
+    part = EntityPart(entities, part_of_process(size, processes))
+    golds = [min(gold, size - 1) for gold in data["golds"]]
+    found.append(vars(rank(TwoSteps(True), data["mentions"], part, gold_rows=golds, top_k=6, processes=processes)))
+mentions, entities = toy_mentions(20, entities=12, nil_every=5), toy_entities(15)
+model, processor = toy_model(), ToyProcessor()
+for kb in (entities, KnowledgeBase.load(sys.argv[2])):
+    result = evaluate_full(model, processor, mentions, kb, processes=processes, progress=False)
+    found.append(vars(result.ranking) | {"metrics": result.metrics})
+data["entities"]["x"][30] = float("nan")  # of the second process
+part = EntityPart(source(data["entities"]), part_of_process(37, processes))
+try:
+    rank(TwoSteps(True), data["mentions"], part, processes=processes)
+except ScoreError as error:
+    found.append(str(error))
+torch.save(found, f"{sys.argv[3]}{processes.process_index}.pt")
+processes.destroy_process_group()
+"""
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    mentions = {name: torch.randint(-2, 3, (11, 4), generator=generator).float() for name in "xy"}
+    entities = {name: torch.randint(-2, 3, (37, 4), generator=generator).float() for name in "xy"}
+    golds = [*torch.randint(0, 37, (9,), generator=generator).tolist(), -1, 36]
+    torch.save({"mentions": mentions, "entities": entities, "golds": golds}, tmp_path / "data.pt")
+    model, processor = toy_model(), ToyProcessor()
+    KnowledgeBase.build(toy_entities(15), model, processor, output=tmp_path / "kb", progress=False)
+    program = tmp_path / "program.py"
+    program.write_text(_TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        [*command, str(tmp_path / "data.pt"), str(tmp_path / "kb"), str(tmp_path / "found")],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
+        timeout=600,
+    )
+    result = evaluate_full(
+        model, processor, toy_mentions(20, entities=12, nil_every=5), toy_entities(15), progress=False
+    )
+    for process in range(2):
+        *ranked, error = torch.load(tmp_path / f"found{process}.pt", weights_only=False)
+        assert "entity row 30 is nan" in error
+        for size, found in zip((1, 2, 37), ranked[:3], strict=True):
+            whole = source({name: tensor[:size] for name, tensor in entities.items()})
+            own = [min(gold, size - 1) for gold in golds]
+            for name, column in vars(rank(TwoSteps(True), mentions, whole, gold_rows=own, top_k=6)).items():
+                torch.testing.assert_close(found[name], column, rtol=0, atol=0, equal_nan=True)
+        for found in ranked[3:]:
+            assert found["metrics"] == result.metrics
+            for name, column in vars(result.ranking).items():
+                torch.testing.assert_close(found[name], column, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scores_of_another_type_are_ranked_as_float32(dtype):
+    generator = torch.Generator().manual_seed(3)
+    mentions = {"x": torch.randn(5, 4, generator=generator)}
+    entities = {"x": torch.randn(9, 4, generator=generator)}
+    found = rank(
+        None, mentions, source(entities), gold_rows=[0, 3, -1, 8, 2], score=lambda m, e: (m["x"] @ e["x"].T).to(dtype)
+    )
+    scores = (mentions["x"] @ entities["x"].T).to(dtype).float()
+    torch.testing.assert_close(found.top_scores, scores.sort(descending=True, dim=1).values)
+    halves = {name: tensor.half() for name, tensor in entities.items()}
+    in_float = rank(None, mentions, source(halves), score=lambda m, e: m["x"] @ e["x"].T)
+    torch.testing.assert_close(
+        in_float.top_scores, (mentions["x"] @ halves["x"].float().T).sort(descending=True, dim=1).values
+    )

@@ -1,0 +1,605 @@
+"""Indexes against NumPy over all vectors, and against ranking everything; what change, damage and crashes do to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from hf_mel.errors import KnowledgeBaseError, MelError, MissingExtraError
+from hf_mel.hub.publish.kb_repo import kb_publication
+from hf_mel.kb.indexes import KINDS, base, faiss
+from hf_mel.kb.indexes.base import Record
+from hf_mel.kb.indexes.recall import recall
+from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.linking.linker import EntityLinker
+from hf_mel.schema import NO_SPAN
+from tests.toy import ToyProcessor, ToyRetriever, toy_entities, toy_mentions, toy_model
+
+MODEL, PROCESSOR = toy_model(), ToyProcessor()
+WORLD = toy_entities(120)
+FAISS = ("faiss-flat", "faiss-ivf", "faiss-hnsw", "faiss-pq")
+BUILT = (*FAISS, pytest.param("milvus", marks=pytest.mark.milvus))
+
+
+@pytest.fixture(autouse=True)
+def _installed(request):
+    names = [request.node.callspec.params.get("kind", "")] if hasattr(request.node, "callspec") else []
+    if request.node.get_closest_marker("milvus") or "milvus" in names:
+        pytest.importorskip("milvus_lite")
+        pytest.importorskip("pymilvus")
+    else:
+        pytest.importorskip("faiss")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kb") / "kb"
+    KnowledgeBase.build(WORLD, MODEL, PROCESSOR, output=folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def kb(built, tmp_path) -> KnowledgeBase:
+    return KnowledgeBase.load(shutil.copytree(built, tmp_path / "kb"))
+
+
+def encode_mentions(count: int = 15) -> dict[str, torch.Tensor]:
+    rows = list(toy_mentions(count, 120))
+    with torch.no_grad():
+        return dict(MODEL.encode_mentions(**PROCESSOR(mentions=rows)))
+
+
+MENTIONS = encode_mentions()
+
+
+def build(kb: KnowledgeBase, kind: str, model=MODEL, **options):
+    return kb.build_index(kind, model, PROCESSOR, progress=False, **options)
+
+
+def products(kb: KnowledgeBase, mentions=MENTIONS) -> np.ndarray:
+    """Inner products of all mentions and all entities [M, N], which are the toy model's scores."""
+    entities = kb.encodings(range(len(kb)))
+    text, vision = (mentions[unit].numpy() @ entities[unit].numpy().T for unit in ("text", "vision"))
+    return (text + vision) / 2
+
+
+def best(kb: KnowledgeBase, k: int, mentions=MENTIONS) -> np.ndarray:
+    return np.argsort(-products(kb, mentions), axis=1, kind="stable")[:, :k]
+
+
+def assert_finds(index, kb: KnowledgeBase, top_k: int = 10) -> None:
+    """The best entities, with their scores, in order."""
+    found = index.find(MENTIONS, top_k)
+    rows = best(kb, top_k)
+    if index.kind == "faiss-pq" and max(top_k, index.first_stage) < len(kb):  # codes of few coordinates miss some
+        rows = found.top_rows.numpy()
+        assert (found.top_scores.diff(dim=1) <= 0).all()
+        assert (
+            np.mean([len({*row} & {*wanted}) / top_k for row, wanted in zip(rows, best(kb, top_k), strict=True)]) > 0.8
+        )
+    assert np.array_equal(found.top_rows.numpy(), rows)
+    expected = np.take_along_axis(products(kb), rows, 1)
+    np.testing.assert_allclose(found.top_scores.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def files(folder) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# What is found
+
+
+def test_exact_is_the_order_of_all_scores_with_ties_by_row(tmp_path):
+    rows = WORLD.select(range(20))
+    twins = rows.map(lambda row: {"entity_id": row["entity_id"] + "b"})
+    import datasets
+
+    kb = KnowledgeBase.build(datasets.concatenate_datasets([rows, twins]), MODEL, PROCESSOR, progress=False)
+    index = kb.open_index("exact", MODEL)
+    assert index.capabilities.exact
+    found = index.find(MENTIONS, 40)
+    ids = np.array(kb.entity_ids)[found.top_rows.numpy()]
+    for each in ids:
+        assert [name + "b" for name in each[::2]] == list(each[1::2])  # each twin after its own, never between others
+    text = index.find(MENTIONS, 40, units=["text"]).top_scores.numpy()
+    expected = MENTIONS["text"].numpy() @ kb.encodings(range(40))["text"].numpy().T
+    np.testing.assert_allclose(text, -np.sort(-expected, axis=1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", BUILT)
+@pytest.mark.parametrize("first_stage", [1, 30, 119, 120, 5000])
+def test_finds_what_ranking_everything_finds(kb, kind, first_stage):
+    """The toy's vectors give its scores, so a first stage of any size that holds the k best leads to the same."""
+    index = build(kb, kind)
+    index.first_stage = first_stage
+    assert not index.capabilities.exact
+    assert_finds(index, kb, top_k=20)
+    assert_finds(KnowledgeBase.load(kb.path).open_index(kind, MODEL, first_stage=first_stage), kb)
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_k_larger_than_the_knowledge_base_and_a_knowledge_base_of_one(kb, kind):
+    index = build(kb, kind)
+    assert_finds(index, kb, top_k=500)
+    one = KnowledgeBase.build(WORLD.select([3]), MODEL, PROCESSOR, progress=False)
+    found = build(one, kind).find(MENTIONS, 5)
+    assert found.top_rows.tolist() == [[0]] * 15
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_candidates_are_the_largest_inner_products(kb, kind):
+    index = build(kb, kind)
+    for rows, expected in zip(index.candidates(MENTIONS, 25), best(kb, 25), strict=True):
+        assert (np.diff(rows) > 0).all()
+        least = {"faiss-flat": 24, "faiss-pq": 15}  # half precision; 20 coordinates as five bytes
+        assert len(set(rows) & set(expected)) >= least.get(kind, 23)
+
+
+def clustered(kb_rows: int = 1500, dim: int = 16):
+    """A model whose encodings are clusters of vectors of very different lengths, and a knowledge base of it."""
+
+    class Clustered(ToyRetriever):
+        def encode_entities(self, entity_input_ids, **_):
+            seeds = (entity_input_ids * torch.arange(1, entity_input_ids.shape[1] + 1)).sum(1)
+            rows = []
+            for seed in seeds.tolist():
+                generator = np.random.default_rng(seed)
+                centre = np.random.default_rng(seed % 40).normal(size=2 * dim) * 2 + 3
+                rows.append((centre + generator.normal(size=2 * dim)) * generator.uniform(0.3, 3))
+            vectors = torch.tensor(np.array(rows), dtype=torch.float32)
+            return {"text": vectors[:, :dim], "vision": vectors[:, dim:]}
+
+    model = Clustered(MODEL.config).eval()
+    return model, KnowledgeBase.build(toy_entities(kb_rows, images=False), model, PROCESSOR, progress=False)
+
+
+def test_recall_on_clusters_of_uneven_lengths(monkeypatch):
+    """Where a graph of plain inner products finds next to nothing."""
+    monkeypatch.setattr(faiss, "_LEAST_PROBED", 8)  # of 23 lists
+    model, kb = clustered()
+    generator = torch.Generator().manual_seed(0)
+    near = kb.encodings(range(0, 1500, 30))
+    mentions = {name: tensor + torch.randn(tensor.shape, generator=generator) for name, tensor in near.items()}
+    scores = sum(mentions[unit] @ kb.encodings(range(1500))[unit].T for unit in ("text", "vision"))
+    order = scores.numpy().argsort(1)[:, ::-1]
+    for kind in FAISS:
+        index = build(kb, kind, model=model)
+        index.first_stage = 100
+        found = recall(index, mentions)
+        sets = [set(rows) for rows in index.candidates(mentions)]
+        for k in (1, 10, 64):
+            expected = np.mean([len(sets[m] & set(order[m, :k])) / k for m in range(50)])
+            assert found[k] == pytest.approx(expected)
+            assert found[k] >= {"faiss-ivf": 0.85, "faiss-pq": 0.9}.get(kind, 0.98)
+        index.first_stage = 5
+        assert recall(index, mentions)[10] <= 0.5
+    with pytest.raises(KnowledgeBaseError, match="misses nothing"):
+        recall(kb.open_index("exact", model), mentions)
+
+
+def test_vectors_get_one_length_and_keep_their_order():
+    generator = np.random.default_rng(1)
+    entities, mentions = generator.normal(2, 1, (50, 6)), generator.normal(0, 1, (9, 6)).astype(np.float32)
+    entities = (entities * generator.uniform(0.1, 5, (50, 1))).astype(np.float32)
+    mean = entities.mean(0)
+    radius = float(np.linalg.norm(entities - mean, axis=1).max())
+    record = Record("faiss-flat", [(50, "")], [0.0] * 6, mean.tolist(), radius)
+    stored, sought = record.entities(entities), record.mentions(mentions)
+    assert stored.shape[1] == sought.shape[1] == record.dim
+    np.testing.assert_allclose(np.linalg.norm(stored, axis=1), radius, rtol=1e-5)
+    np.testing.assert_allclose(sought @ stored.T, mentions @ (entities - mean).T, rtol=1e-4, atol=1e-4)
+    longer = record.entities(entities * 9)  # added later
+    np.testing.assert_allclose(sought @ longer.T, mentions @ (9 * entities - mean).T, rtol=1e-4, atol=1e-3)
+
+
+def test_a_sample_is_all_of_a_small_knowledge_base_and_evenly_drawn_of_a_large_one(monkeypatch):
+    monkeypatch.setattr(base, "_RUN", 4)
+    kb = KnowledgeBase.build(WORLD, MODEL, PROCESSOR, progress=False)
+    everything = np.concatenate([part for _, part in base.vectors(kb, MODEL, 0)])
+    assert np.array_equal(base.sample(kb, MODEL, 120), everything)
+    assert np.array_equal(base.sample(kb, MODEL, 500), everything)
+    some = base.sample(kb, MODEL, 20)
+    rows = [int(np.flatnonzero((everything == each).all(1))[0]) for each in some]
+    assert len(set(rows)) == 20
+    assert rows[0] == 0
+    assert rows[-1] == 119
+    assert {row // 30 for row in rows} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_too_few_candidates_mean_ranking_everything(kb, kind, monkeypatch):
+    index = build(kb, kind)
+    monkeypatch.setattr(type(index), "search", lambda self, queries, k: np.full((len(queries), k), -1))
+    index.first_stage = 20
+    assert_finds(index, kb, top_k=10)
+
+
+# Entities that come and go
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_removed_entities_are_not_found_and_added_ones_are(kb, kind):
+    index = build(kb, kind)
+    index.first_stage = 20
+    kb.remove(sorted({kb.entity_ids[row] for row in best(kb, 3).flatten()}))  # the very best of every mention
+    assert_finds(index, kb)
+    kb.add(toy_entities(140).select(range(120, 140)), MODEL, PROCESSOR, progress=False)
+    assert_finds(index, kb)
+    again = KnowledgeBase.load(kb.path)
+    assert_finds(again.open_index(kind, MODEL, first_stage=20), again)
+    kb.add(WORLD.select(best(kb, 1)[:3, 0].tolist()[:1]), MODEL, PROCESSOR, replace=True, progress=False)
+    assert_finds(index, kb)
+    extended = build(kb, kind)
+    extended.first_stage = 20
+    assert extended.record.rows == kb.stored
+    assert_finds(extended, kb)
+    kb.remove(kb.entity_ids[best(kb, 1)[0, 0]])
+    assert_finds(extended, kb)
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_an_index_that_lacks_too_many_is_refused_until_it_is_brought_up_to_date(kb, kind, monkeypatch):
+    monkeypatch.setattr(base, "_UNINDEXED", 3)
+    index = build(kb, kind)
+    index.first_stage = 20
+    kb.add(toy_entities(124).select(range(120, 124)), MODEL, PROCESSOR, progress=False)
+    for refused in (lambda: index.find(MENTIONS, 3), lambda: kb.open_index(kind, MODEL)):
+        with pytest.raises(KnowledgeBaseError, match=rf"lacks 4 added.*hf-mel kb index .*{kind}"):
+            refused()
+    build(kb, kind)
+    assert_finds(kb.open_index(kind, MODEL, first_stage=20), kb)
+
+
+def test_added_entities_extend_an_index_unless_they_are_most_of_it(kb, monkeypatch):
+    build(kb, "faiss-ivf")
+    trained = []
+    monkeypatch.setattr(faiss, "_empty", lambda *args, real=faiss._empty: trained.append(1) or real(*args))
+    kb.add(toy_entities(200).select(range(120, 200)), MODEL, PROCESSOR, progress=False)
+    build(kb, "faiss-ivf")
+    assert not trained
+    kb.add(toy_entities(500).select(range(200, 500)), MODEL, PROCESSOR, progress=False)
+    index = build(kb, "faiss-ivf")
+    assert trained == [1]
+    assert index.record.settings["lists"] > 1
+    assert len([name for name in os.listdir(kb.path) if name.endswith(".faiss")]) == 1
+    assert_finds(index, kb)
+
+
+def test_a_compact_copy_has_no_index_and_an_open_one_notices(kb):
+    index = build(kb, "faiss-flat")
+    index.first_stage = 20
+    kb.remove(["Q1"])
+    kb.save(kb.path, progress=False)
+    with pytest.raises(KnowledgeBaseError, match="built from other encodings"):
+        index.find(MENTIONS, 3)
+    with pytest.raises(KnowledgeBaseError, match=r"no index 'faiss-flat'.*hf-mel kb index"):
+        kb.open_index("faiss-flat", MODEL)
+    shutil.copy(kb.path / "kb.json", kb.path / "index-faiss-flat.json")
+    with pytest.raises(KnowledgeBaseError, match="damaged"):
+        kb.open_index("faiss-flat", MODEL)
+
+
+# What it does not do
+
+
+def test_what_an_index_cannot_do(kb, monkeypatch):
+    index = build(kb, "faiss-flat")
+    with pytest.raises(KnowledgeBaseError, match=r"not by text alone.*'exact'"):
+        index.find(MENTIONS, 3, units=["text"])
+    with pytest.raises(KnowledgeBaseError, match=r"kind 'annoy'.*faiss-hnsw"):
+        kb.open_index("annoy", MODEL)
+    with pytest.raises(KnowledgeBaseError, match="no index that is built"):
+        build(kb, "exact")
+    with pytest.raises(KnowledgeBaseError, match="no server"):
+        build(kb, "faiss-flat", uri="http://localhost:19530")
+    with pytest.raises(KnowledgeBaseError, match="weights differ"):
+        build(kb, "faiss-flat", model=toy_model(seed=1))
+
+    class Blind(ToyRetriever):
+        query_vectors = index_vectors = None
+
+    blind = Blind(MODEL.config).eval()
+    blind.load_state_dict(MODEL.state_dict())
+    for refused in (lambda: build(kb, "faiss-ivf", model=blind), lambda: kb.open_index("faiss-flat", blind)):
+        with pytest.raises(KnowledgeBaseError, match=r"no vectors for a first stage.*'exact'"):
+            refused()
+    assert_finds(kb.open_index("exact", blind), kb)
+    kb._downloaded = "org/kb"
+    with pytest.raises(KnowledgeBaseError, match="not changed in the cache"):
+        build(kb, "faiss-flat")
+
+
+def test_vectors_that_cannot_be_stored(kb):
+    class Odd(ToyRetriever):
+        change = staticmethod(lambda vectors: vectors)
+
+        def index_vectors(self, entities):
+            return self.change(super().index_vectors(entities))
+
+    odd = Odd(MODEL.config).eval()
+    odd.load_state_dict(MODEL.state_dict())
+    for change, message in (
+        (lambda vectors: vectors / 0, "row 0: the vector of an entity is nan or infinite"),
+        (lambda vectors: vectors[:, 0], "vectors of shape"),
+    ):
+        odd.change = change
+        with pytest.raises(KnowledgeBaseError, match=message):
+            build(kb, "faiss-flat", model=odd)
+    odd.change = lambda vectors: vectors
+    build(kb, "faiss-flat", model=odd)
+    odd.change = lambda vectors: vectors * 2  # the same weights, another method
+    with pytest.raises(KnowledgeBaseError, match="other vectors than this model gives now"):
+        kb.open_index("faiss-flat", odd)
+    build(kb, "faiss-flat", model=odd)
+    kb.open_index("faiss-flat", odd)
+
+
+@pytest.mark.parametrize(("kind", "package"), [("faiss-ivf", "faiss"), ("milvus", "pymilvus")])
+def test_a_missing_extra_is_named(kb, kind, package, monkeypatch):
+    build(kb, kind)
+    monkeypatch.setitem(sys.modules, package, None)
+    for refused in (lambda: build(kb, kind), lambda: kb.open_index(kind, MODEL)):
+        with pytest.raises(MissingExtraError, match=rf"pip install \"hf_mel\[{kind.partition('-')[0]}\]\""):
+            refused()
+    assert_finds(kb.open_index("exact", MODEL), kb)
+
+
+# Damage and crashes
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "longer", "changed"])
+@pytest.mark.parametrize("kind", ["faiss-flat", "faiss-hnsw"])
+def test_a_damaged_file_is_refused_and_built_again(kb, kind, how):
+    build(kb, kind)
+    (path,) = kb.path.glob("*.faiss")
+    data = path.read_bytes()
+    path.unlink()
+    changed = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+    if how != "missing":
+        path.write_bytes({"cut": data[:-9], "longer": data + b"!", "changed": changed}[how])
+    with pytest.raises(KnowledgeBaseError, match=rf"{path.name}: the index '{kind}' is damaged.*hf-mel kb index"):
+        kb.open_index(kind, MODEL)
+    assert_finds(KnowledgeBase.load(kb.path, verify=True).open_index("exact", MODEL), kb)
+    assert_finds(build(kb, kind), kb)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.clear(),
+        lambda r: r.update(version=2),
+        lambda r: r.update(kind="faiss-hnsw"),
+        lambda r: r.update(shards=[]),
+        lambda r: r.update(shards=3),
+        lambda r: r.update(mean=[1.0]),
+        lambda r: r.update(radius="wide"),
+        lambda r: r.update(probe=None),
+        lambda r: r["store"].update(sha256="../../etc/passwd"),
+        lambda r: r["store"].update(sha256=None),
+        lambda r: r.update(store=[]),
+    ],
+)
+def test_a_record_that_makes_no_sense(kb, change):
+    build(kb, "faiss-flat")
+    path = kb.path / "index-faiss-flat.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(KnowledgeBaseError, match=r"index-faiss-flat.*the index 'faiss-flat' is damaged"):
+        kb.open_index("faiss-flat", MODEL)
+    assert_finds(build(kb, "faiss-flat"), kb)
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_a_full_disk_leaves_what_was_there_and_a_retry_works(kb, kind):
+    kb.add(toy_entities(220).select(range(120, 220)), MODEL, PROCESSOR, progress=False)
+    index = build(kb, kind)
+    index.first_stage = 20
+    kb.add(toy_entities(240).select(range(220, 240)), MODEL, PROCESSOR, progress=False)
+    before = files(kb.path)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if kind == "faiss-pq" else 6000, limits[1]))
+    try:
+        with pytest.raises(MelError, match=r"(cannot be written|does not answer).*disk has room"):
+            build(kb, kind)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    if kind != "milvus":  # a database writes into its folder as it likes
+        assert files(kb.path) == before
+    else:
+        assert {k: v for k, v in files(kb.path).items() if ".db/" not in k} == {
+            k: v for k, v in before.items() if ".db/" not in k
+        }
+    assert_finds(index, kb)
+    assert_finds(build(kb, kind), kb)
+    assert not [name for name in os.listdir(kb.path) if name.startswith(".")]
+
+
+class Counting(ToyRetriever):
+    """Counts the vectors it makes, and calls something before the chunk that begins with the `at`-th."""
+
+    made, at = 0, None
+
+    def index_vectors(self, entities):
+        if len(entities["text"]) == 8:
+            if self.at is not None and self.made >= self.at:
+                self.call()
+            self.made += 8
+        return super().index_vectors(entities)
+
+
+def counting(at=None, call=None) -> Counting:
+    model = Counting(MODEL.config).eval()
+    model.load_state_dict(MODEL.state_dict())
+    model.at, model.call = at, call
+    return model
+
+
+@pytest.fixture
+def _in_eights(monkeypatch):
+    monkeypatch.setattr(base, "_CHUNK_BYTES", 8 * 2 * 16 * 4)
+    monkeypatch.setattr(base, "_MEASURED", 4096)
+    monkeypatch.setattr(faiss, "_CHECKPOINT_SECONDS", -1)
+    milvus = pytest.importorskip("hf_mel.kb.indexes.milvus")
+    monkeypatch.setattr(milvus, "_ROWS", 8)
+
+
+def ctrl_c():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("_in_eights")
+@pytest.mark.parametrize("kind", BUILT)
+def test_an_interrupted_build_goes_on(kb, kind, tmp_path):
+    whole = counting()
+    build(kb, kind, model=whole)
+    kb = KnowledgeBase.load(shutil.copytree(kb.path, tmp_path / "other", ignore=lambda *_: ["index-*"]))
+    for path in kb.path.glob("index-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    first = counting(whole.made - 40, ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        build(kb, kind, model=first)
+    with pytest.raises(KnowledgeBaseError, match="no index"):
+        kb.open_index(kind, MODEL)
+    second = counting()
+    index = build(kb, kind, model=second)
+    assert second.made <= 120 + 40 + 8  # the rest; Milvus measures the lengths again
+    assert second.made < whole.made
+    index.first_stage = 20
+    assert_finds(index, kb)
+    assert not [name for name in os.listdir(kb.path) if name.startswith(".")]
+
+
+@pytest.mark.usefixtures("_in_eights")
+def test_a_build_goes_on_from_what_a_killed_process_leaves(kb, tmp_path):
+    stage, left = kb.path / ".index-faiss-flat.building", tmp_path / "left"
+    build(kb, "faiss-flat", model=counting(200, lambda: left.exists() or shutil.copytree(stage, left)))
+    whole = files(kb.path)
+    for path in kb.path.glob("index-*"):
+        path.unlink()
+    left.rename(stage)
+    second = counting()
+    build(kb, "faiss-flat", model=second)
+    assert 0 < second.made < 120
+    assert files(kb.path) == whole
+
+
+@pytest.mark.usefixtures("_in_eights")
+def test_one_process_builds_an_index(kb):
+    def second():
+        with pytest.raises(MelError, match="being built by another process"):
+            build(kb, "faiss-flat")
+
+    build(kb, "faiss-flat", model=counting(200, second))
+
+
+@pytest.mark.parametrize("nth", [0, 1])
+def test_a_build_that_is_cut_at_any_rename_leaves_the_index_before(kb, monkeypatch, nth):
+    from pathlib import Path
+
+    index = build(kb, "faiss-flat")
+    index.first_stage = 20
+    kb.add(toy_entities(140).select(range(120, 140)), MODEL, PROCESSOR, progress=False)
+    done, real = [], Path.replace
+
+    def replace(self, target):
+        if (".building" in str(self) and self.name == "index.faiss") or str(target).endswith("faiss-flat.json"):
+            done.append(target)
+            if len(done) == nth + 1:
+                raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        build(kb, "faiss-flat")
+    monkeypatch.setattr(Path, "replace", real)
+    opened = kb.open_index("faiss-flat", MODEL, first_stage=20)
+    assert opened.record.rows == 120
+    assert_finds(opened, kb)
+    assert_finds(build(kb, "faiss-flat"), kb)
+    assert len(list(kb.path.glob("*.faiss"))) == 1
+
+
+# Milvus
+
+
+@pytest.mark.milvus
+def test_a_server_that_cannot_be_reached_or_addressed(kb, monkeypatch):
+    monkeypatch.setenv("MILVUS_TOKEN", "root:secret")
+    before = files(kb.path)
+    for uri, message in (
+        ("http://127.0.0.1:1", "127.0.0.1:1 does not answer.*server runs"),
+        ("localhost", "no address of a Milvus server"),
+        ("http://root:secret@127.0.0.1:1", "has a password in it.*MILVUS_TOKEN"),
+    ):
+        with pytest.raises(KnowledgeBaseError, match=message) as error:
+            build(kb, "milvus", uri=uri)
+        assert "secret" not in str(error.value)
+        assert files(kb.path) == before
+    build(kb, "milvus")
+    assert not any(b"secret" in content for content in files(kb.path).values())
+    path = kb.path / "index-milvus.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"store": record["store"] | {"uri": "http://127.0.0.1:1"}}))
+    with pytest.raises(KnowledgeBaseError, match="does not answer"):
+        kb.open_index("milvus", MODEL)
+    assert_finds(build(kb, "milvus"), kb)
+
+
+@pytest.mark.milvus
+@pytest.mark.parametrize("how", ["missing", "another", "fewer"])
+def test_a_milvus_file_that_is_not_the_one(kb, how):
+    index = build(kb, "milvus")
+    if how == "fewer":
+        index._client.delete(index._collection, ids=[3, 4])
+    elif how == "another":
+        index._client.drop_collection(index._collection)
+    else:
+        shutil.rmtree(kb.path / "index-milvus.db")
+    with pytest.raises(KnowledgeBaseError, match="the index 'milvus' is damaged"):
+        kb.open_index("milvus", MODEL)
+
+
+@pytest.mark.milvus
+def test_more_than_milvus_gives_is_refused(kb, monkeypatch):
+    from hf_mel.kb.indexes import milvus
+
+    index = build(kb, "milvus")
+    index.first_stage = 30
+    kb.remove([f"Q{k}" for k in range(1, 12)])
+    monkeypatch.setattr(milvus, "_LIMIT", 40)
+    with pytest.raises(KnowledgeBaseError, match="40 candidates at most, and 41 are needed, of which 11 for removed"):
+        index.find(MENTIONS, 3)
+
+
+# In use
+
+
+@pytest.mark.parametrize("kind", KINDS[:5])
+def test_a_linker_with_an_index_gives_what_one_without_gives(kb, kind):
+    if kind != "exact":
+        build(kb, kind)
+    mentions = [{**row, "start": NO_SPAN, "end": NO_SPAN} for row in toy_mentions(8, 120)]
+    plain = EntityLinker(MODEL, PROCESSOR, kb, nil_threshold=0.1)
+    linker = EntityLinker(MODEL, PROCESSOR, str(kb.path), nil_threshold=0.1, index=kind, first_stage=30)
+    for one, other in zip(linker(mentions, top_k=5), plain(mentions, top_k=5), strict=True):
+        assert [c.entity_id for c in one.candidates] == [c.entity_id for c in other.candidates]
+        assert [c.score for c in one.candidates] == pytest.approx([c.score for c in other.candidates], abs=1e-5)
+        assert one.entity_id == other.entity_id
+
+
+def test_an_index_is_not_published(kb, tmp_path):
+    before = set(kb_publication(kb.path, "org/kb", work=tmp_path).files)
+    for kind in ("faiss-flat", "faiss-ivf"):
+        build(kb, kind)
+    assert kb.info()["indexes"] == ["faiss-flat", "faiss-ivf"]
+    assert set(kb_publication(kb.path, "org/kb", work=tmp_path).files) == before

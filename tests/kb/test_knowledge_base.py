@@ -1,0 +1,703 @@
+"""KnowledgeBase against plain Python: what is stored, what add and remove leave, what a crash or damage does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hf_mel.errors import (
+    DataFormatError,
+    DuplicateIdError,
+    ImageError,
+    KnowledgeBaseError,
+    MelError,
+    UnknownEntityError,
+)
+from hf_mel.kb import knowledge_base, shards
+from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.schema import entity_features
+from tests.toy import ToyProcessor, ToyRetriever, toy_entities, toy_model
+
+MODEL, PROCESSOR = toy_model(), ToyProcessor()
+WORLD = toy_entities(30)
+
+
+def build(rows, output=None, model=MODEL, processor=PROCESSOR, **options) -> KnowledgeBase:
+    return KnowledgeBase.build(rows, model, processor, output=output, **{"batch_size": 4, "progress": False} | options)
+
+
+def dataset(*rows, **columns) -> datasets.Dataset:
+    """Entities with the given columns, everything else empty."""
+    empty = {"entity_id": "Q1", "name": "", "description": "", "attributes": "", "aliases": [], "images": []}
+    return datasets.Dataset.from_list([empty | columns | row for row in rows], features=entity_features())
+
+
+def encoded(rows) -> dict[str, torch.Tensor]:
+    """The encodings of entities, one at a time and by hand."""
+    with torch.no_grad():
+        each = [MODEL.encode_entities(**PROCESSOR(entities=[row])) for row in rows]
+    return {name: torch.cat([one[name] for one in each]) for name in ("text", "vision")}
+
+
+def content(kb: KnowledgeBase, chunk_size: int = 7):
+    """Everything there is to see of a knowledge base."""
+    chunks = list(kb.iter_chunks(chunk_size))
+    sizes = [len(chunk["text"]) for _, chunk in chunks]
+    assert [first for first, _ in chunks] == [sum(sizes[:k]) for k in range(len(sizes))]
+    assert all(size == chunk_size for size in sizes[:-1])
+    assert sum(sizes) == len(kb)
+    tensors = {name: torch.cat([chunk[name] for _, chunk in chunks]) for name in ("text", "vision")}
+    return list(kb.entity_ids), kb.rows(range(len(kb))), tensors
+
+
+def assert_holds(kb: KnowledgeBase, rows: list[dict], chunk_size: int = 7) -> None:
+    ids, shown, tensors = content(kb, chunk_size)
+    assert ids == [row["entity_id"] for row in rows]
+    assert shown == [{k: v for k, v in row.items() if k != "images"} for row in rows]
+    for name, expected in encoded(rows).items():
+        torch.testing.assert_close(tensors[name], expected)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def edit_manifest(folder: Path, change) -> None:
+    manifest = json.loads((folder / "kb.json").read_text())
+    change(manifest)
+    (folder / "kb.json").write_text(json.dumps(manifest))
+
+
+# What is stored
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 30, 100])
+def test_holds_the_encodings_and_texts_of_its_entities_in_order(tmp_path, batch_size):
+    kb = build(WORLD, tmp_path / "kb", batch_size=batch_size)
+    assert_holds(kb, list(WORLD))
+    assert_holds(KnowledgeBase.load(tmp_path / "kb", verify=True), list(WORLD), chunk_size=100)
+
+
+def test_many_shards_hold_the_same_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 9 * 2 * 16 * 4)
+    monkeypatch.setattr(shards, "_GROUP_ROWS", 2)
+    kb = build(WORLD, tmp_path / "kb")
+    assert kb.info()["shards"] == 3  # of 12, 12 and 6 rows: a shard is closed by the batch that fills it
+    for chunk_size in (1, 5, 12, 100):
+        assert_holds(kb, list(WORLD), chunk_size)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_halves_are_stored_rounded_once_and_given_as_float32(tmp_path, dtype):
+    kb = build(WORLD, tmp_path / "kb", dtype=dtype)
+    for name, expected in encoded(WORLD).items():
+        given_ = kb.encodings(range(len(kb)))[name]
+        assert given_.dtype == torch.float32
+        torch.testing.assert_close(given_, expected.to(getattr(torch, dtype)).float(), rtol=0, atol=1e-7)
+        with safe_open(tmp_path / "kb" / "encodings-00000.safetensors", "pt") as file:
+            assert file.get_tensor(name).dtype == getattr(torch, dtype)
+
+
+def test_masks_keep_their_type():
+    class Masked(ToyRetriever):
+        def encode_entities(self, **inputs):
+            return {"mask": inputs["entity_attention_mask"].bool(), **super().encode_entities(**inputs)}
+
+    kb = build(WORLD, model=Masked(MODEL.config).eval(), dtype="float16")
+    mask = kb.encodings([4, 2])["mask"]
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask, PROCESSOR(entities=[WORLD[4], WORLD[2]])["entity_attention_mask"].bool())
+
+
+def test_rows_and_encodings_come_in_the_order_asked_for(monkeypatch):
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 1)
+    monkeypatch.setattr(shards, "_GROUP_ROWS", 2)
+    kb = build(WORLD)
+    kb.remove(["Q2", "Q3", "Q29"])
+    left = [row for row in WORLD if row["entity_id"] not in ("Q2", "Q3", "Q29")]
+    wanted = [20, 3, 3, 26, 0, 4, 5]
+    assert [row["entity_id"] for row in kb.rows(wanted)] == [left[k]["entity_id"] for k in wanted]
+    torch.testing.assert_close(kb.encodings(wanted)["text"], encoded([left[k] for k in wanted])["text"])
+    assert [kb.row_of(left[k]["entity_id"]) for k in wanted] == wanted
+    assert kb.rows([]) == []
+    assert kb.encodings([])["text"].shape == (0, 16)
+
+
+def test_only_the_first_image_is_kept_byte_for_byte_and_without_its_name(tmp_path):
+    paths = []
+    for k, colour in enumerate(("red", "blue")):
+        paths.append(tmp_path / f"the-answer-is-{k}.png")
+        Image.new("RGB", (5, 3), colour).save(paths[-1])
+    rows = dataset({"images": [str(path) for path in paths]}, {"entity_id": "Q2"})
+    kb = build(rows, tmp_path / "kb")
+    stored = pq.read_table(tmp_path / "kb" / "entities-00000.parquet").column("images").to_pylist()
+    assert stored == [[{"bytes": paths[0].read_bytes(), "path": None}], []]
+    assert kb.image(0).getpixel((0, 0)) == (255, 0, 0)
+    assert kb.image(1) is None
+    loaded = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "kb" / "entities-*.parquet"), split="train", cache_dir=tmp_path / "cache"
+    )
+    assert loaded.features == entity_features()
+    assert loaded[0]["images"][0].size == (5, 3)
+
+
+def test_nearly_empty_and_huge_entities_are_fine(tmp_path):
+    name = "ab" * 5_000
+    kb = build(dataset({"name": name}, {"entity_id": "Q2"}, {"entity_id": "Q3", "description": None}), tmp_path / "kb")
+    assert [row["name"] for row in kb.rows([0, 1])] == [name, ""]
+    assert kb.rows([2])[0]["description"] == ""
+    assert build(dataset({})).rows([0])[0]["entity_id"] == "Q1"  # a knowledge base of one
+
+
+def test_built_from_a_file_and_from_a_data_set_folder(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"id": "a", "name": "Ada"}\n{"id": "b", "name": "Bob", "aliases": ["B"]}\n')
+    kb = build(tmp_path / "mine.jsonl")
+    assert [(row["entity_id"], row["name"], row["aliases"]) for row in kb.rows([0, 1])] == [
+        ("a", "Ada", []),
+        ("b", "Bob", ["B"]),
+    ]
+    folder = tmp_path / "data"
+    (folder / "entities").mkdir(parents=True)
+    WORLD.to_parquet(folder / "entities" / "kb-00000-of-00001.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: entities\n  data_files:\n  - split: kb\n    path: entities/kb-*\n---\n"
+    )
+    assert_holds(build(str(folder)), list(WORLD))
+
+
+def test_the_model_encodes_without_dropout_and_keeps_its_mode():
+    class Moody(ToyRetriever):
+        def encode_entities(self, **inputs):
+            output = super().encode_entities(**inputs)
+            return {name: tensor * (2 if self.training else 1) for name, tensor in output.items()}
+
+    model = Moody(MODEL.config)
+    model.load_state_dict(MODEL.state_dict())
+    model.train()
+    assert_holds(build(WORLD, model=model), list(WORLD))
+    assert model.training
+
+
+# Changing it
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_any_adds_and_removes_leave_what_a_plain_list_has(data):
+    """Against a list of rows; the same again after a reload, and after a compact copy."""
+    start = data.draw(st.integers(1, 10))
+    kb, rows = build(WORLD.select(range(start))), list(WORLD.select(range(start)))
+    for _ in range(data.draw(st.integers(1, 5))):
+        if len(rows) > 1 and data.draw(st.booleans()):
+            gone = data.draw(
+                st.sets(st.sampled_from([row["entity_id"] for row in rows]), min_size=1, max_size=len(rows) - 1)
+            )
+            assert kb.remove(sorted(gone)) == len(gone)
+            rows = [row for row in rows if row["entity_id"] not in gone]
+        else:
+            chosen = data.draw(st.lists(st.integers(0, 29), min_size=1, max_size=8, unique=True))
+            new = WORLD.select(chosen).map(
+                lambda row, mark: {"attributes": row["attributes"] + mark}, fn_kwargs={"mark": "!" * len(rows)}
+            )
+            assert kb.add(new, MODEL, PROCESSOR, replace=True, progress=False) == len(chosen)
+            rows = [row for row in rows if row["entity_id"] not in new["entity_id"]] + list(new)
+    assert_holds(kb, rows, data.draw(st.integers(1, 12)))
+    assert_holds(KnowledgeBase.load(kb.path, verify=True), rows)
+    copy = kb.save(kb.path.with_name(kb.path.name + "-copy"), progress=False)
+    try:
+        assert_holds(copy, rows)
+        assert copy.info()["removed"] == 0
+        assert copy.info()["shards"] == 1
+    finally:
+        shutil.rmtree(copy.path)
+
+
+def test_adding_leaves_the_files_that_are_there_alone(tmp_path):
+    kb = build(WORLD.select(range(10)), tmp_path / "kb")
+    before = files(kb.path)
+    kb.add(WORLD.select(range(10, 14)), MODEL, PROCESSOR, progress=False)
+    kb.remove(["Q1"])
+    after = files(kb.path)
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "kb.json",
+        "encodings-00001.safetensors",
+        "entities-00001.parquet",
+    }
+    assert set(before) <= set(after)
+
+
+def test_a_removed_entity_can_come_back():
+    kb = build(WORLD.select(range(3)))
+    kb.remove("Q2")
+    assert "Q2" not in kb
+    kb.add(WORLD.select([1]), MODEL, PROCESSOR, progress=False)
+    assert kb.entity_ids == ["Q1", "Q3", "Q2"]
+    assert kb.row_of("Q2") == 2
+
+
+def test_saving_onto_itself_compacts_in_place(tmp_path):
+    kb = build(WORLD, tmp_path / "kb")
+    kb.remove([f"Q{k}" for k in range(1, 21)])
+    kb.add(WORLD.select([0]), MODEL, PROCESSOR, progress=False)
+    kb.save(tmp_path / "kb", progress=False)
+    rows = [*WORLD.select(range(20, 30)), WORLD[0]]
+    assert_holds(kb, rows)
+    assert_holds(KnowledgeBase.load(tmp_path / "kb", verify=True), rows)
+    assert sorted(os.listdir(tmp_path)) == ["kb"]
+
+
+def test_a_removal_that_names_an_unknown_entity_removes_nothing():
+    kb = build(WORLD)
+    with pytest.raises(UnknownEntityError, match="'Q99'"):
+        kb.remove(["Q1", "Q99"])
+    assert len(kb) == 30
+    kb.remove(["Q1"])
+    with pytest.raises(UnknownEntityError, match="'Q1'"):
+        kb.remove(["Q1"])
+
+
+def test_the_last_entity_stays():
+    kb = build(WORLD.select(range(2)))
+    with pytest.raises(KnowledgeBaseError, match="nothing would be left"):
+        kb.remove(["Q1", "Q2"])
+    assert len(kb) == 2
+
+
+def test_adding_an_entity_that_is_there_is_an_error_that_names_it():
+    kb = build(WORLD.select(range(5)))
+    with pytest.raises(DuplicateIdError, match=r"'Q5' already \(and 1 more"):
+        kb.add(WORLD.select([7, 4, 2]), MODEL, PROCESSOR, progress=False)
+    assert_holds(kb, list(WORLD.select(range(5))))
+
+
+def test_who_was_overtaken_is_refused(tmp_path):
+    kb = build(WORLD.select(range(5)), tmp_path / "kb")
+    other = KnowledgeBase.load(tmp_path / "kb")
+    other.remove(["Q1"])
+    for change in (
+        lambda: kb.remove(["Q2"]),
+        lambda: kb.add(WORLD.select([9]), MODEL, PROCESSOR, progress=False),
+    ):
+        with pytest.raises(KnowledgeBaseError, match="changed by somebody else"):
+            change()
+    assert_holds(KnowledgeBase.load(tmp_path / "kb", verify=True), list(WORLD.select(range(1, 5))))
+
+
+def test_a_reader_keeps_what_it_opened_while_others_write(tmp_path):
+    kb = build(WORLD, tmp_path / "kb")
+    reader = KnowledgeBase.load(tmp_path / "kb")
+    content(reader)
+    kb.remove(["Q1"])
+    kb.save(tmp_path / "kb", progress=False)
+    assert_holds(reader, list(WORLD))
+
+
+# Failing
+
+
+class Broken(ToyProcessor):
+    """Fails at its third batch of entities."""
+
+    calls = 0
+
+    def __call__(self, entities=None, **kwargs):
+        if len(entities) == 4:
+            self.calls += 1
+            if self.calls == 3:
+                raise RuntimeError("the lights went out")
+        return super().__call__(entities=entities, **kwargs)
+
+
+def test_a_failed_build_leaves_the_old_knowledge_base_or_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="lights"):
+        build(WORLD, tmp_path / "kb", processor=Broken())
+    assert os.listdir(tmp_path) == []
+    build(WORLD.select(range(3)), tmp_path / "kb")
+    before = files(tmp_path)
+    with pytest.raises(RuntimeError, match="lights"):
+        build(WORLD, tmp_path / "kb", processor=Broken())
+    assert files(tmp_path) == before
+    assert sorted(os.listdir(tmp_path)) == ["kb"]
+    build(WORLD, tmp_path / "kb")
+    assert_holds(KnowledgeBase.load(tmp_path / "kb"), list(WORLD))
+
+
+class Interrupted(ToyProcessor):
+    """Counts entities, and calls something before the batch with entity `at`."""
+
+    def __init__(self, at: str | None = None, call=lambda: None):
+        super().__init__()
+        self.at, self.call, self.seen = at, call, 0
+
+    def __call__(self, entities=None, **kwargs):
+        if len(entities) == 4 or entities[0]["entity_id"] == "Q29":  # not those of a fingerprint
+            if any(row["entity_id"] == self.at for row in entities):
+                self.call()
+            self.seen += len(entities)
+        return super().__call__(entities=entities, **kwargs)
+
+
+def ctrl_c():
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 8 * 2 * 16 * 4)  # 8 rows, two batches
+    monkeypatch.setattr(shards, "_GROUP_ROWS", 4)
+
+
+@pytest.mark.parametrize(("at", "there"), [("Q1", 0), ("Q8", 0), ("Q9", 8), ("Q21", 16), ("Q30", 24)])
+def test_an_interrupted_build_goes_on_to_the_same_bytes(tmp_path, small_shards, capsys, at, there):
+    build(WORLD, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        build(WORLD, tmp_path / "kb", processor=Interrupted(at, ctrl_c))
+    assert not (tmp_path / "kb").exists()
+    assert (tmp_path / ".kb.building").exists() == (there > 0)
+    second = Interrupted()
+    assert_holds(build(WORLD, tmp_path / "kb", processor=second), list(WORLD))
+    assert second.seen == 30 - there
+    assert (f"{there} entities are there" in capsys.readouterr().err) == (there > 0)
+    made, whole = files(tmp_path / "kb"), files(tmp_path / "whole")
+    assert {k: v for k, v in made.items() if k != "kb.json"} == {k: v for k, v in whole.items() if k != "kb.json"}
+    assert sorted(os.listdir(tmp_path)) == ["kb", "whole"]
+
+
+@pytest.mark.parametrize("at", ["Q1", "Q14", "Q21", "Q30"])
+def test_a_build_goes_on_from_whatever_a_killed_process_leaves(tmp_path, small_shards, at):
+    stage, left = tmp_path / ".kb.building", tmp_path / "left"
+    build(WORLD, tmp_path / "kb", processor=Interrupted(at, lambda: shutil.copytree(stage, left)))
+    if at == "Q30":  # after the last rename: notes, and no files
+        shutil.rmtree(left / "kb")
+    shutil.rmtree(tmp_path / "kb")
+    left.rename(stage)
+    assert_holds(build(WORLD, tmp_path / "kb"), list(WORLD))
+    assert sorted(os.listdir(tmp_path)) == ["kb"]
+
+
+@pytest.mark.parametrize("change", ["texts", "image", "model", "dtype", "truncated"])
+def test_an_interrupted_build_of_something_else_is_not_continued(tmp_path, small_shards, change):
+    with pytest.raises(KeyboardInterrupt):
+        build(WORLD, tmp_path / "kb", processor=Interrupted("Q21", ctrl_c))
+    rows, options = WORLD, {}
+    if change == "texts":
+        rows = WORLD.map(lambda row: {"name": row["name"].replace("Entity b", "Entity B")})
+    elif change == "image":
+        image = {"images": [Image.new("RGB", (4, 4), "white")]}
+        rows = WORLD.map(lambda row: image if row["entity_id"] == "Q2" else {}, features=WORLD.features)
+    elif change == "truncated":
+        file = tmp_path / ".kb.building" / "kb" / "encodings-00001.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        options = {"model": toy_model(seed=1)} if change == "model" else {"dtype": "float16"}
+    second = Interrupted()
+    kb = build(rows, tmp_path / "kb", processor=second, **options)
+    assert second.seen == (22 if change == "truncated" else 30)
+    assert len(kb) == 30
+    assert kb.rows(range(30)) == [{k: v for k, v in row.items() if k != "images"} for row in rows]
+    if change == "image":
+        assert kb.image(1).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_one_process_builds_a_folder(tmp_path, small_shards):
+    def second():
+        with pytest.raises(MelError, match="being built by another process"):
+            build(WORLD, tmp_path / "kb")
+
+    assert_holds(build(WORLD, tmp_path / "kb", processor=Interrupted("Q13", second)), list(WORLD))
+
+
+@pytest.mark.parametrize("nth", range(4))
+def test_an_add_that_is_cut_at_any_rename_leaves_the_state_before_and_can_be_repeated(tmp_path, monkeypatch, nth):
+    kb = build(WORLD.select(range(3)), tmp_path / "kb")
+    done, real = [], os.replace
+
+    def replace(source, target):
+        done.append(target)
+        if len(done) == nth + 1:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    if nth < 3:  # encodings, entities, kb.json
+        with pytest.raises(KeyboardInterrupt):
+            kb.add(WORLD.select([5, 6]), MODEL, PROCESSOR, progress=False)
+        assert_holds(KnowledgeBase.load(tmp_path / "kb", verify=True), list(WORLD.select(range(3))))
+        assert not [name for name in os.listdir(tmp_path / "kb") if name.startswith(".")]
+    monkeypatch.setattr(os, "replace", real)
+    kb.add(WORLD.select([7, 8]), MODEL, PROCESSOR, progress=False)
+    assert_holds(KnowledgeBase.load(tmp_path / "kb", verify=True), list(WORLD.select([0, 1, 2, 7, 8])))
+
+
+def test_a_full_disk_is_an_error_with_the_file_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(knowledge_base, "save_file", full)
+    with pytest.raises(KnowledgeBaseError, match=r"encodings-00000.*No space left.*disk has room"):
+        build(WORLD, tmp_path / "kb")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (WORLD.select([]), KnowledgeBaseError, "no entities"),
+        (WORLD.select([0, 1, 2, 1]), DuplicateIdError, "row 3: the entity id 'Q2' is that of row 1"),
+        (dataset({"entity_id": ""}), DataFormatError, "row 0: the entity id is ''"),
+        (dataset({}, {"entity_id": None}), DataFormatError, "row 1: the entity id is None"),
+        (dataset({"entity_id": "NIL"}), DataFormatError, "'NIL'"),
+        (WORLD.remove_columns("attributes"), DataFormatError, r"lack the columns \['attributes'\]"),
+        (dataset({"images": [{"bytes": b"no image", "path": None}]}), ImageError, "Q1"),
+        (dataset({"images": [{"bytes": None, "path": "/nowhere/a.png"}]}), ImageError, "Q1"),
+    ],
+)
+def test_entities_that_cannot_be_used(tmp_path, rows, error, message):
+    with pytest.raises(error, match=message):
+        build(rows, tmp_path / "kb")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_damaged_image_that_nobody_looks_at_does_not_stop_a_text_model(tmp_path):
+    class Reader(ToyProcessor):
+        def __call__(self, entities=None, **kwargs):
+            return super().__call__(entities=[{**row, "images": []} for row in entities], **kwargs)
+
+    class LazyReader(ToyProcessor):
+        def __call__(self, entities=None, **kwargs):
+            rows = [{"name": row["name"], "attributes": row["attributes"], "images": []} for row in entities]
+            return super().__call__(entities=rows, **kwargs)
+
+    rows = dataset({"images": [{"bytes": b"no image", "path": None}]})
+    with pytest.raises(ImageError):
+        build(rows, processor=Reader())  # looks at every column
+    kb = build(rows, processor=LazyReader())
+    with pytest.raises(ImageError, match="Q1"):
+        kb.image(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "message"),
+    [
+        (lambda e: e | {"text": e["text"] * torch.nan}, "float32", "'text' of entity 'Q1' is nan"),
+        (lambda e: e | {"vision": e["vision"] + 1e6}, "float16", "'vision' of entity 'Q1' is too large for float16"),
+        (lambda e: {"text": e["text"][:-1]}, "float32", "encodings of 4 entities"),
+        (lambda e: {"text": e["text"][:, : 3 + len(e["text"])]}, "float32", r"float32\[5\].* pad"),
+    ],
+)
+def test_encodings_that_cannot_be_stored(change, dtype, message):
+    class Odd(ToyRetriever):
+        def encode_entities(self, **inputs):
+            return change(dict(super().encode_entities(**inputs)))
+
+    with pytest.raises(KnowledgeBaseError, match=message):
+        build(WORLD, model=Odd(MODEL.config).eval(), dtype=dtype)
+
+
+def test_a_model_that_encodes_no_entities_is_refused():
+    with pytest.raises(KnowledgeBaseError, match="retriever"):
+        build(WORLD, model=torch.nn.Linear(2, 2))
+    with pytest.raises(KnowledgeBaseError, match="float64"):
+        build(WORLD, dtype="float64")
+
+
+def test_an_output_that_is_something_else_is_not_touched(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "elsewhere").symlink_to(tmp_path)
+    for target in (tmp_path, tmp_path / "thesis.txt", tmp_path / "elsewhere"):
+        with pytest.raises(KnowledgeBaseError, match="Choose another output"):
+            build(WORLD, target)
+        with pytest.raises(KnowledgeBaseError, match="Choose another output"):
+            build(WORLD).save(target)
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "thesis.txt"]
+
+
+# Damage
+
+
+@pytest.mark.parametrize("name", ["kb.json", "encodings-00000.safetensors", "entities-00000.parquet"])
+@pytest.mark.parametrize("how", ["missing", "cut", "longer"])
+def test_a_file_that_is_missing_or_of_another_size(tmp_path, name, how):
+    build(WORLD, tmp_path / "kb")
+    path = tmp_path / "kb" / name
+    data = path.read_bytes()
+    path.unlink()
+    if how != "missing":
+        path.write_bytes(data[: len(data) // 2] if how == "cut" else data + b"!")
+    with pytest.raises(KnowledgeBaseError, match=r"kb\.json" if how == "missing" and name == "kb.json" else name):
+        KnowledgeBase.load(tmp_path / "kb")
+
+
+@pytest.mark.parametrize("name", ["encodings-00000.safetensors", "entities-00000.parquet"])
+def test_a_changed_byte_is_found_by_verify(tmp_path, name):
+    build(WORLD, tmp_path / "kb")
+    path = tmp_path / "kb" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    KnowledgeBase.load(tmp_path / "kb")
+    with pytest.raises(KnowledgeBaseError, match=rf"{name}.*not what was written"):
+        KnowledgeBase.load(tmp_path / "kb", verify=True)
+
+
+@pytest.mark.parametrize("part", ["encodings", "entities"])
+@pytest.mark.parametrize("how", ["noise", "others"])
+def test_a_file_of_the_right_size_and_the_wrong_content_is_an_error_when_read(tmp_path, part, how):
+    kb = build(WORLD, tmp_path / "kb")
+    name = {"encodings": "encodings-00000.safetensors", "entities": "entities-00000.parquet"}[part]
+    path = tmp_path / "kb" / name
+    if how == "noise":
+        path.write_bytes(b"\xff" * path.stat().st_size)
+    elif part == "encodings":
+        save_file({"text": torch.zeros(30, 16)}, path)
+    else:
+        pq.write_table(pq.read_table(path).slice(0, 7), path)
+    edit_manifest(kb.path, lambda m: m["shards"][0][part].update(bytes=path.stat().st_size))
+    kb = KnowledgeBase.load(tmp_path / "kb")
+    with pytest.raises(KnowledgeBaseError, match=rf"{name}: the knowledge base is damaged"):
+        content(kb)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("shards"),
+        lambda m: m["shards"].clear(),
+        lambda m: m["shards"][0].update(rows=0),
+        lambda m: m["shards"][0].update(rows="30"),
+        lambda m: m["shards"][0].update(rows=10**15),
+        lambda m: m["shards"][0]["encodings"].update(file="../kb/encodings-00000.safetensors"),
+        lambda m: m["shards"][0]["entities"].update(file="/etc/passwd"),
+        lambda m: m["shards"][0]["entities"].update(bytes=None),
+        lambda m: m.update(removed=[30]),
+        lambda m: m.update(removed=[-1]),
+        lambda m: m.update(removed=[1, 1]),
+        lambda m: m.update(removed=list(range(30))),
+        lambda m: m.update(removed=None),
+        lambda m: m.update(dtype="int3"),
+        lambda m: m.update(model=None),
+        lambda m: m["model"].update(weights=None),
+        lambda m: m.update(encodings=[]),
+        lambda m: m["encodings"]["text"].update(shape=[2.5]),
+    ],
+)
+def test_a_manifest_that_makes_no_sense(tmp_path, change):
+    build(WORLD, tmp_path / "kb")
+    edit_manifest(tmp_path / "kb", change)
+    with pytest.raises(KnowledgeBaseError, match=r"kb\.json: the knowledge base is damaged"):
+        KnowledgeBase.load(tmp_path / "kb")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "null", "[" * 100_000, '{"format": "hf_mel.knowledge_base"}', "\udcff"]
+)
+def test_a_manifest_that_is_not_one(tmp_path, text):
+    (tmp_path / "kb.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(KnowledgeBaseError, match=r"kb\.json"):
+        KnowledgeBase.load(tmp_path)
+
+
+def test_a_newer_format_is_refused_with_what_to_do(tmp_path):
+    build(WORLD, tmp_path / "kb")
+    edit_manifest(tmp_path / "kb", lambda m: m.update(version=2))
+    with pytest.raises(KnowledgeBaseError, match=r"version 2.*Update hf_mel"):
+        KnowledgeBase.load(tmp_path / "kb")
+
+
+def test_nothing_there(tmp_path):
+    for path in (tmp_path, tmp_path / "none", Path(__file__)):
+        with pytest.raises(KnowledgeBaseError, match="no knowledge base here"):
+            KnowledgeBase.load(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident memory from /proc")
+def test_loading_maps_the_encodings_and_reads_only_what_is_asked_for(tmp_path):
+    """A file of 1 GiB, sparse on disk: opening it and reading a few rows must not bring it into memory."""
+    kb = build(WORLD.select(range(1)), tmp_path / "kb")
+    rows, path = 2**23, tmp_path / "kb" / "encodings-00000.safetensors"
+    header, offset = {}, 0
+    for name in ("text", "vision"):
+        header[name] = {"dtype": "F32", "shape": [rows, 16], "data_offsets": [offset, offset + rows * 64]}
+        offset += rows * 64
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+
+    def grow(manifest):
+        manifest["shards"][0]["rows"] = rows
+        manifest["shards"][0]["encodings"]["bytes"] = path.stat().st_size
+
+    edit_manifest(kb.path, grow)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    kb = KnowledgeBase.load(tmp_path / "kb")
+    assert len(kb) == rows
+    assert not kb.encodings([rows - 1, 5])["text"].any()
+    first, chunk = next(kb.iter_chunks(1000))
+    assert (first, chunk["vision"].shape) == (0, (1000, 16))
+    assert resident() - before < 2**28  # the row numbers are 64 MiB of it
+
+
+# Belonging together
+
+
+def test_another_model_or_processor_is_refused_with_the_reason(tmp_path):
+    kb = build(WORLD, tmp_path / "kb")
+    nudged = toy_model()
+    with torch.no_grad():
+        nudged.mention_text.weight[0, 0] += 1e-6  # weights of the mention side count: a score has two sides
+    for model, processor, reason in (
+        (nudged, PROCESSOR, "model .* its weights differ"),
+        (toy_model(dim=8), PROCESSOR, "model .* dim is 8, was 16"),
+        (toy_model().to(torch.bfloat16), PROCESSOR, "model .* bfloat16, not float32"),
+        (MODEL, ToyProcessor(text_width=40), "processor .* other tensors"),
+    ):
+        with pytest.raises(KnowledgeBaseError, match=reason):
+            kb.check_made_by(model, processor)
+        with pytest.raises(KnowledgeBaseError, match=reason):
+            kb.add(WORLD.select([0]), model, processor, replace=True, progress=False)
+    assert_holds(kb, list(WORLD))
+
+
+def test_the_same_model_is_the_same_wherever_it_lies(tmp_path):
+    model = toy_model()
+    model.config.nil_threshold = 0.25
+    kb = build(WORLD, model=model)
+    model.config.nil_threshold = 0.5  # decides what is NIL, not what scores
+    model.save_pretrained(tmp_path / "model")
+    loaded = ToyRetriever.from_pretrained(tmp_path / "model")
+    assert loaded.config.nil_threshold == 0.5
+    kb.check_made_by(loaded, ToyProcessor())
+    edit_manifest(kb.path, lambda m: m["model"]["config"].update(a_field_of_another_version=1))
+    KnowledgeBase.load(kb.path).check_made_by(loaded, PROCESSOR)
+
+
+def test_a_local_model_is_recorded_by_its_folder_name_only(tmp_path):
+    MODEL.save_pretrained(tmp_path / "my-model")
+    kb = build(WORLD, model=ToyRetriever.from_pretrained(tmp_path / "my-model"))
+    assert kb.info()["model"]["name"] == "my-model"
+    assert str(tmp_path) not in (kb.path / "kb.json").read_text()
+
+
+def test_a_knowledge_base_without_a_folder_of_its_own_vanishes_with_it():
+    kb = build(WORLD)
+    path = kb.path
+    assert path.is_dir()
+    del kb
+    assert not path.exists()

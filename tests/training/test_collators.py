@@ -1,0 +1,140 @@
+"""Batches against brute force: who means whom, which entity stands where, which image it shows."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import datasets
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hf_mel.data.images import open_image
+from hf_mel.data.lazy_rows import LazyRow, LazyRows
+from hf_mel.errors import ImageError, UnknownEntityError
+from hf_mel.schema import NIL, entity_features
+from hf_mel.training.collators import RetrieverCollator
+from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
+
+ENTITIES = toy_entities(12)
+
+
+class Spy:
+    """A processor that keeps the rows it was given."""
+
+    def __call__(self, mentions=None, entities=None, pairs=None, **kwargs):
+        if mentions is not None:
+            self.mentions = mentions
+            return {"mention_id": torch.arange(len(mentions))}
+        self.entities = entities
+        return {"entity_id": torch.arange(len(entities))}
+
+
+def row(gold: str, number: int = 0) -> dict:
+    return {"mention_id": f"m{number}", "mention": gold, "text": gold, "image": None, "entity_id": gold}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=20))
+def test_labels_point_to_the_gold_and_no_entity_stands_twice(golds):
+    spy = Spy()
+    batch = RetrieverCollator(spy, ENTITIES)([row(f"Q{gold}", i) for i, gold in enumerate(golds)])
+    columns = [entity["entity_id"] for entity in spy.entities]
+    assert len(set(columns)) == len(columns)
+    assert set(columns) == {f"Q{gold}" for gold in golds}
+    assert [columns[label] for label in batch["labels"].tolist()] == [f"Q{gold}" for gold in golds]
+
+
+def test_the_loss_of_a_batch_with_a_repeated_gold_is_that_over_distinct_entities():
+    mentions = [toy_mentions(20)[i] for i in (0, 1, 12, 0)]  # golds Q1, Q8, Q1, Q1
+    assert [mention["entity_id"] for mention in mentions] == ["Q1", "Q8", "Q1", "Q1"]
+    model, processor = toy_model(), ToyProcessor()
+    batch = RetrieverCollator(processor, ENTITIES)(mentions)
+    scores = model.score(
+        model.encode_mentions(**processor(mentions=mentions)),
+        model.encode_entities(**processor(entities=[ENTITIES[0], ENTITIES[7]])),
+    )
+    expected = sum(scores[i].logsumexp(0) - scores[i, j] for i, j in enumerate([0, 1, 0, 0])) / 4
+    torch.testing.assert_close(model(**batch).loss, expected)
+
+
+@pytest.mark.parametrize("gold", ["Q99", NIL])
+def test_a_gold_outside_the_knowledge_base_names_the_mention(gold):
+    with pytest.raises(UnknownEntityError, match=rf"row m7: the gold '{gold}'"):
+        RetrieverCollator(Spy(), ENTITIES)([row("Q1"), row(gold, 7)])
+
+
+def _colours(count: int) -> datasets.Dataset:
+    images = [Image.new("RGB", (2, 2), (10 * i, 0, 0)) for i in range(count)]
+    rows = [
+        {"entity_id": "Q1", "name": "", "description": "", "attributes": "", "aliases": [], "images": images},
+        {"entity_id": "Q2", "name": "", "description": "", "attributes": "", "aliases": [], "images": []},
+    ]
+    return datasets.Dataset.from_list(rows, features=entity_features())
+
+
+def _shown(spy: Spy) -> int:
+    (image,) = spy.entities[0]["images"]
+    return image.getpixel((0, 0))[0] // 10
+
+
+def test_training_shows_every_image_in_time_and_the_same_one_for_the_same_batch():
+    spy = Spy()
+    collator = RetrieverCollator(spy, _colours(4), seed=0)
+    shown = []
+    for number in range(40):
+        collator([row("Q1", number)])
+        shown.append(_shown(spy))
+    assert set(shown) == {0, 1, 2, 3}
+    again = RetrieverCollator(spy, _colours(4), seed=0)
+    again([row("Q1", 3)])
+    assert _shown(spy) == shown[3]
+    other = RetrieverCollator(spy, _colours(4), seed=1)
+    others = []
+    for number in range(40):
+        other([row("Q1", number)])
+        others.append(_shown(spy))
+    assert others != shown
+
+
+def test_evaluation_keeps_the_first_image_and_an_entity_without_one_has_none():
+    spy = Spy()
+    collator = RetrieverCollator(spy, _colours(3), random_image=False)
+    collator([row("Q1"), row("Q2")])
+    assert [image.getpixel((0, 0))[0] // 10 for image in spy.entities[0]["images"]] == [0, 1, 2]
+    assert spy.entities[1]["images"] == []
+
+
+def test_lazy_rows_are_the_rows_of_the_data_set():
+    mentions = toy_mentions(7).select([5, 3, 1, 0])
+    rows = LazyRows(mentions).__getitems__([3, 0, 2])
+    for lazy, index in zip(rows, [3, 0, 2], strict=True):
+        plain = mentions[index]
+        assert set(lazy) == set(plain)
+        assert len(lazy) == len(plain)
+        for column, value in plain.items():
+            if column == "image" and value is not None:
+                assert list(lazy[column].getdata()) == list(value.getdata())
+            else:
+                assert lazy[column] == value
+    assert LazyRows(mentions)[1]["mention_id"] == "m3"
+
+
+def test_images_look_the_same_in_training_and_in_linking():
+    """A transparent picture, for which decoders differ: on white, as `open_image` has it for the linker."""
+    file = BytesIO()
+    Image.new("RGBA", (3, 2), (10, 20, 30, 0)).save(file, "PNG")
+    features = datasets.Features({"mention_id": datasets.Value("string"), "image": datasets.Image()})
+    lazy = LazyRow({"mention_id": "m1", "image": {"bytes": file.getvalue(), "path": None}}, features)
+    assert lazy["image"].mode == "RGB"
+    assert lazy["image"].getpixel((0, 0)) == open_image(file.getvalue()).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_an_image_nobody_looks_at_is_not_decoded():
+    features = datasets.Features({"mention_id": datasets.Value("string"), "image": datasets.Image()})
+    lazy = LazyRow({"mention_id": "m1", "image": {"bytes": b"not an image", "path": None}}, features)
+    assert lazy["mention_id"] == "m1"
+    with pytest.raises(ImageError, match="row m1"):
+        lazy["image"]
