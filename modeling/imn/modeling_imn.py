@@ -430,13 +430,13 @@ class ImnPreTrainedModel(PreTrainedModel):
             if not hasattr(AutoConfig.from_pretrained(text), "vocab_size"):
                 raise ValueError(f"{text} is no text encoder; give the Hub id or folder of a BERT-like one.")
             parts["text_model"] = AutoModel.from_pretrained(text)
-            config.setdefault("text_config", _portable(parts["text_model"].config))
+            config.setdefault("text_config", _portable_config(parts["text_model"].config))
         elif config.get("text_config") is None and vision is None:
             raise ValueError("from_backbones needs the Hub id or folder of a text encoder, a vision encoder, or both.")
         if vision is not None:
             model = AutoModel.from_pretrained(vision)
             parts["vision_model"] = getattr(model, "vision_model", model)  # the image half of a CLIP
-            config.setdefault("vision_config", _portable(parts["vision_model"].config))
+            config.setdefault("vision_config", _portable_config(parts["vision_model"].config))
         if "text_model" in parts and config.get("joint_config") is None:
             parts["joint_model"] = parts["text_model"]
         model = cls(ImnConfig(**config))
@@ -963,23 +963,25 @@ def _full(x: torch.Tensor) -> torch.Tensor:
 
 
 # Copied from modeling/pfmel/modeling_pfmel.py
-def _portable(config) -> dict[str, Any]:
+def _portable_config(config) -> dict[str, Any]:
+    """Returns the fields of an encoder's configuration without the name or path that it was loaded from."""
     fields = config.to_dict()
-    fields.pop("_name_or_path", None)  # may be a path of this machine, and the weights travel with us
+    fields.pop("_name_or_path", None)  # it may be a local path, and the weights are saved with the whole model
     return fields
 
 
 # Copied from modeling/mimic/modeling_mimic.py
 def _build_backbone(config, pooling_layer: bool) -> PreTrainedModel:
+    """Builds an untrained encoder; `pooling_layer` is ignored by encoders whose pooling layer is not optional."""
     try:
         return AutoModel.from_config(config, add_pooling_layer=pooling_layer)
-    except TypeError:  # this encoder has no optional pooling layer
+    except TypeError:  # the encoder has no argument `add_pooling_layer`
         return AutoModel.from_config(config)
 
 
 # Copied from modeling/mimic/modeling_mimic.py
 def _last_width(config) -> int:
-    """Width of an image encoder's last layer: `hidden_sizes[-1]` of a CNN, `hidden_size` of a transformer."""
+    """Returns the width of an image encoder's last layer: `hidden_sizes[-1]` of a CNN, `hidden_size` of a ViT."""
     sizes = getattr(config, "hidden_sizes", None)
     return sizes[-1] if sizes else config.hidden_size
 

@@ -853,14 +853,15 @@ def _prepared(encodings: Mapping[str, torch.Tensor], without: str | None = None)
 
 
 def _build_backbone(config, pooling_layer: bool) -> PreTrainedModel:
+    """Builds an untrained encoder; `pooling_layer` is ignored by encoders whose pooling layer is not optional."""
     try:
         return AutoModel.from_config(config, add_pooling_layer=pooling_layer)
-    except TypeError:  # this encoder has no optional pooling layer
+    except TypeError:  # the encoder has no argument `add_pooling_layer`
         return AutoModel.from_config(config)
 
 
 def _last_width(config) -> int:
-    """Width of an image encoder's last layer: `hidden_sizes[-1]` of a CNN, `hidden_size` of a transformer."""
+    """Returns the width of an image encoder's last layer: `hidden_sizes[-1]` of a CNN, `hidden_size` of a ViT."""
     sizes = getattr(config, "hidden_sizes", None)
     return sizes[-1] if sizes else config.hidden_size
 

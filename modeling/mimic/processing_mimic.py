@@ -71,19 +71,19 @@ class MimicProcessor(ProcessorMixin):
 
     @classmethod
     def from_parts(cls, tokenizer, vision: str | Mapping[str, Any] | None = None, **options) -> MimicProcessor:
-        """A processor around a tokenizer.
+        """Builds a processor around a tokenizer.
 
         Args:
-            tokenizer: any tokenizer.
+            tokenizer: Any tokenizer.
             vision (`str` or `dict`, *optional*): Hub id or folder of an image encoder, or settings of CLIP's image
-                processor (for instance `{"size": {"height": 64, "width": 64}}`). `None`: no images.
-            options: options of the processor.
+                processor, for instance `{"size": {"height": 64, "width": 64}}`. Default: no images.
+            options: Arguments of the processor's constructor.
         """
         settings = {} if vision is None or isinstance(vision, str) else dict(vision)
         if isinstance(vision, str):
             image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil")
         else:
-            # The published network stretches to a square (Lanczos) instead of cropping, so that nothing is cut off.
+            # As the published network: stretch to a square (Lanczos) instead of cropping, so that nothing is lost.
             settings = {"size": {"height": 224, "width": 224}, "resample": 1, "do_center_crop": False} | settings
             image_processor = CLIPImageProcessorPil(**settings)
         if vision is None:

@@ -875,7 +875,7 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
 
 # Copied from modeling/mmel/modeling_mmel.py
 def _masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last axis where `mask` is True; zeros where it is True nowhere."""
+    """Softmax over the last axis, among the positions where `mask` is True. A row without any is zeros."""
     weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)
     return weights * mask.any(-1, keepdim=True)
 
@@ -888,15 +888,16 @@ def _check_labels(labels: torch.Tensor, mask: torch.Tensor) -> None:
 
 # Copied from modeling/pfmel/modeling_pfmel.py
 def _build_vision(config) -> PreTrainedModel:
-    try:  # a ViT's pooler is no part of most checkpoints; its first token is the feature
+    """Builds an untrained image encoder, without a pooling layer where that is optional."""
+    try:  # most ViT checkpoints have no pooler, and the feature used is the first token
         return AutoModel.from_config(config, add_pooling_layer=False)
-    except TypeError:  # this encoder has no optional pooling layer
+    except TypeError:  # the encoder has no argument `add_pooling_layer`
         return AutoModel.from_config(config)
 
 
 # Copied from modeling/mimic/modeling_mimic.py
 def _last_width(config) -> int:
-    """Width of an image encoder's last layer: `hidden_sizes[-1]` of a CNN, `hidden_size` of a transformer."""
+    """Returns the width of an image encoder's last layer: `hidden_sizes[-1]` of a CNN, `hidden_size` of a ViT."""
     sizes = getattr(config, "hidden_sizes", None)
     return sizes[-1] if sizes else config.hidden_size
 

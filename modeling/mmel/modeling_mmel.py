@@ -630,7 +630,7 @@ def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last axis where `mask` is True; zeros where it is True nowhere."""
+    """Softmax over the last axis, among the positions where `mask` is True. A row without any is zeros."""
     weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)
     return weights * mask.any(-1, keepdim=True)
 
@@ -659,7 +659,7 @@ def _build_backbone(config) -> PreTrainedModel:
 
 # Copied from modeling/mimic/modeling_mimic.py
 def _last_width(config) -> int:
-    """Width of an image encoder's last layer: `hidden_sizes[-1]` of a CNN, `hidden_size` of a transformer."""
+    """Returns the width of an image encoder's last layer: `hidden_sizes[-1]` of a CNN, `hidden_size` of a ViT."""
     sizes = getattr(config, "hidden_sizes", None)
     return sizes[-1] if sizes else config.hidden_size
 

@@ -89,19 +89,19 @@ class MmelProcessor(ProcessorMixin):
     # Copied from modeling/mimic/processing_mimic.py
     @classmethod
     def from_parts(cls, tokenizer, vision: str | Mapping[str, Any] | None = None, **options) -> MmelProcessor:
-        """A processor around a tokenizer.
+        """Builds a processor around a tokenizer.
 
         Args:
-            tokenizer: any fast tokenizer.
+            tokenizer: Any fast tokenizer.
             vision (`str` or `dict`, *optional*): Hub id or folder of an image encoder, or settings of CLIP's image
-                processor (for instance `{"size": {"height": 64, "width": 64}}`). `None`: no images.
-            options: options of the processor.
+                processor, for instance `{"size": {"height": 64, "width": 64}}`. Default: no images.
+            options: Arguments of the processor's constructor.
         """
         settings = {} if vision is None or isinstance(vision, str) else dict(vision)
         if isinstance(vision, str):
             image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil")
         else:
-            # Stretched to a square (Lanczos) instead of cropped, so that nothing is cut off.
+            # Stretch to a square (Lanczos) instead of cropping, so that nothing is lost.
             settings = {"size": {"height": 224, "width": 224}, "resample": 1, "do_center_crop": False} | settings
             image_processor = CLIPImageProcessorPil(**settings)
         if vision is None:
@@ -150,7 +150,7 @@ class MmelProcessor(ProcessorMixin):
         return BatchFeature(batch)
 
     def images(self, images: Sequence[Any]) -> torch.Tensor:
-        """Pixel values [I, 3, H, W] of I PIL images."""
+        """Returns the pixel values [I, 3, H, W] of I PIL images."""
         return self.image_processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
 
     # ---- text

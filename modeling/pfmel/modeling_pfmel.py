@@ -125,12 +125,12 @@ class PfmelPreTrainedModel(PreTrainedModel):
             )
         text_model, head = (None, None) if text is None else _next_sentence_parts(text)
         if text_model is not None:
-            config.setdefault("text_config", _portable(text_model.config))
+            config.setdefault("text_config", _portable_config(text_model.config))
         vision_model = None
         if vision is not None:
             vision_model = AutoModel.from_pretrained(vision)
             vision_model = getattr(vision_model, "vision_model", vision_model)  # the image half of a CLIP
-            config.setdefault("vision_config", _portable(vision_model.config))
+            config.setdefault("vision_config", _portable_config(vision_model.config))
         model = cls(PfmelConfig(**config))
         if head is None:  # it starts fresh, so it learns like what is new
             model.backbone_names = ("text_model", "vision_model")
@@ -409,22 +409,24 @@ def _next_sentence_parts(text: str) -> tuple[Any, nn.Module | None]:
     return model.base_model, None if fresh else head
 
 
-def _portable(config) -> dict[str, Any]:
+def _portable_config(config) -> dict[str, Any]:
+    """Returns the fields of an encoder's configuration without the name or path that it was loaded from."""
     fields = config.to_dict()
-    fields.pop("_name_or_path", None)  # may be a path of this machine, and the weights travel with us
+    fields.pop("_name_or_path", None)  # it may be a local path, and the weights are saved with the whole model
     return fields
 
 
 def _build_vision(config) -> PreTrainedModel:
-    try:  # a ViT's pooler is no part of most checkpoints; its first token is the feature
+    """Builds an untrained image encoder, without a pooling layer where that is optional."""
+    try:  # most ViT checkpoints have no pooler, and the feature used is the first token
         return AutoModel.from_config(config, add_pooling_layer=False)
-    except TypeError:  # this encoder has no optional pooling layer
+    except TypeError:  # the encoder has no argument `add_pooling_layer`
         return AutoModel.from_config(config)
 
 
 # Copied from modeling/mimic/modeling_mimic.py
 def _last_width(config) -> int:
-    """Width of an image encoder's last layer: `hidden_sizes[-1]` of a CNN, `hidden_size` of a transformer."""
+    """Returns the width of an image encoder's last layer: `hidden_sizes[-1]` of a CNN, `hidden_size` of a ViT."""
     sizes = getattr(config, "hidden_sizes", None)
     return sizes[-1] if sizes else config.hidden_size
 

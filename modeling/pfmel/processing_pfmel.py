@@ -205,7 +205,7 @@ class PfmelProcessor(ProcessorMixin):
 
     # Copied from modeling/mmel/processing_mmel.py
     def images(self, images: Sequence[Any]) -> torch.Tensor:
-        """Pixel values [I, 3, H, W] of I PIL images."""
+        """Returns the pixel values [I, 3, H, W] of I PIL images."""
         return self.image_processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
 
     def _pairs(self, pairs) -> BatchFeature:

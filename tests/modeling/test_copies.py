@@ -1,4 +1,4 @@
-"""What a method carries of another's code, marked "# Copied from FILE", is still what stands there."""
+"""Blocks marked "# Copied from FILE" in `modeling/` have the same code as the block of that name in FILE."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ COPIES = [
 
 
 def bodies(path: Path) -> dict[str, list[tuple[int, str]]]:
-    """By name: first line (with its decorators) and code, without docstring and comments."""
-    found: dict[str, list[tuple[int, str]]] = {}
+    """Maps the name of each function and class to its definitions: (first line, code without docstring and comments).
+
+    The first line is that of the first decorator, if any.
+    """
+    definitions: dict[str, list[tuple[int, str]]] = {}
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             line = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            code = node.body[1:] if ast.get_docstring(node) else node.body
-            found.setdefault(node.name, []).append((line, ast.unparse(ast.Module(code, []))))
-    return found
+            statements = node.body[1:] if ast.get_docstring(node) else node.body
+            definitions.setdefault(node.name, []).append((line, ast.unparse(ast.Module(statements, []))))
+    return definitions
 
 
 def test_there_are_copies():
@@ -33,8 +36,11 @@ def test_there_are_copies():
 
 
 @pytest.mark.parametrize(("copy", "source", "line"), COPIES)
-def test_a_copy_is_what_it_is_a_copy_of(copy, source, line):
+def test_a_copy_equals_its_source(copy, source, line):
     name, code = next(
-        (name, code) for name, each in bodies(ROOT / copy).items() for first, code in each if first == line + 1
+        (name, code)
+        for name, definitions in bodies(ROOT / copy).items()
+        for first_line, code in definitions
+        if first_line == line + 1
     )
-    assert code in [code for _, code in bodies(ROOT / source).get(name, [])]
+    assert code in [source_code for _, source_code in bodies(ROOT / source).get(name, [])]
