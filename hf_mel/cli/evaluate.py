@@ -79,7 +79,10 @@ def evaluate(
         ),
     ] = None,
     bf16: Annotated[
-        bool, typer.Option("--bf16", help="Let a reranker compute in bfloat16: twice as fast, scores to three digits.")
+        bool,
+        typer.Option(
+            "--bf16", help="Let a reranker compute in bfloat16: faster with native support only, scores to 3 digits."
+        ),
     ] = False,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     trust_remote_code: Annotated[

@@ -2,66 +2,75 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
 from transformers import IntervalStrategy, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from hf_mel.training.precision import native_bf16, training_device_type
 from hf_mel.training.sampling import BATCH_GROUPINGS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class MelTrainingArguments(TrainingArguments):
     r"""
-    `transformers.TrainingArguments` for entity linking: the fields below, and defaults that evaluate over the whole
-    knowledge base after every epoch and keep the checkpoint with the best MRR.
+    `transformers.TrainingArguments` for entity linking, with the fields below. By default, training evaluates against
+    the whole knowledge base after every epoch and keeps the checkpoint with the best MRR.
 
     Args:
         head_learning_rate (`float`, *optional*):
-            Learning rate of all parameters outside the pretrained encoders, which the model names in
+            Learning rate of all parameters outside the pretrained encoders, which the model lists in
             `backbone_names`. `None`: `learning_rate` everywhere.
         batch_grouping (`str`, *optional*, defaults to `"none"`):
-            `"surface"` puts mentions whose surface form ends in the same word side by side, in groups of
-            `group_size`, so that a batch holds harder negatives; `"namesakes"` too, but only mentions of different entities;
-            `"none"` shuffles.
+            `"none"` shuffles the mentions. `"surface"` puts mentions whose surface form ends in the same word side by
+            side, in groups of `group_size`, so that a batch contains harder negatives. `"namesakes"` does the same with
+            mentions of different entities only.
         group_size (`int`, *optional*, defaults to 4):
-            Mentions in a group.
+            Number of mentions in a group.
         random_entity_image (`bool`, *optional*, defaults to `True`):
-            Whether training shows a random image of an entity that has several. Evaluation always takes the first.
+            Whether training uses a random image of an entity that has several. Evaluation always uses the first.
         num_negatives (`int`, *optional*, defaults to 1):
-            For a reranker: entities that each mention's gold is trained against, drawn from its candidates. One that
-            links whole documents should see whole lists, as in evaluation: one less than the candidates of a mention.
+            For a reranker: number of negatives per mention, drawn from its candidates. A model that links whole
+            documents should train on whole lists, as in evaluation: the number of candidates minus one.
         negatives_from (`int`, *optional*):
-            For a reranker: draw negatives from the first so many of the other candidates, the hardest where a list has
-            the best first. `None`: from all of them.
+            For a reranker: draw negatives from this many of the other candidates, counted from the start of the list.
+            These are the hardest if the list is sorted by score. `None`: all other candidates.
         eval_mentions (`int`, *optional*):
-            For a reranker: evaluate on a fixed random choice of about this many mentions (whole contexts or documents)
-            instead of
-            all. Reranking them all after every epoch can cost more than the epoch.
+            For a reranker: evaluate on a fixed random sample of about this many mentions (whole contexts or documents)
+            instead of all. Reranking all of them after every epoch can take longer than the epoch.
         early_stopping_patience (`int`, *optional*):
-            Stop after this many evaluations in a row without a better `metric_for_best_model`.
+            Stop after this many consecutive evaluations without an improvement of `metric_for_best_model`.
+        bf16 (`bool` or `str`, *optional*, defaults to `"auto"`):
+            Whether to train in bfloat16 mixed precision. `"auto"` is `True` if the processor or GPU computes in bfloat16
+            natively, and `False` otherwise or if `fp16` is set. The attribute is always a `bool`.
     """
 
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate outside the model's pretrained encoders."}
     )
     batch_grouping: str = field(
-        default="none", metadata={"help": "'none'; 'surface' or 'namesakes' for harder negatives."}
+        default="none", metadata={"help": "'none', or 'surface' or 'namesakes' for harder negatives."}
     )
-    group_size: int = field(default=4, metadata={"help": "Mentions in a group of batch_grouping."})
-    random_entity_image: bool = field(default=True, metadata={"help": "Show a random image of each entity."})
-    num_negatives: int = field(default=1, metadata={"help": "A reranker's negatives per mention."})
+    group_size: int = field(default=4, metadata={"help": "Number of mentions in a group of batch_grouping."})
+    random_entity_image: bool = field(default=True, metadata={"help": "Use a random image of each entity."})
+    num_negatives: int = field(default=1, metadata={"help": "Number of a reranker's negatives per mention."})
     negatives_from: int | None = field(
-        default=None, metadata={"help": "Draw a reranker's negatives from the first so many of the other candidates."}
+        default=None, metadata={"help": "Draw a reranker's negatives from this many of the first other candidates."}
     )
     eval_mentions: int | None = field(
-        default=None, metadata={"help": "A reranker is evaluated on a random choice of this many mentions."}
+        default=None, metadata={"help": "Evaluate a reranker on a random sample of about this many mentions."}
     )
     early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Evaluations without improvement before training stops."}
+        default=None, metadata={"help": "Number of evaluations without improvement before training stops."}
     )
 
+    bf16: bool | str = field(
+        default="auto", metadata={"help": "bfloat16 mixed precision; 'auto': if the hardware has it natively."}
+    )
     eval_strategy: IntervalStrategy | str = "epoch"
     save_strategy: SaveStrategy | str = "epoch"
     load_best_model_at_end: bool = True
@@ -77,18 +86,23 @@ class MelTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.batch_grouping not in BATCH_GROUPINGS:
             raise ValueError(f"batch_grouping={self.batch_grouping!r} is not one of {', '.join(BATCH_GROUPINGS)}.")
-        if self.group_size < 1:
-            raise ValueError(f"group_size={self.group_size} must be at least 1.")
-        if self.num_negatives < 1:
-            raise ValueError(f"num_negatives={self.num_negatives} must be at least 1.")
-        if self.negatives_from is not None and self.negatives_from < 1:
-            raise ValueError(f"negatives_from={self.negatives_from} must be at least 1.")
-        if self.eval_mentions is not None and self.eval_mentions < 1:
-            raise ValueError(f"eval_mentions={self.eval_mentions} must be at least 1.")
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise ValueError(f"early_stopping_patience={self.early_stopping_patience} must be at least 1.")
+        for name in ("group_size", "num_negatives", "negatives_from", "eval_mentions", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
         if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be False: the processor makes tensors of the columns.")
+            raise ValueError("remove_unused_columns must be False, because the processor reads the columns.")
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # or the Trainer refuses bf16, which a CPU can do
+            self.use_cpu = True  # The Trainer refuses bf16 on a CPU unless this is set.
+        if self.bf16 == "auto":
+            self.bf16 = self._choose_bf16()
+        elif not isinstance(self.bf16, bool):
+            raise ValueError(f"bf16={self.bf16!r} is not True, False or 'auto'.")
         super().__post_init__()
+
+    def _choose_bf16(self) -> bool:
+        if self.fp16:
+            return False
+        native, reason = native_bf16(training_device_type(self.use_cpu))
+        logger.info("Training in %s: %s.", "bfloat16 mixed precision" if native else "float32", reason)
+        return native

@@ -1,4 +1,4 @@
-"""Recipes: one YAML file per training run, checked before anything is loaded."""
+"""Recipes. A recipe is a YAML file that describes one training run and is checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -16,18 +17,18 @@ import yaml
 
 from hf_mel.errors import MissingExtraError, RecipeError
 
-#: What a recipe may train a model for.
+#: The tasks that a recipe can train a model for.
 TASKS = ("linking", "pretraining", "knowledge")
 
-#: Extra of `hf_mel` that brings the packages a recipe may take weights from.
+#: Extra of `hf_mel` that installs the packages with weights for recipes.
 _WEIGHTS_EXTRA = "bench"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose `1e-5` is a number; YAML 1.1, which PyYAML reads, wants a dot and a sign in it."""
+class RecipeYamlLoader(yaml.SafeLoader):
+    """YAML loader that reads `1e-5` as a number. YAML 1.1, which PyYAML implements, requires a dot and a sign."""
 
 
-_Loader.add_implicit_resolver(
+RecipeYamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
@@ -36,14 +37,14 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class ModelRecipe:
-    """`model:` of a recipe; either `type` or `from_pretrained`.
+    """Section `model:` of a recipe. It has either `type` or `from_pretrained`.
 
     Args:
-        type (`str`, *optional*): A model type that `AutoConfig` knows.
-        from_pretrained (`str`, *optional*): Hub id or folder of a model to train on.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Run the code that a `from_pretrained` repo carries.
-        text, vision (`str`, *optional*): Pretrained encoders: Hub id, folder, `package:<python package>/<path in it>`, or
-            `part:<name>:<model>`, an encoder that is part of another model, for instance `part:vision_model:runs/mine`.
+        type (`str`, *optional*): A model type that is registered with `AutoConfig`.
+        from_pretrained (`str`, *optional*): Hub id or folder of a model whose training continues.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Run the code in the `from_pretrained` repository.
+        text, vision (`str`, *optional*): Pretrained encoders: a Hub id, a folder, `package:<Python package>/<path in it>`,
+            or `part:<name>:<model>` for a part of another model, such as `part:vision_model:runs/mine`.
         config (`dict`, *optional*): Fields of the method's configuration.
     """
 
@@ -57,13 +58,13 @@ class ModelRecipe:
 
 @dataclass
 class ProcessorRecipe:
-    """`processor:` of a recipe.
+    """Section `processor:` of a recipe.
 
     Args:
-        tokenizer (`dict`, *optional*): Without a pretrained text encoder, the tokenizer to train on the training texts
-            and the knowledge base: `type` ("wordpiece") and `vocab_size`.
-        vision (`dict`, *optional*): Without a pretrained image encoder, the image processor's settings.
-        options (`dict`, *optional*): The options the method's processor saves.
+        tokenizer (`dict`, *optional*): `vocab_size` of the WordPiece tokenizer to train on the training texts and the
+            knowledge base, for a model without a pretrained text encoder.
+        vision (`dict`, *optional*): Settings of the image processor, for a model without a pretrained image encoder.
+        options (`dict`, *optional*): Options of the method's processor.
     """
 
     tokenizer: dict[str, Any] | None = None
@@ -73,14 +74,14 @@ class ProcessorRecipe:
 
 @dataclass
 class DataRecipe:
-    """`data:` of a recipe.
+    """Section `data:` of a recipe.
 
     Args:
         dataset (`str`): Folder or Hub id of a data set in the schema of [`hf_mel.schema`].
         revision (`str`, *optional*): Branch, tag or commit of a data set on the Hub.
-        config (`str`): The configuration of the mentions, for a data set that has several.
-        train_split, validation_split (`str`): The best checkpoint is chosen on the second.
-        posts_split (`str`, *optional*): Pre-train on this split of the data set's posts instead of the mentions of
+        config (`str`): Configuration with the mentions, for a data set that has several.
+        train_split, validation_split (`str`): Splits to train on, and to select the best checkpoint with.
+        posts_split (`str`, *optional*): Split of the data set's posts to pre-train on, instead of the mentions of
             `train_split`.
     """
 
@@ -94,15 +95,15 @@ class DataRecipe:
 
 @dataclass
 class CandidatesRecipe:
-    """`candidates:` of a recipe: what a reranker chooses from, in training and in evaluation.
+    """Section `candidates:` of a recipe: the candidates that a reranker scores in training and in evaluation.
 
     Args:
-        source (`str`): "name", "prior", "retriever", "release" (those the data set ships), several of them joined by "+",
-            "document" after these ([`~hf_mel.candidates.make.make_candidates`]), or "file".
-        k (`int`, *optional*, defaults to 100): Candidates per mention at most.
-        scorer (`str`, *optional*, defaults to `"WRatio"`): How names are compared.
+        source (`str`): "file", or a source of [`~hf_mel.candidates.make.make_candidates`]: "name", "prior", "retriever",
+            "release" (candidates in the data set), or several of these joined by "+", with "document" as the last.
+        k (`int`, *optional*, defaults to 100): Maximum number of candidates per mention.
+        scorer (`str`, *optional*, defaults to `"WRatio"`): String similarity for the source "name".
         retriever (`str`, *optional*): Run folder or Hub id of a trained retriever.
-        file (`str`, *optional*): What `hf-mel candidates` wrote; `{split}` in it stands for the name of the split.
+        file (`str`, *optional*): Output file of `hf-mel candidates`. `{split}` is replaced by the name of the split.
     """
 
     source: str = ""
@@ -118,17 +119,17 @@ class Recipe:
 
     Args:
         name (`str`): The run folder is `runs/<name>`.
-        task (`str`): What the model is trained for: "linking"; "pretraining" on posts, which comes before; or
-            "knowledge", linking the posts that are entities' prototypes to these, which comes in between.
-        description (`str`): One line.
-        license (`str`): Licence of the model that comes out, as the Hub spells it.
+        task (`str`): "linking"; "pretraining" on posts, a stage before linking; or "knowledge", an optional stage between
+            the two that trains on the posts that serve as entity prototypes.
+        description (`str`): One line about the model.
+        license (`str`): Licence identifier of the trained model, as the Hub spells it.
         citation (`str`): BibTeX for the model card.
-        model ([`ModelRecipe`]): What is trained.
-        processor ([`ProcessorRecipe`]): How rows become tensors.
-        data ([`DataRecipe`]): What it is trained on.
-        candidates ([`CandidatesRecipe`], *optional*): For a reranker, what it chooses from.
+        model ([`ModelRecipe`]): The model to train.
+        processor ([`ProcessorRecipe`]): The processor that turns rows into tensors.
+        data ([`DataRecipe`]): The data set and its splits.
+        candidates ([`CandidatesRecipe`], *optional*): For a reranker, the candidates of the mentions.
         training (`dict`): Fields of [`~hf_mel.training.arguments.MelTrainingArguments`].
-        source (`str`, *optional*): Where the recipe was read from; named in errors, not saved.
+        source (`str`, *optional*): File that the recipe was read from. Errors name it; it is not saved.
     """
 
     name: str
@@ -149,35 +150,45 @@ class Recipe:
 
         Args:
             path_or_name (`str` or `os.PathLike`): A YAML file, or the name of a recipe that comes with the package.
-            overrides (sequence of `str`): `key=value` with dots between the levels of a key and a YAML value, for
-                instance `training.num_train_epochs=1`.
+            overrides (sequence of `str`): `key=value`, with dots between the levels of the key and a YAML value, such as
+                `training.num_train_epochs=1`.
 
         Raises:
-            RecipeError: no such recipe, not YAML, an unknown key, a value of the wrong type, or parts that contradict
-                each other.
+            RecipeError: the recipe does not exist, is not YAML, has an unknown key or a value of the wrong type, or
+                contradicts itself.
         """
-        file, text = _read(path_or_name)
+        file, text = _read_recipe(path_or_name)
         try:
-            content = yaml.load(text, Loader=_Loader)
+            content = yaml.load(text, Loader=RecipeYamlLoader)
         except yaml.YAMLError as error:
-            raise RecipeError(f"is not YAML ({error}).", file=file) from None
+            raise RecipeError(f"The recipe is not valid YAML ({error}).", file=file) from None
         if not isinstance(content, dict):
-            raise RecipeError("is not a mapping of keys to values.", file=file, remedy="Start from a shipped recipe.")
+            raise RecipeError(
+                "The recipe is not a mapping of keys to values.", file=file, remedy="Start from a shipped recipe."
+            )
         for override in overrides:
-            _override(content, override, file)
+            apply_override(content, override, file)
         return cls.from_dict(content, file=file)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], file: str | None = None) -> Recipe:
-        """A recipe from the content of its file; `file` is named in errors. Raises as [`Recipe.load`]."""
-        top = {name: kind for name, kind in _keys(cls).items() if name != "source"}
+        """Builds a recipe from the content of its file.
+
+        Args:
+            content (`Mapping[str, Any]`): Nested sections and values.
+            file (`str`, *optional*): File name for errors.
+
+        Raises:
+            RecipeError: as in [`Recipe.load`].
+        """
+        top = {name: kind for name, kind in _field_types(cls).items() if name != "source"}
         _check_keys(content, top, "", file)
         for key in ("name", "model", "data"):
             if not content.get(key):
-                raise RecipeError(f"has no {key!r}.", file=file)
+                raise RecipeError(f"The recipe has no {key!r}.", file=file, remedy="Add this key.")
         sections = {
-            name: _section(kind, content.get(name), name, file)
-            for name, kind in (("model", ModelRecipe), ("processor", ProcessorRecipe), ("data", DataRecipe))
+            name: _build_section(section, content.get(name), name, file)
+            for name, section in (("model", ModelRecipe), ("processor", ProcessorRecipe), ("data", DataRecipe))
         }
         plain = {
             name: content[name] for name in ("name", "task", "description", "license", "citation") if name in content
@@ -185,7 +196,7 @@ class Recipe:
         for name, value in plain.items():
             _check_type(value, str, name, file)
         if content.get("candidates") is not None:
-            sections["candidates"] = _section(CandidatesRecipe, content["candidates"], "candidates", file)
+            sections["candidates"] = _build_section(CandidatesRecipe, content["candidates"], "candidates", file)
         training = content.get("training") or {}
         _check_type(training, dict, "training", file)
         recipe = cls(**plain, **sections, training=dict(training), source=file)
@@ -193,60 +204,76 @@ class Recipe:
         return recipe
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe with all its defaults, as [`Recipe.from_dict`] takes it."""
+        """Returns the recipe with all defaults, in the form that [`Recipe.from_dict`] accepts."""
         return {name: value for name, value in asdict(self).items() if name != "source"}
 
     def to_yaml(self) -> str:
-        """[`Recipe.to_dict`] as a file that [`Recipe.load`] reads."""
+        """Returns [`Recipe.to_dict`] as YAML that [`Recipe.load`] reads."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=119)
 
     def error(self, message: str, remedy: str | None = None) -> RecipeError:
-        """An error that names this recipe's file."""
+        """Returns an error that names this recipe's file."""
         return RecipeError(message, file=self.source, remedy=remedy)
 
     def check_keys(self, section: str, keys: Iterable[str], known: Iterable[str]) -> None:
-        """Raises a [`RecipeError`] for a key of `section` that is not known, naming the nearest one that is."""
+        """Raises a [`RecipeError`] if a key of `section` is unknown; the message suggests the most similar known key."""
         _check_keys(keys, dict.fromkeys(known), section, self.source)
 
     def _check(self) -> None:
         model = self.model
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise self.error(f"name: {self.name!r} cannot name a folder.", "Use letters, digits, '.', '_' and '-'.")
+            raise self.error(
+                f"The name {self.name!r} is not usable as a folder name.", "Use letters, digits, '.', '_' and '-'."
+            )
         if self.task not in TASKS:
-            raise self.error(f"task: {self.task!r} is not one of {', '.join(map(repr, TASKS))}.")
+            raise self.error(f"The task {self.task!r} is not one of {', '.join(map(repr, TASKS))}.")
         if self.data.posts_split is not None and self.task != "pretraining":
-            raise self.error("data.posts_split is for task: pretraining.")
+            raise self.error(
+                f"data.posts_split does not apply to the task {self.task!r}.",
+                "Remove data.posts_split, or set task: pretraining.",
+            )
         if not self.data.dataset:
-            raise self.error("data has no 'dataset'.", "Give a folder or a Hub id.")
+            raise self.error("The section 'data' has no 'dataset'.", "Give a folder or a Hub id.")
         if self.candidates is not None and (self.candidates.source == "file") != bool(self.candidates.file):
-            raise self.error("candidates.source: file and candidates.file go together.")
+            raise self.error("candidates.source: file and candidates.file need each other.", "Give both or neither.")
         if bool(model.type) == bool(model.from_pretrained):
-            raise self.error("model needs either 'type' or 'from_pretrained'.")
+            raise self.error("The section 'model' needs either 'type' or 'from_pretrained'.")
         if model.from_pretrained:
             if model.text or model.vision:
-                raise self.error("model.text and model.vision start a new model; model.from_pretrained continues one.")
+                raise self.error(
+                    "model.text and model.vision start a new model, but model.from_pretrained continues one.",
+                    "Remove one of them.",
+                )
             if self.processor != ProcessorRecipe():
-                raise self.error("model.from_pretrained brings its own processor; leave 'processor' out.")
+                raise self.error("model.from_pretrained has a processor already.", "Remove the section 'processor'.")
         elif model.text and self.processor.tokenizer:
-            raise self.error("model.text brings its own tokenizer; leave processor.tokenizer out.")
+            raise self.error("model.text has a tokenizer already.", "Remove processor.tokenizer.")
         elif model.vision and self.processor.vision:
-            raise self.error("model.vision brings its own image processor; leave processor.vision out.")
+            raise self.error("model.vision has an image processor already.", "Remove processor.vision.")
         elif not model.text and not self.processor.tokenizer:
             raise self.error(
-                "has neither a pretrained text encoder (model.text) nor a tokenizer to train (processor.tokenizer).",
-                "For instance processor.tokenizer: {type: wordpiece, vocab_size: 4000}.",
+                "The recipe has neither a pretrained text encoder (model.text) nor a tokenizer to train "
+                "(processor.tokenizer).",
+                "Give one of them, for instance processor.tokenizer: {vocab_size: 4000}.",
             )
         if self.processor.tokenizer:
-            tokenizer = self.processor.tokenizer
-            self.check_keys("processor.tokenizer", tokenizer, ("type", "vocab_size"))
-            if tokenizer.get("type") != "wordpiece":
-                raise self.error(f"processor.tokenizer.type: {tokenizer.get('type')!r} is not 'wordpiece'.")
-            size = tokenizer.get("vocab_size")
+            # Recipes written before have a `type`, which could only be "wordpiece".
+            self.check_keys("processor.tokenizer", self.processor.tokenizer, ("type", "vocab_size"))
+            kind = self.processor.tokenizer.get("type", "wordpiece")
+            if kind != "wordpiece":
+                raise self.error(
+                    f"The tokenizer type {kind!r} is not 'wordpiece'.", "Remove processor.tokenizer.type."
+                )
+            size = self.processor.tokenizer.get("vocab_size")
             if not isinstance(size, int) or isinstance(size, bool) or size < 100:
-                raise self.error(f"processor.tokenizer.vocab_size: {size!r} is not a number of at least 100.")
+                raise self.error(f"processor.tokenizer.vocab_size: {size!r} is not a whole number of at least 100.")
+            self.processor.tokenizer = {"vocab_size": size}
 
     def resolve_weights(self, reference: str) -> str:
-        """Hub id or folder of pretrained weights: `package:<python package>/<path in it>` becomes a folder.
+        """Returns the Hub id or folder of pretrained weights.
+
+        Args:
+            reference (`str`): A Hub id or folder, returned unchanged, or `package:<Python package>/<path in it>`.
 
         Raises:
             MissingExtraError: the package is not installed.
@@ -266,36 +293,67 @@ class Recipe:
             folder = Path(location, inside)
             if folder.is_dir():
                 return str(folder)
-        raise self.error(f"{reference}: the package {package!r} has no folder {inside!r}.")
+        raise self.error(f"The package {package!r} has no folder {inside!r} (needed for {reference}).")
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Returns the names of the recipes that come with the package, sorted."""
     files = resources.files("hf_mel.recipes").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
-def _read(path_or_name: str | os.PathLike[str]) -> tuple[str, str]:
+def _read_recipe(path_or_name: str | os.PathLike[str]) -> tuple[str, str]:
+    """Returns the file name of a recipe, for errors, and its text."""
     path = Path(path_or_name)
     try:
         if path.is_file():
             return str(path), path.read_text(encoding="utf-8")
-        name = os.fspath(path_or_name)
-        if name in shipped_recipes():
+        name = _shipped_name(os.fspath(path_or_name))
+        if name is not None:
             return f"{name}.yaml", (resources.files("hf_mel.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot be read ({error}).", file=path) from None
+        raise RecipeError(f"The recipe is not readable ({error}).", file=path) from None
     raise RecipeError(
-        "no such recipe file.",
+        "The recipe file does not exist.",
         file=path,
-        remedy=f"Give the path of a YAML file, or one of the recipes that come with hf_mel: {', '.join(shipped_recipes())}.",
+        remedy="Give the path of a YAML file, or the name of a recipe that comes with hf_mel: "
+        f"{', '.join(shipped_recipes())}.",
     )
 
 
-def _override(content: dict[str, Any], override: str, file: str | None) -> None:
+def _shipped_name(name: str) -> str | None:
+    """Returns the name of a shipped recipe, or `None`. Accepts the old spelling of a name, with a warning."""
+    shipped = shipped_recipes()
+    if name in shipped:
+        return name
+    for current in shipped:
+        if current.replace("-", "_") == name.replace("-", "_"):
+            warnings.warn(
+                f"The recipe {name!r} is now called {current!r}, and so is its run folder. The old name will stop "
+                "working in the next release.",
+                FutureWarning,
+                stacklevel=4,
+            )
+            return current
+    return None
+
+
+def apply_override(content: dict[str, Any], override: str, file: str | None) -> None:
+    """Sets one value in the content of a recipe.
+
+    Args:
+        content (`dict`): Content of a recipe. It is changed in place.
+        override (`str`): `key=value`, as in [`Recipe.load`].
+        file (`str`, *optional*): File name for errors.
+
+    Raises:
+        RecipeError: the override is not `key=value`, its value is not YAML, or its key leads through a plain value.
+    """
     key, equals, value = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise RecipeError(f"--set {override!r} is not key=value.", file=file, remedy="For instance training.seed=1.")
+        raise RecipeError(
+            f"The option --set {override!r} is not key=value.", file=file, remedy="Write for instance training.seed=1."
+        )
     target = content
     *parents, last = key.split(".")
     for parent in parents:
@@ -303,15 +361,11 @@ def _override(content: dict[str, Any], override: str, file: str | None) -> None:
             target[parent] = {}
         target = target[parent]
         if not isinstance(target, dict):
-            raise RecipeError(f"--set {override!r}: {parent!r} is a value, it has no keys.", file=file)
+            raise RecipeError(f"In --set {override!r}, {parent!r} is a value and has no keys.", file=file)
     try:
-        target[last] = yaml.load(value, Loader=_Loader)
+        target[last] = yaml.load(value, Loader=RecipeYamlLoader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override!r}: the value is not YAML ({error}).", file=file) from None
-
-
-def _keys(section: type) -> dict[str, str]:
-    return {item.name: str(item.type) for item in fields(section)}
+        raise RecipeError(f"In --set {override!r}, the value is not valid YAML ({error}).", file=file) from None
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
@@ -322,35 +376,45 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "dict[str, Any]": dict,
     "dict[str, Any] | None": (dict, type(None)),
 }
+_TYPE_NAMES: dict[type, str] = {
+    dict: "a mapping",
+    str: "a string",
+    bool: "true or false",
+    int: "a whole number",
+    type(None): "null",
+}
 
 
-def _section(kind: Any, content: Any, name: str, file: str | None) -> Any:
+def _field_types(section: type) -> dict[str, str]:
+    return {item.name: str(item.type) for item in fields(section)}
+
+
+def _build_section(section: Any, content: Any, name: str, file: str | None) -> Any:
+    """Builds a section's dataclass from its content, after a check of keys and types."""
     content = {} if content is None else content
     _check_type(content, dict, name, file)
-    _check_keys(content, _keys(kind), name, file)
-    known = _keys(kind)
+    types = _field_types(section)
+    _check_keys(content, types, name, file)
     values = {}
     for key, value in content.items():
-        if value is None and known[key].startswith("dict"):
-            continue  # `config:` with nothing under it
-        _check_type(value, _TYPES[known[key]], f"{name}.{key}", file)
+        if value is None and types[key].startswith("dict"):
+            continue  # An empty `config:` in the file.
+        _check_type(value, _TYPES[types[key]], f"{name}.{key}", file)
         values[key] = value
-    return kind(**values)
+    return section(**values)
 
 
 def _check_keys(keys: Iterable[str], known: Iterable[str], section: str, file: str | None) -> None:
     known = list(known)
     for key in keys:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            remedy = f"Did you mean {nearest[0]!r}?" if nearest else f"Known keys: {', '.join(sorted(known))}."
-            where = f"{section}.{key}" if section else str(key)
-            raise RecipeError(f"unknown key {where!r}.", file=file, remedy=remedy)
+            similar = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            remedy = f"Did you mean {similar[0]!r}?" if similar else f"Known keys: {', '.join(sorted(known))}."
+            full_key = f"{section}.{key}" if section else str(key)
+            raise RecipeError(f"The recipe has an unknown key {full_key!r}.", file=file, remedy=remedy)
 
 
-def _check_type(value: Any, kind: type | tuple[type, ...], key: str, file: str | None) -> None:
-    if not isinstance(value, kind):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        names = {dict: "a mapping", str: "a text", bool: "true or false", int: "a whole number", type(None): "null"}
-        expected = " or ".join(names[k] for k in kinds)
-        raise RecipeError(f"{key}: {value!r} is not {expected}.", file=file)
+def _check_type(value: Any, expected: type | tuple[type, ...], key: str, file: str | None) -> None:
+    if not isinstance(value, expected):
+        types = expected if isinstance(expected, tuple) else (expected,)
+        raise RecipeError(f"{key}: {value!r} is not {' or '.join(_TYPE_NAMES[kind] for kind in types)}.", file=file)

@@ -54,6 +54,8 @@ def training_arguments(recipe: Recipe, output_dir: str | os.PathLike[str]) -> Me
     recipe.check_keys("training", recipe.training, known)
     for key, value in recipe.training.items():
         default = known[key].default
+        if key == "bf16" and value != "auto" and not isinstance(value, bool):
+            raise recipe.error(f"training.bf16: {value!r} is not true, false or 'auto'.")
         if isinstance(default, bool) != isinstance(value, bool) and isinstance(default, (bool, int, float)):
             raise recipe.error(
                 f"training.{key}: {value!r} is not {'true or false' if isinstance(default, bool) else 'a number'}."

@@ -51,5 +51,5 @@ def test_train_py_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 1
     said = capsys.readouterr().err
     assert "RecipeError" in said
-    assert "no such recipe file" in said
+    assert "The recipe file does not exist" in said
     assert "Traceback" not in said

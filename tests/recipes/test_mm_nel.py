@@ -22,12 +22,12 @@ PAPER = (
     {"num_candidates": 30},
 )
 VARIANTS = [
-    *((name, "", {"joint": "transport"}) for name in ("mm-nel_flags", "mm-nel_m3el")),
-    *((name, "", {"joint": "none"}) for name in ("mm-nel-text_wikimel", "mm-nel_aida")),
-    ("mm-nel_flags", "model.config.joint=none", {"joint": "none", "num_relations": 3}),
-    ("mm-nel_flags", "model.config.joint=none model.config.num_relations=0", {"joint": "none", "num_relations": 0}),
-    ("mm-nel-text_wikimel", "model.config.num_relations=0", {"num_relations": 0}),
-    ("mm-nel-text_wikimel", *PAPER),
+    *((name, "", {"joint": "transport"}) for name in ("mm_nel_flags", "mm_nel_m3el")),
+    *((name, "", {"joint": "none"}) for name in ("mm_nel-text_wikimel", "mm_nel_aida")),
+    ("mm_nel_flags", "model.config.joint=none", {"joint": "none", "num_relations": 3}),
+    ("mm_nel_flags", "model.config.joint=none model.config.num_relations=0", {"joint": "none", "num_relations": 0}),
+    ("mm_nel-text_wikimel", "model.config.num_relations=0", {"num_relations": 0}),
+    ("mm_nel-text_wikimel", *PAPER),
 ]
 
 
@@ -61,7 +61,7 @@ def test_trains_evaluates_and_links(encoders, tmp_path, joint):  # noqa: F811
         for name, rows in splits.items()
     }
     data = write_toy_dataset(tmp_path / "data", entities=toy_entities(12), **splits)
-    recipe = load("mm-nel_flags", "", encoders)
+    recipe = load("mm_nel_flags", "", encoders)
     recipe.model.config["joint"] = joint
     recipe.data.dataset, recipe.data.config = str(data), "mentions"
     recipe.candidates.source, recipe.candidates.retriever, recipe.candidates.k = "name+prior+document", None, 6

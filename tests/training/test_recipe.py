@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_mel.errors import MissingExtraError, RecipeError
-from hf_mel.training.recipe import Recipe, _Loader, shipped_recipes
+from hf_mel.training.recipe import Recipe, RecipeYamlLoader, shipped_recipes
 from hf_mel.training.tokenizer import texts_of, train_wordpiece
 from tests.toy import toy_entities, toy_mentions
 
@@ -48,7 +48,7 @@ def test_numbers_are_numbers_in_the_file_and_in_overrides(tmp_path, written, val
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_every_float_survives_writing_and_reading(number):
     recipe = Recipe.from_dict({**yaml.safe_load(MINIMAL), "training": {"learning_rate": number}})
-    again = Recipe.from_dict(yaml.load(recipe.to_yaml(), Loader=_Loader))
+    again = Recipe.from_dict(yaml.load(recipe.to_yaml(), Loader=RecipeYamlLoader))
     assert again.training["learning_rate"] == number
 
 
@@ -75,28 +75,36 @@ def test_overrides_reach_into_the_recipe_and_create_what_is_missing(tmp_path):
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("name: [", (), r"mine.yaml: is not YAML"),
-        ("just words", (), r"mine.yaml: is not a mapping"),
-        ("name: mine\nmodel: {type: a, text: b}", (), r"mine.yaml: has no 'data'"),
-        (MINIMAL + "trainign: {}", (), r"mine.yaml: unknown key 'trainign'. Did you mean 'training'\?"),
-        (MINIMAL, ("model.visoin=x",), r"mine.yaml: unknown key 'model.visoin'. Did you mean 'vision'\?"),
+        ("name: [", (), r"mine.yaml: The recipe is not valid YAML"),
+        ("just words", (), r"mine.yaml: The recipe is not a mapping"),
+        ("name: mine\nmodel: {type: a, text: b}", (), r"mine.yaml: The recipe has no 'data'"),
+        (
+            MINIMAL + "trainign: {}",
+            (),
+            r"mine.yaml: The recipe has an unknown key 'trainign'. Did you mean 'training'\?",
+        ),
+        (
+            MINIMAL,
+            ("model.visoin=x",),
+            r"mine.yaml: The recipe has an unknown key 'model.visoin'. Did you mean 'vision'\?",
+        ),
         (
             MINIMAL,
             ("data.zzz=x",),
             r"unknown key 'data.zzz'. Known keys: config, dataset, posts_split, revision, train_split",
         ),
-        (MINIMAL, ("training.seed",), r"--set 'training.seed' is not key=value"),
-        (MINIMAL, ("a..b=1",), r"--set 'a..b=1' is not key=value"),
-        (MINIMAL, ("name.first=1",), r"'name' is a value, it has no keys"),
-        (MINIMAL, ("training.seed=[",), r"the value is not YAML"),
+        (MINIMAL, ("training.seed",), r"The option --set 'training.seed' is not key=value"),
+        (MINIMAL, ("a..b=1",), r"The option --set 'a..b=1' is not key=value"),
+        (MINIMAL, ("name.first=1",), r"'name' is a value and has no keys"),
+        (MINIMAL, ("training.seed=[",), r"the value is not valid YAML"),
         (MINIMAL, ("model.config=5",), r"model.config: 5 is not a mapping"),
-        (MINIMAL, ("model.text=5",), r"model.text: 5 is not a text or null"),
-        (MINIMAL, ("name=../up",), r"name: '../up' cannot name a folder"),
-        (MINIMAL, ("model.type=null",), r"model needs either 'type' or 'from_pretrained'"),
-        (MINIMAL, ("model.from_pretrained=a/b",), r"model needs either 'type' or 'from_pretrained'"),
+        (MINIMAL, ("model.text=5",), r"model.text: 5 is not a string or null"),
+        (MINIMAL, ("name=../up",), r"The name '../up' is not usable as a folder name"),
+        (MINIMAL, ("model.type=null",), r"The section 'model' needs either 'type' or 'from_pretrained'"),
+        (MINIMAL, ("model.from_pretrained=a/b",), r"The section 'model' needs either 'type' or 'from_pretrained'"),
         (MINIMAL, ("model.text=null",), r"neither a pretrained text encoder .* nor a tokenizer to train"),
-        (MINIMAL, ("processor.tokenizer={type: wordpiece, vocab_size: 500}",), r"leave processor.tokenizer out"),
-        (MINIMAL, ("data.dataset=''",), r"data has no 'dataset'"),
+        (MINIMAL, ("processor.tokenizer={type: wordpiece, vocab_size: 500}",), r"Remove processor.tokenizer"),
+        (MINIMAL, ("data.dataset=''",), r"The section 'data' has no 'dataset'"),
     ],
 )
 def test_what_is_wrong_is_said_with_the_file(tmp_path, text, overrides, message):
@@ -109,8 +117,8 @@ def test_what_is_wrong_is_said_with_the_file(tmp_path, text, overrides, message)
     ("tokenizer", "message"),
     [
         ("{type: bpe, vocab_size: 500}", "'bpe' is not 'wordpiece'"),
-        ("{type: wordpiece, vocab_size: 5}", "5 is not a number of at least 100"),
-        ("{type: wordpiece, vocab_size: true}", "True is not a number"),
+        ("{type: wordpiece, vocab_size: 5}", "5 is not a whole number of at least 100"),
+        ("{type: wordpiece, vocab_size: true}", "True is not a whole number"),
         ("{type: wordpiece, vocabsize: 500}", "Did you mean 'vocab_size'"),
     ],
 )
@@ -119,12 +127,26 @@ def test_tokenizer_settings(tmp_path, tokenizer, message):
         load(tmp_path, MINIMAL, "model.text=null", f"processor.tokenizer={tokenizer}")
 
 
+def test_the_tokenizer_type_of_older_recipes_is_accepted_and_dropped(tmp_path):
+    tokenizers = [
+        load(tmp_path, MINIMAL, "model.text=null", f"processor.tokenizer={written}").processor.tokenizer
+        for written in ("{vocab_size: 500}", "{type: wordpiece, vocab_size: 500}")
+    ]
+    assert tokenizers == [{"vocab_size": 500}] * 2
+
+
+def test_an_old_spelling_of_a_recipe_name_still_works_with_a_warning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(FutureWarning, match="'mm-nel_flags' is now called 'mm_nel_flags'"):
+        assert Recipe.load("mm-nel_flags").to_dict() == Recipe.load("mm_nel_flags").to_dict()
+
+
 def test_a_recipe_is_found_by_its_name_and_an_unknown_one_lists_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shipped_recipes()
     for name in shipped_recipes():
         assert Recipe.load(name).name == name
-    with pytest.raises(RecipeError, match=f"nothing.yaml: no such recipe file.*{shipped_recipes()[0]}"):
+    with pytest.raises(RecipeError, match=f"nothing.yaml: The recipe file does not exist.*{shipped_recipes()[0]}"):
         Recipe.load("nothing.yaml")
 
 

@@ -270,10 +270,10 @@ def test_without_matplotlib_there_is_no_plot_and_a_note(dataset, tmp_path, monke
 
 def changed(dataset, *overrides: str) -> Recipe:
     content = recipe_dict(dataset)
-    from hf_mel.training.recipe import _override
+    from hf_mel.training.recipe import apply_override
 
     for override in overrides:
-        _override(content, override, "mine.yaml")
+        apply_override(content, override, "mine.yaml")
     return Recipe.from_dict(content, file="mine.yaml")
 
 
@@ -300,10 +300,13 @@ def test_what_the_method_does_not_take_is_refused(dataset, override, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.num_epochs=3", r"unknown key 'training.num_epochs'. Did you mean 'num_train_epochs'\?"),
-        ("training.output_dir=x", "unknown key 'training.output_dir'"),
+        (
+            "training.num_epochs=3",
+            r"The recipe has an unknown key 'training.num_epochs'. Did you mean 'num_train_epochs'\?",
+        ),
+        ("training.output_dir=x", "The recipe has an unknown key 'training.output_dir'"),
         ("training.learning_rate=fast", "training.learning_rate: 'fast' is not a number"),
-        ("training.bf16=yes please", "training.bf16: 'yes please' is not true or false"),
+        ("training.bf16=yes please", "training.bf16: 'yes please' is not true, false or 'auto'"),
         ("training.num_train_epochs=true", "training.num_train_epochs: True is not a number"),
         ("training.batch_grouping=name", "training: batch_grouping='name' is not one of"),
         ("training.eval_strategy=sometimes", "training: '?sometimes'? is not a valid IntervalStrategy"),

@@ -202,6 +202,20 @@ def test_arguments_are_checked(wrong):
         MelTrainingArguments(output_dir="nowhere", **wrong)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_automatic_where_the_device_has_it(monkeypatch, caplog, native):
+    monkeypatch.setattr("hf_mel.training.precision._cpu_instructions", lambda: {"avx2", *["avx512_bf16"] * native})
+    options = {"output_dir": "nowhere", "use_cpu": True}
+    with caplog.at_level(logging.INFO, logger="hf_mel.training.arguments"):
+        assert MelTrainingArguments(**options).bf16 is native
+    reason = "bfloat16 mixed precision: the CPU has" if native else "float32: the CPU lacks"
+    assert f"Training in {reason} native bfloat16" in caplog.text
+    assert MelTrainingArguments(**options, bf16=True).bf16 is True
+    assert MelTrainingArguments(**options, bf16=False).bf16 is False
+    with pytest.raises(ValueError, match="bf16='maybe'"):
+        MelTrainingArguments(**options, bf16="maybe")
+
+
 def test_half_precision_training_keeps_full_weights(tmp_path):
     start = toy_model()
     trained = trainer(tmp_path, copy.deepcopy(start), bf16=True)
