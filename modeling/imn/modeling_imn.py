@@ -111,13 +111,13 @@ class ImnForKnowledgePreTrainingOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
-def _masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Softmax over the last axis where `mask` is True; zeros elsewhere, and everywhere where it is True nowhere."""
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1) * mask
 
 
-# Copied from modeling/mimic/modeling_mimic.py
-def _masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+# Copied from modeling/mimic/scoring_mimic.py
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of [B, L, d] over the L positions where `mask` [B, L] is 1."""
     mask = mask.to(x.dtype).unsqueeze(-1)
     return (x * mask).sum(1) / mask.sum(1).clamp(min=1)
@@ -253,7 +253,7 @@ class HierarchicalEncoder(nn.Module):
         masks = [sequences[name][1] for name in names]
         locals_ = [self.cnn[name](*sequences[name]) for name in names]  # eq. 1
         first = [
-            (_masked_softmax(self.attention[name](g).squeeze(-1), mask).unsqueeze(1) @ g).squeeze(1)
+            (masked_softmax(self.attention[name](g).squeeze(-1), mask).unsqueeze(1) @ g).squeeze(1)
             for name, g, mask in zip(names, locals_, masks, strict=True)
         ]  # eq. 2
         everything = torch.cat(masks, 1)
@@ -263,7 +263,7 @@ class HierarchicalEncoder(nn.Module):
         states = self.transformer(torch.cat(locals_, 1), src_key_padding_mask=blind)  # eq. 4
         states = states * everything.unsqueeze(-1)
         parts = states.split([mask.shape[1] for mask in masks], 1)
-        second = [_masked_mean(t, mask) for t, mask in zip(parts, masks, strict=True)]
+        second = [masked_mean(t, mask) for t, mask in zip(parts, masks, strict=True)]
         third = [self._max_pooled(name, t, mask) for name, t, mask in zip(names, parts, masks, strict=True)]
         return [torch.cat(level, -1) for level in (first, second, third)]
 
@@ -493,7 +493,7 @@ class ImnPreTrainedModel(PreTrainedModel):
         positions = [torch.arange(length, device=mask.device).expand(rows, -1), mask.sum(1, keepdim=True)]
         if name_ids is None:
             name_ids, name_mask = input_ids[:, :1], torch.zeros_like(mask[:, :1])
-        embedded.append(_masked_mean(words(name_ids), name_mask).unsqueeze(1))
+        embedded.append(masked_mean(words(name_ids), name_mask).unsqueeze(1))
         masks.append(name_mask.any(1, keepdim=True))
         if patches is not None:
             embedded.append(self.patch_projection(patches[0].to(self.patch_projection.weight.dtype)))
@@ -619,7 +619,7 @@ class ImnModel(ImnPreTrainedModel):
         )
         found: dict[str, torch.Tensor] = {}
         for modality, (states, mask) in sequences.items():
-            found[modality], found[f"{modality}_present"] = _masked_mean(states, mask), mask.any(1)
+            found[modality], found[f"{modality}_present"] = masked_mean(states, mask), mask.any(1)
         return found
 
     @torch.no_grad()

@@ -1,21 +1,13 @@
 """MIMIC: Multi-Grained Multimodal Interaction Network for Entity Linking (Luo et al., KDD 2023).
 
-Equation numbers are the paper's. Where paper and published network differ, the defaults follow the network:
-
-- TGLU scales its attention by the root of d_t (the paper prints d_T, the width before projection, in eq. 9);
-- the inputs of the units each pass a LayerNorm first; VDLU projects them once more, and normalises its query (eq. 14);
-- CMFU's gate (eq. 17) is one scalar per item, not a d_c × d_c map;
-- softmax and mean of eq. 9–10 run over padding too, unless `config.mask_padding`.
-
-Scoring is factorised. The printed equations build an [M, N, d] (VDLU) or [M, N, L, L] (TGLU) tensor per pair; a
-LayerNorm followed by a linear map or a dot product expands into inner products of per-item vectors, so that all pairs
-come out of matrix products, equal up to rounding.
+Equation numbers are the paper's. `modeling/mimic/README.md` lists where the published network differs from the paper,
+and which of the two each option follows. All pairs are scored by matrix products of per-item vectors: VDLU in
+[`DualGate`], TGLU's global-to-local half in `scoring_mimic.py`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,20 +19,18 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_mimic import MimicConfig
+from .scoring_mimic import (
+    centred,
+    global_to_local_scores,
+    global_to_local_scores_above,
+    masked_mean,
+    mention_attention,
+)
 
-#: Elements of one block of attention weights in TGLU; bounds its memory, and keeps a block in the processor's L2 cache.
-_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**28}
-_BLOCK_MENTIONS = 4
-#: A softmax is computed without subtracting the largest exponent unless a sum of powers is below this or above 1 / this.
-_SMALLEST_SUM = 2.0**-100
-#: Above this share of wanted pairs it is faster to compute all of them.
-_DENSE = 0.4
-#: How far along their mean direction a mention's values must at least lie, relative to the longest, to bound contexts.
-_NARROW = 0.05
-#: What a bound is widened by, relative to it: many times what float32 rounds off in scores.
-_ROUNDING = 1e-4
-#: Pairs of one block of products on the CPU, so that the two dozen steps of VDLU stay in the processor's caches.
+#: Pairs in one block of `quick_scores` on the CPU, so that the two dozen steps of VDLU stay in the cache.
 _BLOCK_PAIRS = 2**16
+#: Attribute of the model that holds each unit.
+_UNIT_MODULES = {"text": "tglu", "vision": "vdlu", "cross_modal": "cmfu"}
 
 
 @dataclass
@@ -104,22 +94,8 @@ class MimicOutput(ModelOutput):
     unit_scores: dict[str, torch.Tensor] | None = None
 
 
-def _centre(x: torch.Tensor) -> torch.Tensor:
-    return x - x.mean(-1, keepdim=True)
-
-
-def _masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of [B, L, d] over the L positions where `mask` [B, L] is 1."""
-    mask = mask.to(x.dtype).unsqueeze(-1)
-    return (x * mask).sum(1) / mask.sum(1).clamp(min=1)
-
-
 class _AlignedLinear(nn.Linear):
-    """Starts as the orthogonal projection that all others of its shape start as, without a bias."""
-
-
-#: Attribute of the model that holds a unit.
-_MODULES = {"text": "tglu", "vision": "vdlu", "cross_modal": "cmfu"}
+    """Linear map without a bias at first, whose weight starts as one orthogonal matrix for all maps of its shape."""
 
 
 class TGLU(nn.Module):
@@ -160,7 +136,7 @@ class TGLU(nn.Module):
     def forward(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """S_T [M, N] (eq. 4), or S_T^G2G alone (eq. 8) without the local half."""
         quick = self.quick_scores(mentions, entities)
-        return quick + self._global_to_local(mentions, entities) / 2 if self.local else quick
+        return quick + global_to_local_scores(mentions, entities, self.layer_norm) / 2 if self.local else quick
 
     def quick_scores(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What S_T^G2G (eq. 8) gives to S_T (eq. 4), [M, N]."""
@@ -173,7 +149,7 @@ class TGLU(nn.Module):
             return mentions["text_global"]
         mask = mentions.get("text_mask")
         values = mentions["text_values"]
-        context = self.layer_norm(values.mean(1) if mask is None else _masked_mean(values, mask))
+        context = self.layer_norm(values.mean(1) if mask is None else masked_mean(values, mask))
         return torch.cat([mentions["text_global"], context], -1) / 2  # eq. 4
 
     def index_vectors(self, entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -181,166 +157,6 @@ class TGLU(nn.Module):
         if not self.local:
             return entities["text_global"]
         return torch.cat([entities["text_global"], entities["text_query_global"]], -1)
-
-    def _global_to_local(self, mentions, entities) -> torch.Tensor:
-        """S_T^G2L [M, N] (eq. 9–10).
-
-        H_t = softmax(QK^T)V is only needed as its mean over entity tokens, so the attention weights are averaged first
-        and meet the values once per pair. Blocks of like length stop where their longest text does.
-        """
-        keys, values, key_mask = self._mention_side(mentions)
-        queries = entities["text_queries"]
-        share = _shares(keys, queries.shape[:2], entities.get("text_mask"))
-        # LayerNorm is γ·h̃/σ + β with h̃ = h centred; centring is linear, so it was done to the values.
-        target = entities["text_query_global"] * self.layer_norm.weight
-        offset = entities["text_query_global"] @ self.layer_norm.bias
-
-        m_lengths, m_order = _lengths(keys, key_mask).sort()
-        n_lengths, n_order = _lengths(queries, entities.get("text_mask")).sort()
-        pairs = max(1, _BLOCK_ELEMENTS.get(keys.device.type, 2**24) // (keys.shape[1] * queries.shape[1]))
-        m_step = max(1, min(_BLOCK_MENTIONS, pairs))
-        n_step = max(1, pairs // m_step)
-        blocks = []
-        for m in range(0, len(keys), m_step):
-            block, width = m_order[m : m + m_step], int(m_lengths[m : m + m_step][-1])
-            mask = None if key_mask is None else key_mask[block, :width]
-            blocks.append((keys[block, :width], mask, values[block, :width]))
-        columns = []
-        for n in range(0, len(queries), n_step):
-            part, height = n_order[n : n + n_step], int(n_lengths[n : n + n_step][-1])
-            # Entities last: softmax, means and sums then run along memory, whatever the lengths.
-            q, s = (
-                queries[part, :height].to(keys.dtype).transpose(0, 1).contiguous(),
-                share[part, :height].T.contiguous(),
-            )
-            t, o = target[part].T, offset[part]
-            rows = []
-            for k, mask, v in blocks:
-                rows.append(self._context_score(_mean_attention(q, s, k, mask), v, t) + o)
-            columns.append(torch.cat(rows))
-        return torch.cat(columns, 1)[m_order.argsort()][:, n_order.argsort()]
-
-    def local_scores(self, mentions, entities, floor: torch.Tensor) -> torch.Tensor:
-        """S_T^G2L [M, N] (eq. 9–10) wherever it may be at least `floor` [M, N], -inf where it cannot be.
-
-        Two bounds spare the attention. Both are of h·q', h the context of eq. 10 after LayerNorm but for γ and β, and q'
-        = γ·FC(t_E^G), centred as h is:
-        - |h| is at most √d_t, so h·q' is at most √d_t |q'|, for every mention;
-        - h is along a mean of the values Σ wₗvₗ, centred, with some weights wₗ. For a unit vector c with all vₗ·c > 0,
-          |Σ wₗvₗ| ≥ Σ wₗ(vₗ·c), so h·q' is at most √d_t max(0, maxₗ (vₗ·q')/(vₗ·c)). c is the direction of the mean.
-        The queries may be half precision: few of them are read.
-        """
-        target = _centre(entities["text_query_global"] * self.layer_norm.weight)
-        offset = entities["text_query_global"] @ self.layer_norm.bias
-        reach = target.norm(dim=-1) * target.shape[-1] ** 0.5
-        above = offset + (reach + offset.abs()) * _ROUNDING
-        wanted = ~(reach + above < floor)  # also where either is nan
-        if wanted.sum() > _DENSE * wanted.numel():
-            return _finite_or_nan(self._global_to_local(mentions, entities))
-
-        keys, values, key_mask = self._mention_side(mentions)
-        queries, query_mask = entities["text_queries"], entities.get("text_mask")
-        lengths, tokens = _lengths(queries, query_mask), queries.flatten(0, 1)
-        rays, bounded = self._rays(values, key_mask)
-        positions = torch.arange(queries.shape[1], device=queries.device)[:, None]
-        step = max(1, _BLOCK_ELEMENTS.get(keys.device.type, 2**24) // (keys.shape[1] * queries.shape[1]))
-        found = torch.full_like(floor, -torch.inf)
-        for m in wanted.any(1).nonzero()[:, 0].tolist():
-            k, v = (keys[m], values[m]) if key_mask is None else (keys[m, key_mask[m]], values[m, key_mask[m]])
-            columns = wanted[m].nonzero()[:, 0]
-            if bounded[m]:
-                highest = (target.index_select(0, columns) @ rays[m].T).amax(1).clamp(min=0)
-                columns = columns[~(highest + above[columns] < floor[m, columns])]
-            columns = columns[lengths[columns].argsort()]
-            for first in range(0, len(columns), step):
-                rows = columns[first : first + step]
-                height = int(lengths[rows[-1]])
-                q = tokens.index_select(0, (rows * queries.shape[1] + positions[:height]).flatten())
-                mask = None if query_mask is None else query_mask[rows]
-                share = _shares(k, (len(rows), queries.shape[1]), mask)[:, :height].T
-                weights = _mean_attention(q.view(height, len(rows), -1).to(k.dtype), share, k[None], None)
-                score = self._context_score(weights, v[None], target[rows].T)[0] + offset[rows]
-                found[m, rows] = _finite_or_nan(score)
-        return found
-
-    @staticmethod
-    def _rays(values, mask) -> tuple[torch.Tensor, list[bool]]:
-        """√d_t vₗ/(vₗ·c) [M, L, d_t] of centred values, and whether all vₗ·c are well above nought, [M]."""
-        mask = torch.ones_like(values[..., 0], dtype=torch.bool) if mask is None else mask
-        axis = F.normalize(_masked_mean(values, mask), dim=-1)
-        along = (values @ axis[..., None])[..., 0]
-        longest = values.norm(dim=-1).masked_fill(~mask, 0).amax(1)
-        bounded = along.masked_fill(~mask, torch.inf).amin(1) > _NARROW * longest
-        first = values[:, :1] / along[:, :1, None]  # padding repeats a token, which changes no maximum
-        rays = torch.where(mask[..., None], values / along[..., None], first)
-        return rays * values.shape[-1] ** 0.5, bounded.tolist()
-
-    def _mention_side(self, mentions):
-        """Keys in units of log₂ as eq. 9 scales them, centred values, and the mask of the keys."""
-        keys, mask = mentions["text_keys"], mentions.get("text_mask")
-        keys = keys * (keys.shape[-1] ** -0.5 / math.log(2))  # 2^x is computed in a third of the time of e^x
-        if mask is not None and not mask.any(1).all():  # an empty text attends to its first position
-            first = torch.arange(mask.shape[1], device=mask.device) == 0
-            mask = mask | (first & ~mask.any(1, keepdim=True))
-        return keys, _centre(mentions["text_values"]), mask
-
-    def _context_score(self, weights, values, target) -> torch.Tensor:
-        """LayerNorm(h_t)·FC(t_E^G) but for its constant (eq. 10): [m, n] from weights [m, L, n] and target [d_t, n]."""
-        context = values.transpose(1, 2) @ weights  # h̃_t [m, d_t, n]
-        return (context * target).sum(1) * torch.rsqrt(context.square().mean(1) + self.layer_norm.eps)
-
-    @torch.no_grad()
-    def attention(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The share [M, N, L] of each token of a mention in eq. 9, averaged over the tokens of an entity."""
-        keys, _, mask = self._mention_side(mentions)
-        queries = entities["text_queries"].transpose(0, 1)
-        share = _shares(keys, entities["text_queries"].shape[:2], entities.get("text_mask"))
-        return _mean_attention(queries, share.T, keys, mask).transpose(1, 2)
-
-
-def _mean_attention(queries, share, keys, key_mask) -> torch.Tensor:
-    """Attention of every entity token over the mention's tokens (eq. 9), averaged over entity tokens: [m, L, n].
-
-    Args:
-        queries, share: [L', n, d_t] and the weight of each token in the average, [L', n].
-        keys, key_mask: [m, L, d_t] in units of log₂, and [m, L] or `None`.
-    """
-    height, n, dim = queries.shape
-    m, width, _ = keys.shape
-    keys, queries = keys.reshape(m * width, dim), queries.reshape(height * n, dim)
-
-    def exponents() -> torch.Tensor:
-        x = (keys @ queries.T).view(m, width, height * n)
-        return x if key_mask is None or key_mask.all() else x.masked_fill(~key_mask[..., None], -torch.inf)
-
-    powers = exponents().exp2_()
-    total = powers.sum(1)
-    low, high = torch.aminmax(total.detach())
-    if not (low > _SMALLEST_SUM and high < 1 / _SMALLEST_SUM):  # too near the ends of float32: once more, shifted
-        x = exponents()
-        powers = (x - x.detach().amax(1, keepdim=True)).exp2_()
-        total = powers.sum(1)
-    weights = powers * (share.reshape(-1) / total)[:, None]
-    return weights.view(m, width, height, n).sum(2)
-
-
-def _shares(like: torch.Tensor, shape: Sequence[int], mask: torch.Tensor | None) -> torch.Tensor:
-    """What each of an entity's tokens counts in their mean, of `shape` [N, L]; type and device as those of `like`."""
-    if mask is None:
-        return like.new_full(shape, 1 / shape[1])
-    return mask.to(like.dtype) / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def _finite_or_nan(scores: torch.Tensor) -> torch.Tensor:
-    """Scores among which -inf shall say that one was not computed."""
-    return torch.where(scores.isfinite(), scores, torch.nan)
-
-
-def _lengths(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """How many positions up to the last token each text needs, [B]; one at least."""
-    if mask is None:
-        return torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
-    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).clamp(min=1)
 
 
 class DualGate(nn.Module):
@@ -383,7 +199,7 @@ class DualGate(nn.Module):
         """
         norm1, norm2 = self.add_layer_norm, self.layer_norm
         dim = query.shape[-1]
-        a, p = _centre(query), _centre(pooled)
+        a, p = centred(query), centred(pooled)
         weight = self.fc.weight * norm1.weight
         q_map, p_map = a @ weight.T, p @ weight.T
         constant = self.fc.weight @ norm1.bias + self.fc.bias
@@ -398,8 +214,8 @@ class DualGate(nn.Module):
 
         # y = u(P + Q) + g c' + k is the sum inside the LayerNorm of eq. 13.
         u = gate * inverse1
-        k = _centre(key)
-        q_map, p_map, constant = _centre(q_map), _centre(p_map), _centre(constant)
+        k = centred(key)
+        q_map, p_map, constant = centred(q_map), centred(p_map), centred(constant)
         squared = (
             u.square() * (_norms(q_map, p_map) + 2 * q_map @ p_map.T)
             + gate.square() * constant.square().sum()
@@ -604,7 +420,7 @@ class MimicModel(MimicPreTrainedModel):
         output = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
         local, pooling = output.last_hidden_state, self.config.text_pooling
         if pooling == "mean":
-            pooled = _masked_mean(local, attention_mask)
+            pooled = masked_mean(local, attention_mask)
         elif pooling == "cls":
             pooled = local[:, 0]
         else:
@@ -698,7 +514,7 @@ class MimicModel(MimicPreTrainedModel):
         """
         mentions, entities = _prepared(mentions), _prepared(entities)
         with torch.autocast(self.device.type, enabled=False):
-            return {unit: getattr(self, _MODULES[unit])(mentions, entities) for unit in self.config.units or ()}
+            return {unit: getattr(self, _UNIT_MODULES[unit])(mentions, entities) for unit in self.config.units or ()}
 
     def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """S [M, N] (eq. 7): the mean of the units' scores."""
@@ -708,7 +524,7 @@ class MimicModel(MimicPreTrainedModel):
     def quick_scores(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """S [M, N] (eq. 7) but for TGLU's local half: what products of per-item vectors give."""
         mentions, entities = _prepared(mentions), _prepared(entities, without="text_queries")
-        units = [getattr(self, _MODULES[unit]) for unit in self.config.units or ()]
+        units = [getattr(self, _UNIT_MODULES[unit]) for unit in self.config.units or ()]
         m, n = (len(next(iter(side.values()))) for side in (mentions, entities))
         step = max(1, _BLOCK_PAIRS // max(1, m)) if self.device.type == "cpu" else max(1, n)
         columns = []
@@ -730,7 +546,7 @@ class MimicModel(MimicPreTrainedModel):
         scale = 2 * len(units)  # eq. 4 and 7
         mentions, entities = _prepared(mentions), {**entities, **_prepared(entities, without="text_queries")}
         with torch.autocast(self.device.type, enabled=False):
-            return self.tglu.local_scores(mentions, entities, floor * scale) / scale
+            return global_to_local_scores_above(mentions, entities, floor * scale, self.tglu.layer_norm) / scale
 
     @torch.no_grad()
     def query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -797,7 +613,7 @@ class MimicModel(MimicPreTrainedModel):
         if hasattr(self, "tglu") and self.config.text_local:
             mentions = self.encode_mentions(mention_input_ids, mention_attention_mask, mention_pixel_values)
             entities = self.encode_entities(entity_input_ids, entity_attention_mask, entity_pixel_values)
-            found["words"] = self.tglu.attention(mentions, entities)
+            found["words"] = mention_attention(mentions, entities)
         if hasattr(self, "cmfu"):
             sides = {
                 "mention": (mention_input_ids, mention_attention_mask, mention_pixel_values),

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel, BertConfig, CLIPModel, ViTConfig
 
 import hf_mel.auto  # noqa: F401
-from hf_mel.modeling.mimic import MimicConfig, MimicModel, modeling_mimic
+from hf_mel.modeling.mimic import MimicConfig, MimicModel, modeling_mimic, scoring_mimic
 from hf_mel.protocols import Retriever
 from tests.modeling import direct_mimic, published_mimic
 
@@ -154,8 +154,8 @@ def test_blocks_do_not_change_scores(monkeypatch):
     with torch.no_grad():
         whole = model(**batch).scores
         for elements, mentions in ((1, 8), (150, 1), (900, 3), (5000, 8)):
-            monkeypatch.setattr(modeling_mimic, "_BLOCK_ELEMENTS", {"cpu": elements})
-            monkeypatch.setattr(modeling_mimic, "_BLOCK_MENTIONS", mentions)
+            monkeypatch.setattr(scoring_mimic, "_BLOCK_ELEMENTS", {"cpu": elements})
+            monkeypatch.setattr(scoring_mimic, "_BLOCK_MENTIONS", mentions)
             torch.testing.assert_close(model(**batch).scores, whole)
 
 
@@ -240,7 +240,7 @@ def test_the_second_step_gives_what_reaches_the_floor(fields, shape, monkeypatch
         quick = model.quick_scores(mentions, entities)
     rest = scores - quick
     torch.testing.assert_close(model.remaining_scores(mentions, entities, torch.full_like(rest, -torch.inf)), rest)
-    monkeypatch.setattr(modeling_mimic, "_DENSE", 1.0)
+    monkeypatch.setattr(scoring_mimic, "_DENSE", 1.0)
     shares = []
     for quantile in (0.5, 0.9, 0.99):
         floor = rest.quantile(quantile, dim=1, keepdim=True).expand_as(rest)

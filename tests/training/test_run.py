@@ -45,8 +45,8 @@ def test_the_folder_holds_a_model_repository_and_the_record_of_its_run(finished,
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "README.md", "config.json", "configuration_mimic.py", "model.safetensors", "modeling_mimic.py",
-        "processing_mimic.py", "processor_config.json", "recipe.yaml", "results.json", "tokenizer.json",
-        "tokenizer_config.json", "training.png", "training_log.json",
+        "processing_mimic.py", "processor_config.json", "recipe.yaml", "results.json", "scoring_mimic.py",
+        "tokenizer.json", "tokenizer_config.json", "training.png", "training_log.json",
     }  # fmt: skip
     assert Recipe.load(finished / "recipe.yaml").to_dict() == Recipe.from_dict(recipe_dict(dataset)).to_dict()
     results = results_of(finished)
