@@ -153,7 +153,7 @@ class ImnProcessor(ProcessorMixin):
     def _side(self, side: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         named = [side == "mention" and bool((row.get("mention") or "").strip()) for row in rows]
         texts = [
-            self._fill(self.mention_template, row) if has else self._fill("{text}", row)
+            self._fill_template(self.mention_template, row) if has else self._fill_template("{text}", row)
             for row, has in zip(rows, named, strict=True)
         ]
         encoded = self._encode(texts)
@@ -323,13 +323,14 @@ class ImnProcessor(ProcessorMixin):
 
     # Copied from modeling/mimic/processing_mimic.py
     @staticmethod
-    def _fill(template: str, row: Mapping[str, Any]) -> str:
+    def _fill_template(template: str, row: Mapping[str, Any]) -> str:
+        """Fills the fields of a template with the columns of a row; `None` becomes an empty string."""
         columns = [name for _, name, _, _ in Formatter().parse(template) if name]
         try:
             values = {name: row[name] for name in columns}
         except KeyError as error:
             raise ValueError(
-                f"The template {template!r} needs the column {error}; the row has {', '.join(row)}."
+                f"The template {template!r} needs the column {error}, but the row has {', '.join(row)}."
             ) from None
         return template.format_map({name: "" if value is None else value for name, value in values.items()})
 

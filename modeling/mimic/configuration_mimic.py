@@ -7,58 +7,60 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-#: The interaction units of the paper, in the order of Figure 3: TGLU, VDLU, CMFU.
+#: Interaction units in the order of Figure 3: TGLU, VDLU, CMFU.
 UNITS = ("text", "vision", "cross_modal")
 
 
 class MimicConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`MimicModel`]. The defaults describe the published network: CLIP ViT-B/32 and all three units.
+    Configuration of a [`MimicModel`]. The defaults are the published network: CLIP ViT-B/32 and all three units.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            Any BERT-like text encoder, or a CLIP text model. Needed by the units `"text"` and `"cross_modal"`.
+            A BERT-like text encoder or a CLIP text model. Needed by the units `"text"` and `"cross_modal"`.
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
-            Any image encoder: a ViT-like model, a CLIP vision model, or a CNN whose feature map stands for the patches.
-            Needed by the units `"vision"` and `"cross_modal"`. With neither config nor `units` given, both are those of
-            CLIP ViT-B/32.
+            An image encoder: a ViT-like model, a CLIP vision model, or a CNN, whose feature map provides the patches.
+            Needed by the units `"vision"` and `"cross_modal"`. Without both configs and without `units`, both encoders
+            are those of CLIP ViT-B/32.
         projection_dim (`int`, *optional*):
-            Width of a joint space that both global features are projected and L2-normalised into, as CLIP does
-            (512 for ViT-B/32). `None`: global features are the encoders' own.
+            Width of a joint space into which both global features are projected and L2-normalised, as in CLIP (512 for
+            ViT-B/32). Default: the global features are the encoders' outputs.
         units (`list[str]`, *optional*):
-            Which of `"text"` (TGLU), `"vision"` (VDLU), `"cross_modal"` (CMFU) the model has; the score is the mean of
-            theirs (eq. 7). Default: all that the given encoders allow. Leaving one out is the paper's "w/o unit + loss".
+            The model's units, out of `"text"` (TGLU), `"vision"` (VDLU) and `"cross_modal"` (CMFU). The score is the
+            mean of theirs (eq. 7). Default: all that the encoders allow. Leaving one out is the paper's "w/o unit +
+            loss" (Table 2).
         unit_losses (`list[str]`, *optional*):
-            The units whose own loss (eq. 21) joins the overall one in eq. 22. Default: all of `units`.
+            The units whose loss (eq. 21) is added to the overall one (eq. 22). Default: all of `units`.
         text_pooling (`str`, *optional*, defaults to `"pooler"`):
-            The global text feature: `"pooler"` (CLIP's end-of-text state), `"cls"` (the paper's text) or `"mean"` over
-            the tokens that are not padding.
+            The global text feature: `"pooler"` (CLIP's end-of-text state), `"cls"` (as the paper says) or `"mean"`
+            over the tokens that are not padding.
         global_norm (`str`, *optional*, defaults to `"layer_norm"`):
-            How eq. 8 normalises global text features: `"layer_norm"` as the published network, or `"l2"`, which makes
-            S_T^G2G a cosine, and S_T^G2L (eq. 10) one too: FC(t_E^G) is normalised as well.
+            Normalisation of the global text features in eq. 8: `"layer_norm"` as in the published network, or `"l2"`,
+            which makes S_T^G2G a cosine. With `"l2"`, FC(t_E^G) is normalised too, so that S_T^G2L (eq. 10) is also a
+            cosine.
         local_scale (`int` or `float`, *optional*, defaults to 1.0):
-            Weight of S_T^G2L beside S_T^G2G; only with `global_norm="l2"`, where neither can grow on its own.
+            Weight of S_T^G2L relative to S_T^G2G. Only with `global_norm="l2"`, where neither of them can grow.
         temperature (`int` or `float`, *optional*, defaults to 1.0):
-            Divides every score inside the losses of eq. 20–21; ranking does not see it. The paper has none.
+            Divides all scores inside the losses of eq. 20–21. It does not change the ranking. The paper has none.
         text_dim, vision_dim, fusion_dim (`int`, *optional*, defaults to 96):
             d_t, d_v, d_c of the paper: the widths inside TGLU, VDLU and CMFU.
         text_local (`bool`, *optional*, defaults to `True`):
-            Whether TGLU has its global-to-local half (eq. 9–10). Without it the text unit is a plain bi-encoder, eq. 8.
+            Whether TGLU has its global-to-local half (eq. 9–10). Without it, the text unit is a plain bi-encoder (eq. 8).
         gate (`str`, *optional*, defaults to `"scalar"`):
-            CMFU's gate (eq. 17): one `"scalar"` per item as the published network, or a `"vector"` as the paper prints.
+            CMFU's gate (eq. 17): one `"scalar"` per item as in the published network, or a `"vector"` as printed.
         query_norm (`bool`, *optional*, defaults to `True`):
-            Whether VDLU normalises the query before the dot product of eq. 14, as the published network; the paper does
-            not.
+            Whether VDLU normalises the query before the dot product of eq. 14. The published network does, the paper
+            does not.
         mask_padding (`bool`, *optional*, defaults to `False`):
-            Whether TGLU leaves padding out of the softmax (eq. 9) and the mean (eq. 10). The published network does not,
-            so its scores depend on how far a text was padded.
+            Whether TGLU masks padding in the softmax (eq. 9) and the mean (eq. 10). The published network does not, so
+            its scores depend on how far a text was padded.
         local_init (`str`, *optional*, defaults to `"default"`):
-            `"default"`: TGLU's maps start random, as published. `"aligned"`: query, key, value and global map start as
-            one shared orthogonal projection, so that eq. 9–10 start as a soft token match instead of noise. Needs equal
-            widths of local and global features.
+            Initialisation of TGLU's query, key, value and global map: `"default"` is random, as in the published
+            network. `"aligned"` is one shared orthogonal projection, so that eq. 9–10 start as a soft token match; it
+            needs local and global features of the same width.
         nil_threshold (`int` or `float`, *optional*):
-            A mention whose best score is below it is NIL. Set by calibration on a validation split that has NIL mentions;
-            `None`: never NIL.
+            A mention whose best score is below it is predicted NIL. Set by calibration on a validation split with NIL
+            mentions. Default: never NIL.
     """
 
     model_type: ClassVar[str] = "mimic"
@@ -108,7 +110,9 @@ class MimicConfig(PreTrainedConfig):
         choose("gate", "scalar", "vector")
         choose("local_init", "default", "aligned")
         if not self.units or set(self.units) - set(UNITS) or len(set(self.units)) != len(self.units):
-            raise ValueError(f"units={self.units!r} must be one or more of {', '.join(map(repr, UNITS))}, each once.")
+            raise ValueError(
+                f"units={self.units!r} must be one or more of {', '.join(map(repr, UNITS))}, without repetition."
+            )
         if set(self.unit_losses or ()) - set(self.units):
             raise ValueError(f"unit_losses={self.unit_losses!r} names a unit that is not in units={self.units!r}.")
         for unit in self.units:
@@ -122,7 +126,7 @@ class MimicConfig(PreTrainedConfig):
             ]
             if missing:
                 raise ValueError(
-                    f"The unit {unit!r} needs {' and '.join(missing)}; give it, or leave the unit out of units."
+                    f"The unit {unit!r} needs {' and '.join(missing)}. Set it, or leave the unit out of units."
                 )
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive.")

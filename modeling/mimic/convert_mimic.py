@@ -1,4 +1,4 @@
-"""Published MIMIC weights → the weights of a [`MimicModel`] (github.com/pengfei-luo/MIMIC, CLIP backbone)."""
+"""Converts published MIMIC weights (github.com/pengfei-luo/MIMIC, CLIP backbone) to those of a [`MimicModel`]."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from .configuration_mimic import MimicConfig
 
-#: Published name → ours, tried in this order at the start of a key.
+#: (published prefix, our prefix) of a key; the first that matches is replaced.
 _PREFIXES = (
     ("encoder.clip.", ""),
     ("encoder.image_cls_fc.", "image_global_fc."),
@@ -30,8 +30,8 @@ _PREFIXES = (
 )
 _VDLU_PARTS = {"cls_fc": "fc_global", "tokens_fc": "fc_local", "gate_fc": "fc_gate"}
 
-#: Weights a checkpoint holds that no score uses: a LayerNorm that is never called, CLIP's own temperature, and the
-#: position numbers that older transformers saved.
+#: Weights of a checkpoint that no score uses: a LayerNorm that is never called, CLIP's temperature, and the position
+#: ids that older versions of transformers saved.
 _UNUSED = re.compile(r"matcher\.cmfu\.context_layer_norm\.|.*\.logit_scale$|.*\.position_ids$")
 
 
@@ -39,10 +39,11 @@ def convert_state_dict(published: Mapping[str, torch.Tensor]) -> tuple[dict[str,
     """Renames published weights.
 
     Args:
-        published: weights by published name. A training checkpoint's leading `model.` or `module.` is taken off.
+        published (`dict[str, torch.Tensor]`): Weights by published name. The prefixes `model.` and `module.` of a
+            training checkpoint are removed.
 
     Returns:
-        The weights by our names; the keys left out because nothing uses them; the keys that are not MIMIC's.
+        The weights by our names, the published keys that no score uses, and the keys that are unknown.
     """
     converted: dict[str, torch.Tensor] = {}
     unused, unknown = [], []
@@ -65,14 +66,14 @@ def convert_state_dict(published: Mapping[str, torch.Tensor]) -> tuple[dict[str,
 
 
 def convert_config(published: Mapping[str, Any]) -> MimicConfig:
-    """The configuration of a published network.
+    """Returns the configuration of a published network.
 
     Args:
-        published: `clip_config` (a CLIP configuration as a dict) and `dims` with the widths under their published
-            names: `dv` (d_v), `TGLU_hidden_dim` (d_t), `IDLU_hidden_dim` (VDLU), `CMFU_hidden_dim` (d_c).
+        published (`dict`): `clip_config` (a CLIP configuration) and `dims`, the widths by their published names: `dv`
+            (d_v), `TGLU_hidden_dim` (d_t), `IDLU_hidden_dim` (VDLU) and `CMFU_hidden_dim` (d_c).
 
     Raises:
-        ValueError: a key is missing, or VDLU's width differs from d_v, which the network itself cannot have.
+        `ValueError`: A key is missing, or VDLU's width differs from d_v, which the published network does not allow.
     """
     missing = [key for key in ("clip_config", "dims") if not isinstance(published.get(key), Mapping)]
     if not missing:
@@ -82,7 +83,7 @@ def convert_config(published: Mapping[str, Any]) -> MimicConfig:
             if key not in published["dims"]
         ]
     if missing:
-        raise ValueError(f"The configuration lacks {', '.join(missing)}; it has {', '.join(sorted(published))}.")
+        raise ValueError(f"The configuration lacks {', '.join(missing)}. Its keys are {', '.join(sorted(published))}.")
     clip, dims = published["clip_config"], published["dims"]
     if dims["dv"] != dims["IDLU_hidden_dim"]:
         raise ValueError(f"dims.dv={dims['dv']} and dims.IDLU_hidden_dim={dims['IDLU_hidden_dim']} must be equal.")

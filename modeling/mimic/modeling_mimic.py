@@ -35,12 +35,12 @@ _UNIT_MODULES = {"text": "tglu", "vision": "vdlu", "cross_modal": "cmfu"}
 
 @dataclass
 class MimicMentionEncodings(ModelOutput):
-    """What scoring needs of M mentions; a field is `None` where the model lacks the unit.
+    """Encodings of M mentions, complete for scoring. A field is `None` if the model lacks its unit.
 
     Args:
         text_global (`torch.Tensor` [M, d_T]): t_M^G, normalised (eq. 8).
         text_keys, text_values (`torch.Tensor` [M, L, d_t]): K and V of eq. 9.
-        text_mask (`torch.Tensor` [M, L]): 1 where a token is not padding; only with `config.mask_padding`.
+        text_mask (`torch.Tensor` [M, L]): True where a token is not padding. Only with `config.mask_padding`.
         vision_query, vision_pooled, vision_key (`torch.Tensor` [M, d_v]): v_A^G as query of mention-to-entity, and
             pooled patches and v_B^G as target of entity-to-mention (eq. 11–14).
         cross_modal (`torch.Tensor` [M, d_c]): h_m of eq. 18.
@@ -58,13 +58,13 @@ class MimicMentionEncodings(ModelOutput):
 
 @dataclass
 class MimicEntityEncodings(ModelOutput):
-    """What scoring needs of N entities; a field is `None` where the model lacks the unit.
+    """Encodings of N entities, complete for scoring. A field is `None` if the model lacks its unit.
 
     Args:
         text_global (`torch.Tensor` [N, d_T]): t_E^G, normalised (eq. 8).
         text_query_global (`torch.Tensor` [N, d_t]): FC(t_E^G) of eq. 10.
         text_queries (`torch.Tensor` [N, L, d_t]): Q of eq. 9.
-        text_mask (`torch.Tensor` [N, L]): 1 where a token is not padding; only with `config.mask_padding`.
+        text_mask (`torch.Tensor` [N, L]): True where a token is not padding. Only with `config.mask_padding`.
         vision_query, vision_pooled, vision_key (`torch.Tensor` [N, d_v]): v_A^G as query of entity-to-mention, and
             pooled patches and v_B^G as target of mention-to-entity (eq. 11–14).
         cross_modal (`torch.Tensor` [N, d_c]): h_e of eq. 18.
@@ -82,11 +82,12 @@ class MimicEntityEncodings(ModelOutput):
 
 @dataclass
 class MimicOutput(ModelOutput):
-    """
+    """Output of [`MimicModel`].
+
     Args:
-        loss (`torch.Tensor` []): eq. 22, given `labels`.
-        scores (`torch.Tensor` [M, N]): eq. 7, higher is better.
-        unit_scores (`dict[str, torch.Tensor]`): eq. 4–6, each [M, N], by unit name.
+        loss (`torch.Tensor` [], *optional*): Eq. 22. Returned if `labels` are given.
+        scores (`torch.Tensor` [M, N]): Eq. 7. Higher is better.
+        unit_scores (`dict[str, torch.Tensor]`): Eq. 4–6, unit name → scores [M, N].
     """
 
     loss: torch.Tensor | None = None
@@ -111,10 +112,11 @@ class TGLU(nn.Module):
             self.fc_value = linear(local_dim, config.text_dim)
             self.fc_global = linear(global_dim, config.text_dim)
             self.layer_norm = nn.LayerNorm(config.text_dim)
-            # With cosines, FC(t_E^G) has unit length too; LayerNorm gives h_t that of √d_t, which is divided out here.
+            # With cosines, FC(t_E^G) has length 1 and LayerNorm gives h_t length √d_t, which this scale divides out.
             self.cosine_scale = config.local_scale * config.text_dim**-0.5 if config.global_norm == "l2" else None
 
     def encode_mentions(self, text_global, text_local, mask) -> dict[str, torch.Tensor]:
+        """Global feature, and K and V of eq. 9."""
         encoded = {"text_global": text_global}
         if self.local:
             encoded |= {"text_keys": self.fc_key(text_local), "text_values": self.fc_value(text_local)}
@@ -123,6 +125,7 @@ class TGLU(nn.Module):
         return encoded
 
     def encode_entities(self, text_global, text_local, mask) -> dict[str, torch.Tensor]:
+        """Global feature, FC(t_E^G) of eq. 10, and Q of eq. 9."""
         encoded = {"text_global": text_global}
         if self.local:
             query_global = self.fc_global(text_global)
@@ -134,17 +137,17 @@ class TGLU(nn.Module):
         return encoded
 
     def forward(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """S_T [M, N] (eq. 4), or S_T^G2G alone (eq. 8) without the local half."""
+        """S_T [M, N] (eq. 4), or S_T^G2G (eq. 8) if the unit has no local half."""
         quick = self.quick_scores(mentions, entities)
         return quick + global_to_local_scores(mentions, entities, self.layer_norm) / 2 if self.local else quick
 
     def quick_scores(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What S_T^G2G (eq. 8) gives to S_T (eq. 4), [M, N]."""
+        """Part of S_T (eq. 4) that S_T^G2G (eq. 8) contributes, [M, N]."""
         global_to_global = mentions["text_global"] @ entities["text_global"].T
         return global_to_global / 2 if self.local else global_to_global
 
     def query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[M, D]: t_M^G, and h_t (eq. 10) as it is where every token gets the same attention."""
+        """First-stage vectors [M, D]: t_M^G, and h_t (eq. 10) under uniform attention."""
         if not self.local:
             return mentions["text_global"]
         mask = mentions.get("text_mask")
@@ -153,14 +156,14 @@ class TGLU(nn.Module):
         return torch.cat([mentions["text_global"], context], -1) / 2  # eq. 4
 
     def index_vectors(self, entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[N, D]: t_E^G, and FC(t_E^G) of eq. 10."""
+        """First-stage vectors [N, D]: t_E^G, and FC(t_E^G) of eq. 10."""
         if not self.local:
             return entities["text_global"]
         return torch.cat([entities["text_global"], entities["text_query_global"]], -1)
 
 
 class DualGate(nn.Module):
-    """DUAL_A2B of eq. 11–14: scores every A against every B, gated by both (§3.3.2)."""
+    """DUAL_A2B of eq. 11–14 (§3.3.2): scores every A against every B, gated by both."""
 
     def __init__(self, config: MimicConfig):
         super().__init__()
@@ -178,24 +181,24 @@ class DualGate(nn.Module):
         return self.fc_global(image_global)
 
     def encode_target(self, image_global: torch.Tensor, image_local: torch.Tensor):
-        """Mean of V_B^L (eq. 12) and v_B^G, each [B, d_v]. Mean and linear map commute, so the mean comes first."""
+        """Mean of V_B^L (eq. 12) and v_B^G, both [B, d_v]. The mean comes first, as it commutes with a linear map."""
         return self.fc_local(image_local.mean(1)), self.fc_global(image_global)
 
     def query_vectors(self, query: torch.Tensor) -> torch.Tensor:
-        """What eq. 14 takes the inner product with, [A, d_v]."""
+        """The factor of A in eq. 14, [A, d_v]."""
         return self.layer_norm(query) if self.query_norm else query
 
     def target_vectors(self, pooled: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """v_B^L of eq. 13 as it is where v_A^G is nought in eq. 12, [B, d_v]: what of it B alone decides."""
+        """v_B^L of eq. 13 if v_A^G is zero in eq. 12, [B, d_v]: the part that depends on B alone."""
         fused = self.fc(self.add_layer_norm(pooled))
         return self.layer_norm(torch.tanh(self.fc_gate(fused)) * fused + key)
 
     def forward(self, query: torch.Tensor, pooled: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """S_V^A2B [A, B] from v_A^G [A, d_v] and the pooled patches and v_B^G [B, d_v].
+        """S_V^A2B [A, B] from v_A^G [A, d_v], the mean patch [B, d_v] and v_B^G [B, d_v].
 
-        With x̃ for "centred", eq. 12 is h_vc = W(γ(p̃ + ã)/σ₁ + β) + c = (P + Q)/σ₁ + c', where P = Wγp̃ depends on B
-        alone and Q = Wγã on A alone; so the gate of eq. 13 needs one inner product per pair (inside σ₁), and the
-        second LayerNorm four more.
+        The printed equations build [A, B, d_v] tensors. With x̃ for x centred, eq. 12 is
+        h_vc = W(γ(p̃ + ã)/σ₁ + β) + c = (P + Q)/σ₁ + c', where P = Wγp̃ depends on B alone and Q = Wγã on A alone. The
+        gate of eq. 13 therefore needs one inner product per pair (inside σ₁), and the second LayerNorm four more.
         """
         norm1, norm2 = self.add_layer_norm, self.layer_norm
         dim = query.shape[-1]
@@ -212,7 +215,7 @@ class DualGate(nn.Module):
             + self.fc_gate.bias
         )  # h_vg [A, B]
 
-        # y = u(P + Q) + g c' + k is the sum inside the LayerNorm of eq. 13.
+        # y = u(P + Q) + g c' + k is the argument of the LayerNorm of eq. 13.
         u = gate * inverse1
         k = centred(key)
         q_map, p_map, constant = centred(q_map), centred(p_map), centred(constant)
@@ -233,7 +236,7 @@ class DualGate(nn.Module):
 
 
 def _norms(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """|a|² + |b|² for every pair, [A, B]."""
+    """|a|² + |b|² of every pair, [A, B]."""
     return a.square().sum(-1)[:, None] + b.square().sum(-1)[None]
 
 
@@ -246,11 +249,13 @@ class VDLU(nn.Module):
         self.mention_to_entity = DualGate(config)
 
     def encode_mentions(self, image_global, image_local) -> dict[str, torch.Tensor]:
+        """Target of entity-to-mention, and query of mention-to-entity."""
         pooled, key = self.entity_to_mention.encode_target(image_global, image_local)
         query = self.mention_to_entity.encode_query(image_global)
         return {"vision_query": query, "vision_pooled": pooled, "vision_key": key}
 
     def encode_entities(self, image_global, image_local) -> dict[str, torch.Tensor]:
+        """Target of mention-to-entity, and query of entity-to-mention."""
         pooled, key = self.mention_to_entity.encode_target(image_global, image_local)
         query = self.entity_to_mention.encode_query(image_global)
         return {"vision_query": query, "vision_pooled": pooled, "vision_key": key}
@@ -274,13 +279,13 @@ class CMFU(nn.Module):
         self.layer_norm = nn.LayerNorm(dim)
 
     def fuse(self, text_global: torch.Tensor, image_local: torch.Tensor) -> torch.Tensor:
-        """FUSE(h_ot, H_ov), eq. 15–18: h_o [B, d_c]."""
+        """h_o [B, d_c] = FUSE(h_ot, H_ov) (eq. 15–18)."""
         text, patches = self.fc_text(text_global), self.fc_image(image_local)
         context = (self._attention(text, patches).unsqueeze(1) @ patches).squeeze(1)
         return self.layer_norm(torch.tanh(self.fc_gate(text)) * text + context)
 
     def attention(self, text_global: torch.Tensor, image_local: torch.Tensor) -> torch.Tensor:
-        """α of eq. 15–16: the share [B, n] of each of n patches."""
+        """α of eq. 15–16: the attention [B, n] over n patches."""
         return self._attention(self.fc_text(text_global), self.fc_image(image_local))
 
     @staticmethod
@@ -293,15 +298,15 @@ class CMFU(nn.Module):
 
 
 class MimicPreTrainedModel(PreTrainedModel):
-    """What every MIMIC model shares: configuration, weight initialisation, and what the backbones support."""
+    """Base class of the MIMIC models: configuration, weight initialisation, and attention implementations."""
 
     config: MimicConfig
     config_class = MimicConfig
     base_model_prefix = "mimic"
     main_input_name = "mention_input_ids"
-    accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer must scale it when accumulating
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, so the Trainer must scale it when accumulating
     _no_split_modules = []
-    # The model's own parts have no self-attention; these flags let an implementation pass through to the backbones.
+    # The units have no self-attention. These flags let an attention implementation reach the backbones.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -310,12 +315,12 @@ class MimicPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, _AlignedLinear):
-            # One seed for all, so that query, key, value and global map start as the same projection.
+            # One seed, so that query, key, value and global map start as the same projection.
             shared = torch.empty(module.weight.shape)
             nn.init.orthogonal_(shared, generator=torch.Generator().manual_seed(0))
             init.copy_(module.weight, shared.to(module.weight))
             init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):  # PyTorch's own start, which the published network keeps
+        elif isinstance(module, nn.Linear):  # PyTorch's default, as in the published network
             init.kaiming_uniform_(module.weight, a=5**0.5)
             if module.bias is not None:
                 bound = module.in_features**-0.5
@@ -326,7 +331,7 @@ class MimicPreTrainedModel(PreTrainedModel):
 
 
 class MimicModel(MimicPreTrainedModel):
-    """MIMIC, a retriever: mentions and entities are encoded apart, every pair is scored by up to three units.
+    """MIMIC, a retriever: encodes mentions and entities apart and scores every pair by up to three units.
 
     ```python
     >>> from transformers import AutoModel, AutoProcessor
@@ -338,7 +343,7 @@ class MimicModel(MimicPreTrainedModel):
     ```
     """
 
-    #: Submodules that come pretrained; the trainer may give everything else its own learning rate.
+    #: Pretrained submodules. The trainer may give all other parameters another learning rate.
     backbone_names = ("text_model", "vision_model", "text_projection", "visual_projection")
 
     def __init__(self, config: MimicConfig):
@@ -347,7 +352,7 @@ class MimicModel(MimicPreTrainedModel):
         has_text, has_vision = bool(units & {"text", "cross_modal"}), bool(units & {"vision", "cross_modal"})
 
         if has_text:
-            # A pooling head that no score uses would be a parameter without a gradient.
+            # An unused pooling head would be a parameter without a gradient, which breaks distributed training.
             self.text_model = _build_backbone(config.text_config, config.text_pooling == "pooler")
             local_dim: int = config.text_config.hidden_size  # type: ignore[union-attr]
             global_dim = config.projection_dim or local_dim
@@ -357,8 +362,8 @@ class MimicModel(MimicPreTrainedModel):
                 self.text_global_norm = nn.LayerNorm(global_dim)
             if config.local_init == "aligned" and global_dim != local_dim:
                 raise ValueError(
-                    f"local_init='aligned' needs global and local text features of one width, not {global_dim} and "
-                    f"{local_dim}; leave projection_dim unset or use local_init='default'."
+                    f"local_init='aligned' needs global and local text features of the same width, but theirs are "
+                    f"{global_dim} and {local_dim}. Leave projection_dim unset, or set local_init='default'."
                 )
         if has_vision:
             self.vision_model = _build_backbone(config.vision_config, False)
@@ -382,16 +387,21 @@ class MimicModel(MimicPreTrainedModel):
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **config) -> MimicModel:
-        """A model whose encoders are pretrained and whose units start untrained.
+        """Builds a model with pretrained encoders and untrained units.
 
         Args:
-            text (`str`, *optional*): Hub id or folder of a text encoder, or of a CLIP model, which then gives both
+            text (`str`, *optional*): Hub id or folder of a text encoder, or of a CLIP model, which provides both
                 encoders and the joint space.
             vision (`str`, *optional*): Hub id or folder of an image encoder.
-            config: fields of [`MimicConfig`].
+            config: Fields of [`MimicConfig`].
+
+        Raises:
+            `ValueError`: Neither `text` nor `vision` is given.
         """
         if text is None and vision is None:
-            raise ValueError("from_backbones needs the Hub id or folder of a text encoder, a vision encoder, or both.")
+            raise ValueError(
+                "No encoder is given. Pass the Hub id or folder of a text encoder, a vision encoder, or both."
+            )
         parts: dict[str, Any] = {}
         if text is not None and AutoConfig.from_pretrained(text).model_type == "clip":
             clip = AutoModel.from_pretrained(text)
@@ -405,14 +415,14 @@ class MimicModel(MimicPreTrainedModel):
         for name in ("text_model", "vision_model"):
             if name in parts:
                 encoder = parts[name].config.to_dict()
-                encoder.pop("_name_or_path", None)  # may be a path of this machine, and the weights travel with us
+                encoder.pop("_name_or_path", None)  # it may be a local path, and the weights are saved with the model
                 config.setdefault(name.replace("model", "config"), encoder)
         model = cls(MimicConfig(**config))
         for name, part in parts.items():
             target = getattr(model, name, None)
             if target is not None and (name.endswith("model") or config["projection_dim"]):
-                wanted = target.state_dict()
-                target.load_state_dict({k: v for k, v in part.state_dict().items() if k in wanted})
+                target_keys = target.state_dict().keys()
+                target.load_state_dict({k: v for k, v in part.state_dict().items() if k in target_keys})
         return model
 
     def _text_features(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -427,7 +437,7 @@ class MimicModel(MimicPreTrainedModel):
             pooled = output.pooler_output
             if pooled is None:
                 raise ValueError(
-                    f"The text encoder {type(self.text_model).__name__} has no pooled output; set text_pooling to "
+                    f"The text encoder {type(self.text_model).__name__} has no pooled output. Set text_pooling to "
                     "'cls' or 'mean'."
                 )
         if self.config.projection_dim:
@@ -437,10 +447,10 @@ class MimicModel(MimicPreTrainedModel):
         return self.text_global_norm(pooled), local
 
     def _image_features(self, pixel_values) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """v^G [B, d_v] (only where VDLU is) and V^L [B, n, d_v] (§3.2.1)."""
+        """v^G [B, d_v] (`None` without VDLU) and V^L [B, n, d_v] (§3.2.1)."""
         output = self.vision_model(pixel_values=pixel_values)
         local, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
-        if local.dim() == 4:  # a CNN's feature map [B, C, H, W]: every cell is a patch
+        if local.dim() == 4:  # the feature map [B, C, H, W] of a CNN: every cell is a patch
             local = local.flatten(2).transpose(1, 2)
             pooled = local.mean(1) if pooled is None else pooled.flatten(1)
         elif pooled is None:
@@ -453,22 +463,23 @@ class MimicModel(MimicPreTrainedModel):
         return self.image_global_norm(self.image_global_fc(pooled)), patches
 
     def _encode(self, side: str, input_ids, attention_mask, pixel_values) -> dict[str, torch.Tensor]:
+        """Encodings of `side`, "mention" or "entity"; see [`~MimicModel.encode_mentions`]."""
         encoded: dict[str, torch.Tensor] = {}
         if hasattr(self, "text_model"):
             if input_ids is None:
-                raise ValueError(f"This model reads text: {side}_input_ids is missing.")
+                raise ValueError(f"{side}_input_ids is missing. Pass it, as this model reads text.")
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
             width = input_ids.shape[1]
             if self.config.mask_padding or not self.config.text_local:
-                # No score sees padding, so columns that are padding in every row need no forward pass.
+                # Padding changes no score, so columns that are padding in every row are left out of the forward pass.
                 used = attention_mask.any(0).nonzero()
                 width = int(used[-1]) + 1 if len(used) else 1
             text_global, text_local = self._text_features(input_ids[:, :width], attention_mask[:, :width])
             text_local = F.pad(text_local, (0, 0, 0, input_ids.shape[1] - width))
         if hasattr(self, "vision_model"):
             if pixel_values is None:
-                raise ValueError(f"This model sees images: {side}_pixel_values is missing.")
+                raise ValueError(f"{side}_pixel_values is missing. Pass it, as this model reads images.")
             image_global, image_local = self._image_features(pixel_values)
         if hasattr(self, "tglu"):
             if self.config.text_local:
@@ -507,23 +518,23 @@ class MimicModel(MimicPreTrainedModel):
     def unit_scores(
         self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """S_T, S_V, S_C (eq. 4–6) of every pair, each [M, N], for the units the model has.
+        """S_T, S_V, S_C (eq. 4–6) of every pair, unit name → [M, N], for the model's units.
 
-        Scores are float32 even under autocast: half precision has too few digits to rank by, and VDLU's expansion
+        Scores are float32 even under autocast: half precision has too few digits for ranking, and VDLU's expansion
         subtracts nearly equal terms.
         """
-        mentions, entities = _prepared(mentions), _prepared(entities)
+        mentions, entities = _to_float32(mentions), _to_float32(entities)
         with torch.autocast(self.device.type, enabled=False):
             return {unit: getattr(self, _UNIT_MODULES[unit])(mentions, entities) for unit in self.config.units or ()}
 
     def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """S [M, N] (eq. 7): the mean of the units' scores."""
-        return _mean(self.unit_scores(mentions, entities))
+        """S [M, N] (eq. 7), the mean of the units' scores."""
+        return _mean_of_units(self.unit_scores(mentions, entities))
 
     @torch.no_grad()
     def quick_scores(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """S [M, N] (eq. 7) but for TGLU's local half: what products of per-item vectors give."""
-        mentions, entities = _prepared(mentions), _prepared(entities, without="text_queries")
+        """S [M, N] (eq. 7) without TGLU's local half: the part that takes only products of per-item vectors."""
+        mentions, entities = _to_float32(mentions), _to_float32(entities, without="text_queries")
         units = [getattr(self, _UNIT_MODULES[unit]) for unit in self.config.units or ()]
         m, n = (len(next(iter(side.values()))) for side in (mentions, entities))
         step = max(1, _BLOCK_PAIRS // max(1, m)) if self.device.type == "cpu" else max(1, n)
@@ -539,25 +550,31 @@ class MimicModel(MimicPreTrainedModel):
     def remaining_scores(
         self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor], floor: torch.Tensor
     ) -> torch.Tensor:
-        """What [`~MimicModel.quick_scores`] leaves out of S, [M, N]; -inf for a pair where it is surely below `floor`."""
+        """Part of S that [`~MimicModel.quick_scores`] leaves out, [M, N].
+
+        Args:
+            mentions ([`MimicMentionEncodings`]): Of M mentions.
+            entities ([`MimicEntityEncodings`]): Of N entities; half precision is read as stored.
+            floor (`torch.Tensor` [M, N]): A pair whose remaining score is surely below it gets -inf.
+        """
         units = self.config.units or ()
         if "text" not in units or not self.config.text_local:
             return torch.zeros_like(floor)
         scale = 2 * len(units)  # eq. 4 and 7
-        mentions, entities = _prepared(mentions), {**entities, **_prepared(entities, without="text_queries")}
+        mentions, entities = _to_float32(mentions), {**entities, **_to_float32(entities, without="text_queries")}
         with torch.autocast(self.device.type, enabled=False):
             return global_to_local_scores_above(mentions, entities, floor * scale, self.tglu.layer_norm) / scale
 
     @torch.no_grad()
     def query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """One float32 vector per mention, [M, D], for a first stage: its inner product with an entity's
-        [`~MimicModel.index_vectors`] is near the score.
+        """First-stage vectors of mentions, [M, D], float32.
 
-        CMFU and TGLU's global half are inner products as they are. Two parts are approximated, each by what it would be
-        if mention and entity did not see one another: TGLU's local half by h_t with the same attention on every token
-        (eq. 9), VDLU by v_B^L without the other image (eq. 12).
+        Their inner products with the entities' [`~MimicModel.index_vectors`] approximate the scores. CMFU and TGLU's
+        global half are inner products already. The other two parts are approximated by leaving out the interaction of
+        mention and entity: TGLU's local half by h_t under uniform attention (eq. 9), VDLU by v_B^L without the other
+        image (eq. 12).
         """
-        mentions = _prepared(mentions)
+        mentions = _to_float32(mentions)
         parts = []
         with torch.autocast(self.device.type, enabled=False):
             for unit in self.config.units or ():
@@ -575,8 +592,8 @@ class MimicModel(MimicPreTrainedModel):
 
     @torch.no_grad()
     def index_vectors(self, entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """One float32 vector per entity, [N, D]; see [`~MimicModel.query_vectors`]."""
-        entities = _prepared(entities, without="text_queries")
+        """First-stage vectors of entities, [N, D], float32; see [`~MimicModel.query_vectors`]."""
+        entities = _to_float32(entities, without="text_queries")
         parts = []
         with torch.autocast(self.device.type, enabled=False):
             for unit in self.config.units or ():
@@ -602,18 +619,20 @@ class MimicModel(MimicPreTrainedModel):
         entity_attention_mask: torch.Tensor | None = None,
         entity_pixel_values: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Where the units look, for M mentions and N entities.
+        """Attention weights of the units, for M mentions and N entities.
+
+        Args: as [`~MimicModel.forward`].
 
         Returns:
-            `dict` of what the model has: `words` [M, N, L], the share of each token of a mention in TGLU's attention
-            (eq. 9, averaged over the entity's tokens); `mention_patches` [M, h, w] and `entity_patches` [N, h, w], the
-            share of each image patch in CMFU's attention (eq. 15–16), without a ViT's class token.
+            `dict`, as far as the model has the units: `words` [M, N, L], TGLU's attention over the tokens of a mention
+            (eq. 9, averaged over the entity's tokens); `mention_patches` [M, h, w] and `entity_patches` [N, h, w],
+            CMFU's attention over image patches (eq. 15–16), without a ViT's class token.
         """
-        found: dict[str, torch.Tensor] = {}
+        weights: dict[str, torch.Tensor] = {}
         if hasattr(self, "tglu") and self.config.text_local:
             mentions = self.encode_mentions(mention_input_ids, mention_attention_mask, mention_pixel_values)
             entities = self.encode_entities(entity_input_ids, entity_attention_mask, entity_pixel_values)
-            found["words"] = mention_attention(mentions, entities)
+            weights["words"] = mention_attention(mentions, entities)
         if hasattr(self, "cmfu"):
             sides = {
                 "mention": (mention_input_ids, mention_attention_mask, mention_pixel_values),
@@ -624,8 +643,8 @@ class MimicModel(MimicPreTrainedModel):
                 shares = self.cmfu.attention(text, self._image_features(pixels)[1])
                 height = int(shares.shape[1] ** 0.5)
                 if height**2 in (shares.shape[1], shares.shape[1] - 1):
-                    found[f"{side}_patches"] = shares[:, -(height**2) :].unflatten(1, (height, height))
-        return found
+                    weights[f"{side}_patches"] = shares[:, -(height**2) :].unflatten(1, (height, height))
+        return weights
 
     def forward(
         self,
@@ -637,15 +656,20 @@ class MimicModel(MimicPreTrainedModel):
         entity_pixel_values: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
     ) -> MimicOutput:
-        """
+        """Scores M mentions against N entities and, given labels, computes the loss.
+
         Args:
-            labels (`torch.LongTensor` [M], *optional*): the column of each mention's gold among the N entities.
-                Every other column is a negative, so an entity must not stand in two columns.
+            mention_input_ids, mention_attention_mask (`torch.Tensor` [M, L], *optional*): Needed if the model reads
+                text. Default mask: ones.
+            mention_pixel_values (`torch.Tensor` [M, 3, H, W], *optional*): Needed if the model reads images.
+            entity_input_ids, entity_attention_mask, entity_pixel_values: The same of the entities.
+            labels (`torch.LongTensor` [M], *optional*): Column of each mention's gold among the N entities. All other
+                columns are negatives, so every entity may have one column only.
         """
         mentions = self.encode_mentions(mention_input_ids, mention_attention_mask, mention_pixel_values)
         entities = self.encode_entities(entity_input_ids, entity_attention_mask, entity_pixel_values)
         unit_scores = self.unit_scores(mentions, entities)
-        scores = _mean(unit_scores)
+        scores = _mean_of_units(unit_scores)
         loss = None
         if labels is not None:
             terms = [scores, *(unit_scores[unit] for unit in self.config.unit_losses or ())]
@@ -654,13 +678,13 @@ class MimicModel(MimicPreTrainedModel):
         return MimicOutput(loss=loss, scores=scores, unit_scores=unit_scores)
 
 
-def _mean(unit_scores: dict[str, torch.Tensor]) -> torch.Tensor:
+def _mean_of_units(unit_scores: dict[str, torch.Tensor]) -> torch.Tensor:
     first, *others = unit_scores.values()
     return sum(others, first) / len(unit_scores)
 
 
-def _prepared(encodings: Mapping[str, torch.Tensor], without: str | None = None) -> dict[str, torch.Tensor]:
-    """Half precision (of an autocast, or of a knowledge base on disk) as float32; the rest as it is, `None` left out."""
+def _to_float32(encodings: Mapping[str, torch.Tensor], without: str | None = None) -> dict[str, torch.Tensor]:
+    """Casts half-precision tensors (from autocast, or stored on disk) to float32 and drops `None` and `without`."""
     return {
         name: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
         for name, tensor in encodings.items()

@@ -1,4 +1,4 @@
-"""Rows to tensors for MIMIC: templates of eq. 2–3, 40 tokens, 224-pixel images, zeros for a missing image."""
+"""Processor of MIMIC: rows to tensors, with the templates of eq. 2–3, 40 tokens, and zeros for a missing image."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ class MimicProcessor(ProcessorMixin):
     ```
 
     Args:
-        image_processor: Prepares images; its own configuration holds size, cropping and normalisation.
-        tokenizer: Prepares text.
-        max_length (`int`, *optional*, defaults to 40): Tokens per text; longer ones are cut at the end, shorter ones
-            padded, so that encodings of all batches have one shape (and because the published network sees padding).
-        mention_template (`str`, *optional*): The text of a mention (eq. 3), over the columns of its row.
-        entity_template (`str`, *optional*): The text of an entity (eq. 2), over the columns of its row.
-        use_images (`bool`, *optional*, defaults to `True`): Whether to prepare images at all.
-        use_text (`bool`, *optional*, defaults to `True`): Whether to prepare text at all.
+        image_processor: An image processor, which determines size, cropping and normalisation.
+        tokenizer: A tokenizer.
+        max_length (`int`, *optional*, defaults to 40): Tokens per text. Longer texts are truncated. Shorter ones are
+            padded to this length, because the published network attends to padding, and so that all batches of
+            encodings have one shape.
+        mention_template (`str`, *optional*): Text of a mention (eq. 3). Fields in braces are columns of its row.
+        entity_template (`str`, *optional*): Text of an entity (eq. 2). Fields in braces are columns of its row.
+        use_images (`bool`, *optional*, defaults to `True`): Whether to return images.
+        use_text (`bool`, *optional*, defaults to `True`): Whether to return text.
     """
 
     def __init__(
@@ -55,14 +56,17 @@ class MimicProcessor(ProcessorMixin):
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> MimicProcessor:
-        """A processor for [`MimicModel.from_backbones`] with the same arguments.
+        """Builds the processor of a model built by [`MimicModel.from_backbones`] with the same arguments.
 
         Args:
-            text, vision (`str`, *optional*): Hub ids or folders of the encoders. A CLIP model gives both.
-            options: options of the processor.
+            text, vision (`str`, *optional*): Hub ids or folders of the encoders. A CLIP model provides both.
+            options: Arguments of the processor's constructor.
+
+        Raises:
+            `ValueError`: `text` is not given.
         """
         if text is None:
-            raise ValueError("from_backbones needs the Hub id or folder of a text encoder, whose tokenizer it takes.")
+            raise ValueError("The tokenizer is missing. Pass the Hub id or folder of a text encoder as text=.")
         tokenizer, config = AutoTokenizer.from_pretrained(text), AutoConfig.from_pretrained(text)
         if vision is None and config.model_type == "clip":
             size = config.vision_config.image_size
@@ -96,19 +100,23 @@ class MimicProcessor(ProcessorMixin):
         entities: Sequence[Mapping[str, Any]] | None = None,
         pairs: Any = None,
     ) -> BatchFeature:
-        """
+        """Prepares mentions and entities.
+
         Args:
-            mentions (M rows, *optional*): rows with `mention`, `text`, `image` (a PIL image or `None`).
-            entities (N rows, *optional*): rows with `name`, `attributes`, `images` (the first is taken; may be empty).
-            pairs: not for a retriever; raises.
+            mentions (M rows, *optional*): Rows with `mention`, `text` and `image` (a PIL image or `None`).
+            entities (N rows, *optional*): Rows with `name`, `attributes` and `images`, of which the first is used.
+            pairs: Not supported by a retriever.
 
         Returns:
             `BatchFeature` of tensors: `mention_input_ids`, `mention_attention_mask` [M, L], `mention_pixel_values`
-            [M, 3, H, W] (zeros for a missing image), and the same for `entity_*`.
+            [M, 3, H, W] (zeros for a missing image), and the same as `entity_*`.
+
+        Raises:
+            `ValueError`: `pairs` is given, or a row lacks a column of its template.
         """
         if pairs is not None:
             raise ValueError(
-                "MIMIC scores mentions and entities apart; give mentions= and entities= instead of pairs=."
+                "MIMIC encodes mentions and entities apart. Pass mentions= and entities= instead of pairs=."
             )
         batch: dict[str, torch.Tensor] = {}
         if mentions is not None:
@@ -120,9 +128,10 @@ class MimicProcessor(ProcessorMixin):
         return BatchFeature(batch)
 
     def _side(self, side: str, rows, template: str, images: list) -> dict[str, torch.Tensor]:
+        """Tensors of `side`, "mention" or "entity"."""
         tensors: dict[str, torch.Tensor] = {}
         if self.use_text:
-            texts = [self._fill(template, row) for row in rows]
+            texts = [self._fill_template(template, row) for row in rows]
             encoded = self.tokenizer(
                 texts,
                 max_length=self.max_length,
@@ -138,23 +147,23 @@ class MimicProcessor(ProcessorMixin):
         return tensors
 
     def text_spans(self, mentions: Sequence[Mapping[str, Any]]) -> list[list[tuple[int, int] | None]]:
-        """Where the L tokens of each of M mentions stand in its row's `text`.
+        """Locates the L tokens of each of M mentions in the `text` of its row.
 
         Returns:
-            M lists of L spans (start, end) in characters of `text`, end exclusive; `None` for a token of anything else
-            in the template, a special token or padding.
+            M lists of L spans (start, end) in characters of `text`, end exclusive. The span is `None` for special
+            tokens, padding and tokens of other parts of the template.
 
         Raises:
-            `ValueError`: the tokenizer does not tell where its tokens stand.
+            `ValueError`: The tokenizer gives no offsets.
         """
         if not self.tokenizer.is_fast:
-            raise ValueError(f"{type(self.tokenizer).__name__} does not tell where its tokens stand in a text.")
-        before, found, _ = self.mention_template.partition("{text}")
+            raise ValueError(f"{type(self.tokenizer).__name__} gives no token offsets. Use a fast tokenizer.")
+        before, text_field, _ = self.mention_template.partition("{text}")
         spans = []
         for row in mentions:
-            filled = self._fill(self.mention_template, row)
-            start = len(self._fill(before, row)) if found else len(filled)
-            end = start + len(row["text"]) if found else start
+            filled = self._fill_template(self.mention_template, row)
+            start = len(self._fill_template(before, row)) if text_field else len(filled)
+            end = start + len(row["text"]) if text_field else start
             offsets = self.tokenizer(
                 filled,
                 max_length=self.max_length,
@@ -166,17 +175,19 @@ class MimicProcessor(ProcessorMixin):
         return spans
 
     @staticmethod
-    def _fill(template: str, row: Mapping[str, Any]) -> str:
+    def _fill_template(template: str, row: Mapping[str, Any]) -> str:
+        """Fills the fields of a template with the columns of a row; `None` becomes an empty string."""
         columns = [name for _, name, _, _ in Formatter().parse(template) if name]
         try:
             values = {name: row[name] for name in columns}
         except KeyError as error:
             raise ValueError(
-                f"The template {template!r} needs the column {error}; the row has {', '.join(row)}."
+                f"The template {template!r} needs the column {error}, but the row has {', '.join(row)}."
             ) from None
         return template.format_map({name: "" if value is None else value for name, value in values.items()})
 
     def _pixels(self, images: list) -> torch.Tensor:
+        """Pixel values [B, 3, H, W] of PIL images, zeros where the image is `None`."""
         present = [image.convert("RGB") for image in images if image is not None]
         if present:
             pixels = self.image_processor(present, return_tensors="pt")["pixel_values"]
