@@ -11,6 +11,8 @@ import datasets
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
+from hf_mel.building.markdown import markdown_table
+
 if TYPE_CHECKING:
     from hf_mel.building.report import BuildReport
 
@@ -67,7 +69,7 @@ def dataset_card(builder_class: Any, infos: dict[str, datasets.DatasetInfo], rep
         schema=_schema_tables(infos),
         problems=_problems_table(report),
         leakage=_leakage_table(report),
-        raw_files=_table(["file", "sha256"], [[f, f"`{h}`"] for f, h in sorted(report.raw_sha256.items())]),
+        raw_files=markdown_table(["file", "sha256"], [[f, f"`{h}`"] for f, h in sorted(report.raw_sha256.items())]),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n"
 
@@ -102,7 +104,7 @@ def _counts_table(report: BuildReport) -> str:
             if official:
                 expected = report.official.get(config, {}).get(split)
                 rows[-1].append("unknown" if expected is None else f"{expected:,}")
-    table = _table(header + ["official rows"] * official, rows)
+    table = markdown_table(header + ["official rows"] * official, rows)
     # Also what keeps `datasets` from giving the cached rows of an earlier build: it tells folders apart by their card.
     return f"{table}\n\nsha256 of all Parquet files together: `{report.data_sha256}`"
 
@@ -111,7 +113,7 @@ def _schema_tables(infos: dict[str, datasets.DatasetInfo]) -> str:
     parts = []
     for config, info in infos.items():
         rows = [[f"`{column}`", _type_name(kind)] for column, kind in info.features.items()]
-        parts.append(f"**{config}**\n\n{_table(['column', 'type'], rows)}")
+        parts.append(f"**{config}**\n\n{markdown_table(['column', 'type'], rows)}")
     return "\n\n".join(parts)
 
 
@@ -127,7 +129,7 @@ def _problems_table(report: BuildReport) -> str:
         for kind, entries in sorted(report.problems.items())
     ]
     rows += [[kind.replace("_", " "), f"{n:,}", ""] for kind, n in report.duplicates.items() if n]
-    return _table(["kind", "count", "first"], rows)
+    return markdown_table(["kind", "count", "first"], rows)
 
 
 def leakage_rows(leakage: dict[str, dict[str, dict[str, int]]], counts: dict[str, dict[str, int]]) -> list[list[str]]:
@@ -144,11 +146,4 @@ def leakage_rows(leakage: dict[str, dict[str, dict[str, int]]], counts: dict[str
 
 def _leakage_table(report: BuildReport) -> str:
     rows = leakage_rows(report.leakage, report.counts)
-    return _table(["configuration", "split", "mentions whose", "count"], rows)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    if not rows:
-        return "None."
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(["configuration", "split", "mentions whose", "count"], rows)

@@ -1,4 +1,4 @@
-"""`hf-mel convert`: other people's checkpoints → model folders."""
+"""`hf-mel convert`: converts published checkpoints to model folders."""
 
 from __future__ import annotations
 
@@ -9,35 +9,38 @@ import typer
 
 
 def convert(
-    method: Annotated[str, typer.Argument(help="Whose checkpoint it is, for instance [b]mimic[/b].")],
-    state_dict: Annotated[Path, typer.Option(help="The published weights: safetensors, or a PyTorch checkpoint.")],
-    config: Annotated[Path, typer.Option(help="The published configuration as JSON.")],
+    method: Annotated[str, typer.Argument(help="The method of the checkpoint, for instance [b]mimic[/b].")],
+    state_dict: Annotated[
+        Path, typer.Option(help="The published weights, a safetensors file or a PyTorch checkpoint.")
+    ],
+    config: Annotated[Path, typer.Option(help="The published configuration, a JSON file.")],
     output: Annotated[Path, typer.Option(help="The model folder to write; must be new or empty.")],
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="Hub id or folder of the encoder it was trained with, such as openai/clip-vit-base-patch32: "
-            "its tokenizer goes into the folder too. Evaluating and linking need it."
+            help="Hub id or folder of the encoder it was trained with, such as openai/clip-vit-base-patch32. Its tokenizer "
+            "is saved too; evaluating and linking need it."
         ),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Where to write, as JSON, every key that found no place.", dir_okay=False)
+        Path | None,
+        typer.Option(help="A JSON file to write that lists all keys that do not match.", dir_okay=False),
     ] = None,
 ) -> None:
-    """Turn published weights into a model folder that [b]AutoModel.from_pretrained[/b] reads.
+    """Convert published weights to a model folder that [b]AutoModel.from_pretrained[/b] reads.
 
-    Every key of the checkpoint must find its place; a key that is unknown, missing or of another shape is an error that
-    names it, and nothing is written.
+    Every key of the checkpoint must match a parameter. If a key is unknown, missing or of another shape, the command fails
+    with its name and writes nothing.
     """
     from rich.console import Console
 
     from hf_mel.hub.convert import convert_checkpoint
 
-    done = convert_checkpoint(method, state_dict, config, output, tokenizer, report)
+    converted, unused = convert_checkpoint(method, state_dict, config, output, tokenizer, report)
     console = Console()
-    console.print(f"{done.converted} tensors converted to [b]{done.output}[/b].")
-    if done.unused:
-        console.print(f"Left out, since no score uses them: {', '.join(done.unused)}.")
+    console.print(f"{converted} tensors converted to [b]{output}[/b].")
+    if unused:
+        console.print(f"Left out because no score uses them: {', '.join(unused)}.")
     if tokenizer is None:
-        console.print("No processor was written; give --tokenizer to evaluate and link with the folder.")
-    console.print(f'Next: AutoModel.from_pretrained("{done.output}")', markup=False)
+        console.print("No processor was written. Give --tokenizer to evaluate and link with the folder.")
+    console.print(f'Next: AutoModel.from_pretrained("{output}")', markup=False)

@@ -1,4 +1,4 @@
-"""Other people's checkpoints → model folders that `AutoModel.from_pretrained` reads."""
+"""Conversion of published checkpoints to model folders that `AutoModel.from_pretrained` reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import pickle
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoModel
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from hf_mel.errors import DataFormatError, MelError, RecipeError
 from hf_mel.files import write_text
 from hf_mel.hub.saving import save_model_repository
-
-
-@dataclass
-class ConversionReport:
-    """What became of every key of a checkpoint.
-
-    Args:
-        output (`Path`): the model folder.
-        converted (`int`): tensors taken over.
-        unused (`list[str]`): keys that are the method's but that no score uses.
-    """
-
-    output: Path
-    converted: int
-    unused: list[str] = field(default_factory=list)
 
 
 def convert_checkpoint(
@@ -43,42 +29,48 @@ def convert_checkpoint(
     output: str | os.PathLike,
     tokenizer: str | None = None,
     report: str | os.PathLike | None = None,
-) -> ConversionReport:
-    """Writes a model folder from published weights.
+) -> tuple[int, list[str]]:
+    """Converts published weights to a model folder.
 
     Args:
-        method (`str`): a folder of `modeling/` with a `convert_<method>.py` that offers `convert_config` and
-            `convert_state_dict`.
-        state_dict: the weights under their published names: a safetensors file, or a checkpoint of PyTorch, of which
-            tensors and plain containers are read and anything else is refused.
-        config: a JSON file with the published configuration.
-        output: the folder to write; must not exist or be empty.
-        tokenizer (`str`, *optional*): Hub id or folder of the tokenizer (and encoder) the network was trained with;
-            without it the folder holds no processor, which evaluating and linking need.
-        report: a JSON file to write, of every key that found no place, whether the conversion succeeds or not:
-            `unused` (the method's, but no score uses them), `unknown`, `missing`, `no_place` and `other_shape`.
+        method (`str`): Name of the method: a folder of `modeling/` with a module `convert_<method>.py` that defines
+            `convert_config` and `convert_state_dict`.
+        state_dict (`str` or `os.PathLike`): The published weights, a safetensors file or a PyTorch checkpoint. Only
+            tensors and plain containers are unpickled; anything else is refused.
+        config (`str` or `os.PathLike`): The published configuration, a JSON file.
+        output (`str` or `os.PathLike`): Output folder. It must be empty or not exist.
+        tokenizer (`str`, *optional*): Hub id or folder of the tokenizer (and encoder) the network was trained with.
+            Without it the output has no processor, which evaluation and linking need.
+        report (`str` or `os.PathLike`, *optional*): A JSON file for the keys that do not match, written even if the
+            conversion fails: `unused` (known to the method but not used by any score), `unknown`, `missing`, `no_place`
+            and `other_shape`.
+
+    Returns:
+        The number of converted tensors, and the unused keys.
 
     Raises:
-        RecipeError: no such method.
-        DataFormatError: a file is missing or unreadable, or keys are unknown, missing or of another shape.
-        MelError: the output cannot be written, or the tokenizer cannot be loaded.
+        RecipeError: The method has no conversion.
+        DataFormatError: A file is missing or unreadable, or a key is unknown, missing or of another shape.
+        MelError: The output cannot be written, or the tokenizer cannot be loaded.
     """
-    from transformers import AutoModel
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
-    import hf_mel.auto  # noqa: F401 (registers the method's classes with the Auto classes)
-
     state_dict, config, output = Path(state_dict), Path(config), Path(output)
     try:
         module = import_module(f"hf_mel.modeling.{method}.convert_{method}")
     except ModuleNotFoundError:
-        raise RecipeError(f"No conversion for {method!r}.", remedy=f"Known: {', '.join(_convertible())}.") from None
+        raise RecipeError(
+            f"The method {method!r} has no conversion.", remedy=f"Use one of: {', '.join(_convertible_methods())}."
+        ) from None
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise MelError("The output is there, and is not an empty folder.", file=output, remedy="Give a new folder.")
+        raise MelError("The output exists and is not an empty folder.", file=output, remedy="Give a new folder.")
 
-    model_config = _call(module.convert_config, _read_json(config), file=config)
-    published = _read_state_dict(state_dict)
-    weights, unused, unknown = module.convert_state_dict(published)
+    published_config = _read_config(config)
+    try:
+        model_config = module.convert_config(published_config)
+    except (ValueError, TypeError) as error:
+        raise DataFormatError(
+            str(error), file=config, remedy=f"Compare it with convert_config in convert_{method}.py."
+        ) from error
+    weights, unused, unknown = module.convert_state_dict(read_state_dict(state_dict))
 
     model = AutoModel.from_config(model_config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -88,7 +80,7 @@ def convert_checkpoint(
         "missing": sorted(expected.keys() - weights.keys()),
         "no_place": sorted(weights.keys() - expected.keys()),
         "other_shape": [
-            f"{key} is {tuple(weights[key].shape)}, the configuration needs {expected[key]}"
+            f"{key} has shape {tuple(weights[key].shape)}, the configuration needs {expected[key]}"
             for key in sorted(expected.keys() & weights.keys())
             if tuple(weights[key].shape) != expected[key]
         ],
@@ -102,9 +94,9 @@ def convert_checkpoint(
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise DataFormatError(
-            f"The weights do not fit the configuration: {shown}.",
+            f"The weights do not match the configuration: {shown}.",
             file=state_dict,
-            remedy="Check that both are of one run. --report FILE writes every such key.",
+            remedy="Check that both belong to the same run. --report FILE lists all keys that do not match.",
         )
     model.load_state_dict(weights)
     processor = None
@@ -121,64 +113,66 @@ def convert_checkpoint(
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:
             save_model_repository(model, processor, Path(work) / "model")
-            (Path(work) / "model").replace(output)  # an empty folder gives way
+            (Path(work) / "model").replace(output)
     except OSError as error:
-        raise MelError(f"Cannot be written ({error}).", file=output, remedy="Give another folder.") from error
-    return ConversionReport(output, len(weights), unused)
+        raise MelError(
+            f"The output cannot be written ({error}).", file=output, remedy="Give another folder."
+        ) from error
+    return len(weights), unused
 
 
-def _convertible() -> list[str]:
-    import hf_mel.modeling
+def read_state_dict(path: Path) -> Mapping[str, torch.Tensor]:
+    """Reads the tensors of a safetensors file or a PyTorch checkpoint, or those under its key `state_dict`.
 
-    roots = [Path(path) for path in hf_mel.modeling.__path__]
-    return sorted(path.parent.name for root in roots for path in root.glob("*/convert_*.py"))
-
-
-def _read_state_dict(path: Path) -> Mapping[str, Any]:
-    """The tensors of a file by name; of a checkpoint that holds more, its `state_dict`."""
+    Raises:
+        DataFormatError: The file is missing, unreadable, holds more than tensors and plain containers, or holds no state
+            dict.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise DataFormatError("No such file.", file=path, remedy="Check --state-dict.") from None
+        raise DataFormatError("The file does not exist.", file=path, remedy="Check --state-dict.") from None
     except pickle.UnpicklingError:
-        # torch's own message says how to loosen weights_only; nobody should.
+        # torch's own message explains how to switch weights_only off, which would run the file's code.
         raise DataFormatError(
-            "Refused: a checkpoint of more than tensors and plain containers runs code when it is opened.",
+            "The checkpoint was refused: it holds more than tensors and plain containers and would run code.",
             file=path,
-            remedy="Where you trust it, save its state dict with safetensors.torch.save_file.",
+            remedy="If you trust it, save its state dict with safetensors.torch.save_file.",
         ) from None
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        kind = "safetensors file" if path.suffix == ".safetensors" else "checkpoint of PyTorch"
+        kind = "safetensors file" if path.suffix == ".safetensors" else "PyTorch checkpoint"
         raise DataFormatError(
-            f"Not a {kind} ({error}).",
+            f"The file is not a {kind} ({error}).",
             file=path,
             remedy="Save the checkpoint's state dict with safetensors.torch.save_file first.",
         ) from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise DataFormatError("Holds no state dict: tensors by name.", file=path, remedy="Check --state-dict.")
+        raise DataFormatError(
+            "The file holds no state dict, that is, tensors by name.", file=path, remedy="Check --state-dict."
+        )
     return content
 
 
-def _call(convert, published: Mapping, *, file: Path):
-    try:
-        return convert(published)
-    except (ValueError, TypeError) as error:
-        raise DataFormatError(str(error), file=file, remedy="Compare it with the method's convert_ module.") from error
+def _convertible_methods() -> list[str]:
+    roots = import_module("hf_mel.modeling").__path__
+    return sorted(file.parent.name for root in roots for file in Path(root).glob("*/convert_*.py"))
 
 
-def _read_json(path: Path) -> Mapping:
+def _read_config(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataFormatError("No such file.", file=path, remedy="Check --config.") from None
+        raise DataFormatError("The file does not exist.", file=path, remedy="Check --config.") from None
     except OSError as error:
-        raise DataFormatError(f"Cannot be read ({error}).", file=path, remedy="Check --config.") from None
+        raise DataFormatError(f"The file cannot be read ({error}).", file=path, remedy="Check --config.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataFormatError(f"Not JSON ({error}).", file=path) from None
+        raise DataFormatError(f"The file is not JSON ({error}).", file=path, remedy="Check --config.") from None
     if not isinstance(content, Mapping):
-        raise DataFormatError(f"Expected a JSON object, found {type(content).__name__}.", file=path)
+        raise DataFormatError(
+            f"The file holds a {type(content).__name__}, not a JSON object.", file=path, remedy="Check --config."
+        )
     return content

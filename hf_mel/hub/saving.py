@@ -1,38 +1,37 @@
-"""Writing a model repository: weights, configuration, processor, and the code that loads them without this package."""
+"""Saving models as Hub repositories: weights, configuration, processor and the code that loads them without hf_mel."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-#: Attributes of a model object and the Auto class that finds each in a repository.
-_AUTO_CLASSES = (("model", "AutoModel"), ("config", "AutoConfig"), ("processor", "AutoProcessor"))
+#: The parts of a repository and the Auto class that loads each.
+_AUTO_CLASSES = {"model": "AutoModel", "config": "AutoConfig", "processor": "AutoProcessor"}
 
 
 def save_model_repository(model: Any, processor: Any, folder: str | os.PathLike[str]) -> None:
-    """Saves model and processor into one folder that `AutoModel.from_pretrained(folder, trust_remote_code=True)` reads.
+    """Saves model and processor to a folder for `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
 
-    The folder carries the source files of the three classes, so hf_mel need not be installed where it is loaded.
-    Classes that transformers itself ships need no code and bring none.
+    The folder includes the source files of the model, configuration and processor classes, so loading does not need
+    hf_mel. Classes that transformers itself ships are saved without code.
 
     Args:
         model (`PreTrainedModel`): The model.
         processor (`ProcessorMixin`, *optional*): Its processor.
-        folder (`str` or `os.PathLike`): Where to; made if needed, files of the same names are replaced.
+        folder (`str` or `os.PathLike`): Output folder. It is created if needed; files of the same names are replaced.
     """
     registered = []
-    objects = {"model": model, "config": model.config, "processor": processor}
-    for name, auto_class in _AUTO_CLASSES:
-        kind = type(objects[name])
-        if objects[name] is None:
+    for name, part in {"model": model, "config": model.config, "processor": processor}.items():
+        part_class = type(part)
+        if part is None or part_class.__module__.startswith("transformers.") or "_auto_class" in vars(part_class):
             continue
-        if "_auto_class" not in vars(kind) and not kind.__module__.startswith("transformers."):
-            kind.register_for_auto_class(auto_class)
-            registered.append(kind)
+        part_class.register_for_auto_class(_AUTO_CLASSES[name])
+        registered.append(part_class)
     try:
         model.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
     finally:
-        for kind in registered:  # a checkpoint or a test that saves later should not carry code unasked
-            del kind._auto_class
+        # Undone, because other calls of save_pretrained (such as those for checkpoints) should not copy code.
+        for part_class in registered:
+            del part_class._auto_class

@@ -22,7 +22,7 @@ import rich.table
 import safetensors.numpy
 import yaml
 
-import hf_mel.hub.model_cards
+import hf_mel.hub.publish.model_repo
 import hf_mel.hub.publish.upload
 from hf_mel.cli import main
 

@@ -82,15 +82,14 @@ tags:
 A toy on planets.
 
 This model links mentions to entities: given a mention in a text, with or without an image, it scores the entities of a
-knowledge base, each known by its name, its attributes and its images. Mentions and entities are encoded apart, so the
-entities of a knowledge base are encoded once.
+knowledge base by their names, attributes and images. It encodes mentions and entities separately, so the entities of a
+knowledge base are encoded only once.
 
-It is a `toy_retriever` retriever of 1,234,567 parameters, built on `org/encoder` and `package:some_weights/vision`, trained with
-hf_mel.
+It is a `toy_retriever` retriever with 1,234,567 parameters, built on `org/encoder` and `package:some_weights/vision`, trained with hf_mel.
 
 ## Use
 
-With transformers alone (the repository carries the code of the model):
+With transformers alone (the repository contains the model's code):
 
 ```python
 import torch
@@ -107,8 +106,8 @@ with torch.no_grad():
 print(entities[scores[0].argmax()]["name"])
 ```
 
-Images are PIL images: one per mention in `"image"`, any number per entity in `"images"`, of which the first counts.
-Over a knowledge base of your own, from the command line:
+Images are PIL images: one per mention in `"image"`, any number per entity in `"images"`, of which the first is used.
+To link against your own knowledge base from the command line:
 
 ```bash
 pip install hf_mel
@@ -124,7 +123,7 @@ hf-mel link hf-mel/toy_planets --kb my_kb --text "Jordan scored 41 points in the
 | revision | `abc123` |
 | sha256 of its files | `f00d` |
 | mentions for training (`train`) | 1,000 |
-| of these left out, because their entity is NIL | 10 |
+| training mentions left out because their entity is NIL | 10 |
 | mentions for validation (`validation`) | 200 |
 | entities of the knowledge base | 3,000 |
 
@@ -133,7 +132,7 @@ hf-mel link hf-mel/toy_planets --kb my_kb --text "Jordan scored 41 points in the
 Every mention is ranked against all 3,000 entities of the knowledge base. Ties count as the mean of the best and the
 worst position.
 
-The checkpoint was chosen by MRR on `validation`, so other splits are a little harder.
+The checkpoint was selected by MRR on `validation`, so these results are slightly optimistic.
 
 | mentions | number | H@1 | H@3 | MRR | MR |
 | --- | --- | --- | --- | --- | --- |
@@ -141,7 +140,7 @@ The checkpoint was chosen by MRR on `validation`, so other splits are a little h
 | stratum: text | 100 | 50.0 | 62.5 | 61.2 | 1.0 |
 | stratum: none | 0 | 50.0 | 62.5 |  |  |
 
-A mention whose best score is below 1.235 is taken for NIL (`config.nil_threshold`); set on the NIL mentions of this split, where 87.5 % of the decisions are right.
+A mention is predicted as NIL if its best score is below 1.235 (`config.nil_threshold`). The threshold was calibrated on the NIL mentions of this split, where it decides 87.5 % correctly.
 
 ## Training
 
@@ -154,19 +153,21 @@ A mention whose best score is below 1.235 is taken for NIL (`config.nil_threshol
 
 ## Intended use
 
-Suggesting which entity a name in a captioned picture, a post or an article means: for search, archives, annotation with
-a person who checks, and research on the task. Not for deciding about people, and not for recognising them in pictures.
+Suggesting which entity a name in a captioned picture, a post or an article refers to: for search, archives, annotation
+with human review, and research on the task. Do not use it to make decisions about people or to recognise people in
+pictures.
 
 ## Limits and bias
 
-- It ranks what is in the knowledge base. Whether the right entity is there at all is a matter of a threshold on the
-  best score; scores are not probabilities, and a threshold holds for the model and the kind of text it was set on.
-- It has seen the languages, subjects and kinds of entity of its training data only. Measure it on your own before
-  relying on it.
-- A missing image is not an error: the model then decides by the rest, less well.
-- Linking people in pictures and posts to who they are can harm them. Mind the law and the people where you use it.
-- Knowledge bases and their training data know some regions, languages and professions far better than others, and so
-  does the model: famous entities are found more easily than others of the same name.
+- It ranks only the entities of the knowledge base. Whether the right entity is among them can be decided by a threshold
+  on the best score. Scores are not probabilities, and a threshold holds only for the model and the kind of text it was
+  set on.
+- Images are optional. Without one the model decides by the text, less accurately.
+- It has seen only the languages, subjects and kinds of entity in its training data. Evaluate it on your own data before
+  you rely on it.
+- Identifying people in pictures and posts can harm them. Respect the law and the people concerned.
+- Knowledge bases and training data cover some regions, languages and professions far better than others, and models
+  inherit this: famous entities are found more easily than others of the same name.
 
 ## Citation
 
@@ -176,7 +177,7 @@ The method:
 @misc{toy, title = {Toy}}
 ```
 
-hf_mel, which trained and evaluated it:
+The software:
 
 ```bibtex
 @software{hf_mel,
@@ -207,11 +208,11 @@ def test_the_card_of_a_pretraining():
     card, whole = model_card(pretraining_info()), model_card(run_info())
     assert ModelCard(card).data.to_dict() == ModelCard(whole).data.to_dict()
     for words in (
-        "The first of two steps",
-        "`toy_retriever` model of 1,234,567 parameters, built on `org/encoder`",
+        "the first of two training steps",
+        "`toy_retriever` model with 1,234,567 parameters, built on `org/encoder`",
         "  from_pretrained: hf-mel/toy_planets\n",
         "| posts for training (`train`) | 1,500 |\n| posts for validation (`validation`) | 250 |\n| entities of",
-        "The loss on `validation` is 2.346; the checkpoint was chosen by it.",
+        "The loss on `validation` is 2.346. The checkpoint was selected by this loss.",
         "1.5 minutes on 2 CPU cores; epoch 10 was the best; seed 7. With hf_mel 0.1.0, torch 2.13.0.",
         "@misc{toy, title = {Toy}}",
     ):
@@ -227,15 +228,15 @@ def test_a_pretraining_is_published_with_its_card(tmp_path):
     save_model_repository(toy_model(), ToyProcessor(), tmp_path)
     (tmp_path / "results.json").write_text(json.dumps(pretraining_info()))
     publication = model_publication(tmp_path, "me/first")
-    assert b"The first of two steps" in publication.files["README.md"]
+    assert b"the first of two training steps" in publication.files["README.md"]
     assert b"from_pretrained: me/first" in publication.files["README.md"]
-    assert any("pre-training" in note for note in publication.notes)
-    assert not any("validation only" in note for note in publication.notes)
+    assert any("pre-trained" in note for note in publication.notes)
+    assert not any("validation results only" in note for note in publication.notes)
 
 
 def test_a_threshold_that_was_only_made_up_is_offered_not_set():
     card = model_card(run_info(nil={"threshold": 1.23456789, "accuracy": 0.875, "simulated": True}))
-    assert "nothing is taken for NIL by default" in card
+    assert "predicts no NIL by default" in card
     assert "`--nil-threshold 1.235`" in card
     assert "config.nil_threshold" not in card
 
@@ -251,7 +252,7 @@ def test_a_local_build_from_scratch_names_no_repository_it_does_not_have():
     assert metadata.datasets is None
     assert "NIL (`config" not in card
     assert "left out" not in card
-    assert "started from scratch" in card
+    assert "trained from scratch" in card
     assert "| revision | a local build |" in card
     assert "1.5 minutes on 2 CPU cores since it was last resumed; the last step was kept; seed 7." in card
     assert 'from_pretrained("me/mine"' in card
@@ -285,7 +286,9 @@ def test_a_repository_carries_the_code_of_its_classes_and_leaves_them_as_they_we
 def test_test_results_come_first_and_each_names_its_split():
     test = {"metrics": metrics(700, **{"hits@1": 0.25}), "strata": {}, "data": {"split": "test"}, "ties": "realistic"}
     card = model_card(run_info(tests=[test]))
-    assert card.index("| `test` | 700 | 25.0 |") < card.index("chosen by MRR on `validation`") < card.index("| `valid")
+    assert (
+        card.index("| `test` | 700 | 25.0 |") < card.index("selected by MRR on `validation`") < card.index("| `valid")
+    )
 
 
 def test_no_secret_of_the_training_gets_into_the_card():
@@ -334,7 +337,7 @@ def test_the_card_of_a_knowledge_base():
     ):
         assert words in card
     local = kb_card(info | {"model": info["model"] | {"name": "run", "revision": None}}, "org/planets-kb")
-    assert "built by `run` (`mimic`)" in local
+    assert "encoded by `run`\n(`mimic`)" in local
     assert 'from_pretrained("MODEL"' in local
 
 
@@ -351,7 +354,7 @@ def test_the_card_of_a_reranker():
     validation["candidates"] = {"source": "name", "k": 16, "recall": {"recall@1": 0.4, "recall@16": 0.931}}
     info = run_info(validation=validation, nil=None)
     card = " ".join(model_card(info).split())
-    assert "`toy_retriever` reranker of 1,234,567 parameters" in card
+    assert "`toy_retriever` reranker with 1,234,567 parameters" in card
     assert "its candidates (up to 16 by name, with 93.1 % of the golds), out of 3,000 entities" in card
     assert "| reranker, end to end | 50.0 | 62.5 | 61.2 | 2.2 |" in card
     assert "| reranker, gold added | 50.0 | 62.5 | 70.1 | 2.2 |" in card

@@ -384,7 +384,7 @@ def test_the_data_set_is_named_if_it_is_the_one(hub, runner, tmp_path):
     lines = "".join(f"{name} {hashlib.sha256((data / name).read_bytes()).hexdigest()}\n" for name in parquet)
     local = run_info()["data"] | {"dataset": "planets", "revision": None}
     folder = model_folder(tmp_path / "run", data=local | {"sha256": hashlib.sha256(lines.encode()).hexdigest()})
-    assert "this run's was a folder" in runner.run("publish", "model", folder, "org/toy").output
+    assert "this run used a local folder" in runner.run("publish", "model", folder, "org/toy").output
     done = runner.run("publish", "model", folder, "org/toy", "--dataset", "org/planets", "--yes")
     assert done.returncode == 0, done.output
     files = content(hub, "model", "org/toy")
@@ -394,7 +394,7 @@ def test_the_data_set_is_named_if_it_is_the_one(hub, runner, tmp_path):
     other = model_folder(tmp_path / "other", data=local | {"sha256": "0" * 64})
     done = runner.run("publish", "model", other, "org/other", "--dataset", "org/planets", "--yes")
     assert done.returncode == 1
-    assert "not the data the run was trained on" in done.output
+    assert "not the one the model was trained on" in done.output
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_the_data_set_is_named_if_it_is_the_one(hub, runner, tmp_path):
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "no safetensors weights"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "not a safetensors file"),
         (lambda f: (f / "toy.py").unlink(), "toy.py is missing"),
-        (lambda f: (f / "results.json").write_text("{}"), "not what hf_mel writes"),
+        (lambda f: (f / "results.json").write_text("{}"), "not a results.json of this version"),
         (lambda f: (f / "results.json").unlink(), "nor a README.md"),
         (lambda f: (f / "recipe.yaml").write_text("a: 1"), "not a recipe"),
         (lambda f: (f / "training_log.json").write_text(json.dumps({"hub_token": TOKEN})), "access token"),

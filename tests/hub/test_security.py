@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_mel.errors import DataFormatError, KnowledgeBaseError, MelError, UnknownModelError
-from hf_mel.hub.convert import convert_checkpoint
+from hf_mel.hub.convert import convert_checkpoint, read_state_dict
 from hf_mel.hub.publish.dataset_repo import dataset_publication
 from hf_mel.hub.saving import save_model_repository
 from hf_mel.hub_errors import holds_token, without_tokens
@@ -85,17 +85,15 @@ def test_conversion_reads_tensors_and_refuses_the_rest(tmp_path):
     torch.save({"state_dict": {"a": torch.zeros(2)}, "hyper_parameters": Trap(trap)}, tmp_path / "evil.ckpt")
     torch.save({"a": torch.zeros(2)}, tmp_path / "plain.pt")
     torch.save({"state_dict": {"a": torch.zeros(2)}, "epoch": 3}, tmp_path / "lightning.ckpt")
-    from hf_mel.hub.convert import _read_state_dict
-
-    with pytest.raises(DataFormatError, match="Refused"):
-        _read_state_dict(tmp_path / "evil.ckpt")
+    with pytest.raises(DataFormatError, match="refused"):
+        read_state_dict(tmp_path / "evil.ckpt")
     assert not trap.exists()
     for name in ("plain.pt", "lightning.ckpt"):
-        assert _read_state_dict(tmp_path / name)["a"].tolist() == [0, 0]
+        assert read_state_dict(tmp_path / name)["a"].tolist() == [0, 0]
     for content in (b"", b"\x80\x04N.", b"not a checkpoint", pickle.dumps([1, 2])):
         (tmp_path / "odd.pt").write_bytes(content)
         with pytest.raises(DataFormatError):
-            _read_state_dict(tmp_path / "odd.pt")
+            read_state_dict(tmp_path / "odd.pt")
     with pytest.raises(MelError):
         convert_checkpoint("mimic", tmp_path / "evil.ckpt", tmp_path / "config.json", tmp_path / "out")
 

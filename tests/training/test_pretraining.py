@@ -150,7 +150,7 @@ def test_a_run_gives_a_model_that_linking_goes_on_from(tmp_path, trained):
     assert results["task"] == "pretraining"
     assert not (folder / "checkpoints").exists()
     card = (folder / "README.md").read_text()
-    assert f"is {results['validation']['loss']:.4g};" in card
+    assert f"is {results['validation']['loss']:.4g}." in card
     assert f"posts for training (`train`) | {results['data']['train_posts']} |" in card
     log = json.loads((folder / "training_log.json").read_text())
     losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]

@@ -1,4 +1,4 @@
-"""hf_mel.hub.publish.kb_repo."""
+"""Publications of knowledge bases."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from hf_mel.kb.knowledge_base import KnowledgeBase
 
 
 def kb_publication(kb: str | os.PathLike[str], repo_id: str, *, work: str | os.PathLike[str]) -> Publication:
-    """A knowledge base as a data-set repository, which [`~hf_mel.KnowledgeBase.from_pretrained`] reads.
+    """Returns the publication of a knowledge base, for [`~hf_mel.KnowledgeBase.from_pretrained`].
 
     Args:
-        kb (`str` or `os.PathLike`): The folder.
-        repo_id (`str`): Where to, `OWNER/NAME`.
-        work (`str` or `os.PathLike`): A folder for a compact copy, needed where entities were removed: their rows are
-            marked in the original, not gone, and would go up with it. It has to be there until the files are uploaded.
+        kb (`str` or `os.PathLike`): Folder of the knowledge base.
+        repo_id (`str`): Repository id, `OWNER/NAME`.
+        work (`str` or `os.PathLike`): A folder for a compact copy. The copy is written if entities were removed: the
+            original only marks their rows, which must not be uploaded. Keep the folder until the upload has finished.
 
     Raises:
-        KnowledgeBaseError: No knowledge base there, or a damaged one.
+        HubError: `repo_id` is not valid.
+        KnowledgeBaseError: The folder holds no knowledge base, or a damaged one.
     """
-
     opened = KnowledgeBase.load(kb, verify=True)
-    notes = ["It holds the names, texts and first images of its entities: publish what you may pass on."]
+    notes = [
+        "The knowledge base holds the names, texts and first images of its entities. Publish only what you may "
+        "redistribute."
+    ]
     if removed := opened.info()["removed"]:
         opened = opened.save(Path(work) / "kb")
-        notes.append(f"{removed:,} removed entities are left out: a compact copy goes up.")
+        notes.append(f"{removed:,} removed entities are left out; a compact copy is uploaded.")
     files: dict[str, Content] = {name: opened.path / name for name in opened.files()}
     files["README.md"] = kb_card(opened.info(), repo_id).encode()
     return Publication(
@@ -35,6 +38,6 @@ def kb_publication(kb: str | os.PathLike[str], repo_id: str, *, work: str | os.P
         repo_id,
         "dataset",
         files,
-        owned=("encodings-*.safetensors", "entities-*.parquet"),
+        managed_patterns=("encodings-*.safetensors", "entities-*.parquet"),
         notes=notes,
     )

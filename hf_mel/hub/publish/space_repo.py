@@ -1,4 +1,4 @@
-"""hf_mel.hub.publish.space_repo."""
+"""Publications of Spaces, including those that `evaluate.load` reads as metrics."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ from importlib import resources
 from pathlib import Path
 
 from hf_mel.errors import PublishError
-from hf_mel.hub.publish.publication import Content, Publication, _card_metadata, _folder, _read, _unfit
+from hf_mel.hub.publish.publication import (
+    Content,
+    Publication,
+    content_bytes,
+    existing_folder,
+    read_card_metadata,
+    reason_to_skip,
+)
 
 
 def space_publication(folder: str | os.PathLike[str], repo_id: str, *, metric: bool = False) -> Publication:
-    """A folder with a Space in it, or the Space of a metric that `evaluate.load` reads.
+    """Returns the publication of a Space.
 
     Args:
-        folder (`str` or `os.PathLike`): The folder, or the name of one that comes with hf_mel.
-        repo_id (`str`): Where to, `OWNER/NAME`.
-        metric (`bool`): Check it as a metric.
+        folder (`str` or `os.PathLike`): Folder of the Space, or the name of a Space that comes with hf_mel.
+        repo_id (`str`): Repository id, `OWNER/NAME`.
+        metric (`bool`): The Space is a metric for `evaluate.load`, which expects a module named like the repository.
 
     Raises:
-        PublishError: What the Hub or `evaluate` need is missing.
+        HubError: `repo_id` is not valid.
+        PublishError: The folder lacks something that the Hub or `evaluate` needs.
     """
     folder = _space_folder(folder)
-    metadata = _card_metadata(folder / "README.md")
+    metadata = read_card_metadata(folder / "README.md")
     files: dict[str, Content] = {}
     left_out: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
@@ -31,37 +39,31 @@ def space_publication(folder: str | os.PathLike[str], repo_id: str, *, metric: b
         if path.is_dir() or "__pycache__" in path.parts or path.suffix == ".pyc":
             continue
         if name == "__init__.py":
-            left_out[name] = "for the Python package only"
-        elif reason := _unfit(path, name, None):
+            left_out[name] = "only the Python package needs it"
+        elif reason := reason_to_skip(path, name, None):
             left_out[name] = reason
         else:
             files[name] = path
     for key in ("title", "sdk", "app_file"):
         if not isinstance(metadata.get(key), str):
-            raise PublishError(f"its metadata has no {key!r}.", file=folder / "README.md", remedy="A Space needs it.")
+            raise PublishError(
+                f"The card's metadata has no {key!r}.",
+                file=folder / "README.md",
+                remedy="Add it; the Hub requires it of a Space.",
+            )
     if metadata["sdk"] != "static":
         for name in (metadata["app_file"], "requirements.txt"):
             if name not in files:
-                raise PublishError(f"there is no {name}.", file=folder, remedy="A Space needs it to start.")
+                raise PublishError(
+                    f"The folder has no {name}.", file=folder, remedy="Add it; the Space needs it to start."
+                )
     if metric:
-        wanted = repo_id.rpartition("/")[2]
-        modules = sorted(
-            path.removesuffix(".py")
-            for path, content in files.items()
-            if path.endswith(".py")
-            and b"evaluate.Metric" in (content if isinstance(content, bytes) else _read(content))
-        )
-        if wanted not in modules:
-            raise PublishError(
-                f"evaluate.load({repo_id!r}) looks for {wanted}.py, which is not there.",
-                file=folder,
-                remedy=f"Publish to OWNER/{modules[0]}."
-                if modules
-                else "A metric is a module with an evaluate.Metric.",
-            )
-        for page in ("README.md", metadata["app_file"]):  # they call the metric where it is published
-            text = _read(folder / page).decode("utf-8", errors="replace")
-            files[page] = re.sub(rf"\bhf-mel/{re.escape(wanted)}\b", repo_id, text).encode()
+        module = repo_id.rpartition("/")[2]
+        _check_metric_module(folder, files, module, repo_id)
+        # The metric's pages load it by its Hub id, which must be the id it is published under.
+        for page in ("README.md", metadata["app_file"]):
+            text = content_bytes(folder / page).decode("utf-8", errors="replace")
+            files[page] = re.sub(rf"\bhf-mel/{re.escape(module)}\b", repo_id, text).encode()
     return Publication(
         "metric" if metric else "Space",
         repo_id,
@@ -74,12 +76,25 @@ def space_publication(folder: str | os.PathLike[str], repo_id: str, *, metric: b
 
 
 def _space_folder(path: str | os.PathLike[str]) -> Path:
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    name = os.fspath(path)
-    if re.fullmatch(r"[A-Za-z]\w*", name):
+    folder, name = Path(path), os.fspath(path)
+    if not folder.is_dir() and re.fullmatch(r"[A-Za-z]\w*", name):
         shipped = Path(str(resources.files("hf_mel.spaces"))) / name
         if (shipped / "README.md").is_file():
             return shipped
-    return _folder(path)
+    return existing_folder(folder)
+
+
+def _check_metric_module(folder: Path, files: dict[str, Content], module: str, repo_id: str) -> None:
+    metrics = sorted(
+        path.removesuffix(".py")
+        for path, content in files.items()
+        if path.endswith(".py") and b"evaluate.Metric" in content_bytes(content)
+    )
+    if module not in metrics:
+        raise PublishError(
+            f"evaluate.load({repo_id!r}) needs a metric in {module}.py, which does not exist.",
+            file=folder,
+            remedy=f"Publish to OWNER/{metrics[0]}."
+            if metrics
+            else "Write a module with a subclass of evaluate.Metric.",
+        )

@@ -1,8 +1,8 @@
-"""Publishing: a folder on disk → one commit in a repository of the Hub, or none.
+"""Uploading a publication as one commit.
 
-[`model_publication`] and its siblings say what would go up; [`compare`] says what that changes; [`publish`] does it. Files
-that are large are uploaded first (by the client, which skips those the Hub has), then one commit names everything: until
-it is there the earlier revision is what everybody gets, and a run that was cut off is simply repeated.
+[`compare`] shows what a publication would change in its repository, and [`publish`] changes it. Large files are uploaded
+first; the client skips those that the Hub has already. One commit then makes all changes visible at once, so an
+interrupted run leaves the old revision in place and can be repeated.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import fnmatch
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
@@ -20,15 +20,22 @@ from tqdm.auto import tqdm
 
 from hf_mel.errors import PublishError
 from hf_mel.files import file_sha256
-from hf_mel.hub.publish.publication import Content, Publication, _read
+from hf_mel.hub.publish.publication import Content, Publication, content_bytes
 from hf_mel.hub_errors import hub_errors
 
 Gated = Literal["auto", "manual"]
+GATED: tuple[str, ...] = get_args(Gated)
 
 
 @dataclass
 class Change:
-    """What a publication does to one file: `what` is "new", "changed", "unchanged" or "deleted"; `size` in bytes."""
+    """The effect of a publication on one file.
+
+    Args:
+        path (`str`): Path in the repository.
+        what (`str`): "new", "changed", "unchanged" or "deleted".
+        size (`int`): Size in bytes.
+    """
 
     path: str
     what: str
@@ -37,20 +44,21 @@ class Change:
 
 @dataclass
 class Comparison:
-    """A publication beside what the repository holds.
+    """The difference between a publication and its repository.
 
     Args:
-        head (`str` or `None`): The commit compared with; `None` if there is no such repository yet, or none was asked.
-        exists (`bool` or `None`): `None` if the Hub could not be asked.
-        private, gated: The repository's settings as they are.
-        changes (`list[Change]`): Each file, by path.
+        changes (`list[Change]`): The effect on every file, by path; deleted files come last.
+        exists (`bool`, *optional*): Whether the repository exists; `None` if the Hub could not be asked.
+        head (`str`, *optional*): The commit that was compared with; `None` if the repository does not exist.
+        private (`bool`, *optional*): The repository's current setting.
+        gated (`str` or `bool`, *optional*): The repository's current setting.
     """
 
-    head: str | None
-    exists: bool | None
-    private: bool | None
-    gated: str | bool | None
     changes: list[Change]
+    exists: bool | None = None
+    head: str | None = None
+    private: bool | None = None
+    gated: str | bool | None = None
 
     @property
     def upload_bytes(self) -> int:
@@ -63,26 +71,15 @@ class Comparison:
         return all(change.what == "unchanged" for change in self.changes)
 
 
-@dataclass
-class PublishResult:
-    """What [`publish`] did: `commit` is `None` where nothing was left to do; `url` is the repository's page."""
-
-    commit: str | None
-    url: str
-    comparison: Comparison
-
-
-# -- what goes up ------------------------------------------------------------------------------------------------------
-
-
-# -- what that changes, and doing it ----------------------------------------------------------------------------------
-
-
 def compare(publication: Publication, *, api: HfApi | None = None) -> Comparison:
-    """What the publication changes in its repository; asks the Hub, writes nothing.
+    """Compares a publication with its repository on the Hub. Nothing is written.
+
+    Args:
+        publication ([`Publication`]): The publication.
+        api (`HfApi`, *optional*): The client to use.
 
     Raises:
-        HubError: The Hub cannot be asked, or does not answer.
+        HubError: The Hub cannot be reached, or refuses the request.
     """
     api = api or HfApi()
     repo_id, repo_type = publication.repo_id, publication.repo_type
@@ -90,16 +87,11 @@ def compare(publication: Publication, *, api: HfApi | None = None) -> Comparison
         try:
             info = api.repo_info(repo_id, repo_type=repo_type)
         except RepositoryNotFoundError:
-            return Comparison(None, False, None, None, _changes(publication, {}))
+            return Comparison(_changes(publication, {}), exists=False)
         tree = api.list_repo_tree(repo_id, recursive=True, revision=info.sha, repo_type=repo_type)
         remote = {item.path: item for item in tree if isinstance(item, RepoFile)}
     private, gated = (getattr(info, name, None) for name in ("private", "gated"))
-    return Comparison(info.sha, True, private, gated, _changes(publication, remote))
-
-
-def offline_comparison(publication: Publication) -> Comparison:
-    """As [`compare`], with everything new: what can be said without asking the Hub."""
-    return Comparison(None, None, None, None, _changes(publication, {}))
+    return Comparison(_changes(publication, remote), exists=True, head=info.sha, private=private, gated=gated)
 
 
 def publish(
@@ -109,22 +101,28 @@ def publish(
     gated: Gated | None = None,
     message: str | None = None,
     api: HfApi | None = None,
-) -> PublishResult:
-    """Makes the repository hold the publication: one commit, or none if there is nothing to change.
+) -> tuple[str | None, Comparison]:
+    """Uploads a publication in one commit, or does nothing if the repository already matches it.
 
-    The repository is made if need be. It becomes private, or gated, before the first file is in it; one that is private
-    or gated is never opened. The commit names the one it was compared with, so that it fails, and nothing changes, where
-    somebody else was faster. The access token is the one of `hf auth login`, or `HF_TOKEN`.
+    The repository is created if needed. It is made private or gated before the first file is uploaded, and never made
+    more public than it is. The commit names the revision it was compared with as its parent, so it fails without any
+    change if another commit came first. The access token is that of `hf auth login`, or `HF_TOKEN`.
 
     Args:
-        publication ([`Publication`]): What goes up.
-        private (`bool`): Only the owner, or the organisation, may see it.
-        gated (`str`, *optional*): Readers have to ask: "auto" lets everybody in who asks, "manual" those you accept.
+        publication ([`Publication`]): What to upload.
+        private (`bool`): Make the repository private.
+        gated (`str`, *optional*): Require readers to request access: "auto" grants every request, "manual" leaves the
+            decision to you.
         message (`str`, *optional*): Title of the commit.
+        api (`HfApi`, *optional*): The client to use.
+
+    Returns:
+        The sha of the commit (`None` if nothing had to change) and the [`Comparison`] it was made from.
 
     Raises:
-        HubError: No account, no right to write, a connection that failed, a repository that changed meanwhile. Nothing
-            was committed, or (a connection that failed at the last moment) everything was: running it again tells.
+        HubError: No account, no write access, a failed connection, or another commit in the meantime. Nothing was
+            committed, except if the connection failed after the commit itself; running it again is safe in both cases.
+        PublishError: The Hub rejects the card's metadata.
     """
     api = api or HfApi()
     repo_id, repo_type = publication.repo_id, publication.repo_type
@@ -155,9 +153,8 @@ def publish(
                 )
             elif change.what == "deleted":
                 operations.append(CommitOperationDelete(change.path, is_folder=False))
-        url = f"{api.endpoint}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}"
         if not operations:
-            return PublishResult(None, url, comparison)
+            return None, comparison
         try:
             commit = api.create_commit(
                 repo_id,
@@ -168,35 +165,31 @@ def publish(
             )
         except HfHubHTTPError:
             raise
-        except ValueError as error:  # the Hub checks the card's metadata before it takes anything
+        except ValueError as error:  # the client has the Hub validate the card's metadata before it uploads
             raise PublishError(str(error), file="README.md", remedy="Correct the card's metadata.") from error
-    return PublishResult(commit.oid, url, comparison)
+    return commit.oid, comparison
 
 
 def _changes(publication: Publication, remote: Mapping[str, RepoFile]) -> list[Change]:
     changes = []
     with tqdm(sorted(publication.files.items()), desc="Comparing", unit="file", delay=2) as bar:
         for path, content in bar:
-            what = "new" if path not in remote else "unchanged" if _same(content, remote[path]) else "changed"
+            if path not in remote:
+                what = "new"
+            else:
+                what = "unchanged" if _is_same(content, publication.size(path), remote[path]) else "changed"
             changes.append(Change(path, what, publication.size(path)))
-    stale = [
-        path
-        for path in remote
-        if path not in publication.files and any(fnmatch.fnmatchcase(path, pattern) for pattern in publication.owned)
-    ]
-    changes += [Change(path, "deleted", remote[path].size) for path in sorted(stale)]
+    for path in sorted(remote.keys() - publication.files.keys()):
+        if any(fnmatch.fnmatchcase(path, pattern) for pattern in publication.managed_patterns):
+            changes.append(Change(path, "deleted", remote[path].size))
     return changes
 
 
-def _same(content: Content, remote: RepoFile) -> bool:
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+def _is_same(content: Content, size: int, remote: RepoFile) -> bool:
     if size != remote.size:
         return False
     if remote.lfs is not None:
         sha256 = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(content)
         return sha256 == remote.lfs.sha256
-    data = content if isinstance(content, bytes) else _read(content)
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == remote.blob_id  # git's own name of a content
-
-
-# -- checks ------------------------------------------------------------------------------------------------------------
+    data = content_bytes(content)
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == remote.blob_id  # the id git gives a file
