@@ -25,13 +25,13 @@ from benchmarks import harness
 from benchmarks.sources import open_source
 from hf_mel.errors import MissingExtraError
 from hf_mel.inference.encodings import slice_encodings
-from hf_mel.kb.indexes import KINDS
+from hf_mel.kb.indexes import KINDS, build_index, open_index
 from hf_mel.kb.indexes.base import FIRST_STAGE
 from hf_mel.kb.knowledge_base import KnowledgeBase
 
 TOP_K = 64
 #: Kinds that build an HNSW graph: minutes per 100,000 entities.
-GRAPHS = ("faiss-hnsw", "milvus")
+GRAPHS = ("milvus",)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -59,7 +59,7 @@ def built(kb: KnowledgeBase, kind: str, model: Any, processor: Any) -> float:
         return float(note.read_text())
     harness.say(f"building {kind} over {len(kb):,} entities")
     begin = time.perf_counter()
-    kb.build_index(kind, model, processor, progress=False)
+    build_index(kb, kind, model, processor, progress=False)
     note.write_text(str(time.perf_counter() - begin))
     return float(note.read_text())
 
@@ -94,14 +94,14 @@ def measure(
     for kind in kinds:
         try:
             build[kind] = 0.0 if kind == "exact" else built(kb, kind, *source.builder(len(kb)))
-            indexes[kind] = kb.open_index(kind, source.model, first_stage=first_stage)
+            indexes[kind] = open_index(kb, kind, source.model, first_stage=first_stage)
         except MissingExtraError as error:
             left_out.append(f"{kind}: {error.message}")
     encoded, _, golds = source.mentions(mentions)
     mentions, exact_mentions = min(mentions, len(golds)), min(exact_mentions, len(golds))
     harness.say(f"exact ranking of {mentions} mentions among {len(kb):,} entities")
     k = min(TOP_K, len(kb))
-    exact = kb.open_index("exact", source.model).find(encoded, k).top_rows
+    exact = open_index(kb, "exact", source.model).find(encoded, k).top_rows
     seconds: dict[str, list[float]] = {kind: [] for kind in indexes}
     found = {kind: torch.full_like(exact, -1) for kind in indexes}
     counts = {kind: exact_mentions if kind == "exact" else mentions for kind in indexes}

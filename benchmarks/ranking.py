@@ -111,7 +111,7 @@ def child_memory(form: str, size: int, block: list[int], **options: Any) -> dict
     mentions, _, golds = source.mentions(options["mentions"])
     few = EncodedEntities(["a", "b"], kb.encodings([0, 1]))
     ranked(source.model, mentions, few, golds.clamp(max=1), prune=True)
-    kb = KnowledgeBase.load(kb.path)
+    kb = KnowledgeBase.from_pretrained(kb.path)
     begin = time.perf_counter()
     with harness.memory(device) as used:
         ranked(source.model, mentions, kb, golds, prune=form == "pruned", byte_budget=options.get("byte_budget"))

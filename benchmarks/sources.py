@@ -234,7 +234,7 @@ class Source:
         folder = self.scratch / f"kb-{size}-{dtype}"
         model, processor = self.builder(size)
         try:
-            kb = KnowledgeBase.load(folder)
+            kb = KnowledgeBase.from_pretrained(folder)
             kb.check_made_by(model, processor)
             if len(kb) == size and kb.dtype == dtype:
                 return kb
@@ -364,7 +364,7 @@ class Resampled(Source):
         if self._real is None:
             folder = self.scratch / "real"
             try:
-                kb = KnowledgeBase.load(folder)
+                kb = KnowledgeBase.from_pretrained(folder)
                 kb.check_made_by(self.model, self.processor)
             except MelError:
                 say(f"encoding the {self.num_real:,} entities of {self.name}")

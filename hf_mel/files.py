@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and their digests."""
+"""Atomic writes of files and folders, and sha256 digests of files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_mel.errors import KnowledgeBaseError, MelError
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """sha256 of a file's bytes, as hex."""
+    """Returns the sha256 of a file's bytes as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -27,23 +27,25 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def files_sha256(digests: Mapping[str, str]) -> str:
-    """One digest of several files, from the sha256 of each by its relative path."""
+    """Combines the sha256 of several files, given by relative path, into one digest."""
     lines = (f"{name} {digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def parquet_sha256(folder: str | os.PathLike[str]) -> str | None:
-    """One digest of the paths and contents of all Parquet files of a folder; `None` if it has none."""
+    """Returns one digest of the paths and contents of all Parquet files below a folder, or `None` without any."""
     root = Path(folder)
     digests = {path.relative_to(root).as_posix(): file_sha256(path) for path in root.rglob("*.parquet")}
     return files_sha256(digests) if digests else None
 
 
 def write_text(path: str | os.PathLike[str], parts: Iterable[str]) -> None:
-    """Writes UTF-8 text to a temporary sibling and renames it; the folder is made if need be.
+    """Writes a UTF-8 text file atomically: to a temporary file beside it, which is then renamed.
+
+    Missing folders are created.
 
     Raises:
-        MelError: the place cannot be written to; whatever was there stays.
+        MelError: The file cannot be written. An existing file is left unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -56,13 +58,18 @@ def write_text(path: str | os.PathLike[str], parts: Iterable[str]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise MelError(f"Cannot be written ({error}).", file=path, remedy="Give another place.") from error
+        raise MelError(
+            f"The file cannot be written ({error}).", file=path, remedy="Choose another location."
+        ) from error
 
 
 def replace_folder(work: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Renames the folder `work` to `target`; what was there is put back if that fails, and removed if it does not.
+    """Renames the folder `work` to `target`, replacing a folder of that name.
 
-    Both have to be on one file system. Raises `OSError` as renaming does.
+    The old folder is restored if the rename fails and deleted if it succeeds. Both paths must be on one file system.
+
+    Raises:
+        OSError: A rename fails.
     """
     work, target = Path(work), Path(target)
     old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
@@ -78,18 +85,21 @@ def replace_folder(work: str | os.PathLike[str], target: str | os.PathLike[str])
 
 @contextmanager
 def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterator[Path]:
-    """The folder `.NAME.building` beside `target` in which it is built, with what an interrupted build left in it.
+    """Opens the working folder `.NAME.building` beside `target`, with the finished parts of an interrupted build.
 
-    What is done is noted in files of its `notes` folder, and may be relied on if it is there. The folder goes when the
-    block succeeds or fails, and stays when the process is interrupted after its first note. One process has it at a
-    time.
+    The caller records finished parts in files below `notes/` and can rely on them after an interruption. The folder is
+    deleted when the block succeeds or raises an error. It is kept when the process is interrupted and `notes/` is not
+    empty. A lock admits one process at a time.
 
     Args:
-        target (`str` or `os.PathLike`): What is built.
-        fingerprint (`str`): All that the result depends on: what another build left is thrown away.
+        target (`str` or `os.PathLike`): The file or folder that is built.
+        fingerprint (`str`): Everything the result depends on. Leftovers of a build with another fingerprint are deleted.
+
+    Yields:
+        `Path`: The working folder.
 
     Raises:
-        MelError: another process has the folder, or it cannot be written.
+        MelError: Another process is building the same target, or the folder cannot be written.
     """
     target = Path(target)
     stage = target.with_name(f".{target.name}.building")
@@ -98,25 +108,27 @@ def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterato
         lock = filelock.FileLock(stage / "lock", timeout=0)
         try:
             lock.acquire()
-            if not Path(lock.lock_file).exists():  # removed, with the folder, between opening and locking it
+            # Another process may have deleted the folder between opening the lock file and locking it.
+            if not Path(lock.lock_file).exists():
                 raise filelock.Timeout(lock.lock_file)
         except filelock.Timeout:
             raise MelError(
-                "is being built by another process.", file=target, remedy="Wait for it, or choose another output."
+                "This is being built by another process.", file=target, remedy="Wait for it, or choose another output."
             ) from None
         keep = False
         try:
-            mark = stage / "fingerprint"
-            same = mark.is_file() and mark.read_text(encoding="utf-8") == fingerprint
-            if not same or (stage / "ready").exists():  # another build, or one that was about to be renamed
+            fingerprint_file = stage / "fingerprint"
+            is_same = fingerprint_file.is_file() and fingerprint_file.read_text(encoding="utf-8") == fingerprint
+            # `ready` marks a build that was interrupted just before its final rename.
+            if not is_same or (stage / "ready").exists():
                 for entry in stage.iterdir():
                     if entry.is_dir():
                         shutil.rmtree(entry)
-                write_text(mark, [fingerprint])
+                write_text(fingerprint_file, [fingerprint])
             yield stage
         except Exception:
             raise
-        except BaseException:  # Ctrl-C and the like
+        except BaseException:  # KeyboardInterrupt, SystemExit
             keep = any((stage / "notes").glob("*"))
             raise
         finally:
@@ -125,24 +137,26 @@ def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterato
             lock.release()
     except OSError as error:
         raise MelError(
-            f"cannot be built ({error}).", file=target, remedy="Check the paths, permissions and free space."
+            f"This cannot be built ({error}).", file=target, remedy="Check the paths, permissions and free disk space."
         ) from error
 
 
-def sealed(path: Path) -> dict[str, Any]:
-    """Brings a finished file to the disk; what a manifest says of it: `file`, `bytes`, `sha256`."""
-    with writing(path), path.open("rb+") as file:
+def fsync_and_describe(path: Path) -> dict[str, Any]:
+    """Flushes a finished file to disk and returns its manifest entry: `file`, `bytes` and `sha256`."""
+    with write_errors(path), path.open("rb+") as file:
         os.fsync(file.fileno())
         path.chmod(0o644)
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A full disk or a folder of somebody else as a [`~hf_mel.errors.KnowledgeBaseError`]."""
+def write_errors(path: Path) -> Iterator[None]:
+    """Turns I/O errors while writing (disk full, no permission) into [`~hf_mel.errors.KnowledgeBaseError`]."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise KnowledgeBaseError(
-            f"cannot be written ({error}).", file=path, remedy="Check that the disk has room and the folder is yours."
+            f"The file cannot be written ({error}).",
+            file=path,
+            remedy="Check that the disk has room and that you may write to the folder.",
         ) from error

@@ -34,7 +34,7 @@ def test_what_was_there_survives_a_failure(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for place in (tmp_path / "file" / "results.json", tmp_path):
-        with pytest.raises(MelError, match="Cannot be written"):
+        with pytest.raises(MelError, match="cannot be written"):
             write_text(place, ["x"])
 
 

@@ -216,7 +216,7 @@ def _encoded_once(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # another process may be at it: one encodes, the others read
         try:
-            kb = KnowledgeBase.load(path)
+            kb = KnowledgeBase(path)
             kb.check_made_by(model, processor)
             if kb.entity_ids == list(entities["entity_id"]):
                 return kb

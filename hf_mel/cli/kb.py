@@ -32,8 +32,6 @@ class Kind(str, Enum):
 
     FAISS_PQ = "faiss-pq"
     FAISS_FLAT = "faiss-flat"
-    FAISS_IVF = "faiss-ivf"
-    FAISS_HNSW = "faiss-hnsw"
     MILVUS = "milvus"
 
 
@@ -134,7 +132,7 @@ def add(
     from hf_mel.inference.checkpoints import load_retriever
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
-    opened = KnowledgeBase.load(kb)
+    opened = KnowledgeBase(kb)
     retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
     count = opened.add(entities, retriever, processor, replace=replace, batch_size=batch_size)
     _print(f"{_entities(count)} added to {kb}, which now has {len(opened):,}.")
@@ -153,7 +151,7 @@ def remove(
     """
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
-    opened = KnowledgeBase.load(kb)
+    opened = KnowledgeBase(kb)
     count = opened.remove(ids)
     _print(f"{_entities(count)} removed from {kb}, which now has {len(opened):,}.")
 
@@ -189,11 +187,12 @@ def index(
       hf-mel kb index kb/wikimel --model runs/mimic_wikimel --kind milvus --uri http://localhost:19530
     """
     from hf_mel.inference.checkpoints import load_retriever
+    from hf_mel.kb.indexes import build_index
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
-    opened = KnowledgeBase.load(kb)
+    opened = KnowledgeBase(kb)
     retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
-    opened.build_index(kind.value, retriever, processor, uri=uri)
+    build_index(opened, kind.value, retriever, processor, uri=uri)
     _print(
         f"The index {kind.value} of {kb} has its {_entities(len(opened))}.\n"
         f'Next: hf-mel link {model} --kb {kb} --index {kind.value} --text "…" --mention "…"\n'
@@ -229,6 +228,7 @@ def recall(
     from hf_mel.data.loading import load_mentions
     from hf_mel.inference.checkpoints import load_retriever
     from hf_mel.inference.encode import encode_rows
+    from hf_mel.kb.indexes import open_index
     from hf_mel.kb.indexes.base import FIRST_STAGE
     from hf_mel.kb.indexes.recall import recall as recall_of
     from hf_mel.kb.knowledge_base import KnowledgeBase
@@ -236,10 +236,10 @@ def recall(
     mentions = load_mentions(dataset, split)
     count = min(limit, len(mentions))
     some = mentions.select(np.linspace(0, len(mentions) - 1, count).astype(int))
-    opened = KnowledgeBase.load(kb)
+    opened = KnowledgeBase(kb)
     retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
     opened.check_made_by(retriever, processor)
-    found = opened.open_index(kind.value, retriever, first_stage=first_stage)
+    found = open_index(opened, kind.value, retriever, first_stage=first_stage)
     encoded = encode_rows(retriever, processor, some, "mentions", progress=True)
     values = recall_of(found, encoded, progress=True)
     result = {
@@ -266,7 +266,10 @@ def info(
     """
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
-    _report(KnowledgeBase.load(kb, verify=verify))
+    opened = KnowledgeBase(kb)
+    if verify:
+        opened.verify()
+    _report(opened)
     if verify:
         _print("Every file is as it was written.")
 

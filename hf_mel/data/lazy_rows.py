@@ -51,8 +51,8 @@ class LazyRow(Mapping[str, Any]):
         """The same row with the first `count` images of the list `column`; `None` keeps all."""
         return LazyRow({**self._values, column: (self._values[column] or [])[:count]}, self._features)
 
-    def stored(self, column: str) -> Any:
-        """The value of a column with its images undecoded."""
+    def undecoded(self, column: str) -> Any:
+        """Returns the value of a column with images as `datasets` stores them."""
         return self._values[column]
 
     def _decode(self, image: dict[str, Any] | None) -> Any:

@@ -76,7 +76,7 @@ def captions_as_posts(mentions: datasets.Dataset) -> datasets.Dataset:
     for number, values in enumerate(zip(*columns.values(), strict=True)):
         row = dict(zip(columns, values, strict=True))
         texts.append(_without_mention(row))
-        if row["entity_id"] != NIL and (texts[-1] or lazy[number].stored("image") is not None):
+        if row["entity_id"] != NIL and (texts[-1] or lazy[number].undecoded("image") is not None):
             kept.append(number)
     posts = mentions.select_columns(["mention_id", "entity_id", "image"]).rename_column("mention_id", "post_id")
     posts = posts.add_column("text", texts).add_column(SOURCE, columns["text"])
@@ -123,7 +123,7 @@ class _OwnPost(Mapping[str, Any]):
             return self._values[column]
         entity = self._entity
         if isinstance(entity, LazyRow):
-            entity = entity.with_image("images", 0) if entity.stored("images") else entity
+            entity = entity.with_image("images", 0) if entity.undecoded("images") else entity
         images = entity["images"]
         return images[0] if images else None
 

@@ -116,7 +116,7 @@ def _rows(rows: datasets.Dataset, kind: str, numbers: range) -> list[Any]:
     if kind == "mentions":
         return batch
     # An entity is known by its first image: the others need not be decoded.
-    return [row.with_image("images", 0) if row.stored("images") else row for row in batch]
+    return [row.with_image("images", 0) if row.undecoded("images") else row for row in batch]
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:

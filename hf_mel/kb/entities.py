@@ -1,4 +1,4 @@
-"""hf_mel.kb.entities."""
+"""Entities as a knowledge base takes them in: opening their source, checking ids, and the columns that are stored."""
 
 from __future__ import annotations
 
@@ -12,65 +12,81 @@ import datasets
 
 from hf_mel.data.loading import load_entities, read_entity_file
 from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError
+from hf_mel.row_files import ROW_SUFFIXES
 from hf_mel.schema import NIL, entity_features
 
-_TEXT_COLUMNS = ["entity_id", "name", "description", "attributes", "aliases"]
+#: The columns of an entity that are text: a string each, `aliases` a list of strings.
+TEXT_COLUMNS = ["entity_id", "name", "description", "attributes", "aliases"]
 
-
-#: A data set's folder or Hub id, a .jsonl or .csv file, or rows of [`~hf_mel.schema.entity_features`].
+#: The folder or Hub id of a data set, a file of entities (.jsonl, .json, .csv, .tsv), or rows with the columns of
+#: [`~hf_mel.schema.entity_features`].
 EntitiesLike: TypeAlias = str | os.PathLike[str] | datasets.Dataset
 
 
-def _entity_rows(entities: EntitiesLike) -> tuple[datasets.Dataset, str | None]:
-    """The rows, and what to call their source in an error."""
+def open_entities(entities: EntitiesLike) -> tuple[datasets.Dataset, str | None]:
+    """Opens a source of entities.
+
+    Returns:
+        `tuple[datasets.Dataset, str | None]`: The rows, and the name of their source for error messages.
+
+    Raises:
+        KnowledgeBaseError: The source has no entities.
+        DataFormatError: A column is missing.
+        MelError: As in [`~hf_mel.data.loading.load_entities`] and [`~hf_mel.data.loading.read_entity_file`].
+    """
     if isinstance(entities, datasets.Dataset):
-        source, name = entities.with_format(None), None
+        rows, name = entities.with_format(None), None
     else:
         name = os.fspath(entities)
-        source = read_entity_file(name) if name.lower().endswith((".jsonl", ".csv")) else load_entities(name)
-    missing = [column for column in entity_features() if column not in source.column_names]
+        is_row_file = Path(name).is_file() or (name.lower().endswith(ROW_SUFFIXES) and not Path(name).is_dir())
+        rows = read_entity_file(name) if is_row_file else load_entities(name)
+    missing = [column for column in entity_features() if column not in rows.column_names]
     if missing:
         raise DataFormatError(
-            f"the entities lack the columns {missing}; they have {source.column_names}.",
+            f"The entities lack the columns {missing}; they have {rows.column_names}.",
             file=name,
-            remedy="Columns are those of hf_mel.schema.entity_features; descriptions and the like may be empty.",
+            remedy="Give all columns of hf_mel.schema.entity_features; all but ids and names may be empty.",
         )
-    if not len(source):
-        raise KnowledgeBaseError(
-            "there are no entities.", file=name, remedy="A knowledge base needs at least one entity."
-        )
-    if source.features["images"] != datasets.List(datasets.Image()):
-        source = source.cast_column("images", datasets.List(datasets.Image()))
-    return source, name
+    if not len(rows):
+        raise KnowledgeBaseError("The source has no entities.", file=name, remedy="Give at least one entity.")
+    if rows.features["images"] != datasets.List(datasets.Image()):
+        rows = rows.cast_column("images", datasets.List(datasets.Image()))
+    return rows, name
 
 
-def _checked_ids(source: datasets.Dataset, name: str | None) -> list[str]:
-    ids = source.select_columns(["entity_id"])[:]["entity_id"]
-    first: dict[str, int] = {}
-    for k, entity_id in enumerate(ids):
+def check_ids(rows: datasets.Dataset, name: str | None) -> list[str]:
+    """Checks that ids are unique, non-empty strings other than NIL, and returns them.
+
+    Raises:
+        DataFormatError: An id is not a string, is empty, or is [`~hf_mel.schema.NIL`].
+        DuplicateIdError: An id occurs twice.
+    """
+    ids = rows.select_columns(["entity_id"])[:]["entity_id"]
+    first_rows: dict[str, int] = {}
+    for row, entity_id in enumerate(ids):
         if not isinstance(entity_id, str) or not entity_id or entity_id == NIL:
             raise DataFormatError(
-                f"the entity id is {entity_id!r}.",
+                f"The entity id is {entity_id!r}.",
                 file=name,
-                row=k,
-                remedy=f"Ids are texts, not empty and not {NIL!r}.",
+                row=row,
+                remedy=f"Give a non-empty string other than {NIL!r}.",
             )
-        if first.setdefault(entity_id, k) != k:
+        if first_rows.setdefault(entity_id, row) != row:
             raise DuplicateIdError(
-                f"the entity id {entity_id!r} is that of row {first[entity_id]} too.",
+                f"The entity id {entity_id!r} is also that of row {first_rows[entity_id]}.",
                 file=name,
-                row=k,
-                remedy="Keep one of them.",
+                row=row,
+                remedy="Keep one of the two entities.",
             )
     return ids
 
 
-def _content_sha256(source: datasets.Dataset) -> str:
-    """sha256 of all columns; an image that is a file counts with its path, size and date."""
+def content_sha256(rows: datasets.Dataset) -> str:
+    """Returns a sha256 of all columns. An image file contributes its path, size and modification time."""
     digest = hashlib.sha256()
-    stored = source.with_format("arrow")  # plain formatting would decode every image
-    for first in range(0, len(source), 256):
-        for row in stored[first : first + 256].to_pylist():
+    undecoded = rows.with_format("arrow")  # the plain format would decode every image
+    for start in range(0, len(rows), 256):
+        for row in undecoded[start : start + 256].to_pylist():
             for image in row.pop("images", None) or [row.pop("image", None)]:
                 if image and image["bytes"] is not None:
                     digest.update(image["bytes"])
@@ -82,17 +98,25 @@ def _content_sha256(source: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-def _as_stored(columns: dict[str, list], file: str | None) -> dict[str, list]:
-    """The columns of the schema without nulls; of the images the first, as bytes."""
-    stored: dict[str, list] = {}
-    for column in _TEXT_COLUMNS:
+def columns_to_store(columns: dict[str, list], file: str | None) -> dict[str, list]:
+    """Returns the columns of the schema with nulls replaced by empty values, and only the first image, as bytes.
+
+    Args:
+        columns (`dict[str, list]`): Undecoded columns of a batch of entities.
+        file (`str`, *optional*): The source, for error messages.
+
+    Raises:
+        ImageError: An image file cannot be read.
+    """
+    result: dict[str, list] = {}
+    for column in TEXT_COLUMNS:
         empty: Any = [] if column == "aliases" else ""
-        stored[column] = [empty if value is None else value for value in columns[column]]
-    stored["images"] = [
+        result[column] = [empty if value is None else value for value in columns[column]]
+    result["images"] = [
         [_image_bytes(images[0], file, entity_id)] if images and images[0] else []
         for images, entity_id in zip(columns["images"], columns["entity_id"], strict=True)
     ]
-    return stored
+    return result
 
 
 def _image_bytes(image: Mapping[str, Any], file: str | None, entity_id: str) -> dict[str, Any]:
@@ -102,10 +126,10 @@ def _image_bytes(image: Mapping[str, Any], file: str | None, entity_id: str) -> 
             data = Path(image["path"]).read_bytes()
         except (OSError, TypeError) as error:
             raise ImageError(
-                f"there is no image {image['path']!r}.",
+                f"The image file {image['path']!r} does not exist or cannot be read.",
                 file=file,
                 row=entity_id,
-                remedy="Put it there, or leave it out.",
+                remedy="Restore the file, or remove the image from the row.",
             ) from error
-    # Without its path: a file's name may give the answer away, and is nobody's business once the file is published.
+    # The path is dropped: file names can reveal the entity, and private folder names, once the file is published.
     return {"bytes": data, "path": None}

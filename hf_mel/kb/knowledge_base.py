@@ -1,29 +1,36 @@
-"""A knowledge base on disk: entities, and what a model keeps of each to score it.
+"""Knowledge base on disk: entities, and the encodings with which a model scores them.
 
 A knowledge base is a folder:
 
-- `kb.json`: everything else by name, size and sha256; which model and processor made it; which rows are removed;
-- `encodings-00000.safetensors`, …: the encodings of the rows of one shard, memory-mapped when read;
-- `entities-00000.parquet`, …: the same rows in the columns of [`~hf_mel.schema.entity_features`], the first image only;
-- `index-….json` and what it names, if an index was built: see [`~hf_mel.kb.indexes.base`].
+- `kb.json`: the manifest. It lists all other files with size and sha256, the model and processor that encoded the
+  entities, and the removed rows.
+- `encodings-00000.safetensors`, …: the encodings of one shard of rows, memory-mapped when read.
+- `entities-00000.parquet`, …: the same rows in the columns of [`~hf_mel.schema.entity_features`], with the first image
+  only.
+- `index-….json` and the files it names, if an index was built: see [`~hf_mel.kb.indexes.base`].
 
-A file is never changed once `kb.json` names it. Adding writes one more shard, removing marks rows, and either takes
-effect when a new `kb.json` is renamed into place: a reader, or a crash, sees the state before or the state after.
+Files never change once `kb.json` names them. Adding entities writes another shard, and removing them marks rows. Both
+take effect when a new `kb.json` is renamed into place, so that readers and crashes see either the old or the new state.
+
+A *row* is the position of an entity among those that are not removed. A *physical row* is a position in the shards,
+removed entities included. It never changes when entities are added or removed, so indexes use it.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -42,7 +49,7 @@ from hf_mel.errors import (
     KnowledgeBaseError,
     UnknownEntityError,
 )
-from hf_mel.files import building_folder, file_sha256, replace_folder, writing
+from hf_mel.files import building_folder, file_sha256, replace_folder, write_errors
 from hf_mel.hub_errors import hub_errors
 from hf_mel.inference.encode import encode_batches
 from hf_mel.inference.encodings import as_float, concat_encodings, num_rows, slice_encodings
@@ -53,50 +60,65 @@ from hf_mel.inference.fingerprint import (
     model_difference,
     processor_difference,
 )
-from hf_mel.kb.entities import _TEXT_COLUMNS, EntitiesLike, _as_stored, _checked_ids, _content_sha256, _entity_rows
-from hf_mel.kb.manifest import _FORMAT, _MANIFEST, _VERSION, DTYPES, _damaged, _read_manifest, _write_manifest
-from hf_mel.kb.shards import _by_block, _check_finite, _check_parquet, _decoded, _reading, _schema, _ShardWriter
+from hf_mel.kb.entities import TEXT_COLUMNS, EntitiesLike, check_ids, columns_to_store, content_sha256, open_entities
+from hf_mel.kb.manifest import DTYPES, FORMAT, MANIFEST_NAME, VERSION, damage_error, read_manifest, write_manifest
+from hf_mel.kb.shards import (
+    ShardWriter,
+    check_finite,
+    check_parquet,
+    decode_table,
+    entity_schema,
+    group_by_block,
+    read_errors,
+)
 from hf_mel.protocols import MelProcessor
 
-if TYPE_CHECKING:
-    from hf_mel.kb.indexes.base import Index
+logger = logging.getLogger(__name__)
 
-
-#: Two plain names: a path of that form that is not there is taken for an id.
+#: The form OWNER/NAME. A path of this form that does not exist is taken for a Hub id.
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+#: Members that were renamed; the old names work until the next release.
+_RENAMED = {"stored": "num_physical_rows", "rows_of_stored": "rows_of_physical", "iter_stored": "iter_physical"}
 
 
 class KnowledgeBase:
-    """N entities and their encodings in a folder, in a fixed order; row numbers count the entities that are there.
+    """N entities and their encodings, in a folder and in a fixed order.
 
     ```python
     >>> kb = KnowledgeBase.build("data/wikimel", model, processor, output="kb/wikimel")  # doctest: +SKIP
     >>> kb.add("mine.jsonl", model, processor)  # doctest: +SKIP
     >>> kb.remove(["Q42"])  # doctest: +SKIP
-    >>> kb = KnowledgeBase.load("kb/wikimel")  # doctest: +SKIP
+    >>> kb = KnowledgeBase.from_pretrained("kb/wikimel")  # doctest: +SKIP
     ```
 
-    It is made by [`~KnowledgeBase.build`], [`~KnowledgeBase.load`] or [`~KnowledgeBase.from_pretrained`]. `add` and `remove` change the folder itself, at
-    once and atomically; there is nothing to save afterwards. A folder has one writer at a time (a second one is
-    refused) and any number of readers.
+    [`~KnowledgeBase.build`] creates a knowledge base and [`~KnowledgeBase.from_pretrained`] opens one. `add` and
+    `remove` change the folder at once and atomically, so there is nothing to save afterwards. A folder has one writer
+    at a time (a second one is refused) and any number of readers. Encodings stay on disk and are memory-mapped, shard
+    by shard, when they are first read.
+
+    Args:
+        path (`str` or `os.PathLike`): The folder of a knowledge base.
+
+    Raises:
+        KnowledgeBaseError: The folder holds no knowledge base, or a file is missing or has the wrong size.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self._temporary: tempfile.TemporaryDirectory | None = None  # holds a folder that nobody named
-        self._downloaded: str | None = None  # the Hub id, if the folder is the client's cache, which is not ours
+        self._temporary: tempfile.TemporaryDirectory | None = None  # keeps a temporary folder alive
+        self._hub_id: str | None = None  # Hub id if the folder is the shared Hub cache (then read-only)
         self.path = Path(path)
-        self._read()
+        self._reload()
 
-    def _read(self) -> None:
-        self._written, self._manifest = _read_manifest(self.path)
+    def _reload(self) -> None:
+        self._manifest_text, self._manifest = read_manifest(self.path)
         sizes = [shard["rows"] for shard in self._manifest["shards"]]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        here = np.ones(self._starts[-1], dtype=bool)
-        here[self._manifest["removed"]] = False
-        self._active = np.flatnonzero(here)  # physical row of each row
-        self._tensors: dict[int, dict[str, torch.Tensor]] = {}
-        self._parquets: dict[int, tuple[pq.ParquetFile, np.ndarray]] = {}
-        for name in ("entity_ids", "_rows_by_id", "_rows_by_stored"):
+        is_active = np.ones(self._starts[-1], dtype=bool)
+        is_active[self._manifest["removed"]] = False
+        self._active = np.flatnonzero(is_active)  # physical row of each row
+        self._shard_tensors: dict[int, dict[str, torch.Tensor]] = {}
+        self._parquet_files: dict[int, tuple[pq.ParquetFile, np.ndarray]] = {}
+        for name in ("entity_ids", "_row_by_id", "_row_by_physical"):
             self.__dict__.pop(name, None)
 
     @classmethod
@@ -112,68 +134,73 @@ class KnowledgeBase:
         dtype: str = "float32",
         progress: bool = True,
     ) -> KnowledgeBase:
-        """Encodes entities, batch by batch, into a new folder that appears whole or not at all.
+        """Encodes entities into a new folder, which appears only when it is complete.
 
-        Memory holds one shard, whatever the number of entities. Images are decoded as they are needed, and not at
-        all for a processor that does not look at them. A build that was interrupted goes on with the first shard it
-        had not finished when the same entities are built into the same `output` again, with the same model.
+        Memory holds one shard, whatever the number of entities. Images are decoded only when the processor reads them.
+        An interrupted build resumes after its last finished shard when it is repeated with the same entities, model and
+        `output`.
 
         Args:
-            entities ([`EntitiesLike`]): A data set's folder or Hub id, a .jsonl or .csv file of your own entities
-                ([`~hf_mel.data.loading.read_entity_file`]), or a `datasets.Dataset` with
-                the columns of [`~hf_mel.schema.entity_features`].
-            model ([`~hf_mel.protocols.Retriever`]): What encodes them, in eval mode.
-            processor ([`~hf_mel.protocols.MelProcessor`]): What prepares them; it has to pad all batches alike.
-            output (`str` or `os.PathLike`, *optional*): The folder. A knowledge base that is there is replaced.
-                Default: a temporary folder that goes when the object does.
-            posts (`str` or `datasets.Dataset`, *optional*): What a model knows its entities by, if it knows them by
-                posts; see [`~hf_mel.inference.features.post_prototypes.Prototypes.from_data`].
+            entities ([`EntitiesLike`]): The folder or Hub id of a data set, a .jsonl, .json, .csv or .tsv file of your
+                own entities ([`~hf_mel.data.loading.read_entity_file`]), or a `datasets.Dataset` with the columns of
+                [`~hf_mel.schema.entity_features`].
+            model ([`~hf_mel.protocols.Retriever`]): The model that encodes the entities, in eval mode.
+            processor ([`~hf_mel.protocols.MelProcessor`]): Its processor, which must pad all batches to one length.
+            output (`str` or `os.PathLike`, *optional*): The folder. An existing knowledge base is replaced. Default: a
+                temporary folder that is deleted with the object.
+            posts (`str` or `datasets.Dataset`, *optional*): The posts about the entities, for a post-based model; see
+                [`~hf_mel.inference.features.post_prototypes.Prototypes.from_data`].
             batch_size (`int`): Entities per forward pass.
-            dtype (`str`): `"float32"`, `"float16"` or `"bfloat16"`, the type floating-point encodings are stored in.
+            dtype (`str`): The dtype in which floating-point encodings are stored: `"float32"`, `"float16"` or
+                `"bfloat16"`.
             progress (`bool`): Whether to show a progress bar.
 
         Returns:
-            [`KnowledgeBase`] of N entities in the order given.
+            [`KnowledgeBase`] of N entities in the given order.
 
         Raises:
-            KnowledgeBaseError: No entities; `output` is something else; the model is no retriever, or gives encodings
-                that are not finite in `dtype` or change shape between batches.
+            KnowledgeBaseError: The source has no entities; `output` is something else than a knowledge base; the model
+                is no retriever; encodings are not finite in `dtype`, or change shape between batches.
             MelError: Another process builds into `output`.
             DuplicateIdError: An id occurs twice.
             DataFormatError: Columns or ids are missing.
             ImageError: An image is missing or damaged.
         """
         if dtype not in DTYPES:
-            raise KnowledgeBaseError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
+            raise KnowledgeBaseError(
+                f"dtype={dtype!r} is not supported.", remedy=f"Choose one of {', '.join(DTYPES)}."
+            )
         temporary = tempfile.TemporaryDirectory(prefix="hf_mel-kb-") if output is None else None
         target = Path(temporary.name, "kb") if temporary else Path(os.fspath(output))  # type: ignore[arg-type]
         _check_target(target)
-        source, name = _entity_rows(entities)
-        _checked_ids(source, name)
+        source, name = open_entities(entities)
+        check_ids(source, name)
         prototypes = Prototypes.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
         made_by = {
             "model": describe_model(model),
             "processor": describe_processor(processor, posts=prototypes is not None),
         }
-        known_by = None if prototypes is None or prototypes.posts is None else _content_sha256(prototypes.posts)
+        posts_sha256 = None if prototypes is None or prototypes.posts is None else content_sha256(prototypes.posts)
         fingerprint = json.dumps(
-            {**made_by, "dtype": dtype, "entities": _content_sha256(source), "posts": known_by}, sort_keys=True
+            {**made_by, "dtype": dtype, "entities": content_sha256(source), "posts": posts_sha256}, sort_keys=True
         )
         with building_folder(target, fingerprint) as stage:
             work = stage / "kb"
             work.mkdir(exist_ok=True)
-            writer = _ShardWriter(work, 0, dtype, notes=stage / "notes")
-            if writer.done:
-                print(f"{target}: an interrupted build goes on; {writer.done:,} entities are there.", file=sys.stderr)
-            rest = source.select(range(writer.done, len(source)))
-            if len(rest):
-                _encode(rest, name, model, processor, prototypes, writer, batch_size, progress)
+            writer = ShardWriter(work, 0, dtype, notes=stage / "notes")
+            if writer.num_finished:
+                logger.warning(
+                    "Resuming the interrupted build of %s; %s entities are done.", target, f"{writer.num_finished:,}"
+                )
+            remaining = source.select(range(writer.num_finished, len(source)))
+            if len(remaining):
+                _encode(remaining, name, model, processor, prototypes, writer, batch_size, progress)
             shards = writer.close()
-            _write_manifest(
+            write_manifest(
                 work,
                 {
-                    "format": _FORMAT,
-                    "version": _VERSION,
+                    "format": FORMAT,
+                    "version": VERSION,
                     **made_by,
                     "dtype": dtype,
                     "encodings": writer.layout,
@@ -181,29 +208,10 @@ class KnowledgeBase:
                     "removed": [],
                 },
             )
-            with writing(target):
+            with write_errors(target):
                 replace_folder(work, target)
         kb = cls(target)
         kb._temporary = temporary
-        return kb
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *, verify: bool = False) -> KnowledgeBase:
-        """Opens a folder; encodings stay on disk and are memory-mapped, shard by shard, when they are first read.
-
-        Args:
-            path (`str` or `os.PathLike`): The folder.
-            verify (`bool`): Also compare the sha256 of every file, which reads all of them. Sizes are always compared.
-
-        Raises:
-            KnowledgeBaseError: No knowledge base there, a file is missing, cut off or not the one that was written.
-        """
-        kb = cls(path)
-        if verify:
-            files = [shard[part] for shard in kb._manifest["shards"] for part in ("encodings", "entities")]
-            for entry in tqdm(files, desc="Verifying", unit="file", delay=1):
-                if file_sha256(kb.path / entry["file"]) != entry["sha256"]:
-                    raise _damaged(kb.path / entry["file"], "its content is not what was written")
         return kb
 
     @classmethod
@@ -215,79 +223,97 @@ class KnowledgeBase:
         local_files_only: bool = False,
         verify: bool = False,
     ) -> KnowledgeBase:
-        """Opens a folder, or a knowledge base on the Hub, which is downloaded into the client's cache and mapped there.
+        """Opens a knowledge base from a folder or the Hub.
 
-        One from the Hub cannot be changed in place; [`~KnowledgeBase.save`] makes a copy that can.
+        A knowledge base on the Hub is downloaded into the Hub cache and memory-mapped there. It is read-only;
+        [`~KnowledgeBase.save`] makes a copy that can be changed.
 
         Args:
             name (`str` or `os.PathLike`): A folder, or the id of a data-set repository that holds a knowledge base.
-            revision (`str`, *optional*): Branch, tag or commit, for one on the Hub.
-            local_files_only (`bool`): Take what is in the cache and do not ask the Hub.
-            verify (`bool`): As in [`~KnowledgeBase.load`].
+            revision (`str`, *optional*): Branch, tag or commit of a knowledge base on the Hub.
+            local_files_only (`bool`): Whether to use only the cache and not contact the Hub.
+            verify (`bool`): Whether to also compare the sha256 of every file ([`~KnowledgeBase.verify`]).
 
         Raises:
-            KnowledgeBaseError: As in [`~KnowledgeBase.load`]; also a revision of a folder.
-            HubError: The Hub has no such repository or revision, or not for this account, or cannot be reached.
+            KnowledgeBaseError: The folder holds no knowledge base or a damaged one; or `revision` is given for a folder.
+            HubError: The Hub cannot be reached, or the repository or revision does not exist or is not accessible.
         """
         source = os.fspath(name)
-        if Path(source).exists() or not _REPO_ID.fullmatch(source):
+        is_folder = Path(source).exists() or not _REPO_ID.fullmatch(source)
+        if is_folder:
             if revision is not None:
-                raise KnowledgeBaseError(f"is a folder, and has no revision {revision!r}.", file=source)
-            return cls.load(source, verify=verify)
-        try:
-            with hub_errors(source, revision):
-                folder = huggingface_hub.snapshot_download(
-                    source,
-                    repo_type="dataset",
-                    revision=revision,
-                    local_files_only=local_files_only,
-                    allow_patterns=[_MANIFEST, "encodings-*.safetensors", "entities-*.parquet"],
+                raise KnowledgeBaseError(
+                    f"A folder has no revision {revision!r}.", file=source, remedy="Leave the revision out."
                 )
-        except HubError as error:
-            raise HubError(
-                f"there is no such folder here; on the Hub: {error.message}",
-                file=source,
-                remedy=error.remedy,
-            ) from None
-        kb = cls.load(folder, verify=verify)
-        kb._downloaded = source
+            kb = cls(source)
+        else:
+            try:
+                with hub_errors(source, revision):
+                    folder = huggingface_hub.snapshot_download(
+                        source,
+                        repo_type="dataset",
+                        revision=revision,
+                        local_files_only=local_files_only,
+                        allow_patterns=[MANIFEST_NAME, "encodings-*.safetensors", "entities-*.parquet"],
+                    )
+            except HubError as error:
+                raise HubError(
+                    f"There is no such folder here; on the Hub: {error.message}",
+                    file=source,
+                    remedy=error.remedy,
+                ) from None
+            kb = cls(folder)
+            kb._hub_id = source
+        if verify:
+            kb.verify()
         return kb
 
-    def save(self, path: str | os.PathLike[str], *, progress: bool = True) -> KnowledgeBase:
-        """Writes a compact copy: removed entities left out, shards merged. The folder appears whole or not at all.
+    def verify(self) -> None:
+        """Reads every file and compares its sha256 with the manifest. Sizes are already compared on opening.
 
-        The copy has no index: rows have other numbers there, so it is built again.
+        Raises:
+            KnowledgeBaseError: The content of a file has changed.
+        """
+        entries = [shard[part] for shard in self._manifest["shards"] for part in ("encodings", "entities")]
+        for entry in tqdm(entries, desc="Verifying", unit="file", delay=1):
+            if file_sha256(self.path / entry["file"]) != entry["sha256"]:
+                raise damage_error(self.path / entry["file"], "its content is not what was written")
+
+    def save(self, path: str | os.PathLike[str], *, progress: bool = True) -> KnowledgeBase:
+        """Writes a compact copy, without removed entities and with merged shards. It appears only when complete.
+
+        Indexes are not copied, because row numbers change. Build them again for the copy.
 
         Args:
-            path (`str` or `os.PathLike`): The folder. A knowledge base that is there is replaced; this one's own
-                folder may be given, too.
+            path (`str` or `os.PathLike`): The folder. An existing knowledge base, this one included, is replaced.
             progress (`bool`): Whether to show a progress bar.
 
         Returns:
-            [`KnowledgeBase`]: the copy.
+            [`KnowledgeBase`]: The copy.
 
         Raises:
-            KnowledgeBaseError: `path` is something else, cannot be written, or this knowledge base is damaged.
+            KnowledgeBaseError: `path` is something else than a knowledge base or cannot be written, or this knowledge
+                base is damaged.
         """
         target = Path(path)
         _check_target(target)
-        own = target.resolve() == self.path.resolve()
-        if own:
+        in_place = target.resolve() == self.path.resolve()
+        if in_place:
             self._check_unchanged()
         with (
-            _staging(target) as work,
+            _staging_folder(target) as work,
             tqdm(total=len(self), desc="Saving", unit="row", delay=1, disable=not progress) as bar,
         ):
-            writer = _ShardWriter(work, 0, self.dtype)
-            for first, encodings in self._stored_chunks(1024):
+            writer = ShardWriter(work, 0, self.dtype)
+            for first, encodings in self.iter_chunks(1024, as_stored=True):
                 rows = np.arange(first, first + num_rows(encodings))
-                writer.add(encodings, self._table(rows, [*_TEXT_COLUMNS, "images"]))
+                writer.add(encodings, self._read_table(rows, [*TEXT_COLUMNS, "images"]))
                 bar.update(len(rows))
-            _write_manifest(work, self._manifest | {"shards": writer.close(), "removed": []})
-            if own:
+            write_manifest(work, self._manifest | {"shards": writer.close(), "removed": []})
+            if in_place:
                 self._check_unchanged()
-        if own:
-            self._read()
+        if in_place:
+            self._reload()
         return KnowledgeBase(target)
 
     def add(
@@ -301,37 +327,38 @@ class KnowledgeBase:
         batch_size: int = 64,
         progress: bool = True,
     ) -> int:
-        """Encodes more entities into a new shard; the ones there are not touched. The folder changes at once.
+        """Encodes more entities into a new shard. The folder changes at once; existing entities are not encoded again.
 
         Args:
             entities, model, processor, posts, batch_size, progress: As in [`~KnowledgeBase.build`].
-            replace (`bool`): An entity whose id is there takes the place of the old one, at the end of the order,
-                instead of being an error.
+            replace (`bool`): Whether an entity whose id exists replaces the old one (at the end of the order) instead of
+                raising an error.
 
         Returns:
-            `int`: how many entities were added.
+            `int`: The number of added entities.
 
         Raises:
-            KnowledgeBaseError: Another model or processor made this knowledge base, or somebody changed it meanwhile.
-            DuplicateIdError: An id is there already, or occurs twice.
+            KnowledgeBaseError: Another model or processor built this knowledge base, the folder changed since it was
+                opened, or it is the Hub cache.
+            DuplicateIdError: An id exists already, or occurs twice.
             DataFormatError, ImageError: As in [`~KnowledgeBase.build`].
         """
-        self._check_ours()
+        self.check_writable()
         self.check_made_by(model, processor)
-        source, name = _entity_rows(entities)
-        ids = _checked_ids(source, name)
-        known = [entity_id for entity_id in ids if entity_id in self._rows_by_id]
-        if known and not replace:
+        source, name = open_entities(entities)
+        ids = check_ids(source, name)
+        existing = [entity_id for entity_id in ids if entity_id in self._row_by_id]
+        if existing and not replace:
             raise DuplicateIdError(
-                f"the knowledge base has {known[0]!r} already"
-                + (f" (and {len(known) - 1} more of these)." if len(known) > 1 else "."),
+                f"The knowledge base has {existing[0]!r} already"
+                + (f" (and {len(existing) - 1} more of these)." if len(existing) > 1 else "."),
                 file=name,
                 remedy="Remove it first, leave it out, or replace it (replace=True, --replace).",
             )
-        replaced = self._active[[self._rows_by_id[entity_id] for entity_id in known]]
+        replaced = self._active[[self._row_by_id[entity_id] for entity_id in existing]]
         work = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.path))
         try:
-            writer = _ShardWriter(work, len(self._manifest["shards"]), self.dtype, self._manifest["encodings"])
+            writer = ShardWriter(work, len(self._manifest["shards"]), self.dtype, self._manifest["encodings"])
             prototypes = Prototypes.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
             _encode(source, name, model, processor, prototypes, writer, batch_size, progress)
             shards = writer.close()
@@ -344,38 +371,38 @@ class KnowledgeBase:
         return len(ids)
 
     def remove(self, ids: Sequence[str]) -> int:
-        """Marks entities as removed; nothing ranks or shows them any more. The folder changes at once.
+        """Marks entities as removed, so that they are no longer ranked or shown. The folder changes at once.
 
-        [`~KnowledgeBase.save`] is what gives their bytes back. A removed id may be added again.
+        [`~KnowledgeBase.save`] frees their disk space. A removed id may be added again.
 
         Args:
-            ids (sequence of `str`): Which.
+            ids (sequence of `str`): The ids of the entities.
 
         Returns:
-            `int`: how many entities were removed.
+            `int`: The number of removed entities.
 
         Raises:
-            UnknownEntityError: An id is not in the knowledge base; nothing is removed.
-            KnowledgeBaseError: None would be left, or somebody changed the folder meanwhile.
+            UnknownEntityError: An id is not in the knowledge base. Nothing is removed.
+            KnowledgeBaseError: No entity would remain, the folder changed since it was opened, or it is the Hub cache.
         """
-        self._check_ours()
+        self.check_writable()
         rows = sorted({self.row_of(entity_id) for entity_id in ([ids] if isinstance(ids, str) else ids)})
         if len(rows) == len(self):
             raise KnowledgeBaseError(
-                "nothing would be left of the knowledge base.", file=self.path, remedy="Delete the folder instead."
+                "The removal would leave no entities.", file=self.path, remedy="Delete the folder instead."
             )
         self._check_unchanged()
         self._commit({}, self._active[rows])
         return len(rows)
 
     def check_made_by(self, model: Any, processor: MelProcessor) -> None:
-        """Checks that this model and this processor would make these encodings.
+        """Checks that this model and processor would produce the encodings of this knowledge base.
 
         Raises:
             KnowledgeBaseError: They would not; the message says what differs.
         """
-        made = self._manifest["model"]
-        difference = model_difference(made, describe_model(model))
+        built_by = self._manifest["model"]
+        difference = model_difference(built_by, describe_model(model))
         culprit = "model"
         if difference is None:
             difference = processor_difference(
@@ -383,58 +410,26 @@ class KnowledgeBase:
             )
             culprit = "processor"
         if difference is not None:
-            revision = f", revision {made['revision']}" if made["revision"] else ""
+            revision = f", revision {built_by['revision']}" if built_by["revision"] else ""
             raise KnowledgeBaseError(
-                f"the {culprit} given is not the one that built this knowledge base ({made['name']}{revision}): "
+                f"The {culprit} given is not the one that built this knowledge base ({built_by['name']}{revision}): "
                 f"{difference}.",
                 file=self.path,
                 remedy="Use that one, or build the knowledge base again: hf-mel kb build.",
             )
 
-    def build_index(
-        self, kind: str, model: Any, processor: MelProcessor, *, uri: str | None = None, progress: bool = True
-    ) -> Index:
-        """Builds an index, which finds candidates in much less time than it takes to score every entity.
-
-        It is kept beside the knowledge base and takes the place of one of the same kind. Entities that were added
-        since are added to the one that is there; Milvus gets all of them anew. A build that was interrupted goes on.
-
-        Args:
-            kind (`str`): One of [`~hf_mel.kb.indexes.KINDS`] other than "exact".
-            model ([`~hf_mel.protocols.Retriever`]): The one that built this knowledge base; it gives vectors for a first
-                stage (`index_vectors`).
-            processor ([`~hf_mel.protocols.MelProcessor`]): Its processor.
-            uri (`str`, *optional*): Of a Milvus server, for "milvus". Default: a file in the knowledge base's folder.
-            progress (`bool`): Whether to show a progress bar.
+    def check_writable(self) -> None:
+        """Checks that the folder may be changed.
 
         Raises:
-            KnowledgeBaseError: An unknown kind, another model, one that gives no vectors, no room on the disk, or a
-                server that cannot be reached. An index that was there stays.
-            MissingExtraError: The index needs a package that is not installed.
-            MelError: Another process builds this index.
+            KnowledgeBaseError: The folder is the Hub cache, which other programs share.
         """
-        from hf_mel.linking import indexes
-
-        self._check_ours()
-        self.check_made_by(model, processor)
-        return indexes.build_index(self, kind, model, uri=uri, progress=progress)
-
-    def open_index(self, kind: str, model: Any, *, first_stage: int | None = None) -> Index:
-        """What finds the entities of mentions: an index that was built, or "exact", which needs none.
-
-        Args:
-            kind (`str`): One of [`~hf_mel.kb.indexes.KINDS`].
-            model ([`~hf_mel.protocols.Retriever`]): The one that built this knowledge base.
-            first_stage (`int`, *optional*): How many candidates the index finds for the model to score. Default:
-                [`~hf_mel.kb.indexes.base.FIRST_STAGE`].
-
-        Raises:
-            KnowledgeBaseError: No such index, a damaged one, or one of other encodings.
-            MissingExtraError: As in [`~KnowledgeBase.build_index`].
-        """
-        from hf_mel.linking import indexes
-
-        return indexes.open_index(self, kind, model, first_stage=first_stage)
+        if self._hub_id is not None:
+            raise KnowledgeBaseError(
+                "A knowledge base downloaded from the Hub is not changed in the cache.",
+                file=self._hub_id,
+                remedy="Copy it with kb.save(FOLDER), and change the copy.",
+            )
 
     def __len__(self) -> int:
         return len(self._active)
@@ -444,7 +439,7 @@ class KnowledgeBase:
 
     @property
     def dtype(self) -> str:
-        """What floating-point encodings are stored in; they are always given as float32."""
+        """The dtype in which floating-point encodings are stored. They are returned as float32."""
         return self._manifest["dtype"]
 
     @cached_property
@@ -452,71 +447,81 @@ class KnowledgeBase:
         """The id of every row, [N]."""
         ids: list[str] = []
         for shard in range(len(self._manifest["shards"])):
-            with _reading(self._file(shard, "entities")):
-                table = self._parquet(shard)[0].read(columns=["entity_id"])
-                ids += _decoded(table, self._file(shard, "entities")).column(0).to_pylist()
-        return ids if len(ids) == len(self) else [ids[row] for row in self._active]
+            path = self._file(shard, "entities")
+            with read_errors(path):
+                table = self._open_parquet(shard)[0].read(columns=["entity_id"])
+                ids += decode_table(table, path).column(0).to_pylist()
+        return ids if len(ids) == len(self) else [ids[physical] for physical in self._active]
 
     @cached_property
-    def _rows_by_id(self) -> dict[str, int]:
+    def _row_by_id(self) -> dict[str, int]:
         return {entity_id: row for row, entity_id in enumerate(self.entity_ids)}
 
     def row_of(self, entity_id: str) -> int:
-        """The row number of an entity.
+        """Returns the row of an entity.
 
         Raises:
-            UnknownEntityError: It is not in the knowledge base.
+            UnknownEntityError: The entity is not in the knowledge base.
         """
         try:
-            return self._rows_by_id[entity_id]
+            return self._row_by_id[entity_id]
         except (KeyError, TypeError):
             raise UnknownEntityError(
-                f"there is no entity {entity_id!r} in the knowledge base.",
+                f"The knowledge base has no entity {entity_id!r}.",
                 file=self.path,
-                remedy=f"Its {len(self):,} ids look like {self.entity_ids[0]!r}.",
+                remedy=f"Give one of its {len(self):,} ids, for instance {self.entity_ids[0]!r}.",
             ) from None
 
     def __contains__(self, entity_id: object) -> bool:
-        return entity_id in self._rows_by_id
+        return entity_id in self._row_by_id
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """Entity rows to show: `entity_id`, `name`, `description`, `attributes`, `aliases`.
+        """Returns the texts of entities: `entity_id`, `name`, `description`, `attributes`, `aliases`.
 
         Args:
-            indices (integers [R]): Row numbers, in any order.
+            indices (integers [R]): Rows, in any order.
         """
-        return self._table(np.asarray(indices, dtype=np.int64), _TEXT_COLUMNS).to_pylist()
+        return self._read_table(np.asarray(indices, dtype=np.int64), TEXT_COLUMNS).to_pylist()
 
     def image(self, index: int) -> Image.Image | None:
-        """The first image of the entity in a row, RGB; `None` if it has none.
+        """Returns the first image of the entity in a row as RGB, or `None` if it has no image.
 
         Raises:
-            ImageError: It is damaged.
+            ImageError: The image is damaged.
         """
-        row = self._table(np.array([index]), ["entity_id", "images"]).to_pylist()[0]
+        row = self._read_table(np.array([index]), ["entity_id", "images"]).to_pylist()[0]
         return open_image(row["images"][0], file=self.path, row=row["entity_id"]) if row["images"] else None
 
     def encodings(self, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
-        """Encodings of some entities: tensors with first axis R, on the CPU, floating point as float32.
+        """Returns encodings of entities: CPU tensors with first axis R, floating-point ones as float32.
 
         Args:
-            indices (integers [R]): Row numbers, in any order.
+            indices (integers [R]): Rows, in any order.
         """
-        return as_float(self._stored(np.asarray(indices, dtype=np.int64)))
+        return as_float(self._gather(self._active[np.asarray(indices, dtype=np.int64)]))
 
     def iter_chunks(
         self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False
     ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """Yields (number of the first row, encodings of up to `chunk_size` rows), in row order and without gaps.
+        """Iterates over the encodings in row order.
 
-        Tensors are on the CPU, floating point as float32 or, `as_stored`, as it is in the file; a chunk of a shard whose
-        type that is, is a view of the mapped file. `rows` (without a step) limits it to some.
+        Args:
+            chunk_size (`int`): Rows per chunk, at most.
+            rows (`range`, *optional*): Only these rows; a range with step 1.
+            as_stored (`bool`): Whether floating-point tensors keep the dtype of the file. A chunk within one shard is
+                then a view of the mapped file. Otherwise they are float32.
+
+        Yields:
+            `tuple[int, dict[str, torch.Tensor]]`: The first row of the chunk, and CPU tensors with first axis up to
+            `chunk_size`.
         """
-        for first, encodings in self._stored_chunks(chunk_size, rows):
+        rows = range(len(self)) if rows is None else rows
+        for first in range(rows.start, rows.stop, chunk_size):
+            encodings = self._gather(self._active[first : min(first + chunk_size, rows.stop)])
             yield first, encodings if as_stored else as_float(encodings)
 
     def info(self) -> dict[str, Any]:
-        """What it is made of: counts, sizes in bytes, types, model."""
+        """Returns counts, sizes in bytes, dtypes, the model, and the kinds of the indexes that were built."""
         shards = self._manifest["shards"]
         return {
             "path": str(self.path),
@@ -532,133 +537,162 @@ class KnowledgeBase:
         }
 
     def files(self) -> list[str]:
-        """Names of the files the knowledge base is made of, kb.json first. An index is not part of it."""
+        """Returns the names of the files of the knowledge base, kb.json first. Indexes are not included."""
         shards = self._manifest["shards"]
-        return [_MANIFEST, *(shard[part]["file"] for shard in shards for part in ("encodings", "entities"))]
+        return [MANIFEST_NAME, *(shard[part]["file"] for shard in shards for part in ("encodings", "entities"))]
 
-    # What an index sees: rows as they are stored, the removed ones too. Their numbers stay when entities come and go.
+    # Physical rows, including removed ones. Indexes use these because physical row numbers never change.
 
     @property
     def shards(self) -> list[tuple[int, str]]:
-        """Rows and sha256 of the encodings of each shard: of an older state, a part from the start."""
+        """(number of rows, sha256 of the encodings) of each shard. Later states of the folder only append to it."""
         return [(shard["rows"], shard["encodings"]["sha256"]) for shard in self._manifest["shards"]]
 
     @property
-    def stored(self) -> int:
-        """How many rows are stored."""
+    def num_physical_rows(self) -> int:
+        """The number of rows in the shards, including removed ones."""
         return int(self._starts[-1])
 
-    def rows_of_stored(self, stored: np.ndarray) -> np.ndarray:
-        """Row numbers of stored rows; -1 for a removed one, and for -1."""
-        if len(self) == self.stored:
-            return stored
-        return np.where(stored < 0, -1, self._rows_by_stored[stored])
+    def rows_of_physical(self, physical: np.ndarray) -> np.ndarray:
+        """Maps physical rows to rows. Removed rows, and -1, become -1."""
+        if len(self) == self.num_physical_rows:
+            return physical
+        return np.where(physical < 0, -1, self._row_by_physical[physical])
 
     @cached_property
-    def _rows_by_stored(self) -> np.ndarray:
+    def _row_by_physical(self) -> np.ndarray:
         rows = np.full(self._starts[-1], -1, dtype=np.int64)
         rows[self._active] = np.arange(len(self))
         return rows
 
-    def iter_stored(self, first: int, chunk_size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """As [`~KnowledgeBase.iter_chunks`], of stored rows from `first` on."""
-        for start in range(first, self.stored, chunk_size):
-            yield start, as_float(self._gather(np.arange(start, min(start + chunk_size, self.stored))))
+    def iter_physical(self, first: int, chunk_size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """Iterates over the encodings of physical rows, starting at `first`, as [`~KnowledgeBase.iter_chunks`] does."""
+        for start in range(first, self.num_physical_rows, chunk_size):
+            physical = np.arange(start, min(start + chunk_size, self.num_physical_rows))
+            yield start, as_float(self._gather(physical))
 
-    def _stored_chunks(
-        self, chunk_size: int, rows: range | None = None
-    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        rows = range(len(self)) if rows is None else rows
-        for first in range(rows.start, rows.stop, chunk_size):
-            yield first, self._stored(np.arange(first, min(first + chunk_size, rows.stop)))
-
-    def _stored(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        return self._gather(self._active[rows])
-
-    def _gather(self, stored: np.ndarray) -> dict[str, torch.Tensor]:
-        parts, places = [], []
-        for shard, where in _by_block(stored, self._starts):
-            local = stored[where] - self._starts[shard]
-            tensors = self._shard_tensors(shard)
-            if local[-1] - local[0] + 1 == len(local) and (np.diff(local) == 1).all():
+    def _gather(self, physical: np.ndarray) -> dict[str, torch.Tensor]:
+        """Returns the encodings of physical rows, in the given order and the dtype of the file."""
+        parts, positions = [], []
+        for shard, at in group_by_block(physical, self._starts):
+            local = physical[at] - self._starts[shard]
+            tensors = self._open_encodings(shard)
+            is_contiguous = local[-1] - local[0] + 1 == len(local) and (np.diff(local) == 1).all()
+            if is_contiguous:  # a slice is a view of the mapped file, an index tensor makes a copy
                 parts.append(slice_encodings(tensors, slice(int(local[0]), int(local[-1]) + 1)))
             else:
                 parts.append(slice_encodings(tensors, torch.from_numpy(local)))
-            places.append(where)
+            positions.append(at)
         if not parts:
-            return slice_encodings(self._shard_tensors(0), slice(0, 0))
-        order = np.concatenate(places)
+            return slice_encodings(self._open_encodings(0), slice(0, 0))
+        order = np.concatenate(positions)
         joined = parts[0] if len(parts) == 1 else concat_encodings(parts)
         return joined if (np.diff(order) > 0).all() else slice_encodings(joined, torch.from_numpy(np.argsort(order)))
 
-    def _table(self, rows: np.ndarray, columns: list[str]) -> pa.Table:
-        stored = self._active[rows]
-        parts, places = [_schema().empty_table().select(columns)], []
-        for shard, where in _by_block(stored, self._starts):
-            local = stored[where] - self._starts[shard]
-            with _reading(self._file(shard, "entities")):
-                file, starts = self._parquet(shard)
-                for group, inside in _by_block(local, starts):
-                    # One thread: a group of texts is read in less time than threads take to start.
+    def _read_table(self, rows: np.ndarray, columns: list[str]) -> pa.Table:
+        physical = self._active[rows]
+        parts, positions = [entity_schema().empty_table().select(columns)], []
+        for shard, at in group_by_block(physical, self._starts):
+            local = physical[at] - self._starts[shard]
+            path = self._file(shard, "entities")
+            with read_errors(path):
+                file, starts = self._open_parquet(shard)
+                for group, inside in group_by_block(local, starts):
+                    # Decoding a row group of texts takes less time than starting threads.
                     table = file.read_row_group(group, columns=columns, use_threads=False).select(columns)
                     taken = table.take(pa.array(local[inside] - starts[group]))
-                    parts.append(_decoded(taken, self._file(shard, "entities")))
-                    places.append(where[inside])
-        order = np.argsort(np.concatenate(places)) if places else np.array([], dtype=np.int64)
+                    parts.append(decode_table(taken, path))
+                    positions.append(at[inside])
+        order = np.argsort(np.concatenate(positions)) if positions else np.array([], dtype=np.int64)
         return pa.concat_tables(parts).take(pa.array(order))
 
     def _file(self, shard: int, part: str) -> Path:
         return self.path / self._manifest["shards"][shard][part]["file"]
 
-    def _shard_tensors(self, shard: int) -> dict[str, torch.Tensor]:
-        if shard not in self._tensors:
+    def _open_encodings(self, shard: int) -> dict[str, torch.Tensor]:
+        if shard not in self._shard_tensors:
             path, rows = self._file(shard, "encodings"), self._manifest["shards"][shard]["rows"]
-            with _reading(path), safe_open(path, framework="pt") as file:
-                # Mapped: a tensor's pages are read when they are used, and the system drops them when memory is short.
+            with read_errors(path), safe_open(path, framework="pt") as file:
+                # Memory-mapped: pages are read on use, and the system drops them when memory is short.
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
-            layout = self._manifest["encodings"]
-            if found != {name: (spec["dtype"], [rows, *spec["shape"]]) for name, spec in layout.items()}:
-                raise _damaged(path, f"its tensors are not those {_MANIFEST} tells of")
-            self._tensors[shard] = tensors
-        return self._tensors[shard]
+            layout = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
+            expected = self._manifest["encodings"]
+            if layout != {name: (spec["dtype"], [rows, *spec["shape"]]) for name, spec in expected.items()}:
+                raise damage_error(path, f"its tensors do not match {MANIFEST_NAME}")
+            self._shard_tensors[shard] = tensors
+        return self._shard_tensors[shard]
 
-    def _parquet(self, shard: int) -> tuple[pq.ParquetFile, np.ndarray]:
-        """The file of a shard, and the first row of each of its row groups."""
-        if shard not in self._parquets:
+    def _open_parquet(self, shard: int) -> tuple[pq.ParquetFile, np.ndarray]:
+        """Opens the entities of a shard; returns the file and the first row of each row group."""
+        if shard not in self._parquet_files:
             path = self._file(shard, "entities")
-            with _reading(path):
+            with read_errors(path):
                 file = pq.ParquetFile(path, memory_map=True)
-                _check_parquet(file, path)
-                # Read as dictionaries, a text that is there a million times takes its bytes once: see _decoded.
-                texts = [file.schema.column(i).path for i in range(len(file.schema))]
-                file = pq.ParquetFile(path, memory_map=True, metadata=file.metadata, read_dictionary=texts)
+                check_parquet(file, path)
+                # Read as dictionaries, a string that occurs a million times is held once: see decode_table.
+                columns = [file.schema.column(number).path for number in range(len(file.schema))]
+                file = pq.ParquetFile(path, memory_map=True, metadata=file.metadata, read_dictionary=columns)
             if file.metadata.num_rows != self._manifest["shards"][shard]["rows"]:
-                raise _damaged(path, f"it has {file.metadata.num_rows} rows, not those {_MANIFEST} tells of")
+                raise damage_error(path, f"its {file.metadata.num_rows} rows do not match {MANIFEST_NAME}")
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            self._parquets[shard] = file, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        return self._parquets[shard]
-
-    def _check_ours(self) -> None:
-        if self._downloaded is not None:
-            raise KnowledgeBaseError(
-                "was downloaded from the Hub, and is not changed in the cache.",
-                file=self._downloaded,
-                remedy="Make a copy of your own with kb.save(FOLDER), and change that.",
-            )
+            self._parquet_files[shard] = file, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        return self._parquet_files[shard]
 
     def _check_unchanged(self) -> None:
-        if _read_manifest(self.path)[0] != self._written:
+        if read_manifest(self.path)[0] != self._manifest_text:
             raise KnowledgeBaseError(
-                "the knowledge base was changed by somebody else since it was loaded.",
+                "The knowledge base was changed by another process since it was opened.",
                 file=self.path,
-                remedy="Load it again and repeat.",
+                remedy="Open it again and repeat.",
             )
 
     def _commit(self, changes: dict[str, Any], removed: np.ndarray) -> None:
-        marked = sorted({*self._manifest["removed"], *removed.tolist()})
-        _write_manifest(self.path, self._manifest | changes | {"removed": marked})
-        self._read()
+        all_removed = sorted({*self._manifest["removed"], *removed.tolist()})
+        write_manifest(self.path, self._manifest | changes | {"removed": all_removed})
+        self._reload()
+
+    # Deprecated members, kept for one release.
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, verify: bool = False) -> KnowledgeBase:
+        """Deprecated: use [`~KnowledgeBase.from_pretrained`]."""
+        _warn_deprecated("load", "KnowledgeBase.from_pretrained")
+        kb = cls(path)
+        if verify:
+            kb.verify()
+        return kb
+
+    def build_index(self, kind: str, model: Any, processor: MelProcessor, **options: Any) -> Any:
+        """Deprecated: use [`hf_mel.kb.indexes.build_index`]."""
+        return _index_function("build_index")(self, kind, model, processor, **options)
+
+    def open_index(self, kind: str, model: Any, **options: Any) -> Any:
+        """Deprecated: use [`hf_mel.kb.indexes.open_index`]."""
+        return _index_function("open_index")(self, kind, model, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _RENAMED:
+            _warn_deprecated(name, f"KnowledgeBase.{_RENAMED[name]}")
+            return getattr(self, _RENAMED[name])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _warn_deprecated(name: str, replacement: str) -> None:
+    warnings.warn(
+        f"KnowledgeBase.{name} is deprecated and will be removed in the next release. Use {replacement}.",
+        FutureWarning,
+        stacklevel=3,
+    )
+
+
+def _index_function(name: str) -> Any:
+    warnings.warn(
+        f"KnowledgeBase.{name} is deprecated and will be removed in the next release. Use hf_mel.kb.{name}.",
+        FutureWarning,
+        stacklevel=3,
+    )
+    # Imported by name: indexes import this module, and these methods go with the next release.
+    return getattr(importlib.import_module("hf_mel.kb.indexes"), name)
 
 
 def _encode(
@@ -667,56 +701,60 @@ def _encode(
     model: Any,
     processor: MelProcessor,
     prototypes: Prototypes | None,
-    writer: _ShardWriter,
+    writer: ShardWriter,
     batch_size: int,
     progress: bool,
 ) -> None:
+    """Encodes entities batch by batch and passes encodings and rows to `writer`."""
     if not hasattr(model, "encode_entities"):
         raise KnowledgeBaseError(
             f"{type(model).__name__} does not encode entities by themselves.",
-            remedy="A knowledge base needs a retriever; a reranker orders the candidates a retriever finds.",
+            remedy="Give a retriever; a reranker only orders the candidates that a retriever found.",
         )
-    schema = _schema()
-    training = getattr(model, "training", False)
-    if training:
+    schema = entity_schema()
+    was_training = getattr(model, "training", False)
+    if was_training:
         model.eval()
     try:
         first = 0
-        stored = source.with_format("arrow")  # plain formatting would decode every image
+        undecoded = source.with_format("arrow")  # the plain format would decode every image
         batches = encode_batches(
             model, processor, source, "entities", prototypes=prototypes, batch_size=batch_size, progress=progress
         )
         for encodings in batches:
-            columns = _as_stored(stored[first : first + batch_size].to_pydict(), name)
+            columns = columns_to_store(undecoded[first : first + batch_size].to_pydict(), name)
             ids = columns["entity_id"]
             if num_rows(encodings) != len(ids):
-                raise KnowledgeBaseError(f"the model gave {num_rows(encodings)} encodings of {len(ids)} entities.")
-            _check_finite(encodings, writer.dtype, ids, name)
+                raise KnowledgeBaseError(
+                    f"The model returned {num_rows(encodings)} encodings of {len(ids)} entities.",
+                    remedy="Return one row per entity from encode_entities.",
+                )
+            check_finite(encodings, writer.dtype, ids, name)
             writer.add(encodings, pa.Table.from_pydict(columns, schema=schema))
             first += len(ids)
     finally:
-        if training:
+        if was_training:
             model.train()
 
 
 def _check_target(target: Path) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise KnowledgeBaseError("is there and is not a folder.", file=target, remedy="Choose another output.")
-    if target.exists() and any(target.iterdir()) and not (target / _MANIFEST).is_file():
+        raise KnowledgeBaseError("This path exists and is not a folder.", file=target, remedy="Choose another output.")
+    if target.exists() and any(target.iterdir()) and not (target / MANIFEST_NAME).is_file():
         raise KnowledgeBaseError(
-            "is not empty and is not a knowledge base.", file=target, remedy="Choose another output."
+            "The folder is not empty and holds no knowledge base.", file=target, remedy="Choose another output."
         )
 
 
 @contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place if the block succeeds, and vanishes if it does not."""
-    with writing(target):
+def _staging_folder(target: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `target`. It replaces `target` if the block succeeds, and is deleted if not."""
+    with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield work
-        with writing(target):
+        with write_errors(target):
             work.chmod(0o755)  # mkdtemp makes it private
             replace_folder(work, target)
     finally:

@@ -1,4 +1,4 @@
-"""hf_mel.kb.manifest."""
+"""The manifest `kb.json` of a knowledge base: atomic writing, and strict reading of files from untrusted sources."""
 
 from __future__ import annotations
 
@@ -9,89 +9,98 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_mel.errors import KnowledgeBaseError
-from hf_mel.files import writing
+from hf_mel.files import write_errors
 
-#: Types a knowledge base can store floating-point encodings in.
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MANIFEST_NAME = "kb.json"
+FORMAT = "hf_mel.knowledge_base"
+VERSION = 1
+#: dtypes in which floating-point encodings can be stored, as `torch` names them.
+DTYPES = ("float32", "float16", "bfloat16")
 
-
-_MANIFEST = "kb.json"
-
-
-_FORMAT = "hf_mel.knowledge_base"
-
-
-_VERSION = 1
+#: Size limit of an untrusted `kb.json`.
+_MAX_MANIFEST_BYTES = 32 << 20
 
 
-#: What nobody's knowledge base comes near: a `kb.json`, values in a column of a row group, and what one read decodes to.
-_MANIFEST_BYTES = 32 << 20
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes `kb.json` atomically: the file is flushed to disk and then renamed into place.
 
+    Args:
+        folder (`Path`): The folder of the knowledge base.
+        manifest (mapping): The fields of `kb.json`.
 
-def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    temporary = folder / f".{_MANIFEST}.{os.getpid()}"
+    Raises:
+        KnowledgeBaseError: The file cannot be written.
+    """
+    temporary = folder / f".{MANIFEST_NAME}.{os.getpid()}"
+    # The list of removed rows may be long, so it gets one line instead of one line a row.
+    text = json.dumps({k: v for k, v in manifest.items() if k != "removed"}, indent=2, ensure_ascii=False)
+    text = f'{text[:-2]},\n  "removed": {json.dumps(manifest["removed"])}\n}}\n'
     try:
-        with writing(folder / _MANIFEST), temporary.open("w", encoding="utf-8") as file:
-            file.write(_dump(manifest))
+        with write_errors(folder / MANIFEST_NAME), temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, folder / _MANIFEST)
+        os.replace(temporary, folder / MANIFEST_NAME)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _dump(manifest: Mapping[str, Any]) -> str:
-    """JSON for people, with the (perhaps long) list of removed rows on one line."""
-    text = json.dumps({k: v for k, v in manifest.items() if k != "removed"}, indent=2, ensure_ascii=False)
-    return f'{text[:-2]},\n  "removed": {json.dumps(manifest["removed"])}\n}}\n'
+def read_manifest(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Reads and validates `kb.json`, and checks that its files exist and have the recorded sizes.
 
+    Args:
+        folder (`Path`): The folder of the knowledge base.
 
-def _read_manifest(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The text of kb.json and its checked content; the files it names exist and have their sizes."""
-    path = folder / _MANIFEST
+    Returns:
+        `tuple[str, dict]`: The text of `kb.json` and its parsed content.
+
+    Raises:
+        KnowledgeBaseError: The folder holds no knowledge base, one of another version, or a damaged one.
+    """
+    path = folder / MANIFEST_NAME
     try:
-        if path.stat().st_size > _MANIFEST_BYTES:
-            raise _damaged(path, f"it has {path.stat().st_size:,} bytes")
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise damage_error(path, f"it has {path.stat().st_size:,} bytes")
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise KnowledgeBaseError(
-            f"there is no knowledge base here (no {_MANIFEST}).",
+            f"There is no knowledge base here (no {MANIFEST_NAME}).",
             file=folder,
             remedy="Check the path, or build one: hf-mel kb build MODEL --dataset … --output …",
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(path, str(error)) from error
+        raise damage_error(path, str(error)) from error
     try:
         manifest = json.loads(text)
-        kind, version = manifest["format"], manifest["version"]
+        found_format, found_version = manifest["format"], manifest["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, "it is not what hf_mel writes") from error
-    if kind != _FORMAT or version != _VERSION:
+        raise damage_error(path, "hf_mel did not write this file") from error
+    if found_format != FORMAT or found_version != VERSION:
         raise KnowledgeBaseError(
-            f"its format is {kind!r}, version {version!r}; this hf_mel reads {_FORMAT!r}, version {_VERSION}.",
+            f"The format is {found_format!r}, version {found_version!r}; "
+            f"this hf_mel reads {FORMAT!r}, version {VERSION}.",
             file=path,
             remedy="Update hf_mel, or build the knowledge base again.",
         )
     try:
-        problem = _manifest_problem(manifest)
+        problem = _find_problem(manifest)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         problem = f"a field is missing or malformed ({type(error).__name__}: {error})"
     if problem:
-        raise _damaged(path, problem)
+        raise damage_error(path, problem)
     for shard in manifest["shards"]:
         for entry in (shard["encodings"], shard["entities"]):
             file = folder / entry["file"]
             if not file.is_file():
-                raise _damaged(file, "the file is missing")
+                raise damage_error(file, "the file is missing")
             if file.stat().st_size != entry["bytes"]:
-                raise _damaged(file, f"it has {file.stat().st_size:,} bytes, {entry['bytes']:,} were written")
+                raise damage_error(file, f"it has {file.stat().st_size:,} bytes, {entry['bytes']:,} were written")
     return text, manifest
 
 
-def _manifest_problem(manifest: dict[str, Any]) -> str | None:
+def _find_problem(manifest: dict[str, Any]) -> str | None:
+    """Returns the first problem of a parsed manifest, or `None`."""
     model, processor = manifest["model"], manifest["processor"]
     if not isinstance(model["config"], dict) or not all(
         isinstance(value, str)
@@ -114,12 +123,13 @@ def _manifest_problem(manifest: dict[str, Any]) -> str | None:
         total += shard["rows"]
         for part, pattern in (("encodings", r"encodings-\d+\.safetensors"), ("entities", r"entities-\d+\.parquet")):
             entry = shard[part]
-            # A name from the Hub must not lead out of the folder.
+            # The manifest may come from the Hub: a file name must not lead out of the folder.
             if not re.fullmatch(pattern, entry["file"], re.ASCII) or type(entry["bytes"]) is not int:
                 return f"a shard names the file {entry['file']!r}"
             if not isinstance(entry["sha256"], str):
                 return "a shard has no sha256"
-        if shard["rows"] > shard["encodings"]["bytes"]:  # what is in memory per row is bounded by a file that exists
+        # Memory is allocated per row, so the number of rows is bounded by the size of a file that exists.
+        if shard["rows"] > shard["encodings"]["bytes"]:
             return f"a shard has {shard['rows']:,} rows in {shard['encodings']['bytes']:,} bytes"
     removed = manifest["removed"]
     if not all(type(row) is int and 0 <= row < total for row in removed) or len(set(removed)) != len(removed):
@@ -129,9 +139,10 @@ def _manifest_problem(manifest: dict[str, Any]) -> str | None:
     return None
 
 
-def _damaged(file: Path, what: str) -> KnowledgeBaseError:
+def damage_error(file: Path, problem: str) -> KnowledgeBaseError:
+    """Returns the error for a knowledge base whose files are damaged."""
     return KnowledgeBaseError(
-        f"the knowledge base is damaged: {what}.",
+        f"The knowledge base is damaged: {problem}.",
         file=file,
-        remedy="Build it again, or copy it again from where it was.",
+        remedy="Build it again, or copy it again from its source.",
     )

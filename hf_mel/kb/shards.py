@@ -1,4 +1,7 @@
-"""hf_mel.kb.shards."""
+"""Shards of a knowledge base: pairs of a safetensors file of encodings and a Parquet file of entity rows.
+
+[`ShardWriter`] writes them. The other functions read Parquet files that may come from an untrusted source.
+"""
 
 from __future__ import annotations
 
@@ -18,92 +21,104 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hf_mel.errors import KnowledgeBaseError
-from hf_mel.files import sealed, write_text, writing
+from hf_mel.files import fsync_and_describe, write_errors, write_text
 from hf_mel.inference.encodings import concat_encodings, row_bytes
-from hf_mel.kb.manifest import DTYPES, _damaged
+from hf_mel.kb.manifest import damage_error
 from hf_mel.schema import entity_features
 
-#: A shard is closed when its encodings reach this size: it bounds the memory of a build.
+#: A shard is closed when its encodings reach this size, which bounds the memory of a build.
 _SHARD_BYTES = 256 << 20
-
-
-#: A Parquet row group is what reading one entity reads.
+#: A Parquet row group ends after this many rows or bytes. Reading one entity reads one row group.
 _GROUP_ROWS = 256
-
-
 _GROUP_BYTES = 16 << 20
+#: Limits for untrusted files: values per column of a row group, and decoded bytes per read.
+_MAX_GROUP_VALUES = 1 << 22
+_MAX_READ_BYTES = 1 << 30
 
 
-_GROUP_VALUES = 1 << 22
+class ShardWriter:
+    """Writes encodings and entity rows in parallel, and starts a new pair of files whenever one is full.
 
-
-_READ_BYTES = 1 << 30
-
-
-class _ShardWriter:
-    """Writes encodings and entity rows side by side, a new pair of files whenever one is full.
-
-    With a folder for `notes`, every pair is noted there when it is finished, and those that were are not written again:
-    `done` rows.
+    Args:
+        folder (`Path`): The folder to write to.
+        first (`int`): The number of the first shard.
+        dtype (`str`): One of [`~hf_mel.kb.manifest.DTYPES`].
+        layout (`dict`, *optional*): Encoding name → dtype and shape of one row, which all batches must match. Default:
+            that of the first batch.
+        notes (`Path`, *optional*): A folder in which finished shards are recorded. Shards recorded there by an
+            interrupted build are kept, and `num_finished` counts their rows.
     """
 
     def __init__(
         self, folder: Path, first: int, dtype: str, layout: dict[str, Any] | None = None, notes: Path | None = None
     ):
-        self.folder, self.first, self.dtype, self.layout, self.notes = folder, first, DTYPES[dtype], layout, notes
+        self.folder, self.first, self.layout, self.notes = folder, first, layout, notes
+        self.dtype: torch.dtype = getattr(torch, dtype)
         self._shards: list[dict[str, Any]] = []
         self._encodings: list[dict[str, torch.Tensor]] = []
         self._tables: list[pa.Table] = []
         self._rows = self._bytes = 0
         self._parquet: pq.ParquetWriter | None = None
         if notes is not None:
-            self._read_notes(notes)
-        self.done = sum(shard["rows"] for shard in self._shards)
+            self._resume(notes)
+        self.num_finished = sum(shard["rows"] for shard in self._shards)
 
-    def _read_notes(self, folder: Path) -> None:
-        whole = True
-        for path in sorted(folder.glob("*.json")):
+    def _resume(self, notes: Path) -> None:
+        all_complete = True
+        for path in sorted(notes.glob("*.json")):
             note = json.loads(path.read_text(encoding="utf-8"))
-            files = [note["shard"][part] for part in ("encodings", "entities")]
-            # Not so if the process ended after the last rename, or somebody cleaned up.
-            whole = whole and all(_size(self.folder / file["file"]) == file["bytes"] for file in files)
-            if whole:
+            entries = [note["shard"][part] for part in ("encodings", "entities")]
+            # Files are missing if the process ended after the final rename, or if somebody deleted them.
+            all_complete = all_complete and all(
+                _file_size(self.folder / entry["file"]) == entry["bytes"] for entry in entries
+            )
+            if all_complete:
                 self._shards.append(note["shard"])
                 self.layout = note["layout"]
             else:
                 path.unlink()
-        named = {shard[part]["file"] for shard in self._shards for part in ("encodings", "entities")}
+        finished = {shard[part]["file"] for shard in self._shards for part in ("encodings", "entities")}
         for path in self.folder.iterdir():
-            if path.name not in named:  # begun, not finished
+            if path.name not in finished:
                 path.unlink()
 
     def add(self, encodings: Mapping[str, torch.Tensor], table: pa.Table) -> None:
-        stored = {
+        """Appends a batch.
+
+        Args:
+            encodings (`Mapping[str, torch.Tensor]`): Tensors with first axis B.
+            table (`pyarrow.Table`): B rows with the columns of [`entity_schema`].
+
+        Raises:
+            KnowledgeBaseError: dtypes or shapes differ from those of earlier batches, or a file cannot be written.
+        """
+        converted = {
             name: tensor.to("cpu", self.dtype if tensor.is_floating_point() else None)
             for name, tensor in encodings.items()
         }
         layout = {
-            name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape[1:])}
-            for name, t in stored.items()
+            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape[1:])}
+            for name, tensor in converted.items()
         }
         if self.layout is None:
             self.layout = layout
         elif layout != self.layout:
             raise KnowledgeBaseError(
-                f"the encodings of a batch are {_layout_text(layout)}, those before were {_layout_text(self.layout)}.",
-                remedy="The processor has to pad every batch to the same length (padding='max_length').",
+                f"The encodings of this batch are {_layout_text(layout)}, but earlier ones were "
+                f"{_layout_text(self.layout)}.",
+                remedy="Let the processor pad every batch to the same length (padding='max_length').",
             )
-        self._encodings.append(stored)
+        self._encodings.append(converted)
         self._tables.append(table)
         self._rows += table.num_rows
-        self._bytes += row_bytes(stored) * table.num_rows
+        self._bytes += row_bytes(converted) * table.num_rows
         if sum(t.num_rows for t in self._tables) >= _GROUP_ROWS or sum(t.nbytes for t in self._tables) >= _GROUP_BYTES:
             self._write_group()
         if self._bytes >= _SHARD_BYTES:
             self._close_shard()
 
     def close(self) -> list[dict[str, Any]]:
-        """What `kb.json` says of the shards."""
+        """Finishes the last shard and returns the manifest entries of all shards."""
         if self._rows:
             self._close_shard()
         return self._shards
@@ -113,7 +128,7 @@ class _ShardWriter:
 
     def _write_group(self) -> None:
         path = self._path("entities", "parquet")
-        with writing(path):
+        with write_errors(path):
             if self._parquet is None:
                 self._parquet = pq.ParquetWriter(path, self._tables[0].schema, compression="zstd")
             table = pa.concat_tables(self._tables)
@@ -124,12 +139,16 @@ class _ShardWriter:
         if self._tables:
             self._write_group()
         entities, encodings = self._path("entities", "parquet"), self._path("encodings", "safetensors")
-        with writing(entities):
+        with write_errors(entities):
             if self._parquet is not None:
                 self._parquet.close()
-        with writing(encodings):
+        with write_errors(encodings):
             save_file(concat_encodings(self._encodings), encodings)
-        shard = {"rows": self._rows, "encodings": sealed(encodings), "entities": sealed(entities)}
+        shard = {
+            "rows": self._rows,
+            "encodings": fsync_and_describe(encodings),
+            "entities": fsync_and_describe(entities),
+        }
         if self.notes is not None:
             note = self.notes / f"{len(self._shards):05d}.json"
             write_text(note, [json.dumps({"shard": shard, "layout": self.layout})])
@@ -138,31 +157,43 @@ class _ShardWriter:
         self._rows = self._bytes = 0
 
 
-def _check_finite(
+def check_finite(
     encodings: Mapping[str, torch.Tensor], dtype: torch.dtype, ids: Sequence[str], file: str | None
 ) -> None:
+    """Checks that encodings of B entities are finite after conversion to `dtype`.
+
+    Raises:
+        KnowledgeBaseError: A value is nan or infinite, or overflows in `dtype`; names the entity.
+    """
     for name, tensor in encodings.items():
-        if tensor.is_floating_point() and not tensor.to(dtype).isfinite().all():
-            bad = (
-                (~tensor.to(dtype).isfinite()).flatten(1).any(1) if tensor.dim() > 1 else ~tensor.to(dtype).isfinite()
-            )
-            row = int(bad.nonzero()[0])
-            overflow = bool(tensor[row].isfinite().all())
-            raise KnowledgeBaseError(
-                f"the encoding {name!r} of entity {ids[row]!r} "
-                + (f"is too large for {str(dtype).removeprefix('torch.')}." if overflow else "is nan or infinite."),
-                file=file,
-                remedy="Use bfloat16 or float32." if overflow else "Look at the weights of the model.",
-            )
+        if not tensor.is_floating_point():
+            continue
+        finite = tensor.to(dtype).isfinite()
+        if finite.all():
+            continue
+        finite_rows = finite.flatten(1).all(1) if tensor.dim() > 1 else finite
+        row = int((~finite_rows).nonzero()[0])
+        overflows = bool(tensor[row].isfinite().all())
+        raise KnowledgeBaseError(
+            f"The encoding {name!r} of entity {ids[row]!r} "
+            + (f"is too large for {str(dtype).removeprefix('torch.')}." if overflows else "is nan or infinite."),
+            file=file,
+            remedy="Use bfloat16 or float32." if overflows else "Check the weights of the model.",
+        )
 
 
 @cache
-def _schema() -> pa.Schema:
+def entity_schema() -> pa.Schema:
+    """Returns the Arrow schema of entity rows."""
     return entity_features().arrow_schema
 
 
-def _by_block(numbers: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Groups numbers by the block `starts[b] … starts[b+1]` they are in: (b, their positions in `numbers`)."""
+def group_by_block(numbers: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Groups numbers by the block `starts[b]:starts[b + 1]` that contains them.
+
+    Yields:
+        `tuple[int, np.ndarray]`: b, and the positions in `numbers` of the numbers in block b.
+    """
     blocks = np.searchsorted(starts, numbers, side="right") - 1
     for block in np.unique(blocks):
         yield int(block), np.flatnonzero(blocks == block)
@@ -172,27 +203,37 @@ def _layout_text(layout: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {spec['dtype']}{spec['shape']}" for name, spec in layout.items())
 
 
-def _size(path: Path) -> int | None:
+def _file_size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _check_parquet(file: pq.ParquetFile, path: Path) -> None:
-    """Refuses other columns, and row groups that say of themselves that they are beyond all bounds."""
-    if not file.schema_arrow.equals(_schema()):
-        raise _damaged(path, "its columns are not those of entities")
-    for k in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(k)
-        for chunk in (group.column(i) for i in range(group.num_columns)):
-            if chunk.num_values > _GROUP_VALUES or chunk.total_uncompressed_size > _READ_BYTES:
-                raise _damaged(path, f"row group {k} has {chunk.num_values:,} values in {chunk.path_in_schema}")
+def check_parquet(file: pq.ParquetFile, path: Path) -> None:
+    """Checks the columns and the declared row-group sizes of an untrusted Parquet file before it is read.
+
+    Raises:
+        KnowledgeBaseError: The columns are not those of [`entity_schema`], or a row group exceeds the limits.
+    """
+    if not file.schema_arrow.equals(entity_schema()):
+        raise damage_error(path, "its columns are not those of entities")
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        for chunk in (group.column(column) for column in range(group.num_columns)):
+            if chunk.num_values > _MAX_GROUP_VALUES or chunk.total_uncompressed_size > _MAX_READ_BYTES:
+                raise damage_error(
+                    path, f"row group {number} has {chunk.num_values:,} values in {chunk.path_in_schema}"
+                )
 
 
-def _decoded(table: pa.Table, path: Path) -> pa.Table:
-    """A table of dictionaries as plain texts and bytes, unless these would be far larger than what was read."""
+def decode_table(table: pa.Table, path: Path) -> pa.Table:
+    """Converts dictionary-encoded columns to plain strings and bytes.
+
+    Raises:
+        KnowledgeBaseError: The decoded size exceeds the limit, as in a decompression bomb.
+    """
     size = sum(_decoded_bytes(chunk) for column in table.columns for chunk in column.chunks)
-    if size > _READ_BYTES:
-        raise _damaged(path, f"texts and images of {table.num_rows:,} rows decode to {size:,} bytes")
-    schema = _schema()
+    if size > _MAX_READ_BYTES:
+        raise damage_error(path, f"texts and images of {table.num_rows:,} rows decode to {size:,} bytes")
+    schema = entity_schema()
     return table.cast(pa.schema([schema.field(name) for name in table.column_names], metadata=schema.metadata))
 
 
@@ -205,10 +246,11 @@ def _decoded_bytes(array: pa.Array) -> int:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def read_errors(path: Path) -> Iterator[None]:
+    """Turns errors while reading a file of a shard into [`~hf_mel.errors.KnowledgeBaseError`]."""
     try:
         yield
     except (OSError, SafetensorError, pa.ArrowException, ValueError) as error:
         if isinstance(error, KnowledgeBaseError):
             raise
-        raise _damaged(path, str(error)) from error
+        raise damage_error(path, str(error)) from error

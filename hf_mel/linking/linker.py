@@ -21,6 +21,7 @@ from hf_mel.inference.features.post_prototypes import knows_posts
 from hf_mel.inference.inputs import model_inputs
 from hf_mel.inference.probe import sees_images, sees_images_in_pairs
 from hf_mel.inference.reranking import can_rank_jointly, score_pairs
+from hf_mel.kb.indexes import open_index
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.explaining import Explanation, explain
 from hf_mel.protocols import MelProcessor
@@ -114,7 +115,7 @@ class EntityLinker:
         reranker_processor ([`~hf_mel.protocols.MelProcessor`], *optional*): The reranker's.
         rerank_k (`int`, *optional*, defaults to 16): How many.
         index (`str`, *optional*, defaults to "exact"): What finds the entities: "exact" scores all of them; an index
-            that was built ([`~hf_mel.KnowledgeBase.build_index`]) finds `first_stage` candidates, which are scored.
+            that was built ([`~hf_mel.kb.indexes.build_index`]) finds `first_stage` candidates, which are scored.
         first_stage (`int`, *optional*): How many. Default: 256.
 
     Raises:
@@ -143,7 +144,7 @@ class EntityLinker:
         self.model, self.processor = model, processor
         self.kb = kb if isinstance(kb, KnowledgeBase) else KnowledgeBase.from_pretrained(kb)
         self.kb.check_made_by(model, processor)
-        self.index = self.kb.open_index(index, model, first_stage=first_stage)
+        self.index = open_index(self.kb, index, model, first_stage=first_stage)
         if nil_threshold is None:
             nil_threshold = getattr(getattr(model, "config", None), "nil_threshold", None)
         self.nil_threshold = nil_threshold

@@ -82,7 +82,7 @@ class RetrieverCollator:
         return {**batch, "labels": torch.tensor([columns[mention["entity_id"]] for mention in mentions])}
 
     def _with_random_image(self, entity: LazyRow, met: str) -> LazyRow:
-        count = len(entity.stored("images") or ())
+        count = len(entity.undecoded("images") or ())
         if count < 2:
             return entity
         return entity.with_image("images", random.Random(f"{self.seed} {entity['entity_id']} {met}").randrange(count))
@@ -261,7 +261,7 @@ class PairCollator:
         return negatives
 
     def _shown(self, entity: LazyRow, draw: random.Random) -> LazyRow:
-        images = entity.stored("images") or ()
+        images = entity.undecoded("images") or ()
         if len(images) < 2 or images_per_entity(self.processor) != 1:
             return entity
         return entity.with_image("images", draw.randrange(len(images)) if self.random_image else 0)

@@ -109,7 +109,7 @@ class PretrainingCollator:
         return dict(self.processor(posts=shown, entities=entities, partners=partners))
 
     def _shown(self, entity: LazyRow, draw: random.Random) -> LazyRow:
-        images = entity.stored("images") or ()
+        images = entity.undecoded("images") or ()
         if len(images) < 2 or images_per_entity(self.processor) != 1:
             return entity
         return entity.with_image("images", draw.randrange(len(images)) if self.random_image else 0)

@@ -131,7 +131,7 @@ class Service:
                 if session is not None and kb in own:
                     key = (model, own[kb])
                     if key not in session.linkers:
-                        session.linkers[key] = self._new_linker(model, KnowledgeBase.load(own[kb]))
+                        session.linkers[key] = self._new_linker(model, KnowledgeBase(own[kb]))
                     return session.linkers[key]
             except KnowledgeBaseError as error:
                 raise Refused(
@@ -314,7 +314,7 @@ class Service:
                 session.linkers = {key: linker for key, linker in session.linkers.items() if key[1] != gone}
                 shutil.rmtree(gone.parent, ignore_errors=True)
         session.kbs[label] = kb_folder
-        return label, len(KnowledgeBase.load(kb_folder))
+        return label, len(KnowledgeBase(kb_folder))
 
     @staticmethod
     def _build(table: Path, archive: Any, source: Path, kb_folder: Path, encoder: tuple[Any, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import __main__ as everything
 from benchmarks import harness, latency, ranking, sources, summary
+from hf_mel.kb.indexes import open_index
 from tests.benchmarks.test_sources import SIZES
 
 
@@ -60,7 +61,7 @@ def test_latency_of_an_index_that_finds_half(generated, monkeypatch):
     """An index that gives every second of the exact ranking's first 64 has a recall of one half."""
     kb = generated.knowledge_base(1000)
     encoded, _, _ = generated.mentions(4)
-    exact = kb.open_index("exact", generated.model)
+    exact = open_index(kb, "exact", generated.model)
     best = exact.find(encoded, 64).top_rows
 
     class Half:
@@ -70,11 +71,10 @@ def test_latency_of_an_index_that_finds_half(generated, monkeypatch):
             return result
 
     monkeypatch.setattr(latency, "built", lambda *args: 3.0)
-    opened = type(kb).open_index
     monkeypatch.setattr(
-        type(kb),
+        latency,
         "open_index",
-        lambda self, kind, *args, **kw: Half() if kind == "half" else opened(self, kind, *args, **kw),
+        lambda kb, kind, *args, **kw: Half() if kind == "half" else open_index(kb, kind, *args, **kw),
     )
     rows, _ = latency.measure(generated, kb, ["half"], mentions=4, exact_mentions=4, first_stage=9, rounds=2)
     assert rows[0]["recall"] == {"1": 1.0, "10": 0.5, "64": 0.5}

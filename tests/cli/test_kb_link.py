@@ -51,14 +51,14 @@ def test_build_add_remove_info(tmp_path, model):
     (tmp_path / "more.jsonl").write_text('{"id": "c", "name": "Cleo"}\n')
     folder = tmp_path / "kb"
     run("kb", "build", model, "--entities", tmp_path / "mine.csv", "--output", folder, "--dtype", "float16")
-    assert KnowledgeBase.load(folder).entity_ids == ["a", "b"]
-    assert KnowledgeBase.load(folder).image(0).size == (3, 3)
+    assert KnowledgeBase.from_pretrained(folder).entity_ids == ["a", "b"]
+    assert KnowledgeBase.from_pretrained(folder).image(0).size == (3, 3)
     assert "3" in run("kb", "add", folder, "--model", model, "--entities", tmp_path / "more.jsonl").stdout
     with pytest.raises(DuplicateIdError, match="'c'"):
         run("kb", "add", folder, "--model", model, "--entities", tmp_path / "more.jsonl")
     run("kb", "add", folder, "--model", model, "--entities", tmp_path / "more.jsonl", "--replace")
     run("kb", "remove", folder, "a", "b")
-    assert KnowledgeBase.load(folder).entity_ids == ["c"]
+    assert KnowledgeBase.from_pretrained(folder).entity_ids == ["c"]
     shown = run("kb", "info", folder, "--verify").stdout
     for word in ("1, and 3 removed", "float16", "model (toy_retriever)", "Every file is as it was written"):
         assert word in shown
@@ -69,19 +69,19 @@ def test_an_index_is_built_used_measured_and_shown(tmp_path, model):
     KnowledgeBase.build(toy_entities(80), MODEL, PROCESSOR, output=tmp_path / "kb", progress=False)
     data = write_toy_dataset(tmp_path / "data", entities=toy_entities(80))
     folder, mention = tmp_path / "kb", ("--text", "Here Entity c met.", "--mention", "Entity c")
-    assert "has its 80 entities" in run("kb", "index", folder, "--model", model, "--kind", "faiss-hnsw").stdout
+    assert "has its 80 entities" in run("kb", "index", folder, "--model", model, "--kind", "faiss-flat").stdout
     exact = json.loads(run("link", model, "--kb", folder, *mention, "--json").stdout)
-    options = ("--index", "faiss-hnsw", "--first-stage", 20)
+    options = ("--index", "faiss-flat", "--first-stage", 20)
     found = json.loads(run("link", model, "--kb", folder, *mention, *options, "--json").stdout)
     assert [c["entity_id"] for c in found["candidates"]] == [c["entity_id"] for c in exact["candidates"]]
-    arguments = ("--model", model, "--kind", "faiss-hnsw", "--dataset", data, "--limit", 7, "--first-stage", 20)
+    arguments = ("--model", model, "--kind", "faiss-flat", "--dataset", data, "--limit", 7, "--first-stage", 20)
     shown = json.loads(run("kb", "recall", folder, *arguments).stdout)
     places = {place: shown.pop(f"recall@{place}") for place in (1, 10, 64)}
-    assert shown == {"index": "faiss-hnsw", "first_stage": 20, "entities": 80, "mentions": 7}
+    assert shown == {"index": "faiss-flat", "first_stage": 20, "entities": 80, "mentions": 7}
     assert places[1] == places[10] == 1  # the toy's vectors give its scores
     assert places[64] <= 22 / 64
     shown = run("kb", "info", folder).stdout
-    assert [line.split("│")[2].strip() for line in shown.splitlines() if "indexes" in line] == ["faiss-hnsw"]
+    assert [line.split("│")[2].strip() for line in shown.splitlines() if "indexes" in line] == ["faiss-flat"]
     with pytest.raises(KnowledgeBaseError, match="no index 'milvus'"):
         run("link", model, "--kb", folder, *mention, "--index", "milvus")
     run("kb", "index", folder, "--model", model, "--kind", "exact", ok=False)

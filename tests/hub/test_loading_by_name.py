@@ -45,7 +45,7 @@ def ids(done) -> list[str]:
 
 def test_a_knowledge_base_by_name_with_revisions_offline_and_read_only(hub, client, kb_folder, tmp_path):
     first = put_up(hub, kb_folder)
-    smaller = KnowledgeBase.load(shutil.copytree(kb_folder, tmp_path / "changed"))
+    smaller = KnowledgeBase.from_pretrained(shutil.copytree(kb_folder, tmp_path / "changed"))
     smaller.remove(["Q3"])
     put_up(hub, smaller.path)
     hub.store.commit("dataset", "org/kb", "main", "junk", {"../evil.parquet": hub.store.put(b"x")}, [])
@@ -171,7 +171,7 @@ def test_a_download_cut_at_every_request_is_an_error_or_whole_and_the_next_one_c
 
 
 def test_a_published_knowledge_base_leaves_removed_entities_here(kb_folder, tmp_path):
-    kb = KnowledgeBase.load(shutil.copytree(kb_folder, tmp_path / "changed"))
+    kb = KnowledgeBase.from_pretrained(shutil.copytree(kb_folder, tmp_path / "changed"))
     kb.remove(["Q3"])
     publication = kb_publication(kb.path, "org/kb", work=tmp_path)
     assert "1 removed entities are left out" in " ".join(publication.notes)
@@ -180,7 +180,7 @@ def test_a_published_knowledge_base_leaves_removed_entities_here(kb_folder, tmp_
         (tmp_path / "up" / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     stored = [pq.read_table(path)["entity_id"].to_pylist() for path in (tmp_path / "up").glob("entities-*.parquet")]
     assert stored == [kb.entity_ids], "a removed entity goes up with the others"
-    copy = KnowledgeBase.load(tmp_path / "up", verify=True)
+    copy = KnowledgeBase.from_pretrained(tmp_path / "up", verify=True)
     assert copy.entity_ids == kb.entity_ids
     assert TOKEN.encode() not in publication.files["README.md"]
 

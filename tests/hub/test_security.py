@@ -24,6 +24,7 @@ from hf_mel.hub.publish.dataset_repo import dataset_publication
 from hf_mel.hub.saving import save_model_repository
 from hf_mel.hub_errors import holds_token, without_tokens
 from hf_mel.inference.checkpoints import load_retriever
+from hf_mel.kb.indexes import build_index, open_index
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.schema import entity_features
 from tests.hub.conftest import ROOT, TOKEN
@@ -123,7 +124,7 @@ def test_a_manifest_names_files_of_its_folder_only(kb, name):
         changed["shards"][0][part]["file"] = name
         (kb.path / "kb.json").write_text(json.dumps(changed))
         with pytest.raises(KnowledgeBaseError, match="names the file"):
-            KnowledgeBase.load(kb.path)
+            KnowledgeBase.from_pretrained(kb.path)
 
 
 def test_the_names_of_a_repository_stay_in_the_cache(hub, client):
@@ -149,9 +150,10 @@ def test_an_index_is_not_downloaded(hub, client, kb):
     hub.store.commit("dataset", "org/kb", "main", "with an index", files | evil, [])
     done = client.python(
         "from hf_mel import KnowledgeBase\n"
+        "from hf_mel.kb import open_index\n"
         "kb = KnowledgeBase.from_pretrained('org/kb')\n"
         "print(len(kb), kb.info()['indexes'])\n"
-        "try:\n    kb.open_index('faiss-flat', None)\nexcept Exception as error:\n    print(type(error).__name__)"
+        "try:\n    open_index(kb, 'faiss-flat', None)\nexcept Exception as error:\n    print(type(error).__name__)"
     )
     assert done.stdout.splitlines()[-2:] == ["12 []", "KnowledgeBaseError"]
     assert not [path for path in client.home.rglob("*") if path.is_file() and path.read_bytes() == b"evil"]
@@ -159,21 +161,21 @@ def test_an_index_is_not_downloaded(hub, client, kb):
 
 def test_an_index_of_other_content_or_elsewhere_is_not_parsed(kb, tmp_path, monkeypatch):
     faiss = pytest.importorskip("faiss")
-    kb.build_index("faiss-flat", toy_model(), ToyProcessor(), progress=False)
-    kb.open_index("faiss-flat", toy_model())
+    build_index(kb, "faiss-flat", toy_model(), ToyProcessor(), progress=False)
+    open_index(kb, "faiss-flat", toy_model())
     record, (file,) = kb.path / "index-faiss-flat.json", kb.path.glob("*.faiss")
     content, text = file.read_bytes(), record.read_text()
     monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("it was parsed"))
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(KnowledgeBaseError, match="not what was written"):
-        kb.open_index("faiss-flat", toy_model())
+        open_index(kb, "faiss-flat", toy_model())
     (tmp_path / "elsewhere").write_bytes(content)
     for name in (f"/../../elsewhere{'0' * 50}", str(tmp_path / "elsewhere"), "", None, 3):
         changed = json.loads(text)
         changed["store"] |= {"sha256": name, "file": str(tmp_path / "elsewhere")}
         record.write_text(json.dumps(changed))
         with pytest.raises(KnowledgeBaseError, match="damaged"):
-            kb.open_index("faiss-flat", toy_model())
+            open_index(kb, "faiss-flat", toy_model())
 
 
 # -- 4. sizes, depths and types beyond all bounds ----------------------------------------------------------------------
@@ -240,7 +242,7 @@ def test_a_parquet_file_of_other_columns_is_refused(kb):
     ):
         _rewrite(kb, table)
         with pytest.raises(KnowledgeBaseError, match="columns"):
-            _ = KnowledgeBase.load(kb.path).entity_ids
+            _ = KnowledgeBase.from_pretrained(kb.path).entity_ids
 
 
 _BOMB = """
@@ -251,7 +253,7 @@ from hf_mel.kb.knowledge_base import KnowledgeBase
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), used + (2 << 30)))
 for name in sys.argv[1:]:
-    kb = KnowledgeBase.load(name)
+    kb = KnowledgeBase.from_pretrained(name)
     for read in (lambda: kb.entity_ids, lambda: kb.rows([0]), lambda: kb.image(0)):
         try:
             read()

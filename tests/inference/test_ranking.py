@@ -326,7 +326,7 @@ for size in (1, 2, 37):
     found.append(vars(rank(TwoSteps(True), data["mentions"], part, gold_rows=golds, top_k=6, processes=processes)))
 mentions, entities = toy_mentions(20, entities=12, nil_every=5), toy_entities(15)
 model, processor = toy_model(), ToyProcessor()
-for kb in (entities, KnowledgeBase.load(sys.argv[2])):
+for kb in (entities, KnowledgeBase.from_pretrained(sys.argv[2])):
     result = evaluate_full(model, processor, mentions, kb, processes=processes, progress=False)
     found.append(vars(result.ranking) | {"metrics": result.metrics})
 data["entities"]["x"][30] = float("nan")  # of the second process

@@ -124,7 +124,7 @@ def test_order_and_sharding_of_the_entities_change_nothing(linker, order, shard)
 
 def test_a_knowledge_base_that_was_changed_links_like_one_built_so(tmp_path):
     build(WORLD.select(range(20)), output=tmp_path / "kb")
-    kb = KnowledgeBase.load(tmp_path / "kb")
+    kb = KnowledgeBase.from_pretrained(tmp_path / "kb")
     kb.add(WORLD.select(range(20, 30)), MODEL, PROCESSOR, progress=False)
     changed, expected = EntityLinker(MODEL, PROCESSOR, kb), EntityLinker(MODEL, PROCESSOR, build())
     assert_same(changed(MENTIONS), expected(MENTIONS))

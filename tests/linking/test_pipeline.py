@@ -36,7 +36,7 @@ def test_the_pipeline_gives_what_the_linker_gives(folders):
 
 def test_a_threshold_and_a_knowledge_base_object(folders):
     model, kb = folders
-    linked = pipeline(TASK, model=model, kb=KnowledgeBase.load(kb), nil_threshold=1e9, device="cpu")
+    linked = pipeline(TASK, model=model, kb=KnowledgeBase.from_pretrained(kb), nil_threshold=1e9, device="cpu")
     assert linked(text="Entity b.", mention="Entity b")["entity_id"] == "NIL"
 
 

@@ -245,12 +245,12 @@ def test_an_own_knowledge_base_is_built_linked_and_downloaded(service, session, 
     assert (label, count) == ("Pets (yours)", 2)
     (result,) = link(service, "Jo barks", ["Jo"], kb=label, session=session)
     assert {c.entity_id for c in result.candidates} == {"1", "2"}
-    kb = KnowledgeBase.load(session.kbs[label])
+    kb = KnowledgeBase.from_pretrained(session.kbs[label])
     assert [kb.image(row) is not None for row in (kb.row_of("1"), kb.row_of("2"))] == [True, False]
     with zipfile.ZipFile(service.download_kb(label, session)) as packed:
         assert "kb.json" in packed.namelist()
         packed.extractall(tmp_path / "again")
-    assert len(KnowledgeBase.load(tmp_path / "again")) == 2
+    assert len(KnowledgeBase.from_pretrained(tmp_path / "again")) == 2
 
 
 def test_it_is_one_visitors_alone_and_goes_with_the_session(space, service, session, tmp_path):

@@ -23,7 +23,8 @@ def kb_publication(kb: str | os.PathLike[str], repo_id: str, *, work: str | os.P
         HubError: `repo_id` is not valid.
         KnowledgeBaseError: The folder holds no knowledge base, or a damaged one.
     """
-    opened = KnowledgeBase.load(kb, verify=True)
+    opened = KnowledgeBase(kb)
+    opened.verify()
     notes = [
         "The knowledge base holds the names, texts and first images of its entities. Publish only what you may "
         "redistribute."

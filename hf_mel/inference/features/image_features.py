@@ -79,7 +79,7 @@ class ImageFeatures:
         bar = tqdm(range(0, len(rows), _IMAGE_BATCH), desc="Encoding images", delay=1, disable=not progress)
         for first in bar:
             for row in lazy.__getitems__(list(range(first, min(first + _IMAGE_BATCH, len(rows))))):
-                count = len((row.stored("images") or ())[:shown]) if is_entity else 0
+                count = len((row.undecoded("images") or ())[:shown]) if is_entity else 0
                 self.on([row.with_image("images", k) for k in range(count)] if is_entity else [row])
 
     def forget_mentions(self) -> None:
@@ -103,7 +103,7 @@ class ImageFeatures:
 
 def _stored_images(row: Row, count: int | None) -> list[Image.Image | Mapping[str, Any]]:
     """The image of a mention, or the first `count` of an entity, undecoded where they are not decoded yet."""
-    stored = row.stored if isinstance(row, LazyRow) else row.__getitem__
+    stored = row.undecoded if isinstance(row, LazyRow) else row.__getitem__
     # Which kind of row it is shows in a text: asking for an image would decode it.
     images = [stored("image")] if "mention" in row else (stored("images") or [])[:count]
     return [image for image in images if image is not None]

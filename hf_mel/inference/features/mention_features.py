@@ -100,6 +100,6 @@ class MentionFeatures:
     @staticmethod
     def _key(row: Row) -> tuple:
         """What is read of a mention, for splits may use an id twice."""
-        image = row.stored("image") if isinstance(row, LazyRow) and "image" in row else None
+        image = row.undecoded("image") if isinstance(row, LazyRow) and "image" in row else None
         seen = None if image is None else hash(image.get("bytes") or image.get("path"))
         return row["mention_id"], row["text"], row["mention"], seen

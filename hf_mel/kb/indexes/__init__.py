@@ -1,29 +1,67 @@
-"""What finds the entities of mentions in a knowledge base, by kind."""
+"""Indexes of a knowledge base, by kind: building and opening them.
+
+Back ends are imported when they are used, so that the command line can list the kinds without importing torch.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from hf_mel.errors import KnowledgeBaseError
-from hf_mel.kb.indexes.base import FIRST_STAGE, ExactIndex, Index, read_record
 
 if TYPE_CHECKING:
-    from hf_mel.kb.indexes.base import VectorIndex
+    from hf_mel.kb.indexes.base import Index, VectorIndex
     from hf_mel.kb.knowledge_base import KnowledgeBase
+    from hf_mel.protocols import MelProcessor
 
-#: "exact" scores every entity; the others find candidates, which are then scored.
-KINDS = ("exact", "faiss-pq", "faiss-flat", "faiss-ivf", "faiss-hnsw", "milvus")
+#: Kinds of indexes. "exact" scores every entity. The others find candidates, which the model then scores.
+KINDS = ("exact", "faiss-pq", "faiss-flat", "milvus")
+#: Kinds of earlier versions.
+_REMOVED_KINDS = ("faiss-ivf", "faiss-hnsw")
 
 
 def build_index(
-    kb: KnowledgeBase, kind: str, model: Any, *, uri: str | None = None, progress: bool = True
+    kb: KnowledgeBase,
+    kind: str,
+    model: Any,
+    processor: MelProcessor,
+    *,
+    uri: str | None = None,
+    progress: bool = True,
 ) -> VectorIndex:
-    """See [`~hf_mel.KnowledgeBase.build_index`]."""
+    """Builds an index, which finds candidates much faster than scoring every entity.
+
+    The index is stored beside the knowledge base and replaces one of the same kind. If the old index covers part of the
+    entities, a faiss index is extended and a Milvus index is built again. An interrupted build resumes.
+
+    Args:
+        kb ([`~hf_mel.KnowledgeBase`]): The knowledge base.
+        kind (`str`): One of [`KINDS`] other than "exact".
+        model ([`~hf_mel.protocols.Retriever`]): The model that built the knowledge base. It must return vectors for a
+            first stage (`index_vectors`, `query_vectors`).
+        processor ([`~hf_mel.protocols.MelProcessor`]): Its processor.
+        uri (`str`, *optional*): The address of a Milvus server, for "milvus". Default: a file in the folder of the
+            knowledge base.
+        progress (`bool`): Whether to show a progress bar.
+
+    Returns:
+        [`~hf_mel.kb.indexes.base.VectorIndex`]: The index.
+
+    Raises:
+        KnowledgeBaseError: The kind is unknown, another model built the knowledge base, the model returns no vectors,
+            the disk is full, or the server cannot be reached. An existing index is left unchanged.
+        MissingExtraError: The package of the index is not installed.
+        MelError: Another process is building this index.
+    """
+    kb.check_writable()
+    kb.check_made_by(model, processor)
     _check_kind(kind)
     if kind == "exact":
-        raise KnowledgeBaseError("'exact' is no index that is built.", remedy="It ranks every entity, of any base.")
+        raise KnowledgeBaseError(
+            "'exact' is not an index that is built.", remedy="Open it directly: it scores every entity."
+        )
     if uri is not None and kind != "milvus":
-        raise KnowledgeBaseError(f"{kind!r} has no server.", remedy="Leave the uri out, or build 'milvus'.")
+        raise KnowledgeBaseError(f"The index {kind!r} has no server.", remedy="Leave the uri out, or build 'milvus'.")
     if kind == "milvus":
         from hf_mel.kb.indexes.milvus import MilvusIndex
 
@@ -34,7 +72,24 @@ def build_index(
 
 
 def open_index(kb: KnowledgeBase, kind: str, model: Any, *, first_stage: int | None = None) -> Index:
-    """See [`~hf_mel.KnowledgeBase.open_index`]."""
+    """Opens an index that was built, or "exact", which needs no build.
+
+    Args:
+        kb ([`~hf_mel.KnowledgeBase`]): The knowledge base.
+        kind (`str`): One of [`KINDS`].
+        model ([`~hf_mel.protocols.Retriever`]): The model that built the knowledge base.
+        first_stage (`int`, *optional*): Number of candidates that the index finds for the model to score. Default:
+            [`~hf_mel.kb.indexes.base.FIRST_STAGE`].
+
+    Returns:
+        [`~hf_mel.kb.indexes.base.Index`]: The index.
+
+    Raises:
+        KnowledgeBaseError: The index does not exist, is damaged, or was built from other encodings.
+        MissingExtraError: The package of the index is not installed.
+    """
+    from hf_mel.kb.indexes.base import FIRST_STAGE, ExactIndex, read_record
+
     _check_kind(kind)
     if kind == "exact":
         return ExactIndex(kb, model)
@@ -50,5 +105,12 @@ def open_index(kb: KnowledgeBase, kind: str, model: Any, *, first_stage: int | N
 
 
 def _check_kind(kind: str) -> None:
+    if kind in _REMOVED_KINDS:
+        raise KnowledgeBaseError(
+            f"Indexes of the kind {kind!r} are no longer supported: 'faiss-pq' is faster and misses fewer entities.",
+            remedy="Build 'faiss-pq' or 'faiss-flat' instead: hf-mel kb index KB --model MODEL --kind faiss-pq",
+        )
     if kind not in KINDS:
-        raise KnowledgeBaseError(f"there is no index of the kind {kind!r}.", remedy=f"Kinds are {', '.join(KINDS)}.")
+        raise KnowledgeBaseError(
+            f"There is no index of the kind {kind!r}.", remedy=f"Choose one of {', '.join(KINDS)}."
+        )

@@ -1,17 +1,17 @@
-"""What finds the entities of mentions: the exact ranking, or an index whose candidates the model then scores.
+"""Finding the entities of mentions: by exact ranking, or by an index whose candidates the model then scores.
 
-An index holds one vector of every stored row of a knowledge base (`index_vectors` of the retriever) and finds those
-with the largest inner products with a mention's (`query_vectors`). What it finds is scored as exactly as everything
-else would be: an index may miss an entity, but gives none another score.
+An index holds one vector of every physical row of a knowledge base (`index_vectors` of the retriever). For a mention
+it finds those with the largest inner products with the mention's vector (`query_vectors`). The model scores these
+candidates exactly: an index may miss an entity, but never changes a score.
 
-Graphs and lists of neighbours go astray where vectors differ in length: long ones are near everything, short ones near
-nothing. So the mean is taken off all vectors, which takes the same off all inner products with a mention, and one
-coordinate is added that brings them to one length, against a 0 in the mention's: the order of inner products stays, and
-among the entities it becomes that of distances.
+Graph and list indexes work badly when vector norms vary. We subtract the mean entity vector (this shifts all inner
+products of a mention equally) and append one coordinate that equalises norms; queries get 0 there. The order of inner
+products is unchanged and now equals the order of distances.
 
-It lies beside the knowledge base: `index-KIND.json`, which says what it covers, and what that names. The JSON is
-renamed into place last, and what it names is not changed after that. Removed entities are left out of what is found;
-added ones that the index does not have yet are scored, all of them, until they are too many.
+An index is stored beside the knowledge base: `index-KIND.json` is its record, which says what the index covers and
+which file or collection holds the vectors. The record is renamed into place last, and what it names never changes.
+Candidates that were removed from the knowledge base are dropped. Added entities that the index lacks are all scored,
+up to a limit.
 """
 
 from __future__ import annotations
@@ -37,87 +37,72 @@ if TYPE_CHECKING:
 
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
-#: Candidates that the model scores.
+#: Default number of candidates that the model scores.
 FIRST_STAGE = 256
 
 _FORMAT, _VERSION = "hf_mel.index", 1
-_RECORD_BYTES = 8 << 20
-#: Entities that are scored for every mention because the index does not have them yet.
-_UNINDEXED = 4096
-#: Encodings that are turned into vectors at a time.
+_MAX_RECORD_BYTES = 8 << 20
+#: Limit on added entities that the index lacks, which are scored for every mention.
+_MAX_UNINDEXED = 4096
+#: Bytes of encodings that are converted to vectors at a time.
 _CHUNK_BYTES = 64 << 20
-#: Rows that mean and length are taken from, and how many of a sample stand together.
-_MEASURED, _RUN = 16_384, 64
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What an index can do.
-
-    Args:
-        exact (`bool`): It finds what ranking every entity finds.
-        units (`bool`): It can rank by some of the model's units.
-    """
-
-    exact: bool
-    units: bool
+#: Size of the sample that determines mean and radius, and number of consecutive rows in it.
+_SAMPLE_ROWS, _SAMPLE_RUN = 16_384, 64
 
 
 class Index(ABC):
     """Finds the best entities of mentions in a knowledge base.
 
     Args:
-        kb ([`~hf_mel.KnowledgeBase`]): The knowledge base; what is added and removed is seen at once.
-        model ([`~hf_mel.protocols.Retriever`]): The one that built it.
+        kb ([`~hf_mel.KnowledgeBase`]): The knowledge base. The index sees entities that are added or removed later.
+        model ([`~hf_mel.protocols.Retriever`]): The model that built it.
     """
 
     kind: str
-    capabilities: Capabilities
 
     def __init__(self, kb: KnowledgeBase, model: Any):
         self.kb, self.model = kb, model
 
     @abstractmethod
     def find(self, mentions: Encodings, top_k: int, *, units: Sequence[str] | None = None) -> RankingResult:
-        """The `top_k` best entities of M mentions (all entities, if there are fewer), scored by the model.
+        """Finds the `top_k` best entities of M mentions (or all entities, if fewer), scored by the model.
 
         Args:
-            mentions (`Mapping[str, torch.Tensor]`): Their encodings, tensors with first axis M.
-            top_k (`int`): How many.
+            mentions (`Mapping[str, torch.Tensor]`): Encodings of the mentions, tensors with first axis M.
+            top_k (`int`): Number of entities per mention.
             units (sequence of `str`, *optional*): Rank by the mean of these units only.
 
         Returns:
             [`~hf_mel.inference.ranking.RankingResult`] with `top_scores` and `top_rows`.
 
         Raises:
-            KnowledgeBaseError: `units` for an index that cannot rank by them; or the index became unusable.
+            KnowledgeBaseError: The index cannot rank by `units`, or does not fit the knowledge base any more.
         """
 
 
 class ExactIndex(Index):
-    """Scores every entity: nothing to build, nothing to miss."""
+    """Scores every entity. It needs no build and misses nothing."""
 
     kind = "exact"
-    capabilities = Capabilities(exact=True, units=True)
 
     def find(self, mentions: Encodings, top_k: int, *, units: Sequence[str] | None = None) -> RankingResult:
-        """See [`Index`]."""
+        """Ranks all entities; see [`Index.find`]."""
         score = None if units is None else score_of_units(self.model, units)
         return rank(self.model, mentions, self.kb, top_k=top_k, score=score)
 
 
 @dataclass(frozen=True)
-class Record:
-    """What `index-KIND.json` says.
+class IndexRecord:
+    """Content of `index-KIND.json`.
 
     Args:
-        kind (`str`): Which index.
-        shards (`list`): (rows, sha256 of the encodings) of the shards whose rows it has.
-        probe (`list[float]`): The vector of the first stored row [D]: another `index_vectors` shows in it.
-        mean (`list[float]`): What is taken off every vector [D].
-        radius (`float`): The length that vectors are brought to.
-        settings (`dict`): How it was built, as its kind understands it.
-        store (`dict`): Where the vectors are, as its kind understands it.
+        kind (`str`): The kind of the index.
+        shards (`list`): (number of rows, sha256 of the encodings) of the shards that the index covers.
+        probe (`list[float]`): The vector of the first physical row [D]; reveals a change of `index_vectors`.
+        mean (`list[float]`): The mean entity vector, subtracted from all [D].
+        radius (`float`): The norm that all vectors get.
+        settings (`dict`): Build settings, specific to the kind.
+        store (`dict`): The location of the vectors, specific to the kind.
     """
 
     kind: str
@@ -130,45 +115,53 @@ class Record:
 
     @property
     def rows(self) -> int:
-        """How many stored rows it has."""
+        """The number of physical rows that the index covers."""
         return sum(rows for rows, _ in self.shards)
 
     @property
     def dim(self) -> int:
-        """Coordinates of what is stored: D + 1."""
+        """The dimension of the indexed vectors, D + 1."""
         return len(self.probe) + 1
 
-    def entities(self, vectors: np.ndarray) -> np.ndarray:
-        """Vectors of entities [n, D] as they are stored, [n, D + 1] and of length `radius` (no longer ones are)."""
+    def entity_vectors(self, vectors: np.ndarray) -> np.ndarray:
+        """Converts entity vectors [n, D] to indexed vectors [n, D + 1] of norm `radius` (more for longer vectors)."""
         centred = vectors - np.array(self.mean, dtype=np.float32)
         rest = np.maximum(self.radius**2 - np.square(centred).sum(1, keepdims=True), 0)
         return np.concatenate([centred, np.sqrt(rest)], 1).astype(np.float32, copy=False)
 
     @staticmethod
-    def mentions(vectors: np.ndarray) -> np.ndarray:
-        """Vectors of mentions [m, D] as they are searched for, [m, D + 1]."""
+    def mention_vectors(vectors: np.ndarray) -> np.ndarray:
+        """Converts mention vectors [m, D] to queries [m, D + 1]."""
         return np.concatenate([vectors, np.zeros_like(vectors[:, :1])], 1).astype(np.float32, copy=False)
 
     def covers(self, kb: KnowledgeBase) -> bool:
-        """Whether the rows are still those of the knowledge base, which may have more."""
+        """Whether the indexed shards are the first shards of the knowledge base, which may have more."""
         return self.shards == kb.shards[: len(self.shards)]
 
     def fits(self, kb: KnowledgeBase, model: Any) -> bool:
-        """Whether the model still gives these vectors, by that of the first row."""
-        now, then = first_vector(kb, model), np.array(self.probe, dtype=np.float32)
-        return now.shape == then.shape and np.allclose(now, then, rtol=1e-2, atol=1e-3)
+        """Whether the model still returns the vector that was recorded for the first row."""
+        current = next(iter_vectors(kb, model, 0, chunk_size=1))[1][0]
+        recorded = np.array(self.probe, dtype=np.float32)
+        return current.shape == recorded.shape and np.allclose(current, recorded, rtol=1e-2, atol=1e-3)
 
 
 class VectorIndex(Index):
-    """A first stage by inner products of vectors; the model scores the `first_stage` candidates it finds.
+    """First stage by inner products of vectors, followed by exact scores of `first_stage` candidates.
 
-    A mention for which it finds fewer than are asked for, and one that wants all of a small knowledge base, is ranked
-    against every entity.
+    A mention is ranked against every entity if the first stage finds too few candidates for it, or if the knowledge
+    base has no more than `first_stage` entities.
+
+    Args:
+        kb ([`~hf_mel.KnowledgeBase`]): The knowledge base.
+        model ([`~hf_mel.protocols.Retriever`]): The model that built it.
+        record ([`IndexRecord`]): The record of the index.
+        first_stage (`int`): Number of candidates that the model scores.
+
+    Raises:
+        KnowledgeBaseError: The index does not fit the knowledge base or the model.
     """
 
-    capabilities = Capabilities(exact=False, units=False)
-
-    def __init__(self, kb: KnowledgeBase, model: Any, record: Record, first_stage: int = FIRST_STAGE):
+    def __init__(self, kb: KnowledgeBase, model: Any, record: IndexRecord, first_stage: int = FIRST_STAGE):
         super().__init__(kb, model)
         if first_stage < 1:
             raise ValueError(f"first_stage must be at least 1, not {first_stage}.")
@@ -176,68 +169,75 @@ class VectorIndex(Index):
         check_gives_vectors(model)
         self._check_covers()
         if not record.fits(kb, model):
-            raise stale(kb, self.kind, "it holds other vectors than this model gives now")
+            raise stale_index_error(kb, self.kind, "it holds other vectors than this model gives now")
 
     @abstractmethod
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Numbers [M, C] of the stored rows with the largest inner products with M vectors [M, D + 1].
+        """Finds physical rows [M, C] with the largest inner products with M queries [M, D + 1].
 
-        At least k of them are not removed, if it finds as many. -1 fills up a row.
+        At least k of them are not removed, if so many are found. Missing positions are -1.
         """
 
     def find(self, mentions: Encodings, top_k: int, *, units: Sequence[str] | None = None) -> RankingResult:
-        """See [`Index`]."""
+        """Finds candidates and ranks them by exact scores; see [`Index.find`]."""
         if units is not None:
             raise KnowledgeBaseError(
-                f"the index {self.kind!r} finds candidates by all units, not by {', '.join(units)} alone.",
+                f"The index {self.kind!r} finds candidates by all units, not by {', '.join(units)} alone.",
                 file=self.kb.path,
                 remedy="Use the index 'exact' for that.",
             )
-        count, kept = num_rows(mentions), min(top_k, len(self.kb))
+        num_mentions, num_results = num_rows(mentions), min(top_k, len(self.kb))
         if max(self.first_stage, top_k) >= len(self.kb):
             return rank(self.model, mentions, self.kb, top_k=top_k)
-        result = RankingResult(torch.empty(count, kept), torch.empty(count, kept, dtype=torch.long))
-        for k, rows in enumerate(self.candidates(mentions, max(self.first_stage, top_k))):
-            one = slice_encodings(mentions, slice(k, k + 1))
-            if len(rows) < kept:
-                found = rank(self.model, one, self.kb, top_k=kept)
-                result.top_rows[k] = found.top_rows[0]
+        result = RankingResult(
+            torch.empty(num_mentions, num_results), torch.empty(num_mentions, num_results, dtype=torch.long)
+        )
+        for number, rows in enumerate(self.candidates(mentions, max(self.first_stage, top_k))):
+            mention = slice_encodings(mentions, slice(number, number + 1))
+            if len(rows) < num_results:
+                ranked = rank(self.model, mention, self.kb, top_k=num_results)
+                result.top_rows[number] = ranked.top_rows[0]
             else:
-                # In the order of the knowledge base, so that equal scores come in the same order as in all of it.
-                some = EncodedEntities([str(row) for row in rows], self.kb.encodings(rows))
-                found = rank(self.model, one, some, top_k=kept)
-                result.top_rows[k] = torch.from_numpy(rows)[found.top_rows[0]]
-            result.top_scores[k] = found.top_scores[0]
+                # Candidates ascend by row, so that ties are ordered as in the ranking of all entities.
+                candidates = EncodedEntities([str(row) for row in rows], self.kb.encodings(rows))
+                ranked = rank(self.model, mention, candidates, top_k=num_results)
+                result.top_rows[number] = torch.from_numpy(rows)[ranked.top_rows[0]]
+            result.top_scores[number] = ranked.top_scores[0]
         return result
 
     def candidates(self, mentions: Encodings, count: int | None = None) -> list[np.ndarray]:
-        """Rows of the entities that the first stage finds for each of M mentions, ascending.
+        """Returns the rows of the entities that the first stage finds for each of M mentions, ascending.
 
         Args:
             mentions (`Mapping[str, torch.Tensor]`): Encodings with first axis M.
-            count (`int`, *optional*): How many to look for. Default: `first_stage`.
+            count (`int`, *optional*): Number of candidates per mention. Default: `first_stage`.
         """
         self._check_covers()
         device = getattr(self.model, "device", "cpu")
         with torch.inference_mode():
             queries = self.model.query_vectors(to_device(mentions, device)).float().cpu().numpy()
         if not np.isfinite(queries).all():
-            raise ScoreError("the vector of a mention is nan or infinite.", remedy="Look at the weights of the model.")
-        covered = self.record.rows
-        found = self.search(self.record.mentions(queries), min(count or self.first_stage, covered))
-        added = self.kb.rows_of_stored(np.arange(covered, self.kb.stored))
-        rows = [np.union1d(each, added) for each in self.kb.rows_of_stored(found)]
-        return [each[each >= 0] for each in rows]
+            raise ScoreError("The vector of a mention is nan or infinite.", remedy="Check the weights of the model.")
+        num_indexed = self.record.rows
+        physical = self.search(self.record.mention_vectors(queries), min(count or self.first_stage, num_indexed))
+        added = self.kb.rows_of_physical(np.arange(num_indexed, self.kb.num_physical_rows))
+        candidates = [np.union1d(rows, added) for rows in self.kb.rows_of_physical(physical)]
+        return [rows[rows >= 0] for rows in candidates]
 
     def _check_covers(self) -> None:
         if not self.record.covers(self.kb):
-            raise stale(self.kb, self.kind, "it was built from other encodings")
-        if self.kb.stored - self.record.rows > _UNINDEXED:
-            raise stale(self.kb, self.kind, f"it lacks {self.kb.stored - self.record.rows:,} added entities")
+            raise stale_index_error(self.kb, self.kind, "it was built from other encodings")
+        num_added = self.kb.num_physical_rows - self.record.rows
+        if num_added > _MAX_UNINDEXED:
+            raise stale_index_error(self.kb, self.kind, f"it lacks {num_added:,} added entities")
 
 
 def check_gives_vectors(model: Any) -> None:
-    """Raises a [`~hf_mel.errors.KnowledgeBaseError`] for a retriever that only the exact ranking can use."""
+    """Checks that a retriever returns vectors for a first stage.
+
+    Raises:
+        KnowledgeBaseError: It does not, so that only the exact ranking can use it.
+    """
     if not all(callable(getattr(model, name, None)) for name in ("query_vectors", "index_vectors")):
         raise KnowledgeBaseError(
             f"{type(model).__name__} gives no vectors for a first stage (query_vectors, index_vectors).",
@@ -245,115 +245,138 @@ def check_gives_vectors(model: Any) -> None:
         )
 
 
-def vectors(
+def iter_vectors(
     kb: KnowledgeBase, model: Any, first: int, chunk_size: int | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (number of the first row, vectors [n, D] as float32) of the stored rows from `first` on."""
-    device = getattr(model, "device", "cpu")
-    if chunk_size is None:
-        _, one = next(kb.iter_stored(0, 1))
-        chunk_size = max(1, min(1 << 14, _CHUNK_BYTES // row_bytes(one)))
-    for start, encodings in kb.iter_stored(first, chunk_size):
-        with torch.inference_mode():
-            made = model.index_vectors(to_device(encodings, device)).float().cpu().numpy()
-        if made.shape[:1] != (num_rows(encodings),) or made.ndim != 2:
-            raise KnowledgeBaseError(
-                f"the model gave vectors of shape {made.shape} of {num_rows(encodings)} entities."
-            )
-        if not np.isfinite(made).all():
-            row = start + int((~np.isfinite(made)).any(1).nonzero()[0][0])
-            raise KnowledgeBaseError(
-                "the vector of an entity is nan or infinite.", file=kb.path, row=row, remedy="Look at the weights."
-            )
-        yield start, np.ascontiguousarray(made)
-        del encodings, made
+    """Iterates over the entity vectors of physical rows, starting at `first`.
 
+    Args:
+        kb ([`~hf_mel.KnowledgeBase`]): The knowledge base.
+        model ([`~hf_mel.protocols.Retriever`]): The model that built it.
+        first (`int`): The first physical row.
+        chunk_size (`int`, *optional*): Rows per chunk. Default: as many as fit into 64 MB of encodings.
 
-def new_record(kb: KnowledgeBase, model: Any, kind: str) -> Record:
-    """The record of an index that is about to be built: all but `settings` and `store`."""
-    some = sample(kb, model, _MEASURED)
-    mean = some.mean(0)
-    radius = 1.05 * float(np.linalg.norm(some - mean, axis=1).max())  # others may be a little longer
-    return Record(kind, kb.shards, first_vector(kb, model).tolist(), mean.tolist(), max(radius, 1e-6))
-
-
-def sample(kb: KnowledgeBase, model: Any, count: int) -> np.ndarray:
-    """The vectors of `count` stored rows (all, if there are fewer), in runs from all over the knowledge base: [n, D]."""
-    runs = max(1, count // _RUN)
-    starts = np.linspace(0, max(0, kb.stored - _RUN), runs).astype(np.int64) if count < kb.stored else [0]
-    size = _RUN if count < kb.stored else kb.stored
-    found: list[np.ndarray] = []
-    for start in starts:
-        wanted = min(start + size, kb.stored)
-        for first, part in vectors(kb, model, int(start), size if size == _RUN else None):
-            found.append(part[: wanted - first])
-            if first + len(part) >= wanted:
-                break
-    return np.concatenate(found)
-
-
-def first_vector(kb: KnowledgeBase, model: Any) -> np.ndarray:
-    """The vector of the first stored row, [D]."""
-    return next(vectors(kb, model, 0, chunk_size=1))[1][0]
-
-
-def read_record(folder: Path, kind: str) -> Record:
-    """What `index-KIND.json` says.
+    Yields:
+        `tuple[int, np.ndarray]`: The first row of the chunk, and its vectors [n, D] as float32.
 
     Raises:
-        KnowledgeBaseError: There is none, or it is damaged.
+        KnowledgeBaseError: Vectors have the wrong shape, or are nan or infinite.
+    """
+    device = getattr(model, "device", "cpu")
+    if chunk_size is None:
+        _, one_row = next(kb.iter_physical(0, 1))
+        chunk_size = max(1, min(1 << 14, _CHUNK_BYTES // row_bytes(one_row)))
+    for start, encodings in kb.iter_physical(first, chunk_size):
+        with torch.inference_mode():
+            vectors = model.index_vectors(to_device(encodings, device)).float().cpu().numpy()
+        if vectors.shape[:1] != (num_rows(encodings),) or vectors.ndim != 2:
+            raise KnowledgeBaseError(
+                f"The model returned vectors of shape {vectors.shape} for {num_rows(encodings)} entities.",
+                remedy="Return [N, D] from index_vectors.",
+            )
+        if not np.isfinite(vectors).all():
+            row = start + int((~np.isfinite(vectors)).any(1).nonzero()[0][0])
+            raise KnowledgeBaseError(
+                "The vector of an entity is nan or infinite.",
+                file=kb.path,
+                row=row,
+                remedy="Check the weights of the model.",
+            )
+        yield start, np.ascontiguousarray(vectors)
+        del encodings, vectors
+
+
+def create_record(kb: KnowledgeBase, model: Any, kind: str) -> IndexRecord:
+    """Creates the record of an index that is about to be built, without `settings` and `store`."""
+    vectors = sample_vectors(kb, model, _SAMPLE_ROWS)
+    mean = vectors.mean(0)
+    # 5 % more than the longest of the sample, because other vectors may be longer.
+    radius = 1.05 * float(np.linalg.norm(vectors - mean, axis=1).max())
+    probe = next(iter_vectors(kb, model, 0, chunk_size=1))[1][0]
+    return IndexRecord(kind, kb.shards, probe.tolist(), mean.tolist(), max(radius, 1e-6))
+
+
+def sample_vectors(kb: KnowledgeBase, model: Any, count: int) -> np.ndarray:
+    """Returns the vectors of about `count` physical rows (all, if fewer), in runs spread over the knowledge base: [n, D]."""
+    total = kb.num_physical_rows
+    if count < total:
+        starts = np.linspace(0, max(0, total - _SAMPLE_RUN), max(1, count // _SAMPLE_RUN)).astype(np.int64).tolist()
+        run_length, chunk_size = _SAMPLE_RUN, _SAMPLE_RUN
+    else:
+        starts, run_length, chunk_size = [0], total, None
+    parts: list[np.ndarray] = []
+    for start in starts:
+        stop = min(start + run_length, total)
+        for first, part in iter_vectors(kb, model, start, chunk_size):
+            parts.append(part[: stop - first])
+            if first + len(part) >= stop:
+                break
+    return np.concatenate(parts)
+
+
+def read_record(folder: Path, kind: str) -> IndexRecord:
+    """Reads `index-KIND.json`.
+
+    Raises:
+        KnowledgeBaseError: The record does not exist or is damaged.
     """
     path = record_path(folder, kind)
     try:
-        if path.stat().st_size > _RECORD_BYTES:
+        if path.stat().st_size > _MAX_RECORD_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != _FORMAT or found["version"] != _VERSION or found["kind"] != kind:
-            raise ValueError("it is not what this hf_mel writes")
-        record = Record(
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT or content["version"] != _VERSION or content["kind"] != kind:
+            raise ValueError("this hf_mel does not write such a record")
+        record = IndexRecord(
             kind,
-            [(int(rows), str(digest)) for rows, digest in found["shards"]],
-            [float(value) for value in found["probe"]],
-            [float(value) for value in found["mean"]],
-            float(found["radius"]),
-            dict(found["settings"]),
-            dict(found["store"]),
+            [(int(rows), str(digest)) for rows, digest in content["shards"]],
+            [float(value) for value in content["probe"]],
+            [float(value) for value in content["mean"]],
+            float(content["radius"]),
+            dict(content["settings"]),
+            dict(content["store"]),
         )
         if not record.shards or len(record.mean) != len(record.probe):
-            raise ValueError("it has no shards, or a mean of another length")
+            raise ValueError("it has no shards, or mean and probe differ in length")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise KnowledgeBaseError(
-            f"the knowledge base has no index {kind!r}.", file=folder, remedy=f"Build it: {_command(folder, kind)}"
+            f"The knowledge base has no index {kind!r}.",
+            file=folder,
+            remedy=f"Build it: {_build_command(folder, kind)}",
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(path, kind, f"{type(error).__name__}: {error}") from error
+        raise damaged_index_error(path, kind, f"{type(error).__name__}: {error}") from error
     return record
 
 
-def write_record(folder: Path, record: Record) -> None:
-    """Writes `index-KIND.json`, and renames it into place."""
+def write_record(folder: Path, record: IndexRecord) -> None:
+    """Writes `index-KIND.json` atomically."""
     content: Mapping[str, Any] = {"format": _FORMAT, "version": _VERSION, **asdict(record)}
     write_text(record_path(folder, record.kind), [json.dumps(content, indent=1), "\n"])
 
 
 def record_path(folder: Path, kind: str) -> Path:
-    """Where an index says what it is."""
+    """Returns the path of `index-KIND.json`."""
     return folder / f"index-{kind}.json"
 
 
-def damaged(path: Path, kind: str, what: str) -> KnowledgeBaseError:
-    """An index that cannot be used because of what happened to its files."""
-    remedy = f"The knowledge base is not touched by that. Build the index again: {_command(path.parent, kind)}"
-    return KnowledgeBaseError(f"the index {kind!r} is damaged: {what}.", file=path, remedy=remedy)
-
-
-def stale(kb: KnowledgeBase, kind: str, what: str) -> KnowledgeBaseError:
-    """An index that does not belong to the knowledge base as it is now."""
-    remedy = f"Bring it up to date: {_command(kb.path, kind)}"
+def damaged_index_error(path: Path, kind: str, problem: str) -> KnowledgeBaseError:
+    """Returns the error for an index whose files are damaged or missing."""
     return KnowledgeBaseError(
-        f"the index {kind!r} does not fit the knowledge base: {what}.", file=kb.path, remedy=remedy
+        f"The index {kind!r} is damaged: {problem}.",
+        file=path,
+        remedy=f"The knowledge base itself is intact. Build the index again: {_build_command(path.parent, kind)}",
     )
 
 
-def _command(folder: Path, kind: str) -> str:
+def stale_index_error(kb: KnowledgeBase, kind: str, problem: str) -> KnowledgeBaseError:
+    """Returns the error for an index that does not fit the current state of the knowledge base or model."""
+    return KnowledgeBaseError(
+        f"The index {kind!r} does not fit the knowledge base: {problem}.",
+        file=kb.path,
+        remedy=f"Bring it up to date: {_build_command(kb.path, kind)}",
+    )
+
+
+def _build_command(folder: Path, kind: str) -> str:
     return f"hf-mel kb index {folder} --model MODEL --kind {kind}"
