@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -10,75 +11,74 @@ from transformers.configuration_utils import SubConfigSpec
 
 class MmNelConfig(PreTrainedConfig):
     r"""
-    Configuration of an [`MmNelModel`]. The defaults are the paper's numbers where it has them, then those of the
-    multi-relational model it follows (Le & Titov, ACL 2018) and of the local model under that (Ganea & Hofmann, EMNLP
-    2017).
+    Configuration of an [`MmNelModel`]. The defaults are the paper's values. Where the paper gives none, they are those
+    of the multi-relational model that it follows (Le & Titov, ACL 2018), or of the local model behind that (Ganea &
+    Hofmann, EMNLP 2017).
 
-    Rows of the paper's tables: Naïve is `joint="none"`; a local model without coherence is `num_relations=0`.
+    Rows of the paper's tables: "Naïve" is `joint="none"`; a local model without coherence is `num_relations=0`.
 
     Args:
         vocab_size, word_dim (`int`, *optional*, defaults to 30522 and 300):
             Shape of the table of word vectors.
         train_words (`bool`, *optional*, defaults to `False`):
-            Whether the word vectors learn too; for those that start untrained.
+            Whether to train the word vectors. Set it if they start untrained.
         hidden_size (`int`, *optional*, defaults to 300):
-            d: width of a mention's embedding, textual and visual alike.
+            d: width of mention embeddings, textual and visual.
         num_candidates (`int`, *optional*, defaults to 30):
-            Candidates of a textual mention with the highest prior that are looked at.
+            Number of candidates of a textual mention to consider, those with the highest prior.
         prior_candidates, context_candidates (`int`, *optional*, defaults to 4 and 3):
-            How many of those are linked among: by prior, and of the rest by similarity to the context.
+            Number of those to rank: the first by prior, and of the rest the first by similarity to the context.
         attention_words (`int`, *optional*, defaults to 25):
-            R: words of the context that local attention keeps.
+            R: number of context words that local attention keeps.
         mention_in_context (`bool`, *optional*, defaults to `False`):
-            Whether a mention's own words are words of its context too. In the models that the paper follows they are
-            not: there, what a name says about an entity is in the prior. For data without one.
+            Whether the words of a mention belong to its context. In the models that the paper follows they do not,
+            because the prior says which entities have a name. Set it if the data have no prior.
         relation_window (`int`, *optional*, defaults to 6):
-            Words of the context that a mention's embedding is made of, half of them on either side.
+            Number of context words in a mention embedding, half of them on each side.
         num_relations (`int`, *optional*, defaults to 3):
-            K of eq. 2. 0: no coherence, each mention is linked by its own context.
+            K of eq. 2. With 0, each mention is linked by its own context, without coherence.
         lbp_iterations (`int`, *optional*, defaults to 10):
-            Rounds of belief propagation.
+            Number of rounds of belief propagation.
         lbp_damping (`int` or `float`, *optional*, defaults to 0.5):
-            Share of the new message in each round; 1: no damping.
+            Weight of the new message in each round; 1 means no damping.
         score_hidden_size (`int`, *optional*, defaults to 100):
             Width of the layer that combines belief and prior.
         min_prior (`int` or `float`, *optional*, defaults to 0.001):
-            A prior below it counts as it, for its logarithm is taken.
+            Lower bound of the prior, applied before its logarithm.
         dropout (`int` or `float`, *optional*, defaults to 0.3):
-            Dropout in the textual half.
+            Dropout of the textual part.
         gamma (`int` or `float`, *optional*, defaults to 0.01):
-            γ of eq. 6.
+            Margin γ of eq. 6.
         image_size (`int`, *optional*, defaults to 64):
-            Side of the images that are cut into 8 × 8 pieces. `None` without a `vision_config`: a model without images.
+            Height and width of images, which are cut into 8 × 8 pieces. `None` without a `vision_config` makes a model
+            without images.
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
-            Any image encoder whose last feature map gives the 8 × 8 pieces, in place of pixels.
+            Configuration of any image encoder. Its last feature map then gives the 8 × 8 pieces, in place of pixels.
         train_vision (`bool`, *optional*, defaults to `False`):
-            Whether that encoder learns too. The Transformer over the pieces always does.
+            Whether to train that encoder. The Transformer over the pieces is always trained.
         num_image_layers, num_attention_heads, intermediate_size (`int`, *optional*, defaults to 6, 6 and 1200):
-            Of that Transformer.
+            Sizes of that Transformer.
         image_dropout (`int` or `float`, *optional*, defaults to 0.1):
-            Dropout in it.
+            Dropout of that Transformer.
         margin (`int` or `float`, *optional*, defaults to 0.2):
-            Margin of eq. 8, which the paper leaves open.
+            Margin of eq. 8. The paper does not give its value.
         joint (`str`, *optional*, defaults to `"transport"`):
-            `"transport"`: mentions of both modalities are linked together (§4.3); `"none"`: apart.
-        transport_backend (`str`, *optional*, defaults to `"torch"`):
-            `"torch"`: all documents of a batch at once, with gradients through the plan; `"pot"`: the POT library's
-            solver, one document after the other, with gradients through the costs alone.
+            `"transport"` links the mentions of both modalities together (§4.3); `"none"` links each modality alone.
         beta (`int` or `float`, *optional*, defaults to 0.1):
             β of eq. 10.
         gw_weight (`int` or `float`, *optional*, defaults to 0.5):
-            Weight of the cost between pairs (eq. 9); the rest is that of the cost between nodes (eq. 10).
+            Weight of the cost of pairs (eq. 9); the rest is the weight of the cost of single mentions (eq. 10).
         sinkhorn_iterations, gw_iterations (`int`, *optional*, defaults to 500 and 50):
-            Limits: of one Sinkhorn problem, and of such problems for a plan.
+            Maximum number of iterations of one Sinkhorn problem, and of Sinkhorn problems for one plan.
         transport_tolerance (`int` or `float`, *optional*, defaults to 1e-5):
-            A plan has converged when neither its margins nor itself are further off, in summed absolute difference.
+            Largest residual of a converged plan: the error of its marginals or its last change, each a sum of absolute
+            differences.
         transport_weight (`int` or `float`, *optional*, defaults to 1.0):
-            Weight of the transport cost in eq. 11, which has it as 1.
+            Weight of the transport cost in eq. 11. The paper has no weight there, which is 1.
         transport_matches (`int`, *optional*, defaults to 1):
-            By how many mentions of the other modality the plan corrects a mention's scores; `None`: by all.
+            Number of mentions of the other modality that correct the scores of a mention; `None` means all.
         correction_weight (`int` or `float`, *optional*, defaults to 0.5):
-            Weight of that correction, in units of the mention's own spread of scores.
+            Weight of that correction, in units of the spread of the mention's scores.
     """
 
     model_type: ClassVar[str] = "mm_nel"
@@ -112,7 +112,6 @@ class MmNelConfig(PreTrainedConfig):
     image_dropout: int | float = 0.1
     margin: int | float = 0.2
     joint: str = "transport"
-    transport_backend: str = "torch"
     beta: int | float = 0.1
     gw_weight: int | float = 0.5
     sinkhorn_iterations: int = 500
@@ -123,18 +122,34 @@ class MmNelConfig(PreTrainedConfig):
     correction_weight: int | float = 0.5
 
     def __post_init__(self, **kwargs):
+        self._ignore_transport_backend(kwargs.pop("transport_backend", "torch"))
         super().__post_init__(**kwargs)
         self._check()
 
     @property
     def sees_images(self) -> bool:
-        """Whether the model links visual mentions."""
+        """`True` if the model links visual mentions."""
         return self.image_size is not None or self.vision_config is not None
 
+    @staticmethod
+    def _ignore_transport_backend(backend: str) -> None:
+        """Accepts a field of earlier versions, so that their config.json still loads."""
+        if backend == "pot":
+            warnings.warn(
+                'transport_backend="pot" is ignored, because the POT solver was removed. The model uses its own '
+                "solver, which finds the same plans. Remove the field from the configuration.",
+                FutureWarning,
+                stacklevel=2,
+            )
+        elif backend != "torch":
+            raise ValueError(
+                f"transport_backend={backend!r} is not one of 'torch', 'pot', the values of earlier versions. Remove "
+                "the field from the configuration."
+            )
+
     def _check(self) -> None:
-        for field, allowed in (("joint", ("transport", "none")), ("transport_backend", ("torch", "pot"))):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}={getattr(self, field)!r} is not one of {', '.join(map(repr, allowed))}.")
+        if self.joint not in ("transport", "none"):
+            raise ValueError(f"joint={self.joint!r} is not one of 'transport', 'none'.")
         positive = ["vocab_size", "word_dim", "hidden_size", "num_candidates", "attention_words", "lbp_iterations"]
         positive += ["score_hidden_size", "num_image_layers", "num_attention_heads", "intermediate_size"]
         positive += ["sinkhorn_iterations", "gw_iterations"]
@@ -149,7 +164,9 @@ class MmNelConfig(PreTrainedConfig):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
         if self.prior_candidates + self.context_candidates < 1:
-            raise ValueError("prior_candidates and context_candidates are both 0: there is nothing to link among.")
+            raise ValueError(
+                "prior_candidates and context_candidates are both 0, which leaves no candidate. Raise one of them."
+            )
         for field in ("dropout", "image_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 0 and below 1.")
@@ -166,9 +183,9 @@ class MmNelConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."
             )
         if self.vision_config is None and self.image_size is not None and (self.image_size < 8 or self.image_size % 8):
-            raise ValueError(f"image_size={self.image_size} cannot be cut into 8 × 8 pieces; give a multiple of 8.")
+            raise ValueError(f"image_size={self.image_size} cannot be cut into 8 × 8 pieces. Give a multiple of 8.")
         if self.train_vision and self.vision_config is None:
-            raise ValueError("train_vision=True needs a vision_config.")
+            raise ValueError("train_vision=True needs an image encoder. Give a vision_config.")
 
 
 __all__ = ["MmNelConfig"]

@@ -1,27 +1,24 @@
-"""Rows to tensors for MM-nel: words around mentions, words of entities, priors, and images of visual mentions."""
+"""Processor of MM-nel: turns rows into words around mentions, words of entities, priors and images."""
 
 from __future__ import annotations
 
 import math
-from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     BatchFeature,
     CLIPImageProcessorPil,
-    PreTrainedTokenizerFast,
     ProcessorMixin,
 )
 
-#: Rows of a table of word vectors that stand for no word of the file.
-SPECIAL_WORDS = ("[PAD]", "[UNK]")
+from .glove_mm_nel import glove_tokenizer
+
 _MODALITIES = ("text", "image")
 
 
@@ -39,13 +36,13 @@ class MmNelProcessor(ProcessorMixin):
     Words without a vector are left out, as in the models that the paper follows.
 
     Args:
-        image_processor: Prepares images; its own configuration holds size, cropping and normalisation.
-        tokenizer: Turns text into numbers of word vectors; must be a fast one.
-        context_words (`int`, *optional*, defaults to 100): Words of the context, half of them on either side of the
+        image_processor: Image processor. Its configuration determines size, cropping and normalisation.
+        tokenizer: Fast tokenizer whose ids are the rows of the model's table of word vectors.
+        context_words (`int`, *optional*, defaults to 100): Number of context words, half of them on each side of the
             mention.
-        entity_words (`int`, *optional*, defaults to 64): Words of an entity's description and attributes; those of its
-            name are all read.
-        use_images (`bool`, *optional*, defaults to `True`): Whether to prepare images at all.
+        entity_words (`int`, *optional*, defaults to 64): Number of words of an entity's description and attributes.
+            Its name is not limited.
+        use_images (`bool`, *optional*, defaults to `True`): Whether to prepare images.
     """
 
     def __init__(self, image_processor=None, tokenizer=None, context_words=100, entity_words=64, use_images=True):
@@ -57,33 +54,37 @@ class MmNelProcessor(ProcessorMixin):
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> MmNelProcessor:
-        """A processor for [`MmNelModel.from_backbones`] with the same arguments.
+        """Builds a processor for a model of [`MmNelModel.from_backbones`], from the same arguments.
 
         Args:
-            text (`str`): A file of word vectors in GloVe's format, or the Hub id or folder of a transformers model.
-            vision (`str`, *optional*): Hub id or folder of an image encoder. Without it there are no images, unless
-                `use_images=True` asks for those of 64 × 64 pixels that the default configuration cuts into pieces.
-            options: options of the processor.
+            text (`str`): Path of a file of word vectors in GloVe's format, or Hub id or folder of a transformers
+                model.
+            vision (`str`, *optional*): Hub id or folder of an image encoder. Without it, `use_images=True` prepares
+                the images of 64 × 64 pixels that the default configuration expects; the default is to prepare none.
+            options: Options of the processor.
         """
         if text is None:
-            raise ValueError("from_backbones needs word vectors: a file in GloVe's format or a transformers model.")
+            raise ValueError(
+                "from_backbones needs word vectors. Give a file in GloVe's format or a transformers model."
+            )
         tokenizer = glove_tokenizer(text) if Path(text).is_file() else AutoTokenizer.from_pretrained(text)
         return cls.from_parts(tokenizer, vision, **options)
 
     @classmethod
     def from_parts(cls, tokenizer, vision: str | Mapping[str, Any] | None = None, **options) -> MmNelProcessor:
-        """A processor around a tokenizer.
+        """Builds a processor from a tokenizer.
 
         Args:
-            tokenizer: a fast tokenizer.
+            tokenizer: Fast tokenizer.
             vision (`str` or `dict`, *optional*): Hub id or folder of an image encoder, or settings of CLIP's image
-                processor (for instance `{"size": {"height": 128, "width": 128}}`). `None`: no images.
-            options: options of the processor.
+                processor (for instance `{"size": {"height": 128, "width": 128}}`). With `None` the processor prepares
+                no images.
+            options: Options of the processor.
         """
         if isinstance(vision, str):
             image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil")
         else:
-            # Stretched to a square instead of cropped, so that nothing is cut off.
+            # Images are stretched to a square, because cropping would remove parts of them.
             settings = {"size": {"height": 64, "width": 64}, "do_center_crop": False} | dict(vision or {})
             image_processor = CLIPImageProcessorPil(**settings)
         if vision is None:
@@ -96,54 +97,66 @@ class MmNelProcessor(ProcessorMixin):
         entities: Any = None,
         pairs: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]] | None = None,
     ) -> BatchFeature:
-        """
+        """Prepares M pairs of a mention and its candidates.
+
         Args:
-            pairs (M pairs): a mention row and its candidates' rows. A textual mention has `text`, `mention`, `start` and
-                `end`; a visual one has `modality` "image" and `image`. Both have `document_id`, or without it
-                `context_id`; a row with neither is a document of its own. A candidate has `entity_id`, `name`,
-                `description`, `attributes`, `images` (of which the first is taken), and `prior`, p(e|m); without it,
-                the prior is 0. Rows whose images were encoded before carry `image_features`, a tensor [d] or `None`.
-            mentions, entities: not for a reranker; raises.
+            pairs (`list[tuple[dict, list[dict]]]`): M mention rows, each with the rows of its candidates. A textual
+                mention has `text`, `mention`, `start` and `end`; a visual mention has `modality` "image" and `image`.
+                Both have `document_id` or, in its absence, `context_id`; a mention with neither is a document by
+                itself. A candidate has `entity_id`, `name`, `description`, `attributes`, `images` (the first is used)
+                and `prior`, p(e|m), which defaults to 0. If images were encoded before, all rows have
+                `image_features`, a tensor [d] or `None`.
+            mentions, entities: Not supported by a reranker.
 
         Returns:
-            `BatchFeature` of tensors, C being the most candidates of a mention:
+            `BatchFeature` of tensors. C is the largest number of candidates of a mention, E the number of distinct
+            entities and I the number of distinct images in the batch:
 
-            - `pair_mask` [M, C]; `pair_context` [M], the number of the mention's document; `pair_visual` [M], True for a
-              visual mention; `pair_prior` [M, C];
-            - `pair_entity` [M, C]: which of the batch's E distinct entities; -1 for none;
-            - `pair_word_ids` [M, L]: words left of the mention, its own, those to its right, -1 after the last;
-              `pair_span` [M, 2]: where its own begin and end;
-            - `pair_name_ids`, `pair_fact_ids` [E, ·]: words of the entities' names, and of their descriptions and
-              attributes; -1 after the last;
-            - with images, `pair_mention_image` [M] and `pair_entity_image` [M, C]: which of the batch's I distinct
-              images, -1 for none; and these, `pair_pixel_values` [I, 3, H, W] or `pair_image_features` [I, d]. Left out
-              if there is none. Only visual mentions and their candidates show their images.
+            - `pair_mask` [M, C]: False for padding;
+            - `pair_context` [M]: number of the mention's document;
+            - `pair_visual` [M]: True for visual mentions;
+            - `pair_prior` [M, C];
+            - `pair_entity` [M, C]: number among the E entities, -1 for padding;
+            - `pair_word_ids` [M, L]: words to the left of the mention, words of the mention and words to its right,
+              padded with -1;
+            - `pair_span` [M, 2]: start and end of the mention in them;
+            - `pair_name_ids`, `pair_fact_ids` [E, ·]: words of the name, and of description and attributes, padded
+              with -1;
+            - `pair_mention_image` [M] and `pair_entity_image` [M, C], if images are prepared: number among the I
+              images, -1 for a missing image. Only visual mentions and their candidates have images;
+            - `pair_pixel_values` [I, 3, H, W] or `pair_image_features` [I, d], if the batch has images.
+
+        Raises:
+            ValueError: `pairs` is missing, a row has an unknown modality or a prior that is no probability, or only
+                some rows have `image_features`.
         """
         if mentions is not None or entities is not None or pairs is None:
-            raise ValueError("MM-nel reads a document's mentions and their candidates together; give pairs=.")
+            raise ValueError("MM-nel reads a document's mentions and their candidates together. Give pairs=.")
         rows = [mention for mention, _ in pairs]
         lists = [list(candidates) for _, candidates in pairs]
         shape = (len(rows), max([1, *map(len, lists)]))
         mask = torch.zeros(shape, dtype=torch.bool)
         prior = torch.zeros(shape)
         entity = torch.full(shape, -1)
-        known: dict[Any, Mapping[str, Any]] = {}
-        numbers: dict[Any, int] = {}
+        entity_rows: dict[Any, Mapping[str, Any]] = {}
+        entity_numbers: dict[Any, int] = {}
         for m, candidates in enumerate(lists):
             for c, row in enumerate(candidates):
                 key = row.get("entity_id") or (row.get("name"), row.get("description"), row.get("attributes"))
-                entity[m, c] = numbers.setdefault(key, len(numbers))
-                known.setdefault(key, row)
+                entity[m, c] = entity_numbers.setdefault(key, len(entity_numbers))
+                entity_rows.setdefault(key, row)
                 prior[m, c] = self._prior(row, rows[m])
             mask[m, : len(candidates)] = True
         visual = [self._modality(row) == "image" for row in rows]
         documents: dict[Any, int] = {}
         context = [documents.setdefault(self._document(row, m), len(documents)) for m, row in enumerate(rows)]
-        words, spans = self._contexts(rows, visual)
-        entities = list(known.values())
-        names = self._ids([str(row.get("name") or "") for row in entities])
-        facts = self._ids(
-            [" ".join(str(row.get(column) or "") for column in ("description", "attributes")) for row in entities]
+        words, spans = self._context_words(rows, visual)
+        names = self._word_ids([str(row.get("name") or "") for row in entity_rows.values()])
+        facts = self._word_ids(
+            [
+                " ".join(str(row.get(column) or "") for column in ("description", "attributes"))
+                for row in entity_rows.values()
+            ]
         )
         batch = {
             "pair_mask": mask,
@@ -157,7 +170,7 @@ class MmNelProcessor(ProcessorMixin):
             "pair_fact_ids": _padded([ids[: self.entity_words] for ids in facts]),
         }
         if self.use_images:
-            batch |= self._images(rows, lists, visual, shape)
+            batch |= self._image_tensors(rows, lists, visual, shape)
         return BatchFeature(batch)
 
     # Copied from modeling/mmel/processing_mmel.py
@@ -167,6 +180,7 @@ class MmNelProcessor(ProcessorMixin):
 
     @staticmethod
     def _document(row: Mapping[str, Any], place: int) -> Any:
+        """Returns a key that the mentions of a document share. `place` is the row's number in the batch."""
         for column in ("document_id", "context_id"):
             if row.get(column) not in (None, ""):
                 return column, row[column]
@@ -177,7 +191,7 @@ class MmNelProcessor(ProcessorMixin):
         modality = row.get("modality") or "text"
         if modality not in _MODALITIES:
             raise ValueError(
-                f"mention {row.get('mention_id')!r}: modality={modality!r} is not one of "
+                f"The mention {row.get('mention_id')!r} has modality={modality!r}. Give one of "
                 f"{', '.join(map(repr, _MODALITIES))}."
             )
         return modality
@@ -188,23 +202,23 @@ class MmNelProcessor(ProcessorMixin):
         value = 0.0 if prior is None else float(prior)
         if not 0 <= value < math.inf:
             raise ValueError(
-                f"mention {mention.get('mention_id')!r}, candidate {row.get('entity_id')!r}: prior={value} is not a "
-                "probability."
+                f"The candidate {row.get('entity_id')!r} of the mention {mention.get('mention_id')!r} has "
+                f"prior={value}, which is not a probability."
             )
         return value
 
-    def _contexts(self, rows, visual: list[bool]) -> tuple[list[list[int]], list[tuple[int, int]]]:
-        """Words of each textual mention and its context, and which of them are the mention's."""
-        textual = [row for row, seen in zip(rows, visual, strict=True) if not seen]
+    def _context_words(self, rows, visual: list[bool]) -> tuple[list[list[int]], list[tuple[int, int]]]:
+        """Returns the words of each mention and of its context, and the span of the mention in them."""
+        textual = [row for row, is_visual in zip(rows, visual, strict=True) if not is_visual]
         texts = list(dict.fromkeys(str(row["text"] or "") for row in textual))  # mentions of a document share its text
-        encoded = dict(zip(texts, self._tokens(texts), strict=True))
+        encoded = dict(zip(texts, self._words_with_offsets(texts), strict=True))
         surfaces = list(dict.fromkeys(str(row.get("mention") or "") for row in textual))
-        own = dict(zip(surfaces, self._ids(surfaces), strict=True))
+        surface_ids = dict(zip(surfaces, self._word_ids(surfaces), strict=True))
         half = self.context_words // 2
         words: list[list[int]] = []
         spans: list[tuple[int, int]] = []
-        for row, seen in zip(rows, visual, strict=True):
-            if seen:
+        for row, is_visual in zip(rows, visual, strict=True):
+            if is_visual:
                 words.append([])
                 spans.append((0, 0))
                 continue
@@ -214,50 +228,53 @@ class MmNelProcessor(ProcessorMixin):
                 start = text.lower().find(surface.lower()) if surface else -1
                 end = start + len(surface)
             ids, starts, ends = encoded[text]
-            if start < 0:  # not located: the text is its context, from its beginning
-                inside, first, last = own[surface], 0, 0
+            if start < 0:  # the mention is not in the text, so the beginning of the text is its context
+                mention_ids, first, last = surface_ids[surface], 0, 0
             else:
                 first, last = bisect_right(ends, start), bisect_left(starts, end)
-                inside = ids[first:last]
+                mention_ids = ids[first:last]
             left = ids[max(0, first - half) : first]
             right = ids[last : last + (self.context_words if start < 0 else half)]
-            words.append([*left, *inside, *right])
-            spans.append((len(left), len(left) + len(inside)))
+            words.append([*left, *mention_ids, *right])
+            spans.append((len(left), len(left) + len(mention_ids)))
         return words, spans
 
-    def _tokens(self, texts: list[str]) -> list[tuple[list[int], list[int], list[int]]]:
-        """Known words of each text, and where in it each begins and ends."""
+    def _words_with_offsets(self, texts: list[str]) -> list[tuple[list[int], list[int], list[int]]]:
+        """Returns the words of each text that have a vector: their ids, and where they start and end in the text."""
         if not texts:
             return []
         unknown = self.tokenizer.unk_token_id
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        found = []
+        result = []
         for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            known = [(i, start, end) for i, (start, end) in zip(ids, offsets, strict=True) if i != unknown]
-            found.append(tuple([word[k] for word in known] for k in range(3)))
-        return found  # type: ignore[return-value]
+            words = [(i, start, end) for i, (start, end) in zip(ids, offsets, strict=True) if i != unknown]
+            result.append(tuple([word[k] for word in words] for k in range(3)))
+        return result  # type: ignore[return-value]
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Known words of each text."""
+    def _word_ids(self, texts: list[str]) -> list[list[int]]:
+        """Returns the ids of the words of each text that have a vector."""
         if not texts:
             return []
         unknown = self.tokenizer.unk_token_id
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [[i for i in ids if i != unknown] for ids in encoded]
 
-    def _images(self, rows, lists, visual: list[bool], shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    def _image_tensors(self, rows, lists, visual: list[bool], shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Returns the images of visual mentions and their candidates, each distinct image once, and their numbers."""
         shown: list[tuple[int, int | None, Mapping[str, Any]]] = [
             (m, None, row) for m, row in enumerate(rows) if visual[m]
         ]
-        shown += [(m, c, row) for m, each in enumerate(lists) if visual[m] for c, row in enumerate(each)]
-        carried = {"image_features" in row for _, _, row in shown}
-        if carried == {True, False}:
-            raise ValueError("Some rows carry image_features and others do not; encode the images of all or of none.")
-        of_mention, of_entity = torch.full((shape[0],), -1), torch.full(shape, -1)
-        distinct: dict[Any, int] = {}
+        shown += [(m, c, row) for m, candidates in enumerate(lists) if visual[m] for c, row in enumerate(candidates)]
+        encoded = {"image_features" in row for _, _, row in shown}
+        if encoded == {True, False}:
+            raise ValueError(
+                "Some rows have image_features and others do not. Encode the images of all rows or of none."
+            )
+        mention_image, entity_image = torch.full((shape[0],), -1), torch.full(shape, -1)
+        numbers: dict[Any, int] = {}
         values: list[Any] = []
         for m, c, row in shown:
-            if carried == {True}:
+            if encoded == {True}:
                 value = row["image_features"]
                 key: Any = id(value)
             else:
@@ -266,88 +283,24 @@ class MmNelProcessor(ProcessorMixin):
                 key = None if value is None else (value.size, value.tobytes())
             if value is None:
                 continue
-            if key not in distinct:
-                distinct[key] = len(values)
+            if key not in numbers:
+                numbers[key] = len(values)
                 values.append(value)
-            (of_mention if c is None else of_entity)[m if c is None else (m, c)] = distinct[key]
-        batch = {"pair_mention_image": of_mention, "pair_entity_image": of_entity}
-        if values and carried == {True}:
+            (mention_image if c is None else entity_image)[m if c is None else (m, c)] = numbers[key]
+        batch = {"pair_mention_image": mention_image, "pair_entity_image": entity_image}
+        if values and encoded == {True}:
             batch["pair_image_features"] = torch.stack(values)
         elif values:
             batch["pair_pixel_values"] = self.images(values)
         return batch
 
 
-def glove_vectors(file: str) -> torch.Tensor:
-    """Word vectors [V, d] of a file in GloVe's format, after those, zeros, of [`SPECIAL_WORDS`].
-
-    A line is a word and d numbers, all separated by a space; a word may hold spaces itself. The header that word2vec's
-    text format has, "V d", is passed over, and so is a word that was there before. GloVe's files have the frequent words
-    first: `head -n 400000` makes a smaller one.
-
-    Raises:
-        ValueError: a line is not such; names the file and the row.
-    """
-    values = array("f", bytes(0))
-    dim = 0
-    for row, _, numbers in _glove_lines(file):
-        dim = len(numbers)
-        try:
-            vector = [float(number) for number in numbers]
-        except ValueError as error:
-            raise ValueError(f"{file}, row {row}: {error}.") from None
-        if not all(map(math.isfinite, vector)):
-            raise ValueError(f"{file}, row {row}: a number of the word vector is nan or infinite.")
-        values.extend(vector)
-    table = torch.frombuffer(values, dtype=torch.float32).view(-1, dim)
-    return torch.cat([torch.zeros(len(SPECIAL_WORDS), dim), table])
-
-
-def glove_tokenizer(file: str) -> PreTrainedTokenizerFast:
-    """Splits texts at spaces and punctuation into the words of a file in GloVe's format, numbered as [`glove_vectors`].
-
-    Lowercases if the file has no word with a capital.
-    """
-    words = [*SPECIAL_WORDS, *(word for _, word, _ in _glove_lines(file))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    if all(word == word.lower() for word in words[len(SPECIAL_WORDS) :]):
-        backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
-
-
-def _glove_lines(file: str) -> Iterator[tuple[int, str, list[str]]]:
-    """Row, word and numbers of each line, the first of every word."""
-    seen = set(SPECIAL_WORDS)
-    dim = None
-    with open(file, "rb") as lines:
-        for row, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8").rstrip("\r\n ")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file}, row {row}: is not UTF-8 ({error}). Is it unpacked?") from None
-            fields = text.split(" ")
-            if row == 1 and len(fields) == 2 and all(field.isdigit() for field in fields):
-                continue
-            dim = len(fields) - 1 if dim is None else dim
-            if dim < 1 or len(fields) <= dim:
-                raise ValueError(
-                    f"{file}, row {row}: {text[:40]!r} is not a word and {max(dim, 1)} numbers, separated by spaces."
-                )
-            word = " ".join(fields[:-dim])
-            if word not in seen:
-                seen.add(word)
-                yield row, word, fields[-dim:]
-    if dim is None:
-        raise ValueError(f"{file}: has no word vectors.")
-
-
 def _padded(rows: list[list[int]]) -> torch.Tensor:
-    """[R, longest] of R lists of numbers, -1 after the last of each."""
+    """Returns R lists of numbers as a tensor [R, longest], padded with -1."""
     out = torch.full((len(rows), max([1, *map(len, rows)])), -1)
     for row, ids in enumerate(rows):
         out[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
     return out
 
 
-__all__ = ["MmNelProcessor", "glove_tokenizer", "glove_vectors"]
+__all__ = ["MmNelProcessor"]

@@ -112,7 +112,7 @@ class Attention(nn.Module):
             x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.query(query), key, value)
         )  # [B, heads, ·, d / heads]
         logits = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-        weights = _masked_softmax(logits, mask.unsqueeze(1))
+        weights = _softmax_or_zeros(logits, mask.unsqueeze(1))
         return self.output((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
     def of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,7 +202,7 @@ class MEncoder(nn.Module):
         image = image + self.dropout(self.image_attention(v, key, value, mask))
 
         t, v = self.text_norm2(text), self.image_norm2(image)
-        alike = _masked_softmax(t @ v.transpose(-1, -2), image_mask.unsqueeze(1))
+        alike = _softmax_or_zeros(t @ v.transpose(-1, -2), image_mask.unsqueeze(1))
         aggregated = alike.to(v.dtype) @ v
         text = text + self.dropout(self.text_feed_forward(t, self.fc_aggregated(aggregated)))
         return text, image + self.dropout(self.image_feed_forward(v))
@@ -419,7 +419,7 @@ class MmelModel(MmelPreTrainedModel):
         image = _masked_max(image, image_mask)
         logits = self.gate(torch.cat([text, image], -1))
         seen = torch.stack([torch.ones_like(image_mask[:, 0]), image_mask[:, 0]], 1)
-        gate = _masked_softmax(logits, seen).to(text.dtype)
+        gate = _softmax_or_zeros(logits, seen).to(text.dtype)
         return gate[:, :1] * text + gate[:, 1:] * image
 
     def forward(
@@ -509,7 +509,7 @@ class MmelModel(MmelPreTrainedModel):
         positive[rows, gold] = True
         negative = mask & ~positive & (labels >= 0).unsqueeze(1)
         log_m = F.log_softmax(logits, -1)
-        loss = -_masked_mean(log_m[..., 1], positive) - _masked_mean(log_m[..., 0], negative)
+        loss = -_mean_where(log_m[..., 1], positive) - _mean_where(log_m[..., 0], negative)
         if not hasattr(self, "similarity"):
             return loss
         if contexts is None:
@@ -629,7 +629,7 @@ def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def _masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _softmax_or_zeros(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Softmax over the last axis, among the positions where `mask` is True. A row without any is zeros."""
     weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)
     return weights * mask.any(-1, keepdim=True)
@@ -641,7 +641,7 @@ def _masked_max(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(~mask, torch.finfo(x.dtype).min).amax(1).masked_fill(~mask.any(1), 0.0)
 
 
-def _masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _mean_where(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of `x` where `mask` is True; zero if that is nowhere."""
     return x.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 

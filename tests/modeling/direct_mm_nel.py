@@ -1,8 +1,8 @@
-"""MM-nel written out in NumPy with loops, one document, one mention, one candidate at a time; for tests.
+"""Reference implementation of MM-nel for tests: NumPy loops over one document, mention and candidate at a time.
 
-A document is a list of mentions, a mention a dict: `left`, `own`, `right` (numbers of words) or, for a visual one, `image`
-(pixels or `None`); `candidates`, each a dict with `entity`, `prior`; `gold`, a place among them, or `None`. An entity is a
-dict with `name`, `facts` (numbers of words) and `image`.
+A document is a list of mentions. A mention is a dict of `candidates` (dicts of `entity` and `prior`), `gold` (a position
+among them, or `None`), and the word ids `left`, `own` and `right`, or for a visual mention `image` (pixels or `None`). An
+entity is a dict of the word ids `name` and `facts`, and `image`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def entity_vector(w, entity) -> np.ndarray:
 
 
 def context(config, mention) -> list[int]:
-    own = mention["own"] if config.mention_in_context else []
-    return [*mention["left"], *own, *mention["right"]]
+    inside = mention["own"] if config.mention_in_context else []
+    return [*mention["left"], *inside, *mention["right"]]
 
 
 def selected(w, config, mention, entities, keep_gold=False) -> tuple[list[int], list[int]]:
-    """Places of the candidates that are linked among, and of the others in their order."""
+    """Returns the positions of the candidates to rank, and of the others in their order."""
     table = w["word_embeddings.weight"]
     words = sum((table[i] for i in context(config, mention)), np.zeros(table.shape[1]))
     similarity, prior = [], []
@@ -63,7 +63,7 @@ def selected(w, config, mention, entities, keep_gold=False) -> tuple[list[int], 
 
 
 def psi(w, config, vectors, words) -> list[float]:
-    """Ψ of one mention's candidates: the attention of Ganea and Hofmann."""
+    """Returns Ψ of the candidates of one mention, by the attention of Ganea and Hofmann."""
     if not words:
         return [0.0] * len(vectors)
     table, a, b = w["word_embeddings.weight"], w["local.attention"], w["local.score"]
@@ -74,7 +74,7 @@ def psi(w, config, vectors, words) -> list[float]:
 
 
 def embedding(w, config, mention) -> np.ndarray:
-    """f of eq. 3."""
+    """Returns f of eq. 3."""
     table, half = w["word_embeddings.weight"], config.relation_window // 2
     left = mention["left"][-half:] if half else []
     parts = [mean(left, table), mean(mention["own"], table), mean(mention["right"][:half], table)]
@@ -82,7 +82,7 @@ def embedding(w, config, mention) -> np.ndarray:
 
 
 def alpha(w, mentions) -> np.ndarray:
-    """[n, n, K], eq. 3–4."""
+    """Returns α [n, n, K] of eq. 3-4."""
     n, d, relations = len(mentions), len(mentions[0]), w["relations.mention"]
     out = np.zeros((n, n, len(relations)))
     for k, diagonal in enumerate(relations):
@@ -95,16 +95,16 @@ def alpha(w, mentions) -> np.ndarray:
 
 
 def phi(w, a, i, j, e_i, e_j) -> float:
-    """Eq. 2."""
+    """Returns Φ(e_i, e_j) of eq. 2."""
     return sum(a[i, j, k] * (e_i @ np.diag(r) @ e_j) for k, r in enumerate(w["relations.entity"]))
 
 
 def max_marginals(local, pair, iterations, damping) -> list[list[float]]:
-    """Loopy max-product with dicts; `pair(i, j, a, b)` is the potential of candidates a of i and b of j."""
+    """Runs loopy max-product with dicts. `pair(i, j, a, b)` is the potential of candidate a of i and candidate b of j."""
     n = len(local)
     message = {(i, j): [1 / len(local[j])] * len(local[j]) for i in range(n) for j in range(n) if i != j}
     for _ in range(iterations):
-        new = {}
+        update = {}
         for i, j in message:
             values = []
             for b in range(len(local[j])):
@@ -116,10 +116,11 @@ def max_marginals(local, pair, iterations, damping) -> list[list[float]]:
                         for a in range(len(local[i]))
                     )
                 )
-            new[i, j] = [
-                damping * s + (1 - damping) * before for s, before in zip(softmax(values), message[i, j], strict=True)
+            update[i, j] = [
+                damping * value + (1 - damping) * old
+                for value, old in zip(softmax(values), message[i, j], strict=True)
             ]
-        message = new
+        message = update
     return [
         [local[i][a] + sum(math.log(message[k, i][a]) for k in range(n) if k != i) for a in range(len(local[i]))]
         for i in range(n)
@@ -133,7 +134,7 @@ def rho(w, config, belief: float, prior: float) -> float:
 
 
 def link_text(w, config, mentions, entities, keep_gold=False):
-    """For each textual mention of a document: {place: ρ} of the selected, places of the rest, and f."""
+    """Returns for each textual mention {position: ρ} of the selected candidates, positions of the rest, and f."""
     picks = [selected(w, config, mention, entities, keep_gold) for mention in mentions]
     vectors = [
         [entity_vector(w, entities[mention["candidates"][c]["entity"]]) for c in chosen]
@@ -160,7 +161,7 @@ def link_text(w, config, mentions, entities, keep_gold=False):
 
 
 def ranking_loss(scores: dict[int, float], gold: int, gamma: float) -> float:
-    """Eq. 6 summed as in eq. 5, of one mention."""
+    """Returns the sum of eq. 5-6 for one mention."""
     return sum(max(0.0, gamma - scores[gold] + value) for c, value in scores.items() if c != gold)
 
 
@@ -169,7 +170,7 @@ def layer_norm(x, weight, bias) -> np.ndarray:
 
 
 def image_vector(w, config, pixels) -> np.ndarray:
-    """Eq. 7 of one image [3, H, W] cut into 8 × 8 pieces."""
+    """Returns m^v of eq. 7 for one image [3, H, W], cut into 8 × 8 pieces."""
 
     def linear(name, x):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
@@ -187,13 +188,13 @@ def image_vector(w, config, pixels) -> np.ndarray:
         name = f"image_encoder.layers.{k}"
         query, key, value = (linear(f"{name}.{part}", x) for part in ("query", "key", "value"))
         width = query.shape[1] // heads
-        found = []
+        head_outputs = []
         for h in range(heads):
             part = slice(h * width, (h + 1) * width)
-            found.append(
+            head_outputs.append(
                 np.stack([softmax(key[:, part] @ q / math.sqrt(width)) for q in query[:, part]]) @ value[:, part]
             )
-        attended = linear(f"{name}.output", np.concatenate(found, 1))
+        attended = linear(f"{name}.output", np.concatenate(head_outputs, 1))
         o = layer_norm(x + attended, w[f"{name}.norm1.weight"], w[f"{name}.norm1.bias"])
         inner = linear(f"{name}.fc2", np.maximum(0, linear(f"{name}.fc1", o)))
         x = layer_norm(o + inner, w[f"{name}.norm2.weight"], w[f"{name}.norm2.bias"])
@@ -201,7 +202,7 @@ def image_vector(w, config, pixels) -> np.ndarray:
 
 
 def triplet_loss(scores: dict[int, float], gold: int, margin: float) -> float:
-    """Eq. 8, the mean over the negatives of one mention."""
+    """Returns the mean of eq. 8 over the negatives of one mention."""
     return float(np.mean([max(0.0, margin - scores[gold] + value) for c, value in scores.items() if c != gold]))
 
 
@@ -216,20 +217,20 @@ def costs(x, y):
 
 
 def scaling(cost, beta, rounds=20000) -> np.ndarray:
-    """Eq. 10 between uniform distributions by plain matrix scaling."""
+    """Solves eq. 10 between uniform distributions by plain matrix scaling."""
     n, m = cost.shape
     kernel = np.exp(-(cost - cost.min()) / beta)
     v = np.ones(m)
     for _ in range(rounds):
         u = (1 / n) / (kernel @ v)
-        v, before = (1 / m) / (kernel.T @ u), v
-        if np.abs(v - before).max() < 1e-14 * np.abs(v).max():
+        v, previous = (1 / m) / (kernel.T @ u), v
+        if np.abs(v - previous).max() < 1e-14 * np.abs(v).max():
             break
     return u[:, None] * kernel * v
 
 
 def pair_cost(within, other, plan) -> np.ndarray:
-    """Σ T_i'j' (c₁(i, i') - c₂(j, j'))² for each i, j: a sum over four indices if summed with T (eq. 9)."""
+    """Returns Σ T_i'j' (c₁(i, i') - c₂(j, j'))² for each i, j. Its sum weighted by T is eq. 9."""
     n, m = plan.shape
     out = np.zeros((n, m))
     for i in range(n):
@@ -241,26 +242,26 @@ def pair_cost(within, other, plan) -> np.ndarray:
 
 
 def transport(x, y, config) -> tuple[np.ndarray, float]:
-    """The plan between two lists of embeddings, and its cost."""
+    """Returns the plan between two lists of embeddings, and its cost."""
     cross, within, other = costs(x, y)
     plan = np.full(cross.shape, 1 / cross.size)
     a = config.gw_weight
     for _ in range(500):
-        before = plan
+        previous = plan
         plan = scaling((1 - a) * cross + 2 * a * pair_cost(within, other, plan), config.beta)
-        if np.abs(plan - before).sum() < 1e-9:
+        if np.abs(plan - previous).sum() < 1e-9:
             break
     return plan, float(((1 - a) * plan * cross).sum() + a * (plan * pair_cost(within, other, plan)).sum())
 
 
-def corrected(scores, said, mass, config, compared=None) -> dict[int, float]:
-    """Algorithm 1 for one mention.
+def corrected(scores, other_scores, mass, config, compared=None) -> dict[int, float]:
+    """Applies Algorithm 1 to one mention.
 
     Args:
-        scores: {entity: score} of its candidates.
-        said: for each mention of the other modality, {entity: score}.
-        mass: of the plan between it and each of those.
-        compared: the scores that make its spread; default: all.
+        scores: {entity: score} of the mention's candidates.
+        other_scores: For each mention of the other modality, {entity: score}.
+        mass: The mass of the plan between the mention and each of those.
+        compared: The scores that determine its spread. The default is all scores.
     """
     compared = list(scores.values()) if compared is None else compared
     best = sorted(range(len(mass)), key=lambda k: -mass[k])[: config.transport_matches or len(mass)]
@@ -270,20 +271,20 @@ def corrected(scores, said, mass, config, compared=None) -> dict[int, float]:
     for entity, score in scores.items():
         added = 0.0
         for k in best:
-            if not said[k]:
+            if not other_scores[k]:
                 continue
-            low, high = min(said[k].values()), max(said[k].values())
-            if entity in said[k] and high > low:
-                added += mass[k] / total * (said[k][entity] - low) / (high - low)
+            low, high = min(other_scores[k].values()), max(other_scores[k].values())
+            if entity in other_scores[k] and high > low:
+                added += mass[k] / total * (other_scores[k][entity] - low) / (high - low)
         out[entity] = score + config.correction_weight * (spread or 1.0) * added
     return out
 
 
 def link(model, document, entities, keep_gold=False):
-    """Everything about one document.
+    """Links one document.
 
     Returns:
-        `scores`, one list for each mention; `ranking` and `triplet`, a list of the losses of the mentions that have any;
+        `dict` of `scores`, a list per mention; `ranking` and `triplet`, the losses of the mentions that have one; and
         `plan` and `cost`, or `None`.
     """
     w, config = weights(model), model.config
@@ -295,7 +296,7 @@ def link(model, document, entities, keep_gold=False):
         gold = document[k]["gold"]
         if gold is not None and gold in scores:
             ranking.append(ranking_loss(scores, gold, config.gamma))
-    similar, vectors, alike = {}, {}, {}
+    similar, vectors, compared = {}, {}, {}
     for k in visual:
         mention, scores, shown = document[k], {}, {}
         if mention["image"] is not None:
@@ -308,7 +309,7 @@ def link(model, document, entities, keep_gold=False):
                 scores[c] = -1.0
             else:
                 scores[c] = shown[c] = 1 - cosine_cost(vectors[k], image_vector(w, config, picture))
-        similar[k], alike[k] = scores, shown
+        similar[k], compared[k] = scores, shown
         if mention["gold"] in shown and len(shown) > 1:
             triplet.append(triplet_loss(shown, mention["gold"], config.margin))
     plan = cost = None
@@ -318,12 +319,12 @@ def link(model, document, entities, keep_gold=False):
     def by_entity(k, scores):
         return {document[k]["candidates"][c]["entity"]: value for c, value in scores.items()}
 
-    text_said = [by_entity(k, scores) for k, (scores, _, _) in zip(textual, linked, strict=True)]
-    image_said = [by_entity(k, alike[k]) for k in vectors]
+    text_scores = [by_entity(k, scores) for k, (scores, _, _) in zip(textual, linked, strict=True)]
+    image_scores = [by_entity(k, compared[k]) for k in vectors]
     out = [None] * len(document)
     for r, (k, (scores, rest, _)) in enumerate(zip(textual, linked, strict=True)):
         if plan is not None:
-            final = corrected(text_said[r], image_said, plan[r], config)
+            final = corrected(text_scores[r], image_scores, plan[r], config)
             scores = {c: final[document[k]["candidates"][c]["entity"]] for c in scores}
         low = min(scores.values())
         scores = scores | {c: low - 1 - place for place, c in enumerate(rest)}
@@ -332,7 +333,7 @@ def link(model, document, entities, keep_gold=False):
         scores = similar[k]
         if plan is not None and k in vectors:
             final = corrected(
-                by_entity(k, scores), text_said, plan[:, list(vectors).index(k)], config, [*alike[k].values()]
+                by_entity(k, scores), text_scores, plan[:, list(vectors).index(k)], config, [*compared[k].values()]
             )
             scores = {c: final[document[k]["candidates"][c]["entity"]] for c in scores}
         out[k] = [scores[c] for c in range(len(scores))]

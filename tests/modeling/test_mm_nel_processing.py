@@ -1,4 +1,4 @@
-"""MM-nel's processor: which words and images of which rows, documents and entities, GloVe's format, saving."""
+"""Tests of MM-nel's processor: words, documents, entities, images, GloVe's format and saving."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AutoProcessor, BertConfig, BertModel, PreTrainedTokeniz
 
 import hf_mel.auto  # noqa: F401
 from hf_mel.modeling.mm_nel import MmNelModel, MmNelProcessor
-from hf_mel.modeling.mm_nel.processing_mm_nel import glove_tokenizer, glove_vectors
+from hf_mel.modeling.mm_nel.glove_mm_nel import glove_tokenizer, glove_vectors
 from hf_mel.protocols import MelProcessor
 
 WORDS = [
@@ -63,7 +63,8 @@ def words(ids):
     return [WORDS[i - 2] for i in ids.tolist() if i >= 0]
 
 
-def own(batch, row):
+def context_parts(batch, row):
+    """Returns the words left of a mention, of the mention, and right of it."""
     start, stop = batch["pair_span"][row].tolist()
     return [
         words(part)
@@ -73,33 +74,33 @@ def own(batch, row):
 
 def test_words_of_a_mention_and_of_its_context(processor):
     batch = processor(pairs=[(mention("Gordon"), []), (mention("Gotham city"), [])])
-    assert own(batch, 0) == [["bruce", "meets"], ["gordon"], ["in", "the", "gotham", "city"]]
-    assert own(batch, 1) == [["bruce", "meets", "gordon", "in", "the"], ["gotham", "city"], []]
+    assert context_parts(batch, 0) == [["bruce", "meets"], ["gordon"], ["in", "the", "gotham", "city"]]
+    assert context_parts(batch, 1) == [["bruce", "meets", "gordon", "in", "the"], ["gotham", "city"], []]
     assert isinstance(processor, MelProcessor)
 
 
-def test_half_of_the_window_is_on_either_side(glove):
+def test_half_of_the_window_is_on_each_side(glove):
     text = " ".join([*WORDS[10:30], "Gordon", *WORDS[30:]])
     narrow = MmNelProcessor.from_backbones(text=glove, context_words=6)
-    assert own(narrow(pairs=[(mention("Gordon", text), [])]), 0) == [WORDS[27:30], ["gordon"], WORDS[30:33]]
+    assert context_parts(narrow(pairs=[(mention("Gordon", text), [])]), 0) == [WORDS[27:30], ["gordon"], WORDS[30:33]]
     none = MmNelProcessor.from_backbones(text=glove, context_words=0)
-    assert own(none(pairs=[(mention("Gordon", text), [])]), 0) == [[], ["gordon"], []]
+    assert context_parts(none(pairs=[(mention("Gordon", text), [])]), 0) == [[], ["gordon"], []]
 
 
-def test_a_mention_that_is_not_located(processor):
+def test_a_mention_without_a_span_is_searched_in_the_text(processor):
     lost = mention("Gordon", start=-1, end=-1)
     absent = mention("police", start=-1, end=-1)
     batch = processor(
-        pairs=[(lost, []), (absent, []), ({**absent, "mention": "nobody"}, []), ({**lost, "text": ""}, [])]
+        pairs=[(lost, []), (absent, []), ({**absent, "mention": "unknown"}, []), ({**lost, "text": ""}, [])]
     )
-    assert own(batch, 0) == [["bruce", "meets"], ["gordon"], ["in", "the", "gotham", "city"]]
+    assert context_parts(batch, 0) == [["bruce", "meets"], ["gordon"], ["in", "the", "gotham", "city"]]
     context = ["bruce", "meets", "gordon", "in", "the", "gotham", "city"]
-    assert own(batch, 1) == [[], ["police"], context]
-    assert own(batch, 2) == [[], [], context]
-    assert own(batch, 3) == [[], ["gordon"], []]
+    assert context_parts(batch, 1) == [[], ["police"], context]
+    assert context_parts(batch, 2) == [[], [], context]
+    assert context_parts(batch, 3) == [[], ["gordon"], []]
 
 
-def test_entities_are_told_apart_once(processor):
+def test_distinct_entities_are_prepared_once(processor):
     long = " ".join(["w1"] * 100)
     gordon = entity("Q2", "Police Gordon the", description="hero", attributes=long, prior=0.25)
     batch = processor(
@@ -116,14 +117,14 @@ def test_entities_are_told_apart_once(processor):
     assert [words(ids) for ids in batch["pair_fact_ids"]] == [["hero", *["w1"] * 63], ["city"]]
 
 
-def test_documents_are_by_document_id_then_by_context_id(processor):
+def test_documents_are_grouped_by_document_id_or_context_id(processor):
     rows = [mention("Gordon"), mention("Gotham"), mention("Gordon", document_id="d"), visual(document_id="d")]
     rows += [mention("Gordon", context_id=None), mention("Gotham", context_id=""), visual(document_id="")]
     rows += [mention("Gordon", document_id="a")]
     assert processor(pairs=[(row, []) for row in rows])["pair_context"].tolist() == [0, 0, 1, 1, 2, 3, 0, 4]
 
 
-def test_images_are_those_of_visual_mentions_and_their_candidates(processor):
+def test_only_visual_mentions_and_their_candidates_have_images(processor):
     shown = entity("Q1", images=[picture(5), picture(6)])
     pairs = [
         (mention("Gordon"), [entity("Q3", images=[picture(8)])]),
@@ -139,19 +140,19 @@ def test_images_are_those_of_visual_mentions_and_their_candidates(processor):
     assert expected.shape == (2, 3, 64, 64)
 
     vector = torch.randn(4)
-    carried = [
+    encoded = [
         (
             {**row, "image_features": None if row["image"] is None else vector},
-            [{**e, "image_features": vector} for e in each],
+            [{**candidate, "image_features": vector} for candidate in candidates],
         )
-        for row, each in pairs
+        for row, candidates in pairs
     ]
-    batch = processor(pairs=carried)
+    batch = processor(pairs=encoded)
     assert batch["pair_image_features"].tolist() == [vector.tolist()]
     assert batch["pair_mention_image"].tolist() == [-1, 0, -1]
     assert "pair_pixel_values" not in batch
     with pytest.raises(ValueError, match="image_features"):
-        processor(pairs=[carried[1], pairs[2]])
+        processor(pairs=[encoded[1], pairs[2]])
 
 
 def test_without_images(glove):
@@ -160,7 +161,7 @@ def test_without_images(glove):
 
 
 @pytest.mark.parametrize("pairs", [[], [(mention("Gordon"), [])], [(visual(), [])]], ids=["none", "text", "image"])
-def test_nothing_to_rank(processor, pairs, glove):
+def test_mentions_without_candidates(processor, pairs, glove):
     batch = processor(pairs=pairs)
     assert batch["pair_mask"].shape == (len(pairs), 1)
     model = MmNelModel.from_backbones(text=glove, hidden_size=6, num_image_layers=1, intermediate_size=4).eval()
@@ -169,7 +170,7 @@ def test_nothing_to_rank(processor, pairs, glove):
     assert out.loss.item() == 0
 
 
-def test_a_batch_goes_through_the_model(processor, glove):
+def test_the_model_accepts_a_batch(processor, glove):
     model = MmNelModel.from_backbones(text=glove, hidden_size=6, num_image_layers=1, intermediate_size=4).eval()
     candidates = [entity(f"Q{k}", WORDS[k], images=[picture(40 * k)], prior=0.1 * k) for k in range(5)]
     pairs = [
@@ -193,13 +194,13 @@ def test_a_batch_goes_through_the_model(processor, glove):
     ],
     ids=["modality", "prior", "nan"],
 )
-def test_bad_rows_say_why(processor, pairs, words):
+def test_bad_rows_are_refused(processor, pairs, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         processor(pairs=pairs)
     assert all(word in str(error.value) for word in words)
 
 
-def test_other_bad_input(processor):
+def test_bad_arguments_are_refused(processor):
     with pytest.raises(ValueError, match="pairs="):
         processor(mentions=[mention("Gordon")])
     with pytest.raises(ValueError, match="context_words=-1"):
@@ -208,7 +209,7 @@ def test_other_bad_input(processor):
         MmNelProcessor.from_backbones()
 
 
-def test_gloves_format(tmp_path):
+def test_the_format_of_glove(tmp_path):
     file = tmp_path / "vectors.txt"
     file.write_bytes("4 2\nthe 1 2\n. . . 3 4\nCafé 5 6 \nthe 7 8\r\nsize 9 -1e-2\n".encode())
     torch.testing.assert_close(
@@ -233,7 +234,7 @@ def test_gloves_format(tmp_path):
     ],
     ids=["short", "text", "nan", "empty", "no numbers", "bytes"],
 )
-def test_a_bad_line_says_where(tmp_path, content, row, words):
+def test_an_error_names_the_line(tmp_path, content, row, words):
     file = tmp_path / "bad.txt"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=words) as error:
@@ -241,19 +242,19 @@ def test_a_bad_line_says_where(tmp_path, content, row, words):
     assert f"{file}, row {row}: " in str(error.value)
 
 
-def test_an_empty_file_says_so(tmp_path):
+def test_an_empty_file_is_refused(tmp_path):
     file = tmp_path / "bad.txt"
     file.write_bytes(b"")
     with pytest.raises(ValueError, match="no word vectors"):
         glove_tokenizer(str(file))
 
 
-def test_words_of_a_transformers_model(tmp_path, processor):
+def test_words_from_a_transformers_model(tmp_path, processor):
     bert = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     BertModel(BertConfig(vocab_size=60, **bert)).save_pretrained(tmp_path)
     processor.tokenizer.save_pretrained(tmp_path)
-    ours = MmNelProcessor.from_backbones(text=str(tmp_path))
-    assert own(ours(pairs=[(mention("Gordon"), [])]), 0)[1] == ["gordon"]
+    loaded = MmNelProcessor.from_backbones(text=str(tmp_path))
+    assert context_parts(loaded(pairs=[(mention("Gordon"), [])]), 0)[1] == ["gordon"]
 
 
 def test_save_and_load(tmp_path, processor):

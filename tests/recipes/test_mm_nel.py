@@ -1,5 +1,4 @@
-"""MM-nel's recipes: every row that a header names is built with small encoders and trained by a step; one runs through the
-whole library."""
+"""Tests of MM-nel's recipes: every variant that a recipe names trains for one step, and one recipe runs end to end."""
 
 from __future__ import annotations
 
@@ -31,18 +30,18 @@ VARIANTS = [
 ]
 
 
-def of(rows, documents: bool):
-    """Documents as pairs of mention and candidates; without visual mentions unless `documents`."""
+def candidate_pairs(rows, visual: bool):
+    """Returns pairs of a mention and its candidates, without visual mentions unless `visual`."""
     entities = [dict(row) for row in toy_entities(6)]
-    return [(dict(row), entities) for row in rows if documents or row["modality"] == "text"]
+    return [(dict(row), entities) for row in rows if visual or row["modality"] == "text"]
 
 
 @pytest.mark.parametrize(("name", "overrides", "expected"), VARIANTS)
-def test_a_row_trains(name, overrides, expected, encoders):  # noqa: F811
+def test_a_variant_trains(name, overrides, expected, encoders):  # noqa: F811
     recipe = load(name, overrides, encoders)
     model, processor = build_model(recipe)
     assert {field: getattr(model.config, field) for field in expected} == expected
-    pairs = of(toy_documents(8), model.config.sees_images)
+    pairs = candidate_pairs(toy_documents(8), model.config.sees_images)
     batch = dict(processor(pairs=pairs))
     batch["labels"] = torch.tensor([k % 6 for k in range(len(pairs))])
     step(model, batch)
