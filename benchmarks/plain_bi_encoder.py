@@ -1,4 +1,4 @@
-"""A plain bi-encoder: the baseline of README's WikiMEL table, written without the library.
+"""A plain bi-encoder: the baseline of the WikiMEL tables in docs/results.md, written without the library.
 
 Mean pooling, cosine, in-batch softmax; query "mention | text", entity "name | attributes". One run on two cores:
 

@@ -1,7 +1,8 @@
-"""Tables and the plot of what the benchmarks wrote.
+"""Tables and a plot of the benchmark results.
 
-python -m benchmarks.summary                        # tables on the screen, benchmarks/results/ranking.png
-python -m benchmarks.summary --markdown             # the same tables as Markdown, for README
+python -m benchmarks.summary               # prints the tables, writes benchmarks/results/ranking.png
+python -m benchmarks.summary --markdown    # prints the tables as Markdown, without the plot
+python -m benchmarks.summary --docs        # writes the tables into docs/benchmarks.md, too
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from rich.table import Table
 
 from benchmarks.harness import RESULTS, ROOT
 
-#: What the tables stand between in README.
+#: Page of the documentation that holds the tables, and the comments that enclose them there.
+PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 #: (title, columns, rows, what stands below)
@@ -193,18 +195,18 @@ def markdown(folder: Path) -> str:
     return "\n".join(parts)
 
 
-def put_into(readme: Path, text: str) -> None:
-    """Replaces what stands between the markers of a README.
+def put_into(page: Path, text: str) -> None:
+    """Replaces the text between the markers of a page.
 
     Raises:
-        `ValueError`: it has no markers.
+        `ValueError`: The page lacks the markers.
     """
-    content = readme.read_text(encoding="utf-8")
+    content = page.read_text(encoding="utf-8")
     if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
-        raise ValueError(f"{readme} needs {BEGIN} and, after it, {END}, once each.")
+        raise ValueError(f"{page} needs {BEGIN} and, after it, {END}, once each.")
     before, rest = content.split(BEGIN)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after}", encoding="utf-8")
 
 
 def plot(folder: Path, output: Path) -> None:
@@ -242,14 +244,14 @@ def plot(folder: Path, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS)
-    parser.add_argument("--markdown", action="store_true", help="tables as Markdown, no plot")
-    parser.add_argument("--readme", action="store_true", help="tables as Markdown into README.md, and the plot")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown, no plot")
+    parser.add_argument("--docs", action="store_true", help="write the tables into docs/benchmarks.md, and the plot")
     args = parser.parse_args()
     if args.markdown:
         print(markdown(args.folder))
         return
-    if args.readme:
-        put_into(ROOT / "README.md", markdown(args.folder))
+    if args.docs:
+        put_into(PAGE, markdown(args.folder))
     show(args.folder)
     if (args.folder / "ranking.json").exists():
         plot(args.folder, args.folder / "ranking.png")

@@ -128,15 +128,15 @@ def test_tables_and_plot(tmp_path):
 
 
 def test_tables_go_between_the_markers(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
     for _ in range(2):
-        summary.put_into(readme, "| new |\n\n")
-        assert readme.read_text() == f"before\n{summary.BEGIN}\n| new |\n{summary.END}\nafter\n"
-    readme.write_text("nothing")
+        summary.put_into(page, "| new |\n\n")
+        assert page.read_text() == f"before\n{summary.BEGIN}\n| new |\n{summary.END}\nafter\n"
+    page.write_text("nothing")
     with pytest.raises(ValueError, match="needs"):
-        summary.put_into(readme, "x")
-    assert readme.read_text() == "nothing"
+        summary.put_into(page, "x")
+    assert page.read_text() == "nothing"
 
 
 def test_a_short_and_a_full_run(tmp_path):
