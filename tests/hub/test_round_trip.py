@@ -1,4 +1,4 @@
-"""README's "Publish", run as printed, with the real clients: build → publish → load by name → train → publish → load by
+"""The guide "Publish", run as printed, with the real clients: build → publish → load by name → train → publish → load by
 name with and without hf_mel → link. Each step is a process of its own."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.hub.bare import bare_environment
 from tests.hub.conftest import ROOT, TOKEN
 from tests.training.toy_run import recipe_dict
 
-_SECTION = re.search(r"## Publish\n(.*?)\n## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+_SECTION = (ROOT / "docs/guides/publish.md").read_text(encoding="utf-8")
 _COMMANDS = re.search(r"```sh\n(.*?)```", _SECTION, re.DOTALL)[1].replace("ORG", "org").splitlines()
 _SNIPPET = re.search(r"```python\n(.*?)```", _SECTION, re.DOTALL)[1].replace("ORG", "org")
 
@@ -63,7 +63,7 @@ def test_the_round_trip(hub, client, new_client, tmp_path):
     home = client.home
 
     def publish(kind: str) -> None:
-        """README's commands of one kind."""
+        """The guide's commands of one kind."""
         lines = [line for line in _COMMANDS if line.startswith(f"hf-mel publish {kind} ")]
         assert lines
         for line in lines:

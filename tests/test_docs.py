@@ -1,0 +1,152 @@
+"""README and docs/: command lines parse, tables are complete, and pages refer to files that exist."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import pytest
+import typer
+import yaml
+
+import hf_mel.cli
+import hf_mel.errors
+from hf_mel.building.builders import known_datasets
+from hf_mel.training.recipe import Recipe, shipped_recipes
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+
+
+def commands(text: str) -> list[str]:
+    """The command lines of hf-mel in a page."""
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines = [re.sub(r"^(\w+=\S+ )+", "", line) for line in lines]  # FOO=bar hf-mel …
+    return [line for line in lines if line.startswith(("hf-mel ", "accelerate launch "))]
+
+
+COMMANDS = sorted({line for text in TEXTS.values() for line in commands(text)})
+
+
+def arguments(line: str) -> list[str]:
+    """The arguments of hf-mel in a command line."""
+    words = shlex.split(line, comments=True)
+    if words[:3] == ["accelerate", "launch", "train.py"]:
+        return ["train", *words[3:]]
+    if words[:4] == ["accelerate", "launch", "-m", "hf_mel"]:
+        return words[4:]
+    assert words[0] == "hf-mel"
+    return words[1:]
+
+
+def parse(arguments: list[str]) -> None:
+    """Walks the command line down to its verb; an unknown verb, option or a missing argument raises."""
+    if "--help" in arguments:
+        return
+    command = typer.main.get_command(hf_mel.cli.app)
+    context = command.make_context("hf-mel", list(arguments), resilient_parsing=False)
+    while isinstance(command, click.Group) or hasattr(command, "resolve_command"):
+        _, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(command.name, rest, parent=context)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_parse(line):
+    parse(arguments(line))
+
+
+def test_a_wrong_option_would_be_seen():
+    with pytest.raises(Exception, match=r"(?i)no such option|missing"):
+        parse(["evaluate", "runs/x", "--datasset", "data/x"])
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if arguments(line)[0] == "train"])
+def test_commands_train_recipes_that_load(line):
+    """The recipe exists, and takes what `--set` gives it."""
+    _, recipe, *rest = arguments(line)
+    overrides = [value for option, value in pairwise(rest) if option == "--set"]
+    path = ROOT / recipe
+    assert Recipe.load(path if path.is_file() else recipe, overrides).name
+
+
+def test_recipes_named_in_pages_exist():
+    named = {
+        name
+        for path, text in TEXTS.items()
+        if path != "docs/changelog.md"
+        for name in re.findall(
+            r"`((?:mimic|imn|mm_nel|mm-nel|mmel|pfmel)[a-z-]*_(?:flags|wikimel|tweets|aida))`", text
+        )
+    }
+    assert len(named) > 5
+    assert named <= set(shipped_recipes())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_load(path):
+    assert Recipe.load(path).name == path.stem
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/data_sets.md"])
+def test_every_data_set_is_in_the_tables(page):
+    rows = re.findall(r"^\| `(\w+)` \|", TEXTS[page], re.MULTILINE)
+    assert sorted(rows) == known_datasets()
+
+
+def test_every_error_has_a_row():
+    tree = ast.parse(Path(hf_mel.errors.__file__).read_text(encoding="utf-8"))
+    classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "MelError"]
+    rows = re.findall(r"^\| `(\w+)` \|", TEXTS["docs/guides/errors.md"], re.MULTILINE)
+    assert rows == classes
+
+
+def test_readme_is_short():
+    text = TEXTS["README.md"]
+    assert len(text.splitlines()) <= 200
+    assert len(text.encode()) <= 12_000
+
+
+@pytest.mark.parametrize("path", TEXTS)
+def test_links_lead_somewhere(path):
+    """Links of Markdown to files of the repository; MkDocs checks those within the site, and their anchors."""
+    for target in re.findall(r"\]\(([^)\s:#]+)(?:#[^)]*)?\)", re.sub(r"```.*?```", "", TEXTS[path], flags=re.DOTALL)):
+        assert (ROOT / path).parent.joinpath(target).exists(), target
+
+
+def test_every_page_is_in_the_navigation():
+    def pages(entry) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in pages(part)]
+
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    written = [path.relative_to(ROOT / "docs").as_posix() for path in PAGES if "docs" in path.relative_to(ROOT).parts]
+    assert sorted(pages(navigation)) == sorted(written)
+
+
+def test_the_reference_names_modules_and_classes_that_exist():
+    for path, text in TEXTS.items():
+        for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
+            file = ROOT / name.replace(".", "/")
+            if file.with_suffix(".py").is_file():
+                continue
+            module, _, member = name.rpartition(".")
+            source = (ROOT / module.replace(".", "/")).with_suffix(".py")
+            assert source.is_file(), f"{path}: {name}"
+            defined = {getattr(node, "name", None) for node in ast.parse(source.read_text(encoding="utf-8")).body}
+            assert member in defined, f"{path}: {name}"
+
+
+def test_yaml_and_json_blocks_parse():
+    for text in TEXTS.values():
+        for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
+            assert yaml.safe_load(block)
+        for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL):
+            assert json.loads(block)

@@ -1,0 +1,104 @@
+"""Every Python snippet of README and docs, every example and the notebook run, on the small form of FlagsMEL."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: A snippet, and what it needs that is not here, from the comment before it; tests elsewhere run these.
+SNIPPET = re.compile(r"(?:<!-- needs: ([^>]*) -->\n)?```python\n(.*?)```", re.DOTALL)
+
+
+def snippets(page: Path) -> list[str]:
+    """The snippets of a page that run here."""
+    return [code for needs, code in SNIPPET.findall(page.read_text(encoding="utf-8")) if not needs]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_workspace(demo, monkeypatch):
+    monkeypatch.chdir(demo[0])
+
+
+def test_demo(demo):
+    """The demo with a training of three steps: every stage runs."""
+    folder, printed = demo
+    for words in (
+        "1/5",
+        "5/5",
+        "all units",
+        "text unit",
+        "vision unit",
+        "The gold of this test mention",
+        "hf-mel link",
+    ):
+        assert words in printed
+    for place in ("data/flags_mel/README.md", "runs/mimic_flags/results_test.json", "kb/flags_mel/kb.json"):
+        assert (folder / place).is_file()
+
+
+def test_snippets_that_do_not_run_here_are_known():
+    """`tests/hub/test_round_trip.py` runs what needs the Hub."""
+    needs = {
+        (page.relative_to(ROOT).as_posix(), need)
+        for page in PAGES
+        for need, _ in SNIPPET.findall(page.read_text(encoding="utf-8"))
+        if need
+    }
+    assert needs == {("docs/guides/publish.md", "the Hub"), ("docs/guides/space.md", "a running Space")}
+
+
+_ran: set[str] = set()
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if snippets(page)], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
+def test_the_snippets_of_a_page_run(page, capsys):
+    """One after another, in one namespace. A snippet that another page has as well runs once."""
+    namespace: dict = {}
+    for code in snippets(page):
+        if code in _ran and not namespace:
+            continue
+        exec(compile(code, str(page), "exec"), namespace)
+        _ran.add(code)
+    if page.name == "README.md":
+        printed = capsys.readouterr().out
+        assert re.search(r"^(Q\d+|NIL) ", printed, re.MULTILINE)
+        assert "'hits@1': 0.5" in printed
+        assert "'mrr': 0.75" in printed
+
+
+#: Arguments of the examples that train.
+ARGUMENTS = {"train_mimic.py": ["1"], "your_own_method.py": ["1"]}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path), *ARGUMENTS.get(path.name, [])])
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+def test_examples_are_complete_and_named_in_readme_or_docs():
+    names = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert names >= {"link_a_mention.py", "train_mimic.py", "evaluate.py", "your_own_entities.py", "rerank.py"}
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [name for name in sorted(names) if name not in pages] == []
+
+
+def test_the_notebook(capsys):
+    notebook = json.loads((ROOT / "notebooks/quickstart.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    namespace: dict = {}
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    for number, code in enumerate(cells):
+        exec(compile(code.replace("epochs = 12", "epochs = 1"), f"cell {number}", "exec"), namespace)
+    assert "H@1" in capsys.readouterr().out
