@@ -61,13 +61,12 @@ _ran: set[str] = set()
     "page", [page for page in PAGES if snippets(page)], ids=lambda page: page.relative_to(ROOT).as_posix()
 )
 def test_the_snippets_of_a_page_run(page, capsys):
-    """One after another, in one namespace. A snippet that another page has as well runs once."""
+    """One after another, in one namespace. A snippet that another page has as well runs once, and trainings are short."""
     namespace: dict = {}
     for code in snippets(page):
-        if code in _ran and not namespace:
-            continue
-        exec(compile(code, str(page), "exec"), namespace)
-        _ran.add(code)
+        if code not in _ran:
+            _ran.add(code)
+            exec(compile(re.sub(r"num_train_epochs=\d+", "num_train_epochs=1", code), str(page), "exec"), namespace)
     if page.name == "README.md":
         printed = capsys.readouterr().out
         assert re.search(r"^(Q\d+|NIL) ", printed, re.MULTILINE)
