@@ -1,4 +1,4 @@
-"""`hf-mel train`: a recipe → a run folder."""
+"""`hf-mel train`: trains the model of a recipe and writes a run folder."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ import typer
 def train(
     recipe: Annotated[
         str,
-        typer.Argument(help="A recipe file, or the name of one that comes with hf_mel, such as [b]mimic_flags[/b]."),
+        typer.Argument(
+            help="A recipe file, or the name of a recipe that comes with hf_mel, such as [b]mimic_flags[/b]."
+        ),
     ],
     overrides: Annotated[
         Optional[list[str]],  # noqa: UP045 (typer evaluates this on Python 3.10)
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be given several times."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe. Repeat it to change several."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run; a finished one is left as it is.")
+        bool, typer.Option("--resume", help="Continue an interrupted run. A finished run is not changed.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/<name of the recipe>.")] = None,
 ) -> None:
-    """Train what a recipe describes, and write a folder that is ready to be a model repository.
+    """Train the model of a recipe, and write a folder that is ready to be a model repository.
 
-    On several devices: [b]accelerate launch train.py RECIPE[/b], with the same options.
+    On several devices, run [b]accelerate launch train.py RECIPE[/b] with the same options.
+
+    Training uses bfloat16 mixed precision if the processor or GPU has it natively, and float32 otherwise. To choose
+    yourself, add [b]--set training.bf16=true[/b] or [b]false[/b].
 
     Examples:
 
@@ -37,22 +42,25 @@ def train(
     from accelerate import PartialState
     from rich.console import Console
 
-    import hf_mel.auto  # noqa: F401 (the shipped methods register with the Auto classes)
+    import hf_mel.auto  # noqa: F401 (registers the shipped methods with the Auto classes)
+    from hf_mel.cli.printing import show_logs
     from hf_mel.evaluation.tables import orders_table, results_table
+    from hf_mel.training import run_folder
     from hf_mel.training.recipe import Recipe
     from hf_mel.training.run import run_recipe
-    from hf_mel.training.run_folder import LOG, PLOT, RECIPE, RESULTS
 
-    loaded = Recipe.load(recipe, overrides or ())
-    folder = run_recipe(loaded, output=output, resume=resume)
+    with show_logs():
+        loaded = Recipe.load(recipe, overrides or ())
+        folder = run_recipe(loaded, output=output, resume=resume)
     if not PartialState().is_main_process:
         return
-    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    results = json.loads((folder / run_folder.RESULTS).read_text(encoding="utf-8"))
+    minutes = f"{results['run']['seconds'] / 60:.1f} minutes"
     console = Console()
     if loaded.task == "pretraining":
         console.print(
-            f"Loss on {results['data']['validation_split']} {results['validation']['loss']:.3f}, after "
-            f"{results['run']['seconds'] / 60:.1f} minutes. For a recipe that trains linking: "
+            f"Pre-trained in {minutes}. Loss on {results['data']['validation_split']}: "
+            f"{results['validation']['loss']:.3f}. To train for linking from here, run a recipe with "
             f"--set model.from_pretrained={folder}",
             markup=False,
             soft_wrap=True,
@@ -64,17 +72,21 @@ def train(
     reranks = loaded.candidates is not None
     if reranks:
         console.print(orders_table(results["validation"]))
-    others = ", ".join(name for name in (RESULTS, RECIPE, LOG, PLOT, "README.md") if (folder / name).exists())
-    dataset, split = loaded.data.dataset, "test"
-    console.print(
-        f"Trained in {results['run']['seconds'] / 60:.1f} minutes. Model, processor, {others}: {folder}", markup=False
-    )
+    names = (run_folder.RESULTS, run_folder.RECIPE, run_folder.LOG, run_folder.PLOT, run_folder.CARD)
+    files = ", ".join(name for name in names if (folder / name).exists())
+    console.print(f"Trained in {minutes}. Model, processor, {files}: {folder}", markup=False)
     console.print("Next:")
-    measure = f"hf-mel evaluate {folder} --dataset {dataset} --split {split}"
-    index = f"hf-mel kb build {folder} --dataset {dataset} --output kb/{Path(dataset).name}"
-    steps = [("measure it", f"{measure} --output results.json"), ("index the entities", index)]
+    dataset = loaded.data.dataset
+    evaluate = f"hf-mel evaluate {folder} --dataset {dataset} --split test"
     if reranks:
-        link = f'hf-mel link RETRIEVER --kb KB --reranker {folder} --text "…" --mention "…"'
-        steps = [("measure it", f"{measure} --candidates FILE --output results.json"), ("link with it", link)]
+        steps = [
+            ("evaluate it", f"{evaluate} --candidates FILE --output results.json"),
+            ("link with it", f'hf-mel link RETRIEVER --kb KB --reranker {folder} --text "…" --mention "…"'),
+        ]
+    else:
+        steps = [
+            ("evaluate it", f"{evaluate} --output results.json"),
+            ("encode the entities", f"hf-mel kb build {folder} --dataset {dataset} --output kb/{Path(dataset).name}"),
+        ]
     for purpose, command in steps:
-        console.print(f"  {purpose:<19} {command}", markup=False, soft_wrap=True)
+        console.print(f"  {purpose:<20} {command}", markup=False, soft_wrap=True)

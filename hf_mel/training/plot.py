@@ -1,4 +1,4 @@
-"""The picture of a training run."""
+"""Plots a training run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hf_mel.errors import MissingExtraError
 
 
 def plot_training(log: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draws training loss and validation metrics over epochs.
+    """Plots the training loss and the validation metrics over the epochs, to an image file.
 
     Args:
         log (sequence of mappings): The Trainer's `state.log_history`: entries with `epoch` and `loss`, or with `epoch`,
             `eval_mrr` and `eval_hits@1` (fractions).
-        path (`str` or `os.PathLike`): The image file to write; its suffix chooses the format.
-        title (`str`, *optional*): Written above.
+        path (`str` or `os.PathLike`): The image file. Its suffix sets the format.
+        title (`str`, *optional*): Title of the plot.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -27,10 +27,12 @@ def plot_training(log: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
         raise MissingExtraError(
             "The plot needs matplotlib, which is not installed.", remedy='Run pip install "hf_mel[plot]".'
         ) from None
-    figure = Figure(figsize=(7, 4), layout="constrained")  # without pyplot there is no display and no global state
+    figure = Figure(figsize=(7, 4), layout="constrained")  # pyplot would need a display and keep global state
     loss_axis = figure.subplots()
     losses = [entry for entry in log if "loss" in entry]
-    handles = loss_axis.plot([e["epoch"] for e in losses], [e["loss"] for e in losses], color="0.5", label="loss")
+    handles = loss_axis.plot(
+        [entry["epoch"] for entry in losses], [entry["loss"] for entry in losses], color="0.5", label="loss"
+    )
     loss_axis.set(xlabel="epoch", ylabel="training loss", title=title)
     loss_axis.set_ylim(bottom=0)
     evaluations = [entry for entry in log if "eval_mrr" in entry]

@@ -1,42 +1,31 @@
-"""Pre-training on posts and the entities they are about, before linking is trained.
+"""Pre-training on posts and the entities they are about, before training for linking.
 
-Whatever a method makes of it, its data is the same: a batch of posts, each with its own entity, and for each post which
-post of the batch its sentence is continued by, which is itself or one about another entity. The method's processor turns
-that into tensors, `processor(posts=rows, entities=rows, partners=numbers)`, and the class that `AutoModelForPreTraining`
-holds for its configuration computes the loss, and shares the weights of the model that links.
+A batch has the same form for every method: posts, the entity of each post, and the partner of each post. The partner is
+the post of the batch that continues the sentence: the post itself, or a post about another entity. The method's
+processor turns these into tensors with `processor(posts=rows, entities=rows, partners=numbers)`. The class that
+`AutoModelForPreTraining` maps its configuration to computes the loss and shares its weights with the linking model.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import random
-import shutil
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import datasets
-import transformers
 from torch import nn
-from transformers import MODEL_FOR_PRETRAINING_MAPPING, EarlyStoppingCallback, Trainer, set_seed
+from transformers import MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING, EarlyStoppingCallback, Trainer, set_seed
 
 from hf_mel.data.lazy_rows import LazyRow, LazyRows
 from hf_mel.data.loading import check_golds, dataset_version, load_entities, load_mentions, load_posts
-from hf_mel.errors import DataFormatError, MissingExtraError, UnknownEntityError
-from hf_mel.evaluation.full_evaluator import software_versions
-from hf_mel.evaluation.tables import write_results
-from hf_mel.files import write_text
-from hf_mel.hub.model_cards import model_card
-from hf_mel.hub.saving import save_model_repository
+from hf_mel.errors import DataFormatError, UnknownEntityError
 from hf_mel.inference.features.image_features import ImageFeatures
 from hf_mel.inference.inputs import images_per_entity
 from hf_mel.schema import NIL, Row
-from hf_mel.training import assemble, run_folder
 from hf_mel.training.arguments import MelTrainingArguments
-from hf_mel.training.plot import plot_training
+from hf_mel.training.assemble import build_model
 from hf_mel.training.recipe import Recipe
+from hf_mel.training.run_folder import FinishedTraining, RunFolder
 from hf_mel.training.sampling import GroupingSampler, grouping_sampler, surface_key
 from hf_mel.training.tokenizer import texts_of
 from hf_mel.training.trainer import MelTrainer, _SetEpoch
@@ -198,30 +187,46 @@ class PretrainingTrainer(MelTrainer):
 
 
 def as_posts(rows: datasets.Dataset) -> datasets.Dataset:
-    """Mentions or posts as what is pre-trained on: `mention_id`, `mention`, `text`, `image` and `entity_id`.
+    """Converts mentions or posts to posts for pre-training.
 
-    The context of a mention is a post about its entity, the mention kept in it; NIL mentions are left out. A post has no
-    mention, and its id takes the place of one.
+    The context of a mention becomes a post about its entity that still contains the mention. NIL mentions are left out.
+
+    Args:
+        rows (`datasets.Dataset`): Mentions, or posts of the schema.
+
+    Returns:
+        `datasets.Dataset`: rows with `mention_id`, `mention`, `text`, `image` and `entity_id`. The `mention_id` of a post is
+        its `post_id`, and its `mention` is empty.
+
+    Raises:
+        DataFormatError: no row is left.
     """
     if "post_id" in rows.column_names:
         rows = rows.rename_column("post_id", "mention_id").add_column("mention", [""] * len(rows))
-    kept = [row for row, owner in enumerate(rows["entity_id"]) if owner != NIL]
+    kept = [row for row, entity_id in enumerate(rows["entity_id"]) if entity_id != NIL]
     if not kept:
-        raise DataFormatError("there are no posts to pre-train on: the split is empty, or every gold is NIL.")
+        raise DataFormatError("The split has no posts to pre-train on: it is empty, or every gold is NIL.")
     return rows if len(kept) == len(rows) else rows.select(kept)
 
 
-def pretraining_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[Any, Any]:
-    """The recipe's pre-training model, with the weights of the model it describes, and its processor.
+def pretraining_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[nn.Module, Any]:
+    """Builds the pre-training model of a recipe and its processor.
+
+    Args:
+        recipe ([`~hf_mel.training.recipe.Recipe`]): The recipe.
+        texts (iterable of `str`): Texts to train a tokenizer on, if the recipe asks for one.
+
+    Returns:
+        the pre-training model, with the weights of the linking model that the recipe describes, and the processor.
 
     Raises:
-        RecipeError: the method has no pre-training, or the recipe cannot be used as written.
+        RecipeError: the method has no pre-training, or the recipe is not usable as written.
     """
-    linking, processor = assemble.build_model(recipe, texts)
+    linking, processor = build_model(recipe, texts)
     config_class = type(linking.config)
     if config_class not in MODEL_FOR_PRETRAINING_MAPPING:
         raise recipe.error(
-            f"task: {linking.config.model_type!r} has no pre-training.", "Leave 'task' out to train it for linking."
+            f"The method {linking.config.model_type!r} has no pre-training.", "Remove 'task' to train it for linking."
         )
     model_class: Any = MODEL_FOR_PRETRAINING_MAPPING[config_class]
     model = model_class(linking.config)
@@ -229,73 +234,50 @@ def pretraining_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[Any, A
     return model, processor
 
 
-def run_pretraining(recipe: Recipe, output: str | os.PathLike[str] | None = None, resume: bool = False) -> Path:
-    """Pre-trains what a recipe with `task: pretraining` describes, and writes the run folder.
+def run_pretraining(folder: RunFolder) -> FinishedTraining | None:
+    """Pre-trains the model of a recipe with `task: pretraining`.
 
-    Data are the mentions of the training split, or with `data.posts_split` the data set's posts; the checkpoint with the
-    lowest loss on the mentions of the validation split is kept. The folder holds the model that links, with what it
-    learned: give it as `model.from_pretrained` to a recipe that trains linking.
+    The data are the mentions of the training split, or the data set's posts if the recipe has `data.posts_split`. The best
+    checkpoint has the lowest loss on the mentions of the validation split. The saved model is the linking model with the
+    pre-trained weights: name its folder as `model.from_pretrained` in a recipe that trains linking.
 
-    Args and errors as in [`~hf_mel.training.run.run_recipe`].
+    Args:
+        folder ([`~hf_mel.training.run_folder.RunFolder`]): The run folder, with the recipe.
 
     Returns:
-        `Path`: the run folder.
+        [`~hf_mel.training.run_folder.FinishedTraining`]: the parts of the run folder; `None` on all processes but the
+        first.
+
+    Raises:
+        RecipeError: the recipe is not usable as written.
+        MelError: the data set or the model is not usable.
     """
-    folder = run_folder.RUNS / recipe.name if output is None else Path(output)
-    by_loss = {"metric_for_best_model": "eval_loss", "greater_is_better": False}
-    arguments = run_folder.training_arguments(
-        dataclasses.replace(recipe, training=by_loss | recipe.training), folder / run_folder.CHECKPOINTS
+    recipe, data = folder.recipe, folder.recipe.data
+    entities = load_entities(data.dataset, revision=data.revision)
+    if data.posts_split is None:
+        train = load_mentions(data.dataset, data.train_split, data.revision, config=data.config)
+    else:
+        train = load_posts(data.dataset, data.posts_split, revision=data.revision)
+    train = as_posts(train)
+    validation = as_posts(load_mentions(data.dataset, data.validation_split, data.revision, config=data.config))
+    set_seed(folder.arguments.seed)
+    model, processor = pretraining_model(recipe, texts_of(train, entities))
+    trainer = PretrainingTrainer(
+        model, folder.arguments, train, validation, entities=entities, processing_class=processor
     )
-    checkpoint = run_folder._start(folder, recipe, resume)
-    if (folder / run_folder.RESULTS).exists():
-        return folder
-    started, data = time.time(), recipe.data
-    with run_folder._quiet():
-        entities = load_entities(data.dataset, revision=data.revision)
-        if data.posts_split is None:
-            train = load_mentions(data.dataset, data.train_split, data.revision, config=data.config)
-        else:
-            train = load_posts(data.dataset, data.posts_split, revision=data.revision)
-        train = as_posts(train)
-        validation = as_posts(load_mentions(data.dataset, data.validation_split, data.revision, config=data.config))
-        set_seed(arguments.seed)
-        model, processor = pretraining_model(recipe, texts_of(train, entities))
-        trainer = PretrainingTrainer(
-            model, arguments, train, validation, entities=entities, processing_class=processor
-        )
-        main = trainer.is_world_process_zero()
-        if main:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / run_folder.RECIPE, [recipe.to_yaml()])
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        loss = trainer.evaluate()["eval_loss"]
-        if main:
-            _finish(folder, recipe, trainer, train, validation, entities, loss, started, checkpoint is not None)
-        trainer.accelerator.wait_for_everyone()
-    return folder
-
-
-def _finish(folder, recipe, trainer, train, validation, entities, loss, started, resumed) -> None:
-    """Writes the model that links, the log and its plot; results.json last."""
+    folder.train(trainer)
+    loss = trainer.evaluate()["eval_loss"]
+    if not trainer.is_world_process_zero():
+        return None
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    linking_class: Any = transformers.MODEL_MAPPING[type(trained.config)]
+    linking_class: Any = MODEL_MAPPING[type(trained.config)]
     linking = linking_class(trained.config)
     linking.load_state_dict(trained.state_dict(), strict=False)
-    state, data = trainer.state, recipe.data
-    results: Mapping[str, Any] = {
-        "recipe": recipe.name,
-        "task": recipe.task,
-        "description": recipe.description,
-        "license": recipe.license,
-        "citation": recipe.citation,
-        "model": {
-            "type": linking.config.model_type,
-            "parameters": sum(parameter.numel() for parameter in linking.parameters()),
-            "from_pretrained": recipe.model.from_pretrained,
-            "text": recipe.model.text,
-            "vision": recipe.model.vision,
-        },
-        "data": {
+    return FinishedTraining(
+        trainer,
+        linking,
+        processor,
+        data={
             **dataset_version(data.dataset, revision=data.revision),
             "train_split": data.train_split if data.posts_split is None else data.posts_split,
             "train_posts": len(train),
@@ -303,30 +285,5 @@ def _finish(folder, recipe, trainer, train, validation, entities, loss, started,
             "validation_posts": len(validation),
             "entities": len(entities),
         },
-        "validation": {"loss": loss},
-        "best": next(
-            (
-                {"step": entry["step"], "epoch": entry["epoch"]}
-                for entry in state.log_history
-                if entry["step"] == state.best_global_step and "eval_loss" in entry
-            ),
-            None,
-        ),
-        "training": recipe.training,
-        "seed": trainer.args.seed,
-        "run": {
-            "seconds": round(time.time() - started, 1),
-            "resumed": resumed,
-            "device": f"{os.cpu_count()} CPU cores" if trained.device.type == "cpu" else str(trained.device),
-        },
-        "versions": software_versions(),
-    }
-    save_model_repository(linking, trainer.processor, folder)
-    write_results(state.log_history, folder / run_folder.LOG)
-    try:
-        plot_training(state.log_history, folder / run_folder.PLOT, title=recipe.name)
-    except MissingExtraError as error:
-        print(f"No {run_folder.PLOT}: {error}")
-    write_text(folder / run_folder.CARD, [model_card(results)])
-    write_results(results, folder / run_folder.RESULTS)
-    shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
+        results={"validation": {"loss": loss}},
+    )

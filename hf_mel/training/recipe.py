@@ -266,7 +266,9 @@ class Recipe:
                 )
             size = self.processor.tokenizer.get("vocab_size")
             if not isinstance(size, int) or isinstance(size, bool) or size < 100:
-                raise self.error(f"processor.tokenizer.vocab_size: {size!r} is not a whole number of at least 100.")
+                raise self.error(
+                    f"The value {size!r} of processor.tokenizer.vocab_size is not a whole number of at least 100."
+                )
             self.processor.tokenizer = {"vocab_size": size}
 
     def resolve_weights(self, reference: str) -> str:
@@ -417,4 +419,5 @@ def _check_keys(keys: Iterable[str], known: Iterable[str], section: str, file: s
 def _check_type(value: Any, expected: type | tuple[type, ...], key: str, file: str | None) -> None:
     if not isinstance(value, expected):
         types = expected if isinstance(expected, tuple) else (expected,)
-        raise RecipeError(f"{key}: {value!r} is not {' or '.join(_TYPE_NAMES[kind] for kind in types)}.", file=file)
+        expected_names = " or ".join(_TYPE_NAMES[kind] for kind in types)
+        raise RecipeError(f"The value {value!r} of {key} is not {expected_names}.", file=file)

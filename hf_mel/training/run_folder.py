@@ -1,106 +1,253 @@
-"""hf_mel.training.run_folder."""
+"""Run folders: the files that a training run writes, and the checks before it starts or resumes."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import transformers
 import yaml
+from transformers import Trainer
 
-from hf_mel.errors import RecipeError
+from hf_mel.errors import MissingExtraError, RecipeError
+from hf_mel.evaluation.full_evaluator import device_name, software_versions
+from hf_mel.evaluation.tables import write_results
+from hf_mel.files import write_text
+from hf_mel.hub.model_cards import model_card
+from hf_mel.hub.saving import save_model_repository
 from hf_mel.training.arguments import MelTrainingArguments
+from hf_mel.training.plot import plot_training
 from hf_mel.training.recipe import Recipe
 
-#: Where run folders go.
+logger = logging.getLogger(__name__)
+
+#: Default parent of run folders.
 RUNS = Path("runs")
 
-
-#: Written last: a run folder that has it is a finished run.
+#: Written last, so a folder that contains it holds a finished run.
 RESULTS = "results.json"
-
-
 RECIPE = "recipe.yaml"
-
-
 LOG = "training_log.json"
-
-
 PLOT = "training.png"
-
-
 CARD = "README.md"
-
-
 CHECKPOINTS = "checkpoints"
 
-
-#: Written last by the Trainer: a checkpoint without it was interrupted.
+#: The Trainer writes this file last, so a checkpoint without it is incomplete.
 _CHECKPOINT_STATE = "trainer_state.json"
 
 
-def training_arguments(recipe: Recipe, output_dir: str | os.PathLike[str]) -> MelTrainingArguments:
-    """The recipe's training arguments, checked.
+@dataclasses.dataclass
+class FinishedTraining:
+    """The parts of a run folder that depend on the task of the recipe.
+
+    Args:
+        trainer (`transformers.Trainer`): The trainer, after training.
+        model (`PreTrainedModel`): The model to save.
+        processor ([`~hf_mel.protocols.MelProcessor`]): The processor to save.
+        data (`dict`): The section `data` of the results.
+        results (`dict`): Further results by key, among them `validation`.
+        model_info (`dict`): Further entries of the section `model` of the results.
+    """
+
+    trainer: Trainer
+    model: Any
+    processor: Any
+    data: dict[str, Any]
+    results: dict[str, Any]
+    model_info: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class RunFolder:
+    """The folder of one training run. Creating the object checks that the folder is usable; it writes nothing.
+
+    Args:
+        path (`Path`): The folder.
+        recipe ([`~hf_mel.training.recipe.Recipe`]): The recipe of the run.
+        resume (`bool`, *optional*, defaults to `False`): Whether to accept a folder with a run of the same recipe.
+
+    Attributes:
+        recipe ([`~hf_mel.training.recipe.Recipe`]): The recipe with the choice that was made for `bf16: auto`. A resumed
+            run keeps the choice of its start, even on another machine.
+        arguments ([`~hf_mel.training.arguments.MelTrainingArguments`]): The recipe's training arguments.
+        checkpoint (`Path`, *optional*): The last complete checkpoint of the run to resume.
 
     Raises:
-        RecipeError: an unknown argument, or a value that does not fit.
+        RecipeError: the training arguments are wrong, or the folder contains other files or another run.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, resume: bool = False):
+        self.path, self.started = path, time.time()
+        recorded = _recorded_recipe(path) if resume and (path / RECIPE).exists() else None
+        if recorded is not None and recipe.training.get("bf16", "auto") == "auto":
+            recipe = _with_bf16(recipe, recorded["training"]["bf16"])
+        self.arguments = training_arguments(recipe, path / CHECKPOINTS)
+        self.recipe = _with_bf16(recipe, bool(self.arguments.bf16))
+        self.checkpoint: Path | None = None
+        if path.exists() and any(path.iterdir()):
+            self._check_contents(recorded, resume)
+
+    def _check_contents(self, recorded: dict[str, Any] | None, resume: bool) -> None:
+        if not (self.path / RECIPE).exists():
+            raise RecipeError(
+                "The folder is not empty and contains no run.", file=self.path, remedy="Choose another --output."
+            )
+        checkpoint = _last_checkpoint(self.path / CHECKPOINTS)
+        if not resume:
+            if self.is_finished or checkpoint:
+                state, verb = ("a finished", "Keep") if self.is_finished else ("an interrupted", "Continue")
+                raise RecipeError(
+                    f"The folder contains {state} run.",
+                    file=self.path,
+                    remedy=f"{verb} it with --resume, remove the folder, or choose another --output.",
+                )
+            return
+        changed = sorted(_differences(recorded, self.recipe.to_dict()))
+        if changed:
+            raise RecipeError(
+                f"The run was started with other values of {', '.join(changed)}.",
+                file=self.path / RECIPE,
+                remedy="Resume with the same recipe, or choose another --output.",
+            )
+        self.checkpoint = checkpoint
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the folder contains the results of a finished run."""
+        return (self.path / RESULTS).exists()
+
+    def train(self, trainer: Trainer) -> None:
+        """Writes the recipe, then trains, from the last checkpoint if the run is resumed."""
+        if trainer.is_world_process_zero():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / RECIPE, [self.recipe.to_yaml()])
+        trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+
+    def write(self, finished: FinishedTraining) -> None:
+        """Writes the model repository, the log and its plot, the card and the results, then removes the checkpoints."""
+        recipe, trainer, model = self.recipe, finished.trainer, finished.model
+        device = device_name(trainer.accelerator.unwrap_model(trainer.model))
+        results = {
+            "recipe": recipe.name,
+            **({"task": recipe.task} if recipe.task == "pretraining" else {}),
+            "description": recipe.description,
+            "license": recipe.license,
+            "citation": recipe.citation,
+            "model": {
+                "type": model.config.model_type,
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "from_pretrained": recipe.model.from_pretrained,
+                "text": recipe.model.text,
+                "vision": recipe.model.vision,
+                **finished.model_info,
+            },
+            "data": finished.data,
+            **finished.results,
+            "best": best_evaluation(trainer.state),
+            "training": recipe.training,
+            "seed": trainer.args.seed,
+            "run": {
+                "seconds": round(time.time() - self.started, 1),
+                "resumed": self.checkpoint is not None,
+                "device": f"{os.cpu_count()} CPU cores"
+                if device == "cpu"
+                else f"{trainer.args.world_size} × {device}",
+            },
+            "versions": software_versions(),
+        }
+        save_model_repository(model, finished.processor, self.path)
+        write_results(trainer.state.log_history, self.path / LOG)
+        try:
+            plot_training(trainer.state.log_history, self.path / PLOT, title=recipe.name)
+        except MissingExtraError as error:
+            logger.warning("%s was not written. %s", PLOT, error)
+        write_text(self.path / CARD, [model_card(results)])
+        write_results(results, self.path / RESULTS)
+        shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+
+
+def training_arguments(recipe: Recipe, output_dir: str | os.PathLike[str]) -> MelTrainingArguments:
+    """Returns the training arguments of a recipe, after a check of their names and types.
+
+    Args:
+        recipe ([`~hf_mel.training.recipe.Recipe`]): The recipe.
+        output_dir (`str` or `os.PathLike`): Folder for checkpoints.
+
+    Raises:
+        RecipeError: an argument is unknown or has a value of the wrong type.
     """
     known = {item.name: item for item in dataclasses.fields(MelTrainingArguments) if item.init}
     known.pop("output_dir")
     recipe.check_keys("training", recipe.training, known)
     for key, value in recipe.training.items():
-        default = known[key].default
-        if key == "bf16" and value != "auto" and not isinstance(value, bool):
-            raise recipe.error(f"training.bf16: {value!r} is not true, false or 'auto'.")
-        if isinstance(default, bool) != isinstance(value, bool) and isinstance(default, (bool, int, float)):
-            raise recipe.error(
-                f"training.{key}: {value!r} is not {'true or false' if isinstance(default, bool) else 'a number'}."
-            )
-        if isinstance(default, (int, float)) and not isinstance(value, (int, float)):
-            raise recipe.error(f"training.{key}: {value!r} is not a number.")
-    options = {"disable_tqdm": False, "log_level": "error", **recipe.training}
+        default, expected = known[key].default, None
+        if key == "bf16":
+            expected = None if value == "auto" or isinstance(value, bool) else "true, false or 'auto'"
+        elif isinstance(default, bool):
+            expected = None if isinstance(value, bool) else "true or false"
+        elif isinstance(default, (int, float)):
+            expected = None if isinstance(value, (int, float)) and not isinstance(value, bool) else "a number"
+        if expected is not None:
+            raise recipe.error(f"The value {value!r} of training.{key} is not {expected}.")
+    options: dict[str, Any] = {"disable_tqdm": False, "log_level": "error"}
+    if recipe.task == "pretraining":
+        options |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
     try:
-        return MelTrainingArguments(output_dir=str(Path(output_dir).resolve()), **options)
+        return MelTrainingArguments(output_dir=str(Path(output_dir).resolve()), **options | recipe.training)
     except (TypeError, ValueError, ImportError) as error:
-        raise recipe.error(f"training: {error}") from error
+        raise recipe.error(f"The training arguments are not valid: {error}") from error
 
 
-def _start(folder: Path, recipe: Recipe, resume: bool) -> Path | None:
-    """Checks that the folder may be used; the checkpoint to go on from, if any."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return None
-    if not (folder / RECIPE).exists():
-        raise RecipeError("is not empty, and holds no run.", file=folder, remedy="Give another --output.")
-    finished, checkpoint = (folder / RESULTS).exists(), _last_checkpoint(folder / CHECKPOINTS)
-    if not resume:
-        if finished or checkpoint:
-            raise RecipeError(
-                f"holds {'a finished' if finished else 'an interrupted'} run.",
-                file=folder,
-                remedy=f"{'Keep' if finished else 'Continue'} it with --resume, remove the folder, or give another --output.",
-            )
-        return None
+def best_evaluation(state: transformers.TrainerState) -> dict[str, float] | None:
+    """Returns step and epoch of the best evaluation, or `None` if none was made during training."""
+    for entry in state.log_history:
+        if entry["step"] == state.best_global_step and ("eval_mrr" in entry or "eval_loss" in entry):
+            return {"step": entry["step"], "epoch": entry["epoch"]}
+    return None
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences the notes of transformers about newly initialized weights and the files it reads."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
-        before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+
+
+def _with_bf16(recipe: Recipe, bf16: bool) -> Recipe:
+    return dataclasses.replace(recipe, training={**recipe.training, "bf16": bf16})
+
+
+def _recorded_recipe(path: Path) -> dict[str, Any]:
+    """Reads the recipe that a run was started with."""
+    file = path / RECIPE
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(
-            f"cannot be read ({error}).", file=folder / RECIPE, remedy="Give another --output, or remove the folder."
+            f"The recorded recipe is not readable ({error}).",
+            file=file,
+            remedy="Choose another --output, or remove the folder.",
         ) from error
-    changed = sorted(_differences(before, recipe.to_dict()))
-    if changed:
-        raise RecipeError(
-            f"was started with other values of {', '.join(changed)}.",
-            file=folder / RECIPE,
-            remedy="Resume with the same recipe, or give another --output.",
-        )
-    return checkpoint
+    recorded = Recipe.from_dict(content if isinstance(content, dict) else {}, file=str(file)).to_dict()
+    # Recipes recorded before `bf16: auto` existed trained in float32 by default.
+    recorded["training"].setdefault("bf16", False)
+    return recorded
 
 
 def _differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
+    """Yields the dotted keys whose values differ between two nested dictionaries."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in before.keys() | after.keys():
             yield from _differences(before.get(name), after.get(name), f"{key}.{name}" if key else str(name))
@@ -109,26 +256,6 @@ def _differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
+    """Returns the complete checkpoint with the highest step, if any."""
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{_CHECKPOINT_STATE}")]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _best(state: transformers.TrainerState) -> dict[str, float] | None:
-    """Step and epoch of the best evaluation."""
-    for entry in state.log_history:
-        if entry["step"] == state.best_global_step and "eval_mrr" in entry:
-            return {"step": entry["step"], "epoch": entry["epoch"]}
-    return None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers reports every freshly started weight and every file it reads; a user waits for numbers."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
-        transformers.logging.enable_progress_bar()

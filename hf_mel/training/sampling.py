@@ -1,4 +1,4 @@
-"""Which mentions meet in a batch: the order of an epoch decides which negatives they see, examples which stay whole."""
+"""Samplers that decide which mentions share a batch, and therefore which in-batch negatives they see."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from collections.abc import Hashable, Iterator, Sequence
 import datasets
 from torch.utils.data import Sampler
 
-#: Which mentions stand side by side in an epoch (see [`grouping_sampler`]).
+#: Groupings of [`grouping_sampler`].
 BATCH_GROUPINGS = ("none", "surface", "namesakes")
 
 
 class GroupingSampler(Sampler[int]):
-    """All indices once per epoch, in small groups of one key: with in-batch negatives, a group's are hard for it.
+    """Sampler that yields every index once per epoch, in small groups with equal keys.
 
-    The order is a function of the arguments and the epoch alone, so every process of a distributed run and a resumed run
-    compute the same one.
+    With in-batch negatives, the members of a group are hard negatives of each other. The order depends only on the
+    arguments and the epoch, so all processes of a distributed run, and a resumed run, compute the same order.
 
     Args:
-        keys (sequence of hashables [M]): Indices of equal keys are put side by side.
-        group_size (`int`): How many at most; the rest of a larger class form further groups elsewhere in the epoch.
-            1 is a plain shuffle.
+        keys (sequence of hashables [M]): Key of each index.
+        group_size (`int`): Maximum size of a group. Further indices with the same key form other groups, which are
+            placed elsewhere in the epoch. 1 is a plain shuffle.
         seed (`int`): Seed of the order.
-        apart (sequence of hashables [M], *optional*): Indices of equal labels never come into one group.
+        labels_to_separate (sequence of hashables [M], *optional*): Label of each index. Indices with equal labels are
+            never in the same group.
+
+    Raises:
+        `ValueError`: `group_size` is less than 1, or the numbers of labels and keys differ.
     """
 
     def __init__(
@@ -32,56 +36,63 @@ class GroupingSampler(Sampler[int]):
         keys: Sequence[Hashable],
         group_size: int = 1,
         seed: int = 0,
-        apart: Sequence[Hashable] | None = None,
+        labels_to_separate: Sequence[Hashable] | None = None,
     ):
         if group_size < 1:
             raise ValueError(f"group_size={group_size} must be at least 1.")
-        if apart is not None and len(apart) != len(keys):
-            raise ValueError(f"apart has {len(apart)} labels for {len(keys)} keys.")
-        self.keys, self.group_size, self.seed, self.epoch, self.apart = keys, group_size, seed, 0, apart
+        if labels_to_separate is not None and len(labels_to_separate) != len(keys):
+            raise ValueError(f"labels_to_separate has {len(labels_to_separate)} labels for {len(keys)} keys.")
+        self.keys, self.group_size, self.seed, self.epoch = keys, group_size, seed, 0
+        self.labels_to_separate = labels_to_separate
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose order comes next."""
+        """Sets the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __iter__(self) -> Iterator[int]:
-        order = random.Random(f"{self.seed} {self.epoch}")
+        draw = random.Random(f"{self.seed} {self.epoch}")
         indices = list(range(len(self.keys)))
-        order.shuffle(indices)
+        draw.shuffle(indices)
         if self.group_size == 1:
             return iter(indices)
         classes: dict[Hashable, list[int]] = defaultdict(list)
-        met: Counter[Hashable] = Counter()
+        label_counts: Counter[Hashable] = Counter()
         for index in indices:
             key = self.keys[index]
-            if self.apart is not None:  # the n-th of every label of a key make a class
-                label = (key, self.apart[index])
-                met[label] += 1
-                key = (key, met[label])
+            if self.labels_to_separate is not None:
+                # Within a key, the n-th indices of all labels form a class, so a class has no label twice.
+                label = (key, self.labels_to_separate[index])
+                label_counts[label] += 1
+                key = (key, label_counts[label])
             classes[key].append(index)
         size = self.group_size
         groups = [members[i : i + size] for members in classes.values() for i in range(0, len(members), size)]
-        order.shuffle(groups)
+        draw.shuffle(groups)
         return iter([index for group in groups for index in group])
 
 
 def surface_key(mention: str) -> str:
-    """The last word of a surface form, case folded: "Tom Hiddleston" and "HIDDLESTON" are hard negatives for another."""
+    """Returns the last word of a surface form, case folded. "Tom Hiddleston" and "HIDDLESTON" share a key."""
     words = mention.casefold().split()
     return words[-1] if words else ""
 
 
 def grouping_sampler(mentions: datasets.Dataset, grouping: str, group_size: int, seed: int) -> GroupingSampler:
-    """The order of M mentions, by one of [`BATCH_GROUPINGS`].
+    """Returns the sampler of M mentions for one of [`BATCH_GROUPINGS`].
 
-    "surface" puts those of one [`surface_key`] side by side, "namesakes" too, but of an entity one at a time: mentions of
-    the same gold are no negatives of each other, and may be what it is known by.
+    Args:
+        mentions (`datasets.Dataset`): M mentions.
+        grouping (`str`): "none" shuffles. "surface" groups mentions with the same [`surface_key`]. "namesakes" does too,
+            with at most one mention of an entity per group: mentions of the same gold are no negatives of each other,
+            and each may be a post that represents this entity.
+        group_size (`int`): Maximum size of a group.
+        seed (`int`): Seed of the order.
 
     Raises:
-        `ValueError`: no such grouping.
+        `ValueError`: the grouping is unknown.
     """
     if grouping not in BATCH_GROUPINGS:
         raise ValueError(f"grouping={grouping!r} is not one of {', '.join(BATCH_GROUPINGS)}.")

@@ -1,4 +1,4 @@
-"""A WordPiece tokenizer trained on a data set's own texts, for models that start from scratch."""
+"""Trains a WordPiece tokenizer on the texts of a data set, for models that start from scratch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ _SPECIAL = {
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedTokenizerFast:
-    """Trains a lower-casing, BERT-style WordPiece tokenizer ("[CLS] text [SEP]"); the same for the same texts.
+    """Trains a lower-casing, BERT-style WordPiece tokenizer ("[CLS] text [SEP]").
+
+    The same texts give the same tokenizer, in any order.
 
     Args:
-        texts (iterable of `str`): What to learn the pieces from.
-        vocab_size (`int`): At most this many pieces, the five special tokens among them ([PAD] is 0).
+        texts (iterable of `str`): Texts to train on.
+        vocab_size (`int`): Maximum size of the vocabulary, including the five special tokens ([PAD] is 0).
+
+    Returns:
+        `PreTrainedTokenizerFast`: the tokenizer.
     """
     normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     texts = list(texts)
@@ -30,15 +35,15 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedT
     inner = sorted({f"##{character}" for word in words for character in word[1:]})
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizer
-    # The trainer numbers inner characters in the order of a hash table and breaks ties by number, so its pieces change
-    # from run to run; given as special tokens, they have fixed numbers.
+    # The trainer numbers inner characters in the order of a hash table and breaks ties by number, so its pieces would
+    # change from run to run. As special tokens, these characters have fixed numbers.
     learner.train_from_iterator(
         texts,
         trainers.WordPieceTrainer(
             vocab_size=vocab_size, special_tokens=[*_SPECIAL.values(), *inner], show_progress=False
         ),
     )
-    # A new one: in the first, inner characters would be special in texts as well.
+    # The returned tokenizer is a new one, because inner characters are special tokens of the first.
     tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -50,9 +55,9 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL)
 
 
-def texts_of(*rows: datasets.Dataset) -> Iterator[str]:
-    """Every text in the columns that hold text or lists of text, except ids."""
-    for dataset in rows:
+def texts_of(*datasets_with_text: datasets.Dataset) -> Iterator[str]:
+    """Yields every text of the string and string-list columns of some data sets, except ids."""
+    for dataset in datasets_with_text:
         for column, feature in dataset.features.items():
             inner = getattr(feature, "feature", feature)
             if column.endswith("_id") or column == "candidates" or getattr(inner, "dtype", None) != "string":

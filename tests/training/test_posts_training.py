@@ -226,7 +226,7 @@ def test_knowledge_then_task(start, tmp_path):
 def test_knowledge_is_for_models_that_know_posts(tmp_path):
     dataset = write_dataset(tmp_path / "data")
     mimic = recipe_dict(dataset)
-    with pytest.raises(RecipeError, match="MimicModel does not know entities by posts"):
+    with pytest.raises(RecipeError, match="MimicModel does not represent entities by posts"):
         run_recipe(Recipe.from_dict({**mimic, "task": "knowledge"}), tmp_path / "run")
 
 

@@ -19,10 +19,10 @@ from hf_mel.training.pretraining import (
     PretrainingTrainer,
     as_posts,
     pretraining_model,
-    run_pretraining,
 )
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run import run_recipe
+from hf_mel.training.run_folder import RunFolder
 from hf_mel.training.sampling import BATCH_GROUPINGS, grouping_sampler
 from tests.toy import toy_entities, toy_mentions
 from tests.training.toy_run import recipe_dict, write_dataset
@@ -183,26 +183,24 @@ def test_a_run_gives_a_model_that_linking_goes_on_from(tmp_path, trained):
         run_recipe(recipe, tmp_path / "run")
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path):
+def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
     dataset = write_dataset(tmp_path / "data")
     recipe = Recipe.from_dict(pfmel_recipe(dataset))
-    whole = run_pretraining(recipe, tmp_path / "whole")
+    whole = run_recipe(recipe, tmp_path / "whole")
 
     class Stop(Exception):
         pass
 
-    from hf_mel.training import pretraining
+    def stop(*args):
+        raise Stop
 
-    original = pretraining._finish
-    pretraining._finish = lambda *args: (_ for _ in ()).throw(Stop())
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write", stop)
         with pytest.raises(Stop):
-            run_pretraining(recipe, tmp_path / "cut")
-    finally:
-        pretraining._finish = original
+            run_recipe(recipe, tmp_path / "cut")
     checkpoints = sorted((tmp_path / "cut/checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     (checkpoints[-1] / "trainer_state.json").unlink()  # as if the last one had been interrupted
-    resumed = run_pretraining(recipe, tmp_path / "cut", resume=True)
+    resumed = run_recipe(recipe, tmp_path / "cut", resume=True)
     one, other = (AutoModel.from_pretrained(folder).state_dict() for folder in (whole, resumed))
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, msg=name)

@@ -97,8 +97,8 @@ def test_overrides_reach_into_the_recipe_and_create_what_is_missing(tmp_path):
         (MINIMAL, ("a..b=1",), r"The option --set 'a..b=1' is not key=value"),
         (MINIMAL, ("name.first=1",), r"'name' is a value and has no keys"),
         (MINIMAL, ("training.seed=[",), r"the value is not valid YAML"),
-        (MINIMAL, ("model.config=5",), r"model.config: 5 is not a mapping"),
-        (MINIMAL, ("model.text=5",), r"model.text: 5 is not a string or null"),
+        (MINIMAL, ("model.config=5",), r"The value 5 of model.config is not a mapping"),
+        (MINIMAL, ("model.text=5",), r"The value 5 of model.text is not a string or null"),
         (MINIMAL, ("name=../up",), r"The name '../up' is not usable as a folder name"),
         (MINIMAL, ("model.type=null",), r"The section 'model' needs either 'type' or 'from_pretrained'"),
         (MINIMAL, ("model.from_pretrained=a/b",), r"The section 'model' needs either 'type' or 'from_pretrained'"),
@@ -117,8 +117,11 @@ def test_what_is_wrong_is_said_with_the_file(tmp_path, text, overrides, message)
     ("tokenizer", "message"),
     [
         ("{type: bpe, vocab_size: 500}", "'bpe' is not 'wordpiece'"),
-        ("{type: wordpiece, vocab_size: 5}", "5 is not a whole number of at least 100"),
-        ("{type: wordpiece, vocab_size: true}", "True is not a whole number"),
+        (
+            "{type: wordpiece, vocab_size: 5}",
+            "5 of processor.tokenizer.vocab_size is not a whole number of at least 100",
+        ),
+        ("{type: wordpiece, vocab_size: true}", "True of processor.tokenizer.vocab_size is not a whole number"),
         ("{type: wordpiece, vocabsize: 500}", "Did you mean 'vocab_size'"),
     ],
 )

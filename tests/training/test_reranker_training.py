@@ -14,7 +14,7 @@ from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.evaluation.candidate_evaluator import END_TO_END, evaluate_candidates
 from hf_mel.inference.checkpoints import load_reranker
 from hf_mel.schema import NIL
-from hf_mel.training import run
+from hf_mel.training import linking
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.collators import Examples, PairCollator
 from hf_mel.training.recipe import Recipe
@@ -164,7 +164,7 @@ def test_arguments_are_checked(wrong):
 def base(tmp_path, monkeypatch):
     """A recipe whose model goes on from a saved one, on a data set of its own; finished lists are kept in tmp_path."""
     register()
-    monkeypatch.setattr(run, "default_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(linking, "default_cache", lambda: tmp_path / "cache")
     toy_reranker().save_pretrained(tmp_path / "start")
     ToyPairProcessor().save_pretrained(tmp_path / "start")
     return {
@@ -172,7 +172,7 @@ def base(tmp_path, monkeypatch):
         "model": {"from_pretrained": str(tmp_path / "start")},
         "data": {"dataset": str(write_dataset(tmp_path / "toy_without_nil"))},
         "candidates": {"source": "name+prior", "k": 4},
-        "training": {"num_train_epochs": 1, "use_cpu": True, "disable_tqdm": True, "eval_mentions": 6},
+        "training": {"num_train_epochs": 1, "use_cpu": True, "bf16": False, "disable_tqdm": True, "eval_mentions": 6},
     }
 
 
@@ -209,12 +209,12 @@ def test_candidates_from_files_by_split(base, tmp_path):
 @pytest.mark.parametrize(
     ("candidates", "message"),
     [
-        (None, "a reranker needs candidates"),
-        ({"source": "fuzzy"}, "candidates: candidates cannot come from 'fuzzy'"),
+        (None, "A reranker needs candidates"),
+        ({"source": "fuzzy"}, "andidates cannot come from 'fuzzy'"),
         ({"source": "retriever"}, "needs a trained one"),
-        ({"source": "file"}, "go together"),
-        ({"source": "name", "file": "x"}, "go together"),
-        ({"source": "name", "k": "many"}, "candidates.k: 'many' is not a whole number"),
+        ({"source": "file"}, "need each other"),
+        ({"source": "name", "file": "x"}, "need each other"),
+        ({"source": "name", "k": "many"}, "The value 'many' of candidates.k is not a whole number"),
         ({"source": "name", "scorrer": "x"}, "Did you mean 'scorer'"),
     ],
 )
@@ -226,7 +226,7 @@ def test_candidates_of_a_recipe_are_checked(base, tmp_path, candidates, message)
 
 def test_a_retriever_takes_no_candidates(base, tmp_path):
     toy_model().save_pretrained(tmp_path / "start")
-    with pytest.raises(RecipeError, match="leave 'candidates' out"):
+    with pytest.raises(RecipeError, match="Remove the section 'candidates'"):
         run_recipe(Recipe.from_dict(base), tmp_path / "run")
 
 

@@ -1,4 +1,4 @@
-"""Laws of the sampling order."""
+"""Properties of the sampling order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEYS = st.lists(st.integers(0, 5), max_size=60)
 
 
 @given(KEYS, st.integers(1, 6), st.integers(0, 3), st.integers(0, 3))
-def test_every_index_comes_once_and_the_same_for_the_same_seed_and_epoch(keys, group_size, seed, epoch):
+def test_every_index_comes_once_and_the_order_depends_on_seed_and_epoch_alone(keys, group_size, seed, epoch):
     orders = []
     for _ in range(2):
         sampler = GroupingSampler(keys, group_size, seed)
@@ -31,7 +31,7 @@ def test_every_index_comes_once_and_the_same_for_the_same_seed_and_epoch(keys, g
 
 
 @given(KEYS, st.integers(1, 6))
-def test_equal_keys_stand_in_as_few_groups_as_their_size_allows(keys, group_size):
+def test_equal_keys_form_as_few_groups_as_the_group_size_allows(keys, group_size):
     order = [keys[index] for index in GroupingSampler(keys, group_size)]
     runs = [key for i, key in enumerate(order) if i == 0 or order[i - 1] != key]
     for key, count in Counter(keys).items():
@@ -65,15 +65,15 @@ def test_members_of_a_group_change_between_epochs():
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), max_size=60), st.integers(1, 6), st.integers(0, 3))
-def test_what_is_kept_apart_meets_in_no_group(members, group_size, epoch):
+def test_equal_labels_to_separate_never_share_a_group(members, group_size, epoch):
     keys, golds = [key for key, _ in members], [gold for _, gold in members]
     sampler = GroupingSampler(keys, group_size, 0, golds)
     sampler.set_epoch(epoch)
     order = list(sampler)
     assert sorted(order) == list(range(len(members)))
-    # As few groups as can be: the n-th mentions of all golds of a key share theirs.
+    # The number of groups is minimal: the n-th mentions of all golds of a key share groups.
     rounds = Counter((key, turn) for (key, _), count in Counter(members).items() for turn in range(count))
-    most = sum(-(-count // group_size) for count in rounds.values())
+    max_groups = sum(-(-count // group_size) for count in rounds.values())
     groups: list[list[int]] = []
     for index in order:
         last = groups[-1] if groups else []
@@ -82,10 +82,10 @@ def test_what_is_kept_apart_meets_in_no_group(members, group_size, epoch):
             last.append(index)
         else:
             groups.append([index])
-    assert len(groups) <= most
+    assert len(groups) <= max_groups
 
 
-def test_groupings_by_name():
+def test_each_grouping_gives_its_sampler():
     golds = [f"Q{number % 5}" for number in range(30)]
     mentions = datasets.Dataset.from_dict({"mention": ["Ann Swift", "bob swift", "Reed"] * 10, "entity_id": golds})
     keys = ["swift", "swift", "reed"] * 10
@@ -99,11 +99,11 @@ def test_groupings_by_name():
     assert len({tuple(order) for order in orders.values()}) == 3
 
 
-def test_wrong_groupings_say_so():
+def test_wrong_groupings_raise():
     with pytest.raises(ValueError, match="'name' is not one of none, surface, namesakes"):
         grouping_sampler(toy_mentions(3), "name", 2, 0)
     with pytest.raises(ValueError, match="2 labels for 3 keys"):
-        GroupingSampler([1, 1, 2], 2, apart=[1, 2])
+        GroupingSampler([1, 1, 2], 2, labels_to_separate=[1, 2])
 
 
 def test_a_group_needs_a_member():
@@ -132,7 +132,7 @@ def test_examples_are_the_mentions_that_share_an_id(ids):
                 same = {
                     "mention": i == j,
                     "context": context == other_context,
-                    # A document and a context of one name are two.
+                    # A document and a context with the same id are different examples.
                     "document": document == other_document and (document is not None or context == other_context),
                 }[unit]
                 assert (together[i] == together[j]) == same

@@ -62,7 +62,7 @@ def recipe_dict(dataset: Path, **training) -> dict:
             "config": {"text_config": text, "vision_config": vision, "text_pooling": "mean", **dims},
         },
         "processor": {
-            "tokenizer": {"type": "wordpiece", "vocab_size": 200},
+            "tokenizer": {"vocab_size": 200},
             "vision": {"size": {"height": 16, "width": 16}},
             "options": {"max_length": 16},
         },
@@ -72,6 +72,7 @@ def recipe_dict(dataset: Path, **training) -> dict:
             "per_device_train_batch_size": 8,
             "learning_rate": 1e-3,
             "use_cpu": True,
+            "bf16": False,
             "disable_tqdm": True,
             **training,
         },

@@ -1,0 +1,196 @@
+"""Trains a model for linking, as a recipe with the task "linking" or "knowledge" describes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import datasets
+from transformers import set_seed
+
+from hf_mel.candidates.lists import CandidateLists
+from hf_mel.candidates.make import check_source, default_cache, make_candidates
+from hf_mel.data.loading import dataset_version, load_entities, load_mentions
+from hf_mel.data.posts import posts_as_mentions, posts_of
+from hf_mel.errors import RecipeError
+from hf_mel.evaluation.candidate_evaluator import evaluate_candidates
+from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.inference.features.post_prototypes import Prototypes
+from hf_mel.protocols import Reranker
+from hf_mel.schema import NIL
+from hf_mel.training.assemble import build_model
+from hf_mel.training.recipe import Recipe
+from hf_mel.training.run_folder import FinishedTraining, RunFolder
+from hf_mel.training.tokenizer import texts_of
+from hf_mel.training.trainer import MelTrainer
+
+
+def run_linking(folder: RunFolder) -> FinishedTraining | None:
+    """Trains the model of a recipe for linking and evaluates it on the validation split.
+
+    A retriever's NIL threshold is stored in its configuration if the validation split has NIL mentions.
+
+    Args:
+        folder ([`~hf_mel.training.run_folder.RunFolder`]): The run folder, with the recipe.
+
+    Returns:
+        [`~hf_mel.training.run_folder.FinishedTraining`]: the parts of the run folder; `None` on all processes but the
+        first.
+
+    Raises:
+        RecipeError: the recipe is not usable as written.
+        MelError: the data set, the candidates or the model is not usable.
+    """
+    recipe, arguments, data = folder.recipe, folder.arguments, folder.recipe.data
+    _check_candidate_source(recipe)
+    train = load_mentions(data.dataset, data.train_split, data.revision, config=data.config)
+    validation = load_mentions(data.dataset, data.validation_split, data.revision, config=data.config)
+    entities = load_entities(data.dataset, revision=data.revision)
+    set_seed(arguments.seed)
+    model, processor = build_model(recipe, texts_of(train, entities))
+    lists: dict[str, Any] = {}
+    if isinstance(model, Reranker):
+        lists = {
+            "train_candidates": candidates_from_recipe(recipe, data.train_split, train, train, entities),
+            "eval_candidates": candidates_from_recipe(recipe, data.validation_split, validation, train, entities),
+        }
+    elif recipe.candidates is not None:
+        raise recipe.error(f"{type(model).__name__} ranks all entities.", "Remove the section 'candidates'.")
+    prototypes = Prototypes.from_data(
+        data.dataset, model, processor, revision=data.revision, config=data.config, train_split=data.train_split
+    )
+    if recipe.task == "knowledge":
+        if prototypes is None:
+            raise recipe.error(
+                f"{type(model).__name__} does not represent entities by posts.", "Remove task: knowledge."
+            )
+        model.to(arguments.device)
+        prototypes.add(entities, progress=not arguments.disable_tqdm)
+        train = posts_as_mentions(prototypes.support(entities))
+    trainer = MelTrainer(
+        model,
+        arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        entities=entities,
+        processing_class=processor,
+        prototypes=prototypes,
+        **lists,
+    )
+    folder.train(trainer)
+    if not trainer.is_world_process_zero():
+        return None
+    return _evaluate(recipe, trainer, train, validation, entities)
+
+
+def _evaluate(
+    recipe: Recipe,
+    trainer: MelTrainer,
+    train: datasets.Dataset,
+    validation: datasets.Dataset,
+    entities: datasets.Dataset,
+) -> FinishedTraining:
+    """Evaluates the trained model in full precision and calibrates the NIL threshold of a retriever."""
+    model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processor
+    version = dataset_version(recipe.data.dataset, revision=recipe.data.revision)
+    options = {"batch_size": trainer.args.per_device_eval_batch_size, "data_version": version}
+    evaluation: Any
+    nil = None
+    if trainer.reranks:
+        assert trainer.eval_candidates is not None
+        validation = trainer.eval_dataset  # all mentions, or a sample of `eval_mentions`
+        evaluation = evaluate_candidates(
+            model,
+            processor,
+            validation,
+            entities,
+            trainer.eval_candidates,
+            images=trainer.image_features,
+            **options,
+        )
+    else:
+        evaluation = evaluate_full(model, processor, validation, entities, prototypes=trainer.prototypes, **options)
+        nil = evaluation.calibrate_nil_threshold() if len(validation) and len(entities) > 1 else None
+    # A threshold calibrated on simulated NIL mentions is not stored: it would enable NIL on data that has none.
+    if nil is not None and not nil.simulated and hasattr(model.config, "nil_threshold"):
+        model.config.nil_threshold = nil.threshold
+    return FinishedTraining(
+        trainer,
+        model,
+        processor,
+        data={
+            **version,
+            "train_split": "posts" if recipe.task == "knowledge" else recipe.data.train_split,
+            "train_mentions": len(train),
+            "train_nil": list(train["entity_id"]).count(NIL),
+            "validation_split": recipe.data.validation_split,
+            "validation_mentions": len(validation),
+            "entities": len(entities),
+            **({"validation_mentions_of": trainer.eval_total} if trainer.reranks else {}),
+        },
+        results={
+            "candidates": None if recipe.candidates is None else dataclasses.asdict(recipe.candidates),
+            "validation": evaluation.to_dict(),
+            "nil": None if nil is None else dataclasses.asdict(nil),
+        },
+        model_info={} if trainer.prototypes is None else {"posts": True},
+    )
+
+
+def candidates_from_recipe(
+    recipe: Recipe,
+    split: str,
+    mentions: datasets.Dataset,
+    training: datasets.Dataset,
+    entities: datasets.Dataset,
+) -> CandidateLists:
+    """Returns the candidates of the mentions of a split, as the section `candidates` of a recipe describes.
+
+    Candidates that take work are cached for the next run.
+
+    Args:
+        recipe ([`~hf_mel.training.recipe.Recipe`]): The recipe.
+        split (`str`): Name of the split, for `candidates.file`.
+        mentions, training, entities (`datasets.Dataset`): The mentions of the split, those of the training split, and
+            the knowledge base.
+
+    Raises:
+        RecipeError: the recipe has no section `candidates`.
+        DataFormatError: the candidate file does not exist, or lacks a mention.
+        UnknownModelError: the retriever does not load.
+    """
+    section = recipe.candidates
+    if section is None:
+        raise recipe.error(
+            "A reranker needs candidates.", "Add a section, for instance candidates: {source: name, k: 100}."
+        )
+    if section.source == "file":
+        assert section.file is not None
+        return CandidateLists.load(section.file.replace("{split}", split)).of(mentions).top(section.k)
+    return make_candidates(
+        section.source,
+        mentions,
+        entities,
+        k=section.k,
+        scorer=section.scorer,
+        training=training,
+        retriever=section.retriever,
+        posts=lambda: posts_of(
+            recipe.data.dataset,
+            revision=recipe.data.revision,
+            config=recipe.data.config,
+            train_split=recipe.data.train_split,
+        ),
+        cache_dir=default_cache(),
+        progress=True,
+    )
+
+
+def _check_candidate_source(recipe: Recipe) -> None:
+    """Checks the section `candidates` before anything is loaded."""
+    section = recipe.candidates
+    if section is not None and section.source != "file":
+        try:
+            check_source(section.source, k=section.k, scorer=section.scorer, retriever=section.retriever)
+        except RecipeError as error:
+            raise recipe.error(error.message, error.remedy) from None
