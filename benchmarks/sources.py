@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from transformers import BertConfig, ViTConfig
 
-import hf_mel.auto  # noqa: F401 (the shipped methods register with the Auto classes)
 from benchmarks.harness import say
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions
 from hf_mel.errors import MelError

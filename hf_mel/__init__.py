@@ -1,57 +1,46 @@
 """hf_mel: multimodal entity linking on the Hugging Face Hub.
 
-Importing the package registers its methods with `AutoConfig`, `AutoModel` and `AutoProcessor`, so that
-`AutoModel.from_pretrained("org/mimic-wikimel")` needs no remote code, and the task "multimodal-entity-linking" with
+`import hf_mel` makes the shipped methods known to `AutoConfig`, `AutoModel` and `AutoProcessor`, so that
+`AutoModel.from_pretrained("org/mimic-wikimel")` needs no remote code, and the task "multimodal-entity-linking" to
 `transformers.pipeline`.
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hf_mel.auto import register_methods
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hf_mel.data.images import open_image
-    from hf_mel.data.loading import check_entity_file
-    from hf_mel.errors import KnowledgeBaseError, MelError
-    from hf_mel.inference.checkpoints import load_reranker, load_retriever
-    from hf_mel.kb.knowledge_base import KnowledgeBase
-    from hf_mel.linking.linker import EntityLinker
-    from hf_mel.training.arguments import MelTrainingArguments
-    from hf_mel.training.trainer import MelTrainer
+    from hf_mel.data.images import open_image as open_image
+    from hf_mel.data.loading import check_entity_file as check_entity_file
+    from hf_mel.errors import KnowledgeBaseError as KnowledgeBaseError
+    from hf_mel.errors import MelError as MelError
+    from hf_mel.inference.checkpoints import load_reranker as load_reranker
+    from hf_mel.inference.checkpoints import load_retriever as load_retriever
+    from hf_mel.kb.knowledge_base import KnowledgeBase as KnowledgeBase
+    from hf_mel.linking.linker import EntityLinker as EntityLinker
+    from hf_mel.training.arguments import MelTrainingArguments as MelTrainingArguments
+    from hf_mel.training.trainer import MelTrainer as MelTrainer
 
-# Heavy modules (torch, transformers) load on first use of a name, not on import of the package.
+#: Public name → its module. Modules that need torch or transformers are imported on first use of the name.
 _EXPORTS = {
-    "KnowledgeBase": "hf_mel.kb.knowledge_base",
     "EntityLinker": "hf_mel.linking.linker",
+    "KnowledgeBase": "hf_mel.kb.knowledge_base",
     "KnowledgeBaseError": "hf_mel.errors",
     "MelError": "hf_mel.errors",
-    "load_reranker": "hf_mel.inference.checkpoints",
-    "load_retriever": "hf_mel.inference.checkpoints",
-    "check_entity_file": "hf_mel.data.loading",
-    "open_image": "hf_mel.data.images",
     "MelTrainer": "hf_mel.training.trainer",
     "MelTrainingArguments": "hf_mel.training.arguments",
+    "check_entity_file": "hf_mel.data.loading",
+    "load_reranker": "hf_mel.inference.checkpoints",
+    "load_retriever": "hf_mel.inference.checkpoints",
+    "open_image": "hf_mel.data.images",
 }
 
-__all__ = [
-    "EntityLinker",
-    "KnowledgeBase",
-    "KnowledgeBaseError",
-    "MelError",
-    "MelTrainer",
-    "MelTrainingArguments",
-    "__version__",
-    "check_entity_file",
-    "load_reranker",
-    "load_retriever",
-    "open_image",
-]
+__all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str):
@@ -60,8 +49,4 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'hf_mel' has no attribute {name!r}")
 
 
-# The console script answers `--help` without paying seconds for torch; its verbs register when they need a model.
-# Builders run without transformers, too: a script of an older `datasets` needs only the schema.
-if Path(sys.argv[0]).name not in ("hf-mel", "hf-mel.exe") and find_spec("transformers") is not None:
-    import hf_mel.auto
-    import hf_mel.linking.pipeline  # noqa: F401
+register_methods()

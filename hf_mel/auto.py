@@ -1,37 +1,124 @@
-"""The one place that knows the shipped methods: registers each with transformers' Auto classes on import."""
+"""Registers the shipped methods with the Auto classes of transformers. The only place that knows them by name.
+
+`import hf_mel` runs this module and has to stay light: `hf-mel --help` pays for it, and torch with transformers takes
+seconds to import. So a class is registered when the program imports the module of the Auto class that looks it up.
+"""
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoProcessor
+import sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, NamedTuple
 
-from hf_mel.modeling.imn.configuration_imn import ImnConfig
-from hf_mel.modeling.imn.modeling_imn import ImnForKnowledgePreTraining, ImnModel
-from hf_mel.modeling.imn.processing_imn import ImnProcessor
-from hf_mel.modeling.mimic.configuration_mimic import MimicConfig
-from hf_mel.modeling.mimic.modeling_mimic import MimicModel
-from hf_mel.modeling.mimic.processing_mimic import MimicProcessor
-from hf_mel.modeling.mm_nel.configuration_mm_nel import MmNelConfig
-from hf_mel.modeling.mm_nel.modeling_mm_nel import MmNelModel
-from hf_mel.modeling.mm_nel.processing_mm_nel import MmNelProcessor
-from hf_mel.modeling.mmel.configuration_mmel import MmelConfig
-from hf_mel.modeling.mmel.modeling_mmel import MmelModel
-from hf_mel.modeling.mmel.processing_mmel import MmelProcessor
-from hf_mel.modeling.pfmel.configuration_pfmel import PfmelConfig
-from hf_mel.modeling.pfmel.modeling_pfmel import PfmelForPreTraining, PfmelModel
-from hf_mel.modeling.pfmel.processing_pfmel import PfmelProcessor
+#: Folder of each method in `modeling/`, which is its model type too → the prefix of its class names.
+_METHODS = {"imn": "Imn", "mimic": "Mimic", "mm_nel": "MmNel", "mmel": "Mmel", "pfmel": "Pfmel"}
+#: Auto class → the module of transformers that holds it.
+_AUTO_MODULES = {
+    "AutoConfig": "transformers.models.auto.configuration_auto",
+    "AutoModel": "transformers.models.auto.modeling_auto",
+    "AutoModelForPreTraining": "transformers.models.auto.modeling_auto",
+    "AutoProcessor": "transformers.models.auto.processing_auto",
+}
+_PIPELINES = "transformers.pipelines"
 
-_METHODS = [
-    (ImnConfig, ImnModel, ImnProcessor),
-    (MimicConfig, MimicModel, MimicProcessor),
-    (MmNelConfig, MmNelModel, MmNelProcessor),
-    (MmelConfig, MmelModel, MmelProcessor),
-    (PfmelConfig, PfmelModel, PfmelProcessor),
+
+class _Entry(NamedTuple):
+    """A class of a method, and the Auto class that shall find it."""
+
+    auto_class: str
+    method: str
+    module: str
+    name: str
+
+    @property
+    def configuration(self) -> str:
+        """Module of the method's configuration, which is the key of all its classes."""
+        return f"hf_mel.modeling.{self.method}.configuration_{self.method}"
+
+    @property
+    def needs(self) -> set[str]:
+        """Modules that must have run before the class can be registered."""
+        return {_AUTO_MODULES[self.auto_class], self.configuration, self.module}
+
+    def register(self) -> None:
+        """Registers the class, and imports its module if nothing else did."""
+        auto_class: Any = getattr(import_module(_AUTO_MODULES[self.auto_class]), self.auto_class)
+        key: Any = self.method
+        if self.auto_class != "AutoConfig":
+            key = getattr(import_module(self.configuration), f"{_METHODS[self.method]}Config")
+        auto_class.register(key, getattr(import_module(self.module), self.name), exist_ok=True)
+
+
+def _entry(auto_class: str, method: str, file: str, name: str) -> _Entry:
+    return _Entry(auto_class, method, f"hf_mel.modeling.{method}.{file}_{method}", name)
+
+
+_ENTRIES = [
+    *(_entry("AutoConfig", method, "configuration", f"{prefix}Config") for method, prefix in _METHODS.items()),
+    *(_entry("AutoModel", method, "modeling", f"{prefix}Model") for method, prefix in _METHODS.items()),
+    *(_entry("AutoProcessor", method, "processing", f"{prefix}Processor") for method, prefix in _METHODS.items()),
+    _entry("AutoModelForPreTraining", "imn", "modeling", "ImnForKnowledgePreTraining"),
+    _entry("AutoModelForPreTraining", "pfmel", "modeling", "PfmelForPreTraining"),
 ]
 
-for _config, _model, _processor in _METHODS:
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-    AutoProcessor.register(_config, _processor, exist_ok=True)
 
-AutoModelForPreTraining.register(ImnConfig, ImnForKnowledgePreTraining, exist_ok=True)
-AutoModelForPreTraining.register(PfmelConfig, PfmelForPreTraining, exist_ok=True)
+class _RegisterAfterImport(MetaPathFinder):
+    """Lets Python import the modules of the entries as usual, and registers an entry once all it needs has run.
+
+    The modules of a method import Auto classes, and the modules of the Auto classes import each other. So an entry waits
+    while one of them is still running.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = list(_ENTRIES)
+        self._searching: set[str] = set()
+        self._running: set[str] = set()
+        self._watched = {_PIPELINES}.union(*(entry.needs for entry in _ENTRIES))
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """The usual spec of a watched module, with a loader that registers afterwards; `None` for any other module."""
+        if name not in self._watched or name in self._searching:
+            return None
+        self._searching.add(name)  # the search below asks this finder again
+        try:
+            spec = find_spec(name)
+        finally:
+            self._searching.discard(name)
+        if spec is None or spec.loader is None:
+            return None
+        run_module = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            self._running.add(name)
+            try:
+                run_module(module)
+            finally:
+                self._running.discard(name)
+            self.register()
+
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+    def register(self) -> None:
+        """Registers every waiting entry whose Auto class has been imported and that needs no module still running."""
+        if self._running & set(_AUTO_MODULES.values()):
+            return
+        for entry in list(self._waiting):
+            ready = _AUTO_MODULES[entry.auto_class] in sys.modules and not entry.needs & self._running
+            if ready and entry in self._waiting:  # registering one imports modules, which may register others
+                self._waiting.remove(entry)
+                entry.register()
+        if _PIPELINES in sys.modules and _PIPELINES not in self._running:
+            import_module("hf_mel.linking.pipeline")
+
+
+def register_methods() -> None:
+    """Makes the Auto classes and `transformers.pipeline` know the shipped methods, from now on."""
+    if not any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
+        finder = _RegisterAfterImport()
+        sys.meta_path.insert(0, finder)
+        finder.register()  # transformers may have been imported before

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+# PyTorch's threads wait for each other after every operation. By default they wait busily, which takes the processor
+# from the very thread they wait for as soon as another program runs. It is read once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
@@ -39,14 +44,14 @@ app.command()(demo)
 
 
 def main(app: typer.Typer = app) -> None:
-    """Runs the command line; an error of ours is one message and exit status 1, not a traceback."""
+    """Runs the command line. A `MelError` ends it with one message and exit status 1, without a traceback."""
     try:
         app()
     except SystemExit as ended:
         if not ended.code and "accelerate" in sys.modules:
             from accelerate import PartialState
 
-            # Without it one of several processes may abort while Python ends.
+            # A process group that is still open can abort one of several processes while Python exits.
             if PartialState._shared_state:
                 PartialState().destroy_process_group()
         raise

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import traceback
 
-sys.argv[0] = "hf-mel"  # before hf_mel is imported, which is quick for its command line
+sys.argv[0] = "hf-mel"
 
 # ruff: noqa: E402, F401
 import huggingface_hub.constants

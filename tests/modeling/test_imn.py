@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForPreTraining
 
-import hf_mel.auto  # noqa: F401
+import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.modeling.imn import ImnConfig, ImnForKnowledgePreTraining, ImnModel, modeling_imn
 from hf_mel.protocols import Retriever
 from tests.modeling import direct_imn

@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoProcessor, DetrImageProcessorPil, PreTrainedTokenizerFast
 
-import hf_mel.auto  # noqa: F401
+import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.inference.features.post_prototypes import Prototypes
 from hf_mel.modeling.imn import ImnForKnowledgePreTraining, ImnModel, ImnProcessor
 from hf_mel.protocols import MelProcessor

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, BertConfig, CLIPModel, ViTConfig
 
-import hf_mel.auto  # noqa: F401
+import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.modeling.mimic import MimicConfig, MimicModel, modeling_mimic, scoring_mimic
 from hf_mel.protocols import Retriever
 from tests.modeling import direct_mimic, published_mimic

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModel, CLIPVisionConfig, ResNetConfig, ViTConfig
 
-import hf_mel.auto  # noqa: F401
+import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.modeling.mm_nel import MmNelConfig, MmNelModel, modeling_mm_nel
 from hf_mel.modeling.mm_nel.transport_mm_nel import LOG_ZERO, max_product, sinkhorn, transport_cost, transport_plan
 from hf_mel.protocols import Reranker

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, BertConfig, BertModel, PreTrainedTokenizerFast
 
-import hf_mel.auto  # noqa: F401
+import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.modeling.mm_nel import MmNelModel, MmNelProcessor
 from hf_mel.modeling.mm_nel.glove_mm_nel import glove_tokenizer, glove_vectors
 from hf_mel.protocols import MelProcessor

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoConfig, AutoModel, BertConfig, CLIPModel, ViTConfig
 
-import hf_mel.auto  # noqa: F401
+import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.hub.saving import save_model_repository
 from hf_mel.modeling.mmel import MmelConfig, MmelModel, MmelProcessor, modeling_mmel
 from hf_mel.protocols import Reranker

@@ -13,7 +13,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoProcessor, CLIPModel, PreTrainedTokenizerFast
 
-import hf_mel.auto  # noqa: F401
+import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.modeling.mmel import MmelProcessor
 from hf_mel.protocols import MelProcessor
 from tests.modeling import published_mimic

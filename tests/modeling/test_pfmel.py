@@ -23,7 +23,7 @@ from transformers import (
     ViTConfig,
 )
 
-import hf_mel.auto  # noqa: F401
+import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.hub.saving import save_model_repository
 from hf_mel.modeling.pfmel import PfmelConfig, PfmelForPreTraining, PfmelModel, PfmelProcessor, modeling_pfmel
 from hf_mel.protocols import Reranker

@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
-import hf_mel.auto  # noqa: F401
+import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.modeling.pfmel import PfmelConfig, PfmelForPreTraining, PfmelModel, PfmelProcessor
 from hf_mel.modeling.pfmel.processing_pfmel import ACCOUNT_OPTIONS
 from hf_mel.protocols import MelProcessor

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, BertConfig, BertForNextSentencePrediction, CLIPImageProcessorPil, ResNetConfig
 
-import hf_mel.auto  # noqa: F401
+import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.dataset_scripts.tweets_mel.tweets_mel import TweetsMel
 from hf_mel.training.assemble import build_model
 from hf_mel.training.pretraining import pretraining_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
-import hf_mel.auto  # noqa: F401
+import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.schema import NIL
