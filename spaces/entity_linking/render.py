@@ -1,6 +1,6 @@
-"""Linked mentions as HTML: cards, the evidence in bars, and where the model looked.
+"""HTML of linked mentions: cards of candidates, bars of the evidence, and the model's attention.
 
-Every text from a visitor or a knowledge base goes through `html.escape`.
+All text from visitors and knowledge bases is escaped with `html.escape`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ from typing import Any
 
 from PIL import Image
 
-#: A unit's name in the model → what a visitor reads, and the class of its colour in style.css.
+#: A scoring unit's name in the model → its displayed name, and the class of its colour in style.css.
 UNITS = {"text": ("Text", "text"), "vision": ("Image", "vision"), "cross_modal": ("Text × image", "fusion")}
+#: A scoring unit's name in the model → its name in a sentence.
+_PHRASES = {"text": "the text", "vision": "the image", "cross_modal": "text and image together"}
 _QID = re.compile(r"Q[1-9][0-9]{0,11}")
 
 
 def unit_name(unit: str) -> str:
-    """What a visitor reads for a unit of the model."""
+    """Returns the displayed name of a scoring unit."""
     return UNITS.get(unit, (unit.replace("_", " "), ""))[0]
 
 
 def results(answers: Sequence[dict[str, Any]], seconds: float, note: str = "") -> str:
-    """All mentions of one text: each with its decision and its cards.
+    """Returns the decision and the cards of every mention of a text.
 
     Args:
-        answers: per mention `result` (a `LinkResult`), `images` (PIL image or `None` per candidate), and what
-            [`evidence`] gave, or an empty text.
-        seconds: how long linking took.
-        note: what to look for, for an example.
+        answers (sequence of `dict`): For every mention, `result` (a `LinkResult`), `images` (a PIL image or `None` per
+            candidate) and, optionally, `evidence` (the HTML that [`evidence`] returned).
+        seconds (`float`): Duration of linking.
+        note (`str`): A hint about an example, shown first.
     """
     parts = [_answer(**answer) for answer in answers]
     if note:
@@ -45,7 +47,7 @@ def _answer(result: Any, images: Sequence[Image.Image | None], evidence: str = "
     mention = f"<q>{escape(result.mention)}</q>"
     if result.is_nil:
         decision = (
-            f'<p class="mel-decision mel-nil" role="status">{mention} → <strong>NIL</strong>: nobody in this knowledge '
+            f'<p class="mel-decision mel-nil" role="status">{mention} → <strong>NIL</strong>: not in this knowledge '
             f"base. The best score, {_number(best.score)}, is below the threshold {_number(result.nil_threshold)}.</p>"
         )
     else:
@@ -54,41 +56,32 @@ def _answer(result: Any, images: Sequence[Image.Image | None], evidence: str = "
             f"{_reason(result.candidates)}</p>"
         )
     lowest = {unit: min(c.unit_scores[unit] for c in result.candidates) for unit in best.unit_scores}
-    longest = max((_lead(c, lowest) for c in result.candidates), default=0.0)
-    cards = [_card(c, image, lowest, longest) for c, image in zip(result.candidates, images, strict=True)]
+    max_lead = max((_lead(c, lowest) for c in result.candidates), default=0.0)
+    cards = [_card(c, image, lowest, max_lead) for c, image in zip(result.candidates, images, strict=True)]
     warnings = "".join(f'<p class="mel-note">{escape(warning)}</p>' for warning in result.warnings)
-    key = _legend(lowest) if len(lowest) > 1 else ""
+    legend = _legend(lowest) if len(lowest) > 1 else ""
     taken = "" if result.is_nil else " mel-taken"
-    return f'<section class="mel-answer">{decision}{warnings}{key}<ol class="mel-cards{taken}">{"".join(cards)}</ol>{evidence}</section>'
+    return f'<section class="mel-answer">{decision}{warnings}{legend}<ol class="mel-cards{taken}">{"".join(cards)}</ol>{evidence}</section>'
 
 
 def _reason(candidates: Sequence[Any]) -> str:
-    """Which evidence put the first before the second."""
+    """A sentence on the evidence that ranks the first candidate ahead of the second."""
     if len(candidates) < 2:
         return ""
     first, second = candidates[:2]
     behind = escape(second.name or second.entity_id)
     if first.reranker_score is not None:
         scores = f"{_number(first.reranker_score)} to {_number(second.reranker_score)}"
-        return f'<span class="mel-reason">The <b>reranker</b> puts it ahead of {behind}, {scores}.</span>'
+        return f'<span class="mel-reason">The <b>reranker</b> ranks it ahead of {behind}, {scores}.</span>'
     if len(first.unit_scores) < 2:
         return ""
-    ahead = {unit: first.unit_scores[unit] - second.unit_scores[unit] for unit in first.unit_scores}
-    won = max(ahead, key=lambda unit: ahead[unit])
-    against = [_said(unit) for unit, lead in ahead.items() if lead < 0]
-    words = f"Ahead of {behind} mostly because of <b>{escape(_said(won))}</b>."
+    leads = {unit: first.unit_scores[unit] - second.unit_scores[unit] for unit in first.unit_scores}
+    decisive = max(leads, key=lambda unit: leads[unit])
+    against = [_PHRASES.get(unit, unit_name(unit)) for unit, lead in leads.items() if lead < 0]
+    words = f"Ahead of {behind} mostly because of <b>{escape(_PHRASES.get(decisive, unit_name(decisive)))}</b>."
     if against:
-        alone = (
-            f"On its own, {against[0]} favours" if len(against) == 1 else f"Each alone, {' and '.join(against)} favour"
-        )
-        words += f" {escape(alone)} {behind}."
+        words += f" Alone, {escape(' and '.join(against))} would favour {behind}."
     return f'<span class="mel-reason">{words}</span>'
-
-
-def _said(unit: str) -> str:
-    return {"text": "the text", "vision": "the image", "cross_modal": "text and image together"}.get(
-        unit, unit_name(unit)
-    )
 
 
 def _legend(units: dict[str, float]) -> str:
@@ -106,9 +99,9 @@ def _lead(candidate: Any, lowest: dict[str, float]) -> float:
     return sum(candidate.unit_scores[unit] - low for unit, low in lowest.items()) / max(1, len(lowest))
 
 
-def _card(candidate: Any, image: Image.Image | None, lowest: dict[str, float], longest: float) -> str:
+def _card(candidate: Any, image: Image.Image | None, lowest: dict[str, float], max_lead: float) -> str:
     name = escape(candidate.name or candidate.entity_id)
-    about = escape(_cut(" · ".join(t for t in (candidate.description, candidate.attributes) if t.strip()), 180))
+    about = escape(_truncate(" · ".join(t for t in (candidate.description, candidate.attributes) if t.strip()), 180))
     picture = (
         f'<img src="{data_url(image, 96)}" alt="Image of {name}" loading="lazy">'
         if image is not None
@@ -124,57 +117,73 @@ def _card(candidate: Any, image: Image.Image | None, lowest: dict[str, float], l
         )
     return (
         f'<li class="mel-card">{picture}<div class="mel-body"><h3><span class="mel-rank">{candidate.rank}</span> {name} '
-        f"<small>{identifier}</small></h3><p>{about}</p>{_bar(candidate, lowest, longest)}</div>"
+        f"<small>{identifier}</small></h3><p>{about}</p>{_bar(candidate, lowest, max_lead)}</div>"
         f'<span class="mel-score"><small>{kind}</small> {_number(score)}</span></li>'
     )
 
 
-def _bar(candidate: Any, lowest: dict[str, float], longest: float) -> str:
-    if len(lowest) < 2 or longest <= 0:
+def _bar(candidate: Any, lowest: dict[str, float], max_lead: float) -> str:
+    if len(lowest) < 2 or max_lead <= 0:
         return ""
-    parts, said = [], []
+    parts, scores = [], []
     for unit, low in lowest.items():
         lead = (candidate.unit_scores[unit] - low) / len(lowest)
-        width = 100 * lead / longest
-        said.append(f"{unit_name(unit)} {_number(candidate.unit_scores[unit])}")
+        width = 100 * lead / max_lead
+        scores.append(f"{unit_name(unit)} {_number(candidate.unit_scores[unit])}")
         if width > 0.05:
             colour = UNITS.get(unit, ("", "other"))[1]
             parts.append(f'<span class="mel-part mel-{colour}" style="width:{width:.1f}%"></span>')
-    label = escape(", ".join(said))
+    label = escape(", ".join(scores))
     return f'<div class="mel-bar" role="img" aria-label="{label}" title="{label}">{"".join(parts)}</div><p class="mel-units">{label}</p>'
 
 
 def evidence(
     text: str, explanation: Any, image: Image.Image | None, entity_image: Image.Image | None, name: str
 ) -> str:
-    """Where the model looked when it scored the first candidate: words shaded, image patches lit."""
+    """Returns the model's attention when it scored the first candidate: shaded words and lit parts of images.
+
+    Args:
+        text (`str`): The caption.
+        explanation (`Explanation`, *optional*): Its shares of the attention; `None` gives an empty string.
+        image, entity_image (`Image.Image`, *optional*): The photo, and the image of the candidate.
+        name (`str`): Name of the candidate.
+    """
     if explanation is None:
         return ""
     parts = []
     if explanation.words:
-        parts.append(f'<p class="mel-words">{_shaded(text, explanation.words)}</p>')
+        parts.append(f'<p class="mel-words">{_shade_words(text, explanation.words)}</p>')
     figures = []
     if image is not None and explanation.mention_patches:
-        figures.append(_figure(_lit(image, explanation.mention_patches), "Your image: the parts looked at are bright"))
+        figures.append(
+            _figure(
+                _light_patches(image, explanation.mention_patches), "Your image: the model looked at the bright parts"
+            )
+        )
     if entity_image is not None and explanation.entity_patches:
-        figures.append(_figure(_lit(entity_image, explanation.entity_patches), f"Image of {name}, likewise"))
+        figures.append(
+            _figure(
+                _light_patches(entity_image, explanation.entity_patches),
+                f"Image of {name}: the model looked at the bright parts",
+            )
+        )
     if figures:
         parts.append(f'<div class="mel-figures">{"".join(figures)}</div>')
     if not parts:
         return ""
     return (
         f'<details class="mel-evidence" open><summary>Where the model looked for {escape(name)}</summary>'
-        f"<p>Words and parts of images by their share of the model's attention: a hint, not a proof.</p>{''.join(parts)}"
+        f"<p>Words and parts of images by their share of the model's attention. This is a hint, not a proof.</p>{''.join(parts)}"
         "</details>"
     )
 
 
-def _shaded(text: str, words: Sequence[tuple[int, int, float]]) -> str:
-    most = max((share for _, _, share in words), default=0) or 1
+def _shade_words(text: str, words: Sequence[tuple[int, int, float]]) -> str:
+    max_share = max((share for _, _, share in words), default=0) or 1
     parts, position = [], 0
     for start, end, share in words:
         parts.append(escape(text[position:start]))
-        strength = max(0.0, min(1.0, share / most)) if math.isfinite(share) else 0.0
+        strength = max(0.0, min(1.0, share / max_share)) if math.isfinite(share) else 0.0
         parts.append(
             f'<mark style="--share:{strength:.2f}" title="{100 * share:.1f} % of the attention">'
             f"{escape(text[start:end])}</mark>"
@@ -183,13 +192,13 @@ def _shaded(text: str, words: Sequence[tuple[int, int, float]]) -> str:
     return "".join(parts) + escape(text[position:])
 
 
-def _lit(image: Image.Image, patches: Sequence[Sequence[float]]) -> Image.Image:
-    """The image, dark where the model did not look."""
+def _light_patches(image: Image.Image, patches: Sequence[Sequence[float]]) -> Image.Image:
+    """The image, darkened where it got little attention."""
     picture = image.convert("RGB")
     picture.thumbnail((320, 320))
-    most = max(max(row) for row in patches) or 1
+    max_share = max(max(row) for row in patches) or 1
     mask = Image.new("L", (len(patches[0]), len(patches)))
-    mask.putdata([round(255 * min(1.0, share / most)) for row in patches for share in row])
+    mask.putdata([round(255 * min(1.0, share / max_share)) for row in patches for share in row])
     dark = Image.blend(picture, Image.new("RGB", picture.size, "black"), 0.72)
     return Image.composite(picture, dark, mask.resize(picture.size, Image.Resampling.BILINEAR))
 
@@ -200,11 +209,16 @@ def _figure(image: Image.Image, caption: str) -> str:
 
 
 def comparison(columns: Sequence[tuple[str, Any, Sequence[Image.Image | None]]], note: str = "") -> str:
-    """The same mention answered in several ways, side by side: (heading, `LinkResult`, images) each."""
+    """Returns several results of the same mention side by side.
+
+    Args:
+        columns (sequence): For every column, its heading, a `LinkResult`, and the images of its candidates.
+        note (`str`): A remark, shown first.
+    """
     parts = [f'<p class="mel-note">{escape(note)}</p>'] if note else []
     for heading, result, images in columns:
         rows = "".join(
-            f'<li><span class="mel-rank">{c.rank}</span>{_thumb(image, c.name)}<span>{escape(c.name or c.entity_id)}'
+            f'<li><span class="mel-rank">{c.rank}</span>{_thumbnail(image, c.name)}<span>{escape(c.name or c.entity_id)}'
             f"</span><b>{_number(c.score)}</b></li>"
             for c, image in zip(result.candidates, images, strict=True)
         )
@@ -217,20 +231,20 @@ def comparison(columns: Sequence[tuple[str, Any, Sequence[Image.Image | None]]],
     return f'<div class="mel mel-columns">{"".join(parts)}</div>'
 
 
-def _thumb(image: Image.Image | None, name: str) -> str:
+def _thumbnail(image: Image.Image | None, name: str) -> str:
     if image is None:
         return '<span class="mel-noimage mel-small" aria-hidden="true"></span>'
     return f'<img src="{data_url(image, 40)}" alt="Image of {escape(name)}" class="mel-small">'
 
 
 def message(words: str, kind: str = "error") -> str:
-    """A notice in the place of an answer."""
+    """Returns a message that replaces an answer; `kind` is "error" or "info"."""
     lines = "<br>".join(escape(line) for line in words.split("\n"))
     return f'<div class="mel"><p class="mel-message mel-{kind}" role="alert">{lines}</p></div>'
 
 
 def data_url(image: Image.Image, side: int) -> str:
-    """An image in the page itself, at most `side` × 2 pixels a side (for dense screens)."""
+    """Returns an image as a data URL, with at most 2 · `side` pixels per side (for dense screens)."""
     small = image.convert("RGB")
     small.thumbnail((2 * side, 2 * side))
     out = io.BytesIO()
@@ -244,5 +258,5 @@ def _number(value: float | None) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-def _cut(text: str, length: int) -> str:
+def _truncate(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"

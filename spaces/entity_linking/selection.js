@@ -1,5 +1,5 @@
-// Words selected in the caption become the mention. It is done in the page, without a round trip to the server, so that
-// whatever a visitor does last wins: an answer that comes late cannot overwrite what was typed meanwhile.
+// Makes the words that a visitor selects in the caption the mention. This runs in the page, without the server, so that a
+// late response cannot overwrite what the visitor typed in the meantime.
 (() => {
   const field = (id) => document.querySelector(`#${id} textarea, #${id} input[type=text]`);
   const put = (box, value) => {
@@ -23,14 +23,14 @@
     while (start < end && /\s/.test(text[start])) start++;
     while (start < end && /\s/.test(text[end - 1])) end--;
     if (start === end || end - start === text.trim().length) {
-      last = ""; // nothing, or all of it to write another caption
+      last = ""; // nothing is selected, or everything, in order to replace the caption
       return;
     }
     const seen = `${start} ${end} ${text}`;
-    if (seen === last) return; // coming back to the caption restores a selection; that selects nothing anew
+    if (seen === last) return; // the browser restored an old selection when the caption got the focus
     last = seen;
 
-    // Offsets count characters as the server does, where one beyond the first plane is one, not two.
+    // Offsets count code points, as the server does; JavaScript counts characters beyond the first plane twice.
     const [from, to] = [start, end].map((at) => [...text.slice(0, at)].length);
     const words = (a, b) => [...text].slice(a, b).join("").replace(/\n/g, " ");
     const [mention, spans] = [field("mention"), field("spans")];
@@ -41,7 +41,7 @@
         if (b <= from || to <= a) {
           kept.push([a, b]);
         } else if (lines.includes(words(a, b))) {
-          lines.splice(lines.indexOf(words(a, b)), 1); // a selection that grows is one mention
+          lines.splice(lines.indexOf(words(a, b)), 1); // the new selection replaces an overlapping one
         }
       }
     }
@@ -51,7 +51,7 @@
   document.addEventListener("selectionchange", selected);
   document.addEventListener("select", selected, true);
 
-  // On a narrow screen the answer is below the form: go there.
+  // Scroll to the answer, which is below the form on a narrow screen.
   document.addEventListener("click", (event) => {
     if (event.target.closest("#go, #examples button") && window.innerWidth < 700) {
       document.getElementById("answer")?.scrollIntoView({ behavior: "smooth", block: "start" });

@@ -1,6 +1,6 @@
-"""What the app does, without its looks: models and knowledge bases, linking, uploads, and the limits on each.
+"""The app without its interface: models, knowledge bases, linking, uploads, and their limits.
 
-Whatever a visitor can get wrong ends in a [`Refused`] with words they can act on.
+Every mistake that a visitor can make raises [`Refused`] with a message that says how to correct it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from hf_mel import (
 
 _log = logging.getLogger(__name__)
 
-#: What one request may bring. A CPU Space has two cores and many visitors.
+#: Limits of one request. A CPU Space has two cores and many visitors.
 MAX_TEXT = 2_000
 MAX_MENTIONS = 8
 MAX_TOP_K = 20
@@ -52,23 +53,23 @@ MAX_KB_ROWS = 2_000
 MAX_ARCHIVE_BYTES = 64 << 20
 MAX_ARCHIVE_FILES = 4_000
 MAX_UNPACKED_BYTES = 256 << 20
-#: Own knowledge bases of one visitor kept at a time.
+#: Knowledge bases of one visitor that are kept at a time.
 MAX_OWN_KBS = 3
-#: Rows of a batch between two movements of the progress bar.
+#: Rows of a batch that are linked between two updates of the progress bar.
 _BATCH_STEP = 16
 
-#: File types of own images. SVG is left out on purpose: it is a program, not a picture.
+#: Image types that are unpacked. SVG is excluded because it can contain scripts.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 TABLE_SUFFIXES = {".csv", ".jsonl"}
 
 
 class Refused(Exception):
-    """A request that cannot be done; its text is for the visitor."""
+    """A request that cannot be served. Its text is shown to the visitor."""
 
 
 @dataclass
 class Session:
-    """What one visitor brought: a folder of their own that is deleted with the session, and the knowledge bases in it."""
+    """The knowledge bases of one visitor, in a folder that is deleted with the session."""
 
     kbs: dict[str, Path] = field(default_factory=dict)
     linkers: dict[tuple[str, Path], EntityLinker] = field(default_factory=dict)
@@ -76,16 +77,16 @@ class Session:
 
     @property
     def folder(self) -> Path:
-        """Made when first asked for; gone with the session, however that ends."""
+        """The visitor's folder, created on first use."""
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="mel-space-", ignore_cleanup_errors=True)
         return Path(self._folder.name)
 
     def __deepcopy__(self, memo) -> Session:
-        return Session()  # Gradio copies the initial state for every visitor: each gets a folder of their own
+        return Session()  # Gradio copies the initial state for every visitor, and every visitor needs a new folder
 
     def close(self) -> None:
-        """Deletes everything the visitor brought."""
+        """Deletes the visitor's files."""
         self.kbs.clear()
         self.linkers.clear()
         if self._folder is not None:
@@ -94,17 +95,20 @@ class Session:
 
 
 class Service:
-    """The models and knowledge bases of one app; safe to call from many threads.
+    """The models and knowledge bases of one app. Its methods may be called from many threads.
 
     Args:
-        models (`dict`): Name shown → run folder or Hub id, or `{"model": …, "reranker": …}` of such.
-        kbs (`dict[str, str]`): Name shown → folder or Hub id. One that another model built is offered only with the
-            models it fits.
+        models (`dict`): Displayed name → run folder or Hub id, or a dict of these with the keys `model` and `reranker`.
+        kbs (`dict[str, str]`): Displayed name → folder or Hub id. A knowledge base is offered only with the models that
+            can use it.
+
+    Raises:
+        Refused: `models` or `kbs` is empty.
     """
 
     def __init__(self, models: dict[str, str | dict[str, str]], kbs: dict[str, str]):
         if not models or not kbs:
-            raise Refused("The app needs a model and a knowledge base to start with.")
+            raise Refused("The app needs at least one model and one knowledge base.")
         self.models, self.kbs = models, kbs
         self._loaded: dict[str, tuple[Any, Any]] = {}
         self._kbs: dict[str, KnowledgeBase] = {}
@@ -112,14 +116,13 @@ class Service:
         self._lock = threading.RLock()
 
     def linker(self, model: str, kb: str, session: Session | None = None) -> EntityLinker:
-        """The linker for a model and a knowledge base; both are loaded once, and models are shared.
+        """Returns the linker for a model and a knowledge base. Models and knowledge bases are loaded once and shared.
 
         Raises:
-            Refused: A name nobody offers, or a pair that does not belong together.
+            Refused: A name is unknown, or the model did not build the knowledge base.
         """
-        if model not in self.models:
-            raise Refused(f"There is no model “{_short(model)}”. Choose one of: {', '.join(self.models)}.")
-        own = {} if session is None else session.kbs
+        self._check_model(model)
+        own_kbs = {} if session is None else session.kbs
         with self._lock:
             try:
                 if kb in self.kbs:
@@ -128,43 +131,51 @@ class Service:
                             self._kbs[kb] = KnowledgeBase.from_pretrained(self.kbs[kb])
                         self._linkers[model, kb] = self._new_linker(model, self._kbs[kb])
                     return self._linkers[model, kb]
-                if session is not None and kb in own:
-                    key = (model, own[kb])
+                if session is not None and kb in own_kbs:
+                    key = (model, own_kbs[kb])
                     if key not in session.linkers:
-                        session.linkers[key] = self._new_linker(model, KnowledgeBase(own[kb]))
+                        session.linkers[key] = self._new_linker(model, KnowledgeBase(own_kbs[kb]))
                     return session.linkers[key]
             except KnowledgeBaseError as error:
                 raise Refused(
-                    f"“{model}” cannot use “{kb}”: a knowledge base goes with the model that built it. Choose another."
+                    f"“{model}” cannot use “{kb}”: a knowledge base works only with the model that built it. Choose "
+                    "another."
                 ) from error
             except MelError as error:
                 raise Refused(f"“{model}” cannot use “{kb}”: {error.message} {error.remedy or ''}".strip()) from error
         if not kb:
-            raise Refused(
-                f"“{model}” built none of the knowledge bases here. Choose another model, or build your own."
-            )
+            raise Refused(f"No knowledge base here works with “{model}”. Choose another model, or build your own.")
         raise Refused(
-            f"There is no knowledge base “{_short(str(kb))}” (one of your own is deleted after an hour: build it again). "
-            f"Choose one of: {', '.join([*self.kbs, *own])}."
+            f"The knowledge base “{_truncate(str(kb), 80)}” does not exist (your own ones are deleted after an hour; build "
+            f"it again). Choose one of: {', '.join([*self.kbs, *own_kbs])}."
         )
 
-    def _new_linker(self, model: str, kb: KnowledgeBase) -> EntityLinker:
-        place = self.models[model]
-        parts = {"model": place} if isinstance(place, str) else place
-        reranks = {}
-        if "reranker" in parts:
-            reranker, processor = self._load(load_reranker, parts["reranker"])
-            reranks = {"reranker": reranker, "reranker_processor": processor}
-        return EntityLinker(*self._load(load_retriever, parts["model"]), kb, **reranks)
+    def _check_model(self, model: str) -> None:
+        if model not in self.models:
+            raise Refused(
+                f"The model “{_truncate(model, 80)}” does not exist. Choose one of: {', '.join(self.models)}."
+            )
 
-    def _load(self, load: Callable[[str], tuple[Any, Any]], place: str) -> tuple[Any, Any]:
-        """A model and its processor, loaded once, however many names offer it."""
-        if place not in self._loaded:
-            self._loaded[place] = load(place)
-        return self._loaded[place]
+    def _new_linker(self, model: str, kb: KnowledgeBase) -> EntityLinker:
+        source = self.models[model]
+        reranking = {}
+        if isinstance(source, dict) and "reranker" in source:
+            reranker, processor = self._load(load_reranker, source["reranker"])
+            reranking = {"reranker": reranker, "reranker_processor": processor}
+        return EntityLinker(*self._load_retriever(model), kb, **reranking)
+
+    def _load_retriever(self, model: str) -> tuple[Any, Any]:
+        source = self.models[model]
+        return self._load(load_retriever, source if isinstance(source, str) else source["model"])
+
+    def _load(self, load: Callable[[str], tuple[Any, Any]], source: str) -> tuple[Any, Any]:
+        """A model and its processor, loaded once even if several names share them."""
+        if source not in self._loaded:
+            self._loaded[source] = load(source)
+        return self._loaded[source]
 
     def fitting_kbs(self, model: str, session: Session | None = None) -> list[str]:
-        """The knowledge bases that `model` built: only with those it can link."""
+        """Returns the names of the knowledge bases that `model` can use, which are those it built."""
         fitting = []
         for kb in [*self.kbs, *(session.kbs if session else ())]:
             try:
@@ -189,15 +200,24 @@ class Service:
     ) -> tuple[list[Any], float]:
         """Links the mentions of one text together.
 
+        Args:
+            text (`str`): The caption.
+            mentions (sequence of `str` or `tuple[int, int]`): Mentions by their words, or by start and end in the text.
+            image (`Image.Image`, *optional*): The photo.
+            model, kb (`str`): Displayed names.
+            session ([`Session`], *optional*): The visitor, whose knowledge bases are available too.
+            top_k (`int`): Number of candidates.
+            nil_threshold (`float`, *optional*): Replaces the model's own threshold.
+            units (sequence of `str`, *optional*): The scoring units to use; all by default.
+
         Returns:
-            One `LinkResult` per mention, and the seconds it took.
+            `tuple[list[LinkResult], float]`: One result per mention, and the seconds it took.
 
         Raises:
-            Refused: Something is too long, missing, or not in the text.
+            Refused: An input is missing, too long or invalid, or a mention is not in the text.
         """
         check_text(text, mentions)
-        if not _is_number(top_k) or not 1 <= top_k <= MAX_TOP_K:
-            raise Refused(f"Between 1 and {MAX_TOP_K} candidates can be shown, not {top_k}.")
+        _check_top_k(top_k)
         if nil_threshold is not None and not _is_number(nil_threshold):
             raise Refused("The NIL threshold must be a number.")
         linker = self.linker(model, kb, session)
@@ -206,17 +226,19 @@ class Service:
             linker.nil_threshold = nil_threshold
         rows = []
         for mention in mentions:
-            place = {"mention": mention} if isinstance(mention, str) else {"start": mention[0], "end": mention[1]}
-            rows.append({"text": text, "image": image, "context_id": "visitor", **place})
+            span = {"mention": mention} if isinstance(mention, str) else {"start": mention[0], "end": mention[1]}
+            rows.append({"text": text, "image": image, "context_id": "visitor", **span})
         start = time.perf_counter()
-        results = _asking(lambda: linker(rows, top_k=int(top_k), units=units))
+        with _refused_errors():
+            results = linker(rows, top_k=int(top_k), units=units)
         return results, time.perf_counter() - start
 
     def explain(self, text: str, image: Image.Image | None, result: Any, linker: EntityLinker) -> Any:
-        """Where the model looked for the best candidate, or `None`: an answer is never lost for it."""
+        """Returns the explanation of the best candidate, or `None` if it fails: the answer is shown without it."""
         mention = {"text": text, "mention": result.mention, "start": result.start, "end": result.end, "image": image}
         try:
-            return _asking(lambda: linker.explain(mention, result.best.entity_id))
+            with _refused_errors():
+                return linker.explain(mention, result.best.entity_id)
         except Refused:
             return None
 
@@ -232,39 +254,25 @@ class Service:
     ) -> list[dict[str, Any]]:
         """Links every mention of a CSV or JSONL file with the columns text and mention.
 
+        Args:
+            path (`str` or `os.PathLike`): The file.
+            model, kb, session, top_k: As in [`link`].
+            progress (callable): Receives the finished share of the rows.
+
         Returns:
-            The rows in their order, each with `entity_id`, `name`, `score`, `candidates`, or with `error`.
+            `list[dict]`: The rows in their order, each with `entity_id`, `name`, `score` and `candidates`, or with `error`.
 
         Raises:
             Refused: The file cannot be read, or has too many rows.
         """
-        # Only these two: a path that a file names as its image would be one of this machine.
-        rows = [
-            {"text": row["text"], "mention": row["mention"]}
-            for row in _table(Path(path), ("text", "mention"), MAX_BATCH_ROWS)
-        ]
+        rows = list(_read_mentions(Path(path)))
         linker = self.linker(model, kb, session)
-        if not _is_number(top_k) or not 1 <= top_k <= MAX_TOP_K:
-            raise Refused(f"Between 1 and {MAX_TOP_K} candidates can be shown, not {top_k}.")
-
-        def link(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return [_row_of(result) for result in _asking(lambda: linker(some, top_k=int(top_k)))]
-
-        linked: list[dict[str, Any]] = []
+        _check_top_k(top_k)
+        answers: list[dict[str, Any]] = []
         for first in range(0, len(rows), _BATCH_STEP):
-            step: list[dict[str, Any]] = rows[first : first + _BATCH_STEP]
-            wrong = {k: words for k, row in enumerate(step) if (words := _wrong(row))}
-            good = [row for k, row in enumerate(step) if k not in wrong]
-            try:
-                found = iter(link(good))
-            except Refused:  # one bad row does not cost the others
-                found = iter([_or_error(link, row) for row in good])
-            linked += [{"error": wrong[k]} if k in wrong else next(found) for k in range(len(step))]
-            progress(len(linked) / len(rows))
-        return [
-            {"text": row["text"], "mention": row["mention"], **answer}
-            for row, answer in zip(rows, linked, strict=True)
-        ]
+            answers += _link_rows(linker, rows[first : first + _BATCH_STEP], int(top_k))
+            progress(len(answers) / len(rows))
+        return [{**row, **answer} for row, answer in zip(rows, answers, strict=True)]
 
     def build_kb(
         self,
@@ -275,44 +283,48 @@ class Service:
         model: str,
         session: Session,
     ) -> tuple[str, int]:
-        """Builds a visitor's own knowledge base from a table of entities and a zip of their images.
+        """Builds a visitor's knowledge base from a table of entities and a zip of their images.
+
+        Args:
+            name (`str`): The name that the visitor chose.
+            table (`str` or `os.PathLike`): A CSV or JSONL file of entities.
+            archive (`str` or `os.PathLike`, *optional*): A zip of their images.
+            model (`str`): Displayed name of the model that encodes the entities.
+            session ([`Session`]): The visitor.
 
         Returns:
-            The name it has in this session, and how many entities it holds.
+            `tuple[str, int]`: The displayed name of the knowledge base, and its number of entities.
 
         Raises:
-            Refused: Rows that cannot be used, listed all at once, or something too large.
+            Refused: Rows are invalid (the message lists them), or a file is too large.
         """
         table = Path(table)
         if table.suffix.lower() not in TABLE_SUFFIXES:
-            raise Refused("Entities come as a .csv or .jsonl file.")
+            raise Refused("Upload the entities as a .csv or .jsonl file.")
         if table.stat().st_size > MAX_TABLE_BYTES:
             raise Refused(f"The table is larger than {MAX_TABLE_BYTES >> 20} MB.")
-        if model not in self.models:
-            raise Refused(f"There is no model “{_short(model)}”. Choose one of: {', '.join(self.models)}.")
-        place = self.models[model]
-        with self._lock:
-            encoder = _asking(lambda: self._load(load_retriever, place if isinstance(place, str) else place["model"]))
+        self._check_model(model)
+        with self._lock, _refused_errors():
+            encoder = self._load_retriever(model)
         digest = hashlib.sha256(f"{model}\n{table.suffix}\n".encode())
         digest.update(table.read_bytes())
         if archive is not None:
             digest.update(Path(archive).read_bytes())
-        key = digest.hexdigest()[:16]
-        kb_folder = session.folder / key / "kb"
-        label = f"{_plain(name) or 'My knowledge base'} (yours)"
+        folder = session.folder / digest.hexdigest()[:16]
+        kb_folder = folder / "kb"
+        label = f"{_printable(name) or 'My knowledge base'} (yours)"
         if not kb_folder.exists():
-            source = session.folder / key / "source"
+            source = folder / "source"
             source.mkdir(parents=True)
             try:
                 self._build(table, archive, source, kb_folder, encoder)
             finally:
                 shutil.rmtree(source, ignore_errors=True)
         while len(session.kbs) >= MAX_OWN_KBS and label not in session.kbs:
-            oldest = next(iter(session.kbs))
-            gone = session.kbs.pop(oldest)
-            if gone not in session.kbs.values() and gone != kb_folder:
-                session.linkers = {key: linker for key, linker in session.linkers.items() if key[1] != gone}
-                shutil.rmtree(gone.parent, ignore_errors=True)
+            oldest = session.kbs.pop(next(iter(session.kbs)))
+            if oldest not in session.kbs.values() and oldest != kb_folder:
+                session.linkers = {key: linker for key, linker in session.linkers.items() if key[1] != oldest}
+                shutil.rmtree(oldest.parent, ignore_errors=True)
         session.kbs[label] = kb_folder
         return label, len(KnowledgeBase(kb_folder))
 
@@ -324,61 +336,75 @@ class Service:
             unpack_images(Path(archive), source)
         count, problems = check_entity_file(entities, image_folder=source)
         if count > MAX_KB_ROWS:
-            raise Refused(f"The table has {count:,} entities; this app takes {MAX_KB_ROWS:,}.")
+            raise Refused(f"The table has {count:,} entities; at most {MAX_KB_ROWS:,} are allowed.")
         if problems:
             lines = [f"Row {problem.row}: {problem.message}".replace(f"{source}/", "") for problem in problems[:20]]
             more = f"\n… and {len(problems) - 20:,} more." if len(problems) > 20 else ""
             raise Refused(f"{len(problems):,} rows cannot be used:\n" + "\n".join(lines) + more)
-        _asking(lambda: KnowledgeBase.build(str(entities), *encoder, output=str(kb_folder), progress=False))
+        with _refused_errors():
+            KnowledgeBase.build(str(entities), *encoder, output=str(kb_folder), progress=False)
 
     def download_kb(self, kb: str, session: Session) -> str:
-        """A zip of a visitor's own knowledge base."""
+        """Returns the path of a zip of a visitor's knowledge base.
+
+        Raises:
+            Refused: The visitor has no such knowledge base.
+        """
         if kb not in session.kbs:
-            raise Refused("Only a knowledge base of your own can be downloaded; build one first.")
+            raise Refused("Only your own knowledge bases can be downloaded; build one first.")
         folder = session.kbs[kb]
         return shutil.make_archive(str(folder.parent / "knowledge_base"), "zip", folder)
 
 
-def mentions_of(text: str, mentions: str | None, spans: str | None) -> list[str | tuple[int, int]]:
-    """The mentions a visitor asks for: a selected one by its place in the text, a typed one by its words.
+def parse_mentions(text: str, mentions: str | None, spans: str | None) -> list[str | tuple[int, int]]:
+    """Returns the mentions of the form: selected ones as start and end in the text, typed ones as words.
 
     Args:
-        text: the caption.
-        mentions: one a line.
-        spans: JSON of the places selected so far, `[[start, end], …]`; those that the lines do not name are left out.
+        text (`str`): The caption.
+        mentions (`str`, *optional*): The mentions, one per line.
+        spans (`str`, *optional*): JSON list of the selected spans, `[[start, end], …]`. Spans whose words are not among
+            the lines are ignored.
     """
     try:
-        left = [(int(start), int(end)) for start, end in json.loads(spans or "[]")]
+        unused = [(int(start), int(end)) for start, end in json.loads(spans or "[]")]
     except (ValueError, TypeError, OverflowError, RecursionError):
-        left = []
-    found: list[str | tuple[int, int]] = []
+        unused = []
+    parsed: list[str | tuple[int, int]] = []
     for line in filter(None, map(str.strip, (mentions or "").split("\n"))):
-        here = [(a, b) for a, b in left if 0 <= a < b and text[a:b].replace("\n", " ") == line]
-        found.append(here[0] if here else line)
-        if here:
-            left.remove(here[0])
-    return found
+        matching = [(a, b) for a, b in unused if 0 <= a < b and text[a:b].replace("\n", " ") == line]
+        parsed.append(matching[0] if matching else line)
+        if matching:
+            unused.remove(matching[0])
+    return parsed
 
 
 def check_text(text: str, mentions: Sequence[str | tuple[int, int]]) -> None:
-    """Raises [`Refused`] unless text and mentions can be linked."""
+    """Checks that text and mentions can be linked.
+
+    Raises:
+        Refused: The text is missing or too long, or the mentions are missing, too many or not in the text.
+    """
     if not isinstance(text, str) or not text.strip():
-        raise Refused("Paste a caption first: the sentence the mention stands in.")
+        raise Refused("Paste a caption first, the sentence that contains the mention.")
     if len(text) > MAX_TEXT:
-        raise Refused(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are read.")
+        raise Refused(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are allowed.")
     if not mentions:
         raise Refused("Say which words to link: select them in the caption, or type them under “Mention”.")
     if len(mentions) > MAX_MENTIONS:
         raise Refused(f"At most {MAX_MENTIONS} mentions can be linked at once, not {len(mentions)}.")
     for mention in mentions:
         if not isinstance(mention, (str, tuple)):
-            raise Refused("A mention is words of the caption.")
+            raise Refused("Every mention must be a string.")
         if isinstance(mention, str) and mention not in text:
-            raise Refused(f"“{_short(mention)}” is not in the caption. Write it exactly as it stands there.")
+            raise Refused(f"“{_truncate(mention, 80)}” is not in the caption. Copy it exactly from the caption.")
 
 
 def read_image(source: str | os.PathLike[str] | None) -> Image.Image | None:
-    """An uploaded image as RGB, scaled down to what a model sees; `None` stays `None`."""
+    """Returns an uploaded image as RGB with at most 1024 × 1024 pixels; `None` stays `None`.
+
+    Raises:
+        Refused: The file is no readable image, or too large.
+    """
     if source is None:
         return None
     path = Path(source)
@@ -388,19 +414,23 @@ def read_image(source: str | os.PathLike[str] | None) -> Image.Image | None:
         with Image.open(path) as opened:
             width, height = opened.size
     except Exception as error:
-        raise Refused("This file is not an image that can be read. Use JPEG, PNG, WebP or GIF.") from error
+        raise Refused("The file is not an image that can be read. Use JPEG, PNG, WebP or GIF.") from error
     if width * height > MAX_IMAGE_PIXELS:
         raise Refused(f"The image has {width:,} × {height:,} pixels; scale it to at most 24 million.")
-    image = _asking(lambda: open_image(path))
+    with _refused_errors():
+        image = open_image(path)
     image.thumbnail((1024, 1024))
     return image
 
 
 def unpack_images(archive: Path, folder: Path) -> int:
-    """Unpacks the images of a zip into `folder` and returns how many; nothing else is unpacked.
+    """Unpacks the images of a zip to `folder`; files of other types are skipped.
+
+    Returns:
+        `int`: The number of files in the zip.
 
     Raises:
-        Refused: Not a zip, too large, or a member whose name leads out of the folder.
+        Refused: The file is not a zip or is too large, or the path of a file leads out of the folder.
     """
     if archive.stat().st_size > MAX_ARCHIVE_BYTES:
         raise Refused(f"The zip is larger than {MAX_ARCHIVE_BYTES >> 20} MB.")
@@ -408,7 +438,7 @@ def unpack_images(archive: Path, folder: Path) -> int:
         with zipfile.ZipFile(archive) as packed:
             members = [member for member in packed.infolist() if not member.is_dir()]
             if len(members) > MAX_ARCHIVE_FILES:
-                raise Refused(f"The zip holds {len(members):,} files; at most {MAX_ARCHIVE_FILES:,} are taken.")
+                raise Refused(f"The zip holds {len(members):,} files; at most {MAX_ARCHIVE_FILES:,} are allowed.")
             if sum(member.file_size for member in members) > MAX_UNPACKED_BYTES:
                 raise Refused(f"The zip unpacks to more than {MAX_UNPACKED_BYTES >> 20} MB.")
             written = 0
@@ -420,30 +450,30 @@ def unpack_images(archive: Path, folder: Path) -> int:
                     or not target.is_relative_to(folder.resolve())
                     or stat.S_ISLNK(member.external_attr >> 16)
                 ):
-                    raise Refused(f"The zip holds a file that leads out of it: “{_short(name)}”.")
+                    raise Refused(f"The path of a file in the zip leads out of it: “{_truncate(name, 80)}”.")
                 if target.suffix.lower() not in IMAGE_SUFFIXES:
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 written += _copy_member(packed, member, target, MAX_UNPACKED_BYTES - written)
             return len(members)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
-        raise Refused(f"The zip cannot be unpacked ({error}). Make it anew, without a password.") from error
+        raise Refused(f"The zip cannot be unpacked ({error}). Create it again, without a password.") from error
 
 
-def _copy_member(packed: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, room: int) -> int:
-    """Unpacks one file, trusting no size that the archive states."""
+def _copy_member(packed: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path, max_bytes: int) -> int:
+    """Unpacks one file and counts its bytes, because the size stated in the archive may be wrong."""
     size = 0
     with packed.open(member) as source, target.open("wb") as out:
         while block := source.read(1 << 16):
             size += len(block)
-            if size > room:
+            if size > max_bytes:
                 raise Refused(f"The zip unpacks to more than {MAX_UNPACKED_BYTES >> 20} MB.")
             out.write(block)
     return size
 
 
 def write_results(rows: Sequence[dict[str, Any]], folder: Path) -> tuple[str, str]:
-    """The linked rows as a CSV and a JSON file; returns both paths."""
+    """Writes the rows of [`Service.link_batch`] to a CSV and a JSON file and returns both paths."""
     json_path, csv_path = folder / "linked.json", folder / "linked.csv"
     json_path.write_text(json.dumps(list(rows), ensure_ascii=False, indent=2), encoding="utf-8")
     out = io.StringIO()
@@ -451,19 +481,20 @@ def write_results(rows: Sequence[dict[str, Any]], folder: Path) -> tuple[str, st
     writer = csv.DictWriter(out, columns, extrasaction="ignore", restval="")
     writer.writeheader()
     for row in rows:
-        writer.writerow({key: _cell(value) for key, value in row.items()})
+        writer.writerow({key: _csv_cell(value) for key, value in row.items()})
     csv_path.write_text(out.getvalue(), encoding="utf-8-sig")
     return str(csv_path), str(json_path)
 
 
-def _cell(value: Any) -> Any:
-    """A text that a spreadsheet would take for a formula is marked as text."""
+def _csv_cell(value: Any) -> Any:
+    """The value, with a quote in front of text that a spreadsheet would run as a formula."""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t") else value
 
 
-def _table(path: Path, columns: Sequence[str], limit: int) -> Iterator[dict[str, str]]:
+def _read_mentions(path: Path) -> Iterator[dict[str, str]]:
+    """The columns text and mention of every row. An image column is ignored: its paths would be those of the server."""
     if path.suffix.lower() not in TABLE_SUFFIXES:
-        raise Refused("Mentions come as a .csv or .jsonl file with the columns " + " and ".join(columns) + ".")
+        raise Refused("Upload the mentions as a .csv or .jsonl file with the columns text and mention.")
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise Refused(f"The file is larger than {MAX_TABLE_BYTES >> 20} MB.")
     try:
@@ -485,59 +516,76 @@ def _table(path: Path, columns: Sequence[str], limit: int) -> Iterator[dict[str,
                     raise Refused(f"Line {number} is not JSON ({error}).") from error
     if not records:
         raise Refused("The file holds no mentions.")
-    if len(records) > limit:
-        raise Refused(f"The file has {len(records):,} rows; at most {limit:,} are linked at once.")
+    if len(records) > MAX_BATCH_ROWS:
+        raise Refused(f"The file has {len(records):,} rows; at most {MAX_BATCH_ROWS:,} are linked at once.")
     for number, record in enumerate(records, start=1):
-        for column in columns:
+        for column in ("text", "mention"):
             if not isinstance(record, dict) or not isinstance(record.get(column), str):
                 raise Refused(f"Row {number} has no text in the column “{column}”.")
-        yield record
+        yield {"text": record["text"], "mention": record["mention"]}
 
 
-def _asking(work: Callable[[], Any]) -> Any:
-    """Runs `work`; an error of the library becomes words for the visitor, without paths of the server."""
+def _link_rows(linker: EntityLinker, rows: Sequence[dict[str, str]], top_k: int) -> list[dict[str, Any]]:
+    """Links rows together or, if that fails, one by one, so that one bad row does not cost the others."""
+    answers: list[dict[str, Any]] = [{} for _ in rows]
+    valid = []
+    for number, row in enumerate(rows):
+        try:
+            check_text(row["text"], [row["mention"]])
+            valid.append(number)
+        except Refused as refused:
+            answers[number] = {"error": str(refused)}
+
+    def link(numbers: Sequence[int]) -> None:
+        with _refused_errors():
+            results = linker([rows[number] for number in numbers], top_k=top_k)
+        for number, result in zip(numbers, results, strict=True):
+            answers[number] = {
+                "entity_id": result.entity_id,
+                "name": "" if result.is_nil else result.best.name,
+                "score": result.best.score,
+                "candidates": [
+                    {"entity_id": c.entity_id, "name": c.name, "score": c.score} for c in result.candidates
+                ],
+            }
+
     try:
-        return work()
+        link(valid)
+    except Refused:
+        for number in valid:
+            try:
+                link([number])
+            except Refused as refused:
+                answers[number] = {"error": str(refused)}
+    return answers
+
+
+@contextmanager
+def _refused_errors() -> Iterator[None]:
+    """Turns errors of the library into [`Refused`], without paths of the server."""
+    try:
+        yield
     except MelError as error:
-        where = f"Row {error.row}: " if error.row is not None else ""
-        raise Refused(f"{where}{error.message} {error.remedy or ''}".strip()) from error
-    except Exception as error:  # whatever it is, its words are not for strangers, and the app goes on
+        row = f"Row {error.row}: " if error.row is not None else ""
+        raise Refused(f"{row}{error.message} {error.remedy or ''}".strip()) from error
+    except Exception as error:  # the message of an unexpected error may hold paths, so it only goes to the log
         _log.exception("a request failed")
-        raise Refused("This went wrong on our side, not on yours. Try once more, or another text or photo.") from error
+        raise Refused("Something went wrong on our side. Try again, or try another text or photo.") from error
 
 
-def _wrong(row: dict[str, str]) -> str:
-    try:
-        check_text(row["text"], [row["mention"]])
-    except Refused as error:
-        return str(error)
-    return ""
-
-
-def _or_error(link: Callable[[list], list[dict[str, Any]]], row: dict[str, str]) -> dict[str, Any]:
-    try:
-        return link([row])[0]
-    except Refused as error:
-        return {"error": str(error)}
-
-
-def _row_of(result: Any) -> dict[str, Any]:
-    return {
-        "entity_id": result.entity_id,
-        "name": "" if result.is_nil else result.best.name,
-        "score": result.best.score,
-        "candidates": [{"entity_id": c.entity_id, "name": c.name, "score": c.score} for c in result.candidates],
-    }
+def _check_top_k(top_k: Any) -> None:
+    if not _is_number(top_k) or not 1 <= top_k <= MAX_TOP_K:
+        raise Refused(f"Choose between 1 and {MAX_TOP_K} candidates, not {top_k}.")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _plain(name: str | None) -> str:
-    """A name without control characters, at most 60 of them."""
+def _printable(name: str | None) -> str:
+    """The first 60 characters of a name that are no control characters."""
     return "".join(c for c in name or "" if unicodedata.category(c)[0] != "C").strip()[:60]
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:79] + "…"
+def _truncate(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,4 +1,4 @@
-"""The metric's Space: a form around `compute`, with the card below it."""
+"""Space of the metric: a form for `compute`, with the card below it."""
 
 import evaluate
 from evaluate.utils import launch_gradio_widget

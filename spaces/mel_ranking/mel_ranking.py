@@ -1,7 +1,7 @@
 """Ranking metrics for entity linking: H@k, MRR, MR with a stated treatment of ties, and NIL-aware accuracy.
 
-Every number is defined in the card beside this file. The functions below need numpy only; `MelRanking` wraps them as
-an `evaluate` module.
+The card beside this file defines every number. The functions need only numpy; `MelRanking` wraps them as an `evaluate`
+module. hf_mel's own evaluators import them from here, because `evaluate.load` needs a file that does not depend on hf_mel.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import datasets
 import evaluate
 import numpy as np
 
-#: The id that stands for "not in the knowledge base", as a reference or as the first prediction of a list.
+#: The id for "not in the knowledge base", as a reference or as the first prediction of a list.
 NIL = "NIL"
 
+#: Policies for the rank of a gold whose score others share.
 TIES = ("realistic", "optimistic", "pessimistic")
 
 _DESCRIPTION = """\
-Ranking quality of entity linking: H@k, MRR and MR of the gold entity's rank, with ties counted as the mean of the best \
-and the worst position (or optimistically, or pessimistically), so that a constant scorer does not score; and, with \
-NIL, accuracy, micro-F1, in-KB accuracy, NIL precision and NIL recall.
+Ranking quality of entity linking: H@k, MRR and MR of the gold entity's rank. By default ties count as the mean of the \
+best and the worst position, so that a constant scorer gets no credit. With NIL, also accuracy, micro-F1, in-KB accuracy, \
+NIL precision and NIL recall.
 """
 
 _INPUTS = """
@@ -29,20 +30,20 @@ Configuration "ids" (the default), one row per mention:
         starts with "NIL" predicts NIL.
     references (`list` of `str`): gold entity ids, or "NIL".
     scores (`list` of `list` of `float`, *optional*): the scores of `predictions`, never increasing; equal scores are
-        ties. Without scores the order is taken as given.
-    tie_tolerance (`float`, defaults to 1e-6): two scores are equal when they differ by at most this times
+        ties. Without scores there are no ties.
+    tie_tolerance (`float`, defaults to 1e-6): two scores are equal if they differ by at most this value times
         max(1, |score of the gold|).
 Configuration "ranks", one row per mention whose gold is in the knowledge base:
-    ranks (`list` of `int`): position of the gold, 1 is best; `None` where it was not retrieved. With ties, the best
-        position it can take. A rank that is already a mean over ties (`float`) is taken as it is.
-    worst_ranks (`list` of `int`, *optional*): the worst position it can take, where that is another one.
+    ranks (`list` of `int`): position of the gold, 1 is best; `None` if it was not retrieved. With ties, the best
+        position it can take, or the mean of its positions (`float`).
+    worst_ranks (`list` of `int`, *optional*): with ties, the worst position it can take.
 Both:
     ks (`list` of `int`, defaults to [1, 3, 5, 10, 20]): the k of H@k.
     ties (`str`, defaults to "realistic"): "realistic", "optimistic" or "pessimistic".
-    kb_size (`int`, *optional*): number of entities that were ranked; the rank that MR gives a gold that was missed.
+    kb_size (`int`, *optional*): number of entities that were ranked, which MR uses as the rank of a missed gold.
 
 Returns:
-    `dict`: fractions in [0, 1] (MR is a position); nan where nothing is there to average. "hits@k" for every k, "mrr",
+    `dict`: fractions in [0, 1] (MR is a position); nan for an average over no mentions. "hits@k" for every k, "mrr",
     "mr", "num_ranked", "num_missed"; configuration "ids" adds "accuracy", "in_kb_accuracy", "micro_precision",
     "micro_recall", "micro_f1", "nil_precision", "nil_recall", "num_mentions", "num_nil".
 
@@ -57,31 +58,33 @@ Examples:
 
 
 def resolve_ranks(best, worst=None, ties: str = "realistic") -> np.ndarray:
-    """One rank per gold from the best and the worst position that its ties allow.
+    """Returns the rank of every gold from the best and the worst position that its ties allow.
 
     Args:
-        best (array-like `[M]`): 1 + number of entities that score better; `None` or nan where the gold was missed.
-        worst (array-like `[M]`, *optional*): `best` + number of other entities that score the same. Default: `best`.
+        best (array-like `[M]`): 1 + number of entities with a better score; `None` or nan for a missed gold.
+        worst (array-like `[M]`, *optional*): `best` + number of other entities with the same score. Default: `best`.
         ties (`str`): "realistic" is the mean of both, "optimistic" is `best`, "pessimistic" is `worst`.
 
     Returns:
-        `np.ndarray` `[M]` of `float64`, nan where the gold was missed.
+        `np.ndarray` `[M]` of `float64`, nan for a missed gold.
 
     Raises:
-        `ValueError`: unknown `ties`, lengths that differ, a rank below 1, or a worst rank before the best one.
+        `ValueError`: `ties` is unknown, the lengths differ, a rank is below 1, or a worst rank is before the best one.
     """
     if ties not in TIES:
         raise ValueError(f"ties must be one of {', '.join(TIES)}, not {ties!r}.")
     best = np.asarray(best, dtype=np.float64)
     worst = best if worst is None else np.asarray(worst, dtype=np.float64)
     if best.ndim != 1 or best.shape != worst.shape:
-        raise ValueError(f"Ranks must be two lists of one length, not shapes {best.shape} and {worst.shape}.")
+        raise ValueError(
+            f"The ranks must be two lists of the same length, not arrays of shapes {best.shape} and {worst.shape}."
+        )
     wrong = ~((best >= 1) & (worst >= best) & np.isfinite(worst)) & ~(np.isnan(best) & np.isnan(worst))
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise ValueError(
-            f"Row {row}: best rank {best[row]:g} and worst rank {worst[row]:g}. Ranks start at 1, the worst is not "
-            "before the best, and a gold that was not retrieved has None for both."
+            f"Row {row}: best rank {best[row]:g} and worst rank {worst[row]:g} are not valid. Ranks start at 1, the worst "
+            "rank is not before the best one, and both are None for a gold that was not retrieved."
         )
     return {"realistic": (best + worst) / 2, "optimistic": best, "pessimistic": worst}[ties]
 
@@ -93,32 +96,32 @@ def ranking_metrics(
     ties: str = "realistic",
     kb_size: int | None = None,
 ) -> dict[str, float]:
-    """H@k, MRR and MR over mentions whose gold is in the knowledge base.
+    """Returns H@k, MRR and MR over mentions whose gold is in the knowledge base.
 
-    With r the rank by [`resolve_ranks`]: H@k is the share of r <= k, MRR the mean of 1/r, MR the mean of r. A missed
-    gold counts as a miss for every k and as 1/r = 0; MR gives it the rank `kb_size`, or leaves it out where that is
-    not known.
+    With r the rank from [`resolve_ranks`], H@k is the share of r <= k, MRR the mean of 1/r, and MR the mean of r. A
+    missed gold counts as a miss for every k and as 1/r = 0. In MR it has the rank `kb_size`; without `kb_size` it is
+    left out.
 
     Args:
         best (array-like `[M]`): See [`resolve_ranks`].
         worst (array-like `[M]`, *optional*): See [`resolve_ranks`].
-        ks (sequence of `int`): The k of H@k, each at least 1.
+        ks (sequence of `int`): The values of k in H@k, at least 1.
         ties (`str`): See [`resolve_ranks`].
         kb_size (`int`, *optional*): Number of entities that were ranked.
 
     Returns:
-        `dict`: "hits@k" for every k, "mrr", "mr", "num_ranked" (M), "num_missed"; nan where M is 0.
+        `dict`: "hits@k" for every k, "mrr", "mr", "num_ranked" (M), "num_missed"; the averages are nan if M is 0.
 
     Raises:
-        `ValueError`: as [`resolve_ranks`], a k below 1, or a rank beyond `kb_size`.
+        `ValueError`: as [`resolve_ranks`]; also if a k is below 1 or a rank is above `kb_size`.
     """
     ranks = resolve_ranks(best, worst, ties)
     if any(k < 1 or k != int(k) for k in ks):
-        raise ValueError(f"Every k of H@k must be a whole number of at least 1, not {list(ks)}.")
+        raise ValueError(f"ks must be whole numbers of at least 1, not {list(ks)}.")
     missed = np.isnan(ranks)
     if kb_size is not None and not (np.nan_to_num(ranks) <= kb_size).all():
         raise ValueError(f"Rank {np.nanmax(ranks):g} is beyond the {kb_size} entities of the knowledge base.")
-    hits = {f"hits@{int(k)}": _mean(ranks <= k) for k in ks}  # nan <= k is False: a miss
+    hits = {f"hits@{int(k)}": _mean(ranks <= k) for k in ks}  # nan <= k is False, which counts as a miss
     counted = ranks[~missed] if kb_size is None else np.where(missed, kb_size, ranks)
     return {
         **hits,
@@ -130,40 +133,40 @@ def ranking_metrics(
 
 
 def nil_metrics(gold_is_nil, predicted_nil, link_is_correct) -> dict[str, float]:
-    """Accuracy and micro-F1 of the decisions "which entity, or NIL", one per mention.
+    """Returns accuracy, micro-F1 and NIL precision and recall of one decision per mention, an entity or NIL.
 
     Args:
-        gold_is_nil (array-like of `bool` `[M]`): The mention's entity is not in the knowledge base.
-        predicted_nil (array-like of `bool` `[M]`): The system answered NIL.
-        link_is_correct (array-like of `bool` `[M]`): The system's best entity is the gold; read only where neither
-            the gold nor the prediction is NIL.
+        gold_is_nil (array-like of `bool` `[M]`): Whether the mention's entity is missing in the knowledge base.
+        predicted_nil (array-like of `bool` `[M]`): Whether the system predicted NIL.
+        link_is_correct (array-like of `bool` `[M]`): Whether the system's best entity is the gold. Ignored if the gold
+            or the prediction is NIL.
 
     Returns:
-        `dict`: "accuracy" (right entities and right NILs over all mentions), "in_kb_accuracy" (right entities over
-        mentions whose gold is in the knowledge base; the same as "micro_recall"), "micro_precision" (right entities
-        over entities predicted), "micro_recall", "micro_f1", "nil_precision", "nil_recall", "num_mentions",
+        `dict`: "accuracy" (correct entities and correct NILs over all mentions), "in_kb_accuracy" (correct entities over
+        mentions whose gold is in the knowledge base, the same as "micro_recall"), "micro_precision" (correct entities
+        over predicted entities), "micro_recall", "micro_f1", "nil_precision", "nil_recall", "num_mentions",
         "num_nil"; nan for an empty denominator.
 
     Raises:
-        `ValueError`: lengths that differ.
+        `ValueError`: the lengths differ.
     """
     gold_is_nil, predicted_nil, link_is_correct = (
         np.asarray(column, dtype=bool) for column in (gold_is_nil, predicted_nil, link_is_correct)
     )
     if not gold_is_nil.shape == predicted_nil.shape == link_is_correct.shape:
         shapes = gold_is_nil.shape, predicted_nil.shape, link_is_correct.shape
-        raise ValueError(f"The three columns must have one length, not {shapes}.")
+        raise ValueError(f"The three columns must have the same length, not the shapes {shapes}.")
     linked = link_is_correct & ~gold_is_nil & ~predicted_nil
-    right_nil = gold_is_nil & predicted_nil
+    correct_nil = gold_is_nil & predicted_nil
     precision, recall = _mean(linked[~predicted_nil]), _mean(linked[~gold_is_nil])
     return {
-        "accuracy": _mean(linked | right_nil),
+        "accuracy": _mean(linked | correct_nil),
         "in_kb_accuracy": recall,
         "micro_precision": precision,
         "micro_recall": recall,
         "micro_f1": _ratio(2 * int(linked.sum()), int((~predicted_nil).sum()) + int((~gold_is_nil).sum())),
-        "nil_precision": _mean(right_nil[predicted_nil]),
-        "nil_recall": _mean(right_nil[gold_is_nil]),
+        "nil_precision": _mean(correct_nil[predicted_nil]),
+        "nil_recall": _mean(correct_nil[gold_is_nil]),
         "num_mentions": len(gold_is_nil),
         "num_nil": int(gold_is_nil.sum()),
     }
@@ -175,25 +178,25 @@ def ranks_from_ids(
     scores: Sequence[Sequence[float]] | None = None,
     tie_tolerance: float = 1e-6,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Best and worst position of each gold in its ranked list; nan for both where it is not in the list.
+    """Returns the best and the worst position of every gold in its ranked list; nan for golds not in the list.
 
     Args:
         predictions (`[M]` lists of `str`): Ranked ids, best first.
         references (`[M]` `str`): Gold ids.
-        scores (`[M]` lists of `float`, *optional*): Scores of `predictions`; `None` or an empty list means no ties.
-        tie_tolerance (`float`): Scores s and t of the gold are equal when |s - t| <= `tie_tolerance` * max(1, |t|).
+        scores (`[M]` lists of `float`, *optional*): Scores of `predictions`. `None` and an empty list mean no ties.
+        tie_tolerance (`float`): A score s equals the gold's score t if |s - t| <= `tie_tolerance` * max(1, |t|).
 
     Returns:
         Two `np.ndarray` `[M]` of `float64`.
 
     Raises:
-        `ValueError`: an id twice in one list, as many scores as ids is not the case, a score that is not a finite
-            number, or scores that increase along a list.
+        `ValueError`: an id occurs twice in a list, the numbers of ids and scores differ, a score is not finite, or
+            scores increase along a list.
     """
     best, worst = np.full(len(references), np.nan), np.full(len(references), np.nan)
     for row, (ids, gold) in enumerate(zip(predictions, references, strict=True)):
         if len(set(ids)) != len(ids):
-            raise ValueError(f"Row {row}: an id occurs twice in the ranked list {_short(ids)}.")
+            raise ValueError(f"Row {row}: an id occurs twice in the ranked list {_preview(ids)}.")
         values = np.asarray([] if scores is None else scores[row], dtype=np.float64)
         if len(values):
             _check_scores(row, ids, values, tie_tolerance)
@@ -211,14 +214,15 @@ def ranks_from_ids(
 
 def _check_scores(row: int, ids: Sequence[str], values: np.ndarray, tolerance: float) -> None:
     if len(values) != len(ids):
-        raise ValueError(f"Row {row}: {len(ids)} ids but {len(values)} scores.")
+        raise ValueError(f"Row {row}: the list has {len(ids)} ids but {len(values)} scores.")
     if not np.isfinite(values).all():
-        raise ValueError(f"Row {row}: the scores {_short(values.tolist())} are not all finite numbers.")
+        raise ValueError(f"Row {row}: the scores {_preview(values.tolist())} are not all finite numbers.")
     if (np.diff(values) > tolerance * np.maximum(1.0, np.abs(values[1:]))).any():
-        raise ValueError(f"Row {row}: the scores {_short(values.tolist())} increase; the best comes first.")
+        raise ValueError(f"Row {row}: the scores {_preview(values.tolist())} increase. Put the best entity first.")
 
 
-def _short(values: Sequence) -> str:
+def _preview(values: Sequence) -> str:
+    """The first five values."""
     return str(list(values[:5]))[:-1] + (", …]" if len(values) > 5 else "]")
 
 
@@ -250,7 +254,7 @@ class MelRanking(evaluate.Metric):
             self.config_name = "ids"
         if self.config_name not in _COLUMNS:
             raise ValueError(f"The configurations of mel_ranking are ids and ranks, not {self.config_name!r}.")
-        # Optional columns are features too, so that `add_batch` collects them; `_fill` supplies those left out.
+        # Optional columns must be features, or `add_batch` would not collect them. `_fill` supplies missing ones.
         columns = {name: _FEATURES[name] for name in _COLUMNS[self.config_name]}
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
@@ -260,16 +264,13 @@ class MelRanking(evaluate.Metric):
         )
 
     def _fill(self, batch: dict) -> dict:
-        """The optional column of a batch, where the caller gave none: no scores, or no ties."""
-        foreign = [
-            (column, name)
-            for name, columns in _COLUMNS.items()
-            for column in columns
-            if name != self.config_name and batch.get(column) is not None
-        ]
-        if foreign:
-            column, name = foreign[0]
-            raise ValueError(f"{column} belongs to the configuration {name!r}: evaluate.load(path, {name!r}).")
+        """Adds the optional column that the caller omitted: no scores, or worst ranks equal to the best."""
+        for name, columns in _COLUMNS.items():
+            for column in columns:
+                if name != self.config_name and batch.get(column) is not None:
+                    raise ValueError(
+                        f"The column {column} belongs to the configuration {name!r}. Use evaluate.load(path, {name!r})."
+                    )
         if self.config_name == "ranks":
             if batch.get("worst_ranks") is None:
                 batch["worst_ranks"] = batch.get("ranks")
@@ -278,12 +279,12 @@ class MelRanking(evaluate.Metric):
         return batch
 
     def compute(self, *, predictions=None, references=None, **kwargs):
-        """Metrics of all the rows added so far and of those given here."""
+        """Returns the metrics of all rows: those added before and those given here."""
         filled = self._fill({"predictions": predictions, "references": references, **kwargs})
         return evaluate.Metric.compute(self, **filled)
 
     def add_batch(self, *, predictions=None, references=None, **kwargs):
-        """Adds rows; metrics are computed by `compute`."""
+        """Adds rows; `compute` returns their metrics."""
         filled = self._fill({"predictions": predictions, "references": references, **kwargs})
         return evaluate.Metric.add_batch(self, **filled)
 

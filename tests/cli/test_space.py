@@ -1,4 +1,4 @@
-"""`hf-mel space`: what it hands to the app."""
+"""`hf-mel space`: the environment it gives to the app."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from hf_mel.errors import KnowledgeBaseError
 
 @pytest.fixture
 def started(monkeypatch):
-    """The environment that the app would start with."""
+    """The environment in which the app would start."""
     seen: dict[str, str] = {}
     for name in ("MEL_MODELS", "MEL_KBS", "GRADIO_SERVER_PORT"):
         monkeypatch.setenv(name, "")

@@ -1,4 +1,4 @@
-"""An environment with some packages and what they need, and nothing else of this one's site-packages."""
+"""Environments that contain some packages and their requirements, and no other installed package."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from packaging.requirements import Requirement
 
 
 def bare_environment(folder: Path, *packages: str) -> Path:
-    """Fills `folder` with links to the packages and all they require; for PYTHONPATH of `python -S`, which sees no other."""
+    """Links the packages and their requirements into `folder`, for the PYTHONPATH of `python -S`."""
     folder.mkdir()
-    wanted, seen = list(packages), set()
-    while wanted:
-        name = wanted.pop()
+    missing, seen = list(packages), set()
+    while missing:
+        name = missing.pop()
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
@@ -28,5 +28,5 @@ def bare_environment(folder: Path, *packages: str) -> Path:
         for line in distribution.requires or ():
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                wanted.append(requirement.name)
+                missing.append(requirement.name)
     return folder

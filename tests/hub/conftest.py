@@ -1,4 +1,4 @@
-"""A Hub on loopback, and processes that meet it through the real clients."""
+"""Fixtures: a Hub on loopback, and processes that use it through the real clients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
 
 @pytest.fixture
 def hub(server: HubServer, tmp_path: Path) -> HubServer:
-    """The server with nothing in it."""
+    """The server without repositories and users other than alice."""
     server.store = Store(tmp_path / "hub")
     server.users.clear()
     server.faults.clear()
@@ -38,14 +38,14 @@ def hub(server: HubServer, tmp_path: Path) -> HubServer:
 
 
 class Done(NamedTuple):
-    """How a command line ended, and all it printed."""
+    """Exit status and output of a command."""
 
     returncode: int
     output: str
 
 
 class Runner:
-    """Many command lines, each in a process of its own that starts with the libraries loaded (`tests.hub.forks`)."""
+    """Runs many commands, each in a process forked from one that has the libraries loaded (`tests.hub.forks`)."""
 
     def __init__(self, environment: dict[str, str], folder: Path, preload: str):
         folder.mkdir(parents=True)
@@ -59,7 +59,7 @@ class Runner:
         )
 
     def start(self, *arguments: object, token: str | None = None, cache: Path | None = None) -> Path:
-        """Starts `hf-mel ARGUMENTS`, or the function of `forks` named first; [`result`] waits for it."""
+        """Starts `hf-mel ARGUMENTS`, or the function of `forks` named by the first argument; [`result`] waits for it."""
         self._count += 1
         output = self.folder / f"{self._count}.json"
         job = {"arguments": [str(a) for a in arguments], "output": str(output), "token": token}
@@ -89,14 +89,14 @@ class Runner:
 
 
 class Client:
-    """Fresh processes of one user, with a cache of their own."""
+    """Starts processes of one user, with a separate cache."""
 
     def __init__(self, hub: HubServer, home: Path, token: str | None = TOKEN):
         self.hub, self.home = hub, home
         self.environment = hub_environment(hub, home, token)
 
     def python(self, code: str, *, check: bool = True, flags: tuple[str, ...] = (), **environment: str):
-        """Runs code; its output as text. With `check`, a failure is one of the test."""
+        """Runs code and returns the finished process. With `check`, a failure fails the test."""
         done = subprocess.run(
             [sys.executable, *flags, "-c", code],
             env=self.environment | {"PYTHONPATH": str(ROOT)} | environment,
@@ -115,7 +115,7 @@ class Client:
         return Runner(self.environment, self.home / f"runner{self._runners}", preload)
 
     def cli(self, *arguments: object, check: bool = True, **environment: str):
-        """`hf-mel ARGUMENTS`."""
+        """Runs `hf-mel ARGUMENTS`."""
         words = [os.fspath(a) if isinstance(a, Path) else str(a) for a in arguments]
         code = f"import sys; sys.argv[1:] = {words!r}; " + _CLI
         return self.python(code, check=check, **environment)
@@ -135,5 +135,5 @@ def runner(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture
 def new_client(hub: HubServer, tmp_path: Path) -> Callable[..., Client]:
-    """Another user or another machine: `new_client("bob", token)`."""
+    """Creates clients of other users or machines: `new_client("bob", token)`."""
     return lambda name, token=TOKEN: Client(hub, tmp_path / name, token)

@@ -1,7 +1,7 @@
-"""Reads jobs, one JSON line each, and runs each in a fork: many processes for the price of one start.
+"""Reads jobs, one JSON object per line, and runs each in a fork, so that the libraries are imported only once.
 
-A job is `arguments` of `hf-mel`, the file `output` for what came of it, and optionally `token`, an account of its own, and
-`cache`, a folder of downloads of its own.
+A job has `arguments` of `hf-mel`, a file `output` for exit status and output, and optionally a `token` and a folder `cache`
+for downloads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if "kb" in sys.argv[1:]:
 
 
 def open_kb(name: str) -> None:
-    """Prints the ids of a knowledge base, every file of it checked."""
+    """Prints the ids of a knowledge base after verifying its files."""
     try:
         kb = KnowledgeBase.from_pretrained(name, verify=True)
     except HubError as error:
@@ -78,7 +78,7 @@ for line in sys.stdin:
             child(json.loads(line))
         finally:
             os._exit(0)
-    while True:  # reap whoever is done
+    while True:  # reap finished children
         try:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
                 break

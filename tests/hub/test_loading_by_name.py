@@ -1,4 +1,4 @@
-"""Knowledge bases and models by Hub id: revisions, offline, caches that moved, private repositories, cut connections."""
+"""Loading knowledge bases and models by Hub id: revisions, offline mode, moved caches, private repositories, failures."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ print(json.dumps(found))
     assert found["new"] == 11
     assert found["old"] == [f"Q{i + 1}" for i in range(12)]
     assert found["mapped"] == [False, True]
-    assert found["notes"] is False, "only what a knowledge base is made of is downloaded"
+    assert found["notes"] is False, "only the files of the knowledge base are downloaded"
     assert "kb.save(FOLDER)" in found["remove"]
     assert found["copy"] == 10
     assert "has no revision 'v9'" in found["revision"]
@@ -127,7 +127,7 @@ def test_offline_moved_cache_private_and_gated(hub, client, new_client, kb_folde
     lost = offline.run("open_kb", "org/kb", cache=client.home / "elsewhere")
     assert lost.returncode == 1
     assert "HF_HUB_CACHE" in lost.output
-    # A cache of which a part was lost on the way: said, not read.
+    # A cache that lost a file is an error.
     blob = max((moved / "datasets--org--kb/blobs").iterdir(), key=lambda path: path.stat().st_size)
     blob.unlink()
     broken = offline.run("open_kb", "org/kb", cache=moved)
@@ -179,7 +179,7 @@ def test_a_published_knowledge_base_leaves_removed_entities_here(kb_folder, tmp_
         (tmp_path / "up").mkdir(exist_ok=True)
         (tmp_path / "up" / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     stored = [pq.read_table(path)["entity_id"].to_pylist() for path in (tmp_path / "up").glob("entities-*.parquet")]
-    assert stored == [kb.entity_ids], "a removed entity goes up with the others"
+    assert stored == [kb.entity_ids], "a removed entity is uploaded"
     copy = KnowledgeBase.from_pretrained(tmp_path / "up", verify=True)
     assert copy.entity_ids == kb.entity_ids
     assert TOKEN.encode() not in publication.files["README.md"]

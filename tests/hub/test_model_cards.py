@@ -1,4 +1,4 @@
-"""The whole rendered card, values included."""
+"""Rendered cards, compared as a whole."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def pretraining_info(**changes) -> dict:
 
 
 def test_the_card_of_a_pretraining():
-    """Its metadata, data and training are the other card's; it promises no linking and has no ranks."""
+    """Metadata, data and training are those of a model card; it claims no linking and shows no ranks."""
     card, whole = model_card(pretraining_info()), model_card(run_info())
     assert ModelCard(card).data.to_dict() == ModelCard(whole).data.to_dict()
     for words in (
@@ -342,15 +342,15 @@ def test_the_card_of_a_knowledge_base():
 
 
 def test_the_card_of_a_reranker():
-    def of(protocol: str, mrr: float) -> dict:
+    def evaluation(protocol: str, mrr: float) -> dict:
         orders = {
             "reranker": {"metrics": metrics(190, mrr=mrr), "strata": {}},
             "candidates: name": {"metrics": metrics(190, mrr=0.5), "strata": {}},
         }
         return {"protocol": protocol, "metrics": metrics(190, mrr=mrr), "strata": {}, "orders": orders}
 
-    validation = of("candidates (end to end)", 0.61234)
-    validation["gold_added"] = of("candidates (gold added)", 0.70126)
+    validation = evaluation("candidates (end to end)", 0.61234)
+    validation["gold_added"] = evaluation("candidates (gold added)", 0.70126)
     validation["candidates"] = {"source": "name", "k": 16, "recall": {"recall@1": 0.4, "recall@16": 0.931}}
     info = run_info(validation=validation, nil=None)
     card = " ".join(model_card(info).split())

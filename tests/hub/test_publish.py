@@ -1,4 +1,4 @@
-"""Publishing through the real client: what goes up, one commit or none, and what is refused."""
+"""Publishing with the real client: uploaded files, atomic commits, and refusals."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tests.hub_server.server import Fault, HubServer
 
 
 def data_folder(folder: Path, seed: object = 0, files: int = 2, **report) -> Path:
-    """A folder as `hf-mel data build` writes it, with `files` files of mentions."""
+    """Writes a folder like `hf-mel data build`, with `files` files of mentions."""
     for path, rows in {
         **{f"mentions/train-{k:05d}-of-{files:05d}": [f"{seed} {k}"] for k in range(files)},
-        "entities/kb-00000-of-00001": ["Q1", str(seed).split()[0]],  # the same in versions "toy 1" and "toy 2"
+        "entities/kb-00000-of-00001": ["Q1", str(seed).split()[0]],  # equal for the seeds "toy 1" and "toy 2"
     }.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"entity_id": rows}), folder / f"{path}.parquet")
@@ -33,7 +33,7 @@ def data_folder(folder: Path, seed: object = 0, files: int = 2, **report) -> Pat
 
 
 def published_data(folder: Path, repo: str) -> dict[str, bytes]:
-    """What a repository has to hold, worked out without the publisher."""
+    """The expected files of the repository, computed without the publisher."""
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     return files | {"README.md": files["README.md"].replace(b"path/to/toy", repo.encode())}
 
@@ -107,7 +107,7 @@ def test_a_new_version_changes_what_changed_and_takes_its_old_files_away(hub, ru
     runner.run("publish", "dataset", new, "org/toy", "--yes", "--message", "Second")
     assert content(hub, "dataset", "org/toy") == published_data(new, "org/toy") | {"notes.md": b"by hand"}
     assert hub.store.history("dataset", "org/toy")[0] == "Second"
-    assert sum("/storage/" in line for line in hub.lines()) == 2  # the entities were there
+    assert sum("/storage/" in line for line in hub.lines()) == 2  # the entities were uploaded before
 
 
 def test_a_repository_becomes_private_and_gated_before_a_file_is_in_it(hub, runner, tmp_path):
@@ -121,7 +121,7 @@ def test_a_repository_becomes_private_and_gated_before_a_file_is_in_it(hub, runn
     assert lines.index("PUT /api/datasets/org/toy/settings") < min(
         k for k, line in enumerate(lines) if "storage" in line or "commit" in line
     )
-    # … and stays so when nobody says it again
+    # … and stays so without the options
     runner.run("publish", "dataset", folder, "org/toy", "--yes")
     assert hub.store.meta("dataset", "org/toy")["private"] is True
 
@@ -150,11 +150,11 @@ def test_somebody_else_was_faster(hub, runner, tmp_path):
     assert content(hub, "dataset", "org/toy") == {"theirs.md": b"!"}
 
 
-# -- the connection goes at every request in turn -----------------------------------------------------------------------
+# -- the connection fails at every request in turn -----------------------------------------------------------------------
 
 
 def _versions(tmp_path: Path, case: str) -> tuple[Path, Path]:
-    """Two versions with contents of their own: each is uploaded anew in each case."""
+    """Two versions whose contents are unique to the case, so that every case uploads them."""
     one = data_folder(tmp_path / case / "one", f"{case} 1", files=3)
     return one, data_folder(tmp_path / case / "two", f"{case} 2")
 
@@ -170,9 +170,9 @@ def _put_up(hub: HubServer, repo: str, folder: Path) -> str | None:
     ("kind", "there"), [("cut", True), ("lost", True), ("half", True), (403, True), ("cut", False), ("lost", False)]
 )
 def test_cut_at_every_request_the_old_revision_serves_and_a_second_run_completes(hub, runner, tmp_path, kind, there):
-    """One request fails, another in each case; 403 means that from it on all do. `there`: over an older version.
+    """In every case another request fails; with 403, all later ones fail too. `there`: an older version exists.
 
-    Cases are users of their own, so that all run at once.
+    Every case has its own user, so that all can run at the same time.
     """
 
     def case(at: int) -> tuple[str, str, str, str | None, Path, Path]:
@@ -204,10 +204,10 @@ def test_cut_at_every_request_the_old_revision_serves_and_a_second_run_completes
         failed += done.returncode
         assert done.returncode == 0 or "HubError" in done.output
         after = hub.head("dataset", repo)
-        if after is not None and after == before:  # nothing happened
+        if after is not None and after == before:  # nothing was committed
             assert done.returncode == 1
             assert content(hub, "dataset", repo) == published_data(one, repo)
-        elif after is not None:  # everything happened, or a new repository is empty
+        elif after is not None:  # everything was committed, or the new repository is empty
             files = content(hub, "dataset", repo)
             assert files == published_data(two, repo) or (files == {} and before is None)
             assert files or done.returncode == 1

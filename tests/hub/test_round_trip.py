@@ -1,5 +1,5 @@
-"""The guide "Publish", run as printed, with the real clients: build → publish → load by name → train → publish → load by
-name with and without hf_mel → link. Each step is a process of its own."""
+"""Runs the commands of the guide "Publish" with the real clients: build → publish → load by name → train → publish → load
+by name with and without hf_mel → link. Every step is a separate process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SECTION = (ROOT / "docs/guides/publish.md").read_text(encoding="utf-8")
 _COMMANDS = re.search(r"```sh\n(.*?)```", _SECTION, re.DOTALL)[1].replace("ORG", "org").splitlines()
 _SNIPPET = re.search(r"```python\n(.*?)```", _SECTION, re.DOTALL)[1].replace("ORG", "org")
 
-# A made-up batch, scored by whoever loads the model.
+# Scores a batch with the loaded model.
 _SCORES = """
 import torch
 from PIL import Image
@@ -47,7 +47,7 @@ assert type(config).__name__ == "MimicConfig" and type(processor).__name__ == "M
 
 
 def shrink(folder):
-    """Keeps few mentions of each split: the same columns and files."""
+    """Keeps few mentions of every split, in the same files and columns."""
     for path in (folder / "mentions").glob("*.parquet"):
         table = pq.read_table(path)
         pq.write_table(table.slice(0, 24), path)
@@ -70,7 +70,7 @@ def test_the_round_trip(hub, client, new_client, tmp_path):
             done = client.cli(*shlex.split(line)[1:])
             assert ("Published in one commit" if "--yes" in line else "nothing was uploaded") in done.stdout
 
-    # Build FlagsMEL, publish it, load it by name in a process that has no hf_mel in it.
+    # Build FlagsMEL, publish it, load it by name without hf_mel.
     client.cli("data", "build", "flags_mel", "--output", "data/flags_mel")
     shrink(home / "data/flags_mel")
     publish("dataset")
@@ -85,7 +85,7 @@ def test_the_round_trip(hub, client, new_client, tmp_path):
     assert ids == raw["mention_id"].to_pylist()
     assert (entities, min(size) > 10) == (129, True)
 
-    # Train on it by name, publish the model: its card and results name the data set by commit.
+    # Train on it by name and publish the model. Its card and results name the commit of the data set.
     recipe = recipe_dict("org/flags_mel", max_steps=2, eval_strategy="no", save_strategy="no")
     recipe["training"]["load_best_model_at_end"] = False
     (home / "tiny.yaml").write_text(yaml.safe_dump(recipe))
@@ -100,12 +100,12 @@ def test_the_round_trip(hub, client, new_client, tmp_path):
     assert b"- org/flags_mel" in files["README.md"]
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
 
-    # A knowledge base built by the model before it was published belongs to it all the same.
+    # A knowledge base built before the model was published works with the published model.
     client.cli("kb", "build", "runs/mimic_flags", "--dataset", "org/flags_mel", "--output", "kb/flags_mel")
     publish("kb")
     publish("metric")
 
-    # Somewhere else, without hf_mel: the code comes from the repository, on the user's word only.
+    # Elsewhere, without hf_mel, the code comes from the repository, with trust_remote_code only.
     elsewhere = new_client("elsewhere")
     bare = bare_environment(tmp_path / "bare", "torch", "transformers", "pillow")
     assert not any((bare / name).exists() for name in ("hf_mel", "datasets", "evaluate", "torchvision"))
@@ -135,10 +135,12 @@ else:
         f"unasked = {_LOAD.format('')!r}" + refused + _LOAD.format(", trust_remote_code=True") + _SCORES
     )
     assert remote.returncode == 0, remote.stderr[-4000:]
-    remote = json.loads(remote.stdout[remote.stdout.rindex('{"scores"') :])  # after a question nobody answers
+    remote = json.loads(
+        remote.stdout[remote.stdout.rindex('{"scores"') :]
+    )  # after the unanswered prompt of transformers
     assert remote["code"] == "transformers_modules"
 
-    # With hf_mel: no remote code, the same scores; then link, by the Python API, the pipeline and the metric.
+    # With hf_mel: no remote code and the same scores; then the Python API, the pipeline and the metric.
     local = elsewhere.python(
         "import hf_mel\n"
         + _LOAD.format("")
@@ -164,7 +166,7 @@ mentions[0]["image"] and mentions[0]["image"].save("image.png")
     )
     assert mrr == pytest.approx(1 / (1 + ranked.index(gold)))
 
-    # The command line links by name, and offline from what is in the cache.
+    # The command line links by name, offline from the cache.
     image = ["--image", "image.png"] if (elsewhere.home / "image.png").exists() else []
     span = ["--start", linked["start"], "--end", linked["end"], *image]
     cli = elsewhere.cli(
@@ -173,7 +175,7 @@ mentions[0]["image"] and mentions[0]["image"].save("image.png")
     )
     assert json.loads(cli.stdout)["candidates"][0]["entity_id"] == ranked[0]
 
-    # Nothing was asked that this Hub does not know, and no token went where it should not.
+    # The clients used no endpoint that this Hub lacks, and sent no token to the storage host.
     unknown = {f"{r.method} {r.path}" for r in hub.log if r.status >= 400} - {
         f"{r.method} {r.path}" for r in hub.log if r.status == 404 and r.method in ("HEAD", "GET")
     }

@@ -1,4 +1,4 @@
-"""SECURITY.md, point by point: what a repository, a folder or a file of somebody else's can and cannot do."""
+"""Tests of the points of SECURITY.md: what an untrusted repository, folder or file can and cannot do."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.toy import ToyProcessor, register, toy_entities, toy_model
 
 
 class Trap:
-    """Unpickled, it makes the file it names."""
+    """Creates the folder it names when unpickled."""
 
     def __init__(self, path: Path):
         self.path = str(path)
@@ -57,7 +57,7 @@ def kb(tmp_path):
 
 
 def test_no_source_file_unpickles():
-    """Whoever opens a pickle runs it. `torch.load` stands in one place, and says weights_only."""
+    """Opening a pickle runs its code. The only call of `torch.load` passes weights_only."""
     for path in (p for top in ("hf_mel", "modeling", "dataset_scripts", "spaces") for p in (ROOT / top).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
@@ -99,7 +99,7 @@ def test_conversion_reads_tensors_and_refuses_the_rest(tmp_path):
         convert_checkpoint("mimic", tmp_path / "evil.ckpt", tmp_path / "config.json", tmp_path / "out")
 
 
-# -- 2. no code without the user's word --------------------------------------------------------------------------------
+# -- 2. no code without the user's consent --------------------------------------------------------------------------------
 
 
 def test_code_that_comes_with_a_model_is_not_run_unasked(model, tmp_path):
@@ -128,7 +128,7 @@ def test_a_manifest_names_files_of_its_folder_only(kb, name):
 
 
 def test_the_names_of_a_repository_stay_in_the_cache(hub, client):
-    """A hostile Hub or repository that lists `../…`: nothing is written outside the cache."""
+    """A hostile Hub or repository lists `../…`; nothing is written outside the cache."""
     hub.store.create("dataset", "org/kb")
     for name in ("../../entities-1.parquet", "entities-../../../x.parquet"):
         hub.store.commit("dataset", "org/kb", "main", "evil", {name: hub.store.put(b"evil")}, [])
@@ -143,7 +143,7 @@ def test_the_names_of_a_repository_stay_in_the_cache(hub, client):
 
 
 def test_an_index_is_not_downloaded(hub, client, kb):
-    """faiss is native code: what it reads was made here, by the user's own command."""
+    """faiss is native code, so it reads only files that were written on this machine."""
     hub.store.create("dataset", "org/kb")
     files = {path.name: hub.store.put(path.read_bytes()) for path in kb.path.iterdir()}
     evil = {name: hub.store.put(b"evil") for name in ("index-faiss-flat.json", "index-faiss-flat-00.faiss")}
@@ -165,7 +165,7 @@ def test_an_index_of_other_content_or_elsewhere_is_not_parsed(kb, tmp_path, monk
     open_index(kb, "faiss-flat", toy_model())
     record, (file,) = kb.path / "index-faiss-flat.json", kb.path.glob("*.faiss")
     content, text = file.read_bytes(), record.read_text()
-    monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("it was parsed"))
+    monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("the file was parsed"))
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(KnowledgeBaseError, match="not what was written"):
         open_index(kb, "faiss-flat", toy_model())
@@ -178,7 +178,7 @@ def test_an_index_of_other_content_or_elsewhere_is_not_parsed(kb, tmp_path, monk
             open_index(kb, "faiss-flat", toy_model())
 
 
-# -- 4. sizes, depths and types beyond all bounds ----------------------------------------------------------------------
+# -- 4. excessive sizes, depths and types ----------------------------------------------------------------------
 
 _HOSTILE = {
     "deep": '{"a":' * 100_000 + "1" + "}" * 100_000,
@@ -206,11 +206,11 @@ def test_a_hostile_configuration_is_an_error(model, name):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UnknownModelError):
         load_retriever(model, device="cpu")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20, "over a gigabyte for a refusal"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20, "the refusal took over a gigabyte"
 
 
 def test_weights_that_lack_most_of_the_model_are_not_made_up(model):
-    """100 million parameters asked for, a few thousand there: refused before any of them is."""
+    """A configuration of 320 million parameters with a few thousand weights is refused before they are allocated."""
     tensors = load_file(model / "model.safetensors")
     save_file(
         {name: tensor for name, tensor in tensors.items() if "characters" not in name}, model / "model.safetensors"
@@ -222,7 +222,7 @@ def test_weights_that_lack_most_of_the_model_are_not_made_up(model):
 
 
 def _rewrite(kb: KnowledgeBase, table: pa.Table, **options) -> None:
-    """Puts another table into the place of the entities, with a manifest that agrees."""
+    """Replaces the table of entities and updates the manifest."""
     path = kb.path / "entities-00000.parquet"
     pq.write_table(table, path, **options)
     manifest = json.loads((kb.path / "kb.json").read_text())
@@ -267,7 +267,7 @@ for name in sys.argv[1:]:
 
 
 def test_a_parquet_bomb_is_an_error_and_takes_no_memory(tmp_path):
-    """Small files whose columns decode to terabytes: ids, a text, aliases, an image repeated."""
+    """Small files whose columns decode to terabytes: aliases, descriptions or images, repeated."""
     folders = []
     schema = entity_features().arrow_schema
     big, count = "x" * (4 << 20), 12
@@ -324,7 +324,7 @@ def _images(value: bytes, rows: int, each: int) -> pa.ListArray:
 
 
 def _write_bomb(kb: KnowledgeBase, table: pa.Table, schema: pa.Schema) -> None:
-    """Writes dictionaries as they are, under the plain schema that a reader expects."""
+    """Writes dictionary-encoded columns under the plain schema that a reader expects."""
     _rewrite(kb, table, dictionary_pagesize_limit=64 << 20, compression="zstd", store_schema=False)
 
 
@@ -351,7 +351,7 @@ def test_a_token_is_blotted_out_of_messages_and_found_in_files(monkeypatch):
 
 
 def test_no_message_of_a_failed_publication_has_the_token_in_it(hub, runner, tmp_path):
-    """The Hub sends it back in its answer; `tests.hub.conftest` looks for it in everything that is printed."""
+    """The Hub echoes the token in its answer; `tests.hub.conftest` searches all output for it."""
     from tests.hub.test_publish import data_folder
     from tests.hub_server.server import Fault
 

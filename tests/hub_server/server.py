@@ -1,15 +1,15 @@
-"""A Hub on loopback: the HTTP API that huggingface_hub, transformers, datasets and evaluate speak, over a folder.
+"""A Hub on loopback: the HTTP API that huggingface_hub, transformers, datasets and evaluate use, over a folder.
 
 ```python
-with HubServer(folder) as hub:  # HF_ENDPOINT=hub.url for the process that is to meet it
+with HubServer(folder) as hub:  # HF_ENDPOINT=hub.url for the client process
     hub.add_user("alice", token="hf_…", orgs=["org"])
 ```
 
-On disk: `blobs/<sha256>` holds every content once; `repos/<type>s/<id>/` holds `meta.json` (settings and refs) and
-`commits/<sha>.json` (parent, title, path → blob). A commit is a new file, then a `meta.json` renamed into place.
+On disk, `blobs/<sha256>` holds every file content once; `repos/<type>s/<id>/` holds `meta.json` (settings and refs) and
+`commits/<sha>.json` (parent, title, path → blob). A commit writes a new file and then renames a `meta.json` into place.
 
-Large files come from a second host name (`localhost` where the Hub is `127.0.0.1`), as from the real Hub's storage, so
-that a client which would send its token there is seen. Faults are [`Fault`]s in `hub.faults`.
+Large files come from a second host name (`localhost`, while the Hub is `127.0.0.1`), like those of the real Hub's storage,
+so that tests can detect a client that sends its token there. `hub.faults` is a list of [`Fault`]s.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ import yaml
 
 TYPES = ("model", "dataset", "space")
 _PREFIX = {"model": "", "dataset": "datasets/", "space": "spaces/"}
-#: Stored beside git, as the real Hub's .gitattributes of a new repository says.
+#: Stored with LFS, as in the .gitattributes of a new repository on the real Hub.
 LARGE_SUFFIXES = (".safetensors", ".parquet", ".bin", ".pt", ".png", ".jpg", ".arrow", ".zip")
 LARGE_BYTES = 10 << 20
 _GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LARGE_SUFFIXES).encode()
 
 
 class HttpError(Exception):
-    """What a handler raises to answer with a status; `code` becomes X-Error-Code."""
+    """Raised by a handler to answer with an error status; `code` becomes X-Error-Code."""
 
     def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -49,14 +49,14 @@ class HttpError(Exception):
 
 @dataclass
 class Fault:
-    """Something that goes wrong with the requests whose "METHOD path?query user=NAME" matches `pattern`.
+    """A failure of requests whose "METHOD path?query user=NAME" matches `pattern`.
 
-    The addresses of large files name in their query who was given them, so a pattern can mean all requests of one user.
+    The URLs of large files name the user in their query, so a pattern can match all requests of one user.
 
     Args:
-        kind: "cut" (the connection dies before anything is done), "lost" (it is done, and the answer is lost), "half"
-            (half of the answer arrives), "slow" (`seconds` pass first), or an HTTP status.
-        at: which of the matching requests, from 1; from there on all of them if `stays`.
+        kind: "cut" (the connection is reset before the request is served), "lost" (the request is served, and the answer
+            is lost), "half" (half of the answer arrives), "slow" (the answer takes `seconds` longer), or an HTTP status.
+        at: Number of the matching request that fails, from 1. With `stays`, all later ones fail too.
     """
 
     kind: str | int
@@ -76,7 +76,7 @@ class Fault:
 
 @dataclass
 class Request:
-    """One line of the log: who asked what, and what the answer was (0: none)."""
+    """One entry of the log; a status of 0 means that the request got no answer."""
 
     method: str
     path: str
@@ -88,7 +88,7 @@ class Request:
 
 
 class Store:
-    """Repositories over a folder."""
+    """Repositories stored in a folder."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -158,7 +158,7 @@ class Store:
         return sha
 
     def history(self, kind: str, repo: str, ref: str = "main") -> list[str]:
-        """Titles of the commits of a branch, the newest first."""
+        """Titles of the commits of a branch, newest first."""
         titles, sha = [], self.meta(kind, repo)["refs"].get(ref)
         while sha is not None:
             commit = self.load_commit(kind, repo, sha)
@@ -168,7 +168,7 @@ class Store:
 
 
 class HubServer:
-    """The server; a context manager that listens on a free port of 127.0.0.1."""
+    """Context manager that serves a [`Store`] on a free port of 127.0.0.1."""
 
     def __init__(self, root: Path):
         self.store = Store(Path(root))
@@ -201,11 +201,11 @@ class HubServer:
         self.users[token] = {"name": name, "orgs": list(orgs), "write": write}
 
     def head(self, kind: str, repo: str) -> str | None:
-        """The commit of main, `None` where there is no such repository."""
+        """The commit of main, or `None` if the repository does not exist."""
         return self.store.resolve(kind, repo, "main") if self.store.exists(kind, repo) else None
 
     def files(self, kind: str, repo: str, revision: str = "main") -> dict[str, bytes]:
-        """What a revision holds, path → content."""
+        """The files of a revision: path → content."""
         sha = self.store.resolve(kind, repo, revision)
         assert sha is not None
         files = self.store.load_commit(kind, repo, sha)["files"]
@@ -222,11 +222,11 @@ class _Http(ThreadingHTTPServer):
     address_family = socket.AF_INET
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that goes away, or that we cut off, is no news
+        pass  # clients that disconnect or were cut off need no traceback
 
 
 class _Cut(Exception):
-    """The connection is to die now."""
+    """Raised to reset the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -304,7 +304,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _cut(self) -> None:
-        # Lingering for no time turns the close into a reset, as when a machine or a network dies.
+        # With a linger time of 0, closing the socket sends a reset, like a machine that crashed.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
@@ -319,10 +319,10 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(chunks)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    # -- who may do what -----------------------------------------------------------------------------------------
+    # -- permissions -----------------------------------------------------------------------------------------
 
     def _readable(self, kind: str, repo: str, *, content: bool = False) -> dict[str, Any]:
-        """The settings of a repository that this user may see; `content`: may read files of."""
+        """The settings of a repository, if this user may see it and, with `content`, read its files."""
         store = self.hub.store
         known = store.exists(kind, repo)
         meta = store.meta(kind, repo) if known else {}
@@ -352,7 +352,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise HttpError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return sha
 
-    # -- what there is to ask ------------------------------------------------------------------------------------
+    # -- endpoints ------------------------------------------------------------------------------------
 
     def _answer(self, path: str, query: dict[str, list[str]], body: bytes) -> tuple[int, dict[str, str], bytes]:
         if path.startswith("/storage/"):
@@ -574,7 +574,7 @@ class _Handler(BaseHTTPRequestHandler):
         return f"{self.hub.storage_url}/storage/{oid}?signature={self.hub._signature}&user={user}"
 
     def _storage(self, path: str, query: dict[str, list[str]], body: bytes) -> tuple[int, dict[str, str], bytes]:
-        """The other host: knows signed addresses, not users."""
+        """Answers requests to the storage host, which checks signatures instead of users."""
         if query.get("signature") != [self.hub._signature]:
             raise HttpError(403, "SignatureDoesNotMatch")
         oid = path.removeprefix("/storage/")
@@ -618,7 +618,7 @@ def _folder_info(path: str) -> dict[str, Any]:
 
 
 def hub_environment(hub: HubServer, home: Path, token: str | None = None) -> dict[str, str]:
-    """Variables of a process that is to meet this Hub and no other; its cache and its token store lie in `home`."""
+    """Environment of a process that uses only this Hub, with its cache and token in `home`."""
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
     }
@@ -628,7 +628,7 @@ def hub_environment(hub: HubServer, home: Path, token: str | None = None) -> dic
     return kept | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",  # plain HTTP uploads; the other protocol needs a service of its own
+        "HF_HUB_DISABLE_XET": "1",  # Xet needs another service; without it, uploads are plain HTTP
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_UPDATE_CHECK": "1",

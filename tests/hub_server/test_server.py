@@ -1,4 +1,4 @@
-"""The loopback Hub itself, asked with plain HTTP: what the tests of publishing and loading rely on."""
+"""The loopback Hub itself, over plain HTTP: the behaviour that the tests of publishing and loading rely on."""
 
 from __future__ import annotations
 

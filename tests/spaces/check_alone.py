@@ -1,8 +1,8 @@
-"""The Space's folder alone, as the Hub gets it, in an environment with nothing but its requirements: starts and answers.
+"""Checks that the Space starts and answers from its folder alone, in an environment with only its requirements.
 
     python -m tests.spaces.check_alone PYTHON [MODEL KB]
 
-PYTHON is the interpreter of that environment (`make test-space` makes it). Without a model, an untrained one is used.
+PYTHON is the interpreter of that environment (`make test-space` creates it). Without a model, an untrained one is used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPACE = Path(__file__).parents[2] / "spaces" / "entity_linking"
 
 
 def main(python: str, model: str | None = None, kb: str | None = None) -> None:
-    """Copies the folder, runs its app.py with `python`, and asks it through the API."""
+    """Copies the folder, runs its app.py with `python`, and sends requests to its API."""
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         if model is None or kb is None:
@@ -37,7 +37,7 @@ def main(python: str, model: str | None = None, kb: str | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        # As on the Hub: no checkout and no other packages in sight, only the variables of the Space.
+        # As on the Hub: without the checkout and other packages, and with the Space's variables only.
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(root),
@@ -49,7 +49,7 @@ def main(python: str, model: str | None = None, kb: str | None = None) -> None:
         }
         where = [python, "-c", "import hf_mel; print(hf_mel.__file__)"]
         place = subprocess.run(where, env=environment, cwd=folder, capture_output=True, text=True, check=True).stdout
-        assert "site-packages" in place, f"hf_mel comes from {place}: that environment is not one of its own"
+        assert "site-packages" in place, f"hf_mel comes from {place}, not from the environment under test"
         server = subprocess.Popen([python, "app.py"], env=environment, cwd=folder)
         try:
             ask(f"http://127.0.0.1:{port}", server)
@@ -60,7 +60,7 @@ def main(python: str, model: str | None = None, kb: str | None = None) -> None:
 
 
 def ask(url: str, server: subprocess.Popen) -> None:
-    """One request to each endpoint, once the app is up."""
+    """Sends one request to every endpoint once the app is up."""
     for _ in range(360):
         assert server.poll() is None, "the app ended"
         try:

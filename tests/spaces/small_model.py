@@ -1,4 +1,4 @@
-"""An untrained MIMIC with all three units and a knowledge base of flags: quick to make, and looks like the real ones."""
+"""An untrained MIMIC with all three units and a knowledge base of flags: a quick stand-in for published ones."""
 
 from __future__ import annotations
 

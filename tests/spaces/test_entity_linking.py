@@ -1,4 +1,4 @@
-"""The demo Space without a browser: what it links, what it refuses, what it shows, and its API."""
+"""The demo Space without a browser: linking, refusals, HTML, and the API."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEXT = "Georgia won again, and Jordan lost."
 
 @pytest.fixture(scope="module")
 def space():
-    """The Space's modules, found as the Hub finds them."""
+    """The Space's modules, imported as on the Hub."""
     sys.path.insert(0, str(SPACE))
     try:
         import app
@@ -97,11 +97,11 @@ def test_threshold_and_units(service):
         ({"mentions": [" "]}, "empty"),
         ({"mentions": [(5, 900)]}, "holds no mention"),
         ({"mentions": ["Georgia"] * 9}, "At most 8"),
-        ({"top_k": 0}, "Between 1 and 20"),
-        ({"top_k": 500}, "Between 1 and 20"),
+        ({"top_k": 0}, "between 1 and 20"),
+        ({"top_k": 500}, "between 1 and 20"),
         ({"nil_threshold": float("nan")}, "must be a number"),
-        ({"model": "<b>other"}, "no model"),
-        ({"kb": "../../etc"}, "no knowledge base"),
+        ({"model": "<b>other"}, "does not exist"),
+        ({"kb": "../../etc"}, "does not exist"),
     ],
 )
 def test_what_cannot_be_linked_is_refused_in_words(space, service, asked, words):
@@ -126,7 +126,7 @@ def test_what_cannot_be_linked_is_refused_in_words(space, service, asked, words)
     ],
 )
 def test_mentions_are_those_selected_or_typed(space, mentions, spans, found):
-    assert space.service.mentions_of("Georgia met Georgia in\nJordan", mentions, spans) == found
+    assert space.service.parse_mentions("Georgia met Georgia in\nJordan", mentions, spans) == found
 
 
 def test_scores_that_are_no_numbers_end_in_words_and_the_app_goes_on(space, service, monkeypatch):
@@ -162,7 +162,7 @@ def test_a_reranker_ranks_the_mentions_of_a_caption_together(space, folders, tmp
     alone = linker(rows[:1], top_k=5)[0]
     assert [c.reranker_score for c in alone.candidates] != [c.reranker_score for c in found[0].candidates]
     assert (
-        "reranker puts it ahead"
+        "reranker ranks it ahead"
         in Tags(space.render.results([{"result": r, "images": [None] * 5} for r in found], 0)).text
     )
 
@@ -181,9 +181,9 @@ def test_a_knowledge_base_is_offered_with_the_model_that_built_it(space, folders
         "Mine", entities_csv(tmp_path / "x.csv", [["1", "Jo", "", ""]]), None, model="toy", session=session
     )
     assert [two.fitting_kbs(name, session) for name in ("small", "toy")] == [["flags"], ["toys", label]]
-    with pytest.raises(space.service.Refused, match="goes with the model that built it"):
+    with pytest.raises(space.service.Refused, match="works only with the model that built it"):
         link(two, kb="toys")
-    with pytest.raises(space.service.Refused, match="built none"):
+    with pytest.raises(space.service.Refused, match="No knowledge base here works"):
         link(two, kb=None)
 
 
@@ -258,13 +258,13 @@ def test_it_is_one_visitors_alone_and_goes_with_the_session(space, service, sess
     label, _ = service.build_kb("Secret", table, None, model="small", session=session)
     other = space.service.Session()
     for stranger in (other, None):
-        with pytest.raises(space.service.Refused, match="no knowledge base"):
+        with pytest.raises(space.service.Refused, match="does not exist"):
             link(service, kb=label, session=stranger)
     folder = session.folder
     assert folder.exists()
     session.close()
     assert not folder.exists()
-    with pytest.raises(space.service.Refused, match="no knowledge base"):
+    with pytest.raises(space.service.Refused, match="does not exist"):
         link(service, kb=label, session=session)
 
 
@@ -359,7 +359,7 @@ EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
 
 
 class Tags(HTMLParser):
-    """Which tags and attributes a browser would see."""
+    """Tags, attributes and text that a browser would see."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -405,16 +405,16 @@ def test_nothing_from_outside_becomes_markup(space):
     seen = Tags(html)
     assert "script" not in seen.tags
     assert not [name for name in seen.attributes if name.startswith("on")]
-    assert seen.text.count("<script>alert(1)</script>") >= 8  # it is there to be read
+    assert seen.text.count("<script>alert(1)</script>") >= 8  # visible as text
 
 
 def test_a_card_says_what_decided(space):
     seen = Tags(space.render.results([{"result": result(), "images": [None, None]}], 0.1))
-    assert "Ahead of Bo mostly because of the image. On its own, the text favours Bo." in seen.text
+    assert "Ahead of Bo mostly because of the image. Alone, the text would favour Bo." in seen.text
     assert "Text 1.000, Image 3.000" in seen.text
     html = space.render.results([{"result": result(), "images": [None, None]}], 0.1)
-    assert html.count("https://www.wikidata.org/wiki/") == 1  # kb-1 is no id of Wikidata
-    # Bars start at the weakest candidate of each unit: Ada has 2.5 of vision, Bo 0.5 of text, in halves of 1.25.
+    assert html.count("https://www.wikidata.org/wiki/") == 1  # kb-1 is not a Wikidata id
+    # Bars show the lead over the weakest candidate of every unit: Ada has 2.5 for vision, Bo 0.5 for text.
     assert [part.split("%")[0] for part in html.split("width:")[1:]] == ["100.0", "20.0"]
 
 
@@ -422,9 +422,7 @@ def test_nil_is_said_plainly(space):
     html = space.render.results(
         [{"result": result(is_nil=True, entity_id="NIL", nil_threshold=5.0), "images": [None, None]}], 0.1
     )
-    assert (
-        "NIL: nobody in this knowledge base. The best score, 2.000, is below the threshold 5.000." in Tags(html).text
-    )
+    assert "NIL: not in this knowledge base. The best score, 2.000, is below the threshold 5.000." in Tags(html).text
 
 
 # The app
@@ -520,7 +518,7 @@ def uploaded(url: str, path: Path) -> dict:
 
 
 def private_call(demo, url: str, name: str, data: list, visitor: str) -> str:
-    """Calls a function of the page as a browser does, and gives what the server said."""
+    """Calls a handler of the page like a browser and returns the server's answer."""
     number = next(key for key, fn in demo.fns.items() if getattr(fn.fn, "__name__", "") == name)
     body = {"data": data, "fn_index": number, "session_hash": visitor}
     assert requests.post(f"{url}gradio_api/queue/join", json=body, timeout=30).ok
@@ -535,24 +533,24 @@ def test_what_a_visitor_brought_is_deleted_and_no_other_visitor_can_use_it(space
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     try:
         table = uploaded(url, entities_csv(tmp_path / "mine.csv", [["1", "Jo", "", ""]]))
-        said = private_call(demo, url, "own_kb", ["Mine", table, None, "small", None], "first")
+        said = private_call(demo, url, "build_own_kb", ["Mine", table, None, "small", None], "first")
         assert "is ready, with 1 entities" in said
         assert len(list(tmp_path.glob("mel-space-*"))) == 1
         question = ["Jo won", "Jo", "", None, "small", "Mine (yours)", 5, None, None]
-        assert ">Jo<" in private_call(demo, url, "answer_of", question, "first").replace("</strong>", "<")
-        assert "not in the list of choices" in private_call(demo, url, "answer_of", question, "second")
+        assert ">Jo<" in private_call(demo, url, "answer", question, "first").replace("</strong>", "<")
+        assert "not in the list of choices" in private_call(demo, url, "answer", question, "second")
         for _ in range(100):
             if not list(tmp_path.glob("mel-space-*")):
                 break
             time.sleep(0.2)
         assert not list(tmp_path.glob("mel-space-*"))
-        assert "deleted after an hour" in private_call(demo, url, "answer_of", question, "first")
+        assert "deleted after an hour" in private_call(demo, url, "answer", question, "first")
     finally:
         demo.close()
 
 
 def test_the_app_itself_opens_uploads_only(space, tmp_path, monkeypatch):
-    """Gradio refuses other paths before; should a release of it not, we still do."""
+    """Gradio refuses other paths already; the app does not rely on that."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     (tmp_path / "uploads").mkdir()
     for name in ("secret.csv", "uploads/mine.csv"):
@@ -560,9 +558,9 @@ def test_the_app_itself_opens_uploads_only(space, tmp_path, monkeypatch):
     (tmp_path / "uploads" / "link.csv").symlink_to(tmp_path / "secret.csv")
     for name in ("secret.csv", "uploads/../secret.csv", "uploads/link.csv", "uploads", "uploads/none.csv"):
         with pytest.raises(space.service.Refused, match="a path alone is not read"):
-            space.app._uploaded({"path": str(tmp_path / name)})
-    assert space.app._uploaded({"path": str(tmp_path / "uploads/mine.csv")}) == str(tmp_path / "uploads/mine.csv")
-    assert space.app._uploaded(None) is None
+            space.app.uploaded_path({"path": str(tmp_path / name)})
+    assert space.app.uploaded_path({"path": str(tmp_path / "uploads/mine.csv")}) == str(tmp_path / "uploads/mine.csv")
+    assert space.app.uploaded_path(None) is None
 
 
 @pytest.mark.parametrize(
@@ -572,13 +570,13 @@ def test_the_app_itself_opens_uploads_only(space, tmp_path, monkeypatch):
 def test_an_upload_that_is_no_photo_is_refused_in_words(demo, url, tmp_path, name, words):
     (tmp_path / name).write_text("<svg><script>alert(1)</script></svg>")
     if name == "bomb.png":
-        Image.new("1", (16_000, 10_000)).save(tmp_path / name)  # 160 million pixels: Pillow itself lets them through
+        Image.new("1", (16_000, 10_000)).save(tmp_path / name)  # 160 million pixels, which Pillow accepts
     file = uploaded(url, tmp_path / name)
     question = [TEXT, "Georgia", "", file, "small", "flags", 5, None, None]
-    assert words in private_call(demo, url, "answer_of", question, name)
+    assert words in private_call(demo, url, "answer", question, name)
     served = requests.get(f"{url}gradio_api/file={file['path']}", timeout=30)
     assert served.headers["Content-Type"].startswith("image/png") or (
-        "attachment" in served.headers["Content-Disposition"]  # never shown as a page of ours
+        "attachment" in served.headers["Content-Disposition"]  # never displayed as a page of the app
     )
 
 
@@ -588,7 +586,7 @@ def test_more_requests_than_can_wait_are_told_so(space, service, tmp_path, monke
     released, answers = threading.Event(), []
     slow = space.service.Service(service.models, service.kbs)
     link_now = slow.link
-    demo = space.app.build(slow)  # the first example is linked here, before anybody waits
+    demo = space.app.build(slow)  # links the first example before `link` is slowed down
     slow.link = lambda *args, **options: (released.wait(30), link_now(*args, **options))[1]
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     try:

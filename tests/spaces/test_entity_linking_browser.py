@@ -1,6 +1,6 @@
-"""The demo Space in a real browser: what a visitor does, sees, and gets wrong. Needs Chromium on the machine.
+"""The demo Space in a real browser: a visitor's actions, results and mistakes. Needs Chromium on the machine.
 
-Screenshots go to the folder of `MEL_SCREENSHOTS`, if it is set.
+If `MEL_SCREENSHOTS` names a folder, screenshots are saved there.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, url):
-    """Opens the app in a window of its own; an error of a script or a request to elsewhere fails the test."""
+    """Opens the app in a new window. Script errors and requests to other hosts fail the test."""
     contexts, errors = [], []
 
     def open_page(width=1280, height=900, **options):
@@ -120,7 +120,7 @@ def mention_box(page):
 
 
 def mark(page, start: int, end: int) -> None:
-    """Selects characters of the caption by the keyboard."""
+    """Selects characters of the caption with the keyboard."""
     box = page.locator("#caption textarea")
     box.press("Control+Home")
     for _ in range(start):
@@ -131,7 +131,7 @@ def mark(page, start: int, end: int) -> None:
 
 def test_words_selected_with_the_keyboard_are_the_mention(page):
     ask(page, "A day in Jordan with friends")
-    mark(page, 8, 16)  # with the spaces around it
+    mark(page, 8, 16)  # includes the spaces around the word
     expect(mention_box(page)).to_have_value("Jordan")
     press(page, "Link")
     expect(page.locator("#answer .mel-decision")).to_contain_text("Jordan →")
@@ -149,15 +149,15 @@ def test_what_a_visitor_does_last_wins(page):
     mark(page, 0, 7)
     expect(mention_box(page)).to_have_value("Georgia")
     mention_box(page).fill("Jordan")  # typed after the selection
-    page.locator("#caption textarea").focus()  # coming back selects nothing anew
+    page.locator("#caption textarea").focus()  # restores the old selection, which must be ignored
     page.wait_for_timeout(300)
     assert mention_box(page).input_value() == "Jordan"
-    mark(page, 0, 7)  # the same words once more, on purpose
+    mark(page, 0, 7)  # the same words, selected again
     expect(mention_box(page)).to_have_value("Georgia")
 
 
 def test_the_second_of_two_equal_words_can_be_meant(page):
-    """Selecting says which one: by its place, counted in characters also behind those that JavaScript counts twice."""
+    """The selection counts code points, also after a character that JavaScript counts twice."""
     ask(page, "😀 Georgia met Georgia")
     mark(page, 14, 21)
     expect(mention_box(page)).to_have_value("Georgia")
@@ -205,7 +205,7 @@ def test_the_kinds_of_evidence_and_two_models_side_by_side(page):
     press(page, "Compare the models")
     expect(page.locator("#models .mel-column")).to_have_count(2)
     first, second = page.locator("#models .mel-column ol").all_inner_texts()
-    assert first == second  # it is the same model twice
+    assert first == second  # both names are the same model
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_it_fits_a_phone_and_can_be_read_in_either_scheme(open_page, scheme):
     assert not page.evaluate(PALE)
 
 
-# Texts whose contrast is below 4.5, by the formula of WCAG 2.
+# Texts with a contrast below 4.5 (WCAG 2).
 PALE = """() => {
     const parts = c => c.startsWith('rgb') ? c.match(/[0-9.]+/g).map(Number) : null;
     const luminance = c => c.slice(0, 3).map(v => v / 255)

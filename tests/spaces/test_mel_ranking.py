@@ -1,4 +1,4 @@
-"""The metric against a plain count of positions, and as the `evaluate` module that users load."""
+"""The metric, compared with a plain count of positions, and as a module loaded by `evaluate`."""
 
 import re
 from itertools import pairwise, permutations
@@ -58,7 +58,7 @@ def test_a_constant_scorer_does_not_score(size):
 @given(st.lists(st.integers(-2, 2), min_size=1, max_size=5), st.data())
 def test_realistic_rank_is_the_mean_over_all_orders_of_the_ties(scores, data):
     gold = data.draw(st.integers(0, len(scores) - 1))
-    # Every order in which a sort may leave these scores, and where the gold stands in each.
+    # The position of the gold in every order that sorts these scores.
     positions = [
         order.index(gold) + 1
         for order in permutations(range(len(scores)))
@@ -82,10 +82,10 @@ def test_scores_within_the_tolerance_tie():
 
 
 def test_nil_values_counted_by_hand():
-    #          right  wrong  called NIL | NIL found  NIL linked
+    #          correct  wrong  predicted NIL | correct NIL  linked NIL
     gold_nil = [False, False, False, True, True]
     said_nil = [False, False, True, True, False]
-    correct = [True, False, True, True, True]  # the last three must not matter
+    correct = [True, False, True, True, True]  # the last three are ignored
     results = nil_metrics(gold_nil, said_nil, correct)
     assert results["accuracy"] == 2 / 5
     assert results["in_kb_accuracy"] == results["micro_recall"] == 1 / 3
@@ -118,7 +118,7 @@ def test_nothing_to_average_is_nan():
         (lambda: ranking_metrics([0]), "Row 0: best rank 0"),
         (lambda: ranking_metrics([1, 5], [1, 4]), "Row 1"),
         (lambda: ranking_metrics([1, None], [1, 4]), "Row 1"),
-        (lambda: ranking_metrics([1, 2], [1]), "one length"),
+        (lambda: ranking_metrics([1, 2], [1]), "same length"),
         (lambda: ranking_metrics([1], ties="random"), "realistic, optimistic, pessimistic"),
         (lambda: ranking_metrics([1], ks=[0]), "at least 1"),
         (lambda: ranking_metrics([7], kb_size=6), "Rank 7 is beyond the 6"),
@@ -126,7 +126,7 @@ def test_nothing_to_average_is_nan():
         (lambda: ranks_from_ids([["a", "b"]], ["a"], [[1.0]]), "2 ids but 1 scores"),
         (lambda: ranks_from_ids([["a", "b"]], ["a"], [[1.0, 2.0]]), "increase"),
         (lambda: ranks_from_ids([["a"]], ["a"], [[float("nan")]]), "finite"),
-        (lambda: nil_metrics([True], [True], []), "one length"),
+        (lambda: nil_metrics([True], [True], []), "same length"),
     ],
 )
 def test_wrong_input_is_named(call, message):
