@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test bench test-browser test-space test-datasets3 lint format types check golden clean
+.PHONY: help setup demo test docs bench test-browser test-space test-datasets3 lint format types check golden clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ test-browser: setup  ## the Space in a real browser; screenshots in artifacts/sp
 	{ apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 || \
 	echo "There is no Chromium, and it could not be installed (apt-get install chromium): these tests are skipped."
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MEL_SCREENSHOTS=artifacts/space $(BIN)/python -m pytest -q -m browser tests/spaces
+
+docs: setup  ## build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 ALONE := .venv-space
 test-space: setup  ## the Space's folder alone, in an environment of its own: takes minutes
@@ -68,4 +71,4 @@ golden: setup  ## compare with golden values of the published network: make gold
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.modeling.check_golden $(GOLDEN)
 
 clean:  ## remove the environment and caches, not your data or runs
-	rm -rf $(VENV) $(OLD) $(ALONE) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(OLD) $(ALONE) .mypy_cache .ruff_cache .pytest_cache .hypothesis build site *.egg-info

@@ -18,6 +18,7 @@ import hf_mel.cli
 import hf_mel.errors
 from hf_mel.building.builders import known_datasets
 from hf_mel.training.recipe import Recipe, shipped_recipes
+from tests.test_structure import FLOORS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -142,6 +143,12 @@ def test_the_reference_names_modules_and_classes_that_exist():
             assert source.is_file(), f"{path}: {name}"
             defined = {getattr(node, "name", None) for node in ast.parse(source.read_text(encoding="utf-8")).body}
             assert member in defined, f"{path}: {name}"
+
+
+def test_contributing_has_the_floors_of_the_structure_test():
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", TEXTS["CONTRIBUTING.md"], re.MULTILINE)
+    listed = {int(number): set(re.findall(r"`(\w+)`", modules)) for number, modules in rows}
+    assert listed == {number: set(floor) for number, floor in enumerate(FLOORS, 1)}
 
 
 def test_yaml_and_json_blocks_parse():
