@@ -1,14 +1,15 @@
-"""Your own data: mentions, entities and, if there are any, posts, in JSONL, JSON, CSV or TSV files beside their images.
+"""A user's own data: mentions, entities and optionally posts, in JSONL, JSON, CSV or TSV files beside their images.
 
-- `mentions`: a file, or a folder of one file per split (`train.jsonl`, `dev.csv`, …). Columns as in
-  [`~hf_mel.schema.mention_features`]: `text`, `mention` and `entity_id` are needed; `mention_id` (or `id`),
-  `context_id`, `start`, `end`, `mention_type`, `topic`, `image`, `candidates` and `split` are not. A row without
-  `entity_id` must say so: an empty cell, null, or "NIL" in any spelling.
-- `entities`: a file or a folder of files with the columns of [`~hf_mel.data.loading.read_entity_file`].
+- `mentions`: a file, or a folder with one file per split (`train.jsonl`, `dev.csv`, …). Columns are those of
+  [`~hf_mel.schema.mention_features`]. `text`, `mention` and `entity_id` are required; `mention_id` (or `id`),
+  `context_id`, `start`, `end`, `mention_type`, `topic`, `image`, `candidates` and `split` are optional. A mention without
+  gold has an empty cell, null, or "NIL" in any spelling as its `entity_id`.
+- `entities`: a file, or a folder of files, with the columns of [`~hf_mel.row_files.entity_row`].
 - `posts`: the same with `post_id` (or `id`), `entity_id`, `text`, `image`.
 
-The split of a mention is its cell `split`; without such a column, the name of its file; else, with the option
-`split=hash`, its context decides ([`hashed_split`]). A context that has no `context_id` is a text with an image.
+The split of a mention is its cell `split`. Without that column it is the name of the file, and with the option
+`split=hash` it follows from the context ([`hashed_split`]). Rows without `context_id` share a context if they have the
+same text and image.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-
-from hf_mel.dataset_scripts.release import NIL_SPELLINGS, Findings, locate, read_image
+from hf_mel.dataset_scripts.builder import ReleaseBuilder, ReleaseConfig, mention_row
+from hf_mel.dataset_scripts.image_files import read_image
+from hf_mel.dataset_scripts.release import NIL_SPELLINGS
+from hf_mel.dataset_scripts.spans import locate
 from hf_mel.errors import DataFormatError, DuplicateIdError, KnowledgeBaseError, SpanError, UnknownEntityError
 from hf_mel.row_files import (
     ENTITY_COLUMNS,
@@ -35,11 +37,11 @@ from hf_mel.row_files import (
     text_cell,
     texts_cell,
 )
-from hf_mel.schema import NIL, NO_SPAN, entity_features, mention_features, post_features
+from hf_mel.schema import NIL, NO_SPAN, mention_features, post_features
 
 _MENTION_COLUMNS = {name: name for name in (*mention_features(), "split")} | {"id": "mention_id"}
 _POST_COLUMNS = {name: name for name in post_features()} | {"id": "post_id"}
-#: What a split may be called → its name in the data set.
+#: Name that a split may have in the user's files → its name in the data set.
 _SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
@@ -51,177 +53,185 @@ _SPLIT_NAMES = {
 
 
 def hashed_split(context_id: str) -> str:
-    """The split of a context: SHA-256 of its id modulo 10 is 0 for validation, 1 for test, else it is train's."""
+    """Returns the split of a context: SHA-256 of its id modulo 10 is 0 for validation, 1 for test, else train."""
     return {0: "validation", 1: "test"}.get(int(hashlib.sha256(context_id.encode()).hexdigest(), 16) % 10, "train")
 
 
 @dataclass
-class JsonlConfig(datasets.BuilderConfig):
-    """Where the rows lie.
+class JsonlConfig(ReleaseConfig):
+    """Files and folders of the rows.
 
     Args:
         mentions (`str`): File of the mentions, or a folder of files named after their splits.
-        entities (`str`): File of the entities, or a folder of such files.
-        posts (`str`, *optional*): File of the posts, or a folder of such files.
-        images (`str`, *optional*): The folder where the image paths of mentions and posts start; by default that of
-            their file.
+        entities (`str`): File of the entities, or a folder of entity files.
+        posts (`str`, *optional*): File of the posts, or a folder of post files.
+        images (`str`, *optional*): Folder to which the image paths of mentions and posts are relative. Defaults to the
+            folder of their file.
         entity_images (`str`, *optional*): The same for entities.
-        split (`str`, *optional*): "hash" deals the contexts out to train, validation and test, 80 : 10 : 10.
+        split (`str`, *optional*): "hash" assigns contexts to train, validation and test by their ids, 80 : 10 : 10.
     """
 
     mentions: str | None = None
     entities: str | None = None
     posts: str | None = None
-    images: str | None = None
-    entity_images: str | None = None
     split: str | None = None
 
 
-class Jsonl(datasets.GeneratorBasedBuilder):
-    """Builds the configurations `mentions`, `entities` (kb) and `posts` (kb) from a user's own files."""
+class Jsonl(ReleaseBuilder):
+    """Builder of a user's own data."""
 
     NAME = "jsonl"
     TITLE = "Own data"
+    TASK = "your own mentions and entities, from JSONL, JSON, CSV or TSV files"
     LICENSE = "unknown"
     LANGUAGES = ()
     HOMEPAGE = "https://huggingface.co/docs/hub/datasets-adding"
+    DOWNLOAD = "nothing: --mentions FILE --entities FILE, rows as in hf_mel.schema"
+    REDISTRIBUTION = ""
     CITATION = """\
 @misc{own,
   note = {Write here how this data is to be cited.}
 }"""
-    TASK = "your own mentions and entities, from JSONL, JSON, CSV or TSV files"
-    DOWNLOAD = "nothing: --mentions FILE --entities FILE, rows as in hf_mel.schema"
-    REDISTRIBUTION = ""
     NEEDS_RAW = False
     OFFICIAL_COUNTS: dict[str, dict[str, int]] = {"mentions": {}, "entities": {}, "posts": {}}
 
-    VERSION = datasets.Version("1.0.0")
+    CONFIGS = {
+        "mentions": "One row per mention.",
+        "entities": "The knowledge base.",
+        "posts": "Texts about the entities.",
+    }
     BUILDER_CONFIG_CLASS = JsonlConfig
-    BUILDER_CONFIGS = [
-        JsonlConfig(name="mentions", version=VERSION, description="One row per mention."),
-        JsonlConfig(name="entities", version=VERSION, description="The knowledge base."),
-        JsonlConfig(name="posts", version=VERSION, description="Texts about the entities."),
-    ]
-    DEFAULT_CONFIG_NAME = "mentions"
 
     @classmethod
     def configs_in(cls, data_dir: Any, options: Mapping[str, Any]) -> list[str]:
-        """The configurations there are files for."""
-        return [c.name for c in cls.BUILDER_CONFIGS if c.name != "posts" or options.get("posts") is not None]
+        """Returns the configurations that the user gave files for."""
+        return [config for config in cls.CONFIGS if config != "posts" or options.get("posts") is not None]
 
-    def _info(self) -> datasets.DatasetInfo:
-        features = {"mentions": mention_features, "entities": entity_features, "posts": post_features}
-        return datasets.DatasetInfo(features=features[self.config.name](), homepage=self.HOMEPAGE)
+    def splits(self) -> list[str]:
+        """Reads the mentions and returns their splits."""
+        self.rows_by_split = self._read_mentions()
+        return list(self.rows_by_split)
 
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        self.release = Findings()
-        if self.config.name == "entities":
-            splits: dict[str, list[dict[str, Any]]] = {"kb": list(self._entities())}
-        elif self.config.name == "posts":
-            splits = {"kb": list(self._posts())}
-        else:
-            splits = self._mentions()
-        return [datasets.SplitGenerator(name=name, gen_kwargs={"rows": rows}) for name, rows in splits.items()]
+    def mentions(self, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the mentions of a split."""
+        for row in self.rows_by_split[split]:
+            yield {**row, "image": _read_cell(row["image"])}
 
-    def _generate_examples(self, rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-        for row in rows:
-            row = dict(row)
-            for column in ("image", "images"):
-                if isinstance(row.get(column), Path):
-                    row[column] = _stored(row[column])
-                elif isinstance(row.get(column), list):
-                    row[column] = [_stored(path) for path in row[column]]
-            yield row.get("mention_id") or row.get("post_id") or row["entity_id"], row
+    def entities(self) -> Iterator[dict[str, Any]]:
+        """Yields the knowledge base."""
+        for row in list(self._read_entities()):
+            yield {**row, "images": [_read_cell(path) for path in row["images"]]}
 
-    def _entities(self) -> Iterator[dict[str, Any]]:
-        folder = _folder(self.config.entity_images)
-        seen: dict[str, str] = {}
+    def posts(self) -> Iterator[dict[str, Any]]:
+        """Yields the posts."""
+        for row in list(self._read_posts()):
+            yield {**row, "image": _read_cell(row["image"])}
+
+    def _read_entities(self) -> Iterator[dict[str, Any]]:
+        """Yields the rows of the entities, with paths for images."""
+        folder = _image_folder(self.config.entity_images)
+        first_rows: dict[str, str] = {}
         for path in self._files("entities"):
-            for line, record in self._rows(path, ENTITY_COLUMNS):
+            for line, record in self._read_rows(path, ENTITY_COLUMNS):
                 row = entity_row(path, line, record, folder)
                 if row["entity_id"].strip().casefold() in NIL_SPELLINGS:
                     raise DataFormatError(
-                        f"the id {row['entity_id']!r} stands for no entity.",
+                        f"The id {row['entity_id']!r} is a spelling of {NIL} and cannot name an entity.",
                         file=path,
                         row=line,
-                        remedy="Choose another.",
+                        remedy="Choose another id.",
                     )
-                _once(seen, row["entity_id"], path, line)
+                _check_unique(first_rows, row["entity_id"], path, line)
                 yield row
-        if not seen:
+        if not first_rows:
             raise KnowledgeBaseError(
-                "holds no entities.", file=self.config.entities, remedy="A knowledge base needs at least one."
+                "The file holds no entities.", file=self.config.entities, remedy="Write at least one."
             )
 
-    def _mentions(self) -> dict[str, list[dict[str, Any]]]:
+    def _read_mentions(self) -> dict[str, list[dict[str, Any]]]:
+        """Returns the rows of the mentions by split, with paths for images."""
         if self.config.split not in (None, "hash"):
-            raise DataFormatError(f"the option split={self.config.split!r} is not 'hash'.", file=self.config.mentions)
-        known = {row["entity_id"] for row in self._entities()}
-        folder = _folder(self.config.images)
+            raise DataFormatError(
+                f"The option split={self.config.split!r} is not 'hash'.",
+                file=self.config.mentions,
+                remedy="Give split=hash, or leave the option out.",
+            )
+        entity_ids = {row["entity_id"] for row in self._read_entities()}
+        folder = _image_folder(self.config.images)
         rows: list[tuple[Path, int, dict[str, Any]]] = []
         for path in self._files("mentions"):
-            records = list(self._rows(path, _MENTION_COLUMNS))
-            column = any("split" in record for _, record in records)
+            records = list(self._read_rows(path, _MENTION_COLUMNS))
+            has_split_column = any("split" in record for _, record in records)
             for line, record in records:
                 row = self._mention(path, line, record, folder)
-                row["split"] = self._split(path, line, record, column, row["context_id"])
-                _check_gold(path, line, row["entity_id"], known)
+                row["split"] = self._split(path, line, record, has_split_column, row["context_id"])
+                _check_gold(path, line, row["entity_id"], entity_ids)
                 rows.append((path, line, row))
         if not rows:
-            raise DataFormatError("holds no mentions.", file=self.config.mentions, remedy="Check the file.")
-        _name_and_place(rows)
-        splits = dict.fromkeys([*dict.fromkeys(_SPLIT_NAMES.values()), *sorted({row["split"] for _, _, row in rows})])
-        dealt = {split: [row for _, _, row in rows if row["split"] == split] for split in splits}
+            raise DataFormatError(
+                "The file holds no mentions.", file=self.config.mentions, remedy="Write at least one."
+            )
+        _complete_contexts(rows)
+        rows_by_split: dict[str, list[dict[str, Any]]] = {split: [] for split in _SPLIT_NAMES.values()}
+        rows_by_split |= {split: [] for split in sorted({row["split"] for _, _, row in rows} - rows_by_split.keys())}
         for _, _, row in rows:
-            del row["split"]
-        return {split: part for split, part in dealt.items() if part}
+            rows_by_split[row.pop("split")].append(row)
+        return {split: members for split, members in rows_by_split.items() if members}
 
     def _mention(self, path: Path, line: int, record: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
-        """One row; `mention_id` may be empty, and `start` is `None` where the file leaves the span open."""
+        """Returns one row. `mention_id` may be empty, and `start` is `None` if the file has no span."""
         text = text_cell(path, line, record, "text", True)
         mention = text_cell(path, line, record, "mention", True)
         if "entity_id" not in record:
             raise DataFormatError(
-                "has no 'entity_id'.", file=path, row=line, remedy=f"Write the gold's id, or {NIL!r} if there is none."
+                "The row has no 'entity_id'.",
+                file=path,
+                row=line,
+                remedy=f"Write the gold's id, or {NIL!r} if there is none.",
             )
         gold = id_cell(path, line, record, "entity_id")
         image = text_cell(path, line, record, "image")
-        context = id_cell(path, line, record, "context_id")
-        start, end = (_offset(path, line, record, column) for column in ("start", "end"))
+        context_id = id_cell(path, line, record, "context_id")
+        start, end = (_offset_cell(path, line, record, column) for column in ("start", "end"))
         if (start is None) != (end is None):
-            raise SpanError("has one of 'start' and 'end'.", file=path, row=line, remedy="Give both, or neither.")
+            raise SpanError(
+                "The row has only one of 'start' and 'end'.", file=path, row=line, remedy="Give both, or neither."
+            )
         if start is not None and end is not None and (start, end) != (NO_SPAN, NO_SPAN):
-            found = text[start:end] if 0 <= start <= end else ""
-            if found != mention:
-                [(at, to)] = locate(text, [mention])
-                stands = f"It stands at {at}:{to}." if at >= 0 else "It does not stand in the text."
+            at_span = text[start:end] if 0 <= start <= end else ""
+            if at_span != mention:
+                [(first, last)] = locate(text, [mention])
+                position = f"The mention is at {first}:{last}." if first >= 0 else "The mention is not in the text."
                 raise SpanError(
-                    f"{found[:80]!r} stands at {start}:{end}, not the mention {mention!r}.",
+                    f"The text at {start}:{end} is {at_span[:80]!r}, not the mention {mention!r}.",
                     file=path,
                     row=line,
-                    remedy=f"{stands} Offsets count characters from 0, end exclusive; leave both out to have it found.",
+                    remedy=f"{position} Offsets count characters from 0, end exclusive; leave both out to search for it.",
                 )
-        return {
-            "mention_id": id_cell(path, line, record, "mention_id"),
-            "context_id": context or "c" + hashlib.sha256(f"{text}\0{image}".encode()).hexdigest()[:16],
-            "text": text,
-            "mention": mention,
-            "start": start,
-            "end": end,
-            "mention_type": text_cell(path, line, record, "mention_type"),
-            "topic": text_cell(path, line, record, "topic"),
-            "image": image_file(path, line, image, folder) if image else None,
-            "entity_id": NIL if gold.strip().casefold() in NIL_SPELLINGS else gold,
-            "candidates": texts_cell(path, line, record, "candidates"),
-        }
+        return mention_row(
+            mention_id=id_cell(path, line, record, "mention_id"),
+            context_id=context_id or "c" + hashlib.sha256(f"{text}\0{image}".encode()).hexdigest()[:16],
+            text=text,
+            mention=mention,
+            start=start,
+            end=end,
+            mention_type=text_cell(path, line, record, "mention_type"),
+            topic=text_cell(path, line, record, "topic"),
+            image=image_file(path, line, image, folder) if image else None,
+            entity_id=NIL if gold.strip().casefold() in NIL_SPELLINGS else gold,
+            candidates=texts_cell(path, line, record, "candidates"),
+        )
 
-    def _split(self, path: Path, line: int, record: Mapping[str, Any], column: bool, context_id: str) -> str:
-        if column:
+    def _split(self, path: Path, line: int, record: Mapping[str, Any], has_split_column: bool, context_id: str) -> str:
+        if has_split_column:
             name = text_cell(path, line, record, "split", True).strip()
             split = _SPLIT_NAMES.get(name.casefold(), name)
             if not re.fullmatch(r"[A-Za-z]\w*", split, re.ASCII) or split == "all":
                 raise DataFormatError(
-                    f"{name!r} cannot be a split.", file=path, row=line, remedy="Letters, digits and _ make its name."
+                    f"{name!r} cannot be the name of a split.",
+                    file=path,
+                    row=line,
+                    remedy="Use letters, digits and _, and another name than 'all'.",
                 )
             return split
         if path.stem.casefold() in _SPLIT_NAMES:
@@ -229,19 +239,20 @@ class Jsonl(datasets.GeneratorBasedBuilder):
         if self.config.split == "hash":
             return hashed_split(context_id)
         raise DataFormatError(
-            "does not say which split its rows belong to.",
+            "The file does not say which split its rows belong to.",
             file=path,
-            remedy="Add a column 'split', name one file per split (train.jsonl, validation.jsonl, test.jsonl) and give"
-            " their folder, or deal the contexts out 80 : 10 : 10 with --option split=hash.",
+            remedy="Add a column 'split', or name one file per split (train.jsonl, validation.jsonl, test.jsonl) and give"
+            " their folder, or assign contexts to splits 80 : 10 : 10 with --option split=hash.",
         )
 
-    def _posts(self) -> Iterator[dict[str, Any]]:
-        known = {row["entity_id"] for row in self._entities()}
-        folder = _folder(self.config.images)
-        seen: dict[str, str] = {}
+    def _read_posts(self) -> Iterator[dict[str, Any]]:
+        """Yields the rows of the posts, with paths for images."""
+        entity_ids = {row["entity_id"] for row in self._read_entities()}
+        folder = _image_folder(self.config.images)
+        first_rows: dict[str, str] = {}
         number = 0
         for path in self._files("posts"):
-            for line, record in self._rows(path, _POST_COLUMNS):
+            for line, record in self._read_rows(path, _POST_COLUMNS):
                 image = text_cell(path, line, record, "image")
                 row: dict[str, Any] = {
                     "post_id": id_cell(path, line, record, "post_id") or f"post-{number}",
@@ -249,17 +260,17 @@ class Jsonl(datasets.GeneratorBasedBuilder):
                     "text": text_cell(path, line, record, "text", True),
                     "image": image_file(path, line, image, folder) if image else None,
                 }
-                _check_gold(path, line, row["entity_id"], known)
-                _once(seen, row["post_id"], path, line)
+                _check_gold(path, line, row["entity_id"], entity_ids)
+                _check_unique(first_rows, row["post_id"], path, line)
                 number += 1
                 yield row
 
     def _files(self, option: str) -> list[Path]:
-        """The files of an option, which may be a folder of them."""
+        """Returns the file of an option, or the files of its folder."""
         given = getattr(self.config, option)
         if given is None:
             raise DataFormatError(
-                f"no {option} were given.", file=f"--{option}", remedy=f"Pass a file or a folder: --{option} FILE."
+                f"No {option} were given.", file=f"--{option}", remedy=f"Pass a file or a folder: --{option} FILE."
             )
         path = Path(given)
         if not path.is_dir():
@@ -269,58 +280,79 @@ class Jsonl(datasets.GeneratorBasedBuilder):
             files = [file for file in files if file.stem.casefold() in _SPLIT_NAMES]
             files.sort(key=lambda file: list(_SPLIT_NAMES).index(file.stem.casefold()))
         else:
-            others = {*_SPLIT_NAMES, *({"entities", "posts"} - {option})}
-            files = [file for file in files if file.stem.casefold() not in others]
+            other_names = {*_SPLIT_NAMES, *({"entities", "posts"} - {option})}
+            files = [file for file in files if file.stem.casefold() not in other_names]
         if not files:
             names = "train, validation or test" if option == "mentions" else option
             raise DataFormatError(
-                f"holds no file of {option}.", file=path, remedy=f"Call it {names}{' or '.join(ROW_SUFFIXES)}."
+                f"The folder holds no file of {option}.",
+                file=path,
+                remedy=f"Name it {names}, ending in {' or '.join(ROW_SUFFIXES)}.",
             )
         return files
 
-    def _rows(self, path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _read_rows(self, path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields the rows of a file, then logs its digest."""
         yield from read_rows(path, columns)
         name = path.name if path.name not in self.release.sha256 else f"{path.parent.name}/{path.name}"
         self.release.sha256[name] = hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _folder(given: str | os.PathLike[str] | None) -> Path | None:
+def _image_folder(given: str | os.PathLike[str] | None) -> Path | None:
     if given is not None and not Path(given).is_dir():
-        raise DataFormatError("is not a folder.", file=given, remedy="Give the folder that holds the images.")
+        raise DataFormatError(
+            "This path is not a folder.", file=given, remedy="Give the folder that holds the images."
+        )
     return None if given is None else Path(given)
 
 
-def _stored(path: Path) -> dict[str, Any] | None:
-    return read_image(path.parent, path.name)
+def _read_cell(path: Path | None) -> dict[str, Any] | None:
+    return None if path is None else read_image(path.parent, path.name)
 
 
-def _offset(path: Path, line: int, record: Mapping[str, Any], column: str) -> int | None:
+def _offset_cell(path: Path, line: int, record: Mapping[str, Any], column: str) -> int | None:
     text = id_cell(path, line, record, column)
     if not text:
         return None
     if not re.fullmatch("-?[0-9]{1,9}", text):
-        raise SpanError(f"{column!r} is {text[:40]!r}, expected a whole number.", file=path, row=line)
+        raise SpanError(
+            f"The cell {column!r} is {text[:40]!r}, expected a whole number.",
+            file=path,
+            row=line,
+            remedy="Give the offset in characters.",
+        )
     return int(text)
 
 
-def _once(seen: dict[str, str], row_id: str, path: Path, line: int) -> None:
-    if row_id in seen:
-        raise DuplicateIdError(f"the id {row_id!r} is that of {seen[row_id]} too.", file=path, row=line)
-    seen[row_id] = f"{path.name}, row {line}"
+def _check_unique(first_rows: dict[str, str], row_id: str, path: Path, line: int) -> None:
+    """Raises an error if an earlier row has the same id; `first_rows` are their positions by id."""
+    if row_id in first_rows:
+        raise DuplicateIdError(
+            f"The id {row_id!r} is also that of {first_rows[row_id]}.",
+            file=path,
+            row=line,
+            remedy="Give every row an id of its own.",
+        )
+    first_rows[row_id] = f"{path.name}, row {line}"
 
 
-def _check_gold(path: Path, line: int, gold: str, known: set[str]) -> None:
-    if gold != NIL and gold not in known:
+def _check_gold(path: Path, line: int, gold: str, entity_ids: set[str]) -> None:
+    if gold != NIL and gold not in entity_ids:
         raise UnknownEntityError(
-            f"the gold {gold!r} is not among the entities.",
+            f"The gold {gold!r} is not among the entities.",
             file=path,
             row=line,
             remedy=f"Add it to the entities, or write {NIL!r}.",
         )
 
 
-def _name_and_place(rows: list[tuple[Path, int, dict[str, Any]]]) -> None:
-    """Fills in mention ids ("<context>-<number>") and spans; rows of one context must agree on text and image."""
+def _complete_contexts(rows: list[tuple[Path, int, dict[str, Any]]]) -> None:
+    """Fills in missing mention ids (`<context>-<number>`) and spans, in place.
+
+    Raises:
+        DataFormatError: The rows of one context differ in text or image.
+        DuplicateIdError: Two mentions have the same id.
+    """
     contexts: dict[str, list[tuple[Path, int, dict[str, Any]]]] = {}
     for path, line, row in rows:
         contexts.setdefault(row["context_id"], []).append((path, line, row))
@@ -329,22 +361,22 @@ def _name_and_place(rows: list[tuple[Path, int, dict[str, Any]]]) -> None:
         for path, line, row in members:
             if (row["text"], row["image"]) != (first["text"], first["image"]):
                 raise DataFormatError(
-                    f"is of the context {context_id!r}, but its text or image is not that of {first_path.name}, row"
+                    f"The row has the context {context_id!r}, but another text or image than {first_path.name}, row"
                     f" {first_line}.",
                     file=path,
                     row=line,
-                    remedy="The mentions of one context share both.",
+                    remedy="Give the mentions of one context the same text and image.",
                 )
         taken = [(row["start"], row["end"]) for _, _, row in members if row["start"] not in (None, NO_SPAN)]
-        open_rows = [row for _, _, row in members if row["start"] is None]
-        spans = locate(first["text"], [row["mention"] for row in open_rows], taken)
-        for row, (start, end) in zip(open_rows, spans, strict=True):
+        without_span = [row for _, _, row in members if row["start"] is None]
+        spans = locate(first["text"], [row["mention"] for row in without_span], taken)
+        for row, (start, end) in zip(without_span, spans, strict=True):
             row["start"], row["end"] = start, end
         for k, (_, _, row) in enumerate(members):
             row["mention_id"] = row["mention_id"] or (context_id if len(members) == 1 else f"{context_id}-{k}")
-    seen: dict[str, str] = {}
+    first_rows: dict[str, str] = {}
     for path, line, row in rows:
-        _once(seen, row["mention_id"], path, line)
+        _check_unique(first_rows, row["mention_id"], path, line)
 
 
 BUILDER_CLASS = Jsonl

@@ -1,21 +1,21 @@
 """NYTimes-MEL: people in captions of the New York Times, several to a caption, linked to Wikidata.
 
-The release was not at hand when this was written; what is expected is the form that the authors' code (MMEL) reads and
-writes, and it is verified. Other names of keys need a mapping file (see `mapping.py`), not code. Three layouts are
-read, the first whose files are there:
+The release was not available when this was written. The builder expects the form that the authors' code (MMEL) reads and
+writes, and checks it. Keys with other names need a mapping file ([`~hf_mel.dataset_scripts.mapping`]), not code. It reads
+the first of these layouts whose files are present:
 
-- `nel_12n`: `nel_12n.json`, an object of samples with `sentence`, `imgPath` and the parallel lists `mentions`,
-  `entities`, `answer`.
-- `nel_121`: `nel_121.json`, the same one mention at a time, as texts; the mentions of one caption have the keys `k-0`,
-  `k-1`, …
-- `dataset`: `dataset.json`, as the first without `answer`, and `ne2qid.json` (entity name → QID).
+- `nel_12n`: `nel_12n.json`, an object of samples with `sentence`, `imgPath` and the lists `mentions`, `entities`,
+  `answer`, which have the same length.
+- `nel_121`: `nel_121.json`, the same with one mention a sample, as strings. The mentions of one caption have the keys
+  `k-0`, `k-1`, …
+- `dataset`: `dataset.json`, as the first without `answer`, and `ne2qid.json` (QID by name of the entity).
 
-In the first step of the authors' construction the sentence still holds the entities' full names, later each is
-replaced by its mention. Both are read: a name is replaced by its mention where the mention does not stand in the
-sentence outside the names. The answer "missing" (a name without QID) becomes NIL.
+In the first step of the authors' construction a sentence has the full names of the entities; later each name is replaced
+by its mention. The builder reads both: it replaces a name if its mention does not occur in the sentence outside the
+names. The answer "missing" (a name without QID) becomes NIL.
 
-The splits were not released as far as is known: `splits.json` (an object of lists of keys under `train`, `dev` and
-`test`) is taken if it is there, else a caption's split follows from its text (`split_of_context`).
+The splits were not released, as far as we know. The builder takes `splits.json` (an object of lists of keys under
+`train`, `dev` and `test`) if it exists; otherwise the split of a caption follows from its text (`split_of_context`).
 """
 
 from __future__ import annotations
@@ -23,55 +23,34 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import datasets
-
+from hf_mel.dataset_scripts.builder import ReleaseBuilder
+from hf_mel.dataset_scripts.image_files import read_image
 from hf_mel.dataset_scripts.mapping import (
     ID,
     LIST,
     TEXT,
     Keys,
+    MappedConfig,
     Sample,
-    entity_images,
-    keyed_records,
-    listed,
-    named_entities,
-    split_by_id,
+    as_texts,
+    entity_image_reader,
+    entity_names,
+    read_keyed_records,
+    read_splits,
     split_of_context,
 )
-from hf_mel.dataset_scripts.release import Release, read_image
+from hf_mel.dataset_scripts.release import ReleaseLog
 from hf_mel.errors import DataFormatError
-from hf_mel.schema import NIL, entity_features, mention_features
+from hf_mel.schema import NIL
 
-_LAYOUTS = {
-    "nel_12n": ["nel_12n.json"],
-    "nel_121": ["nel_121.json"],
-    "dataset": ["dataset.json", "ne2qid.json"],
-}
+_QIDS = "ne2qid.json"
 _KEYS = ("sentence", "imgPath", "mentions", "entities", "answer")
-_SPLITS = ("train", "validation", "test")
 
 
-@dataclass
-class NYTimesMelConfig(datasets.BuilderConfig):
-    """Where the raw files lie.
-
-    Args:
-        data_dir (`str`): Folder of the raw JSON files.
-        images (`str`, *optional*): Folder of the captions' images; by default looked for beside the JSON files.
-        entity_images (`str`, *optional*): Folder of the entity images, `<QID>.jpg`; the same.
-        mapping (`str`, *optional*): A mapping file, where the release's keys have other names.
-    """
-
-    images: str | None = None
-    entity_images: str | None = None
-    mapping: str | None = None
-
-
-class NYTimesMel(datasets.GeneratorBasedBuilder):
-    """Builds the configurations `mentions` (train, validation, test) and `entities` (kb) of NYTimes-MEL."""
+class NYTimesMel(ReleaseBuilder):
+    """Builder of NYTimes-MEL. Its knowledge base is the people of `ne2qid.json` and all golds."""
 
     NAME = "nytimes_mel"
     TITLE = "NYTimes-MEL"
@@ -92,55 +71,48 @@ class NYTimesMel(datasets.GeneratorBasedBuilder):
   year = {2023}
 }"""
     NEEDS_RAW = True
-    #: Table 1 of the paper counts captions by split, and 14,689 mentions in all, but none by split.
+    #: Unknown: Table 1 of the paper counts captions by split, but mentions (14,689) only in all.
     OFFICIAL_COUNTS: dict[str, dict[str, int]] = {}
 
-    VERSION = datasets.Version("1.0.0")
-    BUILDER_CONFIG_CLASS = NYTimesMelConfig
-    BUILDER_CONFIGS = [
-        NYTimesMelConfig(name="mentions", version=VERSION, description="Mentions with their caption, image and gold."),
-        NYTimesMelConfig(name="entities", version=VERSION, description="The people of ne2qid.json and all golds."),
-    ]
-    DEFAULT_CONFIG_NAME = "mentions"
+    LAYOUTS = {
+        "nel_12n": ["nel_12n.json"],
+        "nel_121": ["nel_121.json"],
+        "dataset": ["dataset.json", _QIDS],
+    }
+    BUILDER_CONFIG_CLASS = MappedConfig
 
-    def _info(self) -> datasets.DatasetInfo:
-        features = entity_features() if self.config.name == "entities" else mention_features()
-        return datasets.DatasetInfo(features=features, homepage=self.HOMEPAGE, citation=self.CITATION)
-
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        self.release = Release(self.config.data_dir, _LAYOUTS)
+    def open_release(self) -> ReleaseLog:
+        """Reads the mapping file, too."""
+        release = super().open_release()
         self.keys = Keys(_KEYS, self.config.mapping)
-        self.file = _LAYOUTS[self.release.layout][0]
-        splits = ["kb"] if self.config.name == "entities" else list(_SPLITS)
-        return [datasets.SplitGenerator(name=split, gen_kwargs={"split": split}) for split in splits]
+        self.file = self.LAYOUTS[str(release.layout)][0]
+        return release
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        if split == "kb":
-            for row in self._entities():
-                yield row["entity_id"], row
-            return
+    def mentions(self, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the mentions of a split."""
         release = self.release
-        folder = release.folder(self.config.images, "images", "imgs", "mention_images")
-        where = split_by_id(release) if (release.root / "splits.json").is_file() else None
-        seen: set[str] = set()
+        folder = release.find_folder(self.config.images, "images", "imgs", "mention_images")
+        split_of = read_splits(release) if release.find_file("splits.json") else None
+        all_keys: set[str] = set()
         for sample in self._samples():
-            # splits.json may name a caption, or each of its mentions.
+            # splits.json may list a caption, or each of its mentions.
             keys = (sample.context_id, *sample.mention_ids)
-            seen.update(keys)
-            own = (
+            all_keys.update(keys)
+            sample_split = (
                 split_of_context(sample.text)
-                if where is None
-                else next((where[key] for key in keys if key in where), None)
+                if split_of is None
+                else next((split_of[key] for key in keys if key in split_of), None)
             )
-            if own is None and split == "train":  # once, not in every split
+            if sample_split is None and split == "train":  # logged once, not for every split
                 release.problem("caption_without_split", self.file, sample.row)
-            if own != split:
+            if sample_split != split:
                 continue
-            if split_of_names := [key for key in sample.mention_ids if where and where.get(key, own) != own]:
+            if elsewhere := [key for key in sample.mention_ids if split_of and split_of.get(key, split) != split]:
                 raise DataFormatError(
-                    f"puts the mentions of one caption into two splits ({', '.join(split_of_names)}).",
+                    f"The mentions of one caption are in two splits ({', '.join(elsewhere)}).",
                     file=release.root / "splits.json",
                     row=sample.context_id,
+                    remedy="Put all of them into one split.",
                 )
             image = read_image(folder, sample.image) if sample.image else None
             if image is None:
@@ -148,47 +120,72 @@ class NYTimesMel(datasets.GeneratorBasedBuilder):
             for mention_id, answer in zip(sample.mention_ids, sample.golds, strict=True):
                 if answer == NIL:
                     release.problem("name_without_qid", self.file, sample.row, mention_id)
-            for row in sample.rows(release, self.file, image):
-                yield row["mention_id"], row
-        for key, own in (where or {}).items():
-            if own == split and key not in seen:
-                release.problem("split_id_without_caption", "splits.json", key, own)
+            yield from sample.rows(release, self.file, image)
+        for key, listed_split in (split_of or {}).items():
+            if listed_split == split and key not in all_keys:
+                release.problem("split_id_without_caption", "splits.json", key, listed_split)
+
+    def entities(self) -> Iterator[dict[str, Any]]:
+        """Yields the knowledge base."""
+        release = self.release
+        folder = release.find_folder(self.config.entity_images, "entity_imgs", "entity_images")
+        read_entity_images = entity_image_reader(release, folder, "entities")
+        names: dict[str, list[str]] = {}
+        if release.find_file(_QIDS):
+            for name, qid in self._read_qids().items():
+                if qid == NIL:
+                    release.problem("name_without_qid", _QIDS, name)
+                else:
+                    names.setdefault(qid, []).append(name)
+        for qid, titles in entity_names(self._samples()).items():
+            listed = names.setdefault(qid, [])
+            listed += [title for title in titles if title not in listed]
+        attributes = release.read_texts("qid2abs.json") if release.find_file("qid2abs.json") else {}
+        for qid, titles in names.items():
+            yield {
+                "entity_id": qid,
+                "name": titles[0] if titles else qid,
+                "description": "",
+                "attributes": attributes.get(qid, ""),
+                "aliases": titles[1:],
+                "images": read_entity_images(qid),
+            }
 
     def _samples(self) -> Iterator[Sample]:
         release = self.release
-        records = keyed_records(release, self.file)
+        records = read_keyed_records(release, self.file)
         if release.layout == "nel_121":
-            yield from self._joined(records)
+            yield from self._joined_samples(records)
             return
-        qids = self._qids() if release.layout == "dataset" else None
+        qids = self._read_qids() if release.layout == "dataset" else None
         for row, value in records:
             required = {"sentence": TEXT, "imgPath": TEXT, "mentions": LIST, "entities": LIST}
             if qids is None:
                 required["answer"] = LIST
             values = self.keys.read(release, self.file, row, value, required)
-            mentions = listed(release, self.file, row, values["mentions"], "mentions")
-            names = listed(release, self.file, row, values["entities"], "entities")
+            mentions = as_texts(release, self.file, row, values["mentions"], "mentions")
+            names = as_texts(release, self.file, row, values["entities"], "entities")
             answers = values["answer"] if qids is None else [qids.get(name) for name in names]
             yield self._sample(row, values, mentions, names, answers, [])
 
-    def _joined(self, records: list[tuple[str, Any]]) -> Iterator[Sample]:
-        """The mentions `k-0`, `k-1`, … of one caption as one sample, where they have the same sentence and image."""
+    def _joined_samples(self, records: list[tuple[str, Any]]) -> Iterator[Sample]:
+        """Yields the mentions `k-0`, `k-1`, … of a caption as one sample if they have the same sentence and image."""
         keys = {"sentence": TEXT, "imgPath": TEXT, "mentions": TEXT, "entities": TEXT, "answer": (*ID, type(None))}
-        read = {row: self.keys.read(self.release, self.file, row, value, keys) for row, value in records}
+        values_of = {row: self.keys.read(self.release, self.file, row, value, keys) for row, value in records}
         groups: dict[tuple[str, str, str], list[str]] = {}
-        for row, values in read.items():
+        for row, values in values_of.items():
             stem = re.sub(r"-\d+\Z", "", row)
-            context = stem if f"{stem}-0" in read else row
+            context = stem if f"{stem}-0" in values_of else row
             groups.setdefault((context, values["sentence"], values["imgPath"]), []).append(row)
-        shared = Counter(context for context, _, _ in groups)
+        groups_of_context = Counter(context for context, _, _ in groups)
         for (context, _, _), rows in groups.items():
-            of_rows = [read[row] for row in rows]
+            members = [values_of[row] for row in rows]
             yield self._sample(
-                context if shared[context] == 1 else rows[0],
-                of_rows[0],
-                [values["mentions"] for values in of_rows],
-                [values["entities"] for values in of_rows],
-                [values["answer"] for values in of_rows],
+                context if groups_of_context[context] == 1 else rows[0],
+                members[0],
+                [values["mentions"] for values in members],
+                [values["entities"] for values in members],
+                [values["answer"] for values in members],
                 rows,
             )
 
@@ -203,7 +200,8 @@ class NYTimesMel(datasets.GeneratorBasedBuilder):
     ) -> Sample:
         if not len(mentions) == len(names) == len(answers):
             raise DataFormatError(
-                f"has {len(mentions)} mentions, {len(names)} entities and {len(answers)} answers; they must be as many.",
+                f"The sample has {len(mentions)} mentions, {len(names)} entities and {len(answers)} answers, expected the"
+                " same number of each.",
                 file=self.release.root / self.file,
                 row=row,
             )
@@ -218,56 +216,30 @@ class NYTimesMel(datasets.GeneratorBasedBuilder):
             image=values["imgPath"],
         )
 
-    def _qids(self) -> dict[str, str]:
-        qids = self.release.read_json("ne2qid.json", dict)
-        return {name: self._gold("ne2qid.json", name, qid) for name, qid in qids.items()}
+    def _read_qids(self) -> dict[str, str]:
+        return {name: self._gold(_QIDS, name, qid) for name, qid in self.release.read_json(_QIDS, dict).items()}
 
     def _gold(self, file: str, row: str, answer: Any) -> str:
         return NIL if answer == "missing" else self.release.gold(file, row, answer)
 
-    def _entities(self) -> Iterator[dict[str, Any]]:
-        release = self.release
-        folder = release.folder(self.config.entity_images, "entity_imgs", "entity_images")
-        images = entity_images(release, folder, "entities")
-        names: dict[str, list[str]] = {}
-        if (release.root / "ne2qid.json").is_file():
-            for name, qid in self._qids().items():
-                if qid == NIL:
-                    release.problem("name_without_qid", "ne2qid.json", name)
-                else:
-                    names.setdefault(qid, []).append(name)
-        for qid, known in named_entities(self._samples()).items():
-            others = names.setdefault(qid, [])
-            others += [name for name in known if name not in others]
-        attributes = release.texts("qid2abs.json") if (release.root / "qid2abs.json").is_file() else {}
-        for qid, known in names.items():
-            yield {
-                "entity_id": qid,
-                "name": known[0] if known else qid,
-                "description": "",
-                "attributes": attributes.get(qid, ""),
-                "aliases": known[1:],
-                "images": images(qid),
-            }
-
 
 def with_mentions(sentence: str, mentions: list[str], names: list[str]) -> str:
-    """The sentence with each entity's name replaced by its mention, where that was not done before.
+    """Returns the sentence with the names of entities replaced by their mentions.
 
-    A mention that stands in the sentence outside all names was put there before; its entity's name, should it stand
-    there too, is left alone. Longer names go first, and what was put in is not replaced again.
+    A mention that occurs in the sentence outside all names was inserted before; the name of its entity is then not
+    replaced. Longer names are replaced first, and inserted mentions are not replaced again.
     """
-    wanted = [name for name in dict.fromkeys(names) if name]
-    if not wanted:
+    unique_names = [name for name in dict.fromkeys(names) if name]
+    if not unique_names:
         return sentence
-    pattern = re.compile("|".join(map(re.escape, sorted(wanted, key=len, reverse=True))))
+    pattern = re.compile("|".join(map(re.escape, sorted(unique_names, key=len, reverse=True))))
     outside = pattern.split(sentence)
-    replace: dict[str, str] = {}
+    replacements: dict[str, str] = {}
     for mention, name in zip(mentions, names, strict=True):
-        there = any(mention in part for part in outside) or (name in mention and mention in sentence)
-        if mention and name and not there:
-            replace.setdefault(name, mention)
-    return pattern.sub(lambda found: replace.get(found[0], found[0]), sentence)
+        inserted = any(mention in part for part in outside) or (name in mention and mention in sentence)
+        if mention and name and not inserted:
+            replacements.setdefault(name, mention)
+    return pattern.sub(lambda match: replacements.get(match[0], match[0]), sentence)
 
 
 BUILDER_CLASS = NYTimesMel

@@ -1,20 +1,20 @@
 """Tweets-MEL (Twitter-MEL): ambiguous last names in tweets, linked to Twitter accounts.
 
-The release gives ids only (`mel_train_ids`, `mel_dev_ids`, `mel_test_ids`, `kb`), as Twitter's terms demand. The tweets
-are the user's own, fetched and written as the release's programs write them:
+The release has ids only (`mel_train_ids`, `mel_dev_ids`, `mel_test_ids`, `kb`), as Twitter's terms demand. Users fetch the
+tweets themselves, in the form that the programs of the release write:
 
-- `Train.txt`, `Dev.txt`, `Test.txt`: seven columns parted by tabs: tweetId, startPos, endPos, mention, @screenName,
-  text (in which the mention stands for the screen name), mediaURL (may be missing).
-- `mapSreenNameToMention.txt`: `@screenName|mention`, the accounts each mention may mean.
+- `Train.txt`, `Dev.txt`, `Test.txt`: seven columns separated by tabs: tweetId, startPos, endPos, mention, @screenName,
+  text (with the mention in place of the screen name), mediaURL (may be missing).
+- `mapSreenNameToMention.txt`: `@screenName|mention`, the accounts that a mention may mean.
 - `timelineKB.txt` (or `timeline_KB.txt`): @screenName, tweetId, text, imageURL.
 
-Not part of the release, but read if there: `profiles.tsv` (@screenName, name, description and, optionally, location,
-parted by tabs) or `profiles.jsonl` (objects with the keys screen_name, name, description, location); and the id lists of
-PFMEL (`Train_ids.txt`, `Train07_ids.txt`, `Train05_ids.txt`, `Dev_ids.txt`, `Test_ids.txt`), each training list a
-configuration of its own.
+The builder also reads files that are not part of the release, if they exist: `profiles.tsv` (@screenName, name,
+description and optionally location, separated by tabs) or `profiles.jsonl` (objects with the keys screen_name, name,
+description, location); and PFMEL's lists of ids (`Train_ids.txt`, `Train07_ids.txt`, `Train05_ids.txt`, `Dev_ids.txt`,
+`Test_ids.txt`), which give one configuration per training list.
 
-The id lists decide in which split a tweet is: the program that wrote `Train.txt`, `Dev.txt` and `Test.txt` drew them
-without a seed, so which of the three holds a row says nothing.
+The lists of ids decide the split of a tweet. `Train.txt`, `Dev.txt` and `Test.txt` do not, because the program that wrote
+them drew them without a seed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import os
 import re
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -33,18 +32,21 @@ from urllib.parse import parse_qs, urlsplit
 import datasets
 import numpy as np
 
-from hf_mel.dataset_scripts.release import Release, nearest, read_image
+from hf_mel.dataset_scripts.builder import ReleaseBuilder, mention_row
+from hf_mel.dataset_scripts.image_files import read_image
+from hf_mel.dataset_scripts.release import ReleaseLog
+from hf_mel.dataset_scripts.spans import nearest
 from hf_mel.errors import DataFormatError, DuplicateIdError
-from hf_mel.schema import entity_features, mention_features, post_features
 
-_LISTS = {"train": "mel_train_ids", "validation": "mel_dev_ids", "test": "mel_test_ids"}
+_ID_LISTS = {"train": "mel_train_ids", "validation": "mel_dev_ids", "test": "mel_test_ids"}
 _KB = "kb"
 _TWEETS = ("Train.txt", "Dev.txt", "Test.txt")
 _TIMELINES = ("timelineKB.txt", "timeline_KB.txt")
-_MENTIONS = "mapSreenNameToMention.txt"
+_MENTION_MAP = "mapSreenNameToMention.txt"
 _PROFILES = ("profiles.jsonl", "profiles.tsv")
+#: Configuration → name of PFMEL's training list.
 _PFMEL = {"pfmel": "Train", "pfmel_train07": "Train07", "pfmel_train05": "Train05"}
-#: Ids in each list: the release's README, and for PFMEL's lists their lengths.
+#: Number of ids in each list: from the README of the release, and counted in PFMEL's lists.
 _OFFICIAL_IDS = {
     "mel_train_ids": 35_976,
     "mel_dev_ids": 16_599,
@@ -56,36 +58,37 @@ _OFFICIAL_IDS = {
     "Dev_ids.txt": 10_542,
     "Test_ids.txt": 36_744,
 }
-#: Posts an entity row shows of its account, the latest first, as many as PFMEL reads.
+#: Number of latest posts in an entity row, which is the number that PFMEL reads.
 _RECENT_POSTS = 3
 
 
-def _pfmel_lists(config: str) -> dict[str, tuple[str, ...]]:
+def _pfmel_files(config: str) -> dict[str, tuple[str, ...]]:
+    """Returns the names that PFMEL's list of ids may have, by split."""
     names = {"train": _PFMEL[config], "validation": "Dev", "test": "Test"}
     return {split: (f"{name}_ids.txt", f"pfmel/{name}_ids.txt") for split, name in names.items()}
 
 
 def account_id(screen_name: str) -> str:
-    """The entity id of an account: "@" and its screen name in lower case, empty if it is none.
+    """Returns the entity id of an account, "@" and the screen name in lower case; empty if it is not a screen name.
 
-    Twitter takes no notice of case in screen names, and files hydrated at different times spell an account differently.
+    Twitter ignores case in screen names, and files that were fetched at different times spell an account differently.
     """
     name = screen_name.strip().removeprefix("@")
     return f"@{name.lower()}" if re.fullmatch(r"[A-Za-z0-9_]{1,50}", name) else ""
 
 
 def tweet_id(text: str) -> str:
-    """The digits of a tweet id, empty if it is none. Ids stay texts: they have more digits than a float holds."""
+    """Returns the digits of a tweet id, empty if it is not one. Ids stay strings: they have too many digits for a float."""
     digits = text.strip().strip("\"'")
     return digits if re.fullmatch(r"[0-9]{1,19}", digits) else ""
 
 
 def image_names(url: str, tweet: str) -> list[str]:
-    """File names the image of a tweet may have: the last part of its address, or the id of the tweet."""
-    try:  # no os.path: datasets replaces it in a builder's module by one for addresses, where "" is "."
+    """Returns file names that the image of a tweet may have: the last part of its URL, or the id of the tweet."""
+    try:  # not os.path: `datasets` replaces it in a builder's module by a version for URLs, in which "" becomes "."
         parts = urlsplit(url.strip())
         name, form = parts.path.rpartition("/")[2], parse_qs(parts.query).get("format", [""])[0]
-    except ValueError:  # an address with half a bracket
+    except ValueError:  # a URL with an unpaired bracket
         name, form = url.strip().rpartition("/")[2], ""
     names = [name] if name else []
     if names and form:
@@ -94,7 +97,7 @@ def image_names(url: str, tweet: str) -> list[str]:
 
 
 class _Tweet(NamedTuple):
-    """One row of the hydrated files."""
+    """One row of the fetched tweets."""
 
     file: str
     row: int
@@ -107,24 +110,8 @@ class _Tweet(NamedTuple):
     url: str
 
 
-@dataclass
-class TweetsMelConfig(datasets.BuilderConfig):
-    """Where the raw files lie.
-
-    Args:
-        data_dir (`str`): Folder of the id lists and of the files of your own tweets.
-        images (`str`, *optional*): Folder of the tweets' images, named as in their address or `<tweetId>.jpg`; by default
-            looked for beside the raw files.
-        entity_images (`str`, *optional*): Folder of the timelines' images, named alike, and of the accounts' profile
-            pictures, `<screenName>.jpg`; the same.
-    """
-
-    images: str | None = None
-    entity_images: str | None = None
-
-
-class TweetsMel(datasets.GeneratorBasedBuilder):
-    """Builds the configurations `mentions`, `entities`, `posts`, and PFMEL's choices of mentions."""
+class TweetsMel(ReleaseBuilder):
+    """Builder of Tweets-MEL, of the posts of its accounts, and of PFMEL's selections of mentions."""
 
     NAME = "tweets_mel"
     TITLE = "Tweets-MEL"
@@ -146,218 +133,203 @@ class TweetsMel(datasets.GeneratorBasedBuilder):
   pages = {4285--4292}
 }"""
     NEEDS_RAW = True
-    #: None: of the tweets listed, only some can still be fetched. The lengths of the id lists are checked instead.
+    #: Unknown, because only some of the listed tweets can still be fetched. The builder checks the lengths of the lists.
     OFFICIAL_COUNTS: dict[str, dict[str, int | None]] = {
-        "mentions": dict.fromkeys(_LISTS),
+        "mentions": dict.fromkeys(_ID_LISTS),
         "entities": {"kb": None},
         "posts": {"kb": None},
     }
 
-    VERSION = datasets.Version("1.0.0")
-    BUILDER_CONFIG_CLASS = TweetsMelConfig
-    BUILDER_CONFIGS = [
-        TweetsMelConfig(
-            name="mentions", version=VERSION, description="Tweets with a last name, its account and image."
-        ),
-        TweetsMelConfig(name="entities", version=VERSION, description="The accounts."),
-        TweetsMelConfig(name="posts", version=VERSION, description="The timelines of the accounts."),
-        TweetsMelConfig(name="pfmel", version=VERSION, description="PFMEL's mentions."),
-        TweetsMelConfig(name="pfmel_train07", version=VERSION, description="With its Train07."),
-        TweetsMelConfig(name="pfmel_train05", version=VERSION, description="With its Train05."),
-    ]
-    DEFAULT_CONFIG_NAME = "mentions"
+    LAYOUTS = {"ids": list(_ID_LISTS.values())}
+    CONFIGS = {
+        "mentions": "Tweets with a last name, its account and image.",
+        "entities": "The accounts.",
+        "posts": "The timelines of the accounts.",
+        "pfmel": "PFMEL's mentions.",
+        "pfmel_train07": "PFMEL's mentions with its training list Train07.",
+        "pfmel_train05": "PFMEL's mentions with its training list Train05.",
+    }
+    COLUMNS = {
+        "entities": {
+            "screen_name": datasets.Value("string"),
+            "location": datasets.Value("string"),
+            "recent_posts": [datasets.Value("string")],
+        }
+    }
 
     @classmethod
     def configs_in(cls, data_dir: str | os.PathLike[str], options: Mapping[str, Any]) -> list[str]:
-        """The configurations that the files in `data_dir` suffice for."""
+        """Returns the configurations whose files are in `data_dir`."""
         root = Path(data_dir)
         configs = ["mentions", "entities"]
         if any((root / name).is_file() for name in _TIMELINES):
             configs.append("posts")
         for config in _PFMEL:
-            if all(any((root / name).is_file() for name in names) for names in _pfmel_lists(config).values()):
+            if all(any((root / name).is_file() for name in names) for names in _pfmel_files(config).values()):
                 configs.append(config)
         return configs
 
-    def _info(self) -> datasets.DatasetInfo:
-        if self.config.name == "entities":
-            features = entity_features(
-                screen_name=datasets.Value("string"),
-                location=datasets.Value("string"),
-                recent_posts=[datasets.Value("string")],
-            )
-        else:
-            features = post_features() if self.config.name == "posts" else mention_features()
-        return datasets.DatasetInfo(features=features, homepage=self.HOMEPAGE, citation=self.CITATION)
-
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        self.release = release = Release(self.config.data_dir, {"ids": list(_LISTS.values())})
+    def open_release(self) -> ReleaseLog:
+        """Reads tweets, candidates and lists of ids, too. Only the configuration `mentions` logs their problems."""
+        self.release = super().open_release()
         self.tweets = self._read_tweets()
-        self.meant = self._read_mentions()
-        lists: Mapping[str, str] = _LISTS
-        ids = self._read_ids(lists)
+        self.candidates = self._read_candidates()
+        self.ids = self._read_ids(_ID_LISTS)
         if self.config.name == "mentions":
-            listed = {tweet for tweets in ids.values() for tweet in tweets}
+            listed = {tweet for tweets in self.ids.values() for tweet in tweets}
             for tweet, rows in self.tweets.items():
                 if tweet not in listed:
                     for row in rows:
-                        release.problem("row_of_unlisted_tweet", row.file, row.row, tweet)
-        else:  # what is wrong with these files is listed once, for the mentions
-            release.problems.clear()
-        if self.config.name in ("entities", "posts"):
-            return [datasets.SplitGenerator(name="kb", gen_kwargs={"split": "kb", "ids": []})]
+                        self.release.problem("row_of_unlisted_tweet", row.file, row.row, tweet)
+        else:
+            self.release.problems.clear()
+        return self.release
+
+    def splits(self) -> list[str]:
+        """Returns the splits with at least one tweet, after reading PFMEL's lists of ids if they are asked for."""
+        release, lists = self.release, _ID_LISTS
         if self.config.name in _PFMEL:
-            lists = self._pfmel_lists()
-            ids = self._read_ids(lists)
-        generators = []
-        for split, tweets in ids.items():
+            lists = self._find_pfmel_lists()
+            self.ids = self._read_ids(lists)
+        splits = []
+        for split, tweets in self.ids.items():
             for tweet in tweets:
                 if tweet not in self.tweets:
                     release.problem("tweet_gone", lists[split], tweet, split)
             if any(tweet in self.tweets for tweet in tweets):
-                generators.append(datasets.SplitGenerator(name=split, gen_kwargs={"split": split, "ids": tweets}))
+                splits.append(split)
             else:
                 release.problem("split_left_out", lists[split], "", f"{split}: none of its tweets is there")
-        if not generators:
+        if not splits:
             raise DataFormatError(
-                f"holds rows of none of the tweets in {', '.join(lists.values())}.",
+                f"The folder has rows of none of the tweets in {', '.join(lists.values())}.",
                 file=release.root,
-                remedy=f"The first column of {', '.join(_TWEETS)} must hold ids of these lists; without tweets of PFMEL's"
-                " lists, take those away.",
+                remedy=f"The first column of {', '.join(_TWEETS)} must hold ids of these lists. If you have no tweets of"
+                " PFMEL's lists, remove those lists.",
             )
-        return generators
+        return splits
 
-    def _generate_examples(self, split: str, ids: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        if self.config.name == "entities":
-            for row in self._entities():
-                yield row["entity_id"], row
-        elif self.config.name == "posts":
-            for row in self._posts():
-                yield row["post_id"], row
-        else:
-            for row in self._mentions(ids):
-                yield row["mention_id"], row
-
-    def _mentions(self, ids: list[str]) -> Iterator[dict[str, Any]]:
+    def mentions(self, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the mentions of a split."""
         release = self.release
-        folder = release.folder(self.config.images, "images", "media", "mention_images")
-        note = self.config.name == "mentions"
-        for tweet in ids:
+        folder = release.find_folder(self.config.images, "images", "media", "mention_images")
+        log_problems = self.config.name == "mentions"  # once, not again for PFMEL's selections
+        for tweet in self.ids[split]:
             rows = self.tweets.get(tweet, [])
             for k, row in enumerate(rows):
                 start, end = (
-                    int(place) if re.fullmatch(r"[0-9]{1,6}", place) else -1 for place in (row.start, row.end)
+                    int(offset) if re.fullmatch(r"[0-9]{1,6}", offset) else -1 for offset in (row.start, row.end)
                 )
                 if not 0 <= start < end or row.text[start:end] != row.mention:
                     start, end = nearest(row.text, row.mention, start)
-                    if start >= 0 and note:
+                    if start >= 0 and log_problems:
                         release.problem("span_repaired", row.file, row.row, f"{row.start}:{row.end} → {start}:{end}")
                 image = read_image(folder, *image_names(row.url, tweet))
-                if image is None and row.url and note:
+                if image is None and row.url and log_problems:
                     release.problem("missing_mention_image", row.file, row.row, row.url)
                 mention_id = tweet if len(rows) == 1 else f"{tweet}-{k}"
-                yield {
-                    "mention_id": mention_id,
-                    # The screen name of one mention is replaced in its own row only, so the rows may differ in text.
-                    "context_id": tweet if row.text == rows[0].text else mention_id,
-                    "text": row.text,
-                    "mention": row.mention,
-                    "start": start,
-                    "end": end,
-                    "mention_type": "",
-                    "topic": "",
-                    "image": image,
-                    "entity_id": account_id(row.screen_name),
-                    "candidates": self.meant.get(row.mention.lower(), []),
-                }
+                yield mention_row(
+                    mention_id=mention_id,
+                    # Each row replaces the screen name of its own mention only, so rows of a tweet may differ in text.
+                    context_id=tweet if row.text == rows[0].text else mention_id,
+                    text=row.text,
+                    mention=row.mention,
+                    start=start,
+                    end=end,
+                    image=image,
+                    entity_id=account_id(row.screen_name),
+                    candidates=self.candidates.get(row.mention.lower(), []),
+                )
 
-    def _entities(self) -> Iterator[dict[str, Any]]:
+    def entities(self) -> Iterator[dict[str, Any]]:
+        """Yields the accounts of the map, of the timelines, and of the listed tweets, in this order."""
         release = self.release
-        folder = release.folder(self.config.entity_images, "entity_images")
-        spelled: dict[str, str] = {}  # id → screen name as first met: in the map, the timelines, the tweets
-        names: dict[str, str] = {}
-        for screen_name, mention in self._map():
-            spelled.setdefault(account_id(screen_name), screen_name)
-            names.setdefault(account_id(screen_name), mention)
+        folder = release.find_folder(self.config.entity_images, "entity_images")
+        spellings: dict[str, str] = {}  # the first spelling of each account
+        last_names: dict[str, str] = {}
+        for screen_name, mention in self._read_map():
+            spellings.setdefault(account_id(screen_name), screen_name)
+            last_names.setdefault(account_id(screen_name), mention)
         recent: dict[str, list[tuple[int, str]]] = {}
-        if timeline := release.first(*_TIMELINES):
-            for _, screen_name, tweet, text, _ in self._timeline(timeline):
+        if timeline := release.find_file(*_TIMELINES):
+            for _, screen_name, tweet, text, _ in self._read_timeline(timeline):
                 account = account_id(screen_name)
-                spelled.setdefault(account, screen_name)
+                spellings.setdefault(account, screen_name)
                 latest = recent.setdefault(account, [])
                 (heapq.heappush if len(latest) < _RECENT_POSTS else heapq.heappushpop)(latest, (int(tweet), text))
-        release.problems.clear()  # those of the timelines are listed with the posts, of the map with the mentions
-        listed = set().union(*self._read_ids(_LISTS).values())
+        listed = set().union(*self._read_ids(_ID_LISTS).values())
         for config in _PFMEL:
-            for alternatives in _pfmel_lists(config).values():
-                if name := release.first(*alternatives):
+            for names in _pfmel_files(config).values():
+                if name := release.find_file(*names):
                     listed.update(*self._read_ids({"": name}).values())
+        # `mentions` logs the problems of the map and of the lists, `posts` those of the timelines.
         release.problems.clear()
         for tweet, rows in self.tweets.items():
             for tweet_row in rows if tweet in listed else ():
-                spelled.setdefault(account_id(tweet_row.screen_name), tweet_row.screen_name)
-                names.setdefault(account_id(tweet_row.screen_name), tweet_row.mention)
-        profiles = self._profiles(spelled)
-        for account, screen_name in spelled.items():
-            plain = screen_name.strip().removeprefix("@")
+                spellings.setdefault(account_id(tweet_row.screen_name), tweet_row.screen_name)
+                last_names.setdefault(account_id(tweet_row.screen_name), tweet_row.mention)
+        profiles = self._read_profiles(spellings)
+        for account, spelling in spellings.items():
+            screen_name = spelling.strip().removeprefix("@")
             name, description, location = profiles.get(account, ("", "", ""))
-            files = [f"{form}.{suffix}" for form in (plain, plain.lower()) for suffix in ("jpg", "png", "jpeg")]
-            image = read_image(folder, *files)
+            stems = (screen_name, screen_name.lower())
+            image = read_image(folder, *(f"{stem}.{suffix}" for stem in stems for suffix in ("jpg", "png", "jpeg")))
             yield {
                 "entity_id": account,
-                "name": name or names.get(account, plain),
+                "name": name or last_names.get(account, screen_name),
                 "description": description,
                 "attributes": f"Location: {location}" if location else "",
-                "aliases": [f"@{plain}"],
+                "aliases": [f"@{screen_name}"],
                 "images": [image] if image else [],
-                "screen_name": f"@{plain}",
+                "screen_name": f"@{screen_name}",
                 "location": location,
                 "recent_posts": [text for _, text in sorted(recent.get(account, ()), reverse=True)],
             }
 
-    def _posts(self) -> Iterator[dict[str, Any]]:
+    def posts(self) -> Iterator[dict[str, Any]]:
+        """Yields the posts of the timelines."""
         release = self.release
-        timeline = release.first(*_TIMELINES)
+        timeline = release.find_file(*_TIMELINES)
         if timeline is None:
             raise DataFormatError(
-                f"holds no {_TIMELINES[0]}.",
+                f"The folder has no {_TIMELINES[0]}.",
                 file=release.root,
                 remedy=f"Write one, with the columns @screenName, tweetId, text, imageURL ({self.HOMEPAGE}).",
             )
-        folder = release.folder(self.config.entity_images, "timeline_images", "entity_images", "images")
-        missing = 0
-        for _, screen_name, tweet, text, url in self._timeline(timeline):
+        folder = release.find_folder(self.config.entity_images, "timeline_images", "entity_images", "images")
+        num_missing = 0
+        for _, screen_name, tweet, text, url in self._read_timeline(timeline):
             image = read_image(folder, *image_names(url, tweet))
-            missing += image is None and bool(url)
+            num_missing += image is None and bool(url)
             yield {"post_id": tweet, "entity_id": account_id(screen_name), "text": text, "image": image}
-        if missing:  # up to millions: one line for all
-            release.problem("missing_post_image", timeline, "", f"{missing:,} images are not there")
+        if num_missing:  # up to millions: one entry for all
+            release.problem("missing_post_image", timeline, "", f"{num_missing:,} images are not there")
 
     def _read_tweets(self) -> dict[str, list[_Tweet]]:
-        """The hydrated rows by tweet id, in file order; a tweet may mention several accounts, each in a row."""
+        """Reads the fetched rows by tweet id, in file order. A tweet may mention several accounts, each in one row."""
         release = self.release
-        files = [name for name in _TWEETS if release.first(name)]
+        files = [name for name in _TWEETS if release.find_file(name)]
         if not files:
             raise DataFormatError(
-                "holds the ids of tweets, but no tweets: the release may give no more than the ids. Needed are, in UTF-8"
-                " and without header:\n"
+                "The folder holds the ids of tweets, but no tweets, because the release may contain ids only. The builder"
+                " needs, in UTF-8 and without header:\n"
                 f"  {', '.join(_TWEETS)} (one of them suffices): tweetId, startPos, endPos, mention, @screenName, text"
-                " with the mention in place of the screen name, mediaURL, parted by tabs\n"
+                " with the mention in place of the screen name, mediaURL, separated by tabs\n"
                 "and, if you have them:\n"
-                f"  {_MENTIONS}: @screenName|mention, the accounts a mention may mean (the candidates)\n"
-                f"  {_TIMELINES[0]}: @screenName, tweetId, text, imageURL, parted by tabs (the posts)\n"
-                f"  {_PROFILES[1]}: @screenName, name, description, location, parted by tabs (not from the release)\n",
+                f"  {_MENTION_MAP}: @screenName|mention, the accounts that a mention may mean (the candidates)\n"
+                f"  {_TIMELINES[0]}: @screenName, tweetId, text, imageURL, separated by tabs (the posts)\n"
+                f"  {_PROFILES[1]}: @screenName, name, description, location, separated by tabs (not from the release)\n",
                 file=release.root,
-                remedy="Fetch the tweets of the id lists with your own access to Twitter and write these files. The release"
-                f" describes them in its README, and corpus/README.md names its programs for it ({self.HOMEPAGE}).",
+                remedy="Fetch the tweets of the id lists with your own access to Twitter and write these files. The README"
+                f" of the release describes them, and its corpus/README.md names programs for it ({self.HOMEPAGE}).",
             )
         tweets: dict[str, list[_Tweet]] = {}
         for name in files:
-            for row, line in release.lines(name):
+            for row, line in release.read_lines(name):
                 if not line.strip():
                     continue
                 fields = line.split("\t")
-                if len(fields) == 6:  # the release's own program drops the last tab with the address
+                if len(fields) == 6:  # the program of the release drops the last tab together with the URL
                     fields.append("")
                 if len(fields) != 7:
                     release.problem("malformed_row", name, row, f"{len(fields)} columns instead of 7")
@@ -368,64 +340,67 @@ class TweetsMel(datasets.GeneratorBasedBuilder):
                     release.problem("malformed_row", name, row, f"{tweet!r}, {mention!r}, {screen_name!r}")
                     continue
                 tweet, url = tweet_id(tweet), "" if url.lower() == "none" else url
-                same = tweets.setdefault(tweet, [])
-                if any(account_id(other.screen_name) == account_id(screen_name) for other in same):
+                tweet_rows = tweets.setdefault(tweet, [])
+                if any(account_id(other.screen_name) == account_id(screen_name) for other in tweet_rows):
                     release.problem("repeated_row", name, row, tweet)
                     continue
-                same.append(_Tweet(name, row, tweet, start, end, mention, screen_name, text, url))
+                tweet_rows.append(_Tweet(name, row, tweet, start, end, mention, screen_name, text, url))
         return tweets
 
-    def _map(self) -> Iterator[tuple[str, str]]:
-        """Screen name and mention of each line of the map, if there is one."""
-        if self.release.first(_MENTIONS):
-            for row, line in self.release.lines(_MENTIONS):
+    def _read_map(self) -> Iterator[tuple[str, str]]:
+        """Yields screen name and mention of each line of the map, if it exists."""
+        if self.release.find_file(_MENTION_MAP):
+            for row, line in self.release.read_lines(_MENTION_MAP):
                 screen_name, separator, mention = line.partition("|")
                 if separator and mention.strip() and account_id(screen_name):
                     yield screen_name.strip(), mention.strip()
                 elif line.strip():
-                    self.release.problem("malformed_row", _MENTIONS, row, line[:80])
+                    self.release.problem("malformed_row", _MENTION_MAP, row, line[:80])
 
-    def _read_mentions(self) -> dict[str, list[str]]:
-        """Mention, in lower case → ids of the accounts it may mean."""
-        meant: dict[str, dict[str, None]] = {}
-        for screen_name, mention in self._map():
-            meant.setdefault(mention.lower(), {})[account_id(screen_name)] = None
-        return {mention: list(accounts) for mention, accounts in meant.items()}
+    def _read_candidates(self) -> dict[str, list[str]]:
+        """Reads the ids of the accounts that a mention may mean, by mention in lower case."""
+        candidates: dict[str, dict[str, None]] = {}
+        for screen_name, mention in self._read_map():
+            candidates.setdefault(mention.lower(), {})[account_id(screen_name)] = None
+        return {mention: list(accounts) for mention, accounts in candidates.items()}
 
-    def _pfmel_lists(self) -> dict[str, str]:
+    def _find_pfmel_lists(self) -> dict[str, str]:
         lists = {}
-        for split, names in _pfmel_lists(self.config.name).items():
-            found = self.release.first(*names)
-            if found is None:
+        for split, names in _pfmel_files(self.config.name).items():
+            file = self.release.find_file(*names)
+            if file is None:
                 raise DataFormatError(
-                    f"holds no {names[0]}, one of PFMEL's lists of ids.",
+                    f"The folder has no {names[0]}, which is one of PFMEL's lists of ids.",
                     file=self.release.root,
-                    remedy="They are in the folder data of https://github.com/numsi/mel_nsp.",
+                    remedy="Download it from the folder data of https://github.com/numsi/mel_nsp.",
                 )
-            lists[split] = found
+            lists[split] = file
         return lists
 
     def _read_ids(self, lists: Mapping[str, str]) -> dict[str, list[str]]:
-        """The ids of each split, in file order.
+        """Reads the ids of each split, in file order.
 
         Raises:
             DuplicateIdError: An id is in two splits.
         """
         release = self.release
-        where: dict[str, str] = {}
+        split_of: dict[str, str] = {}
         ids: dict[str, dict[str, None]] = {split: {} for split in lists}
         for split, name in lists.items():
             rows = 0
-            for row, line in release.lines(name):
+            for row, line in release.read_lines(name):
                 if not line.strip():
                     continue
                 rows += 1
                 tweet = tweet_id(line)
                 if not tweet:
                     release.problem("malformed_id", name, row, line[:80])
-                elif where.setdefault(tweet, split) != split:
+                elif split_of.setdefault(tweet, split) != split:
                     raise DuplicateIdError(
-                        f"the id {tweet} is in {lists[where[tweet]]} too.", file=release.root / name, row=row
+                        f"The id {tweet} is in {lists[split_of[tweet]]} too.",
+                        file=release.root / name,
+                        row=row,
+                        remedy="Remove it from one of the lists.",
                     )
                 elif tweet in ids[split]:
                     release.problem("repeated_id", name, row, tweet)
@@ -439,13 +414,13 @@ class TweetsMel(datasets.GeneratorBasedBuilder):
         if rows != official:
             self.release.problem("id_list_not_as_released", name, "", f"{rows:,} ids, the release has {official:,}")
 
-    def _timeline(self, name: str) -> Iterator[tuple[int, str, str, str, str]]:
-        """Row, screen name, tweet id, text and image address of each post, once; those not in the list `kb` left out."""
+    def _read_timeline(self, name: str) -> Iterator[tuple[int, str, str, str, str]]:
+        """Yields row, screen name, tweet id, text and image URL of each post that the list `kb` has, once."""
         release = self.release
-        listed = self._kb_ids()
-        there = np.zeros(0 if listed is None else len(listed), dtype=bool)
+        listed = self._read_kb_ids()
+        is_present = np.zeros(0 if listed is None else len(listed), dtype=bool)
         seen: set[int] = set()
-        for row, line in release.lines(name):
+        for row, line in release.read_lines(name):
             if not line.strip():
                 continue
             fields = line.split("\t")
@@ -460,27 +435,27 @@ class TweetsMel(datasets.GeneratorBasedBuilder):
                 repeated = number in seen
                 seen.add(number)
             else:
-                place = int(np.searchsorted(listed, np.uint64(number)))
-                if place == len(listed) or int(listed[place]) != number:
+                position = int(np.searchsorted(listed, np.uint64(number)))
+                if position == len(listed) or int(listed[position]) != number:
                     release.problem("row_of_unlisted_tweet", name, row, tweet)
                     continue
-                repeated = bool(there[place])
-                there[place] = True
+                repeated = bool(is_present[position])
+                is_present[position] = True
             if repeated:
                 release.problem("repeated_row", name, row, tweet)
             else:
                 yield row, fields[0].strip(), tweet, fields[2], fields[3].strip()
-        if gone := len(there) - int(there.sum()):  # up to millions: one line for all
-            release.problem("tweet_gone", _KB, "", f"{gone:,} of {len(there):,} posts")
+        if num_gone := len(is_present) - int(is_present.sum()):  # up to millions: one entry for all
+            release.problem("tweet_gone", _KB, "", f"{num_gone:,} of {len(is_present):,} posts")
 
-    def _kb_ids(self) -> np.ndarray | None:
-        """The ids of the release's list of posts, sorted; eight bytes each, for there are millions. `None` without it."""
+    def _read_kb_ids(self) -> np.ndarray | None:
+        """Reads the list of posts as sorted numbers, because it has millions of ids; `None` without the list."""
         release = self.release
-        if release.first(_KB) is None:
+        if release.find_file(_KB) is None:
             release.problem("missing_file", _KB, "", "posts are not checked against the release's list")
             return None
         numbers, rows = array("Q"), 0
-        for row, line in release.lines(_KB):
+        for row, line in release.read_lines(_KB):
             if line.strip():
                 rows += 1
                 if tweet := tweet_id(line):
@@ -490,15 +465,15 @@ class TweetsMel(datasets.GeneratorBasedBuilder):
         self._check_length(_KB, rows)
         return np.unique(np.frombuffer(numbers, dtype=np.uint64))
 
-    def _profiles(self, accounts: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
-        """Account → name, description and location, from the user's own file of profiles, if there is one."""
+    def _read_profiles(self, accounts: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
+        """Reads name, description and location of accounts from the user's file of profiles, if it exists."""
         release = self.release
-        name = release.first(*_PROFILES)
+        name = release.find_file(*_PROFILES)
         profiles: dict[str, tuple[str, str, str]] = {}
-        for row, line in release.lines(name) if name else ():
+        for row, line in release.read_lines(name) if name else ():
             if not line.strip():
                 continue
-            fields = _profile(line) if str(name).endswith(".jsonl") else line.split("\t")
+            fields = _parse_profile(line) if str(name).endswith(".jsonl") else line.split("\t")
             if fields is None or len(fields) > 4 or not account_id(fields[0]):
                 release.problem("malformed_row", str(name), row, line[:80])
             elif account_id(fields[0]) not in accounts:
@@ -509,12 +484,12 @@ class TweetsMel(datasets.GeneratorBasedBuilder):
         return profiles
 
 
-def _profile(line: str) -> list[str] | None:
-    """Screen name, name, description and location of a line of JSON; `None` if it is not of this form."""
+def _parse_profile(line: str) -> list[str] | None:
+    """Returns screen name, name, description and location of a line of JSON, or `None` if it is malformed."""
     try:
         value = json.loads(line)
         fields = [value.get(key) or "" for key in ("screen_name", "name", "description", "location")]
-        "".join(fields).encode()  # a text, and without half of a surrogate pair
+        "".join(fields).encode()  # fails for other types than strings and for unpaired surrogates
     except (ValueError, RecursionError, AttributeError, TypeError):
         return None
     return fields

@@ -1,16 +1,15 @@
 """WikiDiverse: captions of Wikinews images about many topics, linked to Wikipedia.
 
-Read in five layouts, chosen by the files in the raw folder:
+The builder reads five layouts and recognises them by their files:
 
 - `candidates`: the mentions with ten candidates each (`{train,valid,test}_w_10cands.json`), of version 2.
-- `v2`, `v1`: the captions with their mentions (`{train,valid,test}.json`); version 2 if every file has as many captions
-  as the release says, else taken for version 1, of which no counts are known.
-- `mimic`: the cleaned files of MIMIC's authors (`wiki_diverse_{train,dev,test}.json`, `qid2id.json`, `kb_entity.json`,
-  `mention_image/`, `kb_image/`), linked to Wikidata.
-- `kgmel`: KGMEL's regrouping of these by sentence (`data/dataset/WikiDiverse.json` and `mapping/`).
+- `v2`, `v1`: the captions with their mentions (`{train,valid,test}.json`). The release is version 2 if every file has the
+  number of captions that its README states; else it is taken for version 1, whose counts are unknown.
+- `mimic`: the cleaned files of MIMIC's authors ([`~hf_mel.dataset_scripts.layouts.mimic`]), linked to Wikidata.
+- `kgmel`: KGMEL's files ([`~hf_mel.dataset_scripts.layouts.kgmel`]), which group the mentions by sentence.
 
-Except in the last two, an entity is a page of Wikipedia and its id the page's title as [`entity_key`] spells it. Names,
-descriptions and image links come from two tables of 7.4 and 9.1 million rows, which are read line by line.
+Except in the last two, an entity is a page of Wikipedia, and its id is the title of the page as [`entity_key`] spells it.
+Names, descriptions and image links come from two tables of 7.4 and 9.1 million rows, which are read line by line.
 """
 
 from __future__ import annotations
@@ -29,34 +28,23 @@ from urllib.parse import quote, unquote
 import datasets
 import numpy as np
 
-from hf_mel.dataset_scripts.release import (
-    Release,
-    cleaned_entities,
-    cleaned_layout,
-    cleaned_mentions,
-    kgmel_entities,
-    kgmel_layout,
-    kgmel_mentions,
-    nearest,
-    read_image,
-)
+from hf_mel.dataset_scripts.builder import ReleaseBuilder, ReleaseConfig, mention_row
+from hf_mel.dataset_scripts.image_files import read_image, read_images
+from hf_mel.dataset_scripts.layouts import kgmel, mimic
+from hf_mel.dataset_scripts.release import Release, ReleaseLog
+from hf_mel.dataset_scripts.spans import nearest
 from hf_mel.errors import DataFormatError
-from hf_mel.schema import NIL, entity_features, mention_features
+from hf_mel.schema import NIL
 
-_PREFIX, _KGMEL = "wiki_diverse", "WikiDiverse"
-#: Our name of each split → the release's; the later layouts have their own names for "valid".
+#: Names of the data set in the other layouts.
+_MIMIC, _KGMEL = "wiki_diverse", "WikiDiverse"
+#: Split → its name in the release.
 _SPLITS = {"train": "train", "validation": "valid", "test": "test"}
-_CANDIDATES = {
+_CANDIDATE_FILES = {
     split: tuple(f"{folder}{split}_w_10cands.json" for folder in ("wikidiverse_w_cands/", "candidates/", ""))
     for split in _SPLITS.values()
 }
-_PASSAGES = {split: (f"{split}.json", f"mentions/{split}.json") for split in _SPLITS.values()}
-_LAYOUTS = {
-    "candidates": list(_CANDIDATES.values()),
-    "v2": list(_PASSAGES.values()),
-    "mimic": cleaned_layout(_PREFIX),
-    "kgmel": kgmel_layout(_KGMEL),
-}
+_CAPTION_FILES = {split: (f"{split}.json", f"mentions/{split}.json") for split in _SPLITS.values()}
 _DESCRIPTIONS = ("wikipedia_entity2desc_filtered.tsv", "entities/wikipedia_entity2desc_filtered.tsv")
 _IMAGE_LINKS = ("wikipedia_entity2imgs.tsv", "entities/wikipedia_entity2imgs.tsv")
 _V2_CAPTIONS = {"train": 6_312, "valid": 755, "test": 757}
@@ -70,15 +58,16 @@ _QUERY = re.compile(r"[?&][a-z_]+=.*", re.I | re.S)
 _FORBIDDEN = re.compile(r"[\[\]{}|<>]")
 _PLAIN = re.compile(r"[A-Za-z0-9_.~-]*")
 _SUFFIXES = (".jpg", ".JPG", ".png", ".PNG", ".svg", ".SVG", ".jpeg", ".JPEG")
-#: What the release's own script takes off an image's name to find its suffix.
+#: The part of an image name that the release's script removes to get its suffix.
 _STEM = re.compile(rf"\S+(?={'|'.join(map(re.escape, _SUFFIXES))})")
 
 
 def page_title(url: str) -> tuple[str, str]:
-    """Language and title of a Wikipedia page, from its address (however damaged before the host) or its title.
+    """Returns language and title of a Wikipedia page, given its URL or title.
 
-    Query and fragment are cut off, percent-encoding is undone as often as it was done, and underscores are spaces.
-    The title is empty if none is left. An address on another site is returned whole.
+    URLs of the release may be damaged before the host. Query and fragment are cut off, percent-encoding is undone up to
+    three times, and underscores become spaces. The title is empty if nothing is left. The URL of another site is
+    returned whole.
     """
     language, title = "en", url
     if "wikipedia" in url.lower():
@@ -102,9 +91,10 @@ def page_title(url: str) -> tuple[str, str]:
 
 
 def entity_key(url: str) -> str:
-    """The entity id of a Wikipedia page: its title with spaces for underscores and hyphens, as the release compares.
+    """Returns the entity id of a Wikipedia page: its title with spaces for underscores and hyphens.
 
-    A page of another language than English is "<language>:<title>". Empty if the address names no page.
+    The release compares titles in this form. The id of a page in another language than English is `<language>:<title>`.
+    It is empty if the URL names no page.
     """
     language, title = page_title(url)
     key = " ".join(title.replace("-", " ").split()) if "-" in title else title
@@ -114,15 +104,15 @@ def entity_key(url: str) -> str:
 
 
 def is_nil(url: str) -> bool:
-    """Whether an annotation says that Wikipedia has no page: `nil` in any case, or nothing."""
+    """Returns whether an annotation says that Wikipedia has no page: it is `nil` in any case, or blank."""
     return url.strip(" \t\r\n[]").lower() in ("nil", "")
 
 
 def image_names(url: str) -> Iterator[str]:
-    """File names an image may be stored under: the MD5 of the last part of its address, with its suffix.
+    """Yields file names that an image may have: the MD5 of the last part of its URL, with its suffix.
 
-    The release hashes that part as it stands in the address; addresses copied from a browser may be decoded or encoded
-    differently, so these forms are tried too. SVG files are stored as PNG.
+    The release hashes that part unchanged. URLs copied from a browser may be decoded or encoded, so these forms are tried
+    too. SVG files are stored as PNG.
     """
     part = url.strip().rpartition("/")[2]
     forms = [part] if _PLAIN.fullmatch(part) else dict.fromkeys((part, unquote(part), quote(unquote(part))))
@@ -133,17 +123,17 @@ def image_names(url: str) -> Iterator[str]:
 
 
 def _released_suffix(name: str) -> str:
-    """What is left of a name once the release's script has taken off all before a known suffix."""
+    """Returns the suffix of a name as the release's script computes it, by removing [`_STEM`]."""
     if any(map(str.isspace, name)):
         return _STEM.sub("", name)
-    return name[max(0, *(name.rfind(suffix, 1) for suffix in _SUFFIXES)) :]  # the same, and much faster
+    return name[max(0, *(name.rfind(suffix, 1) for suffix in _SUFFIXES)) :]  # same result, much faster
 
 
 class _Annotation(NamedTuple):
-    """One mention as the release has it."""
+    """One mention of the release."""
 
-    row: str  #: the row in its file, and the position in the row where a row has several
-    context: int  #: the first row with this caption and image
+    row: str  #: number of the row; `<row>-<position>` in files whose rows have several mentions
+    context: int  #: number of the first row with the same caption and image
     start: Any
     end: Any
     text: str
@@ -156,24 +146,19 @@ class _Annotation(NamedTuple):
 
 
 @dataclass
-class WikiDiverseConfig(datasets.BuilderConfig):
-    """Where the raw files lie, and how large the knowledge base is to be.
+class WikiDiverseConfig(ReleaseConfig):
+    """Folders of the release, and the size of the knowledge base.
 
     Args:
-        data_dir (`str`): Folder of the raw files.
-        images (`str`, *optional*): Folder of the mention images; by default looked for beside the raw files.
-        entity_images (`str`, *optional*): Folder of the entity images; the same.
-        entities (`str`): The entities of the knowledge base: `"candidates"` (all golds and candidates), `"all"` (every
-            page of the table, and these), or a file of titles or addresses of pages, one a line.
+        entities (`str`): Entities of the knowledge base: `"candidates"` (all golds and candidates), `"all"` (also every
+            page of the table), or a file of titles or URLs of pages, one a line.
     """
 
-    images: str | None = None
-    entity_images: str | None = None
     entities: str = "candidates"
 
 
-class WikiDiverse(datasets.GeneratorBasedBuilder):
-    """Builds the configurations `mentions` (train, validation, test) and `entities` (kb) of WikiDiverse."""
+class WikiDiverse(ReleaseBuilder):
+    """Builder of WikiDiverse."""
 
     NAME = "wikidiverse"
     TITLE = "WikiDiverse"
@@ -211,253 +196,252 @@ class WikiDiverse(datasets.GeneratorBasedBuilder):
         },
     }
 
-    VERSION = datasets.Version("1.0.0")
+    LAYOUTS = {
+        "candidates": list(_CANDIDATE_FILES.values()),
+        "v2": list(_CAPTION_FILES.values()),
+        "mimic": mimic.files(_MIMIC),
+        "kgmel": kgmel.files(_KGMEL),
+    }
+    COLUMNS = {"mentions": {"entity_url": datasets.Value("string")}}
     BUILDER_CONFIG_CLASS = WikiDiverseConfig
-    BUILDER_CONFIGS = [
-        WikiDiverseConfig(name="mentions", version=VERSION, description="Mentions with caption, image and gold."),
-        WikiDiverseConfig(name="entities", version=VERSION, description="The knowledge base."),
-    ]
-    DEFAULT_CONFIG_NAME = "mentions"
 
-    def _info(self) -> datasets.DatasetInfo:
-        if self.config.name == "entities":
-            features = entity_features()
-        else:
-            features = mention_features(entity_url=datasets.Value("string"))
-        return datasets.DatasetInfo(features=features, homepage=self.HOMEPAGE, citation=self.CITATION)
-
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        self.release = release = Release(self.config.data_dir, _LAYOUTS)
+    def open_release(self) -> ReleaseLog:
+        """Distinguishes the layouts `v1` and `v2`, which have the same files."""
+        release = Release(self.config.data_dir, self.LAYOUTS)
         if release.layout == "v2":
-            self._tell_version()
-        splits = ["kb"] if self.config.name == "entities" else list(_SPLITS)
-        return [datasets.SplitGenerator(name=split, gen_kwargs={"split": split}) for split in splits]
+            for split, expected in _V2_CAPTIONS.items():
+                name = release.find_file(*_CAPTION_FILES[split])
+                captions = len(release.read_json(str(name), list))
+                if captions != expected:
+                    release.layout = "v1"
+                    release.problem(
+                        "not_version_2", str(name), "", f"{captions:,} captions, version 2 has {expected:,}"
+                    )
+        return release
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        release, layout, config = self.release, self.release.layout, self.config
-        if split == "kb":
-            if layout == "mimic":
-                rows = cleaned_entities(release, config.entity_images)
-            elif layout == "kgmel":
-                rows = kgmel_entities(release, _KGMEL, config.entity_images)
-            else:
-                rows = self._entities()
-            for row in rows:
-                yield row["entity_id"], row
+    def mentions(self, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the mentions of a split."""
+        if self.release.layout == "mimic":
+            rows = mimic.mentions(self.release, _MIMIC, split, self.config.images)
+        elif self.release.layout == "kgmel":
+            rows = kgmel.mentions(self.release, _KGMEL, split, self.config.images)
         else:
-            if layout == "mimic":
-                rows = cleaned_mentions(release, _PREFIX, "dev" if split == "validation" else split, config.images)
-            elif layout == "kgmel":
-                rows = kgmel_mentions(release, _KGMEL, "val" if split == "validation" else split, config.images)
-            else:
-                rows = self._mentions(_SPLITS[split])
-            for row in rows:
-                yield row["mention_id"], {"entity_url": "", **row}
+            rows = self._caption_mentions(_SPLITS[split])
+        for row in rows:
+            yield {"entity_url": "", **row}
 
-    def _tell_version(self) -> None:
-        release = self.release
-        for split, expected in _V2_CAPTIONS.items():
-            name = release.first(*_PASSAGES[split])
-            captions = len(release.read_json(name, list))
-            if captions != expected:
-                release.layout = "v1"
-                release.problem("not_version_2", name, "", f"{captions:,} captions, version 2 has {expected:,}")
+    def entities(self) -> Iterator[dict[str, Any]]:
+        """Yields the knowledge base."""
+        if self.release.layout == "mimic":
+            return mimic.entities(self.release, self.config.entity_images)
+        if self.release.layout == "kgmel":
+            return kgmel.entities(self.release, _KGMEL, self.config.entity_images)
+        return self._page_entities()
 
-    def _mentions(self, split: str) -> Iterator[dict[str, Any]]:
+    def _caption_mentions(self, split: str) -> Iterator[dict[str, Any]]:
         release = self.release
-        folder = release.folder(self.config.images, "wikinewsImgs", "mention_images", "images")
+        folder = release.find_folder(self.config.images, "wikinewsImgs", "mention_images", "images")
         missing: set[str] = set()
         name = self._file(split)
-        for note in self._annotations(split):
-            surface, text = note.mention.strip(), note.text
-            gold = NIL if is_nil(note.url) else entity_key(note.url)
+        for annotation in self._annotations(split):
+            row, url, text = annotation.row, annotation.url, annotation.text
+            surface, image_url = annotation.mention.strip(), annotation.image_url
+            gold = NIL if is_nil(url) else entity_key(url)
             if not surface or not gold:
                 kind = "unusable_gold_url" if surface else "empty_mention"
-                release.problem(kind, name, note.row, f"{note.mention!r}, {note.url!r}")
+                release.problem(kind, name, row, f"{annotation.mention!r}, {url!r}")
                 continue
-            if not note.url.strip():
-                release.problem("gold_missing_taken_as_nil", name, note.row, surface)
-            elif "wikipedia" not in note.url.lower() and _OTHER_SITE.match(note.url):
-                release.problem("gold_not_on_wikipedia", name, note.row, note.url)
-            start, end = note.start, note.end
+            if not url.strip():
+                release.problem("gold_missing_taken_as_nil", name, row, surface)
+            elif "wikipedia" not in url.lower() and _OTHER_SITE.match(url):
+                release.problem("gold_not_on_wikipedia", name, row, url)
+            start, end = annotation.start, annotation.end
             if not _is_span(text, start, end, surface):
                 start, end = nearest(text, surface, start if isinstance(start, int) else 0)
                 if start >= 0:
-                    release.problem("span_repaired", name, note.row, f"{note.start}:{note.end} → {start}:{end}")
-            image = read_image(folder, *image_names(note.image_url)) if note.image_url else None
-            if image is None and note.image_url and note.image_url not in missing:
-                missing.add(note.image_url)
-                release.problem("missing_mention_image", name, note.row, note.image_url)
-            yield {
-                "mention_id": f"{split}-{note.row}",
-                "context_id": f"{split}-{note.context}",
-                "text": text,
-                "mention": surface,
-                "start": start,
-                "end": end,
-                "mention_type": note.mention_type,
-                "topic": note.topic,
-                "image": image,
-                "entity_id": gold,
-                "candidates": list(_pages(note.candidates)),
-                "entity_url": note.url,
-            }
+                    release.problem("span_repaired", name, row, f"{annotation.start}:{annotation.end} → {start}:{end}")
+            image = read_image(folder, *image_names(image_url)) if image_url else None
+            if image is None and image_url and image_url not in missing:
+                missing.add(image_url)
+                release.problem("missing_mention_image", name, row, image_url)
+            yield mention_row(
+                mention_id=f"{split}-{row}",
+                context_id=f"{split}-{annotation.context}",
+                text=text,
+                mention=surface,
+                start=start,
+                end=end,
+                mention_type=annotation.mention_type,
+                topic=annotation.topic,
+                image=image,
+                entity_id=gold,
+                candidates=list(_urls_by_key(annotation.candidates)),
+                entity_url=url,
+            )
 
     def _file(self, split: str) -> str:
-        names = _CANDIDATES if self.release.layout == "candidates" else _PASSAGES
-        return str(self.release.first(*names[split]))
+        names = _CANDIDATE_FILES if self.release.layout == "candidates" else _CAPTION_FILES
+        return str(self.release.find_file(*names[split]))
 
     def _annotations(self, split: str) -> Iterator[_Annotation]:
-        """The mentions of one file, in file order, checked for their types."""
+        """Yields the mentions of one file, in file order, after checking the types of their fields."""
         name = self._file(split)
         path = self.release.root / name
         contexts: dict[tuple[str, str], int] = {}
         for k, row in enumerate(self.release.read_json(name, list)):
             if self.release.layout == "candidates":
-                text, image_url, mention, kind, _, _, url, candidates, topic, start, end = _checked(row, 11, path, k)
+                text, image_url, mention, kind, _, _, url, candidates, topic, start, end = _check_list(
+                    row, 11, path, k
+                )
                 context = contexts.setdefault((str(text), str(image_url)), k)
-                found = [(str(k), mention, kind, start, end, url, candidates)]
+                annotations = [(str(k), mention, kind, start, end, url, candidates)]
             else:
-                text, image_url, topic, entries = _checked(row, 4, path, k)
+                text, image_url, topic, entries = _check_list(row, 4, path, k)
                 if not isinstance(entries, list):
-                    raise DataFormatError("has no list of mentions.", file=path, row=k)
+                    raise DataFormatError("The row has no list of mentions.", file=path, row=k)
                 context = k
-                found = [(f"{k}-{i}", *_checked(entry, 5, path, k), []) for i, entry in enumerate(entries)]
-            for where, mention, *fields in found:
+                annotations = [(f"{k}-{i}", *_check_list(entry, 5, path, k), []) for i, entry in enumerate(entries)]
+            for annotation_row, mention, *fields in annotations:
                 kind, start, end, url, candidates = fields
                 candidates = [] if candidates is None else candidates
                 if not isinstance(candidates, list):
-                    raise DataFormatError(f"holds {candidates!r}, expected a list of pages.", file=path, row=where)
+                    raise DataFormatError(
+                        f"The row holds {candidates!r}, expected a list of pages.", file=path, row=annotation_row
+                    )
                 texts = [image_url, topic, kind, url, *candidates]
                 texts = [text, mention, *("" if value is None else value for value in texts)]
                 for value in texts:
                     if not isinstance(value, str):
-                        raise DataFormatError(f"holds {value!r}, expected a text.", file=path, row=where)
+                        raise DataFormatError(
+                            f"The row holds {value!r}, expected a string.", file=path, row=annotation_row
+                        )
                 _, _, image, topic, kind, url, *pages = texts
-                yield _Annotation(
-                    where, context, _number(start), _number(end), text, mention, image, topic, kind, url, pages
-                )
+                start, end = _offset(start), _offset(end)
+                yield _Annotation(annotation_row, context, start, end, text, mention, image, topic, kind, url, pages)
 
-    def _wanted(self) -> tuple[dict[str, str], bool]:
-        """Key → address of the entities that must be in the knowledge base, and whether there are others."""
-        wanted: dict[str, str] = {}
-        if self.config.entities not in ("candidates", "all"):
-            path = Path(self.config.entities)
-            if not path.is_file():
-                raise DataFormatError(
-                    "is not a file.",
-                    file=path,
-                    remedy='entities is "candidates", "all", or a file of pages, one a line.',
-                )
-            listed = Release(path.resolve().parent, {"": [path.name]})
-            for row, line in listed.lines(path.name):
-                if not is_nil(line) and (key := entity_key(line)):
-                    wanted.setdefault(key, line)
-                elif line.strip():
-                    self.release.problem("unusable_page", path.name, row, line)
-            self.release.sha256[path.name] = listed.sha256[path.name]
-            for kind, entries in listed.problems.items():
-                self.release.problems.setdefault(kind, []).extend(entries)
-            return wanted, False
-        for split in _SPLITS.values():
-            for note in self._annotations(split):
-                for key, url in _pages([note.url, *note.candidates]).items():
-                    wanted.setdefault(key, url)
-        return wanted, self.config.entities == "all"
+    def _required_entities(self) -> dict[str, str]:
+        """Returns the URL of each entity that must be in the knowledge base, by key."""
+        urls: dict[str, str] = {}
+        if self.config.entities in ("candidates", "all"):
+            for split in _SPLITS.values():
+                for annotation in self._annotations(split):
+                    for key, url in _urls_by_key([annotation.url, *annotation.candidates]).items():
+                        urls.setdefault(key, url)
+            return urls
+        path = Path(self.config.entities)
+        if not path.is_file():
+            raise DataFormatError(
+                "The option entities is not a file.",
+                file=path,
+                remedy='Give "candidates", "all", or a file of pages, one a line.',
+            )
+        folder = Release(path.resolve().parent, {"": [path.name]})
+        for row, line in folder.read_lines(path.name):
+            if not is_nil(line) and (key := entity_key(line)):
+                urls.setdefault(key, line)
+            elif line.strip():
+                self.release.problem("unusable_page", path.name, row, line)
+        self.release.merge(folder)
+        return urls
 
-    def _entities(self) -> Iterator[dict[str, Any]]:
+    def _page_entities(self) -> Iterator[dict[str, Any]]:
+        """Yields the entities of the layouts that link to Wikipedia: those with a row in the table, then the others."""
         release = self.release
-        missing, everything = self._wanted()
-        table = release.first(*_DESCRIPTIONS)
+        remaining, all_pages = self._required_entities(), self.config.entities == "all"
+        table = release.find_file(*_DESCRIPTIONS)
         if table is None:
-            if everything:
+            if all_pages:
                 raise DataFormatError(
-                    f"holds no {_DESCRIPTIONS[0]}, which lists all entities.",
+                    f"The folder has no {_DESCRIPTIONS[0]}, which lists all entities.",
                     file=release.root,
                     remedy="Download it, or build the entities that are golds or candidates (entities=candidates).",
                 )
             release.problem("missing_file", _DESCRIPTIONS[0], "", "descriptions are left empty")
-        folder = release.folder(self.config.entity_images, "entity_images", "images")
-        images = {} if folder is None else self._images(folder, None if everything else set(missing))
+        keys = None if all_pages else set(remaining)
+        folder = release.find_folder(self.config.entity_images, "entity_images", "images")
+        images = {} if folder is None else self._images(folder, keys)
         if table is not None:
-            for key, page, description in self._once(table, None if everything else set(missing)):
-                missing.pop(key, None)
+            for key, page, description in self._first_rows(table, keys):
+                remaining.pop(key, None)
                 yield _entity(key, page, description, folder, images)
-        for key, url in missing.items():
+        for key, url in remaining.items():
             if table is not None:
                 release.problem("entity_without_row", table, key, url)
             yield _entity(key, url, "", folder, images)
 
-    def _once(self, table: str, wanted: set[str] | None) -> Iterator[tuple[str, str, str]]:
-        """Key, page and text of the first row of each wanted key (`None`: of each key); later rows are listed."""
-        if wanted is not None:
+    def _first_rows(self, table: str, keys: set[str] | None) -> Iterator[tuple[str, str, str]]:
+        """Yields key, page and text of the first row of each of `keys` (`None`: of every key), and logs later rows."""
+        if keys is not None:
             seen: set[str] = set()
-            for row, key, page, rest in self._rows(table):
-                if key in wanted:
+            for row, key, page, text in self._table_rows(table):
+                if key in keys:
                     if key in seen:
                         self.release.problem("duplicate_entity", table, row, page)
                         continue
                     seen.add(key)
-                    yield key, page, rest
+                    yield key, page, text
             return
-        # A set of millions of titles would take a gigabyte; 64 bits of their digests take eight bytes each.
-        digests = array("Q", (_digest(key) for _, key, _, _ in self._rows(table)))
+        # A set of millions of titles would take a gigabyte. Digests of 64 bits take eight bytes each.
+        digests = array("Q", (_digest(key) for _, key, _, _ in self._table_rows(table)))
         first = np.zeros(len(digests), dtype=bool)
         first[np.unique(np.frombuffer(digests, dtype=np.uint64), return_index=True)[1]] = True
-        for is_first, (row, key, page, rest) in zip(first, self._rows(table), strict=True):
+        for is_first, (row, key, page, text) in zip(first, self._table_rows(table), strict=True):
             if is_first:
-                yield key, page, rest
+                yield key, page, text
             else:
                 self.release.problem("duplicate_entity", table, row, page)
 
-    def _rows(self, table: str) -> Iterator[tuple[int, str, str, str]]:
-        """Row, key, page and second field of each row of a table; rows without them are listed in the first reading."""
-        again = table in self.release.sha256
-        for row, line in self.release.lines(table):
-            page, separator, rest = line.partition("@@@@")
+    def _table_rows(self, table: str) -> Iterator[tuple[int, str, str, str]]:
+        """Yields row, key, page and second field of each row of a table.
+
+        Malformed rows are left out and, the first time the table is read, logged.
+        """
+        read_before = table in self.release.sha256
+        for row, line in self.release.read_lines(table):
+            page, separator, text = line.partition("@@@@")
             key = entity_key(page) if separator else ""
             if key:
-                yield row, key, page, rest
-            elif not again:
+                yield row, key, page, text
+            elif not read_before:
                 self.release.problem("malformed_row", table, row, line[:80])
 
-    def _images(self, folder: Path, wanted: set[str] | None) -> dict[str, list[str]]:
-        """Key → image files that are in the folder, of the wanted entities or of all."""
+    def _images(self, folder: Path, keys: set[str] | None) -> dict[str, list[str]]:
+        """Returns the image files in the folder by entity, of `keys` or (`None`) of every entity."""
         release = self.release
-        table = release.first(*_IMAGE_LINKS)
+        table = release.find_file(*_IMAGE_LINKS)
         if table is None:
             release.problem("missing_file", _IMAGE_LINKS[0], "", "entities have no images")
             return {}
-        there = {entry.name for entry in os.scandir(folder)}
-        found: dict[str, list[str]] = {}
-        absent = 0
-        for row, key, _, links in self._rows(table):
-            if wanted is not None and key not in wanted:
+        files = {entry.name for entry in os.scandir(folder)}
+        images: dict[str, list[str]] = {}
+        num_missing = 0
+        for row, key, _, links in self._table_rows(table):
+            if keys is not None and key not in keys:
                 continue
             for link in links.split("[AND]"):
                 if not link.strip():
                     continue
-                name = next((name for name in image_names(link) if name in there), None)
+                name = next((name for name in image_names(link) if name in files), None)
                 if name is None:
-                    absent += 1
-                    if wanted is not None:
+                    num_missing += 1
+                    if keys is not None:
                         release.problem("missing_entity_image", table, row, link.strip())
-                elif name not in (names := found.setdefault(key, [])):
+                elif name not in (names := images.setdefault(key, [])):
                     names.append(name)
-        if absent and wanted is None:  # millions: one line for all
-            release.problem("missing_entity_image", table, "", f"{absent:,} linked images are not in the folder")
-        return found
+        if num_missing and keys is None:  # up to millions: one entry for all
+            release.problem("missing_entity_image", table, "", f"{num_missing:,} linked images are not in the folder")
+        return images
 
 
-def _checked(row: Any, length: int, path: Path, k: int) -> list[Any]:
+def _check_list(row: Any, length: int, path: Path, k: int) -> list[Any]:
     if not isinstance(row, list) or len(row) != length:
-        held = f"{len(row)} fields" if isinstance(row, list) else f"a {type(row).__name__}"
-        raise DataFormatError(f"has {held}, expected a list of {length}.", file=path, row=k)
+        content = f"{len(row)} fields" if isinstance(row, list) else f"a {type(row).__name__}"
+        raise DataFormatError(f"The row has {content}, expected a list of {length}.", file=path, row=k)
     return row
 
 
-def _number(value: Any) -> Any:
-    """An offset, whether released as a number or as its digits; anything else as it is."""
+def _offset(value: Any) -> Any:
+    """Converts an offset that the release has as a string of digits; returns any other value unchanged."""
     return int(value) if isinstance(value, str) and re.fullmatch(r"\s*\d{1,9}\s*", value) else value
 
 
@@ -468,24 +452,23 @@ def _is_span(text: str, start: Any, end: Any, mention: str) -> bool:
 def _entity(
     key: str, page: str, description: str, folder: Path | None, images: Mapping[str, list[str]]
 ) -> dict[str, Any]:
-    pictures = [read_image(folder, name) for name in images.get(key, ())]
     return {
         "entity_id": key,
         "name": page_title(page)[1],
         "description": description.strip(),
         "attributes": "",
         "aliases": [],
-        "images": [picture for picture in pictures if picture is not None],
+        "images": read_images(folder, images.get(key, ())),
     }
 
 
-def _pages(urls: list[str]) -> dict[str, str]:
-    """Key → first address, of the addresses that name a page."""
-    pages: dict[str, str] = {}
+def _urls_by_key(urls: list[str]) -> dict[str, str]:
+    """Returns the first URL of each entity that the URLs name, by key."""
+    first: dict[str, str] = {}
     for url in urls:
         if not is_nil(url) and (key := entity_key(url)):
-            pages.setdefault(key, url)
-    return pages
+            first.setdefault(key, url)
+    return first
 
 
 def _digest(key: str) -> int:

@@ -1,64 +1,35 @@
 """WikiMEL (Wikidata-MEL): people named in captions of Wikipedia images, linked to Wikidata.
 
-Three releases of it exist and are read, chosen by the files in the raw folder:
+The builder reads three releases and recognises them by their files:
 
 - `melbench`: the sentences of MELBench (`Wikidata-MEL.json`) with the splits and entity maps of GHMFC (`splits.json`,
-  `qid2ne.json`, `qid2abs.json`); images `<sample id>.jpg`, and `<QID>.jpg` or several per entity.
-- `mimic`: the cleaned files of MIMIC's authors (`WIKIMEL_{train,dev,test}.json`, `qid2id.json`, `kb_entity.json`,
-  `mention_image/`, `kb_image/`), with a knowledge base six times as large; also with M3EL's `desc` for `attr`.
-- `kgmel`: KGMEL's regrouping of these by sentence (`data/dataset/WikiMEL.json` and `mapping/`), mentions in lists.
+  `qid2ne.json`, `qid2abs.json`). Images are `<sample id>.jpg`, and `<QID>.jpg` or several per entity.
+- `mimic`: the cleaned files of MIMIC's authors ([`~hf_mel.dataset_scripts.layouts.mimic`]), with a knowledge base six
+  times as large.
+- `kgmel`: KGMEL's files ([`~hf_mel.dataset_scripts.layouts.kgmel`]), which group the mentions by sentence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import datasets
-
-from hf_mel.dataset_scripts.release import (
-    Release,
-    cleaned_entities,
-    cleaned_layout,
-    cleaned_mentions,
-    kgmel_entities,
-    kgmel_layout,
-    kgmel_mentions,
-    locate,
-    mapped_entities,
-    read_image,
-)
+from hf_mel.dataset_scripts.builder import ReleaseBuilder, mention_row
+from hf_mel.dataset_scripts.image_files import read_image
+from hf_mel.dataset_scripts.layouts import ghmfc, kgmel, mimic
+from hf_mel.dataset_scripts.spans import locate
 from hf_mel.errors import DataFormatError, DuplicateIdError
-from hf_mel.schema import entity_features, mention_features
 
 _SENTENCES = "Wikidata-MEL.json"
-_PREFIX = "WIKIMEL"
-_LAYOUTS = {
-    "melbench": [_SENTENCES, "splits.json", "qid2ne.json", "qid2abs.json"],
-    "mimic": cleaned_layout(_PREFIX),
-    "kgmel": kgmel_layout("WikiMEL"),
-}
-#: Our name of each split → the release's.
+_SPLITS_FILE = "splits.json"
+#: Names of the data set in the other layouts.
+_MIMIC, _KGMEL = "WIKIMEL", "WikiMEL"
+#: Split → its name in `splits.json`.
 _SPLITS = {"train": "train", "validation": "dev", "test": "test"}
 
 
-@dataclass
-class WikiMelConfig(datasets.BuilderConfig):
-    """Where the raw files lie.
-
-    Args:
-        data_dir (`str`): Folder of the raw JSON files.
-        images (`str`, *optional*): Folder of the mention images; by default looked for beside the JSON files.
-        entity_images (`str`, *optional*): Folder of the entity images; the same.
-    """
-
-    images: str | None = None
-    entity_images: str | None = None
-
-
-class WikiMel(datasets.GeneratorBasedBuilder):
-    """Builds the configurations `mentions` (train, validation, test) and `entities` (kb) of WikiMEL."""
+class WikiMel(ReleaseBuilder):
+    """Builder of WikiMEL."""
 
     NAME = "wikimel"
     TITLE = "WikiMEL"
@@ -85,8 +56,8 @@ class WikiMel(datasets.GeneratorBasedBuilder):
         " Wikimedia Commons; keep a copy that has them to yourself, or ask"
     )
     NEEDS_RAW = True
-    #: melbench: rows of `splits.json` that have a sentence. mimic: Table 3 of the MIMIC paper (KDD 2023). kgmel: only
-    #: its sentences were counted (16,111 / 2,540 / 5,012), not its mentions.
+    #: melbench: ids in `splits.json` that have a sentence. mimic: Table 3 of the MIMIC paper (KDD 2023). kgmel: unknown;
+    #: only its sentences were counted (16,111 / 2,540 / 5,012).
     OFFICIAL_COUNTS: dict[str, Any] = {
         "melbench": {
             "mentions": {"train": 18_088, "validation": 2_627, "test": 5_131},
@@ -102,105 +73,95 @@ class WikiMel(datasets.GeneratorBasedBuilder):
         },
     }
 
-    VERSION = datasets.Version("1.0.0")
-    BUILDER_CONFIG_CLASS = WikiMelConfig
-    BUILDER_CONFIGS = [
-        WikiMelConfig(name="mentions", version=VERSION, description="Mentions with their sentence, image and gold."),
-        WikiMelConfig(name="entities", version=VERSION, description="The knowledge base."),
-    ]
-    DEFAULT_CONFIG_NAME = "mentions"
+    LAYOUTS = {
+        "melbench": [_SENTENCES, _SPLITS_FILE, "qid2ne.json", "qid2abs.json"],
+        "mimic": mimic.files(_MIMIC),
+        "kgmel": kgmel.files(_KGMEL),
+    }
 
-    def _info(self) -> datasets.DatasetInfo:
-        features = entity_features() if self.config.name == "entities" else mention_features()
-        return datasets.DatasetInfo(features=features, homepage=self.HOMEPAGE, citation=self.CITATION)
+    def mentions(self, split: str) -> Iterator[dict[str, Any]]:
+        """Yields the mentions of a split."""
+        if self.release.layout == "mimic":
+            return mimic.mentions(self.release, _MIMIC, split, self.config.images)
+        if self.release.layout == "kgmel":
+            return kgmel.mentions(self.release, _KGMEL, split, self.config.images)
+        return self._melbench_mentions(_SPLITS[split])
 
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        self.release = Release(self.config.data_dir, _LAYOUTS)
-        splits = ["kb"] if self.config.name == "entities" else list(_SPLITS)
-        return [datasets.SplitGenerator(name=split, gen_kwargs={"split": split}) for split in splits]
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        release, images, entity_images = self.release, self.config.images, self.config.entity_images
-        if split == "kb":
-            if release.layout == "mimic":
-                rows = cleaned_entities(release, entity_images)
-            elif release.layout == "kgmel":
-                rows = kgmel_entities(release, "WikiMEL", entity_images)
-            else:
-                rows = mapped_entities(release, "qid2ne.json", "qid2abs.json", entity_images)
-            for row in rows:
-                yield row["entity_id"], row
-        else:
-            if release.layout == "mimic":
-                rows = cleaned_mentions(release, _PREFIX, _SPLITS[split], images)
-            elif release.layout == "kgmel":
-                rows = kgmel_mentions(release, "WikiMEL", "val" if split == "validation" else split, images)
-            else:
-                rows = self._melbench_mentions(_SPLITS[split])
-            for row in rows:
-                yield row["mention_id"], row
+    def entities(self) -> Iterator[dict[str, Any]]:
+        """Yields the knowledge base."""
+        if self.release.layout == "mimic":
+            return mimic.entities(self.release, self.config.entity_images)
+        if self.release.layout == "kgmel":
+            return kgmel.entities(self.release, _KGMEL, self.config.entity_images)
+        return ghmfc.entities(self.release, "qid2ne.json", "qid2abs.json", self.config.entity_images)
 
     def _melbench_mentions(self, split: str) -> Iterator[dict[str, Any]]:
-        release = self.release
-        folder = release.folder(self.config.images, "mention_images", "images")
+        release, path = self.release, self.release.root / _SENTENCES
+        folder = release.find_folder(self.config.images, "mention_images", "images")
         samples = release.read_json(_SENTENCES, dict)
-        for sample_id in self._ids_of(split, samples):
+        keys = {"id": object, "sentence": str, "mentions": list, "answer": list}
+        for sample_id in self._sample_ids(split, samples):
             if sample_id not in samples:
-                release.problem("split_id_without_sentence", "splits.json", sample_id, split)
+                release.problem("split_id_without_sentence", _SPLITS_FILE, sample_id, split)
                 continue
-            keys = {"id": object, "sentence": str, "mentions": list, "answer": list}
-            sample = release.record(_SENTENCES, sample_id, samples[sample_id], keys)
-            own_id = release.identifier(_SENTENCES, sample_id, sample["id"])
+            sample = release.check_record(_SENTENCES, sample_id, samples[sample_id], keys)
+            inner_id = release.identifier(_SENTENCES, sample_id, sample["id"])
             surfaces = sample["mentions"]
             golds = [release.gold(_SENTENCES, sample_id, value) for value in sample["answer"]]
-            if own_id != sample_id or len(surfaces) != len(golds):
+            if inner_id != sample_id:
                 raise DataFormatError(
-                    f"has id {own_id!r}, {len(surfaces)} mentions and {len(golds)} answers; the id must be the"
-                    " key, and the lists equally long.",
-                    file=release.root / _SENTENCES,
+                    f"The sample has id {inner_id!r}.",
+                    file=path,
+                    row=sample_id,
+                    remedy="Its id must be its key in the file.",
+                )
+            if len(surfaces) != len(golds):
+                raise DataFormatError(
+                    f"The sample has {len(surfaces)} mentions and {len(golds)} answers, expected the same number.",
+                    file=path,
                     row=sample_id,
                 )
             if not all(isinstance(surface, str) for surface in surfaces):
-                raise DataFormatError(
-                    "has a mention that is not a string.", file=release.root / _SENTENCES, row=sample_id
-                )
+                raise DataFormatError("The sample has a mention that is not a string.", file=path, row=sample_id)
             image = read_image(folder, *(f"{sample_id}{suffix}" for suffix in (".jpg", ".jpeg", ".png")))
             if image is None:
                 release.problem("missing_mention_image", _SENTENCES, sample_id, f"{sample_id}.jpg")
             spans = locate(sample["sentence"], surfaces)
             for k, (surface, gold, (start, end)) in enumerate(zip(surfaces, golds, spans, strict=True)):
-                yield {
-                    "mention_id": sample_id if len(surfaces) == 1 else f"{sample_id}-{k}",
-                    "context_id": sample_id,
-                    "text": sample["sentence"],
-                    "mention": surface,
-                    "start": start,
-                    "end": end,
-                    "mention_type": "",
-                    "topic": "",
-                    "image": image,
-                    "entity_id": gold,
-                    "candidates": [],
-                }
+                yield mention_row(
+                    mention_id=sample_id if len(surfaces) == 1 else f"{sample_id}-{k}",
+                    context_id=sample_id,
+                    text=sample["sentence"],
+                    mention=surface,
+                    start=start,
+                    end=end,
+                    image=image,
+                    entity_id=gold,
+                )
 
-    def _ids_of(self, split: str, samples: dict[str, Any]) -> list[str]:
+    def _sample_ids(self, split: str, samples: dict[str, Any]) -> list[str]:
+        """Returns the ids that `splits.json` lists for a split, after checking that each is in one split only."""
         release = self.release
-        names = dict.fromkeys(_SPLITS.values(), list)
-        splits = release.record("splits.json", split, release.read_json("splits.json", dict), names)
-        where: dict[str, str] = {}
-        for name in names:
-            for value in splits[name]:
-                sample_id = release.identifier("splits.json", name, value)
-                if sample_id in where:
+        lists = release.check_record(
+            _SPLITS_FILE, split, release.read_json(_SPLITS_FILE, dict), dict.fromkeys(_SPLITS.values(), list)
+        )
+        split_of: dict[str, str] = {}
+        for name in _SPLITS.values():
+            for value in lists[name]:
+                sample_id = release.identifier(_SPLITS_FILE, name, value)
+                if sample_id in split_of:
                     raise DuplicateIdError(
-                        f"is in {name} and in {where[sample_id]}.", file=release.root / "splits.json", row=sample_id
+                        f"The id is in {name} and in {split_of[sample_id]}.",
+                        file=release.root / _SPLITS_FILE,
+                        row=sample_id,
+                        remedy="Remove it from one of them.",
                     )
-                where[sample_id] = name
-        if split == "train":  # once, not in every split
+                split_of[sample_id] = name
+        if split == "train":  # logged once, not for every split
             for sample_id in samples:
-                if sample_id not in where:
+                if sample_id not in split_of:
                     release.problem("sentence_without_split", _SENTENCES, sample_id)
-        return [sample_id for sample_id, name in where.items() if name == split]
+        return [sample_id for sample_id, name in split_of.items() if name == split]
 
 
 BUILDER_CLASS = WikiMel

@@ -340,7 +340,7 @@ def _is_path(value: Any) -> bool:
 def _fingerprint(builder_class: Any, options: Mapping[str, Any]) -> str:
     """What the bytes of a build depend on: the code, the options, and names, sizes and times of the raw files."""
     code = [Path(str(sys.modules[builder_class.__module__].__file__)).parent, Path(__file__).parent]
-    code += [Path(folder) for folder in hf_mel.dataset_scripts.__path__]
+    code += [Path(folder, part) for folder in hf_mel.dataset_scripts.__path__ for part in ("", "layouts")]
     digest = hashlib.sha256()
     for file in sorted(file for folder in code for file in folder.glob("*.py")):
         digest.update(file.read_bytes())

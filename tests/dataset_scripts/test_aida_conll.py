@@ -183,7 +183,7 @@ def test_bad_conll(tmp_path, old, new, says, row):
     [
         ({"output": "Nordby"}, "no output of the form"),
         ({"output": [{"answer": 3}]}, "no output of the form"),
-        ({"candidates": [3]}, "no list of texts"),
+        ({"candidates": [3]}, "not a list of strings"),
         ({"meta": {"left_context": "x"}}, "lacks 'mention', 'right_context'"),
         ({"meta": {"left_context": 1, "mention": "x", "right_context": ""}}, "'left_context' is a int"),
     ],

@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from datasets import load_dataset
 from hypothesis import HealthCheck, given, settings
@@ -80,6 +82,24 @@ def built(tmp_path_factory) -> Callable[[str, str], Path]:
         return folders[name, layout]
 
     return folder_of
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_datasets_3_finds_the_builder_in_a_copy_of_its_folder(name, tmp_path, monkeypatch):
+    """`datasets` 3 imports a copy, and takes the first builder class that belongs to it, else the last one imported."""
+    (tmp_path / "copies").mkdir()
+    shutil.copytree(Path(str(sys.modules[find_builder(name).__module__].__file__)).parent, tmp_path / "copies" / name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module(f"copies.{name}.{name}")
+    try:
+        classes = [value for value in vars(module).values() if isinstance(value, type)]
+        builders = [value for value in classes if issubclass(value, datasets.DatasetBuilder)]
+        assert [value for value in builders if value.__module__ == module.__name__] == [module.BUILDER_CLASS]
+        assert module.BUILDER_CLASS.__name__ == find_builder(name).__name__
+        assert next(config.name for config in module.BUILDER_CLASS.BUILDER_CONFIGS) == "mentions"
+    finally:
+        for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "copies"]:
+            del sys.modules[loaded]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)

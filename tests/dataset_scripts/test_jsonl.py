@@ -178,21 +178,21 @@ def test_given_places_count_before_found_ones_in_any_order(tmp_path):
         ({"entity_id": True}, DataFormatError, "'entity_id' is True"),
         ({"entity_id": 1.0}, DataFormatError, "'entity_id' is 1.0"),
         ({"start": 0}, SpanError, "one of 'start' and 'end'"),
-        ({"start": 1, "end": 4}, SpanError, "'da ' stands at 1:4.*It stands at 0:3"),
+        ({"start": 1, "end": 4}, SpanError, "at 1:4 is 'da '.*The mention is at 0:3"),
         ({"start": "x", "end": 4}, SpanError, "'start' is 'x'"),
         ({"start": 10**12, "end": 4}, SpanError, "'start' is"),
-        ({"start": -3, "end": -1}, SpanError, "stands at -3:-1"),
-        ({"mention": "Cy", "start": 0, "end": 2}, SpanError, "does not stand in the text"),
+        ({"start": -3, "end": -1}, SpanError, "text at -3:-1"),
+        ({"mention": "Cy", "start": 0, "end": 2}, SpanError, "is not in the text"),
         ({"image": "gone.jpg"}, ImageError, "there is no image"),
         ({"image": "x" * 5000}, ImageError, "there is no image"),
         ({"image": {"bytes": "x"}}, DataFormatError, "'image' is"),
         ({"candidates": [1]}, DataFormatError, "'candidates' is"),
         ({"candidates": 5}, DataFormatError, "'candidates' is"),
         ({"split": ""}, DataFormatError, "has no 'split'"),
-        ({"split": "my split"}, DataFormatError, "cannot be a split"),
-        ({"split": "all"}, DataFormatError, "cannot be a split"),
-        ({"context_id": "c", "text": "Ada and others"}, DataFormatError, "of the context 'c'"),
-        ({"mention_id": "first"}, DuplicateIdError, "'first' is that of mine.jsonl, row 1"),
+        ({"split": "my split"}, DataFormatError, "cannot be the name of a split"),
+        ({"split": "all"}, DataFormatError, "cannot be the name of a split"),
+        ({"context_id": "c", "text": "Ada and others"}, DataFormatError, "has the context 'c'"),
+        ({"mention_id": "first"}, DuplicateIdError, "'first' is also that of mine.jsonl, row 1"),
         ({"topic": "\ud800"}, DataFormatError, "surrogate"),
     ],
 )
@@ -225,7 +225,7 @@ def test_what_no_single_row_says(tmp_path):
 @pytest.mark.parametrize(
     ("entities", "error", "says"),
     [
-        ('{"id": "E1", "name": "a"}\n{"id": "none", "name": "b"}', DataFormatError, "'none' stands for no entity"),
+        ('{"id": "E1", "name": "a"}\n{"id": "none", "name": "b"}', DataFormatError, "'none' is a spelling of NIL"),
         ('{"id": "E1", "name": "a"}\n{"id": "E1", "name": "b"}', DuplicateIdError, "entities.jsonl, row 1"),
         ('{"id": "E1", "name": "a"}\n{"id": "E2", "nmae": "b"}', DataFormatError, "Did you mean 'name'"),
     ],
@@ -238,7 +238,7 @@ def test_bad_entities(tmp_path, entities, error, says):
 
 def test_files_that_are_not_there(raw, tmp_path):
     files = {"mentions": raw / "mentions.jsonl", "entities": raw / "entities.tsv"}
-    with pytest.raises(DataFormatError, match=r"no entities were given.*--entities FILE"):
+    with pytest.raises(DataFormatError, match=r"No entities were given.*--entities FILE"):
         rows_of("entities", mentions=files["mentions"])
     with pytest.raises(DataFormatError, match="cannot be read"):
         rows_of("mentions", **{**files, "mentions": tmp_path / "typo.jsonl"})

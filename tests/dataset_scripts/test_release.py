@@ -1,4 +1,4 @@
-"""What the builders of downloaded releases share."""
+"""Reading releases: files, ids, images and spans."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from hf_mel.dataset_scripts.release import Findings, Release, images_by_id, locate, read_image
+from hf_mel.dataset_scripts.image_files import images_by_id, read_image
+from hf_mel.dataset_scripts.release import Release, ReleaseLog
+from hf_mel.dataset_scripts.spans import locate
 from hf_mel.errors import DataFormatError, DuplicateIdError
 from hf_mel.schema import NIL
 from tests.dataset_scripts.fixtures import write_entity_images
@@ -21,12 +23,12 @@ def release(tmp_path):
 @pytest.mark.parametrize(
     ("content", "error", "row", "says"),
     [
-        (b'{"a": NaN}', DataFormatError, None, "NaN is no number"),
+        (b'{"a": NaN}', DataFormatError, None, "NaN is not a JSON number"),
         (b'{"a": ' + b"9" * 5000 + b"}", DataFormatError, None, "is not JSON"),
         (b'{"a": ' + b"[" * 100_000, DataFormatError, None, "is not JSON"),
-        (b'{"a": 1, "b": ["\\ud800"]}', DataFormatError, "b", "half of a surrogate pair"),
-        (b'{"\\ud800": 1}', DataFormatError, "\\ud800", "half of a surrogate pair"),
-        (b'{"\\udfff": 1, "\\udfff": 1}', DuplicateIdError, "\\udfff", "stands twice"),
+        (b'{"a": 1, "b": ["\\ud800"]}', DataFormatError, "b", "unpaired surrogate"),
+        (b'{"\\ud800": 1}', DataFormatError, "\\ud800", "unpaired surrogate"),
+        (b'{"\\udfff": 1, "\\udfff": 1}', DuplicateIdError, "\\udfff", "occurs twice"),
         (b'{"a": "\xff"}', DataFormatError, None, "UTF-8"),
         (b"[]", DataFormatError, None, "expected a dict"),
         (b"", DataFormatError, None, "is not JSON"),
@@ -94,9 +96,13 @@ def test_spans_that_are_given_are_taken():
     assert locate("Bo, Bo and Bo", ["Bo", "Bo", "Bo"], [(4, 6)]) == [(0, 2), (11, 13), (-1, -1)]
 
 
-def test_findings_list_every_case():
-    findings = Findings()
-    findings.problem("kind", "file", 3, "detail")
-    findings.problem("kind", "file", "row")
-    assert findings.problems == {"kind": [("file", "3", "detail"), ("file", "row", "")]}
-    assert Findings().problems == {}
+def test_a_log_lists_every_case():
+    log = ReleaseLog()
+    log.problem("kind", "file", 3, "detail")
+    log.problem("kind", "file", "row")
+    assert log.problems == {"kind": [("file", "3", "detail"), ("file", "row", "")]}
+    assert ReleaseLog().problems == {}
+    other = ReleaseLog()
+    other.sha256["file"] = "0"
+    other.merge(log)
+    assert (other.sha256, other.problems) == ({"file": "0"}, log.problems)

@@ -276,9 +276,13 @@ def test_suffix_is_what_the_released_expression_leaves(parts):
     [
         ([["too", "short"]], "has 2 fields, expected a list of 11", 0),
         ([7], "has a int, expected a list of 11", 0),
-        ([[5, *CANDIDATE_ROWS["valid"][0][1:]]], "holds 5, expected a text", "0"),
+        ([[5, *CANDIDATE_ROWS["valid"][0][1:]]], "holds 5, expected a string", "0"),
         ([[*CANDIDATE_ROWS["valid"][0][:7], ["a", 3], *CANDIDATE_ROWS["valid"][0][8:]]], "holds 3", "0"),
-        ([[*CANDIDATE_ROWS["valid"][0][:6], 0, [], *CANDIDATE_ROWS["valid"][0][8:]]], "holds 0, expected a text", "0"),
+        (
+            [[*CANDIDATE_ROWS["valid"][0][:6], 0, [], *CANDIDATE_ROWS["valid"][0][8:]]],
+            "holds 0, expected a string",
+            "0",
+        ),
         ([[*CANDIDATE_ROWS["valid"][0][:7], 8, *CANDIDATE_ROWS["valid"][0][8:]]], "holds 8, expected a list", "0"),
     ],
 )

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_mel.dataset_scripts.release import locate, read_image
+from hf_mel.dataset_scripts.image_files import read_image
+from hf_mel.dataset_scripts.spans import locate
 from hf_mel.dataset_scripts.wikimel.wikimel import WikiMel
 from hf_mel.errors import DataFormatError, DuplicateIdError, UnknownEntityError
 from hf_mel.schema import NIL, entity_features, mention_features
@@ -159,7 +160,7 @@ def test_two_qids_of_one_entity_lead_to_the_same_gold(cleaned, tmp_path):
         ("Wikidata-MEL.json", b'{"101": {"id": "101", ', DataFormatError, "is not JSON"),
         ("Wikidata-MEL.json", b"\xff\xfe\x00", DataFormatError, "UTF-8"),
         ("Wikidata-MEL.json", b"[]", DataFormatError, "holds a list, expected a dict"),
-        ("Wikidata-MEL.json", b'{"101": {}, "101": {}}', DuplicateIdError, "'101' stands twice"),
+        ("Wikidata-MEL.json", b'{"101": {}, "101": {}}', DuplicateIdError, "'101' occurs twice"),
         ("Wikidata-MEL.json", b'{"101": {"id": "101", "sentence": "x"}}', DataFormatError, "no key 'mentions'"),
         ("Wikidata-MEL.json", b'{"101": 3}', DataFormatError, "expected an object"),
         (
@@ -193,7 +194,7 @@ def test_bad_mention_files(raw, tmp_path, file, content, error, says):
 
 def test_a_name_that_is_not_a_text(raw, tmp_path):
     write_json(raw / "qid2ne.json", {"Q901": None})
-    with pytest.raises(DataFormatError, match="expected a text") as caught:
+    with pytest.raises(DataFormatError, match="expected a string") as caught:
         rows_of(raw, "entities", tmp_path)
     assert caught.value.row == "Q901"
 
@@ -297,7 +298,7 @@ def test_kgmel_takes_the_published_list_of_candidates_and_its_inner_folder(tmp_p
     ("change", "error", "says"),
     [
         ({"mention": ["Ada"]}, DataFormatError, "1, 2, 2 mentions"),
-        ({"mention": ["Ada", None]}, DataFormatError, "no text"),
+        ({"mention": ["Ada", None]}, DataFormatError, "not a string"),
         ({"id": None}, DataFormatError, "for an id"),
         ({"id": 1}, DuplicateIdError, "'1' occurs twice"),
         ({"answer": ["Q901", []]}, DataFormatError, "for an id"),
