@@ -92,9 +92,9 @@ def test_datasets_3_finds_the_builder_in_a_copy_of_its_folder(name, tmp_path, mo
     monkeypatch.syspath_prepend(str(tmp_path))
     module = importlib.import_module(f"copies.{name}.{name}")
     try:
-        classes = [value for value in vars(module).values() if isinstance(value, type)]
-        builders = [value for value in classes if issubclass(value, datasets.DatasetBuilder)]
-        assert [value for value in builders if value.__module__ == module.__name__] == [module.BUILDER_CLASS]
+        classes = {value for value in vars(module).values() if isinstance(value, type)}
+        builders = {value for value in classes if issubclass(value, datasets.DatasetBuilder)}
+        assert {value for value in builders if value.__module__ == module.__name__} == {module.BUILDER_CLASS}
         assert module.BUILDER_CLASS.__name__ == find_builder(name).__name__
         assert next(config.name for config in module.BUILDER_CLASS.BUILDER_CONFIGS) == "mentions"
     finally:
