@@ -31,7 +31,7 @@ def _shrink(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """A folder in which `hf-mel demo` ran on the small form, with three steps of training, and what it printed.
 
     It also holds an untrained reranker of the demo's candidates, `runs/mmel_flags`, and a link to `spaces/`.

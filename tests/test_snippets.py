@@ -22,13 +22,13 @@ def snippets(page: Path) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _in_the_workspace(demo, monkeypatch):
-    monkeypatch.chdir(demo[0])
+def _in_the_folder_of_the_demo(demo_run, monkeypatch):
+    monkeypatch.chdir(demo_run[0])
 
 
-def test_demo(demo):
+def test_demo(demo_run):
     """The demo with a training of three steps: every stage runs."""
-    folder, printed = demo
+    folder, printed = demo_run
     for words in (
         "1/5",
         "5/5",
@@ -44,7 +44,7 @@ def test_demo(demo):
 
 
 def test_snippets_that_do_not_run_here_are_known():
-    """`tests/hub/test_round_trip.py` runs what needs the Hub."""
+    """`tests/hub/test_round_trip.py` and `tests/spaces/test_entity_linking.py` run these."""
     needs = {
         (page.relative_to(ROOT).as_posix(), need)
         for page in PAGES

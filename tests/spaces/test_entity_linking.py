@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 import tempfile
 import threading
@@ -605,6 +606,18 @@ def test_more_requests_than_can_wait_are_told_so(space, service, tmp_path, monke
         demo.close()
     assert set(answers) == {"Georgia", "Queue is full! Please try again."}
     assert answers.count("Georgia") >= 2
+
+
+def test_the_snippet_of_the_guide_runs(url, tmp_path, monkeypatch):
+    guide = SPACE.parents[1] / "docs" / "guides" / "space.md"
+    code = re.search(r"```python\n(.*?)```", guide.read_text("utf-8"), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16), "red").save("photo.jpg")
+    Path("mentions.csv").write_text(f'text,mention\n"{TEXT}",Georgia\n')
+    namespace: dict = {}
+    exec(compile(code.replace("http://127.0.0.1:7860", url), str(guide), "exec"), namespace)
+    assert namespace["answer"]["entity_id"]
+    assert [row["text"] for row in namespace["rows"]] == [TEXT]
 
 
 def test_the_space_has_what_the_hub_asks_of_one():
