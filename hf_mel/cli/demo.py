@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_mel.cli.printing import show_logs
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 _DATASET, _RECIPE = "flags_mel", "mimic_flags"
+_STRATA = {"text": "text", "image": "picture", "both": "both together"}
+_UNITS = {"text": "text", "vision": "picture", "cross_modal": "fused"}
 
 
 def demo(
@@ -19,95 +23,101 @@ def demo(
 ) -> None:
     """Build FlagsMEL, train a small MIMIC on it, evaluate it, build its knowledge base, link a mention.
 
-    Everything happens on this machine, from scratch, with no download. Each step names the command that does it alone.
-    A finished training is not repeated; delete the run folder to train again.
+    Everything happens on this machine, from scratch, with no download. Each step prints the command that does it alone.
+    A finished training is not repeated. Delete the run folder to train again.
     """
     from rich.console import Console
+    from transformers.utils import logging
 
-    import hf_mel.auto  # noqa: F401 (the shipped methods register with the Auto classes)
     from hf_mel.building.build import build_dataset
-    from hf_mel.cli.link import link
     from hf_mel.data.loading import dataset_version, load_entities, load_mentions
-    from hf_mel.evaluation.tables import results_table, write_results
+    from hf_mel.evaluation.tables import write_results
     from hf_mel.inference.checkpoints import load_retriever
     from hf_mel.kb.knowledge_base import KnowledgeBase
+    from hf_mel.linking.linker import EntityLinker
     from hf_mel.training.recipe import Recipe
     from hf_mel.training.run import run_recipe
 
     data, run, kb_folder = folder / "data" / _DATASET, folder / "runs" / _RECIPE, folder / "kb" / _DATASET
     results_file, photo = run / "results_test.json", run / "example.png"
-    console = Console()
+    console = Console(highlight=False)
+    logging.disable_progress_bar()  # of reading weights, which takes a tenth of a second here
 
     def step(number: int, title: str, command: str) -> None:
         console.print()
         console.rule(f"[b]{number}/5  {title}", align="left")
-        console.print(f"$ {command}", style="dim", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"$ {command}", style="dim", markup=False, soft_wrap=True)
 
     step(1, "Build the data set", f"hf-mel data build {_DATASET} --output {data}")
     report = build_dataset(_DATASET, output=data)
-    counts = ", ".join(f"{n:,} {split}" for split, n in report.counts["mentions"].items())
-    console.print(f"Mentions of states by flags and words: {counts}; {report.counts['entities']['kb']} entities.")
+    counts = ", ".join(f"{count:,} for {split}" for split, count in report.counts["mentions"].items())
+    console.print(
+        f"FlagsMEL: sentences that mention a state, most with a picture of its flag. Mentions: {counts}. "
+        f"Knowledge base: {report.counts['entities']['kb']} states."
+    )
 
-    step(2, "Train a small MIMIC from scratch", f"hf-mel train {_RECIPE} --set data.dataset={data} --output {run}")
-    run_recipe(Recipe.load(_RECIPE, [f"data.dataset={data}"]), output=run, resume=True)
+    step(2, "Train a small MIMIC", f"hf-mel train {_RECIPE} --set data.dataset={data} --output {run}")
+    console.print("The model starts from random weights. It needs one to three minutes on two free cores.")
+    with show_logs():
+        run_recipe(Recipe.load(_RECIPE, [f"data.dataset={data}"]), output=run, resume=True)
 
     step(3, "Evaluate it", f"hf-mel evaluate {run} --dataset {data} --split test --output {results_file}")
     model, processor = load_retriever(run)
     entities, mentions = load_entities(data), load_mentions(data, "test")
     results = _evaluate(model, processor, mentions, entities, {**dataset_version(data), "split": "test"})
-    write_results(
-        {**results["all units"], "units alone": {k: v for k, v in results.items() if v["units"]}}, results_file
+    overall, *single_units = results.values()
+    write_results({**overall, "units alone": {_unit_of(result): result for result in single_units}}, results_file)
+    console.print(_accuracy_table(overall, single_units))
+    console.print(
+        f"H@1: the right state ranks first among {len(entities)}, in percent of the mentions. H@3: it is among the first "
+        "three. MRR: mean of 1/rank. The last columns rank by the text alone, by the picture alone, and by a fusion of both alone."
     )
-    console.print(results_table(results["all units"]))
-    console.print(_units_table(results))
-    console.print("Each unit ranks alone in its row; text and vision see one modality, cross_modal and all see both.")
+    if overall["num_nil"]:
+        rejected = overall["metrics"].get("nil_recall", 0) * overall["num_nil"]
+        console.print(
+            f"{overall['num_nil']} more mentions name a state that is not in the knowledge base (NIL). The model rejects "
+            f"{rejected:.0f} of them: so small a model scores a wrong state as high as the right one."
+        )
 
     step(4, "Build the knowledge base", f"hf-mel kb build {run} --dataset {data} --output {kb_folder}")
     kb = KnowledgeBase.build(str(data), model, processor, output=kb_folder)
-    console.print(f"{len(kb)} entities with their encodings.")
+    console.print(f"{len(kb)} states, each encoded once. Linking only encodes the mention.")
 
-    wanted = [
-        row
-        for row, (stratum, gold) in enumerate(zip(mentions["stratum"], mentions["entity_id"], strict=True))
+    example = next(
+        mention
+        for mention, stratum, gold in zip(mentions, mentions["stratum"], mentions["entity_id"], strict=True)
         if stratum == "both" and gold in kb
-    ]
-    example = mentions[wanted[0]]
+    )
     example["image"].save(photo)
     place = f"--start {example['start']} --end {example['end']} --image {photo}"
     step(5, "Link a mention", f"hf-mel link {run} --kb {kb_folder} --text {shlex.quote(example['text'])} {place}")
-    link(
-        str(run),
-        kb=str(kb_folder),
-        text=example["text"],
-        start=example["start"],
-        end=example["end"],
-        image=photo,
-        top_k=5,
-    )
+    linker = EntityLinker(model, processor, kb)
+    result = linker(text=example["text"], start=example["start"], end=example["end"], image=photo, top_k=5)
+    console.print(_candidates_table(result, example["mention"]))
     gold = kb.rows([kb.row_of(example["entity_id"])])[0]
-    console.print(f"The gold of this test mention is {gold['name']} ({gold['entity_id']}).", highlight=False)
+    console.print("The score is the mean of the three scores beside it, each of one unit of the model.")
+    console.print(f"The right answer is {gold['name']} ({gold['entity_id']}).")
 
     console.print()
-    console.rule("[b]Where things are", align="left")
-    for what, where in (
+    console.rule("[b]Done. Where things are", align="left")
+    for content, place in (
         ("data set", data),
         ("model, card, training plot", run),
         ("results on test", results_file),
         ("knowledge base", kb_folder),
     ):
-        console.print(f"  {what:<27} {where}", markup=False, highlight=False)
-    console.print("What to type next (first: source .venv/bin/activate, if you came by `make demo`):")
+        console.print(f"  {content:<27} {place}", markup=False)
+    console.print("What to type next (after `make demo`, first: source .venv/bin/activate):")
     for command in (
-        f'hf-mel link {run} --kb {kb_folder} --text "The hosts raised their flag in Accra." --mention "The hosts" --json',
-        f"hf-mel kb build {run} --entities mine.csv --output kb/mine      # your own entities: id,name,description,image",
+        f'hf-mel link {run} --kb {kb_folder} --text "The hosts met in Accra." --mention "The hosts"',
         "hf-mel space      # the same in a browser",
         "hf-mel --help",
     ):
-        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {command}", markup=False, soft_wrap=True)
 
 
 def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version: dict) -> dict[str, Any]:
-    """Results on the same encodings with all units, and with each unit alone."""
+    """Results with all units of the model, then with each unit alone, from one pass of the encoders."""
     from hf_mel.evaluation.full_evaluator import evaluate_full
     from hf_mel.inference.encode import encode_rows
     from hf_mel.inference.encodings import slice_encodings
@@ -117,7 +127,7 @@ def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version:
     encoded = encode_rows(model, processor, mentions, "mentions")
     units = model.unit_scores(slice_encodings(encoded, slice(1)), slice_encodings(known.tensors, slice(1)))
     results = {}
-    for name, chosen in {"all units": None, **{f"{unit} unit": [unit] for unit in units}}.items():
+    for name, chosen in {"all units": None, **{unit: [unit] for unit in units}}.items():
         results[name] = evaluate_full(
             model,
             processor,
@@ -128,16 +138,54 @@ def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version:
             mention_encodings=encoded,
             nil_threshold=getattr(model.config, "nil_threshold", None) if chosen is None else None,
             data_version=version,
+            progress=chosen is None,
         ).to_dict()
     return results
 
 
-def _units_table(results: dict[str, Any]) -> Table:
-    from hf_mel.evaluation.tables import comparison_table
+def _unit_of(result: dict[str, Any]) -> str:
+    """Name of the only unit that a result was ranked by."""
+    return f"{result['units'][0]} unit"
 
-    rows = {}
-    for name, result in results.items():
-        rows[name] = {"hits@1": result["metrics"]["hits@1"], "mrr": result["metrics"]["mrr"]} | {
-            f"hits@1 {stratum}": metrics["hits@1"] for stratum, metrics in result["strata"]["stratum"].items()
-        }
-    return comparison_table(rows, title="What each unit knows: H@1 by what decides")
+
+def _accuracy_table(overall: dict[str, Any], single_units: list[dict[str, Any]]) -> Table:
+    """A row for all mentions and one for each stratum, with H@1 of every unit alone beside the whole model."""
+    from rich.table import Table
+
+    from hf_mel.evaluation.tables import display_value
+
+    table = Table("test mentions", title="Accuracy, by what tells the states apart")
+    columns = [
+        "mentions",
+        "H@1",
+        "H@3",
+        "MRR",
+        *(f"{_UNIT_COLUMNS.get(r['units'][0], r['units'][0])}" for r in single_units),
+    ]
+    for column in columns:
+        table.add_column(column, justify="right")
+
+    def add(label: str, metrics: dict[str, Any], metrics_of_units: list[dict[str, Any]]) -> None:
+        values = [display_value(name, metrics[name]) for name in ("hits@1", "hits@3", "mrr")]
+        values += [display_value("hits@1", each["hits@1"]) for each in metrics_of_units]
+        table.add_row(label, f"{metrics['num_ranked']:,}", *values)
+
+    add("all", overall["metrics"], [result["metrics"] for result in single_units])
+    for stratum, metrics in overall["strata"]["stratum"].items():
+        label = _STRATA.get(stratum, stratum)
+        add(label, metrics, [result["strata"]["stratum"][stratum] for result in single_units])
+    return table
+
+
+def _candidates_table(result: Any, mention: str) -> Table:
+    """The best candidates of one mention, with their scores."""
+    from rich.table import Table
+
+    units = list(result.candidates[0].unit_scores)
+    table = Table("", "entity", title=f"'{mention}' may mean")
+    for column in ["score", *(_UNITS.get(unit, unit) for unit in units)]:
+        table.add_column(column, justify="right")
+    for place, candidate in enumerate(result.candidates, 1):
+        scores = [candidate.score, *(candidate.unit_scores[unit] for unit in units)]
+        table.add_row(str(place), candidate.name, *(f"{score:.1f}" for score in scores))
+    return table
