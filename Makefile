@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test docs bench test-browser test-space test-datasets3 lint format types check golden clean
+.PHONY: help setup demo test test-all bench test-browser test-space test-wheel test-datasets3 docs lint format types check golden clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -13,23 +13,29 @@ help:  ## this list
 setup: $(STAMP)  ## make .venv/ and install hf_mel with what tests and demo need
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
-	touch $@
+	@echo "Installing hf_mel into $(VENV)/. This takes a few minutes, once."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	@touch $@
+	@echo "Installed. To use it in this shell: source $(BIN)/activate"
 
 demo: setup  ## the whole way on the embedded data set: build, train, evaluate, build a KB, link a mention
-	HF_HUB_OFFLINE=1 $(BIN)/hf-mel demo
+	@HF_HUB_OFFLINE=1 $(BIN)/hf-mel demo
 
-test: setup  ## all tests but those in a browser, offline
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not browser"
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q
+test: setup  ## the tests, offline: less than ten minutes on two free cores
+	$(PYTEST) -n 2 --dist loadfile -m "not browser and not slow"
+
+test-all: setup  ## the tests, and those that take minutes
+	$(PYTEST) -n 2 --dist loadfile -m "not browser"
 
 test-browser: setup  ## the Space in a real browser; screenshots in artifacts/space
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
 	{ apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 || \
 	echo "There is no Chromium, and it could not be installed (apt-get install chromium): these tests are skipped."
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MEL_SCREENSHOTS=artifacts/space $(BIN)/python -m pytest -q -m browser tests/spaces
+	MEL_SCREENSHOTS=artifacts/space $(PYTEST) -m browser tests/spaces
 
 docs: setup  ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -40,6 +46,14 @@ test-space: setup  ## the Space's folder alone, in an environment of its own: ta
 	$(ALONE)/bin/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
 	$(ALONE)/bin/python -m pip install --quiet --constraint constraints.txt . -r spaces/entity_linking/requirements.txt
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.spaces.check_alone $(ALONE)/bin/python
+
+WHEEL := .venv-wheel
+test-wheel: setup  ## the demo from a wheel, in an empty environment and an empty folder
+	rm -rf build artifacts/wheel $(WHEEL) && $(PYTHON) -m venv $(WHEEL)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir artifacts/wheel .
+	$(WHEEL)/bin/python -m pip install --quiet $(shell grep '^torch==' constraints.txt)
+	$(WHEEL)/bin/python -m pip install --quiet --constraint constraints.txt artifacts/wheel/*.whl
+	cd "$$(mktemp -d)" && HF_HUB_OFFLINE=1 $(CURDIR)/$(WHEEL)/bin/hf-mel demo && rm -r "$$PWD"
 
 bench: setup  ## time the library beside plain references, alone on the machine; everything: make bench BENCH=--full
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCH)
@@ -55,7 +69,7 @@ format: setup  ## rewrite files in the project's format
 types: setup  ## mypy
 	$(BIN)/mypy
 
-check: lint types test test-browser  ## what CI runs
+check: lint types test-all docs test-browser test-wheel  ## what CI runs
 
 OLD := .venv-datasets3
 test-datasets3: $(OLD)/.installed  ## every builder as a script of datasets 3.x, in an environment of its own
@@ -71,4 +85,4 @@ golden: setup  ## compare with golden values of the published network: make gold
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.modeling.check_golden $(GOLDEN)
 
 clean:  ## remove the environment and caches, not your data or runs
-	rm -rf $(VENV) $(OLD) $(ALONE) .mypy_cache .ruff_cache .pytest_cache .hypothesis build site *.egg-info
+	rm -rf $(VENV) $(OLD) $(ALONE) $(WHEEL) .mypy_cache .ruff_cache .pytest_cache .hypothesis build site *.egg-info

@@ -154,15 +154,9 @@ def _accuracy_table(overall: dict[str, Any], single_units: list[dict[str, Any]])
 
     from hf_mel.evaluation.tables import display_value
 
-    table = Table("test mentions", title="Accuracy, by what tells the states apart")
-    columns = [
-        "mentions",
-        "H@1",
-        "H@3",
-        "MRR",
-        *(f"{_UNIT_COLUMNS.get(r['units'][0], r['units'][0])}" for r in single_units),
-    ]
-    for column in columns:
+    table = Table("decided by", title="Test mentions, by what tells the states apart")
+    units = [_UNITS.get(result["units"][0], result["units"][0]) for result in single_units]
+    for column in ["mentions", "H@1", "H@3", "MRR", *(f"H@1\n{unit}" for unit in units)]:
         table.add_column(column, justify="right")
 
     def add(label: str, metrics: dict[str, Any], metrics_of_units: list[dict[str, Any]]) -> None:
