@@ -32,10 +32,10 @@ def test_demo(demo_run):
     for words in (
         "1/5",
         "5/5",
-        "all units",
-        "text unit",
-        "vision unit",
-        "The gold of this test mention",
+        "Test mentions, by what tells the states apart",
+        "both together",
+        "fused",
+        "The right answer is",
         "hf-mel link",
     ):
         assert words in printed
