@@ -1,4 +1,8 @@
-"""A user's own rows: JSONL, JSON, CSV and TSV files read strictly, with the line of everything that is wrong."""
+"""Strict reader of rows in JSONL, JSON, CSV and TSV files, with the line of every problem.
+
+[`read_rows`] reads the rows of a file. `text_cell`, `id_cell`, `int_cell` and `texts_cell` check and convert single cells,
+and [`entity_row`] converts a whole row of a file of entities.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import difflib
 import io
 import json
 import os
+import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,9 +20,9 @@ from typing import Any
 from hf_mel.errors import DataFormatError, ImageError
 from hf_mel.schema import NIL
 
-#: What a file of rows may end in.
+#: Suffixes of the files that [`read_rows`] reads.
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
-#: Every name a column of a file of entities may have → the name that row has it under.
+#: Every accepted column name of a file of entities → the key of the column in its rows.
 ENTITY_COLUMNS = {
     "id": "id",
     "entity_id": "id",
@@ -31,206 +36,293 @@ ENTITY_COLUMNS = {
 _LIST_SEPARATOR = "|"
 
 
-def read_rows(path: str | os.PathLike[str], columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a file in UTF-8, with or without byte-order mark, whatever its line ends.
+def read_rows(
+    path: str | os.PathLike[str], columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Reads the rows of a UTF-8 file, with or without byte-order mark and with any line ends.
+
+    The suffix decides the format: one JSON object a line (.jsonl), one JSON list of objects (.json), or a table with a
+    header, separated by commas (.csv) or tabs (.tsv).
 
     Args:
-        path (`str` or `os.PathLike`): A file ending in one of [`ROW_SUFFIXES`]: one JSON object a line, one JSON list of
-            objects, or a table with a header, separated by commas or tabs.
-        columns (mapping of `str` to `str`): Every name a column may have → the key it gets in the rows.
+        path (`str` or `os.PathLike`): A file with one of the [`ROW_SUFFIXES`], in upper or lower case.
+        columns (mapping of `str` to `str`, *optional*): Every accepted column name → its key in the rows. Other columns
+            are errors. Default: all columns are accepted and keep their names.
 
     Yields:
-        `tuple[int, dict]`: The line the row ends on (in a .json file its number), both from 1; and its cells, texts
-        only where the file is a table.
+        `tuple[int, dict]`: The line on which the row ends (in a .json file the number of the row), counted from 1, and
+        the cells of the row. Cells of a table are strings.
 
     Raises:
-        DataFormatError: Not such a file, not UTF-8, a row that cannot be parsed, an unknown column, one that stands
-            twice, or a half of a surrogate pair.
+        DataFormatError: The file has another suffix, cannot be read or is not UTF-8; a row cannot be parsed, has an
+            unknown column, a column twice, or half of a surrogate pair.
     """
     path = Path(path)
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _csv_rows}
-    if path.suffix.lower() not in readers:
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _table_rows, ".tsv": _table_rows}
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise DataFormatError(
-            f"is none of {', '.join(ROW_SUFFIXES)}.", file=path, remedy="Rows come as JSON or as a table."
+            f"The file is none of {', '.join(ROW_SUFFIXES)}.", file=path, remedy="Convert it to one of these formats."
         )
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataFormatError(f"cannot be read ({error.strerror}).", file=path, remedy="Check the path.") from error
+        raise DataFormatError(
+            f"The file cannot be read ({error.strerror}).", file=path, remedy="Check the path."
+        ) from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataFormatError(
-            f"is not UTF-8 text ({error}).", file=path, row=line, remedy="Save it as UTF-8."
+            f"The file is not UTF-8 text ({error}).", file=path, row=line, remedy="Save it as UTF-8."
         ) from error
-    yield from readers[path.suffix.lower()](path, text, columns)
+    yield from readers[suffix](path, text, columns)
 
 
-def _jsonl_rows(path: Path, text: str, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Not splitlines: it also splits at characters that JSON allows inside a text (U+2028, form feed).
+def parse_json(text: str, *, file: str | os.PathLike[str], row: int | str | None = None) -> Any:
+    """Parses one JSON value strictly.
+
+    Args:
+        text (`str`): The JSON text of a file or of one of its lines.
+        file (`str` or `os.PathLike`), row (`int` or `str`, *optional*): The source, for error messages.
+
+    Raises:
+        DataFormatError: The text is not JSON (which has no NaN), or nests too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_JsonObject, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # ValueError includes numbers of thousands of digits
+        subject = "file" if row is None else "line"
+        raise DataFormatError(
+            f"The {subject} is not JSON ({error}).", file=file, row=row, remedy="Correct it, or save it again as JSON."
+        ) from error
+
+
+class _JsonObject(dict):
+    """JSON object that remembers a key which occurs twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        keys = [key for key, _ in pairs]
+        self.repeated_key = next((key for key in keys if keys.count(key) > 1), None) if len(self) < len(keys) else None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def _jsonl_rows(path: Path, text: str, columns: Mapping[str, str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Not splitlines, which also splits at characters that JSON allows inside a string (U+2028, form feed).
     for line, content in enumerate(text.split("\n"), start=1):
         if content.strip():
-            yield line, _object(path, line, _parse(path, line, content), columns)
+            value = parse_json(content, file=path, row=line)
+            if "\\u" in content:
+                _check_encodable(path, line, value)
+            yield line, _rename_keys(path, line, value, columns)
 
 
-def _json_rows(path: Path, text: str, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path, text: str, columns: Mapping[str, str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     if not text.strip():
         return
-    rows = _parse(path, None, text)
-    if isinstance(rows, _Pairs) or not isinstance(rows, list):
-        raise DataFormatError("is not a list.", file=path, remedy="Write [{…}, {…}], or one object a line as .jsonl.")
+    rows = parse_json(text, file=path)
+    if not isinstance(rows, list):
+        raise DataFormatError(
+            "The file is not a list of rows.", file=path, remedy="Write [{…}, {…}], or one object a line as .jsonl."
+        )
     for number, row in enumerate(rows, start=1):
-        if isinstance(row, _Pairs) and "\\u" in text:
+        if "\\u" in text:
             _check_encodable(path, number, row)
-        yield number, _object(path, number, row, columns)
-
-
-class _Pairs(list):
-    """The keys and values of a JSON object, which may hold a key twice."""
-
-
-def _parse(path: Path, line: int | None, text: str) -> Any:
-    try:
-        value = json.loads(text, object_pairs_hook=_Pairs, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, NaN, a number of thousands of digits
-        raise DataFormatError(f"is not JSON ({error}).", file=path, row=line) from error
-    if line is not None and "\\u" in text:
-        _check_encodable(path, line, value)
-    return value
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+        yield number, _rename_keys(path, number, row, columns)
 
 
 def _check_encodable(path: Path, line: int, value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise DataFormatError(f"holds half of a surrogate pair ({error.reason}).", file=path, row=line) from error
+        raise DataFormatError(
+            f"The row has half of a surrogate pair ({error.reason}).",
+            file=path,
+            row=line,
+            remedy="Write the whole character, or remove it.",
+        ) from error
 
 
-def _object(path: Path, line: int, value: Any, columns: Mapping[str, str]) -> dict[str, Any]:
-    if not isinstance(value, _Pairs):
-        example = ", ".join(f'"{column}": …' for column in list(columns)[:2])
-        raise DataFormatError("is not a JSON object.", file=path, row=line, remedy=f"Write {{{example}}}.")
-    names = _keys(path, line, [key for key, _ in value], columns)
-    return dict(zip(names, (_plain(item) for _, item in value), strict=True))
+def _rename_keys(path: Path, line: int, value: Any, columns: Mapping[str, str] | None) -> dict[str, Any]:
+    if not isinstance(value, _JsonObject):
+        example = ", ".join(f'"{column}": …' for column in list(columns)[:2]) if columns else '"text": …'
+        raise DataFormatError("The row is not a JSON object.", file=path, row=line, remedy=f"Write {{{example}}}.")
+    if value.repeated_key is not None:
+        raise _repeated_column(path, line, value.repeated_key)
+    return dict(zip(_column_keys(path, line, list(value), columns), value.values(), strict=True))
 
 
-def _plain(value: Any) -> Any:
-    """Objects inside a cell as a dict; no column takes one, but the error shows it."""
-    return dict(value) if isinstance(value, _Pairs) else value
-
-
-def _csv_rows(path: Path, text: str, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _table_rows(path: Path, text: str, columns: Mapping[str, str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     limit = csv.field_size_limit(max(len(text), 1))  # the default refuses fields over 131,072 characters
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        names: list[str] | None = None
+        keys: list[str] | None = None
         for record in reader:
             if not record:
                 continue
-            if names is None:
-                names = _keys(path, reader.line_num, record, columns)
-            elif len(record) != len(names):
+            if keys is None:
+                keys = _column_keys(path, reader.line_num, record, columns)
+            elif len(record) != len(keys):
                 raise DataFormatError(
-                    f"does not have {len(names)} fields as the header has.",
+                    f"The row has {len(record)} fields, not the {len(keys)} fields of the header.",
                     file=path,
                     row=reader.line_num,
-                    remedy=f"Quote fields that hold {'tabs' if delimiter != ',' else 'commas'} or line ends.",
+                    remedy=f"Quote fields that contain {'tabs' if delimiter != ',' else 'commas'} or line ends.",
                 )
             else:
-                yield reader.line_num, dict(zip(names, record, strict=True))
+                yield reader.line_num, dict(zip(keys, record, strict=True))
     except csv.Error as error:
-        raise DataFormatError(f"is not CSV ({error}).", file=path, row=reader.line_num) from error
+        kind = path.suffix[1:].upper()
+        raise DataFormatError(
+            f"The row is not {kind} ({error}).", file=path, row=reader.line_num, remedy="Check the quotation marks."
+        ) from error
     finally:
         csv.field_size_limit(limit)
 
 
-def _keys(path: Path, line: int, names: list[str], columns: Mapping[str, str]) -> list[str]:
+def _column_keys(path: Path, line: int, names: list[str], columns: Mapping[str, str] | None) -> list[str]:
     keys: list[str] = []
     for name in names:
-        if name not in columns:
-            near = difflib.get_close_matches(name, columns, n=1)
-            meant = f"Did you mean {near[0]!r}? " if near else ""
+        if columns is not None and name not in columns:
+            similar = difflib.get_close_matches(name, columns, n=1)
+            suggestion = f"Did you mean {similar[0]!r}? " if similar else ""
             raise DataFormatError(
-                f"has a column {name!r}, which means nothing here.",
+                f"The column {name!r} is unknown.",
                 file=path,
                 row=line,
-                remedy=f"{meant}Rename or remove it; columns are {', '.join(columns)}.",
+                remedy=f"{suggestion}Rename or remove it; columns are {', '.join(columns)}.",
             )
-        if columns[name] in keys:
-            raise DataFormatError(f"has the column {name!r} twice.", file=path, row=line)
-        keys.append(columns[name])
+        key = name if columns is None else columns[name]
+        if key in keys:
+            raise _repeated_column(path, line, name)
+        keys.append(key)
     return keys
 
 
+def _repeated_column(path: Path, line: int, name: str) -> DataFormatError:
+    return DataFormatError(
+        f"The row has the column {name!r} twice.", file=path, row=line, remedy="Keep one of the two."
+    )
+
+
 def text_cell(path: Path, line: int, row: Mapping[str, Any], column: str, required: bool = False) -> str:
-    """A cell as text, "" if it is absent, null or empty.
+    """Returns a cell as a string, "" if it is absent, null or empty.
 
     Raises:
-        DataFormatError: It is no text, or required and blank.
+        DataFormatError: The cell is not a string, or it is required and blank.
     """
     value = row.get(column)
     if value is None:
         value = ""
     if not isinstance(value, str):
-        raise DataFormatError(f"{column!r} is {reprlib.repr(value)}, expected a text.", file=path, row=line)
+        raise DataFormatError(
+            f"The cell {column!r} is {reprlib.repr(value)}.", file=path, row=line, remedy="Write a string."
+        )
     if required and not value.strip():
-        raise DataFormatError(f"has no {column!r}.", file=path, row=line, remedy="Every row needs one.")
+        raise DataFormatError(
+            f"The row has no {column!r}.", file=path, row=line, remedy=f"Give a {column!r} in every row."
+        )
     return value
 
 
 def id_cell(path: Path, line: int, row: Mapping[str, Any], column: str, required: bool = False) -> str:
-    """As [`text_cell`], of a text or a whole number."""
+    """Returns a cell as a string, as [`text_cell`] does; whole numbers are accepted and converted."""
     value = row.get(column)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return text_cell(path, line, row, column, required)
 
 
+def int_cell(path: Path, line: int, row: Mapping[str, Any], column: str) -> int | None:
+    """Returns a cell as an integer of at most nine digits, or `None` if it is absent, null or blank.
+
+    Raises:
+        DataFormatError: The cell is not a whole number.
+    """
+    value = row.get(column)
+    text = value.strip() if isinstance(value, str) else "" if value is None else repr(value)
+    if not text:
+        return None
+    if not re.fullmatch("-?[0-9]{1,9}", text, re.ASCII):
+        raise DataFormatError(
+            f"The cell {column!r} is {reprlib.repr(value)}.", file=path, row=line, remedy="Write a whole number."
+        )
+    return int(text)
+
+
 def texts_cell(path: Path, line: int, row: Mapping[str, Any], column: str) -> list[str]:
-    """A cell of several texts: a JSON list, or one text separated by "|"; blank ones are left out."""
+    """Returns a cell as a list of strings, without empty ones.
+
+    The cell is a JSON list, or one string whose parts are separated by "|".
+
+    Raises:
+        DataFormatError: The cell is neither.
+    """
     value = row.get(column)
     items = [part.strip() for part in value.split(_LIST_SEPARATOR)] if isinstance(value, str) else value or []
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise DataFormatError(f"{column!r} is {reprlib.repr(value)}, expected texts.", file=path, row=line)
+        raise DataFormatError(
+            f"The cell {column!r} is {reprlib.repr(value)}.",
+            file=path,
+            row=line,
+            remedy=f"Write a list of strings, or one string with parts separated by {_LIST_SEPARATOR!r}.",
+        )
     return [item for item in items if item]
 
 
 def image_file(path: Path, line: int, name: str, folder: Path | None = None) -> Path:
-    """The image that a cell names: a path below `folder`, by default the folder of the file of rows.
+    """Returns the path of the image file that a cell names.
+
+    Args:
+        path (`Path`), line (`int`): The file of rows and the line, for error messages.
+        name (`str`): The path in the cell.
+        folder (`Path`, *optional*): The folder to which it is relative. Default: that of the file of rows.
 
     Raises:
-        ImageError: There is no such file.
+        ImageError: The file does not exist.
     """
     image = (folder or path.parent) / name
     try:
-        there = image.is_file()
-    except (OSError, ValueError):  # a name no file can have
-        there = False
-    if not there:
-        where = "the file's folder" if folder is None else f"{folder}"
-        raise ImageError(f"there is no image {image}.", file=path, row=line, remedy=f"Image paths start at {where}.")
+        exists = image.is_file()
+    except (OSError, ValueError):  # names that no file can have: too long, or with a null character
+        exists = False
+    if not exists:
+        base = "the folder of this file" if folder is None else f"{folder}"
+        raise ImageError(
+            f"The image file {image} does not exist.", file=path, row=line, remedy=f"Give a path relative to {base}."
+        )
     return image
 
 
 def entity_row(path: Path, line: int, row: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
-    """A row of a file of entities ([`read_rows`] with [`ENTITY_COLUMNS`]) in the schema's columns.
+    """Converts a row of a file of entities to the columns of the schema.
+
+    Args:
+        path (`Path`), line (`int`): The file of rows and the line, for error messages.
+        row (mapping): A row that [`read_rows`] returned for [`ENTITY_COLUMNS`].
+        folder (`Path`, *optional*): The folder to which image paths are relative. Default: that of the file.
 
     Returns:
-        `dict` as [`~hf_mel.schema.entity_features`], but `images` are paths (`list[Path]`).
+        `dict` with the keys of [`~hf_mel.schema.entity_features`]; `images` is a list of paths.
 
     Raises:
-        DataFormatError: A value is missing or of the wrong type, or the id is [`~hf_mel.schema.NIL`].
-        ImageError: An image is not there.
+        DataFormatError: A cell is missing or has the wrong type, or the id is [`~hf_mel.schema.NIL`].
+        ImageError: An image file does not exist.
     """
-    entity_id, name = (cell(path, line, row, key, True) for cell, key in ((id_cell, "id"), (text_cell, "name")))
+    entity_id, name = id_cell(path, line, row, "id", True), text_cell(path, line, row, "name", True)
     if entity_id == NIL:
-        raise DataFormatError(f"the id {NIL!r} stands for no entity.", file=path, row=line, remedy="Choose another.")
+        raise DataFormatError(
+            f"The id {NIL!r} is reserved for mentions without an entity.",
+            file=path,
+            row=line,
+            remedy="Choose another id.",
+        )
     return {
         "entity_id": entity_id,
         "name": name,

@@ -139,6 +139,46 @@ def make_candidates(
     return made
 
 
+def load_or_make_candidates(
+    source: str,
+    mentions: datasets.Dataset,
+    entities: datasets.Dataset,
+    load_split: Callable[[str], datasets.Dataset],
+    *,
+    k: int,
+    scorer: str,
+    retriever: str | os.PathLike[str] | None,
+    **options: Any,
+) -> CandidateLists:
+    """Loads candidate lists from a Parquet file, or makes them with the default cache and progress bars.
+
+    Args:
+        source (`str`): A .parquet file, or a source of [`make_candidates`].
+        mentions, entities, k, scorer, retriever: As in [`make_candidates`].
+        load_split (`Callable`): Loads the mentions of a split; the source "prior" counts in "train".
+        options: Other arguments of [`make_candidates`].
+
+    Raises:
+        MelError: As in [`CandidateLists.load`] and [`make_candidates`].
+    """
+    if source.endswith(".parquet"):
+        return CandidateLists.load(source)
+    check_source(source, k=k, scorer=scorer, retriever=retriever)
+    training = load_split("train") if "prior" in source.split("+") else None
+    return make_candidates(
+        source,
+        mentions,
+        entities,
+        k=k,
+        scorer=scorer,
+        retriever=retriever,
+        training=training,
+        cache_dir=default_cache(),
+        progress=True,
+        **options,
+    )
+
+
 def check_source(source: str, *, k: int, scorer: str, retriever: Any) -> None:
     """Raises a [`~hf_mel.errors.RecipeError`] for what [`make_candidates`] could not do, before anything is loaded."""
     sources = source.split("+")

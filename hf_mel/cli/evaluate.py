@@ -135,7 +135,7 @@ def evaluate(
     from accelerate import PartialState
     from rich.console import Console
 
-    from hf_mel.cli.candidates import candidates_for
+    from hf_mel.candidates.make import load_or_make_candidates
     from hf_mel.data.loading import dataset_version, load_entities, load_mentions
     from hf_mel.data.posts import posts_of
     from hf_mel.errors import RecipeError, UnknownSplitError
@@ -182,7 +182,7 @@ def evaluate(
             )
         if units is not None or nil_threshold is not None or nil_from is not None:
             raise RecipeError("--units and the options of NIL are for retrievers.", remedy="Leave them out.")
-        lists = candidates_for(
+        lists = load_or_make_candidates(
             candidates,
             mentions,
             entities,

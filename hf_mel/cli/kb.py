@@ -1,84 +1,72 @@
-"""`hf-mel kb`: build, change and look at knowledge bases."""
+"""`hf-mel kb`: builds, changes and inspects knowledge bases and their indexes."""
 
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hf_mel.cli.options import Device, FirstStage, ModelArgument, Revision, TrustRemoteCode
+from hf_mel.kb.indexes import BuiltKind
+from hf_mel.kb.manifest import Dtype
+
+if TYPE_CHECKING:
+    from hf_mel.kb.knowledge_base import KnowledgeBase
+
 app = typer.Typer(
-    help="Build the knowledge base a model links to, and add or remove entities.\n\n"
-    "A knowledge base is a folder of encoded entities. It belongs to the model that built it.",
+    help="Build the knowledge base to which a model links, and add or remove entities.\n\n"
+    "A knowledge base is a folder of encoded entities. Only the model that built it can use it.",
     no_args_is_help=True,
 )
 
 _ENTITIES_HELP = (
-    "A .jsonl or .csv file of your own entities: [b]id[/b] and [b]name[/b], and if there are any [b]description[/b], "
-    "[b]attributes[/b], [b]aliases[/b], [b]image[/b] (a path, seen from the file)."
+    "A .jsonl, .json, .csv or .tsv file of your own entities. Columns: [b]id[/b] and [b]name[/b]; optionally "
+    "[b]description[/b], [b]attributes[/b], [b]aliases[/b] and [b]image[/b], a path relative to the file. Several "
+    "aliases or images are separated by |."
 )
-_Device = Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")]
-_TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model, if it is not ours.")
-]
-_Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
+_Folder = Annotated[Path, typer.Argument(help="The folder of the knowledge base.")]
+_Model = Annotated[str, typer.Option(help="The model that built it: a run folder, a model folder, or one on the Hub.")]
 _BatchSize = Annotated[int, typer.Option(min=1, help="Entities to encode at a time.")]
-
-
-class Kind(str, Enum):
-    """What an index is."""
-
-    FAISS_PQ = "faiss-pq"
-    FAISS_FLAT = "faiss-flat"
-    MILVUS = "milvus"
-
-
 _Kind = Annotated[
-    Kind,
+    BuiltKind,
     typer.Option(
-        help="[b]faiss-pq[/b]: compares with a short code of every entity, the fastest for most. [b]faiss-flat[/b]: with "
-        "every vector, for a hundred thousand entities. [b]faiss-ivf[/b]: with the vectors of some lists, misses more. "
-        "[b]faiss-hnsw[/b]: a graph, slow to build. [b]milvus[/b]: a database, in a file or on a server."
+        help="[b]faiss-pq[/b] compares short codes of the entities: the fastest, for any size. [b]faiss-flat[/b] "
+        "compares whole vectors: misses nothing by coding, for up to about 100,000 entities. [b]milvus[/b] keeps the "
+        "vectors in a database, in a file or on a server."
     ),
 ]
 
 
-class Dtype(str, Enum):
-    """What encodings are stored in."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-
-
 @app.command()
 def build(
-    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a model on the Hub.")],
-    output: Annotated[Path, typer.Option(help="The folder to write. A knowledge base that is there is replaced.")],
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option(help="The folder to write. An existing knowledge base is replaced.")],
     dataset: Annotated[
-        str | None, typer.Option(help="A data-set folder, or a data set on the Hub, whose entities to take.")
+        str | None, typer.Option(help="The data set with the entities: a folder, or a data set on the Hub.")
     ] = None,
     entities: Annotated[Path | None, typer.Option(help=_ENTITIES_HELP)] = None,
     posts: Annotated[
         str,
         typer.Option(
-            help="What a model that knows entities by posts knows them by: [b]auto[/b], the data set's posts, or without "
-            "any the captions of its training split; [b]none[/b]; or a split. Entities of a file are known by themselves."
+            help="Posts about the entities, for a model that represents entities by posts. [b]auto[/b]: the posts of "
+            "the data set, or else the captions of its training split. [b]none[/b]: no posts. Otherwise a split, whose "
+            "captions are the posts. A file of entities has no posts."
         ),
     ] = "auto",
     batch_size: _BatchSize = 64,
     dtype: Annotated[
-        Dtype, typer.Option(help="What to store encodings in: the halves take half the disk, at some rounding.")
-    ] = Dtype.FLOAT32,
-    device: _Device = None,
-    trust_remote_code: _TrustRemoteCode = False,
-    revision: _Revision = None,
+        Dtype,
+        typer.Option(help="How to store encodings. float16 and bfloat16 need half the disk space of float32."),
+    ] = "float32",
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
 ) -> None:
-    """Encode entities with a model into a folder that [b]hf-mel link[/b] ranks.
+    """Encode entities with a model into a folder, to which [b]hf-mel link[/b] links mentions.
 
-    Entities come from a data set or from a file of your own. An interrupted build goes on when it is repeated.
+    The entities come from a data set or from a file of your own. To resume an interrupted build, repeat the command.
 
     Examples:
 
@@ -87,8 +75,9 @@ def build(
       hf-mel kb build runs/mimic_flags --entities mine.csv --output kb/mine
     """
     if (dataset is None) == (entities is None):
-        raise typer.BadParameter("Give a data set or a file of entities, one of them.", param_hint="--dataset")
+        raise typer.BadParameter("Give either --dataset or --entities.", param_hint="--dataset")
 
+    from hf_mel.cli.printing import print_plain
     from hf_mel.inference.checkpoints import load_retriever
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
@@ -100,85 +89,87 @@ def build(
         output=output,
         posts=posts,
         batch_size=batch_size,
-        dtype=dtype.value,
+        dtype=dtype,
     )
-    _report(kb)
-    _print(
+    _print_info(kb)
+    print_plain(
         f'Next: hf-mel link {model} --kb {output} --text "…" --mention "…"\n'
         f"      hf-mel kb add {output} --model {model} --entities FILE\n"
-        f"      hf-mel kb index {output} --model {model}   # for a large one"
+        f"      hf-mel kb index {output} --model {model}   # for a large knowledge base"
     )
 
 
 @app.command()
 def add(
-    kb: Annotated[Path, typer.Argument(help="The folder of the knowledge base.")],
-    model: Annotated[str, typer.Option(help="The model that built it.")],
+    kb: _Folder,
+    model: _Model,
     entities: Annotated[Path, typer.Option(help=_ENTITIES_HELP)],
     replace: Annotated[
-        bool, typer.Option("--replace", help="An entity whose id is there already takes the place of the old one.")
+        bool, typer.Option("--replace", help="Replace entities whose id exists, instead of reporting an error.")
     ] = False,
     batch_size: _BatchSize = 64,
-    device: _Device = None,
-    trust_remote_code: _TrustRemoteCode = False,
-    revision: _Revision = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
 ) -> None:
-    """Add entities of your own. The ones that are there are not encoded again.
+    """Add entities of your own. Existing entities are not encoded again.
 
     Example:
 
       hf-mel kb add kb/flags --model runs/mimic_flags --entities mine.jsonl
     """
+    from hf_mel.cli.printing import print_plain
     from hf_mel.inference.checkpoints import load_retriever
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
     opened = KnowledgeBase(kb)
     retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
     count = opened.add(entities, retriever, processor, replace=replace, batch_size=batch_size)
-    _print(f"{_entities(count)} added to {kb}, which now has {len(opened):,}.")
+    print_plain(f"Added {_count_entities(count)} to {kb}, which now has {len(opened):,}.")
 
 
 @app.command()
 def remove(
-    kb: Annotated[Path, typer.Argument(help="The folder of the knowledge base.")],
+    kb: _Folder,
     ids: Annotated[list[str], typer.Argument(help="The ids of the entities.")],
 ) -> None:
-    """Remove entities: they are not ranked any more, and can be added again.
+    """Remove entities. They are no longer ranked, and can be added again.
 
     Example:
 
       hf-mel kb remove kb/flags Q30 Q145
     """
+    from hf_mel.cli.printing import print_plain
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
     opened = KnowledgeBase(kb)
     count = opened.remove(ids)
-    _print(f"{_entities(count)} removed from {kb}, which now has {len(opened):,}.")
+    print_plain(f"Removed {_count_entities(count)} from {kb}, which now has {len(opened):,}.")
 
 
 @app.command()
 def index(
-    kb: Annotated[Path, typer.Argument(help="The folder of the knowledge base.")],
-    model: Annotated[str, typer.Option(help="The model that built it.")],
-    kind: _Kind = Kind.FAISS_PQ,
+    kb: _Folder,
+    model: _Model,
+    kind: _Kind = "faiss-pq",
     uri: Annotated[
         str | None,
         typer.Option(
-            help="The address of a Milvus server, for [b]milvus[/b]; its token is taken from MILVUS_TOKEN. Default: a "
-            "file in the knowledge base's folder."
+            help="Address of a Milvus server, for [b]milvus[/b]. Its token is read from MILVUS_TOKEN. Default: a file "
+            "in the folder of the knowledge base."
         ),
     ] = None,
-    device: _Device = None,
-    trust_remote_code: _TrustRemoteCode = False,
-    revision: _Revision = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
 ) -> None:
-    """Build an index, so that a mention need not be compared with every entity.
+    """Build an index, so that a mention is not compared with every entity.
 
-    An index finds candidates by one vector of each entity; the model then scores these as it scores everything. What
-    is not among them is missed: [b]hf-mel kb recall[/b] says how often.
+    The index finds candidates by one vector per entity, and the model scores only these, exactly. Entities that are
+    not among the candidates are missed: measure how many with [b]hf-mel kb recall[/b].
 
-    Run it again after adding many entities: it goes on from the index that is there. It goes on after an interruption,
-    too. Removing entities needs nothing. An index is not published with its knowledge base.
+    After adding many entities, or after an interruption, run the command again: it continues from the existing index.
+    Removing entities needs no new index. An index is not published with its knowledge base.
 
     Examples:
 
@@ -186,38 +177,37 @@ def index(
 
       hf-mel kb index kb/wikimel --model runs/mimic_wikimel --kind milvus --uri http://localhost:19530
     """
+    from hf_mel.cli.printing import print_plain
     from hf_mel.inference.checkpoints import load_retriever
     from hf_mel.kb.indexes import build_index
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
     opened = KnowledgeBase(kb)
     retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
-    build_index(opened, kind.value, retriever, processor, uri=uri)
-    _print(
-        f"The index {kind.value} of {kb} has its {_entities(len(opened))}.\n"
-        f'Next: hf-mel link {model} --kb {kb} --index {kind.value} --text "…" --mention "…"\n'
-        f"      hf-mel kb recall {kb} --model {model} --kind {kind.value} --dataset DATA"
+    build_index(opened, kind, retriever, processor, uri=uri)
+    print_plain(
+        f"The index {kind} of {kb} covers its {_count_entities(len(opened))}.\n"
+        f'Next: hf-mel link {model} --kb {kb} --index {kind} --text "…" --mention "…"\n'
+        f"      hf-mel kb recall {kb} --model {model} --kind {kind} --dataset DATA"
     )
 
 
 @app.command()
 def recall(
-    kb: Annotated[Path, typer.Argument(help="The folder of the knowledge base.")],
-    model: Annotated[str, typer.Option(help="The model that built it.")],
-    dataset: Annotated[str, typer.Option(help="A data-set folder, or a data set on the Hub: whose mentions to take.")],
-    kind: _Kind = Kind.FAISS_PQ,
-    split: Annotated[str, typer.Option(help="Which mentions.")] = "validation",
-    limit: Annotated[int, typer.Option(min=1, help="How many mentions, evenly drawn from all.")] = 500,
-    first_stage: Annotated[
-        int | None, typer.Option(min=1, help="How many candidates the index finds. Default: 256.")
-    ] = None,
-    device: _Device = None,
-    trust_remote_code: _TrustRemoteCode = False,
-    revision: _Revision = None,
+    kb: _Folder,
+    model: _Model,
+    dataset: Annotated[str, typer.Option(help="The data set with the mentions: a folder, or a data set on the Hub.")],
+    kind: _Kind = "faiss-pq",
+    split: Annotated[str, typer.Option(help="Split of the mentions.")] = "validation",
+    limit: Annotated[int, typer.Option(min=1, help="Number of mentions, taken evenly from the split.")] = 500,
+    first_stage: FirstStage = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
 ) -> None:
-    """Print, as JSON, how much of the exact ranking an index finds: recall at 1, 10 and 64.
+    """Print the recall of an index at 1, 10 and 64 as JSON.
 
-    Recall at k is the share of the k best of all entities that are among the candidates.
+    Recall at k is the share of the k best of all entities that are among the candidates of the index.
 
     Example:
 
@@ -230,66 +220,70 @@ def recall(
     from hf_mel.inference.encode import encode_rows
     from hf_mel.kb.indexes import open_index
     from hf_mel.kb.indexes.base import FIRST_STAGE
-    from hf_mel.kb.indexes.recall import recall as recall_of
+    from hf_mel.kb.indexes.recall import recall as compute_recall
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
     mentions = load_mentions(dataset, split)
     count = min(limit, len(mentions))
-    some = mentions.select(np.linspace(0, len(mentions) - 1, count).astype(int))
+    sample = mentions.select(np.linspace(0, len(mentions) - 1, count).astype(int))
     opened = KnowledgeBase(kb)
     retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
     opened.check_made_by(retriever, processor)
-    found = open_index(opened, kind.value, retriever, first_stage=first_stage)
-    encoded = encode_rows(retriever, processor, some, "mentions", progress=True)
-    values = recall_of(found, encoded, progress=True)
+    built = open_index(opened, kind, retriever, first_stage=first_stage)
+    encodings = encode_rows(retriever, processor, sample, "mentions", progress=True)
+    recalls = compute_recall(built, encodings, progress=True)
     result = {
-        "index": kind.value,
+        "index": kind,
         "first_stage": first_stage or FIRST_STAGE,
         "entities": len(opened),
         "mentions": count,
     }
-    typer.echo(json.dumps({**result, **{f"recall@{at}": round(value, 4) for at, value in values.items()}}))
+    typer.echo(json.dumps({**result, **{f"recall@{k}": round(value, 4) for k, value in recalls.items()}}))
 
 
 @app.command()
 def info(
-    kb: Annotated[Path, typer.Argument(help="The folder of the knowledge base.")],
+    kb: _Folder,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Also read every file and compare its sha256. Sizes are always compared.")
+        bool,
+        typer.Option("--verify", help="Also read every file and compare its sha256. Sizes are always compared."),
     ] = False,
 ) -> None:
-    """Show what a knowledge base holds and which model built it.
+    """Show the content of a knowledge base and the model that built it.
 
     Example:
 
       hf-mel kb info kb/flags --verify
     """
+    from hf_mel.cli.printing import print_plain
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
     opened = KnowledgeBase(kb)
     if verify:
         opened.verify()
-    _report(opened)
+    _print_info(opened)
     if verify:
-        _print("Every file is as it was written.")
+        print_plain("All files have the recorded sha256.")
 
 
-def _report(kb) -> None:
+def _print_info(kb: KnowledgeBase) -> None:
     from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
 
     info = kb.info()
-    rows = info["entities"] + info["removed"]
+    model = info["model"]
+    num_rows = info["entities"] + info["removed"]
     table = Table(title=str(info["path"]), show_header=False)
     removed = f", and {info['removed']:,} removed" if info["removed"] else ""
     table.add_row("entities", f"{info['entities']:,}{removed}")
-    revision = f", revision {info['model']['revision']}" if info["model"]["revision"] else ""
-    table.add_row("built by", f"{info['model']['name']} ({info['model']['type']}{revision})")
-    table.add_row("weights", f"sha256 {info['model']['weights'][:16]}…")
+    revision = f", revision {model['revision']}" if model["revision"] else ""
+    table.add_row("built by", f"{model['name']} ({model['type']}{revision})")
+    table.add_row("weights", f"sha256 {model['weights'][:16]}…")
     table.add_row(
         "encodings",
-        f"{decimal(info['encoding_bytes'])} in {info['dtype']}, {decimal(info['encoding_bytes'] // rows)} per entity",
+        f"{decimal(info['encoding_bytes'])} in {info['dtype']}, "
+        f"{decimal(info['encoding_bytes'] // num_rows)} per entity",
     )
     for name, spec in info["encodings"].items():
         table.add_row("", f"{name} {' × '.join(map(str, spec['shape'])) or '1'} {spec['dtype']}")
@@ -300,11 +294,5 @@ def _report(kb) -> None:
     Console().print(table)
 
 
-def _entities(count: int) -> str:
+def _count_entities(count: int) -> str:
     return f"{count:,} {'entity' if count == 1 else 'entities'}"
-
-
-def _print(text: str) -> None:
-    from rich.console import Console
-
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)

@@ -7,6 +7,12 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hf_mel.linking.linker import Candidate, LinkResult
 
 
 class _LinePrinter(logging.Handler):
@@ -32,3 +38,79 @@ def show_logs() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def print_plain(text: str) -> None:
+    """Prints text without markup, highlighting or line wrapping."""
+    from rich.console import Console
+
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_link(result: LinkResult) -> None:
+    """Prints the candidates of a mention with their scores, and the decision of the linker.
+
+    Args:
+        result ([`~hf_mel.linking.linker.LinkResult`]): The linked mention.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    best = result.best
+    units = list(best.unit_scores) if len(best.unit_scores) > 1 else []
+    is_reranked = any(candidate.reranker_score is not None for candidate in result.candidates)
+    header = [
+        "",
+        "entity",
+        "id",
+        *(["reranker"] if is_reranked else []),
+        "score",
+        *(unit.replace("_", " ") for unit in units),
+    ]
+    rows: list[list[Any]] = []
+    for candidate in result.candidates:
+        scores: list[float | None] = [*([candidate.reranker_score] if is_reranked else []), candidate.score]
+        scores += [candidate.unit_scores[unit] for unit in units]
+        # Text objects are printed literally, so that a name in square brackets is not taken for markup.
+        entity = [Text(shorten(candidate.name, 32)), Text(candidate.entity_id)]
+        rows.append([str(candidate.rank), *entity, *("–" if score is None else f"{score:.3f}" for score in scores)])
+    title = Text(f"{shorten(result.mention, 60)!r} may mean")
+    table = _candidate_table(title, header, rows)
+    descriptions = [_description(candidate) for candidate in result.candidates]
+    free_width = console.width - console.measure(table).maximum - 3
+    if any(descriptions) and free_width >= 16:
+        cells = [Text(shorten(description, free_width)) for description in descriptions]
+        rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
+        table = _candidate_table(title, [*header, "about"], rows)
+    console.print(table)
+    if result.is_nil:
+        decision = f"NIL: the best score, {best.score:.3f}, is below the threshold {result.nil_threshold:.3f}."
+    else:
+        decision = f"{shorten(result.mention, 60)} → {shorten(best.name, 120)} ({best.entity_id})"
+        if result.nil_threshold is None:
+            decision += "\nThe model has no NIL threshold, so the best entity is taken, however low its score."
+    for line in (decision, *result.warnings):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def shorten(text: str, length: int) -> str:
+    """Cuts text to `length` characters, the last of which is then an ellipsis."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _description(candidate: Candidate) -> str:
+    parts = (" ".join(text.split()) for text in (candidate.description, candidate.attributes))
+    return " · ".join(part for part in parts if part)
+
+
+def _candidate_table(title: Any, header: list[str], rows: list[list[Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in header:
+        is_text = name in ("entity", "id", "about")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=name != "entity", overflow="ellipsis")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,4 +1,4 @@
-"""hf_mel.data.examples."""
+"""Grouping of mentions into the examples of a reranker: single mentions, contexts or documents."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ import datasets
 from hf_mel.errors import DataFormatError
 from hf_mel.schema import Row
 
-#: What a reranker may call one example (see [`~hf_mel.protocols.Reranker`]).
+#: Values of `example_unit` of a [`~hf_mel.protocols.Reranker`].
 EXAMPLE_UNITS = ("mention", "context", "document")
-
-
 _GROUP_COLUMNS = ("context_id", "document_id")
 
 
-def example_groups(mentions: datasets.Dataset | Sequence[Row], unit: str, most: int | None = None) -> list[list[int]]:
-    """The mentions of each example, as numbers, in the order of the first.
+def example_groups(
+    mentions: datasets.Dataset | Sequence[Row], unit: str, max_mentions: int | None = None
+) -> list[list[int]]:
+    """Groups mentions into examples.
 
     Args:
         mentions (`datasets.Dataset` or sequence of rows): M mentions.
-        unit (`str`): What one example is: a "mention", all mentions of a "context" (one `context_id`), or of a
-            "document": one `document_id`, or where there is none, one `context_id`.
-        most (`int`, *optional*): Mentions that an example may have.
+        unit (`str`): The unit of an example: a "mention"; all mentions of a "context" (one `context_id`); or all
+            mentions of a "document" (one `document_id`, or one `context_id` for mentions without a document).
+        max_mentions (`int`, *optional*): Limit on the mentions of an example.
+
+    Returns:
+        `list[list[int]]`: The row numbers of each example. Examples are in the order of their first mention.
 
     Raises:
-        DataFormatError: an example has more; names it.
-        `ValueError`: no such unit.
+        DataFormatError: An example exceeds the limit; names it.
+        ValueError: The unit is unknown.
     """
     if unit not in EXAMPLE_UNITS:
         raise ValueError(f"example_unit={unit!r} is not one of {', '.join(EXAMPLE_UNITS)}.")
@@ -44,14 +47,14 @@ def example_groups(mentions: datasets.Dataset | Sequence[Row], unit: str, most: 
         documents = [row.get("document_id") for row in mentions]
     groups: dict[tuple[bool, str], list[int]] = defaultdict(list)
     for number, (context, document) in enumerate(zip(contexts, documents, strict=True)):
-        of_document = unit == "document" and document is not None
-        groups[of_document, document if of_document else context].append(number)
-    for (of_document, name), group in groups.items():
-        if most is not None and len(group) > most:
-            what = "document" if of_document else "context"
+        is_document = unit == "document" and document is not None
+        groups[is_document, document if is_document else context].append(number)
+    for (is_document, name), group in groups.items():
+        if max_mentions is not None and len(group) > max_mentions:
+            kind = "document" if is_document else "context"
             raise DataFormatError(
-                f"the {what} {name!r} has {len(group)} mentions; the model takes {most} together.",
+                f"The {kind} {name!r} has {len(group)} mentions; the model takes {max_mentions} together.",
                 row=name,
-                remedy=f"Divide it: give its parts a {what}_id each.",
+                remedy=f"Divide it, and give every part another {kind}_id.",
             )
     return list(groups.values())

@@ -1,4 +1,4 @@
-"""Opening images from wherever they come, with one typed error for everything that can be wrong with them."""
+"""Decoding, checking and resizing of images. Every problem with an image is an [`~hf_mel.errors.ImageError`]."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image, ImageOps
 
 from hf_mel.errors import ImageError
 
-#: Images of more pixels than this are refused before they are decoded (about 270 MB as RGB).
+#: Limit on the pixels of an image, checked before decoding (about 270 MB as RGB).
 MAX_PIXELS = 89_478_485
 
-#: A path, the file's bytes, `{"bytes", "path"}` as `datasets` stores an image, or an open PIL image.
+#: A path, the bytes of a file, `{"bytes", "path"}` as `datasets` stores an image, or an open PIL image.
 ImageSource = str | PathLike[str] | bytes | bytearray | Mapping[str, Any] | Image.Image
 
 
@@ -25,16 +25,16 @@ def open_image(
     """Decodes an image to RGB, upright (EXIF rotation applied); transparent pixels become white.
 
     Args:
-        source ([`ImageSource`]): What to open.
-        file, row (*optional*): Named in the error; `file` defaults to the path in `source`.
+        source ([`ImageSource`]): The image.
+        file, row (*optional*): The source, for error messages. `file` defaults to the path in `source`.
 
     Returns:
         `PIL.Image.Image` of mode RGB, H × W pixels.
 
     Raises:
-        ImageError: The file is missing, not an image, cut off, or has more than [`MAX_PIXELS`] pixels.
+        ImageError: The file is missing, no image, truncated, or has more than [`MAX_PIXELS`] pixels.
     """
-    image = _open(source, file, row)
+    image = _open_undecoded(source, file, row)
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -43,47 +43,57 @@ def open_image(
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ValueError and others
-        raise _broken(error, source, file, row) from error
+        raise _image_error(error, source, file, row) from error
 
 
 def verify_image(
     source: ImageSource, *, file: str | PathLike[str] | None = None, row: int | str | None = None
 ) -> None:
-    """Raises [`ImageError`] exactly where [`open_image`] would, without keeping the pixels.
+    """Checks that [`open_image`] can decode an image, without keeping its pixels.
 
-    JPEGs are decoded at an eighth of their size: all of the file is still read, so a cut-off one is found.
+    JPEG files are decoded at an eighth of their size, which still reads the whole file and so detects truncation.
+
+    Raises:
+        ImageError: As in [`open_image`].
     """
-    image = _open(source, file, row)
+    image = _open_undecoded(source, file, row)
     try:
         image.draft("RGB", (1, 1))
         image.load()
     except Exception as error:
-        raise _broken(error, source, file, row) from error
+        raise _image_error(error, source, file, row) from error
 
 
 def resize_image(data: bytes, longest: int) -> bytes:
-    """An image file whose longest side is at most `longest` pixels, upright and without metadata.
+    """Scales an image file down to `longest` pixels on its longest side, upright and without metadata.
 
-    A file that is small enough comes back as it is. Otherwise JPEG files and the like become JPEG (quality 90); what
-    has transparent pixels, and PNG, GIF and BMP files, become PNG. The same bytes give the same bytes.
+    A file that is small enough is returned unchanged. Images with transparent pixels and PNG, GIF and BMP files become
+    PNG; all others become JPEG (quality 90). The result depends on the bytes only.
+
+    Args:
+        data (`bytes`): The content of an image file.
+        longest (`int`): Limit on the longest side, in pixels.
+
+    Returns:
+        `bytes`: The content of the resized file.
 
     Raises:
-        ImageError: As [`open_image`].
+        ImageError: As in [`open_image`].
     """
-    image = _open(data, None, None)
+    image = _open_undecoded(data, None, None)
     if max(image.size) <= longest:
         verify_image(data)
         return data
     lossless = image.format in ("PNG", "GIF", "BMP")
     try:
-        image.draft("RGB", (2 * longest, 2 * longest))  # JPEG: decoded at a fraction of its size
+        image.draft("RGB", (2 * longest, 2 * longest))  # decodes a JPEG file at a fraction of its size
         image.load()
         image = ImageOps.exif_transpose(image)
         transparent = image.has_transparency_data
         image = image.convert("RGBA" if transparent else "RGB")
         image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
         file = BytesIO()
-        for key in list(image.info):  # PIL would write some of it
+        for key in list(image.info):  # PIL would write some of this metadata
             del image.info[key]
         if lossless or transparent:
             image.save(file, "PNG")
@@ -91,10 +101,10 @@ def resize_image(data: bytes, longest: int) -> bytes:
             image.save(file, "JPEG", quality=90)
         return file.getvalue()
     except Exception as error:
-        raise _broken(error, data, None, None) from error
+        raise _image_error(error, data, None, None) from error
 
 
-def _open(source: ImageSource, file: str | PathLike[str] | None, row: int | str | None) -> Image.Image:
+def _open_undecoded(source: ImageSource, file: str | PathLike[str] | None, row: int | str | None) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     content: Any = source
@@ -102,36 +112,36 @@ def _open(source: ImageSource, file: str | PathLike[str] | None, row: int | str 
         content = source["path"] if source.get("bytes") is None else source["bytes"]
     try:
         with warnings.catch_warnings():
-            # PIL warns at its own limit and raises at twice that; ours is checked below.
+            # PIL warns at MAX_PIXELS and raises at twice that. The check below raises at MAX_PIXELS.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(BytesIO(content) if isinstance(content, (bytes, bytearray)) else content)
     except Exception as error:
-        raise _broken(error, source, file, row) from error
+        raise _image_error(error, source, file, row) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
         raise ImageError(
-            f"the image has {width} × {height} pixels; at most {MAX_PIXELS:,} are decoded.",
-            file=_name(source, file),
+            f"The image has {width} × {height} pixels; the limit is {MAX_PIXELS:,}.",
+            file=_file_name(source, file),
             row=row,
-            remedy="Scale it down; models see a few hundred pixels a side.",
+            remedy="Scale it down. Models read a few hundred pixels per side.",
         )
     return image
 
 
-def _broken(error: Exception, source: Any, file: str | PathLike[str] | None, row: int | str | None) -> ImageError:
+def _image_error(error: Exception, source: Any, file: str | PathLike[str] | None, row: int | str | None) -> ImageError:
     if isinstance(error, FileNotFoundError):
-        message, remedy = "no such image file.", "Check the path; relative paths start at the file that names them."
+        message, remedy = "The image file does not exist.", "Check the path. It is relative to the file that names it."
     elif isinstance(error, Image.UnidentifiedImageError):
-        message, remedy = "is not an image PIL can read.", "Replace it, or leave the image out."
+        message, remedy = "The file is not an image that PIL can read.", "Replace it, or leave the image out."
     elif isinstance(error, Image.DecompressionBombError):
-        message, remedy = f"the image has over {2 * MAX_PIXELS:,} pixels.", "Scale it down."
+        message, remedy = f"The image has over {2 * MAX_PIXELS:,} pixels.", "Scale it down."
     else:
-        message, remedy = f"the image is damaged ({error}).", "Replace it, or leave the image out."
-    return ImageError(message, file=_name(source, file), row=row, remedy=remedy)
+        message, remedy = f"The image is damaged ({error}).", "Replace it, or leave the image out."
+    return ImageError(message, file=_file_name(source, file), row=row, remedy=remedy)
 
 
-def _name(source: Any, file: str | PathLike[str] | None) -> str | None:
+def _file_name(source: Any, file: str | PathLike[str] | None) -> str | None:
     if file is not None:
         return fspath(file)
     return fspath(source) if isinstance(source, (str, PathLike)) else None

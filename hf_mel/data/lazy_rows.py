@@ -1,4 +1,4 @@
-"""hf_mel.data.lazy_rows."""
+"""Rows of a data set whose images are decoded on access, so that text models never decode them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from hf_mel.schema import Row
 
 
 def with_prior(entity: Row, prior: float) -> Row:
-    """The row of a candidate with its `prior`, p(e|m); not a copy, which would decode its images."""
+    """Returns a view of a candidate's row with its `prior`, p(e|m). A copy would decode the images."""
     return ChainMap({"prior": prior}, entity)  # type: ignore[arg-type]
 
 
 class LazyRow(Mapping[str, Any]):
-    """A row of a data set whose images are decoded when they are looked at, so that a text model never pays for them.
+    """Row of a data set that decodes an image when it is accessed.
 
     Args:
-        values: the row with its images as `datasets` stores them.
-        features: the columns of the data set.
+        values (`dict`): The row, with images as `datasets` stores them.
+        features (`datasets.Features`): The columns of the data set.
     """
 
     def __init__(self, values: dict[str, Any], features: datasets.Features):
@@ -44,11 +44,11 @@ class LazyRow(Mapping[str, Any]):
         return len(self._values)
 
     def with_image(self, column: str, index: int) -> LazyRow:
-        """The same row with only one image, number `index`, in the list `column`."""
+        """Returns the row with only image number `index` in the list `column`."""
         return LazyRow({**self._values, column: [self._values[column][index]]}, self._features)
 
     def first_images(self, column: str, count: int | None) -> LazyRow:
-        """The same row with the first `count` images of the list `column`; `None` keeps all."""
+        """Returns the row with the first `count` images of the list `column` (`None`: all)."""
         return LazyRow({**self._values, column: (self._values[column] or [])[:count]}, self._features)
 
     def undecoded(self, column: str) -> Any:
@@ -63,7 +63,7 @@ class LazyRow(Mapping[str, Any]):
 
 
 class LazyRows(Dataset):
-    """Rows of a data set as [`LazyRow`]s, for a `DataLoader`.
+    """Map-style dataset of [`LazyRow`]s, for a `DataLoader`.
 
     Args:
         dataset (`datasets.Dataset`): M rows.
@@ -71,7 +71,7 @@ class LazyRows(Dataset):
 
     def __init__(self, dataset: datasets.Dataset):
         self.dataset = dataset
-        self._stored = dataset.with_format("arrow")  # plain formatting would decode every image
+        self._undecoded = dataset.with_format("arrow")  # the plain format would decode every image
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -80,5 +80,5 @@ class LazyRows(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[LazyRow]:
-        """The rows of one batch, in the order asked for."""
-        return [LazyRow(values, self.dataset.features) for values in self._stored[indices].to_pylist()]
+        """Returns the rows of a batch, in the given order."""
+        return [LazyRow(values, self.dataset.features) for values in self._undecoded[indices].to_pylist()]

@@ -1,4 +1,4 @@
-"""Posts of entities: those a data set has, or the captions of training mentions in their place."""
+"""Posts about entities: those of a data set, or the captions of its training mentions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_mel.data.loading import load_mentions, load_posts
 from hf_mel.errors import UnknownSplitError
 from hf_mel.schema import NIL, NO_SPAN, Row, mention_features
 
-#: Column of posts that were made of mentions: the text of the mention, before its surface form was taken out.
+#: Column of posts made from mentions: the text of the mention before its surface form was removed.
 SOURCE = "source_text"
 
 
@@ -25,12 +25,12 @@ def posts_of(
     config: str = "mentions",
     train_split: str = "train",
 ) -> datasets.Dataset | None:
-    """The posts that the entities of a data set are known by.
+    """Loads the posts about the entities of a data set.
 
     Args:
         dataset (`str` or `os.PathLike`): Folder or Hub id.
-        choice (`str`): "auto" is the data set's posts if it has any, else the captions of its training split, else
-            nothing; "none" is nothing; anything else is a split of the mentions, whose captions are the posts.
+        choice (`str`): "auto" loads the posts of the data set, or else the captions of its training split, or else
+            nothing; "none" loads nothing; any other value is a split of the mentions, whose captions are the posts.
         revision (`str`, *optional*): Branch, tag or commit of a data set on the Hub.
         config (`str`): The configuration of the mentions.
         train_split (`str`): The training split.
@@ -40,8 +40,8 @@ def posts_of(
         `None`.
 
     Raises:
-        UnknownSplitError: no such split of the mentions.
-        MelError: As [`~hf_mel.data.loading.load_mentions`].
+        UnknownSplitError: The mentions have no such split.
+        MelError: As in [`~hf_mel.data.loading.load_mentions`].
     """
     if choice == "none":
         return None
@@ -58,16 +58,16 @@ def posts_of(
 
 
 def captions_as_posts(mentions: datasets.Dataset) -> datasets.Dataset:
-    """The texts of mentions, each without the mention, as posts about their golds.
+    """Turns the texts of mentions, without the mention itself, into posts about their golds.
 
-    The surface form is taken out where `start` and `end` say it is, or else where it first occurs. NIL mentions are
-    left out, and those of which neither a word nor an image remains.
+    The surface form is removed at `start` and `end`, or else at its first occurrence. NIL mentions are left out, and so
+    are mentions of which neither a word nor an image remains.
 
     Args:
         mentions (`datasets.Dataset`): M rows of the schema.
 
     Returns:
-        `datasets.Dataset` of up to M posts: `post_id` (that of the mention), `entity_id`, `text`, `image`, and
+        `datasets.Dataset` of up to M posts: `post_id` (the mention's id), `entity_id`, `text`, `image` and
         [`SOURCE`].
     """
     texts, kept = [], []
@@ -75,7 +75,7 @@ def captions_as_posts(mentions: datasets.Dataset) -> datasets.Dataset:
     columns = mentions.select_columns(["text", "mention", "start", "end", "entity_id"])[:]
     for number, values in enumerate(zip(*columns.values(), strict=True)):
         row = dict(zip(columns, values, strict=True))
-        texts.append(_without_mention(row))
+        texts.append(_remove_mention(row))
         if row["entity_id"] != NIL and (texts[-1] or lazy[number].undecoded("image") is not None):
             kept.append(number)
     posts = mentions.select_columns(["mention_id", "entity_id", "image"]).rename_column("mention_id", "post_id")
@@ -84,7 +84,7 @@ def captions_as_posts(mentions: datasets.Dataset) -> datasets.Dataset:
 
 
 def posts_as_mentions(posts: datasets.Dataset) -> datasets.Dataset:
-    """Posts as mentions without a surface form, whose gold is the entity they are about: what knowledge is learnt from.
+    """Turns posts into mentions without a surface form whose gold is the post's entity, for pre-training.
 
     Args:
         posts (`datasets.Dataset`): P posts.
@@ -105,15 +105,18 @@ def posts_as_mentions(posts: datasets.Dataset) -> datasets.Dataset:
     return rows
 
 
-def own_post(entity: Row) -> Row:
-    """An entity as a post about itself: "name. description. attributes.", and its first image, opened when looked at."""
+def entity_as_post(entity: Row) -> Row:
+    """Turns an entity into a post about itself: "name. description. attributes." and its first image.
+
+    The image is decoded on access.
+    """
     parts = [str(entity.get(part) or "").strip() for part in ("name", "description", "attributes")]
     text = " ".join(part if part.endswith((".", "!", "?", "。")) else f"{part}." for part in parts if part)
-    return _OwnPost({"post_id": entity["entity_id"], "entity_id": entity["entity_id"], "text": text}, entity)
+    return _EntityPost({"post_id": entity["entity_id"], "entity_id": entity["entity_id"], "text": text}, entity)
 
 
-class _OwnPost(Mapping[str, Any]):
-    """The columns of a post, `image` taken from the entity: a text model never pays for it."""
+class _EntityPost(Mapping[str, Any]):
+    """Columns of a post whose `image` is taken from the entity on access, so that text models never decode it."""
 
     def __init__(self, values: dict[str, Any], entity: Row):
         self._values, self._entity = values, entity
@@ -134,7 +137,7 @@ class _OwnPost(Mapping[str, Any]):
         return len(self._values) + 1
 
 
-def _without_mention(row: Row) -> str:
+def _remove_mention(row: Row) -> str:
     text, start, end = row["text"], row["start"], row["end"]
     if start == NO_SPAN:
         start = text.find(row["mention"]) if row["mention"] else NO_SPAN

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hf_mel.data.posts import own_post
+from hf_mel.data.posts import entity_as_post
 from hf_mel.protocols import MelProcessor
 
 
@@ -66,7 +66,7 @@ def _probe(processor: Any, image: Image.Image | None, posts: bool) -> Mapping[st
     rows = _probe_rows(image)
     if not posts:
         return processor(entities=rows)
-    return processor(posts=[_AnyColumn(own_post(row)) for row in rows])
+    return processor(posts=[_AnyColumn(entity_as_post(row)) for row in rows])
 
 
 def _probe_rows(image: Image.Image | None) -> list[_AnyColumn]:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from hf_mel.errors import KnowledgeBaseError
 from hf_mel.files import write_errors
@@ -16,7 +16,8 @@ MANIFEST_NAME = "kb.json"
 FORMAT = "hf_mel.knowledge_base"
 VERSION = 1
 #: dtypes in which floating-point encodings can be stored, as `torch` names them.
-DTYPES = ("float32", "float16", "bfloat16")
+Dtype = Literal["float32", "float16", "bfloat16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
 
 #: Size limit of an untrusted `kb.json`.
 _MAX_MANIFEST_BYTES = 32 << 20

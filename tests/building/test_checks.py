@@ -152,7 +152,7 @@ CASES = {
     "no_knowledge_base": ({"mentions": {"test": [mention("a", NIL)]}}, ("entities", "", "")),
     "broken_image": (
         small({"test": [mention("a", data=photo()[:900])]}),
-        ("mentions/test", "a", "the image is damaged"),
+        ("mentions/test", "a", "The image is damaged"),
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -60,7 +61,7 @@ def test_build_add_remove_info(tmp_path, model):
     run("kb", "remove", folder, "a", "b")
     assert KnowledgeBase.from_pretrained(folder).entity_ids == ["c"]
     shown = run("kb", "info", folder, "--verify").stdout
-    for word in ("1, and 3 removed", "float16", "model (toy_retriever)", "Every file is as it was written"):
+    for word in ("1, and 3 removed", "float16", "model (toy_retriever)", "All files have the recorded sha256"):
         assert word in shown
 
 
@@ -69,7 +70,7 @@ def test_an_index_is_built_used_measured_and_shown(tmp_path, model):
     KnowledgeBase.build(toy_entities(80), MODEL, PROCESSOR, output=tmp_path / "kb", progress=False)
     data = write_toy_dataset(tmp_path / "data", entities=toy_entities(80))
     folder, mention = tmp_path / "kb", ("--text", "Here Entity c met.", "--mention", "Entity c")
-    assert "has its 80 entities" in run("kb", "index", folder, "--model", model, "--kind", "faiss-flat").stdout
+    assert "covers its 80 entities" in run("kb", "index", folder, "--model", model, "--kind", "faiss-flat").stdout
     exact = json.loads(run("link", model, "--kb", folder, *mention, "--json").stdout)
     options = ("--index", "faiss-flat", "--first-stage", 20)
     found = json.loads(run("link", model, "--kb", folder, *mention, *options, "--json").stdout)
@@ -164,10 +165,14 @@ def test_a_file_of_mentions(tmp_path, model, base):
     ("line", "error", "message"),
     [
         ('{"text": "a", "mention": "b"}', SpanError, "row 3: the mention 'b'"),
-        ('{"text": "a", "mention": "a", "image": "none.png"}', ImageError, r"row 3: .*none\.png: no such"),
-        ("{", DataFormatError, "row 3: is not JSON"),
-        ("[]", DataFormatError, "row 3: is not a mention"),
-        ('{"text": "a", "mention": "a", "image": 3}', DataFormatError, "row 3: is not a mention"),
+        (
+            '{"text": "a", "mention": "a", "image": "none.png"}',
+            ImageError,
+            r"row 3: .*none\.png: The image file does not exist",
+        ),
+        ("{", DataFormatError, "row 3: The line is not JSON"),
+        ("[]", DataFormatError, "row 3: The row is not a JSON object"),
+        ('{"text": "a", "mention": "a", "image": 3}', DataFormatError, "row 3: The cell 'image' is 3"),
     ],
 )
 def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, model, base, line, error, message):
@@ -194,3 +199,102 @@ def test_a_model_and_a_knowledge_base_that_do_not_belong_together(model, base):
     toy_model(seed=1).save_pretrained(model)
     with pytest.raises(KnowledgeBaseError, match=r"its weights differ.*hf-mel kb build"):
         run("link", model, "--kb", base, "--text", "a", "--mention", "a")
+
+
+def write_rows(path, rows):
+    """Writes rows of strings in the format of the suffix."""
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".JSONL", ".TSV")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_entities_are_built_and_added_from_every_format(tmp_path, model, suffix):
+    """The same rows give the same knowledge base, through the command line and in Python."""
+    Image.new("RGB", (3, 3), "red").save(tmp_path / "a.png")
+    rows = [
+        {"id": "a", "name": "Ada, Countess", "aliases": "Ada|A. F.", "image": "a.png"},
+        {"id": "b", "name": "Bob", "aliases": "", "image": ""},
+    ]
+    first = write_rows(tmp_path / f"mine{suffix}", rows)
+    more = write_rows(tmp_path / f"more{suffix}", [{"id": "c", "name": "Cleo"}])
+    run("kb", "build", model, "--entities", first, "--output", tmp_path / "kb")
+    run("kb", "add", tmp_path / "kb", "--model", model, "--entities", more)
+    kb = KnowledgeBase(tmp_path / "kb")
+    empty = {"description": "", "attributes": ""}
+    assert kb.rows(range(3)) == [
+        {"entity_id": "a", "name": "Ada, Countess", "aliases": ["Ada", "A. F."], **empty},
+        {"entity_id": "b", "name": "Bob", "aliases": [], **empty},
+        {"entity_id": "c", "name": "Cleo", "aliases": [], **empty},
+    ]
+    assert [kb.image(row) is not None for row in range(3)] == [True, False, False]
+    in_python = KnowledgeBase.build(str(first), MODEL, PROCESSOR, progress=False)
+    assert in_python.rows(range(2)) == kb.rows(range(2))
+
+
+def test_a_file_of_entities_of_another_format_is_refused(tmp_path, model):
+    path = tmp_path / "e.ndjson"
+    path.write_text('{"id": "a", "name": "Ada"}\n')
+    for name in (path, tmp_path / "missing.tsv"):
+        with pytest.raises(DataFormatError, match=r"none of \.jsonl, \.json, \.csv, \.tsv|cannot be read"):
+            run("kb", "build", model, "--entities", name, "--output", tmp_path / "kb")
+    assert not (tmp_path / "kb").exists()
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_mentions_are_linked_from_every_format(tmp_path, model, base, suffix):
+    Image.new("RGB", (3, 3), "red").save(tmp_path / "image.png")
+    rows = [
+        {
+            "text": "Here Entity c met.",
+            "mention": "Entity c",
+            "start": "",
+            "end": "",
+            "image": "image.png",
+            "note": "x",
+        },
+        {"text": "Entity d, Entity d", "mention": "", "start": "10", "end": "18", "image": "", "note": ""},
+    ]
+    if suffix.lower() in (".json", ".jsonl"):
+        rows = [{column: cell for column, cell in row.items() if cell} for row in rows]
+    source, output = write_rows(tmp_path / f"mentions{suffix}", rows), tmp_path / "linked.jsonl"
+    run("link", model, "--kb", base, "--input", source, "--output", output, "--top-k", 2)
+    linker = EntityLinker(MODEL, PROCESSOR, base)
+    expected = linker(
+        [
+            {"text": "Here Entity c met.", "mention": "Entity c", "image": tmp_path / "image.png"},
+            {"text": "Entity d, Entity d", "start": 10, "end": 18},
+        ],
+        top_k=2,
+    )
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["linked"] for line in lines] == [result.to_dict() for result in expected]
+    assert [line.get("note") or None for line in lines] == ["x", None]
+    assert (lines[1]["start"], lines[1]["end"]) == (10, 18)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ("text,mention\nHere Bo.,Bo\nHere Bo.,Cy\n", SpanError, "row 3: .*'Cy'"),
+        ("text,mention,start\nHere Bo.,Bo,five\n", DataFormatError, "row 2: The cell 'start' is 'five'"),
+        ("text,mention\nHere Bo.\n", DataFormatError, "row 2: The row has 1 fields"),
+        ("text,mention\n", DataFormatError, "holds no mentions"),
+    ],
+)
+def test_a_bad_row_of_a_table_is_named(tmp_path, model, base, content, error, message):
+    source = tmp_path / "mentions.csv"
+    source.write_text(content)
+    with pytest.raises(error, match=rf"mentions\.csv.*{message}"):
+        run("link", model, "--kb", base, "--input", source, "--output", tmp_path / "linked.jsonl")

@@ -81,7 +81,7 @@ def test_not_an_image(check, source):
 
 @pytest.mark.parametrize("check", [open_image, verify_image])
 def test_missing_file_is_named(check, tmp_path):
-    with pytest.raises(ImageError, match="no such image file") as caught:
+    with pytest.raises(ImageError, match="image file does not exist") as caught:
         check(tmp_path / "gone.jpg")
     assert caught.value.file == str(tmp_path / "gone.jpg")
 

@@ -232,13 +232,25 @@ OK = '{"id": "E1", "name": "n"}\n'
         (OK + '{"name": "n"}', ".jsonl", DataFormatError, 2, "no 'id'"),
         (OK + '{"id": "E2", "name": 5}', ".jsonl", DataFormatError, 2, "'name' is 5"),
         (OK + '{"id": true, "name": "n"}', ".jsonl", DataFormatError, 2, "'id' is True"),
-        (OK + '{"id": "NIL", "name": "n"}', ".jsonl", DataFormatError, 2, "stands for no entity"),
+        (OK + '{"id": "NIL", "name": "n"}', ".jsonl", DataFormatError, 2, "reserved for mentions"),
         (OK + '{"id": "E2", "name": "n", "aliases": [1]}', ".jsonl", DataFormatError, 2, "'aliases'"),
         (OK + '{"id": "E2", "name": "n", "image_path": "x"}', ".jsonl", DataFormatError, 2, "'image_path'"),
         (OK + '{"id": "E2", "entity_id": "E2", "name": "n"}', ".jsonl", DataFormatError, 2, "'entity_id' twice"),
         (OK + OK, ".jsonl", DuplicateIdError, 2, "that of line 1"),
-        (OK + '{"id": "E2", "name": "n", "image": "gone.jpg"}', ".jsonl", ImageError, 2, "there is no image"),
-        (OK + '{"id": "E2", "name": "n", "image": "pictures"}', ".jsonl", ImageError, 2, "there is no image"),
+        (
+            OK + '{"id": "E2", "name": "n", "image": "gone.jpg"}',
+            ".jsonl",
+            ImageError,
+            2,
+            "image file .* does not exist",
+        ),
+        (
+            OK + '{"id": "E2", "name": "n", "image": "pictures"}',
+            ".jsonl",
+            ImageError,
+            2,
+            "image file .* does not exist",
+        ),
         ("", ".jsonl", KnowledgeBaseError, None, "no entities"),
         ("\n\n", ".jsonl", KnowledgeBaseError, None, "no entities"),
         ("", ".csv", KnowledgeBaseError, None, "no entities"),
@@ -327,3 +339,20 @@ def test_another_folder_of_that_name_and_one_built_anew_give_their_own_rows(tmp_
         write_toy_dataset(tmp_path / place / "data", toy_entities(), train=toy_mentions(20, nil_every=period))
         golds.append(list(load_mentions(tmp_path / place / "data", "train")["entity_id"]).count(NIL))
     assert golds == [0, 20 // 6, 20 // 4]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".jsonl", '{"id": 1, "name": "Ada"}\n{"id": "2"}\n'),
+        (".json", '[{"id": 1, "name": "Ada"}, {"id": "2"}]'),
+        (".csv", "id,name\n1,Ada\n2,\n"),
+        (".tsv", "id\tname\n1\tAda\n2\t\n"),
+    ],
+)
+def test_every_format_of_entities_is_checked(tmp_path, suffix, content):
+    path = tmp_path / f"entities{suffix}"
+    path.write_text(content)
+    count, problems = check_entity_file(path)
+    assert count == 2
+    assert [problem.row for problem in problems] == [3 if suffix in (".csv", ".tsv") else 2]

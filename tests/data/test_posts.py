@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hf_mel.data.lazy_rows import LazyRows
-from hf_mel.data.posts import SOURCE, captions_as_posts, own_post, posts_as_mentions, posts_of
+from hf_mel.data.posts import SOURCE, captions_as_posts, entity_as_post, posts_as_mentions, posts_of
 from hf_mel.errors import UnknownSplitError
 from hf_mel.schema import entity_features, mention_features, post_features
 from tests.toy import toy_entities, toy_mentions, write_toy_dataset
@@ -64,17 +64,17 @@ def test_posts_as_mentions_are_of_the_schema():
 
 def test_an_entity_as_a_post_about_itself():
     full = {"entity_id": "Q7", "name": "Swift", "description": "singer", "attributes": "Born: 1989.", "aliases": []}
-    plain = own_post({**full, "images": [RED]})
+    plain = entity_as_post({**full, "images": [RED]})
     assert dict(plain) == {
         "post_id": "Q7",
         "entity_id": "Q7",
         "text": "Swift. singer. Born: 1989.",
         "image": RED,
     }
-    bare = own_post({"entity_id": "Q8", "name": "Swift", "description": "", "attributes": None, "images": None})
+    bare = entity_as_post({"entity_id": "Q8", "name": "Swift", "description": "", "attributes": None, "images": None})
     assert (bare["text"], bare["image"]) == ("Swift.", None)
     rows = datasets.Dataset.from_list([{**full, "images": [RED, RED]}], features=entity_features())
-    lazy = own_post(LazyRows(rows)[0])
+    lazy = entity_as_post(LazyRows(rows)[0])
     assert lazy["image"].getpixel((0, 0)) == (255, 0, 0)
     assert len(lazy) == len(list(lazy)) == 4
 
@@ -84,7 +84,7 @@ def test_only_the_first_image_of_an_entity_is_opened(tmp_path):
     good = {"path": None, "bytes": (tmp_path / "a.png", RED.save(tmp_path / "a.png"))[0].read_bytes()}
     row = {"entity_id": "Q1", "name": "A", "description": "", "attributes": "", "aliases": []}
     rows = datasets.Dataset.from_list([{**row, "images": [good, broken]}], features=entity_features())
-    assert own_post(LazyRows(rows)[0])["image"].size == (2, 2)
+    assert entity_as_post(LazyRows(rows)[0])["image"].size == (2, 2)
 
 
 def write(folder, posts=None):

@@ -102,7 +102,7 @@ def test_without_posts_there_are_none(raw, tmp_path):
 def test_image_folders_of_their_own(raw, tmp_path):
     (raw / "pictures").rename(tmp_path / "pictures")
     files = {"mentions": raw / "mentions.jsonl", "entities": raw / "entities.tsv"}
-    with pytest.raises(ImageError, match=r"there is no image .*a\.jpg") as caught:
+    with pytest.raises(ImageError, match=r"image file .*a\.jpg does not exist") as caught:
         rows_of("mentions", **files, entity_images=tmp_path)
     assert (caught.value.file, caught.value.row) == (raw / "mentions.jsonl", 1)
     assert rows_of("mentions", **files, images=tmp_path, entity_images=tmp_path)["train"][0]["image"] is not None
@@ -183,8 +183,8 @@ def test_given_places_count_before_found_ones_in_any_order(tmp_path):
         ({"start": 10**12, "end": 4}, SpanError, "'start' is"),
         ({"start": -3, "end": -1}, SpanError, "text at -3:-1"),
         ({"mention": "Cy", "start": 0, "end": 2}, SpanError, "is not in the text"),
-        ({"image": "gone.jpg"}, ImageError, "there is no image"),
-        ({"image": "x" * 5000}, ImageError, "there is no image"),
+        ({"image": "gone.jpg"}, ImageError, "image file .* does not exist"),
+        ({"image": "x" * 5000}, ImageError, "image file .* does not exist"),
         ({"image": {"bytes": "x"}}, DataFormatError, "'image' is"),
         ({"candidates": [1]}, DataFormatError, "'candidates' is"),
         ({"candidates": 5}, DataFormatError, "'candidates' is"),

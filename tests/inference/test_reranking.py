@@ -291,7 +291,7 @@ def test_wrong_documents_and_priors():
         score_pairs(toy_reranker(), DOCUMENT_PROCESSOR, DOCUMENTS, ENTITIES, lists, priors=[[0.5]] * 12)
     model = toy_document_reranker()
     model.max_mentions = 3
-    with pytest.raises(DataFormatError, match="the document 'd0' has 4 mentions"):
+    with pytest.raises(DataFormatError, match="The document 'd0' has 4 mentions"):
         score_pairs(model, DOCUMENT_PROCESSOR, DOCUMENTS, ENTITIES, lists)
     model.max_mentions = 4
     score_pairs(model, DOCUMENT_PROCESSOR, DOCUMENTS, ENTITIES, lists)

@@ -149,9 +149,9 @@ def test_a_data_set_without_documents_has_contexts():
 def test_an_example_with_too_many_mentions_is_named():
     documents = toy_documents(12)
     assert example_groups(documents, "document", 4) == example_groups(documents, "document")
-    with pytest.raises(DataFormatError, match=r"row d0: the document 'd0' has 4 mentions; the model takes 3.*Divide"):
+    with pytest.raises(DataFormatError, match=r"row d0: The document 'd0' has 4 mentions; the model takes 3.*Divide"):
         example_groups(documents, "document", 3)
-    with pytest.raises(DataFormatError, match="the context 'c0' has 2 mentions"):
+    with pytest.raises(DataFormatError, match="The context 'c0' has 2 mentions"):
         example_groups(toy_mentions(12), "document", 1)
     assert example_groups(documents, "mention", 1) == [[i] for i in range(12)]
     with pytest.raises(ValueError, match="example_unit='page'"):

@@ -185,7 +185,7 @@ def test_nil_mentions_are_left_out_with_a_count(tmp_path, caplog):
 
 
 def test_golds_are_checked_before_training(tmp_path):
-    with pytest.raises(UnknownEntityError, match="row 2: the gold 'Q15' of mention 'm2'"):
+    with pytest.raises(UnknownEntityError, match="row 2: The gold 'Q15' of mention 'm2'"):
         trainer(tmp_path, train=toy_mentions(16, entities=24))
     with pytest.raises(UnknownEntityError):
         trainer(tmp_path, validation=toy_mentions(16, entities=24))

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_mel.data.lazy_rows import LazyRows
-from hf_mel.data.posts import SOURCE, own_post, posts_of
+from hf_mel.data.posts import SOURCE, entity_as_post, posts_of
 from hf_mel.errors import DataFormatError, RecipeError, UnknownSplitError
 from hf_mel.inference.features.pagerank import SELECTIONS, check_features, random_posts, select_posts
 from hf_mel.inference.inputs import model_inputs
@@ -241,7 +241,7 @@ class Prototypes:
             found = self._posts_of.get(entity_id, [])
             groups.append(list(range(len(numbers), len(numbers) + len(found))))
             numbers += found
-        rows: list[Row] = [*(self._lazy.__getitems__(numbers) if numbers else ()), *map(own_post, entities)]
+        rows: list[Row] = [*(self._lazy.__getitems__(numbers) if numbers else ()), *map(entity_as_post, entities)]
         names, count = [str(row["post_id"]) for row in rows], self._room + spare
         result: dict[str, dict[str, _Chosen]] = {entity_id: {} for entity_id in ids}
         for modality, (features, present) in self._features(rows, bar).items():

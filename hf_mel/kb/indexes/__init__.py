@@ -5,7 +5,7 @@ Back ends are imported when they are used, so that the command line can list the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hf_mel.errors import KnowledgeBaseError
 
@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from hf_mel.kb.knowledge_base import KnowledgeBase
     from hf_mel.protocols import MelProcessor
 
-#: Kinds of indexes. "exact" scores every entity. The others find candidates, which the model then scores.
-KINDS = ("exact", "faiss-pq", "faiss-flat", "milvus")
+#: Kinds of indexes that are built. They find candidates, which the model then scores.
+BuiltKind = Literal["faiss-pq", "faiss-flat", "milvus"]
+#: Kinds of indexes. "exact" needs no build and scores every entity.
+Kind = Literal["exact", BuiltKind]
+KINDS: tuple[str, ...] = get_args(Kind)
 #: Kinds of earlier versions.
 _REMOVED_KINDS = ("faiss-ivf", "faiss-hnsw")
 

@@ -1,0 +1,41 @@
+"""Arguments and options of the command line that several verbs share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hf_mel.kb.indexes import Kind
+
+ModelArgument = Annotated[str, typer.Argument(help="A run folder, a model folder, or a model on the Hub.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run code from the model's repository. Needed for methods not in hf_mel."
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Where to compute, for instance cpu or cuda:1. Default: a GPU if there is one.")
+]
+MentionConfig = Annotated[str, typer.Option(help="Configuration of the mentions, for a data set with several.")]
+Split = Annotated[str, typer.Option(help="Split of the mentions: train, validation or test.")]
+Index = Annotated[
+    Kind,
+    typer.Option(
+        help="How to find entities. [b]exact[/b] scores all of them. [b]faiss-pq[/b], [b]faiss-flat[/b] and "
+        "[b]milvus[/b] score only the candidates that an index finds; build it with [b]hf-mel kb index[/b]."
+    ),
+]
+FirstStage = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of candidates that an index finds and the model scores. Default: 256."),
+]
+NameScorer = Annotated[
+    str,
+    typer.Option(help="How the source [b]name[/b] compares names: WRatio, composite (as in MMEL), jaro_winkler, …"),
+]
+RetrieverOption = Annotated[
+    str | None, typer.Option(help="The retriever of the source [b]retriever[/b]: a run folder or a model.")
+]
