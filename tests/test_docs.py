@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import shlex
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,11 +48,17 @@ def arguments(line: str) -> list[str]:
     return words[1:]
 
 
+@cache
+def command_line() -> click.Command:
+    """The command line as click has it."""
+    return typer.main.get_command(hf_mel.cli.app)
+
+
 def parse(arguments: list[str]) -> None:
     """Walks the command line down to its verb; an unknown verb, option or a missing argument raises."""
     if "--help" in arguments:
         return
-    command = typer.main.get_command(hf_mel.cli.app)
+    command = command_line()
     context = command.make_context("hf-mel", list(arguments), resilient_parsing=False)
     while isinstance(command, click.Group) or hasattr(command, "resolve_command"):
         _, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
@@ -149,6 +156,13 @@ def test_contributing_has_the_floors_of_the_structure_test():
     rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", TEXTS["CONTRIBUTING.md"], re.MULTILINE)
     listed = {int(number): set(re.findall(r"`(\w+)`", modules)) for number, modules in rows}
     assert listed == {number: set(floor) for number, floor in enumerate(FLOORS, 1)}
+
+
+def test_security_names_tests_that_exist():
+    named = re.findall(r"`(test_\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    tests = (ROOT / "tests/hub/test_security.py").read_text(encoding="utf-8")
+    assert len(named) > 10
+    assert [name for name in named if f"def {name}(" not in tests] == []
 
 
 def test_yaml_and_json_blocks_parse():
