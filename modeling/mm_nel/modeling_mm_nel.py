@@ -325,9 +325,7 @@ class MmNelModel(MmNelPreTrainedModel):
             vision_model = AutoModel.from_pretrained(vision)
             vision_model = getattr(vision_model, "vision_model", vision_model)
             encoder = vision_model.config.to_dict()
-            encoder.pop(
-                "_name_or_path", None
-            )  # may be a local path, and is not needed: the weights are saved with this model
+            encoder.pop("_name_or_path", None)  # may be a local path; the weights are saved with this model
             config.setdefault("vision_config", encoder)
         model = cls(MmNelConfig(**config))
         model.word_embeddings.load_state_dict({"weight": table})

@@ -10,51 +10,52 @@ from transformers.configuration_utils import SubConfigSpec
 
 class MmelConfig(PreTrainedConfig):
     r"""
-    Configuration of an [`MmelModel`]. The defaults describe the paper's network: BERT base and CLIP ViT-B/32.
+    Configuration of an [`MmelModel`]. The defaults describe the paper's network, with BERT base and CLIP ViT-B/32.
 
-    Rows of the paper's tables: MMEL-onlytext is no `vision_config`; MMEL-k1 is `num_image_tokens=1`; MMEL-M-Encoder is
-    `fusion="m_encoder"`; "- JL_t" is `joint_text=False`, "- JL_v" is `joint_image=False`, "- JL" is both; "- PT&CR" is
-    `pairwise_loss_weight=0`.
+    Rows of the paper's tables: MMEL-onlytext has no `vision_config`; MMEL-k1 is `num_image_tokens=1`; MMEL-M-Encoder
+    is `fusion="m_encoder"`; "- JL_t" is `joint_text=False`, "- JL_v" is `joint_image=False`, "- JL" is both; "- PT&CR"
+    is `pairwise_loss_weight=0`.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            Any BERT-like text encoder.
+            Configuration of a text encoder like BERT.
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
-            Any image encoder that gives one vector per image: a CLIP vision model, a ViT-like model or a CNN. `None`: a
-            model without images. With neither config given, the model is the paper's.
+            Configuration of an image encoder that gives one vector per image: a CLIP vision model, a model like ViT or
+            a CNN. `None` makes a model without images. Without both configurations, the model is the paper's.
         projection_dim (`int`, *optional*):
-            Width of the space that the image encoder's output is projected into, as CLIP does (512 for ViT-B/32).
-            `None`: images are the encoder's own pooled output.
+            Width of CLIP's linear projection after the image encoder (512 for ViT-B/32). `None` uses the pooled output
+            of the encoder without a projection.
         freeze_vision (`bool`, *optional*, defaults to `True`):
-            Whether the image encoder stays as it is, as in the paper; each image is then encoded once and for all.
+            Whether to freeze the image encoder, as in the paper. Each image is then encoded only once.
         hidden_size (`int`, *optional*, defaults to 512):
-            d_v of the paper: the width of everything after the encoders.
+            d_v of the paper: width of all layers after the encoders.
         num_image_tokens (`int`, *optional*, defaults to 4):
-            k: how many tokens an image is spread to (eq. 2).
+            k: number of tokens that represent an image (eq. 2).
         num_image_blocks (`int`, *optional*, defaults to 2):
-            q: how many blocks the image tokens of context and entity go through together (eq. 3).
+            q: number of blocks that process the image tokens of context and entity together (eq. 3).
         num_attention_heads (`int`, *optional*, defaults to 8):
-            Heads of the self-attentions in those blocks; a divisor of `hidden_size`.
+            Number of heads in the self-attentions of those blocks; a divisor of `hidden_size`.
         intermediate_size (`int`, *optional*, defaults to 2048):
-            Width inside the feed-forward layers of those blocks and of the fusion module (eq. 6).
+            Hidden width of the feed-forward layers in those blocks and in the fusion module (eq. 6).
         dropout (`int` or `float`, *optional*, defaults to 0.2):
-            Dropout outside the encoders, which bring their own.
+            Dropout outside the encoders. The encoders have their own configurations.
         fusion (`str`, *optional*, defaults to `"mcm"`):
-            How text and image of one side meet: `"mcm"`, the co-attention of eq. 5–7, or `"m_encoder"`, the layer of
-            MKGformer that the paper tries instead. Text only, it is `"mcm"` with the text on both sides.
+            Module that fuses text and image of one side: `"mcm"` is the co-attention of eq. 5-7, `"m_encoder"` the
+            layer of MKGformer that the paper compares with. A model without images needs `"mcm"`, and uses the text on
+            both sides of the co-attention.
         joint_text (`bool`, *optional*, defaults to `True`):
             Whether the text encoder reads context and entity in one sequence.
         joint_image (`bool`, *optional*, defaults to `True`):
             Whether the image tokens of context and entity attend to each other.
         pairwise_loss_weight (`int` or `float`, *optional*, defaults to 0.5):
-            λ: weight of the pairwise loss (eq. 11) beside that of eq. 10. The paper prints none; 0.5 is that of the
-            published network. 0: no pairwise training, hence no learned similarity and no collaborative ranking.
+            λ: weight of the pairwise loss (eq. 11), relative to that of eq. 10. The paper gives no value; 0.5 is that
+            of the published network. With 0, the model has no similarity S, and hence no collaborative ranking.
         margin (`int` or `float`, *optional*, defaults to 0.3):
-            γ of eq. 11, from the published network.
+            Margin γ of eq. 11. The value is that of the published network.
         similarity_weight (`int` or `float`, *optional*, defaults to 1):
-            Weight of S in the averages of collaborative ranking (§3.5); 1 is the average that the paper prints. Lower, S
-            decides only between candidates that m finds alike; 0 keeps the order of each mention. Not used in training:
-            a trained model may be given another.
+            Weight of S in the averages of collaborative ranking (§3.5). 1 is the average of the paper. With a lower
+            weight, S decides only between candidates of similar m; with 0, the order of each mention's candidates
+            stays. Training does not use it, so it can be changed in a trained model.
     """
 
     model_type: ClassVar[str] = "mmel"
@@ -88,13 +89,13 @@ class MmelConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         if self.text_config is None:
-            raise ValueError("MMEL reads text: give text_config.")
+            raise ValueError("text_config is missing, but MMEL reads text. Give the configuration of a text encoder.")
         if self.fusion not in ("mcm", "m_encoder"):
             raise ValueError(f"fusion={self.fusion!r} is not one of 'mcm', 'm_encoder'.")
         if self.vision_config is None:
             for field, default in (("fusion", "mcm"), ("joint_image", True), ("projection_dim", None)):
                 if getattr(self, field) != default:
-                    raise ValueError(f"{field}={getattr(self, field)!r} needs images: give vision_config.")
+                    raise ValueError(f"{field}={getattr(self, field)!r} needs an image encoder. Give a vision_config.")
         for field in (
             "hidden_size",
             "num_image_tokens",

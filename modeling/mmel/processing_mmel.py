@@ -1,4 +1,4 @@
-"""Rows to tensors for MMEL: context and candidate in one template, split by masks (eq. 1), and their images."""
+"""Processor of MMEL: fills a template with context and candidate, splits it by masks (eq. 1) and prepares images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-#: What each template says before, between and after the texts that it is filled with.
+#: Context templates: the words before the mention, between mention and context, and after the context.
 _CONTEXT_TEMPLATES = {"mention_context": ("Mention:", ". Context:", "."), "context": ("", "Context:", ".")}
 _ENTITY_TEMPLATES = ("name_attributes", "attributes")
 
@@ -30,20 +30,22 @@ class MmelProcessor(ProcessorMixin):
     >>> processor(pairs=[(mention, [entity])])  # doctest: +SKIP
     ```
 
-    The sequence is "Mention: Chaplin. Context: Chaplin and Anderson. Entity: Charlie Chaplin. Occupation: actor." One
-    that is too long loses context far from the mention and the end of the attributes, each at most down to half of what
-    is left beside the mention and the name; these two are kept, unless they alone are too long.
+    The sequence of this pair is "Mention: Chaplin. Context: Chaplin and Anderson. Entity: Charlie Chaplin. Occupation:
+    actor." A sequence that is too long loses context far from the mention and the end of the attributes. Each of the
+    two keeps at least half of the space that mention and name leave. Mention and name are cut only if they alone are
+    too long.
 
     Args:
-        image_processor: Prepares images; its own configuration holds size, cropping and normalisation.
-        tokenizer: Prepares text; must be a fast one.
-        max_length (`int`, *optional*, defaults to 128): Most tokens of a sequence. A batch is padded to its longest.
+        image_processor: Image processor. Its configuration determines size, cropping and normalisation.
+        tokenizer: Fast tokenizer.
+        max_length (`int`, *optional*, defaults to 128): Maximum number of tokens of a sequence. Sequences are padded
+            to the longest of the batch.
         context_template (`str`, *optional*, defaults to `"mention_context"`): `"mention_context"` names the mention
-            first, as the published network does; `"context"` is the template as the paper prints it, "Context: x.
-            Entity: y.", with which all mentions of a context read the same.
-        entity_template (`str`, *optional*, defaults to `"name_attributes"`): `"name_attributes"` is name, description
-            and attributes; `"attributes"` is attributes alone, as in the paper.
-        use_images (`bool`, *optional*, defaults to `True`): Whether to prepare images at all.
+            before the context, as the published network does. `"context"` is the template of the paper, "Context: x.
+            Entity: y.", in which all mentions of a context read the same.
+        entity_template (`str`, *optional*, defaults to `"name_attributes"`): `"name_attributes"` reads name,
+            description and attributes of an entity; `"attributes"` reads attributes only, as in the paper.
+        use_images (`bool`, *optional*, defaults to `True`): Whether to prepare images.
     """
 
     def __init__(
@@ -69,15 +71,17 @@ class MmelProcessor(ProcessorMixin):
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> MmelProcessor:
-        """A processor for [`MmelModel.from_backbones`] with the same arguments.
+        """Builds a processor for a model of [`MmelModel.from_backbones`], from the same arguments.
 
         Args:
             text (`str`): Hub id or folder of the text encoder.
             vision (`str`, *optional*): Hub id or folder of the image encoder, or of a CLIP model.
-            options: options of the processor.
+            options: Options of the processor.
         """
         if text is None:
-            raise ValueError("from_backbones needs the Hub id or folder of a text encoder, whose tokenizer it takes.")
+            raise ValueError(
+                "from_backbones needs the tokenizer of a text encoder. Give the encoder's Hub id or folder."
+            )
         tokenizer = AutoTokenizer.from_pretrained(text)
         if vision is not None:
             config = AutoConfig.from_pretrained(vision)
@@ -114,23 +118,33 @@ class MmelProcessor(ProcessorMixin):
         entities: Any = None,
         pairs: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]] | None = None,
     ) -> BatchFeature:
-        """
+        """Prepares M pairs of a mention and its candidates.
+
         Args:
-            pairs (M pairs): a mention row (`mention`, `text`, `start`, `end`, `context_id`, `image`) and its candidates'
-                rows (`name`, `description`, `attributes`, `images`). Rows whose images were encoded before carry
-                `image_features`, a tensor [d] or `None`.
-            mentions, entities: not for a reranker; raises.
+            pairs (`list[tuple[dict, list[dict]]]`): M mention rows (`mention`, `text`, `start`, `end`, `context_id`,
+                `image`), each with the rows of its candidates (`name`, `description`, `attributes`, `images`, of which
+                the first is used). If images were encoded before, all rows have `image_features`, a tensor [d] or
+                `None`.
+            mentions, entities: Not supported by a reranker.
 
         Returns:
-            `BatchFeature` of tensors, C being the most candidates of a mention and L the length of the longest sequence:
-            `pair_input_ids`, `pair_attention_mask`, `pair_context_mask`, `pair_entity_mask` [M, C, L]; `pair_mask`
-            [M, C]; `pair_context` [M]; and, with images, `pair_mention_image_mask` [M] and `pair_entity_image_mask`
-            [M, C] (False where one is missing) with `pair_mention_image_features` [M, d] and
-            `pair_entity_image_features` [M, C, d] (left out if no row has any), or `pair_mention_pixel_values`
-            [M, 3, H, W] and `pair_entity_pixel_values` [M, C, 3, H, W].
+            `BatchFeature` of tensors. C is the largest number of candidates of a mention and L the length of the
+            longest sequence:
+
+            - `pair_input_ids`, `pair_attention_mask`, `pair_context_mask`, `pair_entity_mask` [M, C, L];
+            - `pair_mask` [M, C]: False for padding;
+            - `pair_context` [M]: number of the mention's context;
+            - `pair_mention_image_mask` [M] and `pair_entity_image_mask` [M, C], if images are prepared: False for a
+              missing image;
+            - `pair_mention_image_features` [M, d] and `pair_entity_image_features` [M, C, d], if some row has
+              features; or `pair_mention_pixel_values` [M, 3, H, W] and `pair_entity_pixel_values` [M, C, 3, H, W].
+
+        Raises:
+            ValueError: `pairs` is missing, `max_length` is too small for the template, or only some rows have
+                `image_features`.
         """
         if mentions is not None or entities is not None or pairs is None:
-            raise ValueError("MMEL reads a mention and its candidates together; give pairs=.")
+            raise ValueError("MMEL reads a mention and its candidates together. Give pairs=.")
         columns = max((len(candidates) for _, candidates in pairs), default=0) or 1
         mask = torch.tensor(
             [[c < len(candidates) for c in range(columns)] for _, candidates in pairs], dtype=torch.bool
@@ -143,10 +157,10 @@ class MmelProcessor(ProcessorMixin):
             )
             for row, (mention, _) in enumerate(pairs)
         ]
-        batch = self._text(pairs, mask)
+        batch = self._text_tensors(pairs, mask)
         batch |= {"pair_mask": mask, "pair_context": torch.tensor(numbers, dtype=torch.int64)}
         if self.use_images:
-            batch |= self._images(pairs, mask)
+            batch |= self._image_tensors(pairs, mask)
         return BatchFeature(batch)
 
     def images(self, images: Sequence[Any]) -> torch.Tensor:
@@ -155,28 +169,29 @@ class MmelProcessor(ProcessorMixin):
 
     # ---- text
 
-    def _text(self, pairs, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _text_tensors(self, pairs, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Fills the template for each pair, and returns the tokens with their masks."""
         cls_token = [i for i in (self.tokenizer.cls_token_id,) if i is not None]
         sep_token = [i for i in (self.tokenizer.sep_token_id,) if i is not None]
-        head, middle, end, entity_head = self._ids([*_CONTEXT_TEMPLATES[self.context_template], "Entity:"])
-        room = self.max_length - len(cls_token + head + middle + end + entity_head + end + sep_token)
-        if room < 6:
+        head, middle, end, entity_head = self._token_ids([*_CONTEXT_TEMPLATES[self.context_template], "Entity:"])
+        space = self.max_length - len(cls_token + head + middle + end + entity_head + end + sep_token)
+        if space < 6:
             raise ValueError(
-                f"max_length={self.max_length} leaves {room} tokens for the texts; give at least {6 - room} more."
+                f"max_length={self.max_length} leaves {space} tokens for the texts. Give at least {6 - space} more."
             )
-        surfaces = self._ids([str(mention["mention"]) if head else "" for mention, _ in pairs])
-        texts = self._spans([mention for mention, _ in pairs])
-        known = {self._entity(row): None for _, candidates in pairs for row in candidates}
-        names = self._ids([name for name, _ in known])
-        facts = self._ids([rest for _, rest in known])
-        entities = dict(zip(known, zip(names, facts, strict=True), strict=True))
+        surfaces = self._token_ids([str(mention["mention"]) if head else "" for mention, _ in pairs])
+        texts = self._tokens_with_span([mention for mention, _ in pairs])
+        distinct = {self._entity_texts(row): None for _, candidates in pairs for row in candidates}
+        names = self._token_ids([name for name, _ in distinct])
+        facts = self._token_ids([rest for _, rest in distinct])
+        entities = dict(zip(distinct, zip(names, facts, strict=True), strict=True))
 
         sequences, lengths = [], []
         for (_, candidates), surface, (text, start, stop) in zip(pairs, surfaces, texts, strict=True):
             for row in candidates:
-                name, fact = entities[self._entity(row)]
-                s, x, n, f = self._lengths(room, len(surface), (len(text), stop - start), len(name), len(fact))
-                first = _window(len(text), start, stop, x)
+                name, fact = entities[self._entity_texts(row)]
+                s, x, n, f = self._allot_tokens(space, len(surface), (len(text), stop - start), len(name), len(fact))
+                first = _window_start(len(text), start, stop, x)
                 context = cls_token + head + surface[:s] + middle + text[first : first + x] + end
                 sequences.append(torch.tensor(context + entity_head + name[:n] + fact[:f] + end + sep_token))
                 lengths.append(len(context))
@@ -196,23 +211,23 @@ class MmelProcessor(ProcessorMixin):
             "pair_entity_mask": (position >= context_length) & (position < length),
         }
 
-    def _entity(self, row: Mapping[str, Any]) -> tuple[str, str]:
-        """What is never cut, and what is cut at its end."""
+    def _entity_texts(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        """Returns the name, which is cut last, and the facts, which lose their end first."""
         attributes = str(row.get("attributes") or "")
         if self.entity_template == "attributes":
             return "", attributes
         rest = [text for text in (str(row.get("description") or ""), attributes) if text]
         return str(row["name"] or ""), ". " + ". ".join(rest) if rest else ""
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of texts, each as if in the middle of a sentence: after a space, but for a full stop."""
+    def _token_ids(self, texts: list[str]) -> list[list[int]]:
+        """Returns the tokens of each text as if inside a sentence: after a space, unless it starts with "."."""
         if not texts:
             return []
         filled = [text if text.startswith(".") or not text else " " + text for text in texts]
         return self.tokenizer(filled, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _spans(self, mentions) -> list[tuple[list[int], int, int]]:
-        """Tokens of each context, and which of them are the mention's ([0, 0) if it is not there)."""
+    def _tokens_with_span(self, mentions) -> list[tuple[list[int], int, int]]:
+        """Returns the tokens of each context, and the span of the mention in them; (0, 0) if it is not there."""
         texts = [str(mention["text"] or "") for mention in mentions]
         if not texts:
             return []
@@ -228,33 +243,44 @@ class MmelProcessor(ProcessorMixin):
             if start is None or start < 0 or stop is None:
                 start = text.lower().find(surface.lower()) if surface else -1
                 stop = start + len(surface)
-            # The space put in front moved everything by one.
+            # Offsets are larger by one, because of the space before the text.
             inside = [i for i, (a, b) in enumerate(offsets) if start >= 0 and b > start + 1 and a < stop + 1]
             spans.append((ids, inside[0], inside[-1] + 1) if inside else (ids, 0, 0))
         return spans
 
     @staticmethod
-    def _lengths(room: int, surface: int, text: tuple[int, int], name: int, fact: int) -> tuple[int, int, int, int]:
-        """How many tokens of mention, context, name and facts fit into `room`; `text` is all of it and the mention."""
+    def _allot_tokens(
+        space: int, surface: int, text: tuple[int, int], name: int, fact: int
+    ) -> tuple[int, int, int, int]:
+        """Decides how many tokens of mention, context, name and facts fit into `space`.
+
+        Args:
+            space: Number of tokens to fill.
+            surface, name, fact: Number of tokens of the mention, the name and the facts.
+            text: Number of tokens of the context, and of the mention in it.
+        """
         whole, inside = text
-        if surface + inside + name > room:  # nothing else fits, and not even these
-            third = room // 3
+        if surface + inside + name > space:  # mention and name alone do not fit
+            third = space // 3
             surface, inside, name = min(surface, third), min(inside, third), min(name, third)
             return surface, inside, name, 0
-        room -= surface + inside + name
+        space -= surface + inside + name
         around = whole - inside
-        fact = min(fact, max(room - around, room // 2))
-        return surface, inside + min(around, room - fact), name, fact
+        fact = min(fact, max(space - around, space // 2))
+        return surface, inside + min(around, space - fact), name, fact
 
     # ---- images
 
-    def _images(self, pairs, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _image_tensors(self, pairs, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns images or image features of both sides, with the masks of those that are present."""
         mentions = [mention for mention, _ in pairs]
         candidates = [row for _, rows in pairs for row in rows]
-        carried = {"image_features" in row for row in (*mentions, *candidates)}
-        if carried == {True, False}:
-            raise ValueError("Some rows carry image_features and others do not; encode the images of all or of none.")
-        if carried == {True}:
+        encoded = {"image_features" in row for row in (*mentions, *candidates)}
+        if encoded == {True, False}:
+            raise ValueError(
+                "Some rows have image_features and others do not. Encode the images of all rows or of none."
+            )
+        if encoded == {True}:
             sides = ([row["image_features"] for row in mentions], [row["image_features"] for row in candidates])
             kind = "image_features"
         else:
@@ -263,12 +289,12 @@ class MmelProcessor(ProcessorMixin):
                 [next(iter(row.get("images") or ()), None) for row in candidates],
             )
             kind = "pixel_values"
-        found = [image for side in sides for image in side if image is not None]
+        images = [image for side in sides for image in side if image is not None]
         values: torch.Tensor | None = None
         if kind == "pixel_values":
-            values = self.images(found) if found else torch.zeros(0, *self._shape())
-        elif found:
-            values = torch.stack(found)
+            values = self.images(images) if images else torch.zeros(0, *self._pixel_shape())
+        elif images:
+            values = torch.stack(images)
         batch: dict[str, torch.Tensor] = {}
         grids = (torch.ones(len(mentions), dtype=torch.bool), mask)
         for name, grid, side in zip(("mention", "entity"), grids, sides, strict=True):
@@ -282,16 +308,16 @@ class MmelProcessor(ProcessorMixin):
                 batch[f"pair_{name}_{kind}"] = full
         return batch
 
-    def _shape(self) -> tuple[int, int, int]:
+    def _pixel_shape(self) -> tuple[int, int, int]:
         size = getattr(self.image_processor, "crop_size", None) if self.image_processor.do_center_crop else None
         size = size or self.image_processor.size
         return 3, size["height"], size["width"]
 
 
-def _window(length: int, start: int, stop: int, room: int) -> int:
-    """Where `room` of `length` tokens begin, with the tokens from `start` to `stop` in their middle if possible."""
-    first = start - (room - (stop - start)) // 2
-    return max(0, min(first, length - room, start))
+def _window_start(length: int, start: int, stop: int, size: int) -> int:
+    """Returns the start of a window of `size` of `length` tokens, with `start` to `stop` in its middle if possible."""
+    first = start - (size - (stop - start)) // 2
+    return max(0, min(first, length - size, start))
 
 
 __all__ = ["MmelProcessor"]

@@ -10,19 +10,21 @@ from transformers.configuration_utils import SubConfigSpec
 
 class PfmelConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`PfmelModel`] or [`PfmelForPreTraining`]. The defaults describe the paper's network: BERT base
-    and ResNet-50. Which pre-training tasks there are, and how texts are formed, are options of the processor.
+    Configuration of a [`PfmelModel`] or [`PfmelForPreTraining`]. The defaults describe the paper's network, with BERT
+    base and ResNet-50. The pre-training tasks and the form of the texts are options of the processor.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            A BERT-like encoder: with a pooler over the first token and two kinds of segments.
+            Configuration of an encoder like BERT, with a pooler over the first token and two segments.
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
-            Any image encoder. Without it the model reads text only, which is NSP-BERT in the paper's tables. With neither
-            config given, both are the paper's.
+            Configuration of any image encoder. Without it the model reads text only, which is NSP-BERT in the paper's
+            tables. Without both configurations, the model is the paper's.
         train_vision (`bool`, *optional*, defaults to `False`):
-            Whether the image encoder learns too. The paper takes its features as they are, so each image is encoded once.
+            Whether to train the image encoder. By default it is frozen, as in the paper, so each image is encoded
+            once.
         nil_threshold (`int` or `float`, *optional*):
-            A mention whose best score is below it is NIL. `None`: never NIL.
+            Score below which the best candidate of a mention is rejected, so that the mention is NIL. `None` never
+            predicts NIL.
     """
 
     model_type: ClassVar[str] = "pfmel"
@@ -41,15 +43,15 @@ class PfmelConfig(PreTrainedConfig):
             self.text_config, self.vision_config = {}, {}
         super().__post_init__(**kwargs)
         if self.text_config is None:
-            raise ValueError("PFMEL reads text; give text_config beside vision_config.")
+            raise ValueError("text_config is missing, but PFMEL reads text. Give the configuration of a text encoder.")
         segments = getattr(self.text_config, "type_vocab_size", 0)
         if segments < 2:
             raise ValueError(
-                f"text_config: {self.text_config.model_type!r} has {segments} kinds of segments; next sentence prediction "
-                "needs two. Take a BERT-like encoder."
+                f"The text encoder {self.text_config.model_type!r} has {segments} segments, but next sentence "
+                "prediction needs two. Use an encoder like BERT."
             )
         if self.train_vision and self.vision_config is None:
-            raise ValueError("train_vision=True needs a vision_config.")
+            raise ValueError("train_vision=True needs an image encoder. Give a vision_config.")
 
 
 __all__ = ["PfmelConfig"]

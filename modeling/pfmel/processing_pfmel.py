@@ -1,4 +1,4 @@
-"""Rows to tensors for PFMEL: the sentence forms of §3.2–3.4, and "[CLS] text image [SEP] text image [SEP]" of them."""
+"""Processor of PFMEL: makes the sentences of §3.2-3.4 and the sequences "[CLS] text image [SEP] text image [SEP]"."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from transformers import (
     ProcessorMixin,
 )
 
-#: Options for entities that are accounts of a social medium, as §3.2 and §3.4 print them. The columns are
-#: `screen_name` (with or without its "@"), `location`, `name`, `description` and `recent_posts` (a list, three are read).
+#: Options for entities that are social media accounts, as in §3.2 and §3.4. The columns are `screen_name` (with or
+#: without "@"), `location`, `name`, `description` and `recent_posts` (a list, of which three are read).
 ACCOUNT_OPTIONS: dict[str, Any] = {
     "entity_lead": "{screen_name}. ",
     "entity_template": "the username of {screen_name} who lives in {location} is {name} and the description is "
@@ -27,14 +27,15 @@ ACCOUNT_OPTIONS: dict[str, Any] = {
     "max_words": {"location": 10, "description": 30, "recent_posts": 35},
 }
 
-#: Posts of an account that its context shows.
+#: Number of posts in the context of an account.
 _RECENT_POSTS = 3
+#: Forms of the pre-training examples of each task: see `form_ids` of [`PfmelForPreTraining.forward`].
 _FORMS = {"mixed": (0, 1), "text": (2,), "multimodal": (3,)}
 
 
 @dataclass
 class _Text:
-    """Tokens of one sentence, of which `[start, end)` is kept longest and the last `tail` ones always."""
+    """Tokens of one sentence. The last `tail` tokens are always kept; of the others, `[start, end)` is cut last."""
 
     ids: list[int]
     start: int = 0
@@ -42,11 +43,12 @@ class _Text:
     tail: int = 0
 
     @property
-    def needed(self) -> int:
+    def num_required(self) -> int:
+        """Number of tokens that must not be cut."""
         return self.end - self.start + self.tail
 
-    def cut(self, length: int) -> list[int]:
-        """At most `length` tokens: a window around what is kept, then the tail."""
+    def truncate(self, length: int) -> list[int]:
+        """Returns at most `length` tokens: a window around `[start, end)`, then the tail."""
         if len(self.ids) <= length:
             return self.ids
         body, tail = self.ids[: len(self.ids) - self.tail], self.ids[len(self.ids) - self.tail :]
@@ -59,7 +61,7 @@ class _Text:
 
 @dataclass
 class _Sentence:
-    """One of the two sentences of a sequence: its text, and the number of its image's column, if it shows one."""
+    """One of the two sentences of a sequence: its text, and 0 for an image of the mention or 1 for one of the entity."""
 
     text: _Text
     image: int | None = None
@@ -67,34 +69,35 @@ class _Sentence:
 
 class PfmelProcessor(ProcessorMixin):
     r"""
-    Turns pairs of a mention and its candidates into the inputs of a [`PfmelModel`], and posts with entities into those of
-    a [`PfmelForPreTraining`].
+    Turns pairs of a mention row and its candidate rows into the inputs of a [`PfmelModel`], and posts with entities
+    into those of a [`PfmelForPreTraining`].
 
     ```python
     >>> processor(pairs=[(mention_row, candidate_rows)])  # doctest: +SKIP
     ```
 
-    A sequence that is too long is cut on both sides: each sentence may fill half of it, and what the other leaves free.
-    Of a context, the tokens around the mention stay; of an entity, its beginning up to the name.
+    A sequence that is too long is truncated on both sides: each sentence may use half of the tokens, and those that
+    the other does not use. A context keeps the tokens around the mention, an entity its beginning up to the name.
 
     Args:
-        image_processor: Prepares images; its own configuration holds size, cropping and normalisation.
-        tokenizer: Prepares text; a fast one, with [CLS] and [SEP].
-        max_length (`int`, *optional*, defaults to 300): Most tokens of a sequence (Table 3), its images not counted.
-            Sequences are padded to the longest of a batch.
-        mention_tail (`str`, *optional*): What follows a context when linking (§3.4), over the columns of the mention.
-        entity_template (`str`, *optional*): The entity context (§3.2), over the columns of the entity. Default: name,
-            description and attributes as sentences. For accounts see `ACCOUNT_OPTIONS`.
-        entity_lead (`str`, *optional*): What comes before the entity context when linking (§3.4).
-        missing (`str`, *optional*): Stands for an empty column; "NA" in the paper. Sentences left empty are dropped.
-        max_words (`dict`, *optional*): Most words of a column, by its name; of a list, of each item.
-        use_images (`bool`, *optional*, defaults to `True`): Whether sentences have images at all.
-        max_entity_images (`int`, *optional*): How many images of an entity are averaged, the first ones: T(e) of §3.2.
-            `None`: all, as in the paper.
-        pretraining_tasks (`list[str]`, *optional*): Which of "mixed", "text", "multimodal" (§3.3). Default: all, or the
-            second alone without images.
-        swap_roles (`bool`, *optional*, defaults to `True`): Whether pre-training has each example a second time, its
-            sentences the other way round.
+        image_processor: Image processor. Its configuration determines size, cropping and normalisation.
+        tokenizer: Fast tokenizer with [CLS] and [SEP].
+        max_length (`int`, *optional*, defaults to 300): Maximum number of tokens of a sequence (Table 3), images not
+            counted. Sequences are padded to the longest of the batch.
+        mention_tail (`str`, *optional*): Template that follows a context when linking (§3.4). It can use the columns
+            of the mention.
+        entity_template (`str`, *optional*): Template of the entity context (§3.2). It can use the columns of the
+            entity. The default is name, description and attributes as sentences. For accounts see `ACCOUNT_OPTIONS`.
+        entity_lead (`str`, *optional*): Template before the entity context when linking (§3.4).
+        missing (`str`, *optional*): Replacement for an empty column; "NA" in the paper. Empty sentences are dropped.
+        max_words (`dict`, *optional*): Maximum number of words by column; for a list, of each item.
+        use_images (`bool`, *optional*, defaults to `True`): Whether to prepare images.
+        max_entity_images (`int`, *optional*): Number of images of an entity to average, the first ones: T(e) of §3.2.
+            `None` averages all images, as in the paper.
+        pretraining_tasks (`list[str]`, *optional*): Some of "mixed", "text" and "multimodal" (§3.3). The default is
+            all, or "text" without images.
+        swap_roles (`bool`, *optional*, defaults to `True`): Whether pre-training repeats each example with its
+            sentences swapped.
     """
 
     def __init__(
@@ -120,15 +123,19 @@ class PfmelProcessor(ProcessorMixin):
                 f"pretraining_tasks={pretraining_tasks!r} must be one or more of {', '.join(map(repr, _FORMS))}."
             )
         if not use_images and list(pretraining_tasks) != ["text"]:
-            raise ValueError(f"pretraining_tasks={pretraining_tasks!r} need images, and use_images is False.")
+            raise ValueError(
+                f"pretraining_tasks={pretraining_tasks!r} need images. Set use_images=True, or give ['text']."
+            )
         if max_entity_images is not None and max_entity_images < 1:
-            raise ValueError(f"max_entity_images={max_entity_images} must be at least 1; use_images=False shows none.")
+            raise ValueError(
+                f"max_entity_images={max_entity_images} must be at least 1. Set use_images=False for none."
+            )
         if max_length < 8:
-            raise ValueError(f"max_length={max_length} leaves no room for two sentences; give at least 8.")
+            raise ValueError(f"max_length={max_length} is too short for two sentences. Give at least 8.")
         limit = getattr(tokenizer, "model_max_length", max_length + 2)
         if max_length + 2 > limit:
             raise ValueError(
-                f"max_length={max_length} and two images are more than the {limit} positions of the text encoder; give at "
+                f"max_length={max_length} and two images exceed the {limit} positions of the text encoder. Give at "
                 f"most {limit - 2}."
             )
         self.max_length = max_length
@@ -144,25 +151,28 @@ class PfmelProcessor(ProcessorMixin):
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> PfmelProcessor:
-        """A processor for [`PfmelModel.from_backbones`] with the same arguments.
+        """Builds a processor for a model of [`PfmelModel.from_backbones`], from the same arguments.
 
         Args:
             text, vision (`str`, *optional*): Hub ids or folders of the encoders.
-            options: options of the processor.
+            options: Options of the processor.
         """
         if text is None:
-            raise ValueError("from_backbones needs the Hub id or folder of a text encoder, whose tokenizer it takes.")
+            raise ValueError(
+                "from_backbones needs the tokenizer of a text encoder. Give the encoder's Hub id or folder."
+            )
         return cls.from_parts(AutoTokenizer.from_pretrained(text), vision, **options)
 
     @classmethod
     def from_parts(cls, tokenizer, vision: str | Mapping[str, Any] | None = None, **options) -> PfmelProcessor:
-        """A processor around a tokenizer.
+        """Builds a processor from a tokenizer.
 
         Args:
-            tokenizer: a fast tokenizer.
+            tokenizer: Fast tokenizer.
             vision (`str` or `dict`, *optional*): Hub id or folder of an image encoder, or settings of CLIP's image
-                processor (for instance `{"size": {"height": 64, "width": 64}}`). `None`: no images.
-            options: options of the processor.
+                processor (for instance `{"size": {"height": 64, "width": 64}}`). With `None` the processor prepares no
+                images.
+            options: Options of the processor.
         """
         if isinstance(vision, str):
             image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil")
@@ -181,34 +191,44 @@ class PfmelProcessor(ProcessorMixin):
         posts: Sequence[Mapping[str, Any]] | None = None,
         partners: Sequence[int] | None = None,
     ) -> BatchFeature:
-        """
+        """Prepares pairs of a mention and its candidates, or posts for pre-training.
+
         Args:
-            pairs (M pairs, *optional*): a mention row (`mention`, `text`, `start`, `end`, `image`) and its candidate rows
-                (what the template names, and `images`, which are averaged). A row with `image_features` (a tensor [d],
-                [k, d] to be averaged, or `None`) gives that instead of its images.
-            posts, entities (P rows each, *optional*): posts (`text`, `image`; a mention row is one too), and each one's
-                own entity.
-            partners (P ints, *optional*): the post whose sentence follows each; its own number if it is the next one.
-            mentions: not for a reranker; raises.
+            pairs (`list[tuple[dict, list[dict]]]`, *optional*): M mention rows (`mention`, `text`, `start`, `end`,
+                `image`), each with the rows of its candidates (the columns of the template, and `images`, which are
+                averaged). If a row has `image_features` (a tensor [d], [k, d] to be averaged, or `None`), they replace
+                its images.
+            posts, entities (`list[dict]` of P rows each, *optional*): Posts (`text`, `image`; a mention row is a
+                post), and the entity of each post.
+            partners (`list[int]` of length P, *optional*): For each post, the post that provides the second sentence;
+                its own number if that sentence is the next one.
+            mentions: Not supported by a reranker.
 
         Returns:
-            `BatchFeature` of tensors: the arguments of [`PfmelModel.forward`], or with `labels` those of
-            [`PfmelForPreTraining.forward`].
+            `BatchFeature` of tensors: the arguments of [`PfmelModel.forward`] for pairs, or those of
+            [`PfmelForPreTraining.forward`], with `labels`, for posts.
+
+        Raises:
+            ValueError: The arguments are neither pairs nor posts with entities and partners, or a row lacks a column
+                that its template needs.
         """
         if mentions is not None or (entities is not None and posts is None):
-            raise ValueError("PFMEL reads a mention and its candidates together; give pairs= instead.")
+            raise ValueError("PFMEL reads a mention and its candidates together. Give pairs=.")
         if pairs is not None:
-            return self._pairs(pairs)
+            return self._linking_batch(pairs)
         if posts is None or entities is None or partners is None:
-            raise ValueError("Give pairs= to link, or posts=, entities= and partners= to pre-train.")
-        return self._pretraining(posts, entities, partners)
+            raise ValueError(
+                "The rows are missing. Give pairs= to link, or posts=, entities= and partners= to pre-train."
+            )
+        return self._pretraining_batch(posts, entities, partners)
 
     # Copied from modeling/mmel/processing_mmel.py
     def images(self, images: Sequence[Any]) -> torch.Tensor:
         """Returns the pixel values [I, 3, H, W] of I PIL images."""
         return self.image_processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
 
-    def _pairs(self, pairs) -> BatchFeature:
+    def _linking_batch(self, pairs) -> BatchFeature:
+        """Returns the arguments of [`PfmelModel.forward`]."""
         mentions = [mention for mention, _ in pairs]
         candidates = [entity for _, entities in pairs for entity in entities]
         columns = max([1, *(len(entities) for _, entities in pairs)])
@@ -226,39 +246,39 @@ class PfmelProcessor(ProcessorMixin):
                 dtype=torch.long,
             ),
         }
-        shows = ([False] * len(mentions), [False] * len(candidates))
+        mention_shown, entity_shown = [False] * len(mentions), [False] * len(candidates)
         if self.use_images:
-            tensors, shown = self._images("pair_mention", mentions, "image")
+            tensors, mention_shown = self._image_tensors("pair_mention", mentions, "image")
             batch |= tensors
-            of_entities, shown_entities = self._images("pair_entity", candidates, "images")
-            for name, values in of_entities.items():
+            tensors, entity_shown = self._image_tensors("pair_entity", candidates, "images")
+            for name, values in tensors.items():
                 batch[name] = values.new_zeros(*mask.shape, *values.shape[1:])
                 batch[name][mask] = values
-            shows = (shown, shown_entities)
-        first = self._contexts(mentions, self.mention_tail)
-        second = self._entities(candidates, self.entity_lead)
+        first = self._post_texts(mentions, self.mention_tail)
+        second = self._entity_texts(candidates, self.entity_lead)
         sequences = [
             (
-                _Sentence(first[row], 0 if shows[0][row] else None),
-                _Sentence(second[cell], 1 if shows[1][cell] else None),
+                _Sentence(first[row], 0 if mention_shown[row] else None),
+                _Sentence(second[cell], 1 if entity_shown[cell] else None),
             )
             for cell, (row, _) in enumerate(cells)
         ]
-        for name, values in self._sequences(sequences).items():
-            whole = values.new_full((*mask.shape, *values.shape[1:]), self._fillers[name])
-            whole[mask] = values
-            batch[f"pair_{name}"] = whole
+        for name, values in self._sequence_tensors(sequences).items():
+            padded = values.new_full((*mask.shape, *values.shape[1:]), self._padding_values[name])
+            padded[mask] = values
+            batch[f"pair_{name}"] = padded
         return BatchFeature(batch)
 
-    def _pretraining(self, posts, entities, partners) -> BatchFeature:
+    def _pretraining_batch(self, posts, entities, partners) -> BatchFeature:
+        """Returns the arguments of [`PfmelForPreTraining.forward`]."""
         batch: dict[str, torch.Tensor] = {}
         post_shown = entity_shown = [False] * len(posts)
         if self.use_images:
-            tensors, post_shown = self._images("post", posts, "image")
+            tensors, post_shown = self._image_tensors("post", posts, "image")
             batch |= tensors
-            tensors, entity_shown = self._images("entity", entities, "images")
+            tensors, entity_shown = self._image_tensors("entity", entities, "images")
             batch |= tensors
-        texts, contexts = self._contexts(posts, ""), self._entities(entities, "")
+        texts, contexts = self._post_texts(posts, ""), self._entity_texts(entities, "")
         empty = _Text([])
         sequences: list[tuple[_Sentence, _Sentence]] = []
         numbers: list[tuple[int, int, int, int]] = []  # form, post, entity, label
@@ -269,44 +289,49 @@ class PfmelProcessor(ProcessorMixin):
                     post_image = 0 if post_shown[post] and form in (1, 3) else None
                     entity_image = 1 if entity_shown[entity] and form in (0, 3) else None
                     if (form == 0 and entity_image is None) or (form == 1 and post_image is None):
-                        continue  # this example is about an image that there is not
-                    of_post = _Sentence(texts[post] if form != 1 else empty, post_image)
-                    of_entity = _Sentence(contexts[entity] if form != 0 else empty, entity_image)
-                    order = (of_entity, of_post) if form == 1 else (of_post, of_entity)
+                        continue  # the example is about an image that is missing
+                    post_sentence = _Sentence(texts[post] if form != 1 else empty, post_image)
+                    entity_sentence = _Sentence(contexts[entity] if form != 0 else empty, entity_image)
+                    order = (entity_sentence, post_sentence) if form == 1 else (post_sentence, entity_sentence)
                     for pair in (order, order[::-1]) if self.swap_roles else (order,):
                         sequences.append(pair)
                         numbers.append((form, post, entity, int(i != j)))
         names = ("form_ids", "post_index", "entity_index", "labels")
         columns = torch.tensor(numbers, dtype=torch.long).reshape(-1, 4).unbind(1)
         return BatchFeature(
-            {**batch, **self._sequences(sequences), **{n: c.clone() for n, c in zip(names, columns, strict=True)}}
+            {
+                **batch,
+                **self._sequence_tensors(sequences),
+                **{n: c.clone() for n, c in zip(names, columns, strict=True)},
+            }
         )
 
     @property
-    def _fillers(self) -> dict[str, int]:
+    def _padding_values(self) -> dict[str, int]:
+        """Padding of the tensors of a sequence, by name."""
         pad = self.tokenizer.pad_token_id
         return {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0, "image_positions": -1}
 
-    def _sequences(self, sequences: Sequence[tuple[_Sentence, _Sentence]]) -> dict[str, torch.Tensor]:
-        """Tensors [S, L] of S sequences, and `image_positions` [S, 2]."""
+    def _sequence_tensors(self, sequences: Sequence[tuple[_Sentence, _Sentence]]) -> dict[str, torch.Tensor]:
+        """Returns tensors [S, L] of S sequences, and `image_positions` [S, 2]."""
         cls, sep, pad = (getattr(self.tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad"))
         rows: list[tuple[list[int], int, list[int]]] = []
         for first, second in sequences:
             ids, positions = [cls], [-1, -1]
             split = 0
-            for sentence, length in zip((first, second), self._lengths(first.text, second.text), strict=True):
-                ids += sentence.text.cut(length)
+            for sentence, length in zip((first, second), self._allot_tokens(first.text, second.text), strict=True):
+                ids += sentence.text.truncate(length)
                 if sentence.image is not None:
                     positions[sentence.image] = len(ids)
-                    ids.append(pad)  # only holds the place; the model puts the image there
+                    ids.append(pad)  # a placeholder, which the model replaces by the image
                 ids.append(sep)
                 split = split or len(ids)
             rows.append((ids, split, positions))
         width = max([1, *(len(ids) for ids, _, _ in rows)])
         shape = (len(rows), width)
         out = {
-            name: torch.full((len(rows), 2) if name == "image_positions" else shape, filler)
-            for name, filler in self._fillers.items()
+            name: torch.full((len(rows), 2) if name == "image_positions" else shape, padding)
+            for name, padding in self._padding_values.items()
         }
         for row, (ids, split, positions) in enumerate(rows):
             out["input_ids"][row, : len(ids)] = torch.tensor(ids)
@@ -315,21 +340,24 @@ class PfmelProcessor(ProcessorMixin):
             out["image_positions"][row] = torch.tensor(positions)
         return out
 
-    def _lengths(self, first: _Text, second: _Text) -> tuple[int, int]:
-        """How many tokens of each text fit: half of the room each, and what the other leaves free; what a text needs goes
-        before what the other could well miss."""
-        room = self.max_length - 3
-        half = room // 2
-        a, b = len(first.ids), len(second.ids)
-        if a + b <= room:
-            return a, b
-        at_least = min(first.needed, max(half, room - second.needed))
-        at_most = room - min(second.needed, room - at_least)
-        share = min(max(min(a, max(half, room - b)), at_least), at_most)
-        return share, room - share
+    def _allot_tokens(self, first: _Text, second: _Text) -> tuple[int, int]:
+        """Decides how many tokens of each text fit.
 
-    def _contexts(self, rows, tail: str) -> list[_Text]:
-        """The text of each mention or post, and what follows it (§3.4)."""
+        Each text may use half of the tokens and those that the other does not use. The required tokens of a text take
+        precedence over optional tokens of the other.
+        """
+        total = self.max_length - 3
+        half = total // 2
+        a, b = len(first.ids), len(second.ids)
+        if a + b <= total:
+            return a, b
+        at_least = min(first.num_required, max(half, total - second.num_required))
+        at_most = total - min(second.num_required, total - at_least)
+        share = min(max(min(a, max(half, total - b)), at_least), at_most)
+        return share, total - share
+
+    def _post_texts(self, rows, tail: str) -> list[_Text]:
+        """Returns the text of each mention or post, followed by the filled `tail` (§3.4)."""
         texts, endings, spans = [], [], []
         for row in rows:
             text, mention = row["text"] or "", row.get("mention") or ""
@@ -337,7 +365,7 @@ class PfmelProcessor(ProcessorMixin):
             if not 0 <= start < end <= len(text):
                 start = text.lower().find(mention.lower())
                 start, end = (start, start + len(mention)) if start >= 0 else (0, 0)
-            ending = self._fill(tail, row)[0]
+            ending = self._fill_template(tail, row)[0]
             if ending.startswith("."):
                 text = text.rstrip().removesuffix(".")
             texts.append(text)
@@ -345,66 +373,78 @@ class PfmelProcessor(ProcessorMixin):
             spans.append((start, end))
         tails = self._tokenize(endings)[0]
         out = []
-        for ids, offsets, last, (start, end) in zip(*self._tokenize(texts), tails, spans, strict=True):
+        for ids, offsets, tail_ids, (start, end) in zip(*self._tokenize(texts), tails, spans, strict=True):
             inside = [k for k, (left, right) in enumerate(offsets) if left < end and right > start]
-            kept = (inside[0], inside[-1] + 1) if inside else (0, 0)
-            out.append(_Text(ids + last, *kept, tail=len(last)))
+            span = (inside[0], inside[-1] + 1) if inside else (0, 0)
+            out.append(_Text(ids + tail_ids, *span, tail=len(tail_ids)))
         return out
 
-    def _entities(self, rows, lead: str) -> list[_Text]:
-        """The context of each entity (§3.2), after its lead (§3.4)."""
-        filled = [self._fill(lead + self.entity_template, row) for row in rows]
+    def _entity_texts(self, rows, lead: str) -> list[_Text]:
+        """Returns the context of each entity (§3.2), after the filled `lead` (§3.4)."""
+        filled = [self._fill_template(lead + self.entity_template, row) for row in rows]
         out = []
         for ids, offsets, (_, end) in zip(*self._tokenize([text for text, _ in filled]), filled, strict=True):
             out.append(_Text(ids, 0, sum(left < end for left, _ in offsets)))
         return out
 
     def _tokenize(self, texts: list[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+        """Returns the tokens of each text and their offsets."""
         if not texts:
             return [], []
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return encoded["input_ids"], encoded["offset_mapping"]
 
-    def _fill(self, template: str, row: Mapping[str, Any]) -> tuple[str, int]:
-        """A template over the columns of a row, and where in it the name ends (0 if it has none)."""
+    def _fill_template(self, template: str, row: Mapping[str, Any]) -> tuple[str, int]:
+        """Fills a template from a row, and returns it with the position where the name ends (0 without a name)."""
         text, name_end = "", 0
         for place, (literal, column, _, _) in enumerate(Formatter().parse(template)):
-            text = self._join(text, literal) if place else literal
+            text = self._append(text, literal) if place else literal
             if column is None:
                 continue
             if column not in row:
                 raise ValueError(
-                    f"The template {template!r} needs the column {column!r}; the row has {', '.join(row)}."
+                    f"The template {template!r} needs the column {column!r}, but the row has {', '.join(row)}. Add "
+                    "the column, or change the template."
                 )
-            value = self._value(column, row[column])
-            text = self._join(text, value)
+            value = self._column_text(column, row[column])
+            text = self._append(text, value)
             if column == "name" and not name_end:
                 name_end = len(text)
         return text, name_end
 
-    def _value(self, column: str, value: Any) -> str:
+    def _column_text(self, column: str, value: Any) -> str:
+        """Returns the text of a column: its first words, `missing` if it is empty, and the items of a list joined."""
         limit = self.max_words.get(column)
         if isinstance(value, str) or value is None:
             text = " ".join((value or "").split()[:limit])
             if column == "screen_name" and text:
                 text = "@" + text.removeprefix("@")
             return text or self.missing
-        items = [self._value(column, item) for item in [*value, *[None] * _RECENT_POSTS][:_RECENT_POSTS]]
+        items = [self._column_text(column, item) for item in [*value, *[None] * _RECENT_POSTS][:_RECENT_POSTS]]
         return f"{', '.join(items[:-1])} and {items[-1]}"
 
     @staticmethod
-    def _join(text: str, more: str) -> str:
-        """Appends to a text; a full stop that would follow another, or nothing at all, is left out."""
-        if more.startswith(".") and (not text or re.search(r"\.\s*$", text)):
-            more = more[1:]
+    def _append(text: str, addition: str) -> str:
+        """Appends to a text, without a full stop that would follow another one or start the text."""
+        if addition.startswith(".") and (not text or re.search(r"\.\s*$", text)):
+            addition = addition[1:]
             text = text.rstrip()
-            return text + (more if text else more.lstrip())
-        return text + more
+            return text + (addition if text else addition.lstrip())
+        return text + addition
 
-    def _images(self, side: str, rows, column: str) -> tuple[dict[str, torch.Tensor], list[bool]]:
-        """`<side>_image_features` [R, d] or `<side>_pixel_values` [R, 3, H, W] of R rows, zeros where a row has no image,
-        and which have one. Where an entity has several, up to K: pixels [R, K, 3, H, W], and `<side>_image_counts` [R].
-        Nothing if no row has an image."""
+    def _image_tensors(self, side: str, rows, column: str) -> tuple[dict[str, torch.Tensor], list[bool]]:
+        """Prepares the images of R rows.
+
+        Args:
+            side: Prefix of the names of the tensors.
+            rows: The rows.
+            column: "image" or "images".
+
+        Returns:
+            `tuple`: The tensors `<side>_image_features` [R, d] or `<side>_pixel_values` [R, 3, H, W], with zeros where
+            a row has no image; if some row has several images, `<side>_pixel_values` [R, K, 3, H, W] and
+            `<side>_image_counts` [R]; no tensors if no row has an image. And for each row, whether it has an image.
+        """
         limit = self.max_entity_images
         if any("image_features" in row for row in rows):
             values = [row.get("image_features") for row in rows]
@@ -422,10 +462,10 @@ class PfmelProcessor(ProcessorMixin):
         if not counts.any():
             return {}, [False] * len(rows)
         pixels = self.images([image for images in lists for image in images])
-        there = torch.arange(int(counts.max())) < counts.unsqueeze(1)
-        out = pixels.new_zeros(*there.shape, *pixels.shape[1:])
-        out[there] = pixels
-        if there.shape[1] == 1:
+        is_image = torch.arange(int(counts.max())) < counts.unsqueeze(1)
+        out = pixels.new_zeros(*is_image.shape, *pixels.shape[1:])
+        out[is_image] = pixels
+        if is_image.shape[1] == 1:
             return {f"{side}_pixel_values": out[:, 0]}, (counts > 0).tolist()
         return {f"{side}_pixel_values": out, f"{side}_image_counts": counts}, (counts > 0).tolist()
 

@@ -1,8 +1,8 @@
 """Reference implementation of MM-nel for tests: NumPy loops over one document, mention and candidate at a time.
 
 A document is a list of mentions. A mention is a dict of `candidates` (dicts of `entity` and `prior`), `gold` (a position
-among them, or `None`), and the word ids `left`, `own` and `right`, or for a visual mention `image` (pixels or `None`). An
-entity is a dict of the word ids `name` and `facts`, and `image`.
+among them, or `None`), and the word ids `left`, `inside` and `right`, or for a visual mention `image` (pixels or
+`None`). An entity is a dict of the word ids `name` and `facts`, and `image`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def entity_vector(w, entity) -> np.ndarray:
 
 
 def context(config, mention) -> list[int]:
-    inside = mention["own"] if config.mention_in_context else []
+    inside = mention["inside"] if config.mention_in_context else []
     return [*mention["left"], *inside, *mention["right"]]
 
 
@@ -77,7 +77,7 @@ def embedding(w, config, mention) -> np.ndarray:
     """Returns f of eq. 3."""
     table, half = w["word_embeddings.weight"], config.relation_window // 2
     left = mention["left"][-half:] if half else []
-    parts = [mean(left, table), mean(mention["own"], table), mean(mention["right"][:half], table)]
+    parts = [mean(left, table), mean(mention["inside"], table), mean(mention["right"][:half], table)]
     return np.tanh(w["mention_map.weight"] @ np.concatenate(parts) + w["mention_map.bias"])
 
 
@@ -288,8 +288,8 @@ def link(model, document, entities, keep_gold=False):
         `plan` and `cost`, or `None`.
     """
     w, config = weights(model), model.config
-    textual = [k for k, mention in enumerate(document) if "own" in mention and mention["candidates"]]
-    visual = [k for k, mention in enumerate(document) if "own" not in mention and mention["candidates"]]
+    textual = [k for k, mention in enumerate(document) if "inside" in mention and mention["candidates"]]
+    visual = [k for k, mention in enumerate(document) if "inside" not in mention and mention["candidates"]]
     linked = link_text(w, config, [document[k] for k in textual], entities, keep_gold) if textual else []
     ranking, triplet = [], []
     for k, (scores, _, _) in zip(textual, linked, strict=True):

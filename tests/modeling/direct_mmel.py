@@ -1,6 +1,6 @@
-"""MMEL written out pair by pair and token by token in NumPy, and its collaborative ranking by enumeration and by loops.
+"""Reference implementation of MMEL for tests: NumPy loops over pairs and tokens, and ranking by loops and enumeration.
 
-The oracle of the batched model. Everything is float64; `w` are the model's weights by name.
+All values are float64. `w` are the weights of the model by name.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def layer_norm(x, w, name, eps=1e-5):
     return centred / np.sqrt((centred**2).mean() + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
-def ffn(x, w, name, more=0.0):
-    """FC-ReLU-FC."""
-    return linear(relu(linear(x, w, f"{name}.fc1") + more), w, f"{name}.fc2")
+def ffn(x, w, name, extra=0.0):
+    """Applies a linear layer, ReLU and a linear layer."""
+    return linear(relu(linear(x, w, f"{name}.fc1") + extra), w, f"{name}.fc2")
 
 
 def keys_values(rows, w, name):
@@ -44,7 +44,7 @@ def keys_values(rows, w, name):
 
 
 def attention(query, keys, values, w, name, heads):
-    """Eq. 5 for one query vector and the keys it may see; zeros if there are none."""
+    """Applies eq. 5 to one query vector and the keys that it may attend to; zeros without keys."""
     q = linear(query, w, f"{name}.query")
     out, size = np.zeros_like(q), len(q) // heads
     for h in range(heads):
@@ -56,19 +56,19 @@ def attention(query, keys, values, w, name, heads):
 
 
 def image_block(tokens, groups, w, name, heads):
-    """Two self-attentions and a feed-forward layer. `groups[i]`: the tokens that token i may see."""
+    """Applies two self-attentions and a feed-forward layer. `groups[i]` are the tokens that token i may attend to."""
     for norm, layer in (("norm1", "attention1"), ("norm2", "attention2")):
         normed = [layer_norm(x, w, f"{name}.{norm}") for x in tokens]
         keys, values = keys_values(normed, w, f"{name}.{layer}")
         tokens = [
-            x + attention(n, [keys[j] for j in seen], [values[j] for j in seen], w, f"{name}.{layer}", heads)
-            for x, n, seen in zip(tokens, normed, groups, strict=True)
+            x + attention(n, [keys[j] for j in group], [values[j] for j in group], w, f"{name}.{layer}", heads)
+            for x, n, group in zip(tokens, normed, groups, strict=True)
         ]
     return [x + ffn(layer_norm(x, w, f"{name}.norm3"), w, f"{name}.feed_forward") for x in tokens]
 
 
 def joint_images(context, entity, w, k, blocks, heads, joint=True):
-    """Eq. 2–3 for one pair; an image is a vector or `None`. Lists of k tokens, empty where there is no image."""
+    """Returns the image tokens of one pair (eq. 2-3), k for an image vector and none for `None`."""
     sides = []
     for image in (context, entity):
         sides.append([] if image is None else list(relu(linear(image, w, "image_fc")).reshape(k, -1)))
@@ -81,7 +81,7 @@ def joint_images(context, entity, w, k, blocks, heads, joint=True):
 
 
 def mcm(rows, others, w, name):
-    """Eq. 5–6 with the residual connections of both attentions."""
+    """Applies eq. 5-6 with residual connections around both attentions."""
     normed = [layer_norm(x, w, f"{name}.norm1") for x in rows]
     keys, values = keys_values(normed, w, f"{name}.self_attention")
     rows = [x + attention(n, keys, values, w, f"{name}.self_attention", 1) for x, n in zip(rows, normed, strict=True)]
@@ -109,16 +109,16 @@ def m_encoder(text, image, w, heads):
     v = [layer_norm(x, w, f"{name}.image_norm2") for x in image]
     fused = []
     for x, n in zip(text, t, strict=True):
-        found = np.zeros_like(n)
+        similar = np.zeros_like(n)
         if v:
-            found = sum(a * patch for a, patch in zip(softmax([n @ patch for patch in v]), v, strict=True))
-        fused.append(x + ffn(n, w, f"{name}.text_feed_forward", linear(found, w, f"{name}.fc_aggregated")))
+            similar = sum(a * patch for a, patch in zip(softmax([n @ patch for patch in v]), v, strict=True))
+        fused.append(x + ffn(n, w, f"{name}.text_feed_forward", linear(similar, w, f"{name}.fc_aggregated")))
     image = [x + ffn(n, w, f"{name}.image_feed_forward") for x, n in zip(image, v, strict=True)]
     return fused, image
 
 
 def fuse(words, image, w, config):
-    """Eq. 4 and 7–9 for one side: `words` are encoder states, `image` its tokens, empty if missing, `None` text-only."""
+    """Applies eq. 4 and 7-9 to the word states and image tokens of one side. `image` is `None` in a text-only model."""
     text = [relu(linear(x, w, "text_fc")) for x in words]
     if image is None:
         return np.max(mcm(text, text, w, "fusion.text"), axis=0)
@@ -136,7 +136,7 @@ def fuse(words, image, w, config):
 
 
 def pair(context_words, entity_words, context_image, entity_image, w, config):
-    """m (eq. 10) and h^e of one pair, from encoder states and image vectors (`None`: missing)."""
+    """Returns m (eq. 10) and h^e of one pair, from word states and image vectors (`None` if missing)."""
     images = (None, None)
     if config.vision_config is not None:
         images = joint_images(
@@ -154,19 +154,22 @@ def pair(context_words, entity_words, context_image, entity_image, w, config):
 
 
 def similarity(a, b, w):
-    """S(a, b) = σ(FFN([a; b])) with the first layer's weight as one matrix."""
+    """Returns S(a, b) = σ(FFN([a; b])), with the weight of the first layer as one matrix."""
     first = np.concatenate([w["similarity.fc_first.weight"], w["similarity.fc_second.weight"]], 1)
     hidden = relu(first @ np.concatenate([a, b]) + w["similarity.fc_first.bias"])
     return sigmoid(linear(hidden, w, "similarity.fc_out"))[0]
 
 
 def pairwise_loss(mentions, similar, margin):
-    """Eq. 11: mean over pairs of mentions of one context. A mention: `context`, `positive`, `negatives` (features)."""
+    """Returns eq. 11 as a mean over pairs of mentions of one context.
+
+    A mention is a dict of `context` and of the features `positive` and `negatives`.
+    """
     losses = []
-    for one, two in itertools.combinations(mentions, 2):
-        if one["context"] == two["context"]:
+    for first, second in itertools.combinations(mentions, 2):
+        if first["context"] == second["context"]:
             loss = 0.0
-            for anchor, other in ((one, two), (two, one)):
+            for anchor, other in ((first, second), (second, first)):
                 near = similar(anchor["positive"], other["positive"])
                 terms = [max(similar(anchor["positive"], n) - near + margin, 0) for n in other["negatives"]]
                 loss += np.mean(terms) if terms else 0.0
@@ -179,7 +182,7 @@ def confidence_order(mentions):
 
 
 def combination(choice, ordered, similar, weight=1):
-    """Score of one candidate per mention (in order of confidence), averaged as §3.5 prints, S `weight` times."""
+    """Returns the score of one candidate per mention, averaged as in §3.5. S has the given weight."""
     score, features = ordered[0][choice[0]]
     for mention, column in zip(ordered[1:], choice[1:], strict=True):
         m, h = mention[column]
@@ -188,21 +191,21 @@ def combination(choice, ordered, similar, weight=1):
     return score
 
 
-def finish(mentions, order, kept):
-    """m plus the best score of the kept combinations {choice: score} that a candidate is in."""
+def add_best_combinations(mentions, order, kept):
+    """Returns m plus the best score of the kept combinations {choice: score} that include a candidate."""
     out = []
     for i, mention in enumerate(mentions):
         place = order.index(i)
         rows = []
         for column, (m, _) in enumerate(mention):
-            found = [score for choice, score in kept.items() if choice[place] == column]
-            rows.append(m + max(found) if found else m)
+            scores = [score for choice, score in kept.items() if choice[place] == column]
+            rows.append(m + max(scores) if scores else m)
         out.append(rows)
     return out
 
 
 def rank_by_greedy(mentions, similar, weight=1):
-    """§3.5 in loops. A mention is a list of (m, features); lists of final scores come back, mention by mention."""
+    """Runs §3.5 in loops. A mention is a list of (m, features). Returns a list of final scores per mention."""
     order = confidence_order(mentions)
     ordered = [mentions[i] for i in order]
     size = max(map(len, mentions))
@@ -214,15 +217,15 @@ def rank_by_greedy(mentions, similar, weight=1):
                 average = (weight * similar(features, h) + score + m) / (weight + 2)
                 grown.append((average, (features + h) / 2, (*choice, column)))
         kept = sorted(grown, key=lambda item: -item[0])[:size]
-    return finish(mentions, order, {choice: score for score, _, choice in kept})
+    return add_best_combinations(mentions, order, {choice: score for score, _, choice in kept})
 
 
 def rank_by_enumeration(mentions, similar):
-    """The same, but nothing is dropped before all mentions are combined."""
+    """Runs §3.5, but drops combinations only after all mentions are combined."""
     order = confidence_order(mentions)
     ordered = [mentions[i] for i in order]
     size = max(map(len, mentions))
     choices = itertools.product(*(range(len(mention)) for mention in ordered))
     scored = {choice: combination(choice, ordered, similar) for choice in choices}
     best = sorted(scored, key=lambda choice: -scored[choice])[:size]
-    return finish(mentions, order, {choice: scored[choice] for choice in best})
+    return add_best_combinations(mentions, order, {choice: scored[choice] for choice in best})

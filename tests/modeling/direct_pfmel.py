@@ -1,6 +1,6 @@
-"""PFMEL written out one sequence at a time: tokens as a list, embeddings summed in NumPy, losses as printed.
+"""Reference implementation of PFMEL for tests: one sequence at a time, embeddings in NumPy, losses as in the paper.
 
-The oracle of the batched model. Only BERT's encoder layers are shared with it.
+Only BERT's encoder layers are shared with the model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ CLS, SEP = "[CLS]", "[SEP]"
 
 
 def sequence(first, second):
-    """Tokens and segments of two sentences, each a list of token ids and image features (vectors)."""
+    """Returns tokens and segments of two sentences. A sentence is a list of token ids and image features (vectors)."""
     return [CLS, *first, SEP, *second, SEP], [0] * (len(first) + 2) + [1] * (len(second) + 1)
 
 
@@ -23,7 +23,7 @@ def log_odds(logits):
 
 
 def logits(model, first, second, special):
-    """The two logits of one sequence: `special` gives the ids of [CLS] and [SEP]."""
+    """Returns the two logits of one sequence. `special` maps [CLS] and [SEP] to their ids."""
     weights = {name: value.detach().double().numpy() for name, value in model.state_dict().items()}
     tokens, segments = sequence(first, second)
     rows = []
@@ -46,6 +46,6 @@ def logits(model, first, second, special):
 
 
 def cross_entropy(two_logits, label):
-    """-(isNext log p + (1 - isNext) log(1 - p)), with p the probability of label 1, "a random sentence"."""
+    """Returns -(isNext log p + (1 - isNext) log(1 - p)), where p is the probability of label 1, a random sentence."""
     p = 1 / (1 + math.exp(two_logits[0] - two_logits[1]))
     return -(label * math.log(p) + (1 - label) * math.log(1 - p))

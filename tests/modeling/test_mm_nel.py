@@ -75,7 +75,7 @@ def documents(kinds=("tttvv", "tv", "tt", "v", "t"), candidates=9, seed=0):
                 "gold": int(draw.integers(len(chosen))),
             }
             if letter == "t":
-                for part, limit in (("left", 6), ("own", 3), ("right", 6)):
+                for part, limit in (("left", 6), ("inside", 3), ("right", 6)):
                     mention[part] = draw.integers(0, 30, draw.integers(0, limit)).tolist()
             else:
                 mention["image"] = draw.normal(size=(3, 16, 16))
@@ -91,11 +91,11 @@ def tensors(docs, columns=0, extra=0, order=None):
         rows = [rows[k] for k in order]
     c = max([columns, 1, *(len(mention["candidates"]) for _, mention in rows)])
     m = len(rows)
-    length = extra + max([1, *(sum(len(r.get(s, [])) for s in ("left", "own", "right")) for _, r in rows)])
+    length = extra + max([1, *(sum(len(r.get(s, [])) for s in ("left", "inside", "right")) for _, r in rows)])
     batch = {
         "pair_mask": torch.zeros(m, c, dtype=torch.bool),
         "pair_context": torch.tensor([number for number, _ in rows]),
-        "pair_visual": torch.tensor(["own" not in mention for _, mention in rows]),
+        "pair_visual": torch.tensor(["inside" not in mention for _, mention in rows]),
         "pair_prior": torch.zeros(m, c, dtype=torch.float64),
         "pair_entity": torch.full((m, c), -1),
         "pair_word_ids": torch.full((m, length), -1),
@@ -118,15 +118,15 @@ def tensors(docs, columns=0, extra=0, order=None):
             batch["pair_mask"][k, j] = True
             batch["pair_prior"][k, j] = candidate["prior"]
             batch["pair_entity"][k, j] = candidate["entity"]
-            if "own" not in mention:
+            if "inside" not in mention:
                 batch["pair_entity_image"][k, j] = numbers.get(candidate["entity"], -1)
         if mention["gold"] is not None:
             labels[k] = mention["gold"]
-        if "own" in mention:
-            words = [*mention["left"], *mention["own"], *mention["right"]]
+        if "inside" in mention:
+            words = [*mention["left"], *mention["inside"], *mention["right"]]
             batch["pair_word_ids"][k, : len(words)] = torch.tensor(words, dtype=torch.long)
             start = len(mention["left"])
-            batch["pair_span"][k] = torch.tensor([start, start + len(mention["own"])])
+            batch["pair_span"][k] = torch.tensor([start, start + len(mention["inside"])])
         elif mention["image"] is not None:
             batch["pair_mention_image"][k] = len(images)
             images.append(mention["image"])
@@ -311,7 +311,7 @@ def test_masked_cells_have_no_influence():
 def test_unusual_documents():
     """Documents with a mention without context, without candidates, with equal candidates or without an image."""
     docs = documents(("ttv", "vv", "tv"), seed=4)
-    docs[0][0].update(left=[], own=[], right=[])
+    docs[0][0].update(left=[], inside=[], right=[])
     docs[0][1]["candidates"] = [{"entity": 3, "prior": 0.0}] * 3
     docs[1][0]["image"] = None
     docs[2][0].update(candidates=[], gold=None)

@@ -1,4 +1,4 @@
-"""MMEL's model: every equation against a plain computation, losses, collaborative ranking, switches, saving, laws."""
+"""Tests of MMEL's model: equations, losses and collaborative ranking against plain computations; variants; saving."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TEXT_ONLY = {"vision_config": None}
 def build(seed=0, **fields) -> MmelModel:
     torch.manual_seed(seed)
     model = MmelModel(MmelConfig(**({"text_config": dict(BERT), "vision_config": dict(VIT)} | SMALL | fields))).eval()
-    with torch.no_grad():  # norms start as ones and zeros, which would hide a forgotten weight
+    with torch.no_grad():  # the initial ones and zeros of norms would hide a weight that is not applied
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -51,7 +51,7 @@ def build(seed=0, **fields) -> MmelModel:
 
 
 def batch_for(model: MmelModel, mentions=4, candidates=3, length=14, seed=1) -> dict[str, torch.Tensor]:
-    """Mentions 0 and 1 share a context; mention 1 has one candidate less; some images are missing."""
+    """Returns random inputs. Mentions 0 and 1 share a context, mention 1 lacks a candidate, some images are missing."""
     generator = torch.Generator().manual_seed(seed)
     shape = (mentions, candidates)
     context = torch.randint(3, 6, (*shape, 1), generator=generator)
@@ -87,7 +87,7 @@ def weights_of(model):
 
 
 def expected_pairs(model, batch) -> tuple[np.ndarray, np.ndarray]:
-    """m [M, C] and h^e [M, C, d], one pair at a time; only the two encoders are the model's own."""
+    """Returns m [M, C] and h^e [M, C, d], computed pair by pair. Only the two encoders are those of the model."""
     w, config = weights_of(model), model.config
     m, c, _ = batch["pair_input_ids"].shape
     matching, features = np.zeros((m, c)), np.zeros((m, c, config.hidden_size))
@@ -115,7 +115,7 @@ def expected_pairs(model, batch) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
-def test_every_pair_is_the_printed_equations(fields):
+def test_every_pair_equals_the_equations_of_the_paper(fields):
     model = build(**fields)
     model, batch = in_double(model, batch_for(model))
     with torch.no_grad():
@@ -125,12 +125,11 @@ def test_every_pair_is_the_printed_equations(fields):
     np.testing.assert_allclose(out.scores.sigmoid().numpy()[mask], matching[mask], rtol=1e-8)
     np.testing.assert_allclose(out.features.numpy(), features, atol=1e-9)
     assert (out.scores.numpy()[~mask] == -np.inf).all()
-    assert out.unit_scores == {}
 
 
 @pytest.mark.parametrize("name", ["MMEL", "MMEL-onlytext", "- PT&CR"])
 @pytest.mark.parametrize("labels", [[0, 1, 2, 0], [2, -100, 0, 1], [0, 0, -100, -100]], ids=str)
-def test_loss_is_equations_10_and_11(name, labels):
+def test_the_loss_equals_equations_10_and_11(name, labels):
     model = build(**VARIANTS[name], margin=0.4)
     model, batch = in_double(model, batch_for(model))
     with torch.no_grad():
@@ -157,8 +156,8 @@ def test_loss_is_equations_10_and_11(name, labels):
     assert out.loss.item() == pytest.approx(expected, rel=1e-8)
 
 
-def test_a_lone_mention_twice_learns_through_dropout():
-    """§3.4: the copies must differ in training, and their positives must be pulled together."""
+def test_two_copies_of_a_mention_differ_by_dropout():
+    """In training the copies of §3.4 have different features, so the pairwise loss has a gradient."""
     model = build(**TEXT_ONLY, dropout=0.2).train()
     batch = {k: torch.cat([v[:1], v[:1]]) for k, v in batch_for(model).items()}
     torch.manual_seed(0)
@@ -168,7 +167,7 @@ def test_a_lone_mention_twice_learns_through_dropout():
     assert model.similarity.fc_second.weight.grad.abs().sum() > 0
 
 
-def test_gradients_agree_with_finite_differences():
+def test_gradients_equal_finite_differences():
     model = build()
     model, batch = in_double(model, batch_for(model))
     labels = torch.tensor([0, 1, 2, 0])
@@ -189,8 +188,8 @@ def test_gradients_agree_with_finite_differences():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_padding_grouping_and_order_change_nothing(name):
-    """More padding, one pair at a time, candidates permuted, more empty columns: the same scores and features."""
+def test_padding_grouping_and_order_do_not_change_scores(name):
+    """Scores and features stay the same with more padding, one pair at a time, and with permuted candidates."""
     model = build(**VARIANTS[name])
     model, batch = in_double(model, batch_for(model))
     tokens = [k for k in batch if batch[k].dim() == 3]
@@ -208,9 +207,9 @@ def test_padding_grouping_and_order_change_nothing(name):
             for i in range(4)
             for j in range(3)
         ]
-        for other in (model(**longer), model(**wider)):
-            torch.testing.assert_close(other.scores[:, :3], out.scores)
-            torch.testing.assert_close(other.features[:, :3], out.features)
+        for padded in (model(**longer), model(**wider)):
+            torch.testing.assert_close(padded.scores[:, :3], out.scores)
+            torch.testing.assert_close(padded.features[:, :3], out.features)
     torch.testing.assert_close(permuted.scores, out.scores[:, order])
     torch.testing.assert_close(torch.cat([x.scores for x in alone]).view(4, 3), out.scores)
     torch.testing.assert_close(torch.cat([x.features for x in alone]).view(4, 3, -1), out.features)
@@ -222,21 +221,21 @@ def test_a_masked_candidate_has_no_gradient():
     batch["pair_entity_image_mask"][:] = True
     pixels = batch["pair_entity_pixel_values"].requires_grad_()
     model(**batch, labels=torch.tensor([0, 0, 1, 2])).loss.backward()
-    there = pixels.grad.abs().sum((2, 3, 4)) > 0
-    assert torch.equal(there, batch["pair_mask"])
+    has_gradient = pixels.grad.abs().sum((2, 3, 4)) > 0
+    assert torch.equal(has_gradient, batch["pair_mask"])
 
 
-def test_a_missing_image_counts_for_nothing():
-    """Whatever stands in its place; and with none on either side only the words speak."""
+def test_a_missing_image_has_no_influence():
+    """The pixels in its place do not matter, and without images on both sides only the words count."""
     model = build()
     model, batch = in_double(model, batch_for(model))
     with torch.no_grad():
         out = model(**batch)
         other = dict(batch)
         for side in ("mention", "entity"):
-            seen = batch[f"pair_{side}_image_mask"]
+            present = batch[f"pair_{side}_image_mask"]
             pixels = batch[f"pair_{side}_pixel_values"].clone()
-            pixels[~seen] = 9.0
+            pixels[~present] = 9.0
             other[f"pair_{side}_pixel_values"] = pixels
         torch.testing.assert_close(model(**other).scores, out.scores)
         neither = {k: v for k, v in batch.items() if "pixel" not in k}
@@ -246,7 +245,7 @@ def test_a_missing_image_counts_for_nothing():
         assert not torch.allclose(model(**changed).features, out.features)
 
 
-def test_features_encoded_before_are_the_images():
+def test_features_and_their_images_give_the_same_scores():
     model = build()
     batch = batch_for(model)
     with torch.no_grad():
@@ -258,7 +257,7 @@ def test_features_encoded_before_are_the_images():
         torch.testing.assert_close(model(**encoded).scores, out.scores)
 
 
-def test_a_fixed_image_encoder_does_not_move():
+def test_a_frozen_image_encoder_does_not_change():
     model = build().train()
     assert model.image_features_are_fixed
     assert not model.vision_model.training
@@ -268,15 +267,15 @@ def test_a_fixed_image_encoder_does_not_move():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_parameter_learns(name):
-    """A parameter no loss reaches would break distributed training."""
+def test_every_parameter_has_a_gradient(name):
+    """Distributed training fails if a parameter has none."""
     model = build(**VARIANTS[name]).train()
     batch = batch_for(model)
     if model.config.vision_config is not None:
         batch["pair_mention_image_mask"][:] = True
     model(**batch, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
-    learning = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert [n for n, p in model.named_parameters() if p.grad is None and n in learning] == []
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert [n for n, p in model.named_parameters() if p.grad is None and n in trained] == []
 
 
 def test_text_only_has_no_image_parameters():
@@ -299,7 +298,7 @@ def test_no_candidates_and_one_candidate():
     assert model(**empty, labels=torch.tensor([-100, -100])).loss.item() == 0
 
 
-def test_bad_inputs_say_what_is_wrong():
+def test_bad_inputs_are_refused():
     model = build()
     batch = batch_for(model)
     with pytest.raises(ValueError, match="without a candidate"):
@@ -316,7 +315,7 @@ def test_bad_inputs_say_what_is_wrong():
 
 
 def contexts_for(seed, sizes, ragged=True, dim=6, scale=3.0):
-    """Mentions of contexts with `sizes` mentions each, rows shuffled: scores, features, mask, contexts."""
+    """Returns scores, features, mask and contexts of contexts with `sizes` mentions, in shuffled rows."""
     generator = np.random.default_rng(seed)
     width = 4
     contexts = np.repeat(np.arange(len(sizes)), sizes)
@@ -359,26 +358,26 @@ def by_loops(model, scores, features, mask, contexts, rank):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("budget", [1, 300, 2**22])
-def test_ranking_together_is_section_3_5_in_loops(seed, budget, monkeypatch):
+def test_ranking_jointly_equals_section_3_5_in_loops(seed, budget, monkeypatch):
     monkeypatch.setattr(modeling_mmel, "_BLOCK_ELEMENTS", {"cpu": budget})
     model = ranker()
     inputs = contexts_for(seed, [1, 2, 3, 5, 2, 1, 4])
-    found = model.rank_jointly(*inputs)
-    np.testing.assert_allclose(found.numpy(), by_loops(model, *inputs, direct_mmel.rank_by_greedy), rtol=1e-12)
+    ranked = model.rank_jointly(*inputs)
+    np.testing.assert_allclose(ranked.numpy(), by_loops(model, *inputs, direct_mmel.rank_by_greedy), rtol=1e-12)
 
 
 @pytest.mark.parametrize("weight", [0, 0.25, 3])
-def test_the_weight_of_the_similarity_is_one_of_its_average(weight):
-    """1 is the paper's (the test above); with 0 no order changes."""
+def test_the_similarity_weight_is_the_weight_of_s_in_the_averages(weight):
+    """The test above covers 1, the paper's value. With 0 no order changes."""
     model, inputs = ranker(), contexts_for(1, [1, 2, 3, 4])
     printed = model.rank_jointly(*inputs)
     model.config.similarity_weight = weight
-    found = model.rank_jointly(*inputs)
+    weighted = model.rank_jointly(*inputs)
     greedy = functools.partial(direct_mmel.rank_by_greedy, weight=weight)
-    np.testing.assert_allclose(found.numpy(), by_loops(model, *inputs, greedy), rtol=1e-12)
-    assert not torch.allclose(found, printed)
+    np.testing.assert_allclose(weighted.numpy(), by_loops(model, *inputs, greedy), rtol=1e-12)
+    assert not torch.allclose(weighted, printed)
     if weight == 0:
-        assert torch.equal(found.argsort(dim=1, stable=True), inputs[0].argsort(dim=1, stable=True))
+        assert torch.equal(weighted.argsort(dim=1, stable=True), inputs[0].argsort(dim=1, stable=True))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -390,12 +389,12 @@ def test_greedy_is_exact_for_two_mentions_and_for_a_constant_similarity(seed):
 
 
 def test_greedy_is_not_exact_for_three_mentions():
-    """What the pruning costs: a combination that a third mention would have lifted was dropped before."""
+    """Pruning can drop a combination that the third mention would have raised."""
     model = ranker()
     inputs = contexts_for(0, [3] * 30, scale=1.0)
     exact = by_loops(model, *inputs, direct_mmel.rank_by_enumeration)
-    found = model.rank_jointly(*inputs).numpy()
-    differs = ~np.isclose(found, exact).all(1)
+    greedy = model.rank_jointly(*inputs).numpy()
+    differs = ~np.isclose(greedy, exact).all(1)
     assert 0 < differs.sum() < len(differs)
 
 
@@ -405,7 +404,7 @@ def test_greedy_is_not_exact_for_three_mentions():
     st.lists(st.integers(1, 5), min_size=1, max_size=4),
     st.sampled_from([0.0, 1.0, 12.0]),
 )
-def test_a_constant_similarity_never_turns_an_order_round(seed, sizes, scale):
+def test_a_constant_similarity_never_reverses_an_order(seed, sizes, scale):
     scores, features, mask, contexts = contexts_for(seed, sizes, scale=scale)
     scores = scores.round(decimals=1)  # ties too
     ranked = ranker(constant=True).rank_jointly(scores, features, mask, contexts)
@@ -414,8 +413,8 @@ def test_a_constant_similarity_never_turns_an_order_round(seed, sizes, scale):
         assert (after[keep].unsqueeze(1) >= after[keep].unsqueeze(0))[better].all()
 
 
-def test_a_learned_similarity_can_turn_an_order_round():
-    """The point of it: (0.5, 0.45) becomes the other order if only the second goes with the other mention's entity."""
+def test_a_learned_similarity_can_reverse_an_order():
+    """A candidate with a lower score wins if it is similar to the candidate of the other mention."""
     model = ranker()
     w = weights_of(model)
     for seed in range(50):
@@ -424,7 +423,7 @@ def test_a_learned_similarity_can_turn_an_order_round():
         if not torch.equal(ranked.argmax(1), scores.argmax(1)):
             break
     else:
-        pytest.fail("never")
+        pytest.fail("The order never changed.")
     assert {
         round(direct_mmel.similarity(features[0, a].numpy(), features[1, b].numpy(), w), 3)
         for a in (0, 1)
@@ -432,7 +431,7 @@ def test_a_learned_similarity_can_turn_an_order_round():
     } != {0}
 
 
-def test_one_mention_keeps_its_order_and_strangers_do_not_matter():
+def test_other_contexts_do_not_matter_and_a_single_mention_keeps_its_scores():
     model = ranker()
     scores, features, mask, contexts = contexts_for(5, [1, 3, 1, 2])
     ranked = model.rank_jointly(scores, features, mask, contexts)
@@ -447,7 +446,7 @@ def test_one_mention_keeps_its_order_and_strangers_do_not_matter():
 def test_extreme_scores_stay_finite_and_in_order():
     model = ranker()
     scores = torch.tensor([[800.0, 30.0, 20.0, -31.0, -30.0, -800.0]] * 3)
-    features = torch.randn(3, 1, 6).expand(3, 6, 6)  # equal candidates: only scores tell
+    features = torch.randn(3, 1, 6).expand(3, 6, 6)  # equal features, so that only scores differ
     mask = torch.ones(3, 6, dtype=torch.bool)
     for contexts in (torch.arange(3), torch.zeros(3, dtype=torch.long)):
         ranked = model.rank_jointly(scores, features, mask, contexts)
@@ -458,7 +457,7 @@ def test_extreme_scores_stay_finite_and_in_order():
 
 
 def test_certain_scores_and_a_certain_similarity_stay_finite():
-    """m and S are 1 to the last digit, and the average of ones has no odds."""
+    """m and S round to 1, and a probability of 1 has infinite odds."""
     model = ranker()
     with torch.no_grad():
         model.similarity.fc_out.bias.fill_(1000.0)
@@ -468,7 +467,7 @@ def test_certain_scores_and_a_certain_similarity_stay_finite():
     assert (ranked[:, 0] > ranked[:, 1]).all()
 
 
-def test_ranking_together_ignores_the_order_of_rows_and_columns():
+def test_ranking_jointly_ignores_the_order_of_rows_and_columns():
     model = ranker()
     scores, features, mask, contexts = contexts_for(6, [1, 3, 2])
     ranked = model.rank_jointly(scores, features, mask, contexts)
@@ -491,14 +490,14 @@ def test_many_mentions_and_mentions_without_candidates():
     assert ranked[mask].isfinite().all()
 
 
-def test_without_pairwise_training_there_is_nothing_to_rank_together_with():
+def test_without_pairwise_training_scores_stay_the_same():
     model = build(**TEXT_ONLY, pairwise_loss_weight=0)
     scores, features, mask, contexts = contexts_for(8, [3, 2])
     ranked = model.rank_jointly(scores, features, mask, contexts)
     assert torch.equal(ranked, scores)
 
 
-def test_the_similarity_that_ranks_is_the_one_that_was_trained():
+def test_ranking_uses_the_trained_similarity():
     model = build(**TEXT_ONLY)
     batch = batch_for(model)
     out = model(**batch, labels=torch.tensor([0, 0, 1, 2]))
@@ -512,7 +511,7 @@ def test_the_similarity_that_ranks_is_the_one_that_was_trained():
     assert not torch.allclose(before, after)
 
 
-# ---- the habits of a model on the Hub
+# ---- Hub and training
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -529,16 +528,16 @@ def test_save_and_load(name, tmp_path):
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     assert {n for n, p in loaded.named_parameters() if not p.requires_grad} == frozen
     with torch.no_grad():
-        ours, theirs = model(**batch), loaded.eval()(**batch)
-        torch.testing.assert_close(theirs.scores, ours.scores, atol=1e-5, rtol=1e-5)
+        before, after = model(**batch), loaded.eval()(**batch)
+        torch.testing.assert_close(after.scores, before.scores, atol=1e-5, rtol=1e-5)
         joint = [
             m.rank_jointly(o.scores, o.features, batch["pair_mask"], batch["pair_context"])
-            for m, o in ((model, ours), (loaded, theirs))
+            for m, o in ((model, before), (loaded, after))
         ]
     torch.testing.assert_close(*joint, atol=1e-5, rtol=1e-5)
 
 
-def test_missing_weights_are_initialised_not_garbage(tmp_path):
+def test_missing_weights_are_initialised(tmp_path):
     model = build(**TEXT_ONLY)
     kept = {k: v for k, v in model.state_dict().items() if not k.startswith(("similarity", "fusion"))}
     model.save_pretrained(tmp_path, state_dict=kept)
@@ -565,7 +564,7 @@ ROWS = """
 
 
 def test_remote_code_loads_without_the_package(tmp_path):
-    """Model and processor of a repository, from plain rows to ranks, where hf_mel is not installed."""
+    """Model and processor of a repository rank plain rows without hf_mel installed."""
     processor = MmelProcessor.from_parts(make_tokenizer(), {"size": {"height": 16, "width": 16}}, max_length=30)
     model = build(text_config=dict(BERT, vocab_size=len(WORDS)))
     save_model_repository(model, processor, tmp_path)
@@ -575,7 +574,7 @@ def test_remote_code_loads_without_the_package(tmp_path):
     torch.save((out.scores, model.rank_jointly(**ranked(out, batch))), tmp_path / "scores.pt")
     program = f"""
 import sys
-sys.modules["hf_mel"] = None  # any import of it fails
+sys.modules["hf_mel"] = None  # makes every import of it fail
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -586,8 +585,8 @@ batch = processor(pairs={ROWS.strip()})
 with torch.no_grad():
     out = model(**batch)
     joint = model.rank_jointly(out.scores, out.features, batch["pair_mask"], batch["pair_context"])
-for found, expected in zip((out.scores, joint), torch.load({str(tmp_path / "scores.pt")!r})):
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+for value, expected in zip((out.scores, joint), torch.load({str(tmp_path / "scores.pt")!r})):
+    torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
 for part in (model, processor):
     assert type(part).__module__.startswith("transformers_modules"), type(part)
 print("loaded")
@@ -605,7 +604,7 @@ def ranked(out, batch):
     }
 
 
-def test_from_backbones_takes_the_pretrained_weights(tmp_path):
+def test_from_backbones_copies_the_pretrained_weights(tmp_path):
     torch.manual_seed(0)
     bert = AutoModel.from_config(BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"}))
     vit = AutoModel.from_config(ViTConfig(**{k: v for k, v in VIT.items() if k != "model_type"}))
@@ -617,15 +616,15 @@ def test_from_backbones_takes_the_pretrained_weights(tmp_path):
     text = MmelModel.from_backbones(text=str(tmp_path / "bert"), **SMALL)
     assert str(tmp_path) not in both.config.to_json_string()
     assert (both.config.projection_dim, clipped.config.projection_dim, text.config.vision_config) == (None, 24, None)
-    for ours, theirs in (
+    for copy, original in (
         (both.text_model, bert),
         (both.vision_model, vit),
         (clipped.vision_model, clip.vision_model),
         (clipped.visual_projection, clip.visual_projection),
         (text.text_model, bert),
     ):
-        for key, value in ours.state_dict().items():
-            torch.testing.assert_close(value, theirs.state_dict()[key], msg=key)
+        for key, value in copy.state_dict().items():
+            torch.testing.assert_close(value, original.state_dict()[key], msg=key)
     fresh = MmelModel.from_backbones(vision=str(tmp_path / "vit"), text_config=dict(BERT), **SMALL)
     assert fresh.text_model.config.vocab_size == BERT["vocab_size"]
     torch.testing.assert_close(fresh.vision_model.state_dict(), both.vision_model.state_dict())
@@ -637,13 +636,13 @@ def test_from_backbones_takes_the_pretrained_weights(tmp_path):
         MmelModel.from_backbones(vision=str(tmp_path / "vit"))
 
 
-def test_default_configuration_is_the_papers_network():
+def test_the_default_configuration_is_that_of_the_paper():
     config = MmelConfig()
     assert (config.text_config.hidden_size, config.vision_config.hidden_size, config.projection_dim) == (768, 768, 512)
     assert (config.hidden_size, config.num_image_tokens, config.num_image_blocks, config.dropout) == (512, 4, 2, 0.2)
 
 
-def test_configuration_survives_saving(tmp_path):
+def test_the_configuration_survives_saving(tmp_path):
     config = MmelConfig(text_config=dict(BERT), pairwise_loss_weight=0, margin=1, joint_text=False)
     config.save_pretrained(tmp_path)
     loaded, saved = AutoConfig.from_pretrained(tmp_path).to_dict(), config.to_dict()
@@ -666,7 +665,7 @@ def test_configuration_survives_saving(tmp_path):
         ({"similarity_weight": -0.5}, ["similarity_weight"]),
     ],
 )
-def test_impossible_configurations_say_why(fields, words):
+def test_impossible_configurations_are_refused(fields, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         MmelConfig(**({"text_config": dict(BERT), "vision_config": dict(VIT)} | SMALL | fields))
     assert all(word in str(error.value) for word in words)

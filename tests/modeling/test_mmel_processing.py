@@ -1,4 +1,4 @@
-"""MMEL's processor: the template and its split, what is cut and what never, images, and that its options survive saving."""
+"""Tests of MMEL's processor: the template and its split, truncation, images and saving."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_template_and_its_split(processor):
     assert isinstance(processor, MelProcessor)
 
 
-def test_the_templates_of_the_paper(tokenizer):
+def test_the_templates_in_the_paper(tokenizer):
     printed = MmelProcessor.from_parts(tokenizer, context_template="context", entity_template="attributes")
     batch = printed(pairs=[(MENTION, [OTHER])])
     assert sides(batch) == ["[CLS] context : chaplin and anderson in chicago .", "entity : actor . [SEP]"]
@@ -99,14 +99,14 @@ def test_shapes_masks_and_contexts(processor):
 
 
 @pytest.mark.parametrize("pairs", [[], [(MENTION, [])]], ids=["no mention", "no candidate"])
-def test_nothing_to_rank(processor, pairs):
+def test_mentions_without_candidates(processor, pairs):
     batch = processor(pairs=pairs)
     assert batch["pair_mask"].shape == (len(pairs), 1)
     assert not batch["pair_mask"].any()
     assert batch["pair_input_ids"].shape[:2] == (len(pairs), 1)
 
 
-def test_batched_is_single(processor):
+def test_a_batch_equals_its_pairs_one_by_one(processor):
     pairs = [
         (MENTION, [ENTITY, OTHER]),
         ({**MENTION, "text": "w1 w2 chaplin " + "w3 " * 50, "start": 6, "end": 13}, [OTHER]),
@@ -146,10 +146,10 @@ def test_the_mention_and_the_name_are_never_cut(before, after, surface, name, fa
     assert entity.startswith(f"entity : {row['name']}")
     kept = entity.removeprefix(f"entity : {row['name']}").removesuffix(" . [SEP]").removeprefix(" . ").split()
     assert kept == row["attributes"].split()[: len(kept)]
-    if len(inside.split()) < len(text.split()) or len(kept) < facts:  # something was cut, so nothing is left free
+    if len(inside.split()) < len(text.split()) or len(kept) < facts:  # if something is cut, no token is left unused
         assert len(sequence) == length
-        around, spare = len(inside.split()) - surface, length - 13 - 2 * surface - name
-        assert around >= min(before + after, spare // 2)
+        around, extra = len(inside.split()) - surface, length - 13 - 2 * surface - name
+        assert around >= min(before + after, extra // 2)
         window = inside.split().index("chaplin")
         missing = (before - window, after - (around - window))
         assert min(missing) == 0 or abs(window - (around - window)) <= 1  # in the middle, unless the text ends
@@ -175,20 +175,20 @@ def test_a_mention_too_long_to_fit_keeps_its_beginning(tokenizer):
     assert surface.startswith(inside)
 
 
-def test_the_tokens_of_a_mention_are_its_own(tokenizer):
-    """Not those that touch it; a mention without a place is found in whatever case."""
+def test_the_span_of_a_mention_has_its_tokens_only(tokenizer):
+    """Neighbouring tokens are left out. A mention without a span is searched in any case."""
     processor = MmelProcessor.from_parts(tokenizer)
     for text, surface in (("w1.chaplin.w2", "chaplin"), ("(W1 CHAPLIN)", "w1 chaplin"), ("chaplin", "chaplin")):
         start = text.lower().index(surface)
         for place in ((start, start + len(surface)), (-1, -1), (None, None)):
-            [(ids, first, last)] = processor._spans(
+            [(ids, first, last)] = processor._tokens_with_span(
                 [{"text": text, "mention": surface, "start": place[0], "end": place[1]}]
             )
             assert words(ids[first:last]) == surface
 
 
-def test_texts_are_read_as_in_the_middle_of_a_sentence():
-    """A tokenizer that tells words after a space from others gets the space (RoBERTa's kind)."""
+def test_texts_are_tokenized_as_inside_a_sentence():
+    """A tokenizer like RoBERTa's, which distinguishes words after a space, gets that space."""
     vocabulary = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", ".", ":", *(f"Ġ{w}" for w in ("Mention", "Context", "Entity"))]
     vocabulary += ["Ġchaplin", "Ġcharlie", "Ġactor"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
@@ -201,7 +201,7 @@ def test_texts_are_read_as_in_the_middle_of_a_sentence():
     assert " ".join(vocabulary[i] for i in ids) == expected
 
 
-def test_a_mention_that_is_not_in_the_text(processor):
+def test_a_mention_outside_its_text(processor):
     context, _ = sides(processor(pairs=[({**MENTION, "mention": "w9", "start": -1, "end": -1}, [ENTITY])]))
     assert context == f"[CLS] mention : w9 . context : {TEXT} ."
     context, _ = sides(processor(pairs=[({**MENTION, "text": "w9 " * 200, "start": -1, "end": -1}, [ENTITY])]))
@@ -217,7 +217,7 @@ def test_empty_texts(processor):
     assert "[UNK]" in sides(braces)[0]
 
 
-def test_images_and_their_absence(processor):
+def test_images_and_missing_images(processor):
     pairs = [
         ({**MENTION, "image": picture()}, [ENTITY, {**OTHER, "images": [picture(colour=(0, 0, 255)), picture()]}]),
         (MENTION, [{**OTHER, "images": [picture(5, 30)]}]),
@@ -237,7 +237,7 @@ def test_images_and_their_absence(processor):
     assert not none["pair_entity_image_mask"].any()
 
 
-def test_features_encoded_before_take_the_place_of_pixels(processor):
+def test_features_replace_pixels(processor):
     one, two = torch.arange(5.0), torch.arange(5.0) + 7
     pairs = [
         ({**MENTION, "image_features": one}, [{**ENTITY, "image_features": None}, {**OTHER, "image_features": two}]),
@@ -249,13 +249,13 @@ def test_features_encoded_before_take_the_place_of_pixels(processor):
     torch.testing.assert_close(batch["pair_entity_image_features"][0], torch.stack([torch.zeros(5), two]))
     torch.testing.assert_close(batch["pair_entity_image_features"][1, 0], one)
     assert batch["pair_entity_image_mask"].tolist() == [[False, True], [True, False]]
-    nobody = processor(pairs=[({**MENTION, "image_features": None}, [{**ENTITY, "image_features": None}])])
-    assert {name for name in nobody if "image" in name} == {"pair_mention_image_mask", "pair_entity_image_mask"}
+    without = processor(pairs=[({**MENTION, "image_features": None}, [{**ENTITY, "image_features": None}])])
+    assert {name for name in without if "image" in name} == {"pair_mention_image_mask", "pair_entity_image_mask"}
     with pytest.raises(ValueError, match="image_features"):
         processor(pairs=[(MENTION, [{**ENTITY, "image_features": one}])])
 
 
-def test_text_only_prepares_no_images(tokenizer):
+def test_a_text_processor_prepares_no_images(tokenizer):
     batch = MmelProcessor.from_parts(tokenizer)(pairs=[({**MENTION, "image": picture()}, [ENTITY])])
     assert not [name for name in batch if "image" in name or "pixel" in name]
 
@@ -272,7 +272,7 @@ def test_options_survive_saving(tokenizer, tmp_path):
         torch.testing.assert_close(loaded(pairs=pairs)[name], tensor)
 
 
-def test_backbones_give_tokenizer_and_image_size(tokenizer, tmp_path):
+def test_backbones_determine_tokenizer_and_image_size(tokenizer, tmp_path):
     CLIPModel(published_mimic.clip_config()).save_pretrained(tmp_path / "clip")
     tokenizer.save_pretrained(tmp_path / "text")
     processor = MmelProcessor.from_backbones(text=str(tmp_path / "text"), vision=str(tmp_path / "clip"))
@@ -289,7 +289,7 @@ def test_unknown_templates_are_refused(tokenizer, options):
         MmelProcessor.from_parts(tokenizer, **options)
 
 
-def test_mentions_and_entities_apart_are_refused(processor):
+def test_mentions_or_entities_alone_are_refused(processor):
     with pytest.raises(ValueError, match="pairs"):
         processor(mentions=[MENTION])
     with pytest.raises(ValueError, match="pairs"):

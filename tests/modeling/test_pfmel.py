@@ -1,4 +1,4 @@
-"""PFMEL's model: against sequences written out one by one, its head and labels, masks, images, saving."""
+"""Tests of PFMEL's model: scores against single sequences, the head and its labels, masks, images and saving."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def build(cls=PfmelModel, seed=0, vision=True, **fields):
     torch.manual_seed(seed)
     config = {"text_config": dict(BERT)} | ({"vision_config": dict(RESNET)} if vision else {}) | fields
     model = cls(PfmelConfig(**config)).eval()
-    with torch.no_grad():  # biases start as zeros, which would hide a forgotten one; small weights hide much
+    with torch.no_grad():  # zero biases and small weights would hide a part that is not applied
         for name, parameter in model.named_parameters():
             if not name.startswith("vision_model"):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -64,7 +64,7 @@ def build(cls=PfmelModel, seed=0, vision=True, **fields):
 
 
 def sentences(counts=(3, 1, 2), width=9, seed=0):
-    """For each of M mentions, and for each candidate of it: ids of the two texts, and features or `None`."""
+    """Returns pairs of a mention and its candidates; each is the ids of a text, and image features or `None`."""
     random = np.random.default_rng(seed)
 
     def text():
@@ -81,7 +81,7 @@ def sentences(counts=(3, 1, 2), width=9, seed=0):
 
 
 def tensors(pairs, columns=None, extra=0):
-    """What a processor would give, by loops."""
+    """Returns the inputs that a processor would make of pairs."""
     columns = columns or max(len(candidates) for _, candidates in pairs)
     length = 3 + 2 + extra + max(len(m[0]) + len(c[0]) for m, cs in pairs for c in cs)
     shape = (len(pairs), columns)
@@ -132,7 +132,7 @@ def direct(model, pairs):
     ]
 
 
-def test_scores_and_loss_are_those_of_sequences_written_out():
+def test_scores_and_loss_equal_those_of_single_sequences():
     model, pairs = build(), sentences((3, 1, 2, 2))
     labels = torch.tensor([1, 0, -100, 0])
     with torch.no_grad():
@@ -162,8 +162,8 @@ def test_text_only():
             assert scores[m, c].item() == pytest.approx(direct_pfmel.log_odds(logits), abs=2e-4)
 
 
-def test_laws_of_scoring():
-    """Padding changes nothing, pairs are scored each for itself, permuted candidates have permuted scores."""
+def test_padding_grouping_and_order_do_not_change_scores():
+    """Every pair is scored alone, and permuted candidates get permuted scores."""
     model, pairs = build(), sentences((3, 1, 2))
     with torch.no_grad():
         whole = model(**tensors(pairs)).scores
@@ -183,35 +183,35 @@ def test_blocks_do_not_change_scores(monkeypatch):
         if not vision:
             batch = {k: v for k, v in batch.items() if "image" not in k}
             batch["pair_attention_mask"][batch["pair_input_ids"] == 0] = 0
-        found = []
+        scores_by_block = []
         for block in (100, 3, 1):
             monkeypatch.setattr(modeling_pfmel, "_BLOCK_SEQUENCES", (block, block))
             with torch.no_grad():
-                found.append(model(**batch).scores)
-        torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(found[2], found[0], atol=1e-5, rtol=1e-5)
+                scores_by_block.append(model(**batch).scores)
+        torch.testing.assert_close(scores_by_block[1], scores_by_block[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scores_by_block[2], scores_by_block[0], atol=1e-5, rtol=1e-5)
 
 
-def test_a_masked_candidate_counts_for_nothing():
-    """Whatever stands in masked cells, even no number at all, neither scores nor gradients change."""
+def test_a_masked_candidate_has_no_influence():
+    """The values in masked cells, even nan, change neither scores nor gradients."""
     model, pairs = build(), sentences((3, 1, 2))
     batch, labels = tensors(pairs), torch.tensor([2, 0, 1])
-    rubbish = {k: v.clone() for k, v in batch.items()}
-    rubbish["pair_entity_image_features"][~batch["pair_mask"]] = float("nan")
-    rubbish["pair_input_ids"][~batch["pair_mask"]] = 17
-    rubbish["pair_image_positions"][~batch["pair_mask"]] = 1
-    found = []
-    for each in (batch, rubbish):
+    garbage = {k: v.clone() for k, v in batch.items()}
+    garbage["pair_entity_image_features"][~batch["pair_mask"]] = float("nan")
+    garbage["pair_input_ids"][~batch["pair_mask"]] = 17
+    garbage["pair_image_positions"][~batch["pair_mask"]] = 1
+    results = []
+    for inputs in (batch, garbage):
         model.zero_grad()
-        out = model(**each, labels=labels)
+        out = model(**inputs, labels=labels)
         out.loss.backward()
-        found.append((out.loss.detach(), out.scores.detach(), model.image_projection.weight.grad.clone()))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
-    assert torch.isfinite(found[0][2]).all()
+        results.append((out.loss.detach(), out.scores.detach(), model.image_projection.weight.grad.clone()))
+    for value, expected in zip(*results, strict=True):
+        torch.testing.assert_close(value, expected)
+    assert torch.isfinite(results[0][2]).all()
 
 
-def test_no_candidates_at_all():
+def test_mentions_without_candidates():
     model = build()
     batch = tensors(sentences((2, 2)))
     batch["pair_mask"][:] = False
@@ -221,7 +221,7 @@ def test_no_candidates_at_all():
     assert out.loss.item() == 0
 
 
-def test_pixels_are_their_features():
+def test_pixels_and_their_features_give_the_same_scores():
     model, pairs = build(), sentences((3, 1, 2))
     batch = tensors(pairs)
     pixels = torch.randn(len(pairs), 3, 16, 16), torch.randn(*batch["pair_mask"].shape, 3, 16, 16)
@@ -230,40 +230,40 @@ def test_pixels_are_their_features():
         batch["pair_entity_image_features"] = model.encode_images(pixels[1].flatten(0, 1)).unflatten(0, (3, 3))
         by_features = model(**batch).scores
         names = ("pair_mention_image_features", "pair_entity_image_features")
-        seen = {k: v for k, v in batch.items() if k not in names}
-        by_pixels = model(**seen, pair_mention_pixel_values=pixels[0], pair_entity_pixel_values=pixels[1]).scores
+        without = {k: v for k, v in batch.items() if k not in names}
+        by_pixels = model(**without, pair_mention_pixel_values=pixels[0], pair_entity_pixel_values=pixels[1]).scores
         with pytest.raises(ValueError, match="pair_mention_pixel_values"):
-            model(**seen)
+            model(**without)
     torch.testing.assert_close(by_pixels, by_features, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_image_of_an_entity_is_the_mean_of_its_images(trained):
-    """T(e) of §3.2, one image at a time; the gradients of a trained encoder too."""
+    """T(e) of §3.2 equals the mean over single images, and so do the gradients of a trained encoder."""
     model, pairs = build(train_vision=trained), sentences((3, 1, 2))
     batch = tensors(pairs)
-    there = batch["pair_image_positions"][..., 1] >= 0
-    counts = torch.randint(1, 4, there.shape, generator=torch.Generator().manual_seed(2)) * there
-    assert len(counts[there].unique()) > 1
-    pixels = torch.randn(*there.shape, 3, 3, 16, 16)
-    pixels[torch.arange(3) >= counts.unsqueeze(-1)] = float("nan")  # what is not there counts for nothing
-    labels, found = torch.tensor([2, 0, 1]), []
-    means = torch.zeros(*there.shape, WIDTH)
-    for m, c in there.nonzero().tolist():
-        each = [model.encode_images(pixels[m, c, k : k + 1])[0] for k in range(counts[m, c])]
-        means[m, c] = sum(each) / len(each)
+    has_image = batch["pair_image_positions"][..., 1] >= 0
+    counts = torch.randint(1, 4, has_image.shape, generator=torch.Generator().manual_seed(2)) * has_image
+    assert len(counts[has_image].unique()) > 1
+    pixels = torch.randn(*has_image.shape, 3, 3, 16, 16)
+    pixels[torch.arange(3) >= counts.unsqueeze(-1)] = float("nan")  # missing images have no influence
+    labels, results = torch.tensor([2, 0, 1]), []
+    means = torch.zeros(*has_image.shape, WIDTH)
+    for m, c in has_image.nonzero().tolist():
+        features = [model.encode_images(pixels[m, c, k : k + 1])[0] for k in range(counts[m, c])]
+        means[m, c] = sum(features) / len(features)
     batch.pop("pair_entity_image_features")
-    for images in (
+    for inputs in (
         {"pair_entity_image_features": means},
         {"pair_entity_pixel_values": pixels, "pair_entity_image_counts": counts},
     ):
         model.zero_grad()
-        out = model(**batch, **images, labels=labels)
+        out = model(**batch, **inputs, labels=labels)
         out.loss.backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        found.append((out.scores.detach(), gradients))
-    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
-    assert any(name.startswith("vision_model") for name in found[0][1]) == trained
+        results.append((out.scores.detach(), gradients))
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
+    assert any(name.startswith("vision_model") for name in results[0][1]) == trained
 
     model = build(PfmelForPreTraining, train_vision=trained)
     batch, _, labels = pretraining_batch()
@@ -271,7 +271,7 @@ def test_the_image_of_an_entity_is_the_mean_of_its_images(trained):
     pixels, counts = pixels[:1, :2].nan_to_num().squeeze(0), torch.tensor([3, 1])
     with torch.no_grad():
         single = [[model.encode_images(pixels[i, k : k + 1])[0] for k in range(n)] for i, n in enumerate(counts)]
-        means = torch.stack([sum(each) / len(each) for each in single])
+        means = torch.stack([sum(features) / len(features) for features in single])
         by_features = model(**batch, entity_image_features=means, labels=labels).logits
         by_pixels = model(**batch, entity_pixel_values=pixels, entity_image_counts=counts, labels=labels).logits
     torch.testing.assert_close(by_pixels, by_features, atol=1e-4, rtol=1e-4)
@@ -295,15 +295,15 @@ VISIONS = {
 
 
 @pytest.mark.parametrize("name", VISIONS)
-def test_any_image_encoder(name):
+def test_every_kind_of_image_encoder(name):
     config, width = VISIONS[name]
     model = build(vision_config=config.to_dict(), train_vision=True)
     pixels = torch.randn(2, 3, 16, 16)
     features = model.encode_images(pixels)
     assert features.shape == (2, width)
     output = model.vision_model(pixel_values=pixels)
-    states = output.last_hidden_state  # a feature map's mean, a transformer's first token
-    if name == "convnext":  # which norms the mean
+    states = output.last_hidden_state  # the mean of a feature map, or the first token of a Transformer
+    if name == "convnext":  # its pooler normalises the mean
         expected = output.pooler_output
     else:
         expected = states.mean((2, 3)) if states.dim() == 4 else states[:, 0]
@@ -312,24 +312,24 @@ def test_any_image_encoder(name):
     assert features.requires_grad
 
 
-def test_a_fixed_image_encoder_stays_as_it_is():
+def test_a_frozen_image_encoder_does_not_change():
     model, batch = build().train(), tensors(sentences())
     before = {k: v.clone() for k, v in model.vision_model.state_dict().items()}
     pixels = torch.randn(4, 3, 16, 16) * 3 + 1
     assert model.image_features_are_fixed
     assert not model.encode_images(pixels).requires_grad
     assert not any(p.requires_grad for p in model.vision_model.parameters())
-    torch.testing.assert_close(model.vision_model.state_dict(), before)  # the statistics of batch norms, too
+    torch.testing.assert_close(model.vision_model.state_dict(), before)  # including the statistics of batch norms
     model(**batch, labels=torch.tensor([0, 0, 0])).loss.backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
-    learning = build(train_vision=True).train()
-    assert not learning.image_features_are_fixed
-    assert all(p.requires_grad for p in learning.vision_model.parameters())
-    assert learning.vision_model.training
+    trained = build(train_vision=True).train()
+    assert not trained.image_features_are_fixed
+    assert all(p.requires_grad for p in trained.vision_model.parameters())
+    assert trained.vision_model.training
 
 
 def pretraining_batch(seed=0):
-    """Two posts and two entities; of every form and order one example that is next and one that is not."""
+    """Returns the examples of two posts and two entities: one positive and one negative of every form and order."""
     random = np.random.default_rng(seed)
     posts, entities = (
         [(random.integers(4, 59, n).tolist(), random.normal(size=WIDTH).astype(np.float32)) for n in lengths]
@@ -372,13 +372,13 @@ def pretraining_batch(seed=0):
     return batch, [row[3] for row in rows], torch.tensor([int(row[1] != row[2]) for row in rows])
 
 
-def test_pretraining_is_the_sum_of_the_three_losses():
+def test_the_pretraining_loss_is_the_sum_of_the_three_tasks():
     model = build(PfmelForPreTraining)
-    batch, written, labels = pretraining_batch()
+    batch, sequences, labels = pretraining_batch()
     with torch.no_grad():
         out = model(**batch, labels=labels)
     by_form = {form: [] for form in range(4)}
-    for r, (first, second) in enumerate(written):
+    for r, (first, second) in enumerate(sequences):
         first, second = (
             [t.astype(np.float64) if isinstance(t, np.ndarray) else t for t in side] for side in (first, second)
         )
@@ -401,7 +401,7 @@ def test_a_batch_without_examples_has_no_loss():
 
 
 @pytest.mark.parametrize("kind", [BertForPreTraining, BertForNextSentencePrediction])
-def test_a_bert_checkpoint_brings_its_head(tmp_path, kind):
+def test_a_bert_checkpoint_provides_the_head(tmp_path, kind):
     torch.manual_seed(1)
     bert = kind(BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"})).eval()
     bert.save_pretrained(tmp_path)
@@ -413,14 +413,14 @@ def test_a_bert_checkpoint_brings_its_head(tmp_path, kind):
     pairs = [((text, None), [(other, None) for other, _ in cs]) for (text, _), cs in sentences()]
     batch = tensors(pairs)
     with torch.no_grad():
-        ours = model(**{k: v for k, v in batch.items() if "image" not in k}).scores
+        scores = model(**{k: v for k, v in batch.items() if "image" not in k}).scores
         output = bert(batch["pair_input_ids"][0], batch["pair_attention_mask"][0], batch["pair_token_type_ids"][0])
     logits = output["logits"] if "logits" in output else output["seq_relationship_logits"]
-    # Its own convention: the first logit is that of "is next".
-    torch.testing.assert_close(ours[0], logits[:, 0] - logits[:, 1], atol=1e-5, rtol=1e-5)
+    # In BERT the first logit is that of "is next".
+    torch.testing.assert_close(scores[0], logits[:, 0] - logits[:, 1], atol=1e-5, rtol=1e-5)
 
 
-def test_a_bert_without_a_head_gets_a_fresh_one(tmp_path):
+def test_a_bert_without_a_head_gets_an_initialised_one(tmp_path):
     torch.manual_seed(1)
     bert = BertModel(BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"}))
     bert.save_pretrained(tmp_path)
@@ -429,11 +429,11 @@ def test_a_bert_without_a_head_gets_a_fresh_one(tmp_path):
         assert torch.equal(model.text_model.state_dict()[key], value), key
     assert model.nsp_head.bias.abs().max() == 0
     assert 0.01 < model.nsp_head.weight.std() < 0.03
-    assert "nsp_head" not in model.backbone_names  # it learns at the rate of what is new
+    assert "nsp_head" not in model.backbone_names  # so it has the learning rate of new parts
     assert "nsp_head" in PfmelModel.backbone_names
 
 
-def test_backbones_of_both_kinds(tmp_path):
+def test_backbones_of_text_and_vision(tmp_path):
     bert = BertForNextSentencePrediction(BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"}))
     bert.save_pretrained(tmp_path / "bert")
     resnet = AutoModel.from_config(VISIONS["resnet"][0])
@@ -447,8 +447,8 @@ def test_backbones_of_both_kinds(tmp_path):
     model = PfmelModel.from_backbones(text=str(tmp_path / "bert"), vision=str(tmp_path / "clip")).eval()
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        theirs = clip.eval().vision_model(pixel_values=pixels).pooler_output
-        torch.testing.assert_close(model.encode_images(pixels), theirs)
+        expected = clip.eval().vision_model(pixel_values=pixels).pooler_output
+        torch.testing.assert_close(model.encode_images(pixels), expected)
     fresh = PfmelModel.from_backbones(text=str(tmp_path / "bert"), vision_config=dict(RESNET), train_vision=True)
     assert fresh.image_projection.in_features == 12
     blank = PfmelModel.from_backbones(vision=str(tmp_path / "resnet"), text_config=bert.config.to_dict())
@@ -473,7 +473,7 @@ def test_save_and_load(tmp_path, vision):
         assert not any(p.requires_grad for p in loaded.vision_model.parameters())
 
 
-def test_a_pretrained_model_loads_for_linking(tmp_path):
+def test_a_pretrained_model_loads_as_a_reranker(tmp_path):
     model = build(PfmelForPreTraining)
     model.save_pretrained(tmp_path)
     linking, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
@@ -499,7 +499,7 @@ ROWS = """
 
 
 def test_remote_code_loads_without_the_package(tmp_path):
-    """Model and processor of a repository, from plain rows to scores, where hf_mel is not installed."""
+    """Model and processor of a repository score plain rows without hf_mel installed."""
     processor = PfmelProcessor.from_parts(make_tokenizer(), {"size": {"height": 16, "width": 16}}, max_length=30)
     model = build(text_config=dict(BERT, vocab_size=len(WORDS)))
     save_model_repository(model, processor, tmp_path)
@@ -508,7 +508,7 @@ def test_remote_code_loads_without_the_package(tmp_path):
         torch.save(model(**processor(pairs=eval(ROWS, pictures))).scores, tmp_path / "scores.pt")
     program = f"""
 import sys
-sys.modules["hf_mel"] = None  # any import of it fails
+sys.modules["hf_mel"] = None  # makes every import of it fail
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -526,7 +526,7 @@ print("loaded")
     assert run.stdout.strip() == "loaded", run.stderr
 
 
-def test_autocast_gives_scores_to_rank_by():
+def test_scores_under_autocast_are_close_and_float32():
     model, batch = build(), tensors(sentences())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         out = model(**batch, labels=torch.tensor([0, 0, 0]))
@@ -537,7 +537,7 @@ def test_autocast_gives_scores_to_rank_by():
     torch.testing.assert_close(out.scores[real], exact[real], atol=0.3, rtol=0.1)
 
 
-def test_the_default_configuration_is_the_papers():
+def test_the_default_configuration_is_that_of_the_paper():
     config = PfmelConfig()
     assert (config.text_config.hidden_size, config.text_config.num_hidden_layers) == (768, 12)
     assert (config.vision_config.hidden_sizes[-1], list(config.vision_config.depths)) == (2048, [3, 4, 6, 3])
@@ -555,18 +555,18 @@ def test_the_default_configuration_is_the_papers():
         ({"text_config": dict(BERT), "train_vision": True}, ["vision_config"]),
     ],
 )
-def test_impossible_configurations_say_why(fields, words):
+def test_impossible_configurations_are_refused(fields, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         PfmelConfig(**fields)
     assert all(word in str(error.value) for word in words)
 
 
-def test_a_sequence_over_the_window_says_so():
+def test_a_sequence_longer_than_the_text_encoder_is_refused():
     model = build()
     with pytest.raises(ValueError, match="max_length=38"):
         model(**tensors([((list(range(4, 30)), None), [(list(range(4, 30)), None)])]))
 
 
-def test_a_text_model_encodes_no_images():
+def test_a_text_model_refuses_images():
     with pytest.raises(ValueError, match="no image encoder"):
         build(vision=False).encode_images(torch.zeros(1, 3, 16, 16))

@@ -1,4 +1,4 @@
-"""PFMEL's processor: the sentence forms of the paper, what is cut, the pre-training examples, images, saving."""
+"""Tests of PFMEL's processor: sentence forms, truncation, pre-training examples, images and saving."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make(vision=None, **options):
     return PfmelProcessor.from_parts(make_tokenizer(), vision, **options)
 
 
-def sighted(**options):
+def make_with_images(**options):
     return make({"size": {"height": 8, "width": 8}}, **options)
 
 
@@ -63,36 +63,36 @@ def words(batch, *cell, name="pair_input_ids"):
     return " ".join(marks.get(k, WORDS[i]) for k, i in enumerate(ids[mask.bool()].tolist()))
 
 
-def test_linking_reads_mention_is_and_the_entity_after_it():
-    """§3.4: "mention context. mention is" and, without a screen name, the entity by its name."""
+def test_the_sentences_of_linking():
+    """They are those of §3.4, "mention context. mention is" and the entity, without a screen name by its name."""
     batch = make()(pairs=[(MENTION, [ENTITY])])
     assert words(batch, 0, 0) == "[CLS] ana wins again . ana is [SEP] ana lima . runner . sex : female . [SEP]"
     assert batch["pair_token_type_ids"][0, 0].tolist() == [0] * 8 + [1] * 10
     assert isinstance(make(), MelProcessor)
 
 
-def test_accounts_read_as_the_paper_prints_them():
-    """§3.2 and §3.4: "userScreen. the username of @userScreen who lives in …"."""
+def test_the_sentences_of_accounts():
+    """They are those of §3.2 and §3.4, "userScreen. the username of @userScreen who lives in …"."""
     processor = make(**ACCOUNT_OPTIONS)
     expected = (
         "@ anlima . the username of @ anlima who lives in porto is ana lima and the description is runner . some recent "
         "tweets of the user include : one , two . and three . [SEP]"
     )
     for screen in ("@anlima", "anlima"):
-        found = words(processor(pairs=[(MENTION, [ACCOUNT | {"screen_name": screen}])]), 0, 0)
-        assert found.split(" [SEP] ")[1] == expected
+        text = words(processor(pairs=[(MENTION, [ACCOUNT | {"screen_name": screen}])]), 0, 0)
+        assert text.split(" [SEP] ")[1] == expected
     bare = dict.fromkeys(ACCOUNT, None) | {"screen_name": "anlima", "name": "Ana Lima", "recent_posts": ["one"]}
-    found = words(processor(pairs=[(MENTION, [bare])]), 0, 0)
-    assert "who lives in na is ana lima and the description is na ." in found
-    assert found.endswith("include : one , na and na . [SEP]")
+    text = words(processor(pairs=[(MENTION, [bare])]), 0, 0)
+    assert "who lives in na is ana lima and the description is na ." in text
+    assert text.endswith("include : one , na and na . [SEP]")
 
 
 def test_long_columns_keep_their_first_words():
-    """The first 30 words of a description, the first 35 of a tweet, three tweets."""
+    """These are 30 words of a description, and 35 words of each of three tweets."""
     posts = [" ".join(["one"] * 50), " ".join(["two"] * 35), "three", "again"]
     row = ACCOUNT | {"description": " ".join(["runner"] * 31), "recent_posts": posts}
-    found = words(make(**ACCOUNT_OPTIONS)(pairs=[(MENTION, [row])]), 0, 0).split(" [SEP] ")[1].split()
-    assert [found.count(word) for word in ("runner", "one", "two", "three", "again")] == [30, 35, 35, 1, 0]
+    context = words(make(**ACCOUNT_OPTIONS)(pairs=[(MENTION, [row])]), 0, 0).split(" [SEP] ")[1].split()
+    assert [context.count(word) for word in ("runner", "one", "two", "three", "again")] == [30, 35, 35, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_empty_columns_leave_no_empty_sentences(columns, text):
     assert words(batch, 0, 0).split(" [SEP] ")[1] == f"{text} [SEP]"
 
 
-def test_an_entity_by_its_attributes_alone():
-    """The template of MMEL's and GHMFC's tables; a long one still loses its end."""
+def test_an_entity_with_attributes_only():
+    """This is the template of MMEL's and GHMFC's tables. A long one is cut at its end."""
     processor = make(entity_template="{attributes}.", max_length=30)
     batch = processor(pairs=[(MENTION, [ENTITY, ENTITY | {"attributes": "Sex: female. " * 30}])])
     assert words(batch, 0, 0).split(" [SEP] ")[1] == "sex : female . [SEP]"
@@ -118,9 +118,9 @@ def test_an_entity_by_its_attributes_alone():
     assert batch["pair_attention_mask"][0, 1].sum() == 30
 
 
-def test_images_stand_after_the_text_of_their_sentence():
-    processor = sighted(max_entity_images=1)
-    seen = MENTION | {"image": picture()}, ENTITY | {"images": [picture(), picture((1, 2, 3))]}
+def test_images_follow_the_text_of_their_sentence():
+    processor = make_with_images(max_entity_images=1)
+    shown = MENTION | {"image": picture()}, ENTITY | {"images": [picture(), picture((1, 2, 3))]}
     cases = {
         (0, 0): "[CLS] ana wins again . ana is [SEP] ana lima . runner . sex : female . [SEP]",
         (1, 0): "[CLS] ana wins again . ana is IMG [SEP] ana lima . runner . sex : female . [SEP]",
@@ -128,17 +128,17 @@ def test_images_stand_after_the_text_of_their_sentence():
         (1, 1): "[CLS] ana wins again . ana is IMG [SEP] ana lima . runner . sex : female . IMG [SEP]",
     }
     for (left, right), expected in cases.items():
-        batch = processor(pairs=[(seen[0] if left else MENTION, [seen[1] if right else ENTITY])])
+        batch = processor(pairs=[(shown[0] if left else MENTION, [shown[1] if right else ENTITY])])
         assert words(batch, 0, 0) == expected
         assert ("pair_mention_pixel_values" in batch, "pair_entity_pixel_values" in batch) == (bool(left), bool(right))
         segments = batch["pair_token_type_ids"][0, 0].tolist()
         assert segments == [0] * (expected.split().index("[SEP]") + 1) + [1] * (len(segments) - segments.count(0))
     assert batch["pair_entity_pixel_values"].shape == (1, 1, 3, 8, 8)
     torch.testing.assert_close(batch["pair_entity_pixel_values"][0], batch["pair_mention_pixel_values"])
-    assert "pair_mention_pixel_values" not in make()(pairs=[(seen[0], [seen[1]])])
+    assert "pair_mention_pixel_values" not in make()(pairs=[(shown[0], [shown[1]])])
 
 
-def test_features_go_before_images():
+def test_features_replace_images():
     features = torch.arange(5.0)
     several = torch.stack([features, features + 2])
     pairs = [
@@ -148,7 +148,7 @@ def test_features_go_before_images():
             [ENTITY | {"image_features": several}, ENTITY | {"image_features": None}],
         ),
     ]
-    batch = sighted()(pairs=pairs)
+    batch = make_with_images()(pairs=pairs)
     assert not any("pixel" in name for name in batch)
     torch.testing.assert_close(batch["pair_mention_image_features"], torch.stack([features, torch.zeros(5)]))
     assert batch["pair_entity_image_features"].shape == (2, 2, 5)
@@ -158,15 +158,15 @@ def test_features_go_before_images():
 
 
 @pytest.mark.parametrize("limit", [None, 1, 2])
-def test_the_images_of_an_entity_come_with_their_number(limit):
-    """T(e) of §3.2: all of them, or the first so many."""
+def test_the_images_of_an_entity_come_with_their_count(limit):
+    """T(e) of §3.2 has all images, or the first `limit`."""
     pictures = [picture((10 * k, 0, 250 - 10 * k)) for k in range(3)]
     entities = [ENTITY | {"images": pictures[:k]} for k in (0, 3, 1)]
-    processor = sighted(max_entity_images=limit, pretraining_tasks=["mixed"])
+    processor = make_with_images(max_entity_images=limit, pretraining_tasks=["mixed"])
     linking = processor(pairs=[(MENTION, entities), (MENTION, entities[2:])])
     pretraining = processor(posts=POSTS[:1] * 3, entities=entities, partners=[0, 1, 2])
-    most = min(3, limit or 3)
-    assert ("pair_entity_image_counts" in linking) == ("entity_image_counts" in pretraining) == (most > 1)
+    max_images = min(3, limit or 3)
+    assert ("pair_entity_image_counts" in linking) == ("entity_image_counts" in pretraining) == (max_images > 1)
     for pixels, counts, kept in (
         (linking["pair_entity_pixel_values"][0], linking.get("pair_entity_image_counts", [[0, 1, 1]])[0], entities),
         (pretraining["entity_pixel_values"], pretraining.get("entity_image_counts", [0, 1, 1]), entities),
@@ -176,13 +176,13 @@ def test_the_images_of_an_entity_come_with_their_number(limit):
             [entities[2]],
         ),
     ):
-        pixels = pixels if most > 1 else pixels.unsqueeze(1)
-        assert pixels.shape == (3, most, 3, 8, 8)
-        for entity, found, count in zip(kept, pixels, counts, strict=False):
-            assert int(count) == min(len(entity["images"]), most)
-            for k in range(most):
+        pixels = pixels if max_images > 1 else pixels.unsqueeze(1)
+        assert pixels.shape == (3, max_images, 3, 8, 8)
+        for entity, images, count in zip(kept, pixels, counts, strict=False):
+            assert int(count) == min(len(entity["images"]), max_images)
+            for k in range(max_images):
                 expected = processor.images([pictures[k]])[0] if k < count else torch.zeros(3, 8, 8)
-                torch.testing.assert_close(found[k], expected)
+                torch.testing.assert_close(images[k], expected)
     features = torch.arange(6.0).view(3, 2)
     row = ENTITY | {"image_features": features}
     batch = processor(pairs=[(MENTION | {"image_features": None}, [row])])
@@ -199,8 +199,8 @@ def test_lists_of_unequal_length_contexts_and_no_candidates():
     assert nothing["pair_mask"].tolist() == [[False]]
 
 
-def test_batched_is_single():
-    processor = sighted()
+def test_a_batch_equals_its_pairs_one_by_one():
+    processor = make_with_images()
     pairs = [
         (MENTION | {"image": picture()}, [ENTITY, ENTITY | {"images": [picture()], "name": "a b c d e f g"}]),
         (MENTION | {"text": "she is Ana", "start": 7, "end": 10}, [ENTITY | {"attributes": ""}]),
@@ -212,8 +212,8 @@ def test_batched_is_single():
             assert words(batch, m, c) == words(single, 0, 0)
             for name in ("pair_mention_pixel_values", "pair_entity_pixel_values"):
                 if name in single:
-                    where = (m, c) if "entity" in name else (m,)
-                    torch.testing.assert_close(batch[name][where], single[name].flatten(0, -4)[0])
+                    index = (m, c) if "entity" in name else (m,)
+                    torch.testing.assert_close(batch[name][index], single[name].flatten(0, -4)[0])
 
 
 def test_a_long_context_is_cut_around_its_mention():
@@ -241,13 +241,13 @@ TOKENS = st.lists(st.sampled_from("abcdefg"), max_size=60)
 
 @settings(max_examples=150, deadline=None)
 @given(TOKENS, TOKENS, TOKENS, st.integers(20, 60))
-def test_neither_mention_nor_name_is_ever_cut(before, after, attributes, max_length):
+def test_the_mention_and_the_name_are_never_cut(before, after, attributes, max_length):
     text = " ".join([*before, "Ana", *after])
     start = len(" ".join(before)) + bool(before)
     row = MENTION | {"text": text, "start": start, "end": start + 3}
     entity = ENTITY | {"description": "", "attributes": " ".join(attributes)}
-    found = words(make(max_length=max_length)(pairs=[(row, [entity])]), 0, 0)
-    first, second = found.removeprefix("[CLS] ").removesuffix(" [SEP]").split(" [SEP] ")
+    sequence = words(make(max_length=max_length)(pairs=[(row, [entity])]), 0, 0)
+    first, second = sequence.removeprefix("[CLS] ").removesuffix(" [SEP]").split(" [SEP] ")
     whole = f"{' '.join([*before, 'ana', *after])} . ana is", f"ana lima . {' '.join(attributes)} ."
     context, _, tail = first.rpartition(" . ana is")
     assert tail == ""
@@ -258,18 +258,18 @@ def test_neither_mention_nor_name_is_ever_cut(before, after, attributes, max_len
     full = len(whole[0].split()) + len(whole[1].replace(" . .", " .").rstrip().split()) + 3
     if not attributes:
         full = len(whole[0].split()) + 3 + 3
-    assert len(found.split()) == min(full, max_length)  # no room is wasted
+    assert len(sequence.split()) == min(full, max_length)  # no token is left unused
 
 
-def test_a_name_far_in_and_a_long_mention_take_room_from_the_other():
+def test_a_late_name_and_a_long_mention_take_tokens_from_the_other_sentence():
     long_text = MENTION | {"text": "a " * 50 + "Ana", "start": 100, "end": 103}
-    found = words(make(max_length=30, **ACCOUNT_OPTIONS)(pairs=[(long_text, [ACCOUNT])]), 0, 0)
-    first, second = found.split(" [SEP] ")
+    sequence = words(make(max_length=30, **ACCOUNT_OPTIONS)(pairs=[(long_text, [ACCOUNT])]), 0, 0)
+    first, second = sequence.split(" [SEP] ")
     assert second == "@ anlima . the username of @ anlima who lives in porto is ana lima [SEP]"
     assert first.endswith("ana . ana is")
     long_mention = MENTION | {"mention": "a b c d e f", "text": "a b c d e f wins", "start": 0, "end": 11}
-    found = words(make(max_length=30)(pairs=[(long_mention, [ENTITY | {"attributes": "Sex. " * 30}])]), 0, 0)
-    assert found.startswith("[CLS] a b c d e f . a b c d e f is [SEP] ana lima")
+    sequence = words(make(max_length=30)(pairs=[(long_mention, [ENTITY | {"attributes": "Sex. " * 30}])]), 0, 0)
+    assert sequence.startswith("[CLS] a b c d e f . a b c d e f is [SEP] ana lima")
 
 
 def test_mentions_and_names_of_any_length_give_sequences_that_fit():
@@ -278,11 +278,11 @@ def test_mentions_and_names_of_any_length_give_sequences_that_fit():
     assert batch["pair_attention_mask"].sum() == 20
 
 
-def test_a_mention_that_is_not_located_is_looked_for():
+def test_a_mention_without_a_span_is_searched_in_the_text():
     text = "a " * 100 + "ANA wins " + "b " * 100
     for span in ({"start": -1, "end": -1}, {"start": 5000, "end": 5003}):
-        found = words(make(max_length=40)(pairs=[(MENTION | {"text": text} | span, [ENTITY])]), 0, 0)
-        assert found.split(" [SEP] ")[0].split().count("ana") == 2
+        sequence = words(make(max_length=40)(pairs=[(MENTION | {"text": text} | span, [ENTITY])]), 0, 0)
+        assert sequence.split(" [SEP] ")[0].split().count("ana") == 2
     absent = make(max_length=40)(pairs=[(MENTION | {"text": "b " * 200, "start": -1, "end": -1}, [ENTITY])])
     assert words(absent, 0, 0).startswith("[CLS] b b b")
 
@@ -293,7 +293,7 @@ CONTEXTS = ["ana lima . runner . sex : female .", "river . runner . sex : female
 
 
 def examples(processor, partners):
-    """(form, post, entity, label, sentences) of every example."""
+    """Returns (form, post, entity, label, sentences) of every example."""
     batch = processor(posts=POSTS, entities=OWN, partners=partners)
     columns = [batch[name].tolist() for name in ("form_ids", "post_index", "entity_index", "labels")]
     texts = [words(batch, row, name="input_ids") for row in range(len(batch["input_ids"]))]
@@ -302,7 +302,7 @@ def examples(processor, partners):
 
 def test_pretraining_examples_are_those_of_the_paper():
     """§3.3, for a post that is followed by itself and one that is followed by the other."""
-    assert examples(sighted(swap_roles=False), [0, 0]) == [
+    assert examples(make_with_images(swap_roles=False), [0, 0]) == [
         # the text of a sentence and the entity image of the next one
         (0, 0, 0, 0, "[CLS] she wins [SEP] IMG [SEP]"),
         (0, 1, 0, 1, "[CLS] a river [SEP] IMG [SEP]"),
@@ -316,8 +316,8 @@ def test_pretraining_examples_are_those_of_the_paper():
     ]
 
 
-def test_swapping_exchanges_the_sentences_and_doubles_the_examples():
-    plain, doubled = examples(sighted(swap_roles=False), [1, 0]), examples(sighted(), [1, 0])
+def test_swapping_roles_doubles_the_examples():
+    plain, doubled = examples(make_with_images(swap_roles=False), [1, 0]), examples(make_with_images(), [1, 0])
     assert len(doubled) == 2 * len(plain)
     assert doubled[::2] == plain
     for (*numbers, text), (*same, swapped) in zip(doubled[::2], doubled[1::2], strict=True):
@@ -335,23 +335,23 @@ def test_swapping_exchanges_the_sentences_and_doubles_the_examples():
         (["mixed", "text", "multimodal"], {0, 1, 2, 3}),
     ],
 )
-def test_tasks_are_switches(tasks, forms):
-    assert {each[0] for each in examples(sighted(pretraining_tasks=tasks), [0, 1])} == forms
+def test_tasks_determine_the_forms(tasks, forms):
+    assert {example[0] for example in examples(make_with_images(pretraining_tasks=tasks), [0, 1])} == forms
 
 
 def test_an_example_about_a_missing_image_is_left_out():
-    batch = sighted(pretraining_tasks=["mixed"], swap_roles=False)(posts=POSTS, entities=OWN, partners=[0, 1])
+    batch = make_with_images(pretraining_tasks=["mixed"], swap_roles=False)(posts=POSTS, entities=OWN, partners=[0, 1])
     assert batch["form_ids"].tolist() == [0, 0, 1]
-    blind = sighted(pretraining_tasks=["mixed"])(posts=POSTS[1:], entities=[ENTITY], partners=[0])
+    blind = make_with_images(pretraining_tasks=["mixed"])(posts=POSTS[1:], entities=[ENTITY], partners=[0])
     assert len(blind["input_ids"]) == 0
     model = PfmelForPreTraining(tiny_config())
     assert model(**blind).loss.item() == 0
 
 
-def test_the_images_of_pretraining_are_those_of_its_rows():
+def test_pretraining_uses_the_images_of_its_rows():
     features = [torch.ones(4), 2 * torch.ones(4)]
     posts = [post | {"image_features": f} for post, f in zip(POSTS, features, strict=True)]
-    batch = sighted()(posts=posts, entities=OWN, partners=[0, 1])
+    batch = make_with_images()(posts=posts, entities=OWN, partners=[0, 1])
     torch.testing.assert_close(batch["post_image_features"], torch.stack(features))
     assert batch["entity_pixel_values"].shape == (2, 3, 8, 8)
     positions, ids = batch["image_positions"], batch["form_ids"]
@@ -365,8 +365,8 @@ def tiny_config():
     return PfmelConfig(text_config=text, vision_config=vision, train_vision=True)
 
 
-def test_what_it_gives_is_what_the_models_take():
-    processor = sighted(max_length=60)
+def test_the_models_accept_the_batches():
+    processor = make_with_images(max_length=60)
     pairs = [(MENTION | {"image": picture()}, [OWN[0], ENTITY]), (MENTION, [OWN[1]])]
     model = PfmelModel(tiny_config())
     out = model(**processor(pairs=pairs), labels=torch.tensor([1, 0]))
@@ -389,7 +389,7 @@ def test_options_survive_saving(tmp_path):
         "pretraining_tasks": ["mixed"],
         "swap_roles": False,
     }
-    processor = sighted(**options)
+    processor = make_with_images(**options)
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(loaded, PfmelProcessor)
@@ -409,19 +409,19 @@ def test_options_survive_saving(tmp_path):
         ({"max_entity_images": 0}, "max_entity_images=0"),
     ],
 )
-def test_impossible_options_say_why(options, words_):
+def test_impossible_options_are_refused(options, words_):
     with pytest.raises(ValueError, match=words_):
-        sighted(**options)
+        make_with_images(**options)
 
 
-def test_a_window_of_the_tokenizer_is_a_limit():
+def test_the_maximum_length_of_the_tokenizer_is_a_limit():
     tokenizer = make_tokenizer()
     tokenizer.model_max_length = 128
     with pytest.raises(ValueError, match="at most 126"):
         PfmelProcessor.from_parts(tokenizer)
 
 
-def test_wrong_calls_say_what_to_give():
+def test_wrong_arguments_are_refused():
     processor = make()
     for arguments in ({"mentions": [MENTION]}, {"entities": [ENTITY]}):
         with pytest.raises(ValueError, match="pairs="):
@@ -432,6 +432,6 @@ def test_wrong_calls_say_what_to_give():
         make(entity_template="{name} of {location}")(pairs=[(MENTION, [ENTITY])])
 
 
-def test_braces_in_a_text_are_only_text():
-    found = words(make()(pairs=[(MENTION | {"text": "{name} {0}"}, [ENTITY | {"name": "{text}"}])]), 0, 0)
-    assert found.count("[UNK]") > 5
+def test_braces_in_a_text_are_text():
+    sequence = words(make()(pairs=[(MENTION | {"text": "{name} {0}"}, [ENTITY | {"name": "{text}"}])]), 0, 0)
+    assert sequence.count("[UNK]") > 5

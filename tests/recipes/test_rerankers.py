@@ -1,5 +1,7 @@
-"""Every row of MMEL's Tables 2 and 3 and of PFMEL's Tables 4 to 6 is a recipe, or one with overrides that its first lines
-name: each is built with small encoders and trained by a step."""
+"""Tests of the recipes of MMEL and PFMEL: every row of the papers' tables trains for one step with small encoders.
+
+A row is a recipe, or a recipe with overrides that its header names.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,7 @@ PRETRAININGS = [
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory) -> dict[str, str]:
-    """A BERT with its next-sentence head and tokenizer, and a ResNet with its image processor."""
+    """Saves a BERT with next-sentence head and tokenizer, and a ResNet with image processor."""
     folder = tmp_path_factory.mktemp("encoders")
     tokenizer = train_wordpiece(texts_of(toy_mentions(), toy_entities()), 200)
     torch.manual_seed(0)
@@ -93,7 +95,7 @@ def encoders(tmp_path_factory) -> dict[str, str]:
 
 
 def load(name: str, overrides: str, encoders: dict[str, str], **model: str) -> Recipe:
-    """The recipe, its encoders the small ones; its overrides are in its header, and its vocabulary fits."""
+    """Loads a recipe with small encoders, and asserts that its header names the overrides."""
     header = (RECIPES / f"{name}.yaml").read_text().partition("\nname:")[0]
     assert overrides in header
     recipe = Recipe.load(name, _split(overrides))
@@ -106,12 +108,12 @@ def load(name: str, overrides: str, encoders: dict[str, str], **model: str) -> R
 
 
 def _split(overrides: str) -> list[str]:
-    # As a shell would, but for the quotes, which belong to the YAML value.
+    # Like a shell, but it keeps quotes, which belong to the YAML value.
     return [overrides] if "'" in overrides else shlex.split(overrides)
 
 
 def rows() -> tuple[list[dict], list[dict]]:
-    """Two mentions of one context, and entities with the columns of accounts too, with two images, one and none."""
+    """Returns two mentions of one context, and entities that are accounts too, with two images, one and none."""
     pictures = [Image.fromarray(np.full((9, 7, 3), 40 * k, dtype=np.uint8)) for k in range(4)]
     mentions = [dict(row) | {"image": pictures[k]} for k, row in enumerate(toy_mentions(2))]
     entities = []
@@ -122,7 +124,7 @@ def rows() -> tuple[list[dict], list[dict]]:
 
 
 def step(model, batch) -> None:
-    """One step of training changes the model, and its loss."""
+    """Trains for one step and asserts that the loss falls."""
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     torch.manual_seed(0)
@@ -161,7 +163,7 @@ def test_a_pretraining_of_the_ablations_trains(name, overrides, expected, encode
 
 
 @pytest.mark.parametrize("data", ["tweets", "flags"])
-def test_fine_tuning_goes_on_from_the_pretraining(data, encoders, tmp_path):
+def test_fine_tuning_continues_from_the_pretraining(data, encoders, tmp_path):
     first, processor = pretraining_model(load(f"pfmel-pretraining_{data}", "", encoders))
     linking, _ = build_model(load(f"pfmel-pretraining_{data}", "", encoders))
     linking.load_state_dict(first.state_dict(), strict=False)
@@ -176,7 +178,7 @@ def test_fine_tuning_goes_on_from_the_pretraining(data, encoders, tmp_path):
 
 @pytest.mark.parametrize("row", ["07", "05"])
 def test_smaller_training_sets_are_configurations_of_the_data(row, encoders):
-    """PFMEL07 and PFMEL05 (Table 6) differ in the data alone."""
+    """PFMEL07 and PFMEL05 (Table 6) differ only in the data."""
     recipe = load("pfmel_tweets", f"data.config=pfmel_train{row}", encoders)
     assert recipe.data.config in {config.name for config in TweetsMel.BUILDER_CONFIGS}
     whole = load("pfmel_tweets", "", encoders).to_dict()
