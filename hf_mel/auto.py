@@ -61,7 +61,7 @@ _ENTRIES = [
     *(_entry("AutoConfig", method, "configuration", f"{prefix}Config") for method, prefix in _METHODS.items()),
     *(_entry("AutoModel", method, "modeling", f"{prefix}Model") for method, prefix in _METHODS.items()),
     *(_entry("AutoProcessor", method, "processing", f"{prefix}Processor") for method, prefix in _METHODS.items()),
-    _entry("AutoModelForPreTraining", "imn", "modeling", "ImnForKnowledgePreTraining"),
+    _entry("AutoModelForPreTraining", "imn", "pretraining", "ImnForKnowledgePreTraining"),
     _entry("AutoModelForPreTraining", "pfmel", "modeling", "PfmelForPreTraining"),
 ]
 

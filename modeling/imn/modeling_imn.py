@@ -1,45 +1,14 @@
 """IMN: Multimodal Knowledge Learning for Named Entity Disambiguation (Zhang et al., Findings of EMNLP 2022).
 
-A mention and an entity are each brought into three auxiliary spaces; co-attention between the spaces of both makes the
-pair's fused embeddings, whose cosine is the score. Equation numbers are the paper's. Readings where it is silent,
-ambiguous or misprinted:
-
-- m' (§3.4.1): a mention's modality is the whole output sequence of its extractor (text tokens, patch tokens, the joint
-  model's states), an entity's are its prototypes, most central first. Both sides have their own encoding network.
-- Each modality has its own Dilated CNN and attention pooling (eq. 1–2). The Transformer (eq. 4) reads the outputs of all
-  of them in one sequence, as "multimodal embeddings can be fully interacted" says; its states are then taken apart
-  again, for pooling and Conv1D per modality, concatenated before eq. 3, 5 and 8. It has no positions of its own.
-- Padding takes no part in anything. A modality that an item lacks (a post without an image) counts as zeros where it is
-  concatenated. Windows of Conv1D (eq. 6) start at every token and meet zeros beyond the last one.
-- Eq. 3, 5, 8: a training batch of one item has no variance, so it is normalised by the running statistics, like all
-  items in evaluation.
-- Eq. 9 is printed for mention-to-entity; entity-to-mention is the same with the sides exchanged and weights of its own.
-  aux · ReLU(…) is the dot product.
-- Eq. 11 makes u_m^i, "the representation of the mention", a combination of the *entity's* spaces, and so u_e^j one of the
-  mention's. Followed as printed: f(u_m, u_e) compares what each side finds in the other.
-- Eq. 13 has the two similarities the wrong way round: minimising it would push f(m, e⁺) below f(m, e⁻). Corrected to
-  max(γ − f(m, e⁺) + f(m, e⁻), 0). Its sum is over the other entities of the batch; over mentions it is a mean.
-- Table 4's rows without auxiliary spaces drop their losses; the fused space would be empty without the spaces.
-- The extractors (§3.3) stay as they are when linking is trained; prototypes are made of them before.
-- An entity without posts is the only post about itself: its name, description, attributes and first image.
-- The mention embedding (§3.2) is made of the joint model's word embeddings, not of GloVe; images are made square for DETR.
-- "Knowledge-guided" negatives are images of entities met in the batch under the same last word (the trainer's grouping).
-- How the networks start is not told: at random, or by `encoder_init="aligned"` as one map of both sides.
-- The post's own mention enters through the joint model alone (§3.2). Texts with several mentions need it in the text
-  too: see the processor's `mention_template`.
-
-What scoring costs: the encoders run once per item, and the cosine of a pair follows from 3 × 3 inner products once the
-attention is known. Eq. 9 does not factorise, because of its ReLU: 9 d comparisons and multiplications per pair and
-direction (about 1 µs per pair for d = 128 on one busy CPU core), in blocks of pairs, so that memory does not grow. With
-ReLU(x + y) = max(x, −y) + y the second term does become a matrix product (where no gradient is asked for).
-
-Pre-training (§3.2, "similar to" FashionBERT, Gao et al., SIGIR 2020) is described at [`ImnForKnowledgePreTraining`].
+Equation numbers are the paper's. The paper published no code: `modeling/imn/README.md` lists how the parts that it leaves
+open, or misprints, are read here. A mention and an entity are each encoded into three auxiliary spaces. Co-attention
+between the spaces of both gives the fused embeddings of the pair, and their cosine is the score.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,26 +21,47 @@ from transformers.utils import ModelOutput
 
 from .configuration_imn import ImnConfig
 
-#: Mentions in a block of pairs, and numbers in their entities' three spaces; bound what the pairs of a block take.
+#: Mentions in a block of pairs, and elements of its entities' three spaces: bound the memory of co-attention.
 _BLOCK_MENTIONS = 256
 _BLOCK_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}
 #: Kernel sizes of the Conv1D blocks (eq. 6).
 _KERNELS = (2, 3, 4, 5)
-#: Parts of a batch, by length, that are padded apart, and from which size on.
-_PARTS, _LEAST_PARTED = 4, 32
+#: A batch of at least `_MIN_BATCH_TO_GROUP` items is encoded in `_LENGTH_GROUPS` groups by length, to save padding.
+_LENGTH_GROUPS, _MIN_BATCH_TO_GROUP = 4, 32
 
-#: A sequence [B, S, d] and which of its positions there are [B, S].
-Sequence = tuple[torch.Tensor, torch.Tensor]
+#: A padded sequence [B, S, d] and its mask [B, S], True where a position is not padding.
+MaskedSequence = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class PostInputs:
+    """Inputs of B mentions or posts; as arguments of [`ImnModel`], with the prefix `mention_` or `post_`.
+
+    Args:
+        input_ids, attention_mask (`torch.Tensor` [B, L], *optional*): The text. A missing text has a mask of zeros.
+            Default mask: ones.
+        name_ids, name_mask (`torch.Tensor` [B, K], *optional*): The word pieces of the mention. A missing mention has a
+            mask of zeros.
+        pixel_values (`torch.Tensor` [B, 3, H, W], *optional*): The images. Not needed if no item has one.
+        image_mask (`torch.Tensor` [B], *optional*): True where an item has an image. Default: all have one.
+    """
+
+    input_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    name_ids: torch.Tensor | None = None
+    name_mask: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    image_mask: torch.Tensor | None = None
 
 
 @dataclass
 class ImnEncodings(ModelOutput):
-    """What scoring needs of B mentions or B entities.
+    """Encodings of B mentions or B entities, complete for scoring.
 
     Args:
         aux (`torch.Tensor` [B, 3, d]): aux^1, aux^2, aux^3 (eq. 3, 5, 8).
-        query (`torch.Tensor` [B, 3, d], *optional*): W_c^1 aux (eq. 9), where this side attends to the other.
-        key (`torch.Tensor` [B, 3, d], *optional*): W_c^2 aux + b_c (eq. 9), where the other attends to this side.
+        query (`torch.Tensor` [B, 3, d], *optional*): W_c^1 aux (eq. 9), for the attention of this side to the other.
+        key (`torch.Tensor` [B, 3, d], *optional*): W_c^2 aux + b_c (eq. 9), for the attention of the other side to this.
     """
 
     aux: torch.Tensor | None = None
@@ -81,12 +71,14 @@ class ImnEncodings(ModelOutput):
 
 @dataclass
 class ImnOutput(ModelOutput):
-    """
+    """Output of [`ImnModel`].
+
     Args:
-        loss (`torch.Tensor` []): eq. 14, given `labels`.
-        scores (`torch.Tensor` [M, N]): f(u_m, u_e), higher is better.
-        unit_scores (`dict[str, torch.Tensor]`): empty, the score is in one part.
-        space_scores (`dict[int, torch.Tensor]`): f in those auxiliary spaces that have a loss, each [M, N]; given `labels`.
+        loss (`torch.Tensor` [], *optional*): Eq. 14. Returned if `labels` are given.
+        scores (`torch.Tensor` [M, N]): f(u_m, u_e). Higher is better.
+        unit_scores (`dict[str, torch.Tensor]`): Empty, because the score has one part.
+        space_scores (`dict[int, torch.Tensor]`, *optional*): f in the auxiliary spaces that have a loss, space → [M, N].
+            Returned if `labels` are given.
     """
 
     loss: torch.Tensor | None = None
@@ -95,24 +87,8 @@ class ImnOutput(ModelOutput):
     space_scores: dict[int, torch.Tensor] | None = None
 
 
-@dataclass
-class ImnForKnowledgePreTrainingOutput(ModelOutput):
-    """
-    Args:
-        loss (`torch.Tensor` []): the adaptive sum of the task losses, given `labels`.
-        task_losses (`dict[str, torch.Tensor]`): `language`, `patch`, `matching`, as far as the batch has examples.
-        task_weights (`dict[str, torch.Tensor]`): their weights; they sum to 1.
-        logits (`torch.Tensor` [P, 2]): of "text and image belong together" and "they do not"; `None` without images.
-    """
-
-    loss: torch.Tensor | None = None
-    task_losses: dict[str, torch.Tensor] | None = None
-    task_weights: dict[str, torch.Tensor] | None = None
-    logits: torch.Tensor | None = None
-
-
 def masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last axis where `mask` is True; zeros elsewhere, and everywhere where it is True nowhere."""
+    """Softmax over the last axis, among the positions where `mask` is True. All other positions are zeros."""
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1) * mask
 
 
@@ -123,21 +99,23 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (x * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def _trimmed(states: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> Sequence:
-    """Those rows of a sequence, without the columns that are padding in all of them at its end."""
+def _select_rows(states: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> MaskedSequence:
+    """Selects rows of a sequence and cuts off the columns at its end that are padding in all of them."""
     mask = mask[rows]
     width = max(1, int((mask.any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max()))
     return states[rows, :width], mask[:, :width]
 
 
 def _orthogonal(shape: torch.Size, gain: float = 1.0) -> torch.Tensor:
-    """The same matrix for all of one shape."""
+    """Returns an orthogonal matrix, always the same for one shape."""
     return nn.init.orthogonal_(torch.empty(shape, device="cpu"), gain, generator=torch.Generator().manual_seed(0))
 
 
 class _AlignedConv1d(nn.Conv1d):
-    """Starts as a map of single tokens, which all others of its shape start as: one tap, orthogonal, scaled for the half
-    that ReLU takes; the others are zero."""
+    """Convolution that starts as a map of single tokens, the same for all convolutions of its shape.
+
+    One tap is orthogonal, scaled by √2 to make up for the half that ReLU cuts off. The other taps are zero.
+    """
 
     def aligned_weight(self) -> torch.Tensor:
         weight = torch.zeros(self.weight.shape, device="cpu")
@@ -148,34 +126,34 @@ class _AlignedConv1d(nn.Conv1d):
         return _orthogonal(self.weight.shape[:2], 2**0.5)
 
 
-class _PassingConv1d(_AlignedConv1d):
-    """Starts as the identity, which with ReLU passes on what came out of a ReLU."""
+class _IdentityConv1d(_AlignedConv1d):
+    """Convolution that starts as the identity, which passes on the output of a ReLU unchanged."""
 
     def _tap(self) -> torch.Tensor:
         return torch.eye(len(self.weight), device="cpu")
 
 
 class _AlignedLinear(nn.Linear):
-    """Starts as the orthogonal projection that all others of its shape start as, without a bias."""
+    """Linear map without a bias at first, whose weight starts as one orthogonal matrix for all maps of its shape."""
 
     def aligned_weight(self) -> torch.Tensor:
         return _orthogonal(self.weight.shape)
 
 
-class _FaintLinear(nn.Linear):
-    """Starts `scale` times as large as PyTorch's own, without a bias."""
+class _SmallLinear(nn.Linear):
+    """Linear map that starts at `scale` times PyTorch's default, without a bias."""
 
     scale = 0.1
 
 
-class _SilentLinear(_FaintLinear):
-    """Starts as zeros."""
+class _ZeroLinear(_SmallLinear):
+    """Linear map that starts as zeros."""
 
     scale = 0.0
 
 
 class DilatedCNN(nn.Module):
-    """Eq. 1: convolutions of kernel size 3 and growing dilation, each followed by ReLU; as many outputs as inputs."""
+    """Dilated CNN of eq. 1: convolutions of kernel size 3, each followed by ReLU, that keep the sequence length."""
 
     def __init__(self, width: int, config: ImnConfig):
         super().__init__()
@@ -184,19 +162,19 @@ class DilatedCNN(nn.Module):
         self.layers = nn.ModuleList()
         for dilation in config.dilations or ():
             self.layers.append(convolution(width, config.hidden_dim, 3, padding=dilation, dilation=dilation))
-            width, convolution = config.hidden_dim, _PassingConv1d if aligned else nn.Conv1d
+            width, convolution = config.hidden_dim, _IdentityConv1d if aligned else nn.Conv1d
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """[B, S, width] → g [B, S, h]; zeros where `mask` [B, S] is False."""
-        there = mask.unsqueeze(1)
-        x = x.transpose(1, 2) * there
+        """g [B, S, h] of [B, S, width]; zeros where `mask` [B, S] is False."""
+        mask = mask.unsqueeze(1)
+        x = x.transpose(1, 2) * mask
         for layer in self.layers:
-            x = F.relu(layer(x)) * there
+            x = F.relu(layer(x)) * mask
         return x.transpose(1, 2)
 
 
 class _BatchNorm(nn.BatchNorm1d):
-    """Batch norm that takes a training batch of one item by its running statistics."""
+    """Batch normalisation that uses the running statistics for a training batch of one item, which has no variance."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and len(x) == 1:
@@ -205,11 +183,11 @@ class _BatchNorm(nn.BatchNorm1d):
 
 
 class HierarchicalEncoder(nn.Module):
-    """The hierarchical encoding network of one side (§3.4.1): sequences of its modalities → three auxiliary spaces.
+    """Hierarchical encoding network of one side (§3.4.1), from its modalities to the three auxiliary spaces.
 
     Args:
-        config ([`ImnConfig`]): the model's.
-        widths: d of each modality's sequence; in the order in which they are concatenated.
+        config ([`ImnConfig`]): The model's configuration.
+        widths (`dict[str, int]`): Modality → width of its sequence, in the order of concatenation.
     """
 
     def __init__(self, config: ImnConfig, widths: Mapping[str, int]):
@@ -221,7 +199,7 @@ class HierarchicalEncoder(nn.Module):
         self.attention = nn.ModuleDict({name: nn.Linear(hidden, 1, bias=False) for name in widths})
         layer = nn.TransformerEncoderLayer(hidden, config.num_heads, 4 * hidden, config.dropout, batch_first=True)
         if aligned:
-            layer.linear2 = _SilentLinear(4 * hidden, hidden)
+            layer.linear2 = _ZeroLinear(4 * hidden, hidden)
         self.transformer = nn.TransformerEncoder(layer, config.num_layers, enable_nested_tensor=False)
         self.convolutions = nn.ModuleDict(
             {
@@ -234,21 +212,23 @@ class HierarchicalEncoder(nn.Module):
         self.fc = nn.ModuleList([linear(len(widths) * size, aux) for size in sizes])
         self.norm = nn.ModuleList([_BatchNorm(aux) for _ in sizes])
 
-    def forward(self, sequences: Mapping[str, Sequence]) -> torch.Tensor:
-        """aux [B, 3, d] of the sequence of each modality."""
+    def forward(self, sequences: Mapping[str, MaskedSequence]) -> torch.Tensor:
+        """aux [B, 3, d] of the sequences of all modalities."""
         names = list(self.cnn)
-        # About equally long ones together: most of a large batch need not be as long as the longest of all.
+        # Items of similar length are encoded together, so that a large batch is not padded to its longest item.
         length = torch.stack([sequences[name][1].sum(1) for name in names]).sum(0)
         order = length.argsort(descending=True, stable=True)
-        parts = order.chunk(_PARTS if len(order) >= _LEAST_PARTED else 1)
-        found = [self._levels({name: _trimmed(*sequences[name], part) for name in names}) for part in parts]
-        back = order.argsort()
-        levels = [torch.cat(level)[back] for level in zip(*found, strict=True)]
+        groups = order.chunk(_LENGTH_GROUPS if len(order) >= _MIN_BATCH_TO_GROUP else 1)
+        group_levels = [
+            self._levels({name: _select_rows(*sequences[name], rows) for name in names}) for rows in groups
+        ]
+        original_order = order.argsort()
+        levels = [torch.cat(level)[original_order] for level in zip(*group_levels, strict=True)]
         aux = [norm(fc(self.dropout(x))) for x, fc, norm in zip(levels, self.fc, self.norm, strict=True)]
         return torch.stack(aux, 1)  # eq. 3, 5, 8
 
-    def _levels(self, sequences: Mapping[str, Sequence]) -> list[torch.Tensor]:
-        """What eq. 3, 5 and 8 map: of each level, its modalities' vectors side by side, [B, n · width]."""
+    def _levels(self, sequences: Mapping[str, MaskedSequence]) -> list[torch.Tensor]:
+        """Inputs of the linear maps of eq. 3, 5 and 8: per level, the modalities' vectors concatenated [B, n · width]."""
         names = list(self.cnn)
         masks = [sequences[name][1] for name in names]
         locals_ = [self.cnn[name](*sequences[name]) for name in names]  # eq. 1
@@ -256,34 +236,36 @@ class HierarchicalEncoder(nn.Module):
             (masked_softmax(self.attention[name](g).squeeze(-1), mask).unsqueeze(1) @ g).squeeze(1)
             for name, g, mask in zip(names, locals_, masks, strict=True)
         ]  # eq. 2
-        everything = torch.cat(masks, 1)
-        # An item without a single token attends to its first padding; nothing reads what comes of it.
-        blind = ~everything
-        blind[:, 0] &= everything.any(1)
-        states = self.transformer(torch.cat(locals_, 1), src_key_padding_mask=blind)  # eq. 4
-        states = states * everything.unsqueeze(-1)
+        joint_mask = torch.cat(masks, 1)
+        # An item without any token attends to its first padding, so that its softmax is defined. Its states are zeroed.
+        padding = ~joint_mask
+        padding[:, 0] &= joint_mask.any(1)
+        states = self.transformer(torch.cat(locals_, 1), src_key_padding_mask=padding)  # eq. 4
+        states = states * joint_mask.unsqueeze(-1)
         parts = states.split([mask.shape[1] for mask in masks], 1)
         second = [masked_mean(t, mask) for t, mask in zip(parts, masks, strict=True)]
         third = [self._max_pooled(name, t, mask) for name, t, mask in zip(names, parts, masks, strict=True)]
         return [torch.cat(level, -1) for level in (first, second, third)]
 
     def _max_pooled(self, name: str, t: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """c [B, 4 · conv_dim] of t [B, S, h] (eq. 6–7). ReLU is never below 0, so 0 may stand for padding."""
-        t, there = t.transpose(1, 2), mask.unsqueeze(1)
+        """c [B, 4 · conv_dim] of t [B, S, h] (eq. 6–7). Padding counts as 0, which no output of ReLU is below."""
+        t, mask = t.transpose(1, 2), mask.unsqueeze(1)
         layers: Any = self.convolutions[name]
         pooled = [
-            (F.relu(layer(F.pad(t, (0, kernel - 1)))) * there).amax(-1)
+            (F.relu(layer(F.pad(t, (0, kernel - 1)))) * mask).amax(-1)
             for kernel, layer in zip(_KERNELS, layers, strict=True)
         ]
         return torch.cat(pooled, -1)
 
 
 class CoAttention(nn.Module):
-    """W_c^1, W_c^2, b_c of one direction of eq. 9."""
+    """Weights W_c^1, W_c^2, b_c of one direction of eq. 9."""
 
     def __init__(self, config: ImnConfig):
         super().__init__()
-        linear = _FaintLinear if config.encoder_init == "aligned" else nn.Linear  # faint: nearly even at first
+        linear = (
+            _SmallLinear if config.encoder_init == "aligned" else nn.Linear
+        )  # small: nearly uniform attention at first
         self.query = linear(config.aux_dim, config.aux_dim, bias=False)
         self.key = linear(config.aux_dim, config.aux_dim)
 
@@ -292,65 +274,69 @@ def _relu_of_sum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.relu(x + y)
 
 
-def _attention(aux: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Eq. 9–10 and the mean of eq. 12: how much of each of the other side's three spaces goes into u.
+def _co_attention(aux: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Weight of each of the other side's three spaces in u (eq. 9–10 and the mean of eq. 12).
+
+    Because of its ReLU, eq. 9 does not factorise: it takes 9 d comparisons and multiplications per pair and direction.
 
     Args:
-        aux, query [a, 3, d]: aux and W_c^1 aux of the side that attends.
-        key [b, 3, d]: W_c^2 aux + b_c of the side that it attends to.
+        aux, query: [a, 3, d], aux and W_c^1 aux of the attending side.
+        key: [b, 3, d], W_c^2 aux + b_c of the attended side.
 
     Returns:
-        [a, 3, b]: mean over i of β_{i,j}. As u = mean_i Σ_j β_{i,j} aux^j, this is all that eq. 11–12 need of β.
+        [a, 3, b]: β_{i,j}, averaged over i. Since u = mean_i Σ_j β_{i,j} aux^j, eq. 11–12 need no more of β.
     """
     a, b = len(aux), len(key)
     aux, query, key = aux.flatten(0, 1), query.flatten(0, 1), key.transpose(0, 1).flatten(0, 1)
-    # Row by row of one side: one [rows of the other, d] at a time stays in the caches.
-    # ReLU(x + y) = max(x, −y) + y is one pass less, but the gradient of max takes eight times as long as ReLU's.
-    learns = torch.is_grad_enabled()
-    other, of_pair = (key, _relu_of_sum) if learns else (-key, torch.maximum)
+    # Row by row of one side, so that one [rows of the other side, d] at a time stays in the cache. With
+    # ReLU(x + y) = max(x, −y) + y, the second term becomes a matrix product and each row takes one pass less. Training
+    # does not use this, as the gradient of max takes eight times as long as that of ReLU.
+    training = torch.is_grad_enabled()
+    operand, pair_term = (key, _relu_of_sum) if training else (-key, torch.maximum)
     if a <= 2 * b:
-        logits = torch.stack([of_pair(q, other) @ x for q, x in zip(query, aux, strict=True)])
+        logits = torch.stack([pair_term(q, operand) @ x for q, x in zip(query, aux, strict=True)])
     else:
-        logits = torch.stack([(of_pair(query, k) * aux).sum(-1) for k in other], 1)
-    if not learns:
+        logits = torch.stack([(pair_term(query, k) * aux).sum(-1) for k in operand], 1)
+    if not training:
         logits = logits + aux @ key.T
     return logits.view(a, 3, 3, b).softmax(2).mean(1)
 
 
 def _fused_scores(mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """f(u_m, u_e) [m, n] of every pair of a block (eq. 9–12)."""
+    """f(u_m, u_e) [m, n] of every pair of a block (eq. 9–12), from the 3 × 3 inner products of its spaces."""
     aux_m, aux_e = mentions["aux"], entities["aux"]
-    of_entity = _attention(aux_m, mentions["query"], entities["key"])  # [m, 3, n]; u_m = Σ_j of_entity_j aux_e^j
-    of_mention = _attention(aux_e, entities["query"], mentions["key"])
-    of_mention = of_mention.permute(2, 1, 0).contiguous()  # [m, 3, n]; u_e = Σ_i of_mention_i aux_m^i
+    entity_weights = _co_attention(aux_m, mentions["query"], entities["key"])  # [m, 3, n]; u_m = Σ_j weight_j aux_e^j
+    mention_weights = _co_attention(aux_e, entities["query"], mentions["key"])
+    mention_weights = mention_weights.permute(2, 1, 0).contiguous()  # [m, 3, n]; u_e = Σ_i weight_i aux_m^i
     inner = (aux_m.flatten(0, 1) @ aux_e.transpose(0, 1).flatten(0, 1).T).view(len(aux_m), 3, 3, len(aux_e))
-    product = ((inner * of_entity.unsqueeze(1)).sum(2) * of_mention).sum(1)
+    product = ((inner * entity_weights.unsqueeze(1)).sum(2) * mention_weights).sum(1)
     gram_m, gram_e = aux_m @ aux_m.transpose(1, 2), aux_e @ aux_e.transpose(1, 2)
-    length_m = ((gram_e.permute(1, 2, 0) * of_entity.unsqueeze(1)).sum(2) * of_entity).sum(1)  # |u_m|²
-    length_e = ((gram_m @ of_mention) * of_mention).sum(1)  # |u_e|²
-    return product * torch.rsqrt((length_m * length_e).clamp(min=1e-12))
+    norm_m = ((gram_e.permute(1, 2, 0) * entity_weights.unsqueeze(1)).sum(2) * entity_weights).sum(1)  # |u_m|²
+    norm_e = ((gram_m @ mention_weights) * mention_weights).sum(1)  # |u_e|²
+    return product * torch.rsqrt((norm_m * norm_e).clamp(min=1e-12))
 
 
 class ImnPreTrainedModel(PreTrainedModel):
-    """What both IMN models share: configuration, initialisation and the three feature extractors (§3.2–3.3)."""
+    """Base class of the IMN models: configuration, initialisation and the three feature extractors (§3.2–3.3)."""
 
     config: ImnConfig
     config_class = ImnConfig
     base_model_prefix = "imn"
-    accepts_loss_kwargs = False  # the loss is a mean over the batch; the Trainer must scale it when accumulating
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, so the Trainer must scale it when accumulating
     _no_split_modules = []
-    # The model's own attention is PyTorch's; these flags let an implementation pass through to the backbones.
+    # IMN's Transformer is PyTorch's. These flags let an attention implementation reach the backbones.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    #: Submodules that come pretrained; the trainer may give everything else its own learning rate.
+    #: Pretrained submodules. The trainer may give all other parameters another learning rate.
     backbone_names = ("text_model", "vision_model", "joint_model")
-    #: Submodules that training leaves as they are.
+    #: Frozen submodules.
     frozen_names: tuple[str, ...] = ("text_model", "vision_model", "joint_model", "patch_projection")
 
     def _build_extractors(self, config: ImnConfig) -> None:
+        """Builds the encoders that the modalities need; sets `widths` (by modality) and `patch_width`."""
         self.widths: dict[str, int] = {}
         names = config.modalities
         if "text" in names:
@@ -358,25 +344,25 @@ class ImnPreTrainedModel(PreTrainedModel):
             self.widths["text"] = config.text_config.hidden_size  # type: ignore[union-attr]
         if config.vision_config is not None and {"image", "joint"} & set(names):
             self.vision_model = _build_backbone(config.vision_config, False)
-            patch_dim = _last_width(config.vision_config)
+            self.patch_width = _last_width(config.vision_config)
             if "image" in names:
-                self.widths["image"] = patch_dim
+                self.widths["image"] = self.patch_width
         if "joint" in names:
             self.joint_model = _build_backbone(config.joint_config, False)
             hidden: int = config.joint_config.hidden_size  # type: ignore[union-attr]
             if hasattr(self, "vision_model"):
-                self.patch_projection = nn.Linear(patch_dim, hidden)
+                self.patch_projection = nn.Linear(self.patch_width, hidden)
             self.widths["joint"] = hidden
             self._joint_inputs = set(inspect.signature(self.joint_model.forward).parameters)
             if getattr(config.joint_config, "type_vocab_size", 0) < 2:
                 self._joint_inputs -= {"token_type_ids"}
 
     def train(self, mode: bool = True):
-        """As every module's, but what stays as it is stays in evaluation too."""
+        """Sets the training mode; frozen submodules stay in evaluation mode and require no gradient."""
         super().train(mode)
         for name in self.frozen_names:
             if hasattr(self, name):
-                # Here and not only on construction: `from_pretrained` makes new parameters, then sets evaluation.
+                # Not only on construction, because `from_pretrained` replaces the parameters and then calls `eval`.
                 getattr(self, name).eval().requires_grad_(False)
         return self
 
@@ -385,12 +371,12 @@ class ImnPreTrainedModel(PreTrainedModel):
         if isinstance(module, _AlignedConv1d | _AlignedLinear):
             init.copy_(module.weight, module.aligned_weight().to(module.weight))
             init.zeros_(module.bias)  # type: ignore[arg-type]
-        elif isinstance(module, _FaintLinear):
+        elif isinstance(module, _SmallLinear):
             bound = module.scale * module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear | nn.Conv1d):  # PyTorch's own start
+        elif isinstance(module, nn.Linear | nn.Conv1d):  # PyTorch's default
             init.kaiming_uniform_(module.weight, a=5**0.5)
             if module.bias is not None:
                 bound = module.weight[0].numel() ** -0.5
@@ -398,7 +384,7 @@ class ImnPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.MultiheadAttention):
             init.xavier_uniform_(module.in_proj_weight)
             init.zeros_(module.in_proj_bias)
-            if self.config.encoder_init == "aligned":  # after its children
+            if self.config.encoder_init == "aligned":  # overrides out_proj, which was initialised before
                 init.zeros_(module.out_proj.weight)
                 init.zeros_(module.out_proj.bias)
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm1d):
@@ -408,31 +394,31 @@ class ImnPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.running_mean)  # type: ignore[arg-type]
                 init.ones_(module.running_var)  # type: ignore[arg-type]
                 init.zeros_(module.num_batches_tracked)  # type: ignore[arg-type]
-        elif isinstance(module, _LanguageHead):
-            init.zeros_(module.bias)
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **config):
-        """A model whose extractors are pretrained; the joint model starts as a copy of the text encoder.
+        """Builds a model with pretrained extractors. The joint model starts as a copy of the text encoder.
 
         Args:
-            text (`str`, *optional*): Hub id or folder of a BERT-like encoder. Without it, `text_config` describes one that
-                starts untrained.
+            text (`str`, *optional*): Hub id or folder of a BERT-like encoder. Default: an untrained encoder of
+                `text_config`.
             vision (`str`, *optional*): Hub id or folder of DETR or another image encoder. Without it, and without
-                `vision_config`, there are no images.
-            config: fields of [`ImnConfig`].
+                `vision_config`, the model reads no images.
+            config: Fields of [`ImnConfig`].
 
         Raises:
-            `ValueError`: nothing to start from, or a text encoder that is none.
+            `ValueError`: No encoder is given, or `text` is not a text encoder.
         """
         parts: dict[str, Any] = {}
         if text is not None:
             if not hasattr(AutoConfig.from_pretrained(text), "vocab_size"):
-                raise ValueError(f"{text} is no text encoder; give the Hub id or folder of a BERT-like one.")
+                raise ValueError(f"{text} is not a text encoder. Pass the Hub id or folder of a BERT-like one.")
             parts["text_model"] = AutoModel.from_pretrained(text)
             config.setdefault("text_config", _portable_config(parts["text_model"].config))
         elif config.get("text_config") is None and vision is None:
-            raise ValueError("from_backbones needs the Hub id or folder of a text encoder, a vision encoder, or both.")
+            raise ValueError(
+                "No encoder is given. Pass the Hub id or folder of a text encoder, a vision encoder, or both."
+            )
         if vision is not None:
             model = AutoModel.from_pretrained(vision)
             parts["vision_model"] = getattr(model, "vision_model", model)  # the image half of a CLIP
@@ -443,12 +429,12 @@ class ImnPreTrainedModel(PreTrainedModel):
         for name, part in parts.items():
             target = getattr(model, name, None)
             if target is not None:
-                wanted = target.state_dict()
-                target.load_state_dict({k: v for k, v in part.state_dict().items() if k in wanted})
+                target_keys = target.state_dict().keys()
+                target.load_state_dict({k: v for k, v in part.state_dict().items() if k in target_keys})
         return model
 
-    def _text(self, input_ids: torch.Tensor, mask: torch.Tensor) -> Sequence:
-        """States [B, L, d] of the text encoder, zeros where `mask` [B, L] is False."""
+    def _text(self, input_ids: torch.Tensor, mask: torch.Tensor) -> MaskedSequence:
+        """States [B, L, d] of the text encoder, zeros where `mask` [B, L] is False, and the mask."""
         present = mask.any(1)
         out = self._zeros(*input_ids.shape, self.widths["text"])
         if present.any():
@@ -457,35 +443,36 @@ class ImnPreTrainedModel(PreTrainedModel):
             out[present] = states.last_hidden_state
         return out * mask.unsqueeze(-1), mask
 
-    def _patches(self, pixel_values: torch.Tensor | None, image_mask: torch.Tensor) -> Sequence:
-        """Patch tokens [B, n, d]: the output sequence of the vision model, zeros where `image_mask` [B] is False. n is 1
-        in a batch without images."""
-        width = _last_width(self.config.vision_config)
+    def _patches(self, pixel_values: torch.Tensor | None, image_mask: torch.Tensor) -> MaskedSequence:
+        """Patch tokens [B, n, d], the output sequence of the vision model, and their mask [B, n].
+
+        Patches are zeros where `image_mask` [B] is False. In a batch without images, n is 1.
+        """
         if not image_mask.any():
-            return self._zeros(len(image_mask), 1, width), image_mask.unsqueeze(1)
+            return self._zeros(len(image_mask), 1, self.patch_width), image_mask.unsqueeze(1)
         if pixel_values is None:
-            raise ValueError("This model sees images, and there are some: the pixel_values are missing.")
+            raise ValueError("The image mask marks images, but pixel_values are missing. Pass them.")
         patches = self.vision_model(pixel_values=pixel_values[image_mask]).last_hidden_state
-        if patches.dim() == 4:  # a CNN's feature map [B, d, h, w]: every cell is a patch
+        if patches.dim() == 4:  # the feature map [B, d, h, w] of a CNN: every cell is a patch
             patches = patches.flatten(2).transpose(1, 2)
         out = patches.new_zeros(len(image_mask), *patches.shape[1:])
         out[image_mask] = patches
         return out, image_mask.unsqueeze(1).expand(-1, patches.shape[1])
 
-    def _joint(self, input_ids, mask, name_ids, name_mask, patches: Sequence | None):
-        """The joint model's states (§3.2) of "text tokens, mention embedding, patch tokens".
+    def _joint(self, input_ids, mask, name_ids, name_mask, patches: MaskedSequence | None):
+        """States of the joint model (§3.2), which reads text tokens, mention embedding and patch tokens.
 
-        The mention embedding is the mean of the word embeddings of the mention's pieces, one token after the text. (The
-        paper starts it from GloVe, which has other words than the tokenizer.) Patches are numbered from 0 and of the
-        second segment. What there is stands together, padding after it.
+        The mention embedding is the mean of the word embeddings of the mention's pieces, one token after the text.
+        Patches are numbered from 0 and belong to the second segment. Padding is moved to the end of each row.
 
         Args:
-            input_ids, mask [B, L]; name_ids, name_mask [B, K]: text and mention, or `None` for no mentions.
-            patches: tokens [B, n, d] and which there are [B, n], or `None`.
+            input_ids, mask: [B, L], the text.
+            name_ids, name_mask: [B, K], the mention, or `None` for no mentions.
+            patches: Tokens [B, n, d] and mask [B, n], or `None`.
 
         Returns:
-            States [B, S, d], mask [B, S], and the order [B, L + 1 + n] that brought what there is together: position s
-            of a row was its `order[s]`-th, text first, then mention, then patches.
+            States [B, S, d], mask [B, S], and the order [B, L + 1 + n] that moves padding to the end: position s of a
+            row is its `order[s]`-th of text, then mention, then patches.
         """
         words = self.joint_model.get_input_embeddings()
         rows, length = input_ids.shape
@@ -499,63 +486,76 @@ class ImnPreTrainedModel(PreTrainedModel):
             embedded.append(self.patch_projection(patches[0].to(self.patch_projection.weight.dtype)))
             masks.append(patches[1])
             positions.append(torch.arange(patches[1].shape[1], device=mask.device).expand(rows, -1))
-        states, there, places = torch.cat(embedded, 1), torch.cat(masks, 1), torch.cat(positions, 1)
-        segments = (torch.arange(there.shape[1], device=mask.device) > length).long().expand(rows, -1)
-        order = (~there).long().argsort(dim=1, stable=True)
-        width = max(1, int(there.sum(1).max()))
-        kept = order[:, :width]
-        there, places, segments = there.gather(1, kept), places.gather(1, kept), segments.gather(1, kept)
+        states, mask, places = torch.cat(embedded, 1), torch.cat(masks, 1), torch.cat(positions, 1)
+        segments = (torch.arange(mask.shape[1], device=mask.device) > length).long().expand(rows, -1)
+        order = (~mask).long().argsort(dim=1, stable=True)
+        kept = order[:, : max(1, int(mask.sum(1).max()))]
+        mask, places, segments = mask.gather(1, kept), places.gather(1, kept), segments.gather(1, kept)
         limit = getattr(self.config.joint_config, "max_position_embeddings", None)
-        if limit is not None and int((places * there).max()) >= limit:
+        if limit is not None and int((places * mask).max()) >= limit:
             raise ValueError(
-                f"A text of {length} tokens or an image of {states.shape[1] - length - 1} patches does not fit the {limit} "
-                "positions of the joint model; give the processor a smaller max_length."
+                f"A text of {length} tokens or an image of {states.shape[1] - length - 1} patches exceeds the {limit} "
+                "positions of the joint model. Set a smaller max_length in the processor."
             )
         states = states.gather(1, kept.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
-        present = there.any(1)
+        present = mask.any(1)
         out = torch.zeros_like(states)
         if present.any():
-            inputs = {"position_ids": (places * there)[present], "token_type_ids": (segments * there)[present]}
+            inputs = {"position_ids": (places * mask)[present], "token_type_ids": (segments * mask)[present]}
             inputs = {name: value for name, value in inputs.items() if name in self._joint_inputs}
-            found = self.joint_model(
-                inputs_embeds=states[present], attention_mask=there[present].long(), **inputs
+            present_states = self.joint_model(
+                inputs_embeds=states[present], attention_mask=mask[present].long(), **inputs
             ).last_hidden_state
-            out = out.to(found.dtype).index_put((present,), found)
-        return out * there.unsqueeze(-1), there, order
+            out = out.to(present_states.dtype).index_put((present,), present_states)
+        return out * mask.unsqueeze(-1), mask, order
 
-    def _features(self, side, modalities, input_ids, mask, name_ids, name_mask, pixel_values, image_mask):
-        """The sequence of each modality (§3.3) of B mentions or posts."""
-        reads_text = {"text", "joint"} & set(modalities)
-        if reads_text and input_ids is None:
-            raise ValueError(f"This model reads text: {side}_input_ids is missing.")
-        if input_ids is not None:
-            mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-        patches = None
+    def _extract(
+        self, side: str, modalities: Iterable[str], inputs: Mapping[str, torch.Tensor | None]
+    ) -> dict[str, MaskedSequence]:
+        """Runs the feature extractors (§3.3) on B mentions or posts.
+
+        Args:
+            side: "mention" or "post", the prefix of the inputs.
+            modalities: The modalities to extract.
+            inputs: Fields of [`PostInputs`], with the prefix.
+
+        Returns:
+            `dict` of modality → sequence.
+        """
+        post = PostInputs(**{name.removeprefix(f"{side}_"): tensor for name, tensor in inputs.items()})
+        text_mask = patches = None
+        if post.input_ids is not None:
+            text_mask = post.attention_mask
+            text_mask = torch.ones_like(post.input_ids, dtype=torch.bool) if text_mask is None else text_mask.bool()
+        elif {"text", "joint"} & set(modalities):
+            raise ValueError(f"{side}_input_ids is missing. Pass it, as this model reads text.")
         if hasattr(self, "vision_model") and {"image", "joint"} & set(modalities):
+            image_mask = post.image_mask
             if image_mask is None:
-                if pixel_values is None:
-                    raise ValueError(f"This model sees images: {side}_image_mask is missing.")
-                image_mask = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
-            patches = self._patches(pixel_values, image_mask.bool())
-        found: dict[str, Sequence] = {}
+                if post.pixel_values is None:
+                    raise ValueError(f"{side}_image_mask is missing. Pass it, as this model reads images.")
+                image_mask = torch.ones(len(post.pixel_values), dtype=torch.bool, device=post.pixel_values.device)
+            patches = self._patches(post.pixel_values, image_mask.bool())
+        sequences: dict[str, MaskedSequence] = {}
         for modality in modalities:
             if modality == "text":
-                found[modality] = self._text(input_ids, mask)
+                sequences[modality] = self._text(post.input_ids, text_mask)
             elif modality == "image":
-                found[modality] = patches
+                sequences[modality] = patches
             else:
-                name_mask = None if name_mask is None else name_mask.bool()
-                found[modality] = self._joint(input_ids, mask, name_ids, name_mask, patches)[:2]
-        return found
+                name_mask = None if post.name_mask is None else post.name_mask.bool()
+                sequences[modality] = self._joint(post.input_ids, text_mask, post.name_ids, name_mask, patches)[:2]
+        return sequences
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
 class ImnModel(ImnPreTrainedModel):
-    """IMN, a retriever: mentions and entities are encoded apart, each pair is scored by co-attention of their spaces.
+    """IMN, a retriever: encodes mentions and entities apart and scores every pair by co-attention of their spaces.
 
-    An entity is its prototypes (§3.3), rows of which are made beforehand of the posts about it, with [`encode_posts`].
+    An entity is represented by its prototypes (§3.3), which are chosen beforehand among the features that
+    [`~ImnModel.encode_posts`] returns for the posts about it.
 
     ```python
     >>> from transformers import AutoModel, AutoProcessor
@@ -582,138 +582,87 @@ class ImnModel(ImnPreTrainedModel):
             self.mention_to_entity = CoAttention(config)
             self.entity_to_mention = CoAttention(config)
         self.post_init()
-        self.train()  # fixes the extractors
+        self.train()  # freezes the extractors
 
     @property
     def num_prototypes(self) -> int:
-        """k, the most prototypes of an entity in one modality."""
+        """Maximal number k of prototypes of an entity in one modality."""
         return self.config.num_prototypes
 
     @torch.no_grad()
-    def encode_posts(
-        self,
-        post_input_ids: torch.LongTensor | None = None,
-        post_attention_mask: torch.Tensor | None = None,
-        post_name_ids: torch.LongTensor | None = None,
-        post_name_mask: torch.Tensor | None = None,
-        post_pixel_values: torch.Tensor | None = None,
-        post_image_mask: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """The vertices of the similarity graphs (§3.3): one feature vector per post and modality of the entities.
+    def encode_posts(self, **post_inputs: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Encodes P posts for the similarity graphs (§3.3): one feature vector per post and modality of the entities.
 
-        Args: as those of [`encode_mentions`], of P posts.
+        Args:
+            post_inputs: Fields of [`PostInputs`], with the prefix `post_`.
 
         Returns:
-            `dict` of, for each of `config.entity_modalities`, a tensor [P, d] named like it, the mean of the extractor's
-            states over what is not padding, and `<modality>_present` [P] (bool). Zeros where a post lacks the modality.
+            `dict` with, for each of `config.entity_modalities`, the mean of the extractor's states [P, d] by the name of
+            the modality, zeros if a post lacks it, and `<modality>_present` [P] (bool).
         """
-        sequences = self._features(
-            "post",
-            self.config.entity_modalities,
-            post_input_ids,
-            post_attention_mask,
-            post_name_ids,
-            post_name_mask,
-            post_pixel_values,
-            post_image_mask,
-        )
-        found: dict[str, torch.Tensor] = {}
-        for modality, (states, mask) in sequences.items():
-            found[modality], found[f"{modality}_present"] = masked_mean(states, mask), mask.any(1)
-        return found
+        features: dict[str, torch.Tensor] = {}
+        for modality, (states, mask) in self._extract("post", self.config.entity_modalities, post_inputs).items():
+            features[modality], features[f"{modality}_present"] = masked_mean(states, mask), mask.any(1)
+        return features
 
     @torch.no_grad()
-    def mention_features(self, **mention_inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the extractors, which training leaves as they are, make of M mentions.
+    def mention_features(self, **mention_inputs: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Returns the states of the frozen extractors for M mentions, for caching.
 
-        Args: as those of [`encode_mentions`].
+        Args:
+            mention_inputs: Fields of [`PostInputs`], with the prefix `mention_`.
 
         Returns:
-            `dict` of, for each of `config.mention_modalities`, states [M, S, d] named like it, and `<modality>_mask` [M, S].
+            `dict` with, for each of `config.mention_modalities`, states [M, S, d] by the name of the modality and
+            `<modality>_mask` [M, S].
         """
-        names = ("input_ids", "attention_mask", "name_ids", "name_mask", "pixel_values", "image_mask")
-        inputs = (mention_inputs.get(f"mention_{name}") for name in names)
-        found: dict[str, torch.Tensor] = {}
-        for modality, (states, mask) in self._features("mention", self.config.mention_modalities, *inputs).items():
-            found |= {modality: states, f"{modality}_mask": mask}
-        return found
+        features: dict[str, torch.Tensor] = {}
+        for modality, (states, mask) in self._extract(
+            "mention", self.config.mention_modalities, mention_inputs
+        ).items():
+            features |= {modality: states, f"{modality}_mask": mask}
+        return features
 
-    def encode_mentions(
-        self,
-        mention_input_ids: torch.LongTensor | None = None,
-        mention_attention_mask: torch.Tensor | None = None,
-        mention_name_ids: torch.LongTensor | None = None,
-        mention_name_mask: torch.Tensor | None = None,
-        mention_pixel_values: torch.Tensor | None = None,
-        mention_image_mask: torch.Tensor | None = None,
-        mention_features_text: torch.Tensor | None = None,
-        mention_features_text_mask: torch.Tensor | None = None,
-        mention_features_image: torch.Tensor | None = None,
-        mention_features_image_mask: torch.Tensor | None = None,
-        mention_features_joint: torch.Tensor | None = None,
-        mention_features_joint_mask: torch.Tensor | None = None,
-    ) -> ImnEncodings:
+    def encode_mentions(self, **mention_inputs: torch.Tensor | None) -> ImnEncodings:
         """Encodes M mentions.
 
         Args:
-            mention_input_ids, mention_attention_mask ([M, L]): the text; a mask of zeros for none.
-            mention_name_ids, mention_name_mask ([M, K], *optional*): the mention's pieces; a mask of zeros for none.
-            mention_pixel_values ([M, 3, H, W], *optional*): not needed where no mention has an image.
-            mention_image_mask ([M], *optional*): which have one. Default: all.
-            mention_features_<modality>, mention_features_<modality>_mask ([M, S, d], [M, S], *optional*): what
-                [`~ImnModel.mention_features`] gave, in place of all of the above.
+            mention_inputs: Fields of [`PostInputs`], with the prefix `mention_`. Or, in their place, the cached result of
+                [`~ImnModel.mention_features`]: `mention_features_<modality>` [M, S, d] and
+                `mention_features_<modality>_mask` [M, S].
         """
-        sequences: dict[str, Sequence] = {}
-        given = {
-            "text": (mention_features_text, mention_features_text_mask),
-            "image": (mention_features_image, mention_features_image_mask),
-            "joint": (mention_features_joint, mention_features_joint_mask),
-        }
-        for modality, (states, states_mask) in given.items():
-            if states is not None and states_mask is not None:
-                sequences[modality] = (states, states_mask.bool())
+        sequences: dict[str, MaskedSequence] = {}
+        for modality in self.config.mention_modalities or ():
+            states = mention_inputs.get(f"mention_features_{modality}")
+            mask = mention_inputs.get(f"mention_features_{modality}_mask")
+            if states is not None and mask is not None:
+                sequences[modality] = (states, mask.bool())
         if not sequences:
-            sequences = self._features(
-                "mention",
-                self.config.mention_modalities,
-                mention_input_ids,
-                mention_attention_mask,
-                mention_name_ids,
-                mention_name_mask,
-                mention_pixel_values,
-                mention_image_mask,
-            )
+            sequences = self._extract("mention", self.config.mention_modalities, mention_inputs)
         aux = self.mention_encoder(sequences)
         if not self.config.co_attention:
             return ImnEncodings(aux=aux)
         return ImnEncodings(aux=aux, query=self.mention_to_entity.query(aux), key=self.entity_to_mention.key(aux))
 
-    def encode_entities(
-        self,
-        entity_prototypes_text: torch.Tensor | None = None,
-        entity_prototypes_text_mask: torch.Tensor | None = None,
-        entity_prototypes_image: torch.Tensor | None = None,
-        entity_prototypes_image_mask: torch.Tensor | None = None,
-        entity_prototypes_joint: torch.Tensor | None = None,
-        entity_prototypes_joint_mask: torch.Tensor | None = None,
-    ) -> ImnEncodings:
-        """Encodes N entities: of each modality, prototypes [N, k, d] and which there are [N, k]."""
-        given = {
-            "text": (entity_prototypes_text, entity_prototypes_text_mask),
-            "image": (entity_prototypes_image, entity_prototypes_image_mask),
-            "joint": (entity_prototypes_joint, entity_prototypes_joint_mask),
-        }
-        sequences: dict[str, Sequence] = {}
+    def encode_entities(self, **entity_inputs: torch.Tensor | None) -> ImnEncodings:
+        """Encodes N entities.
+
+        Args:
+            entity_inputs: For each of `config.entity_modalities`, the prototypes `entity_prototypes_<modality>` [N, k, d]
+                and `entity_prototypes_<modality>_mask` [N, k].
+        """
+        sequences: dict[str, MaskedSequence] = {}
         for modality in self.config.entity_modalities or ():
-            prototypes, mask = given[modality]
+            name = f"entity_prototypes_{modality}"
+            prototypes, mask = entity_inputs.get(name), entity_inputs.get(f"{name}_mask")
             if prototypes is None or mask is None:
                 raise ValueError(
-                    f"This model has entities of {modality} prototypes: entity_prototypes_{modality} or its mask is missing."
+                    f"{name} or its mask is missing. Pass both, as this model reads {modality} prototypes."
                 )
             if prototypes.shape[-1] != self.widths[modality]:
                 raise ValueError(
-                    f"entity_prototypes_{modality} are {prototypes.shape[-1]} wide, this model's extractor makes them "
-                    f"{self.widths[modality]}; make them with encode_posts of this model."
+                    f"{name} are {prototypes.shape[-1]} wide, but this model's features are {self.widths[modality]} wide. "
+                    "Compute them with encode_posts of this model."
                 )
             sequences[modality] = (prototypes, mask.bool())
         aux = self.entity_encoder(sequences)
@@ -724,21 +673,21 @@ class ImnModel(ImnPreTrainedModel):
     def unit_scores(
         self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Empty: "we only use the fusion space" (§3.4.3), which is one part."""
+        """Returns an empty `dict`: inference uses the fused space alone (§3.4.3), so the score has one part."""
         return {}
 
     def space_scores(
         self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]
     ) -> dict[int, torch.Tensor]:
-        """f(aux_m^s, aux_e^s) of every pair, each [M, N], for the spaces s of `config.spaces`."""
+        """f(aux_m^s, aux_e^s) of every pair, s → [M, N], for the spaces s of `config.spaces`."""
         with torch.autocast(self.device.type, enabled=False):
-            a, b = (F.normalize(_full(side["aux"]), dim=-1) for side in (mentions, entities))
+            a, b = (F.normalize(_to_float32(side["aux"]), dim=-1) for side in (mentions, entities))
             return {space: a[:, space - 1] @ b[:, space - 1].T for space in self.config.spaces or ()}
 
     def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """f(u_m, u_e) [M, N] (eq. 9–12), the cosine in the fused space; float32 even under autocast."""
-        mentions = {name: _full(tensor) for name, tensor in mentions.items()}
-        entities = {name: _full(tensor) for name, tensor in entities.items()}
+        """f(u_m, u_e) [M, N] (eq. 9–12), the cosine in the fused space, in float32 even under autocast."""
+        mentions = {name: _to_float32(tensor) for name, tensor in mentions.items()}
+        entities = {name: _to_float32(tensor) for name, tensor in entities.items()}
         aux = mentions["aux"]
         if not self.config.co_attention:
             with torch.autocast(aux.device.type, enabled=False):
@@ -756,55 +705,22 @@ class ImnModel(ImnPreTrainedModel):
                 rows.append(torch.cat(columns, 1))
             return torch.cat(rows)
 
-    def forward(
-        self,
-        mention_input_ids: torch.LongTensor | None = None,
-        mention_attention_mask: torch.Tensor | None = None,
-        mention_name_ids: torch.LongTensor | None = None,
-        mention_name_mask: torch.Tensor | None = None,
-        mention_pixel_values: torch.Tensor | None = None,
-        mention_image_mask: torch.Tensor | None = None,
-        mention_features_text: torch.Tensor | None = None,
-        mention_features_text_mask: torch.Tensor | None = None,
-        mention_features_image: torch.Tensor | None = None,
-        mention_features_image_mask: torch.Tensor | None = None,
-        mention_features_joint: torch.Tensor | None = None,
-        mention_features_joint_mask: torch.Tensor | None = None,
-        entity_prototypes_text: torch.Tensor | None = None,
-        entity_prototypes_text_mask: torch.Tensor | None = None,
-        entity_prototypes_image: torch.Tensor | None = None,
-        entity_prototypes_image_mask: torch.Tensor | None = None,
-        entity_prototypes_joint: torch.Tensor | None = None,
-        entity_prototypes_joint_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-    ) -> ImnOutput:
-        """
+    def forward(self, *, labels: torch.LongTensor | None = None, **inputs: torch.Tensor | None) -> ImnOutput:
+        """Scores M mentions against N entities and, given labels, computes the loss.
+
         Args:
-            labels (`torch.LongTensor` [M], *optional*): the column of each mention's gold among the N entities.
-                Every other column is a negative, so an entity must not stand in two columns.
+            labels (`torch.LongTensor` [M], *optional*): Column of each mention's gold among the N entities. All other
+                columns are negatives, so every entity may have one column only.
+            inputs: Arguments of [`~ImnModel.encode_mentions`] and [`~ImnModel.encode_entities`].
         """
-        mentions = self.encode_mentions(
-            mention_input_ids,
-            mention_attention_mask,
-            mention_name_ids,
-            mention_name_mask,
-            mention_pixel_values,
-            mention_image_mask,
-            mention_features_text,
-            mention_features_text_mask,
-            mention_features_image,
-            mention_features_image_mask,
-            mention_features_joint,
-            mention_features_joint_mask,
-        )
-        entities = self.encode_entities(
-            entity_prototypes_text,
-            entity_prototypes_text_mask,
-            entity_prototypes_image,
-            entity_prototypes_image_mask,
-            entity_prototypes_joint,
-            entity_prototypes_joint_mask,
-        )
+        sides: dict[str, dict[str, torch.Tensor | None]] = {"mention": {}, "entity": {}}
+        for name, tensor in inputs.items():
+            side = name.partition("_")[0]
+            if side not in sides:
+                raise TypeError(f"{type(self).__name__}.forward has no argument {name!r}.")
+            sides[side][name] = tensor
+        mentions = self.encode_mentions(**sides["mention"])
+        entities = self.encode_entities(**sides["entity"])
         scores = self.score(mentions, entities)
         loss = space_scores = None
         if labels is not None:
@@ -816,149 +732,14 @@ class ImnModel(ImnPreTrainedModel):
         return ImnOutput(loss=loss, scores=scores, unit_scores={}, space_scores=space_scores)
 
     def _margin_loss(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Eq. 13, corrected: what comes within the margin of the gold, over all other entities; mean over mentions."""
+        """Margin loss (eq. 13, corrected): summed over all other entities, averaged over mentions."""
         gold = scores.gather(1, labels.unsqueeze(1))
         columns = torch.arange(scores.shape[1], device=scores.device)
         return (F.relu(self.config.margin - gold + scores) * (columns != labels.unsqueeze(1))).sum(1).mean()
 
 
-class _LanguageHead(nn.Module):
-    """Vocabulary logits of states, by the word embeddings that they were made from."""
-
-    def __init__(self, hidden: int, words: int):
-        super().__init__()
-        self.fc, self.norm = nn.Linear(hidden, hidden), nn.LayerNorm(hidden)
-        self.bias = nn.Parameter(torch.zeros(words))
-
-    def forward(self, states: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.norm(F.gelu(self.fc(states))), embeddings, self.bias)
-
-
-class ImnForKnowledgePreTraining(ImnPreTrainedModel):
-    """Knowledge-guided pre-training of the joint model (§3.2), with the three losses of FashionBERT.
-
-    Its extractors are those of an [`ImnModel`], by the same names: what it learned loads there. It learns from texts
-    whose image is theirs or that of a post about another entity:
-
-    - language: cross entropy of the words that the processor hid, knowledge-guided or at random;
-    - patch: hidden patches are zeros; KL(softmax(patch feature) ‖ softmax(prediction)), mean over them. The target is the
-      vision model's output;
-    - matching: cross entropy of "the image is the text's own", from the first token. Which other image comes in its place
-      is a matter of how batches are drawn: knowledge-guided, of a post whose entity shares the mention's surface.
-
-    The sum is adaptive. FashionBERT minimises over the weights, which gives w_i ∝ 1 / (K − |∇l_i|²) for K tasks; its
-    published form puts softmax(l)_i for |∇l_i|, which is followed here:
-
-        w_i = (K − softmax(l)_i²)⁻¹ / Σ_j (K − softmax(l)_j²)⁻¹,   loss = Σ_i w_i l_i,
-
-    K the number of tasks that the batch has examples of, and no gradient through w. As published, words and patches are
-    predicted in pairs that do not belong together too. A model without images learns from words alone.
-    """
-
-    main_input_name = "input_ids"
-    frozen_names = ("text_model", "vision_model")
-
-    def __init__(self, config: ImnConfig):
-        super().__init__(config)
-        if "joint" not in config.modalities:
-            raise ValueError(
-                "Pre-training is of the joint model, which this configuration lacks; add 'joint' to mention_modalities or "
-                "entity_modalities."
-            )
-        self._build_extractors(config)
-        hidden = self.widths["joint"]
-        embeddings: Any = self.joint_model.get_input_embeddings()
-        self.language_head = _LanguageHead(hidden, embeddings.num_embeddings)
-        if hasattr(self, "vision_model"):
-            patch_dim = _last_width(config.vision_config)
-            self.patch_head = nn.Sequential(
-                nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, patch_dim)
-            )
-            self.matching_head = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 2))
-        self.post_init()
-        self.train()  # fixes the other extractors
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor,
-        name_ids: torch.LongTensor | None = None,
-        name_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_mask: torch.Tensor | None = None,
-        partners: torch.LongTensor | None = None,
-        mask_seeds: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        matching_labels: torch.LongTensor | None = None,
-    ) -> ImnForKnowledgePreTrainingOutput:
-        """
-        Args:
-            input_ids, attention_mask ([P, L]): the texts, words hidden.
-            name_ids, name_mask ([P, K], *optional*): the pieces of their mentions, hidden where they are in the text.
-            pixel_values ([P, 3, H, W], *optional*): the images; not needed where no post has one.
-            image_mask ([P], *optional*): which posts have one.
-            partners ([P], *optional*): the post whose image each text is read with. Default: its own.
-            mask_seeds ([P], *optional*): seeds of which patches are hidden. Default: none are.
-            labels ([P, L], *optional*): the hidden words; -100 elsewhere.
-            matching_labels ([P], *optional*): 0 = the image is the text's own, 1 = another's, -100 = there is none.
-        """
-        mask = attention_mask.bool()
-        name_mask = None if name_mask is None else name_mask.bool()
-        patches, hidden_patches = None, None
-        if hasattr(self, "vision_model"):
-            if image_mask is None:
-                image_mask = torch.full_like(mask[:, 0], pixel_values is not None)
-            features, there = self._patches(pixel_values, image_mask.bool())
-            if partners is not None:
-                features, there = features[partners], there[partners]
-            hidden_patches = self._hidden_patches(there, mask_seeds)
-            patches = (features * ~hidden_patches.unsqueeze(-1), there)
-        states, _, order = self._joint(input_ids, mask, name_ids, name_mask, patches)
-        logits = None if patches is None else self.matching_head(states[:, 0])
-        states = F.pad(states, (0, 0, 0, order.shape[1] - states.shape[1]))
-        states = states.gather(1, order.argsort(1).unsqueeze(-1).expand_as(states))  # back to where each came from
-        length = input_ids.shape[1]
-        losses: dict[str, torch.Tensor] = {}
-        if labels is not None:
-            hidden_words = labels >= 0
-            if hidden_words.any():
-                embeddings = self.joint_model.get_input_embeddings().weight
-                words = self.language_head(states[:, :length][hidden_words], embeddings)
-                losses["language"] = F.cross_entropy(words.float(), labels[hidden_words])
-            if hidden_patches is not None and hidden_patches.any():
-                found = self.patch_head(states[:, length + 1 :][hidden_patches]).float().log_softmax(-1)
-                target = features[hidden_patches].float().log_softmax(-1)
-                losses["patch"] = F.kl_div(found, target, reduction="batchmean", log_target=True)
-        if logits is not None and matching_labels is not None and (matching_labels >= 0).any():
-            losses["matching"] = F.cross_entropy(logits.float(), matching_labels, ignore_index=-100)
-        loss, weights = None, {}
-        if labels is not None:
-            loss = states.sum() * 0.0  # a batch may have examples of nothing
-            if losses:
-                stacked = torch.stack(list(losses.values()))
-                adaptive = _adaptive_weights(stacked.detach())
-                weights = dict(zip(losses, adaptive, strict=True))
-                loss = loss + (adaptive * stacked).sum()
-        return ImnForKnowledgePreTrainingOutput(
-            loss=loss, task_losses=losses or None, task_weights=weights or None, logits=logits
-        )
-
-    def _hidden_patches(self, there: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor:
-        """Which patches [P, n] are hidden: each with `config.patch_mask_probability`, by the seed of its example."""
-        if seeds is None:
-            return torch.zeros_like(there)
-        draws = [torch.rand(there.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()]
-        return (torch.stack(draws) < self.config.patch_mask_probability).to(there.device) & there
-
-
-def _adaptive_weights(losses: torch.Tensor) -> torch.Tensor:
-    """Weights [K] of K losses [K]: (K − softmax(l)²)⁻¹, normalised to sum 1."""
-    inverse = 1 / (len(losses) - losses.softmax(0).square()) if len(losses) > 1 else torch.ones_like(losses)
-    return inverse / inverse.sum()
-
-
-def _full(x: torch.Tensor) -> torch.Tensor:
-    """Half precision (of an autocast, or of a knowledge base on disk) as float32; anything else as it is."""
+def _to_float32(x: torch.Tensor) -> torch.Tensor:
+    """Casts half precision (from autocast, or stored on disk) to float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -986,4 +767,4 @@ def _last_width(config) -> int:
     return sizes[-1] if sizes else config.hidden_size
 
 
-__all__ = ["ImnForKnowledgePreTraining", "ImnModel", "ImnPreTrainedModel"]
+__all__ = ["ImnModel", "ImnPreTrainedModel"]

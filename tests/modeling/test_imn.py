@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoModelForPreTraining
 
 import hf_mel  # noqa: F401 (registers the methods)
-from hf_mel.modeling.imn import ImnConfig, ImnForKnowledgePreTraining, ImnModel, modeling_imn
+from hf_mel.modeling.imn import ImnConfig, ImnForKnowledgePreTraining, ImnModel, modeling_imn, pretraining_imn
 from hf_mel.protocols import Retriever
 from tests.modeling import direct_imn
 
@@ -125,14 +125,7 @@ def plain(sequences, count):
 
 def read(model, batch):
     """What both encoding networks read, item by item (the extractors are tested elsewhere)."""
-    of_mentions = model._features(
-        "mention",
-        model.config.mention_modalities,
-        *(
-            batch.get(f"mention_{name}")
-            for name in ("input_ids", "attention_mask", "name_ids", "name_mask", "pixel_values", "image_mask")
-        ),
-    )
+    of_mentions = model._extract("mention", model.config.mention_modalities, side(batch, "mention"))
     of_entities = {
         name: (batch[f"entity_prototypes_{name}"], batch[f"entity_prototypes_{name}_mask"])
         for name in model.config.entity_modalities
@@ -246,10 +239,8 @@ def test_gradients_are_those_of_finite_differences():
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch_for(model, 4, 4).items()}
     labels, step = torch.tensor([2, 0, 3, 1]), 1e-6
     with torch.no_grad():
-        features = model._features(
-            "mention", [T], *(batch[f"mention_{name}"] for name in ("input_ids", "attention_mask")), *[None] * 4
-        )
-    model._features = lambda *_: features  # they do not change, and take most of the time
+        sequences = model._extract("mention", [T], side(batch, "mention"))
+    model._extract = lambda *_: sequences  # constant, and most of the time
     model(**batch, labels=labels).loss.backward()
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(learning) > 60
@@ -355,8 +346,8 @@ def test_scores_with_and_without_gradients_are_the_same(counts):
 def test_large_batches_are_padded_in_parts():
     """The same aux as one by one, of more items than one part has, with unlike lengths in every modality."""
     model = build()
-    batch = batch_for(model, mentions=41, entities=modeling_imn._LEAST_PARTED)
-    for name, count in (("mention", 41), ("entity", modeling_imn._LEAST_PARTED)):
+    batch = batch_for(model, mentions=41, entities=modeling_imn._MIN_BATCH_TO_GROUP)
+    for name, count in (("mention", 41), ("entity", modeling_imn._MIN_BATCH_TO_GROUP)):
         encode = model.encode_mentions if name == "mention" else model.encode_entities
         with torch.no_grad():
             whole = encode(**side(batch, name)).aux
@@ -563,10 +554,10 @@ def test_pretraining_is_the_adaptive_sum_of_the_three_losses():
 
 
 def test_adaptive_weights_favour_the_hard_task_and_have_no_gradient():
-    weights = modeling_imn._adaptive_weights(torch.tensor([3.0, 1.0]))
+    weights = pretraining_imn._adaptive_weights(torch.tensor([3.0, 1.0]))
     assert weights[0] > weights[1]
     assert weights.sum() == 1
-    assert modeling_imn._adaptive_weights(torch.tensor([5.0])).tolist() == [1.0]
+    assert pretraining_imn._adaptive_weights(torch.tensor([5.0])).tolist() == [1.0]
     model = build(ImnForKnowledgePreTraining).train()
     batch = pretraining_batch()
     out = model(**batch)
@@ -689,7 +680,7 @@ def test_from_backbones_takes_the_pretrained_weights(tmp_path):
         joint.joint_model.state_dict()["embeddings.word_embeddings.weight"],
         parts["text"].state_dict()["embeddings.word_embeddings.weight"],
     )
-    with pytest.raises(ValueError, match="no text encoder"):
+    with pytest.raises(ValueError, match="not a text encoder"):
         ImnModel.from_backbones(text=vision)
     with pytest.raises(ValueError, match="text encoder"):
         ImnModel.from_backbones()
