@@ -7,63 +7,64 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-#: The modalities of §3.3: m_t, m_v, m_o of a mention and e_t, e_v, e_o of an entity.
+#: Modalities of §3.3: m_t, m_v, m_o of a mention and e_t, e_v, e_o of an entity.
 MODALITIES = ("text", "image", "joint")
 
 
 class ImnConfig(PreTrainedConfig):
     r"""
-    Configuration of an [`ImnModel`] or [`ImnForKnowledgePreTraining`]. With no encoder given, they are the paper's: BERT
-    base and DETR with a ResNet-50. The paper gives no widths and no numbers of layers; those here are ours.
+    Configuration of an [`ImnModel`] or [`ImnForKnowledgePreTraining`]. Without any encoder, the encoders are the paper's:
+    BERT base and DETR with a ResNet-50. The paper gives no widths and no numbers of layers, so those defaults are ours.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            A BERT-like encoder, the text's feature extractor.
+            A BERT-like encoder, the feature extractor of text.
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
-            The images' feature extractor: DETR, whose decoder's output sequence is taken, or any image encoder whose
-            output is a sequence or a feature map. Without it there are no images.
+            The feature extractor of images: DETR, of which the output of the decoder is used, or any image encoder whose
+            output is a sequence or a feature map. Default: no images.
         joint_config (`PreTrainedConfig` or `dict`, *optional*):
-            The Transformer of §3.2 over text tokens, mention embedding and patch tokens. Default: as `text_config`.
+            The Transformer of §3.2 over text tokens, mention embedding and patch tokens. Default: `text_config`.
         mention_modalities, entity_modalities (`list[str]`, *optional*):
-            Which of `"text"`, `"image"`, `"joint"` each side has: the rows of Table 3. Default: all with a
-            `vision_config`, else text alone.
+            The modalities of a side, out of `"text"`, `"image"`, `"joint"` (the rows of Table 3). Default: all if
+            `vision_config` is given, otherwise text alone.
         spaces (`list[int]`, *optional*):
-            The auxiliary spaces (1, 2, 3) whose own loss joins eq. 14: the rows of Table 4. Default: all. The fused space
-            reads all three in any case.
+            The auxiliary spaces (1, 2, 3) whose loss is part of eq. 14 (the rows of Table 4). Default: all. The fused
+            space is computed from all three in any case.
         co_attention (`bool`, *optional*, defaults to `True`):
-            Whether the fused space is made by co-attention (§3.4.2). Without it u is the mean of a side's own auxiliary
-            spaces: an ablation that the paper does not have.
+            Whether the fused space is made by co-attention (§3.4.2). Without it, u is the mean of the auxiliary spaces of
+            its side, an ablation that is not in the paper.
         num_prototypes (`int`, *optional*, defaults to 10):
-            k, the most prototypes of an entity and modality (§3.3).
+            k, the maximal number of prototypes of an entity in one modality (§3.3).
         prototype_selection (`str`, *optional*, defaults to `"pagerank"`):
-            How they are chosen: by PageRank, or at `"random"` (Figure 4).
+            How prototypes are chosen: by `"pagerank"`, or at `"random"` (Figure 4).
         entity_prototype (`bool`, *optional*, defaults to `False`):
-            Whether the entity itself (name, description, attributes, first image) is always the first of them. Not in the
-            paper, whose entities are accounts.
+            Whether the first prototype is always the entity itself (name, description, attributes, first image). Not in
+            the paper, whose entities are accounts.
         encoder_init (`str`, *optional*, defaults to `"default"`):
-            How the encoding networks start: `"default"`, at random; or `"aligned"`, both as the same map of single tokens,
-            the Transformer as a LayerNorm of each, co-attention nearly even, so that the auxiliary spaces start as
-            projections of what the extractors know. Not in the paper; needs both sides to have the same modalities.
+            Initialisation of the encoding networks. `"default"` is random. With `"aligned"`, both networks start as the
+            same map of single tokens, the Transformer as a LayerNorm of each token, and co-attention nearly uniform, so
+            that the auxiliary spaces start as projections of the extractors' features. Not in the paper. Needs the same
+            modalities on both sides.
         hidden_dim (`int`, *optional*, defaults to 256):
-            Width of the Dilated CNN's and the Transformer's outputs (eq. 1, 4).
+            Width of the outputs of the Dilated CNN and the Transformer (eq. 1, 4).
         aux_dim (`int`, *optional*, defaults to 128):
-            d, the width of the auxiliary spaces (eq. 3, 5, 8). Scoring costs 18 d multiplications per pair.
+            d, the width of the auxiliary spaces (eq. 3, 5, 8). Scoring takes 18 d multiplications per pair.
         dilations (`list[int]`, *optional*):
-            Rates of the Dilated CNN's layers (kernel size 3). Default: 1, 2, 4.
+            Dilation rates of the Dilated CNN, one layer each. Default: 1, 2, 4.
         num_layers, num_heads (`int`, *optional*, defaults to 1 and 4):
-            The Transformer of eq. 4.
+            Layers and attention heads of the Transformer of eq. 4.
         conv_dim (`int`, *optional*, defaults to 128):
             Channels of each of the four Conv1D blocks (eq. 6).
         dropout (`int` or `float`, *optional*, defaults to 0.2):
-            Dropout (§4.2), before the linear maps of eq. 3, 5 and 8 and in the Transformer.
+            Dropout rate (§4.2), before the linear maps of eq. 3, 5 and 8 and in the Transformer.
         margin (`int` or `float`, *optional*, defaults to 0.2):
             γ of eq. 13.
         loss_weights (`list[float]`, *optional*):
             τ_1, τ_2, τ_3, τ_4 of eq. 14. Default: 0.5, 0.5, 0.5, 1.
         patch_mask_probability (`int` or `float`, *optional*, defaults to 0.15):
-            Share of the patches that pre-training hides.
+            Share of the patches that pre-training masks.
         nil_threshold (`int` or `float`, *optional*):
-            A mention whose best score is below it is NIL. `None`: never NIL.
+            A mention whose best score is below it is predicted NIL. Default: never NIL.
     """
 
     model_type: ClassVar[str] = "imn"
@@ -99,14 +100,14 @@ class ImnConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.text_config is None and self.vision_config is None and self.joint_config is None:
             self.text_config = {}
-            if not self._lists() or "image" in self._lists():
+            if not self._all_modalities() or "image" in self._all_modalities():
                 self.vision_config = {}
         default = list(MODALITIES) if self.vision_config is not None else ["text"]
         if self.mention_modalities is None:
             self.mention_modalities = list(default)
         if self.entity_modalities is None:
             self.entity_modalities = list(default)
-        if self.joint_config is None and "joint" in self._lists() and self.text_config is not None:
+        if self.joint_config is None and "joint" in self._all_modalities() and self.text_config is not None:
             text = self.text_config
             self.joint_config = dict(text) if isinstance(text, dict) else text.to_dict()
         super().__post_init__(**kwargs)
@@ -118,26 +119,26 @@ class ImnConfig(PreTrainedConfig):
             self.loss_weights = [0.5, 0.5, 0.5, 1.0]
         self._check()
 
-    def _lists(self) -> list[str]:
+    def _all_modalities(self) -> list[str]:
         return [*(self.mention_modalities or ()), *(self.entity_modalities or ())]
 
     @property
     def modalities(self) -> list[str]:
-        """Those of either side, in the order of [`MODALITIES`]."""
-        return [modality for modality in MODALITIES if modality in self._lists()]
+        """Modalities of either side, in the order of `MODALITIES`."""
+        return [modality for modality in MODALITIES if modality in self._all_modalities()]
 
     def _check(self) -> None:
         for field in ("mention_modalities", "entity_modalities"):
             values = getattr(self, field)
             if not values or set(values) - set(MODALITIES) or len(set(values)) != len(values):
                 raise ValueError(
-                    f"{field}={values!r} must be one or more of {', '.join(map(repr, MODALITIES))}, each once."
+                    f"{field}={values!r} must be one or more of {', '.join(map(repr, MODALITIES))}, without repetition."
                 )
         needs = {"text": "text_config", "image": "vision_config", "joint": "joint_config"}
         for modality in self.modalities:
             if getattr(self, needs[modality]) is None:
                 raise ValueError(
-                    f"The modality {modality!r} needs {needs[modality]}; give it, or leave the modality out of "
+                    f"The modality {modality!r} needs {needs[modality]}. Set it, or leave the modality out of "
                     "mention_modalities and entity_modalities."
                 )
         if self.encoder_init not in ("default", "aligned"):
@@ -148,7 +149,7 @@ class ImnConfig(PreTrainedConfig):
                 f"entity_modalities={self.entity_modalities!r} to be the same."
             )
         if set(self.spaces or ()) - {1, 2, 3}:
-            raise ValueError(f"spaces={self.spaces!r} may hold 1, 2 and 3.")
+            raise ValueError(f"spaces={self.spaces!r} may contain only 1, 2 and 3.")
         if not self.dilations or min(self.dilations) < 1:
             raise ValueError(f"dilations={self.dilations!r} must be one or more numbers of at least 1.")
         if len(self.loss_weights or ()) != 4:

@@ -523,10 +523,11 @@ class ImnPreTrainedModel(PreTrainedModel):
             `dict` of modality → sequence.
         """
         post = PostInputs(**{name.removeprefix(f"{side}_"): tensor for name, tensor in inputs.items()})
-        text_mask = patches = None
-        if post.input_ids is not None:
-            text_mask = post.attention_mask
-            text_mask = torch.ones_like(post.input_ids, dtype=torch.bool) if text_mask is None else text_mask.bool()
+        input_ids: Any = post.input_ids
+        text_mask: Any = post.attention_mask
+        patches: Any = None
+        if input_ids is not None:
+            text_mask = torch.ones_like(input_ids, dtype=torch.bool) if text_mask is None else text_mask.bool()
         elif {"text", "joint"} & set(modalities):
             raise ValueError(f"{side}_input_ids is missing. Pass it, as this model reads text.")
         if hasattr(self, "vision_model") and {"image", "joint"} & set(modalities):
@@ -539,12 +540,12 @@ class ImnPreTrainedModel(PreTrainedModel):
         sequences: dict[str, MaskedSequence] = {}
         for modality in modalities:
             if modality == "text":
-                sequences[modality] = self._text(post.input_ids, text_mask)
+                sequences[modality] = self._text(input_ids, text_mask)
             elif modality == "image":
                 sequences[modality] = patches
             else:
                 name_mask = None if post.name_mask is None else post.name_mask.bool()
-                sequences[modality] = self._joint(post.input_ids, text_mask, post.name_ids, name_mask, patches)[:2]
+                sequences[modality] = self._joint(input_ids, text_mask, post.name_ids, name_mask, patches)[:2]
         return sequences
 
     def _zeros(self, *shape: int) -> torch.Tensor:
@@ -601,7 +602,9 @@ class ImnModel(ImnPreTrainedModel):
             the modality, zeros if a post lacks it, and `<modality>_present` [P] (bool).
         """
         features: dict[str, torch.Tensor] = {}
-        for modality, (states, mask) in self._extract("post", self.config.entity_modalities, post_inputs).items():
+        for modality, (states, mask) in self._extract(
+            "post", self.config.entity_modalities or (), post_inputs
+        ).items():
             features[modality], features[f"{modality}_present"] = masked_mean(states, mask), mask.any(1)
         return features
 
@@ -618,7 +621,7 @@ class ImnModel(ImnPreTrainedModel):
         """
         features: dict[str, torch.Tensor] = {}
         for modality, (states, mask) in self._extract(
-            "mention", self.config.mention_modalities, mention_inputs
+            "mention", self.config.mention_modalities or (), mention_inputs
         ).items():
             features |= {modality: states, f"{modality}_mask": mask}
         return features
@@ -638,7 +641,7 @@ class ImnModel(ImnPreTrainedModel):
             if states is not None and mask is not None:
                 sequences[modality] = (states, mask.bool())
         if not sequences:
-            sequences = self._extract("mention", self.config.mention_modalities, mention_inputs)
+            sequences = self._extract("mention", self.config.mention_modalities or (), mention_inputs)
         aux = self.mention_encoder(sequences)
         if not self.config.co_attention:
             return ImnEncodings(aux=aux)

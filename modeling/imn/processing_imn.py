@@ -1,4 +1,4 @@
-"""Rows to tensors for IMN: texts, mentions and images of posts (§3.1), prototypes of entities (§3.3), hidden words (§3.2)."""
+"""Processor of IMN: posts (§3.1), prototypes of entities (§3.3) and masked words (§3.2) to tensors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from transformers import (
     ProcessorMixin,
 )
 
-#: Probabilities that a token is hidden: of a mention (§3.2), and of any word as BERT has it.
+#: Masking probabilities in pre-training: of the tokens of a mention (§3.2), and of any word, as in BERT.
 _MENTION_MASKING, _WORD_MASKING = 0.85, 0.15
-#: Most pieces of a mention.
-_NAME_LENGTH = 16
+#: Maximal number of word pieces of a mention.
+_MAX_NAME_LENGTH = 16
 
 
 class ImnProcessor(ProcessorMixin):
@@ -31,22 +31,22 @@ class ImnProcessor(ProcessorMixin):
     >>> processor(mentions=[{"mention": "Swift", "text": "Swift on stage", "image": None}])  # doctest: +SKIP
     ```
 
-    An empty text has a mask of zeros, a post without an image a False in `image_mask`.
+    An empty text has an attention mask of zeros, and a post without an image is False in `image_mask`.
 
     Args:
-        image_processor: Prepares images, all to one size; its own configuration holds size and normalisation.
-        tokenizer: Prepares text; a fast one, with [CLS], [SEP] and, to pre-train, [MASK].
-        max_length (`int`, *optional*, defaults to 64): Most tokens of a text; longer ones are cut at the end, shorter ones
-            padded to the longest of a batch.
-        mention_template (`str`, *optional*): The text of a mention, over the columns of its row. The default is the
-            paper's, p_t alone. Where one text has several mentions to be told apart by their text too, take
-            `"{mention} [SEP] {text}"`; a row without a mention is its text in any case.
-        use_images (`bool`, *optional*, defaults to `True`): Whether to prepare images at all.
+        image_processor: An image processor, which determines normalisation and the one size of all images.
+        tokenizer: A fast tokenizer with [CLS], [SEP] and, for pre-training, [MASK].
+        max_length (`int`, *optional*, defaults to 64): Maximal number of tokens per text. Longer texts are truncated,
+            shorter ones are padded to the longest of the batch.
+        mention_template (`str`, *optional*): Text of a mention. Fields in braces are columns of its row. The default is
+            the paper's, the text p_t alone. Use `"{mention} [SEP] {text}"` if texts have several mentions. A row without
+            a mention is encoded as its text in any case.
+        use_images (`bool`, *optional*, defaults to `True`): Whether to return images.
         num_prototypes (`int`, *optional*, defaults to 10): k, as in the model's configuration.
-        knowledge_guided (`bool`, *optional*, defaults to `True`): Whether pre-training hides the tokens of the mention,
-            each with probability 0.85, instead of any word with 0.15 (Table 4, "- Knowledge Guided"). A post without a
-            mention in its text has its words hidden at random in either case.
-        mask_seed (`int`, *optional*, defaults to 0): Seed of what is hidden.
+        knowledge_guided (`bool`, *optional*, defaults to `True`): Whether pre-training masks the tokens of the mention,
+            with probability 0.85, instead of any word, with probability 0.15 (Table 4, "- Knowledge Guided"). Words are
+            masked at random in any case in a post whose text does not contain the mention.
+        mask_seed (`int`, *optional*, defaults to 0): Seed of masking.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ImnProcessor(ProcessorMixin):
     ):
         super().__init__(image_processor, tokenizer)
         if max_length < 3:
-            raise ValueError(f"max_length={max_length} leaves no room for a word; give at least 3.")
+            raise ValueError(f"max_length={max_length} leaves no room for a word. Set at least 3.")
         if num_prototypes < 1:
             raise ValueError(f"num_prototypes={num_prototypes} must be at least 1.")
         self.max_length = max_length
@@ -74,30 +74,33 @@ class ImnProcessor(ProcessorMixin):
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> ImnProcessor:
-        """A processor for [`ImnModel.from_backbones`] with the same arguments.
+        """Builds the processor of a model built by [`ImnModel.from_backbones`] with the same arguments.
 
         Args:
             text, vision (`str`, *optional*): Hub ids or folders of the encoders.
-            options: options of the processor.
+            options: Arguments of the processor's constructor.
+
+        Raises:
+            `ValueError`: `text` is not given.
         """
         if text is None:
-            raise ValueError("from_backbones needs the Hub id or folder of a text encoder, whose tokenizer it takes.")
+            raise ValueError("The tokenizer is missing. Pass the Hub id or folder of a text encoder as text=.")
         return cls.from_parts(AutoTokenizer.from_pretrained(text), vision, **options)
 
     @classmethod
     def from_parts(cls, tokenizer, vision: str | Mapping[str, Any] | None = None, **options) -> ImnProcessor:
-        """A processor around a tokenizer.
+        """Builds a processor around a tokenizer.
 
         Args:
-            tokenizer: a fast tokenizer.
+            tokenizer: A fast tokenizer.
             vision (`str` or `dict`, *optional*): Hub id or folder of an image encoder, or settings of CLIP's image
-                processor (for instance `{"size": {"height": 64, "width": 64}}`). `None`: no images.
-            options: options of the processor.
+                processor, for instance `{"size": {"height": 64, "width": 64}}`. Default: no images.
+            options: Arguments of the processor's constructor.
         """
         if isinstance(vision, str):
             image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil")
             if not image_processor.size.get("height") and not getattr(image_processor, "do_center_crop", False):
-                # DETR's keeps proportions, so that images would need padding; as squares, a batch is what its images are.
+                # DETR's processor keeps proportions and pads, so features would depend on the batch. Squares need none.
                 edge = image_processor.size["shortest_edge"]
                 image_processor = AutoImageProcessor.from_pretrained(
                     vision, backend="pil", size={"height": edge, "width": edge}
@@ -117,102 +120,115 @@ class ImnProcessor(ProcessorMixin):
         posts: Sequence[Mapping[str, Any]] | None = None,
         partners: Sequence[int] | None = None,
     ) -> BatchFeature:
-        """
+        """Prepares mentions, entities and posts.
+
         Args:
-            mentions (M rows, *optional*): rows with what the template names, `mention`, `text`, `image` (a PIL image or
-                `None`). A post is a mention that is not named: `mention` may be empty or missing. Or rows with `features`,
-                a `dict` of modality → states [s, d] of [`ImnModel.mention_features`], and then nothing else of them.
-            entities (N rows, *optional*): rows with `prototypes`, a `dict` of modality → vectors [k', d], k' ≤ k.
-            posts (P rows, *optional*): rows with `text` and `image`; with `partners`, mention rows too.
-            partners (P ints, *optional*): to pre-train, the post whose image each text is read with; its own number for
-                its own image. `entities` are not looked at then.
-            pairs: not for a retriever; raises.
+            mentions (M rows, *optional*): Rows with the columns of the template, `mention`, `text` and `image` (a PIL
+                image or `None`). `mention` may be empty or missing. Or rows with `features`, a `dict` of modality →
+                states [s, d] from [`ImnModel.mention_features`], of which nothing else is read.
+            entities (N rows, *optional*): Rows with `prototypes`, a `dict` of modality → vectors [k', d] with k' ≤ k.
+            pairs: Not supported by a retriever.
+            posts (P rows, *optional*): Rows with `text` and `image`. With `partners`, the columns of mentions are read
+                too.
+            partners (P ints, *optional*): For pre-training, the index of the post whose image each text is paired with,
+                or the text's own index. `entities` are ignored then.
 
         Returns:
-            `BatchFeature` of tensors: the arguments of [`ImnModel.encode_mentions`], [`ImnModel.encode_entities`] and
-            [`ImnModel.encode_posts`], or with `partners` those of [`ImnForKnowledgePreTraining.forward`].
+            `BatchFeature` of the arguments of [`ImnModel.encode_mentions`], [`ImnModel.encode_entities`] and
+            [`ImnModel.encode_posts`], or with `partners` of [`ImnForKnowledgePreTraining.forward`].
+
+        Raises:
+            `ValueError`: The arguments do not go together, a row lacks a column, or prototypes have a wrong shape.
         """
         if pairs is not None:
-            raise ValueError("IMN scores mentions and entities apart; give mentions= and entities= instead of pairs=.")
+            raise ValueError(
+                "IMN encodes mentions and entities apart. Pass mentions= and entities= instead of pairs=."
+            )
         if partners is not None:
             if posts is None or mentions is not None:
-                raise ValueError("partners= is for pre-training; give posts= with it, and no mentions=.")
+                raise ValueError("partners= is for pre-training. Pass it with posts= and without mentions=.")
             return self._pretraining(posts, partners)
         batch: dict[str, torch.Tensor] = {}
         if mentions is not None:
-            read = [row["features"] for row in mentions if "features" in row]
-            if read and len(read) < len(mentions):
-                raise ValueError("Some mentions have features and others have none; give all of them, or none.")
-            batch |= self._mention_features(read) if read else self._side("mention", mentions)
+            features = [row["features"] for row in mentions if "features" in row]
+            if features and len(features) < len(mentions):
+                raise ValueError("Some mentions have features and others have none. Pass features of all or of none.")
+            batch |= self._mention_features(features) if features else self._posts("mention", mentions)
         if posts is not None:
-            batch |= self._side("post", posts)
+            batch |= self._posts("post", posts)
         if entities is not None:
             batch |= self._prototypes(entities)
         return BatchFeature(batch)
 
-    def _side(self, side: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        named = [side == "mention" and bool((row.get("mention") or "").strip()) for row in rows]
+    def _posts(self, side: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Tensors of mentions or posts; `side` is "mention" or "post"."""
+        is_mention = [side == "mention" and bool((row.get("mention") or "").strip()) for row in rows]
         texts = [
-            self._fill_template(self.mention_template, row) if has else self._fill_template("{text}", row)
-            for row, has in zip(rows, named, strict=True)
+            self._fill_template(self.mention_template if named else "{text}", row)
+            for row, named in zip(rows, is_mention, strict=True)
         ]
         encoded = self._encode(texts)
         tensors = {f"{side}_{name}": self._padded(encoded[name]) for name in ("input_ids", "attention_mask")}
-        names = [self._pieces(row["mention"]) if has else [] for row, has in zip(rows, named, strict=True)]
+        names = [self._pieces(row["mention"]) if named else [] for row, named in zip(rows, is_mention, strict=True)]
         return tensors | self._names(f"{side}_", names) | self._images(f"{side}_", rows)
 
     @staticmethod
     def _mention_features(rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Sequences [s, d] of each modality, put into one tensor [M, S, d]."""
+        """Stacks cached states [s, d] of each modality to one padded tensor [M, S, d]."""
         tensors: dict[str, torch.Tensor] = {}
         for modality in rows[0]:
             states = [row[modality] for row in rows]
-            length = max([1, *(len(each) for each in states)])
+            length = max([1, *(len(sequence) for sequence in states)])
             tensors |= ImnProcessor._stacked(f"mention_features_{modality}", states, length, states[0].shape[1])
         return tensors
 
     @staticmethod
     def _stacked(name: str, rows: Sequence[torch.Tensor | None], length: int, width: int) -> dict[str, torch.Tensor]:
-        """Vectors [s, width] of each row in one tensor [B, length, width], and which there are; `None` for none."""
-        out, mask = torch.zeros(len(rows), length, width), torch.zeros(len(rows), length, dtype=torch.bool)
-        for place, each in enumerate(rows):
-            if each is not None:
-                out[place, : len(each)], mask[place, : len(each)] = each, True
-        return {name: out, f"{name}_mask": mask}
+        """Stacks vectors [s, width] per row, or `None`, to [B, length, width] and a mask [B, length]."""
+        stacked, mask = torch.zeros(len(rows), length, width), torch.zeros(len(rows), length, dtype=torch.bool)
+        for row, vectors in enumerate(rows):
+            if vectors is not None:
+                stacked[row, : len(vectors)], mask[row, : len(vectors)] = vectors, True
+        return {name: stacked, f"{name}_mask": mask}
 
     def _prototypes(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        found: list[dict[str, torch.Tensor]] = []
+        entities: list[dict[str, torch.Tensor]] = []
         for place, row in enumerate(rows):
             name = row.get("entity_id", place)
             if "prototypes" not in row:
                 raise ValueError(
-                    f"entity {name}: the row has no prototypes. IMN reads an entity as vectors chosen from its posts; make "
-                    "them with the model's encode_posts and give them as row['prototypes'], modality → tensor [k, d]."
+                    f"entity {name}: the row has no prototypes. IMN reads an entity as vectors chosen from its posts. "
+                    "Compute them with the model's encode_posts and pass them as row['prototypes'], modality → tensor "
+                    "[k, d]."
                 )
-            found.append({m: torch.as_tensor(v, dtype=torch.float32) for m, v in row["prototypes"].items()})
-            for modality, vectors in found[-1].items():
+            entities.append({m: torch.as_tensor(v, dtype=torch.float32) for m, v in row["prototypes"].items()})
+            for modality, vectors in entities[-1].items():
                 if vectors.dim() != 2 or len(vectors) > self.num_prototypes:
                     raise ValueError(
                         f"entity {name}: {modality} prototypes of shape {tuple(vectors.shape)} are not up to "
                         f"{self.num_prototypes} vectors [k, d]."
                     )
                 if not vectors.isfinite().all():
-                    raise ValueError(f"entity {name}: its {modality} prototypes hold nan or infinity.")
+                    raise ValueError(f"entity {name}: its {modality} prototypes contain nan or infinity.")
         tensors: dict[str, torch.Tensor] = {}
-        for modality in dict.fromkeys(modality for vectors in found for modality in vectors):
-            widths = {vectors[modality].shape[1] for vectors in found if modality in vectors}
+        for modality in dict.fromkeys(modality for prototypes in entities for modality in prototypes):
+            widths = {prototypes[modality].shape[1] for prototypes in entities if modality in prototypes}
             if len(widths) > 1:
-                raise ValueError(f"{modality} prototypes have several widths: {', '.join(map(str, sorted(widths)))}.")
-            of_rows = [vectors.get(modality) for vectors in found]
-            tensors |= self._stacked(f"entity_prototypes_{modality}", of_rows, self.num_prototypes, widths.pop())
+                raise ValueError(
+                    f"The {modality} prototypes have different widths: {', '.join(map(str, sorted(widths)))}."
+                )
+            vectors_by_row = [prototypes.get(modality) for prototypes in entities]
+            tensors |= self._stacked(
+                f"entity_prototypes_{modality}", vectors_by_row, self.num_prototypes, widths.pop()
+            )
         return tensors
 
     def _pretraining(self, posts: Sequence[Mapping[str, Any]], partners: Sequence[int]) -> BatchFeature:
         if self.tokenizer.mask_token_id is None:
-            raise ValueError("Pre-training hides words: the tokenizer needs a [MASK] token.")
+            raise ValueError("Pre-training masks words, but the tokenizer has no [MASK] token. Use one that has.")
         texts = [row["text"] or "" for row in posts]
         mentions = [row.get("mention") or "" for row in posts]
-        # A function of the batch, so that a resumed run repeats it, and a text in another batch has other words hidden.
+        # Seeded by the batch: a resumed run repeats the masking, and a text in another batch is masked differently.
         key = repr((self.mask_seed, texts, mentions, list(partners))).encode()
         draw = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
         encoded = self._encode(texts)
@@ -227,21 +243,21 @@ class ImnProcessor(ProcessorMixin):
             encoded["attention_mask"],
             strict=True,
         ):
-            start, end = self._span(row, text, mention)
+            start, end = self._mention_span(row, text, mention)
             words = [k for k, is_special in enumerate(special) if used[k] and not is_special]
             inside = [k for k in words if offsets[k][0] < end and offsets[k][1] > start]
             guided = self.knowledge_guided and inside
             chosen, probability = (inside, _MENTION_MASKING) if guided else (words, _WORD_MASKING)
-            hidden, targets = list(tokens), [-100] * len(tokens)
+            masked, targets = list(tokens), [-100] * len(tokens)
             for k, (chance, kind, word) in zip(
                 chosen, torch.rand(len(chosen), 3, generator=draw).tolist(), strict=True
             ):
                 if chance < probability:
-                    hidden[k], targets[k] = self._hidden(tokens[k], kind, word), tokens[k]
-            ids.append(hidden)
+                    masked[k], targets[k] = self._masked(tokens[k], kind, word), tokens[k]
+            ids.append(masked)
             labels.append(targets)
-            # What the text hides, the mention embedding must not tell.
-            names.append([hidden[k] for k in inside][:_NAME_LENGTH] or self._pieces(mention))
+            # The mention embedding must not reveal the words that are masked in the text.
+            names.append([masked[k] for k in inside][:_MAX_NAME_LENGTH] or self._pieces(mention))
         batch = {
             "input_ids": self._padded(ids, self.tokenizer.pad_token_id),
             "attention_mask": self._padded(encoded["attention_mask"]),
@@ -258,16 +274,15 @@ class ImnProcessor(ProcessorMixin):
             batch["mask_seeds"] = torch.randint(2**31, (len(posts),), generator=draw)
         return BatchFeature(batch)
 
-    def _hidden(self, token: int, kind: float, word: float) -> int:
-        """BERT's replacement of a hidden word, by two draws in [0, 1): [MASK], in a tenth of cases any word, in another
-        tenth itself."""
+    def _masked(self, token: int, kind: float, word: float) -> int:
+        """BERT's replacement of a masked word by two draws in [0, 1): 80 % [MASK], 10 % a random word, 10 % itself."""
         if kind < 0.8:
             return self.tokenizer.mask_token_id
         return int(word * len(self.tokenizer)) if kind < 0.9 else token
 
     @staticmethod
-    def _span(row: Mapping[str, Any], text: str, mention: str) -> tuple[int, int]:
-        """Where the mention stands in the text, or an empty span."""
+    def _mention_span(row: Mapping[str, Any], text: str, mention: str) -> tuple[int, int]:
+        """Span of the mention in the text: as in the row, otherwise its first occurrence, otherwise empty."""
         start, end = row.get("start", -1), row.get("end", -1)
         if not mention.strip():
             return 0, 0
@@ -277,7 +292,7 @@ class ImnProcessor(ProcessorMixin):
         return start, end
 
     def _encode(self, texts: list[str]) -> Mapping[str, list[list[Any]]]:
-        """Tokens of texts, not padded; the attention mask of an empty text is zeros."""
+        """Tokenizes texts without padding. The attention mask of an empty text is zeros."""
         encoded = dict(
             self.tokenizer(
                 texts,
@@ -293,7 +308,7 @@ class ImnProcessor(ProcessorMixin):
         return encoded
 
     def _pieces(self, mention: str) -> list[int]:
-        return self.tokenizer(mention, add_special_tokens=False)["input_ids"][:_NAME_LENGTH]
+        return self.tokenizer(mention, add_special_tokens=False)["input_ids"][:_MAX_NAME_LENGTH]
 
     def _names(self, prefix: str, names: list[list[int]]) -> dict[str, torch.Tensor]:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModel, AutoModelForPreTraining
 
 import hf_mel  # noqa: F401 (registers the methods)
+from hf_mel.hub.saving import save_model_repository
 from hf_mel.modeling.imn import ImnConfig, ImnForKnowledgePreTraining, ImnModel, modeling_imn, pretraining_imn
 from hf_mel.protocols import Retriever
 from tests.modeling import direct_imn
@@ -657,6 +659,14 @@ print("loaded")
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert run.stdout.strip() == "loaded", run.stderr
+
+
+def test_a_pretraining_repository_carries_all_its_code(tmp_path):
+    save_model_repository(build(ImnForKnowledgePreTraining, vision=None, mention_modalities=[J]), None, tmp_path)
+    code = {path.name for path in tmp_path.glob("*.py")}
+    assert code == {"configuration_imn.py", "modeling_imn.py", "pretraining_imn.py"}
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "pretraining_imn.ImnForKnowledgePreTraining"
 
 
 def test_from_backbones_takes_the_pretrained_weights(tmp_path):
