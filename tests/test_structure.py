@@ -24,7 +24,8 @@ FLOORS = [
     ["evaluation"],
     ["training"],
     ["cli"],
-    ["__main__", "auto", "__init__"],
+    ["auto"],
+    ["__main__", "__init__"],
 ]
 #: Wings beside the library, each what one kind of Hub repository carries, and what of the library may import them:
 #: `evaluate.load` needs the metric's arithmetic in a file that stands alone, so the library imports it from there.

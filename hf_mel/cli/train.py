@@ -42,7 +42,6 @@ def train(
     from accelerate import PartialState
     from rich.console import Console
 
-    import hf_mel.auto  # noqa: F401 (registers the shipped methods with the Auto classes)
     from hf_mel.cli.printing import show_logs
     from hf_mel.evaluation.tables import orders_table, results_table
     from hf_mel.training import run_folder
