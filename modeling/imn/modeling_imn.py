@@ -1,6 +1,6 @@
 """IMN: Multimodal Knowledge Learning for Named Entity Disambiguation (Zhang et al., Findings of EMNLP 2022).
 
-Equation numbers are the paper's. The paper published no code: `modeling/imn/README.md` lists how the parts that it leaves
+Equation numbers are the paper's. No published code is known: `modeling/imn/README.md` lists how the parts that it leaves
 open, or misprints, are read here. A mention and an entity are each encoded into three auxiliary spaces. Co-attention
 between the spaces of both gives the fused embeddings of the pair, and their cosine is the score.
 """
