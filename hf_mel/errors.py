@@ -1,4 +1,4 @@
-"""Typed errors: each says what is wrong, where (file, row), and what to do about it."""
+"""Typed errors. Each says what is wrong, where (file and row), and what to do about it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from os import PathLike
 
 
 class MelError(Exception):
-    """Base of every error this package raises on purpose.
+    """Base of all errors that this package raises deliberately.
 
     Args:
-        message (`str`): What is wrong, with the offending value.
-        file (`str` or `os.PathLike`, *optional*): The file it was found in.
+        message (`str`): The problem and the offending value: a full sentence with a capital and a full stop.
+        file (`str` or `os.PathLike`, *optional*): The file with the problem.
         row (`int` or `str`, *optional*): The row, record id or key inside that file.
-        remedy (`str`, *optional*): What the user can do.
+        remedy (`str`, *optional*): What the user can do, in the imperative.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class MelError(Exception):
         super().__init__(f"{text} {remedy}" if remedy else text)
 
     def __reduce__(self) -> tuple:
-        # Keyword-only arguments are lost by the default reduce, and worker processes send errors by pickle.
+        # Worker processes pickle errors, and the default __reduce__ loses keyword-only arguments.
         return _rebuild, (type(self), self.message, self.file, self.row, self.remedy)
 
 
@@ -48,33 +48,33 @@ class CountMismatchError(DataFormatError):
 
 
 class DuplicateIdError(DataFormatError):
-    """The same mention, entity or post id occurs twice."""
+    """A mention, entity or post id occurs twice."""
 
 
 class UnknownEntityError(MelError, KeyError):
-    """An entity id (a gold, a candidate, an argument) is not in the knowledge base."""
+    """An entity id (of a gold, a candidate or an argument) is not in the knowledge base."""
 
     __str__ = Exception.__str__  # KeyError would print the repr of the message
 
 
 class SpanError(MelError, ValueError):
-    """A mention is not where, or not at all, in its text."""
+    """A mention is not in its text, or not at its offsets."""
 
 
 class ImageError(MelError, ValueError):
-    """An image is missing, truncated, too large, or not an image."""
+    """An image file is missing, truncated, too large, or not an image."""
 
 
 class UnknownDatasetError(MelError, ValueError):
-    """No data set builder, folder or repository of that name."""
+    """A name is no data-set builder, folder or repository."""
 
 
 class UnknownSplitError(MelError, ValueError):
-    """The data set has no such split or configuration."""
+    """A data set has no such split or configuration."""
 
 
 class UnknownModelError(MelError, ValueError):
-    """No model of that name, or one that cannot be used as it is."""
+    """A model does not exist or cannot be used."""
 
 
 class KnowledgeBaseError(MelError, ValueError):
@@ -90,12 +90,12 @@ class MissingExtraError(MelError, ImportError):
 
 
 class ScoreError(MelError, ValueError):
-    """A model gave a score that cannot be ranked: nan or infinite."""
+    """A score is nan or infinite, so that it cannot be ranked."""
 
 
 class HubError(MelError, RuntimeError):
-    """The Hub cannot be reached, has no such repository or revision, or does not let this account do that."""
+    """The Hub cannot be reached, has no such repository or revision, or denies access."""
 
 
 class PublishError(MelError, ValueError):
-    """What is to be published is not fit to be, or may not be."""
+    """Something cannot or must not be published."""

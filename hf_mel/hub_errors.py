@@ -1,4 +1,4 @@
-"""The Hub, seen from the library: what its client raises becomes one typed error, and no token gets into a message."""
+"""Turns errors of the Hub client into [`~hf_mel.errors.HubError`], and keeps access tokens out of messages."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from huggingface_hub import errors
 
 from hf_mel.errors import HubError
 
-#: The client's transport errors have this base, whichever HTTP library it is built on.
+#: Base of the client's transport errors, taken from its classes so that it fits whichever HTTP library it uses.
 _TRANSPORT = next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 _TOKEN = re.compile(r"\b(?:hf|api_org|hf_oauth)_[A-Za-z0-9]{8,}")
 
 
 def check_repo_id(repo_id: str) -> str:
-    """The id, if it can be one of a repository on the Hub: `name` or `owner/name`.
+    """Returns a repository id (`name` or `owner/name`) after checking its form.
 
     Raises:
-        HubError: It cannot.
+        HubError: The id is malformed.
     """
     try:
         huggingface_hub.utils.validate_repo_id(repo_id)
     except errors.HFValidationError as error:
         raise HubError(
-            f"{repo_id!r} is not an id of the Hub.",
-            remedy="An id is OWNER/NAME, of letters, digits, '-', '_' and '.'.",
+            f"{repo_id!r} is not a repository id.",
+            remedy="Give OWNER/NAME, made of letters, digits, '-', '_' and '.'.",
         ) from error
     return repo_id
 
 
 def without_tokens(text: str) -> str:
-    """The text with everything that is, or looks like, an access token blotted out."""
+    """Replaces the access token of this machine, and everything that looks like one, by "<token>"."""
     token = huggingface_hub.get_token()
     if token:
         text = text.replace(token, "<token>")
@@ -41,7 +41,7 @@ def without_tokens(text: str) -> str:
 
 
 def holds_token(content: bytes) -> bool:
-    """Whether a file's content has this machine's access token, or something that looks like one, in it."""
+    """Whether the content of a file contains the access token of this machine, or something that looks like one."""
     token = huggingface_hub.get_token()
     if token and token.encode() in content:
         return True
@@ -50,66 +50,88 @@ def holds_token(content: bytes) -> bool:
 
 @contextmanager
 def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turns whatever the client raises inside into a [`~hf_mel.errors.HubError`] that says what to do.
+    """Turns errors of the Hub client inside the block into [`~hf_mel.errors.HubError`] with a remedy.
 
     Args:
-        repo_id (`str`): The repository it is about; named in the error.
-        revision (`str`, *optional*): The revision that was asked for.
+        repo_id (`str`): The repository, for the message.
+        revision (`str`, *optional*): The requested revision, for the message.
+
+    Raises:
+        HubError: The client raised an error in the block. Other errors pass unchanged.
     """
     try:
         yield
     except Exception as error:
-        translated = _translated(error, repo_id, revision)
+        translated = _translate(error, repo_id, revision)
         if translated is None:
             raise
-        # The original may hold headers or addresses with secrets in them: it is not chained into a traceback.
+        # The original error may contain headers or URLs with secrets, so the traceback must not show it.
         raise translated from None
 
 
-def _translated(error: BaseException, repo_id: str, revision: str | None) -> HubError | None:
-    login = "Log in (hf auth login) with an account that may see it, and check the spelling."
+def _translate(error: BaseException, repo_id: str, revision: str | None) -> HubError | None:
+    login = "Check the spelling, or log in with an account that has access: hf auth login."
     if isinstance(error, errors.GatedRepoError):
-        return HubError("is gated, and this account has no access.", file=repo_id, remedy="Ask for it on its page.")
+        return HubError(
+            "The repository is gated, and your account has no access.",
+            file=repo_id,
+            remedy="Request access on its page.",
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return HubError("is not there, or is private and not yours to see.", file=repo_id, remedy=login)
+        return HubError(
+            "The repository does not exist, or is private and your token has no access.", file=repo_id, remedy=login
+        )
     if isinstance(error, errors.RevisionNotFoundError):
-        return HubError(f"has no revision {revision!r}.", file=repo_id, remedy="Give a branch, a tag or a commit.")
+        return HubError(
+            f"The repository has no revision {revision!r}.", file=repo_id, remedy="Give a branch, a tag or a commit."
+        )
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return HubError("the Hub may not be asked: offline mode is on (HF_HUB_OFFLINE).", file=repo_id)
+        return HubError(
+            "The Hub is not contacted, because offline mode is on.", file=repo_id, remedy="Unset HF_HUB_OFFLINE."
+        )
     if isinstance(error, errors.LocalEntryNotFoundError):
         reason = _cause(error)
-        offline = reason is None or isinstance(reason, errors.OfflineModeIsEnabled)
-        why = "and the Hub may not be asked (offline)" if offline else f"and the Hub did not answer ({_brief(reason)})"
+        is_offline = reason is None or isinstance(reason, errors.OfflineModeIsEnabled)
+        subject = f"The revision {revision!r}" if revision else "The repository"
+        obstacle = "the Hub is not contacted (offline)" if is_offline else f"the Hub did not answer ({_brief(reason)})"
         return HubError(
-            f"{'revision ' + repr(revision) + ' ' if revision else ''}is not whole in the cache here, {why}.",
+            f"{subject} is not completely in the cache, and {obstacle}.",
             file=repo_id,
-            remedy="Download it once while online; a cache that was moved is found with HF_HOME or HF_HUB_CACHE."
-            if offline
-            else "Try again; what was downloaded is kept.",
+            remedy="Download it once while online. If you moved the cache, set HF_HOME or HF_HUB_CACHE."
+            if is_offline
+            else "Try again; finished downloads are kept.",
         )
     if isinstance(error, errors.EntryNotFoundError):
-        return HubError(f"lacks a file ({_brief(error)}).", file=repo_id)
+        return HubError(
+            f"The repository lacks a file ({_brief(error)}).",
+            file=repo_id,
+            remedy="Check that it is a repository of the right kind.",
+        )
     if isinstance(error, errors.HfHubHTTPError):
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status == 401:
-            return HubError("refuses this access token.", file=repo_id, remedy="Log in again: hf auth login.")
+            return HubError("The Hub refuses your access token.", file=repo_id, remedy="Log in again: hf auth login.")
         if status == 403:
             return HubError(
-                f"does not let this account do that ({_brief(error)}).",
+                f"The Hub does not permit this to your account ({_brief(error)}).",
                 file=repo_id,
-                remedy="Use a token with write access to it: hf auth login.",
+                remedy="Use a token with write access to the repository: hf auth login.",
             )
         if status == 412:
-            return HubError("was changed by somebody else meanwhile.", file=repo_id, remedy="Run the command again.")
+            return HubError(
+                "The repository was changed by someone else meanwhile.",
+                file=repo_id,
+                remedy="Run the command again.",
+            )
         if status == 429:
             return HubError("The Hub asks to wait (too many requests).", file=repo_id, remedy="Try again later.")
-        return HubError(f"the Hub answered {status}: {_brief(error)}.", file=repo_id, remedy="Try again later.")
+        return HubError(f"The Hub answered {status}: {_brief(error)}.", file=repo_id, remedy="Try again later.")
     if isinstance(error, (_TRANSPORT, ConnectionError, TimeoutError)):
         return HubError(
-            f"the connection to the Hub failed ({_brief(error)}).", file=repo_id, remedy="Run the command again."
+            f"The connection to the Hub failed ({_brief(error)}).", file=repo_id, remedy="Run the command again."
         )
     if isinstance(error, RuntimeError) and (inner := _cause(error)) is not None:
-        return _translated(inner, repo_id, revision)  # an upload in one of the client's threads
+        return _translate(inner, repo_id, revision)  # raised in an upload thread of the client
     return None
 
 

@@ -77,20 +77,21 @@ def build(
     if (dataset is None) == (entities is None):
         raise typer.BadParameter("Give either --dataset or --entities.", param_hint="--dataset")
 
-    from hf_mel.cli.printing import print_plain
+    from hf_mel.cli.printing import print_plain, show_logs
     from hf_mel.inference.checkpoints import load_retriever
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
     retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
-    kb = KnowledgeBase.build(
-        dataset if entities is None else entities,
-        retriever,
-        processor,
-        output=output,
-        posts=posts,
-        batch_size=batch_size,
-        dtype=dtype,
-    )
+    with show_logs():
+        kb = KnowledgeBase.build(
+            dataset if entities is None else entities,
+            retriever,
+            processor,
+            output=output,
+            posts=posts,
+            batch_size=batch_size,
+            dtype=dtype,
+        )
     _print_info(kb)
     print_plain(
         f'Next: hf-mel link {model} --kb {output} --text "…" --mention "…"\n'

@@ -189,7 +189,7 @@ class KnowledgeBase:
             work.mkdir(exist_ok=True)
             writer = ShardWriter(work, 0, dtype, notes=stage / "notes")
             if writer.num_finished:
-                logger.warning(
+                logger.info(
                     "Resuming the interrupted build of %s; %s entities are done.", target, f"{writer.num_finished:,}"
                 )
             remaining = source.select(range(writer.num_finished, len(source)))
@@ -258,7 +258,7 @@ class KnowledgeBase:
                     )
             except HubError as error:
                 raise HubError(
-                    f"There is no such folder here; on the Hub: {error.message}",
+                    f"No such folder exists here. On the Hub: {error.message}",
                     file=source,
                     remedy=error.remedy,
                 ) from None

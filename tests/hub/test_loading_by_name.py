@@ -94,10 +94,10 @@ print(json.dumps(found))
     assert "kb.save(FOLDER)" in found["remove"]
     assert found["copy"] == 10
     assert "has no revision 'v9'" in found["revision"]
-    assert "is not there, or is private" in found["missing"]
+    assert "does not exist, or is private" in found["missing"]
     assert "no knowledge base here" in found["folder"]
     assert found["cached"] == 11
-    assert "not whole in the cache" in found["not cached"]
+    assert "not completely in the cache" in found["not cached"]
     assert "HF_HOME" in found["not cached"]
 
 
@@ -111,7 +111,7 @@ def test_offline_moved_cache_private_and_gated(hub, client, new_client, kb_folde
     online.close()
 
     nobody = new_client("nobody", None).runner("kb")
-    for repo, words in (("org/private", "private and not yours"), ("org/gated", "is gated")):
+    for repo, words in (("org/private", "private and your token"), ("org/gated", "is gated")):
         done = nobody.run("open_kb", repo)
         assert done.returncode == 1
         assert words in done.output
@@ -216,4 +216,4 @@ print(json.dumps([why("org/toy", revision="v9"), why("org/toy"), why("org/toy", 
     assert trusted is None
     nobody = new_client("nobody", None).python(code)
     private = json.loads(nobody.stdout.splitlines()[-1])
-    assert all("private and not yours" in error or "not whole in the cache" in error for error in private)
+    assert all("private and your token" in error or "not completely in the cache" in error for error in private)

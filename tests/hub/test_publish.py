@@ -146,7 +146,7 @@ def test_somebody_else_was_faster(hub, runner, tmp_path):
     hub.store.commit("dataset", "org/toy", "main", "theirs", {"theirs.md": hub.store.put(b"!")}, [])
     done = runner.result(output)
     assert done.returncode == 1
-    assert "changed by somebody else" in done.output
+    assert "changed by someone else" in done.output
     assert content(hub, "dataset", "org/toy") == {"theirs.md": b"!"}
 
 
@@ -240,7 +240,7 @@ def test_an_answer_that_is_an_error_says_what_to_do(hub, runner, tmp_path, statu
     hub.faults.append(Fault(status, pattern="POST .*commit", stays=True))
     done = runner.run("publish", "dataset", folder, "org/toy", "--yes")
     assert done.returncode == 1
-    words = {401: "hf auth login", 403: "write access", 429: "too many requests", 500: "the Hub answered 500"}
+    words = {401: "hf auth login", 403: "write access", 429: "too many requests", 500: "The Hub answered 500"}
     assert words[status] in done.output
     assert hub.store.history("dataset", "org/toy") == ["initial commit"]
 

@@ -367,6 +367,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(tmp_path, small_shards, 
     assert not (tmp_path / "kb").exists()
     assert (tmp_path / ".kb.building").exists() == (there > 0)
     second = Interrupted()
+    caplog.set_level("INFO")
     assert_holds(build(WORLD, tmp_path / "kb", processor=second), list(WORLD))
     assert second.seen == 30 - there
     assert (f"{there} entities are done" in caplog.text) == (there > 0)
