@@ -4,7 +4,7 @@ Run `make demo` first. Then: python examples/evaluate.py
 """
 
 from hf_mel import load_retriever
-from hf_mel.data.loading import load_entities, load_mentions
+from hf_mel.data import load_entities, load_mentions
 from hf_mel.evaluation.full_evaluator import evaluate_full
 
 model, processor = load_retriever("runs/mimic_flags")

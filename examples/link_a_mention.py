@@ -4,7 +4,7 @@ Run `make demo` first; it makes the model and the knowledge base. Then: python e
 """
 
 from hf_mel import EntityLinker
-from hf_mel.data.loading import load_mentions
+from hf_mel.data import load_mentions
 
 linker = EntityLinker.from_pretrained("runs/mimic_flags", kb="kb/flags_mel")
 

@@ -6,7 +6,7 @@ Then: python examples/rerank.py
 
 from hf_mel import EntityLinker, load_reranker
 from hf_mel.candidates.make import make_candidates
-from hf_mel.data.loading import load_entities, load_mentions
+from hf_mel.data import load_entities, load_mentions
 from hf_mel.evaluation.candidate_evaluator import evaluate_candidates
 
 # While linking: the linker gives the retriever's best eight entities to the reranker.

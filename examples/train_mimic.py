@@ -9,7 +9,7 @@ import sys
 from transformers import AutoConfig, AutoModel
 
 from hf_mel import MelTrainer, MelTrainingArguments
-from hf_mel.data.loading import load_entities, load_mentions
+from hf_mel.data import load_entities, load_mentions
 from hf_mel.modeling.mimic import MimicProcessor
 from hf_mel.training.tokenizer import texts_of, train_wordpiece
 

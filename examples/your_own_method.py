@@ -19,7 +19,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import ModelOutput
 
 from hf_mel import EntityLinker, KnowledgeBase, MelTrainer, MelTrainingArguments
-from hf_mel.data.loading import load_entities, load_mentions
+from hf_mel.data import load_entities, load_mentions
 
 
 class WordsConfig(PreTrainedConfig):
