@@ -1,4 +1,4 @@
-"""Compares converted weights with golden values of the published network: `make golden GOLDEN=FOLDER`.
+"""Compares the outputs of converted weights with those of the published network: `make golden GOLDEN=FOLDER`.
 
 The folder holds `config.json`, `state_dict.safetensors` and `io.safetensors` (inputs `mention_*`, `entity_*`; outputs
 `score`, `text_score`, `vision_score`, `cross_modal_score`, `loss_first_entities_as_positives`).
@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 
 
 def differences(golden: Path) -> dict[str, float]:
-    """Largest absolute difference of each output: of the converted model, and of the tests' own direct computation."""
+    """Largest absolute difference of each output, of the converted model and of the direct computation in the tests."""
     io = load_file(golden / "io.safetensors")
     batch = {k: v for k, v in io.items() if k.startswith(("mention_", "entity_"))}
     with tempfile.TemporaryDirectory() as folder:

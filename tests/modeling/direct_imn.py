@@ -1,7 +1,7 @@
 """IMN as printed: eq. 1–14 for one mention and one entity, in NumPy float64, by loops over tokens, spaces and pairs.
 
-`weights` are the model's, by name; a side's `sequences` are, by modality, a list of vectors without any padding. Written
-from the paper, not from the model's code.
+Written from the paper, independently of the model's code. `weights` are the model's, by name. `sequences` of a side map a
+modality to a list of vectors without padding.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def layer_norm(x, weights, name, eps=1e-5):
 
 
 def batch_norm(x, weights, name, statistics=None, eps=1e-5):
-    """`statistics`: mean and variance of the batch; else the running ones."""
+    """`statistics` are mean and variance of the batch. Default: the running ones."""
     mean, var = statistics or (array(weights, f"{name}.running_mean"), array(weights, f"{name}.running_var"))
     return (x - mean) / np.sqrt(var + eps) * array(weights, f"{name}.weight") + array(weights, f"{name}.bias")
 
 
 def dilated_cnn(tokens, weights, name, dilations):
-    """Eq. 1; a token beyond either end is zeros."""
+    """Eq. 1. Tokens beyond either end are zeros."""
     for layer, dilation in enumerate(dilations):
         kernel, bias = array(weights, f"{name}.layers.{layer}.weight"), array(weights, f"{name}.layers.{layer}.bias")
         out = []
@@ -85,7 +85,7 @@ def transformer(tokens, weights, name, layers, heads):
 
 
 def conv_pooling(t, weights, name):
-    """Eq. 6–7: a window starts at every token; beyond the last one it sees zeros."""
+    """Eq. 6–7. A window starts at every token and reads zeros beyond the last one."""
     out = []
     for block, kernel in enumerate((2, 3, 4, 5)):
         weight, bias = array(weights, f"{name}.{block}.weight"), array(weights, f"{name}.{block}.bias")
@@ -101,7 +101,7 @@ def conv_pooling(t, weights, name):
 
 
 def levels(weights, side, sequences, config):
-    """What eq. 3, 5 and 8 map, before their linear maps: three vectors."""
+    """Inputs of the linear maps of eq. 3, 5 and 8: three vectors."""
     prefix, hidden = f"{side}_encoder", config.hidden_dim
     g = {
         name: dilated_cnn([np.float64(x) for x in tokens], weights, f"{prefix}.cnn.{name}", config.dilations)
@@ -143,7 +143,7 @@ def spaces(weights, side, items, config, training=False):
 
 
 def attended(weights, direction, own, other):
-    """u (eq. 9–12) of a side whose spaces are `own` [3, d], attending to `other` [3, d]."""
+    """u (eq. 9–12) of a side with spaces `own` [3, d] that attends to `other` [3, d]."""
     us = []
     for i in range(3):
         b = [
@@ -176,7 +176,7 @@ def all_scores(weights, mentions, entities):
 
 
 def margin_loss(scores, labels, margin):
-    """Eq. 13, its similarities the right way round, mean over mentions."""
+    """Eq. 13 with its two similarities exchanged, averaged over mentions."""
     losses = []
     for row, gold in enumerate(labels):
         losses.append(

@@ -1,6 +1,6 @@
-"""MIMIC's scores written out as the paper prints them: one pair at a time, loops over tokens, no shared tensor shapes.
+"""MIMIC's scores as the paper prints them, one pair at a time, by loops over tokens: the oracle of the factorised units.
 
-The oracle of the factorised units. `Switches` says which of the paper / published network variants to compute.
+`Switches` selects the variant of the paper or of the published network.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Switches:
     mask_padding: bool = False
     query_norm: bool = True
     text_local: bool = True
-    cosine_scale: float | None = None  # with cosines: the weight of the local half
+    cosine_scale: float | None = None  # weight of the local half, if scores are cosines
 
 
 def linear(x, weights, name):

@@ -64,9 +64,7 @@ def build(cls=ImnModel, seed=0, vision=DETR, **fields):
     torch.manual_seed(seed)
     config = {"text_config": dict(BERT)} | ({"vision_config": dict(vision)} if vision else {}) | DIMS | fields
     model = cls(ImnConfig(**config)).eval()
-    with (
-        torch.no_grad()
-    ):  # norms start as ones and zeros, which would hide a forgotten weight; small weights hide much
+    with torch.no_grad():  # norms start as ones and zeros, and small weights: an unused one would go unnoticed
         for name, parameter in model.named_parameters():
             if not name.startswith("vision_model"):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -77,7 +75,7 @@ def build(cls=ImnModel, seed=0, vision=DETR, **fields):
 
 
 def posts(rows=4, side="mention", seed=0, width=9, images=True):
-    """Inputs of mentions or posts: of unlike lengths; the second has no image, the third no name, the fourth no text."""
+    """Inputs of mentions or posts of different lengths. The second has no image, the third no name, the fourth no text."""
     random = torch.Generator().manual_seed(seed)
     lengths = [int(torch.randint(3, width + 1, (), generator=random)) for _ in range(rows)]
     if rows > 3:
@@ -96,7 +94,7 @@ def posts(rows=4, side="mention", seed=0, width=9, images=True):
 
 
 def prototypes(model, rows=3, seed=1):
-    """Entities of 0 to k prototypes."""
+    """Entities with 0 to k prototypes."""
     random, k = torch.Generator().manual_seed(seed), model.config.num_prototypes
     batch = {}
     for place, name in enumerate(model.config.entity_modalities):
@@ -126,15 +124,15 @@ def plain(sequences, count):
 
 
 def read(model, batch):
-    """What both encoding networks read, item by item (the extractors are tested elsewhere)."""
-    of_mentions = model._extract("mention", model.config.mention_modalities, side(batch, "mention"))
-    of_entities = {
+    """Inputs of both encoding networks, item by item. Other tests are about the extractors."""
+    mention_sequences = model._extract("mention", model.config.mention_modalities, side(batch, "mention"))
+    entity_sequences = {
         name: (batch[f"entity_prototypes_{name}"], batch[f"entity_prototypes_{name}_mask"])
         for name in model.config.entity_modalities
     }
     return (
-        plain(of_mentions, len(batch["mention_input_ids"])),
-        plain(of_entities, len(next(iter(of_entities.values()))[0])),
+        plain(mention_sequences, len(batch["mention_input_ids"])),
+        plain(entity_sequences, len(next(iter(entity_sequences.values()))[0])),
     )
 
 
@@ -236,13 +234,13 @@ def test_a_training_batch_of_one_is_normalised_by_the_running_statistics():
 
 
 def test_gradients_are_those_of_finite_differences():
-    """Eq. 14 in float64: of the steepest number of every tensor of both networks and both directions of attention."""
+    """Gradient of eq. 14 in float64, for the element with the largest gradient of every trained tensor."""
     model = build(vision=None, mention_modalities=[T], margin=2).double().train()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch_for(model, 4, 4).items()}
     labels, step = torch.tensor([2, 0, 3, 1]), 1e-6
     with torch.no_grad():
         sequences = model._extract("mention", [T], side(batch, "mention"))
-    model._extract = lambda *_: sequences  # constant, and most of the time
+    model._extract = lambda *_: sequences  # constant, and slow to compute
     model(**batch, labels=labels).loss.backward()
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(learning) > 60
@@ -259,7 +257,7 @@ def test_gradients_are_those_of_finite_differences():
 
 
 def test_the_margin_pushes_the_gold_up():
-    """Eq. 13 as printed would be smallest where the gold is worst."""
+    """Eq. 13 as printed is smallest for the worst gold."""
     model = build(spaces=[])
     labels = torch.tensor([0])
     good, bad = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.1, 0.9]])
@@ -345,8 +343,8 @@ def test_scores_with_and_without_gradients_are_the_same(counts):
     torch.testing.assert_close(scores.detach(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_large_batches_are_padded_in_parts():
-    """The same aux as one by one, of more items than one part has, with unlike lengths in every modality."""
+def test_large_batches_are_encoded_in_groups_by_length():
+    """Items encoded in several groups by length have the same aux as items encoded one by one."""
     model = build()
     batch = batch_for(model, mentions=41, entities=modeling_imn._MIN_BATCH_TO_GROUP)
     for name, count in (("mention", 41), ("entity", modeling_imn._MIN_BATCH_TO_GROUP)):
@@ -358,7 +356,7 @@ def test_large_batches_are_padded_in_parts():
 
 
 def test_the_aligned_start_maps_single_tokens():
-    """Both networks start as one map: of each token, ReLU of an orthogonal projection; nothing of its neighbours."""
+    """Both networks start as the same map of each token alone: ReLU of an orthogonal projection."""
     torch.manual_seed(0)
     wide = {"vision_config": None, "encoder_init": "aligned", "dilations": [1, 2], **DIMS, "hidden_dim": 8}
     model = ImnModel(ImnConfig(text_config=dict(BERT), **wide)).eval()
@@ -372,14 +370,14 @@ def test_the_aligned_start_maps_single_tokens():
         torch.testing.assert_close(seen, (others @ weight.T).clamp(min=0), atol=1e-5, rtol=1e-5)
     there = torch.ones(2, 1, dtype=torch.bool)
     with torch.no_grad():
-        of_mentions = model.mention_encoder({"text": (token.unsqueeze(1), there)})
-        of_entities = model.entity_encoder({"text": (token.unsqueeze(1), there)})
-        # Eight times the same token; eq. 6 adds zeros after the last, which no tap but the first meets.
+        mention_sequences = model.mention_encoder({"text": (token.unsqueeze(1), there)})
+        entity_sequences = model.entity_encoder({"text": (token.unsqueeze(1), there)})
+        # The same token eight times. Only taps after the first read the zeros that eq. 6 adds at the end.
         repeated = model.mention_encoder({"text": (token.unsqueeze(1).expand(2, 8, width), there.expand(2, 8))})
-    torch.testing.assert_close(of_mentions, of_entities)
-    torch.testing.assert_close(repeated, of_mentions, atol=1e-5, rtol=1e-5)
-    assert of_mentions[0].sub(of_mentions[1]).abs().max() > 0.01
-    largest = 0.1 * model.config.aux_dim**-0.5  # a tenth of PyTorch's own start: co-attention is nearly even
+    torch.testing.assert_close(mention_sequences, entity_sequences)
+    torch.testing.assert_close(repeated, mention_sequences, atol=1e-5, rtol=1e-5)
+    assert mention_sequences[0].sub(mention_sequences[1]).abs().max() > 0.01
+    largest = 0.1 * model.config.aux_dim**-0.5  # a tenth of PyTorch's default: co-attention is nearly uniform
     for direction in (model.mention_to_entity, model.entity_to_mention):
         for linear in (direction.query, direction.key):
             assert largest / 2 < linear.weight.abs().max() <= largest
@@ -445,7 +443,7 @@ def test_posts_are_means_of_the_extractors_states():
 
 
 def test_the_joint_model_reads_text_mention_and_patches():
-    """Its sequence, written out for each item alone: embeddings, positions, segments."""
+    """Compared with sequences built item by item: embeddings, positions and segments."""
     model = build()
     batch = posts(5)
     patches = model._patches(batch["mention_pixel_values"], batch["mention_image_mask"].bool())
@@ -761,7 +759,7 @@ def test_a_text_beyond_the_positions_says_so():
 
 
 def test_features_read_before_give_the_same_encodings():
-    """Whatever the batch they were read in, in training too: what is kept of a mention has none of its padding."""
+    """Cached features do not depend on the batch they were computed in, as they contain no padding; also in training."""
     model = build()
     batch = posts(6, "mention", seed=4)
     with torch.no_grad():
@@ -808,4 +806,6 @@ def test_dropout_is_for_training_alone():
         }
         for encoder in (first, second):
             levels = [encoder(sequences) for _ in range(2)]
-            assert (levels[0][:, 0] - levels[1][:, 0]).abs().max() > 1e-3  # space 1 has no Transformer, only its own
+            assert (
+                levels[0][:, 0] - levels[1][:, 0]
+            ).abs().max() > 1e-3  # space 1 has no Transformer, so this is the dropout before eq. 3

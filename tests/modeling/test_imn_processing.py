@@ -1,4 +1,4 @@
-"""IMN's processor: texts, mentions, images, prototypes, and which words pre-training hides."""
+"""IMN's processor: texts, mentions, images, prototypes, and the words that pre-training masks."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_cutting_and_empty_texts(processor):
     assert long["mention_name_ids"].shape == (1, 16)
 
 
-def test_images_are_where_there_are_any(processor):
+def test_missing_images_are_masked(processor):
     batch = processor(mentions=[MENTION | {"image": picture()}, MENTION], posts=[POST | {"image": picture(5, 30)}])
     mean, std = np.array(processor.image_processor.image_mean), np.array(processor.image_processor.image_std)
     assert batch["mention_pixel_values"].shape == (2, 3, 8, 8)
@@ -136,7 +136,7 @@ def test_prototypes_are_padded_to_k(processor):
         ({"entity_id": "Q7", "prototypes": {"image": torch.full((1, 5), float("nan"))}}, "Q7: its image .* nan"),
     ],
 )
-def test_wrong_prototypes_say_whose(processor, row, message):
+def test_wrong_prototypes_name_the_entity(processor, row, message):
     good = {"entity_id": "Q1", "prototypes": {"text": torch.ones(1, 5)}}
     with pytest.raises(ValueError, match=message):
         processor(entities=[good, row])
@@ -156,7 +156,7 @@ def pretrain(processor, rows, partners=None):
 
 
 def hidden(batch):
-    """Places of the hidden words, by row."""
+    """Positions of the masked words, by row."""
     return [set((labels >= 0).nonzero().flatten().tolist()) for labels in batch["labels"]]
 
 
@@ -170,14 +170,14 @@ def test_the_tokens_of_the_mention_are_hidden_and_no_others(processor):
     assert set(batch["labels"][:, 3].tolist()) == {WORDS.index("taylor"), -100}
     shown = Counter(batch["input_ids"][batch["labels"][:, 3] >= 0, 3].tolist())
     total = sum(shown.values())
-    assert abs(shown[MASK] / total - 0.8) < 0.06  # a tenth of a tenth more by chance
+    assert abs(shown[MASK] / total - 0.8) < 0.06  # plus 1 % by chance, from the random words
     assert shown[WORDS.index("taylor")] / total == pytest.approx(0.1, abs=0.04)
     untouched = batch["labels"] < 0
     original = processor(posts=rows)["post_input_ids"]
     assert torch.equal(batch["input_ids"][untouched], original[untouched])
 
 
-def test_the_mention_embedding_does_not_tell_what_the_text_hides(processor):
+def test_the_mention_embedding_does_not_reveal_masked_words(processor):
     batch = pretrain(processor, [MENTION] * 50)
     assert torch.equal(batch["name_ids"], batch["input_ids"][:, 3:5])
     assert (batch["name_mask"] == 1).all()
@@ -198,15 +198,15 @@ def test_words_are_hidden_at_random_where_there_is_no_mention_or_no_guidance(pro
     assert pretrain(processor, unnamed)["name_mask"].sum() == 0
 
 
-def test_a_mention_that_is_not_located_is_looked_for(processor):
+def test_a_mention_without_a_span_is_searched_in_the_text(processor):
     batch = pretrain(processor, [MENTION | {"start": -1, "end": -1, "mention": "Taylor Swift"}] * 30)
     assert set.union(*hidden(batch)) == {3, 4}
-    # Cut off, it cannot be hidden.
+    # A truncated mention cannot be masked.
     late = {"mention": "swift", "text": "bird " * 20 + "swift", "start": 100, "end": 105, "image": None}
     assert words(pretrain(processor, [late])["name_ids"][0]) == "swift"
 
 
-def test_what_is_hidden_is_a_function_of_seed_and_batch(processor, tokenizer):
+def test_masking_depends_on_seed_and_batch_only(processor, tokenizer):
     rows = [MENTION | {"image": picture()}] * 20
     first, again = pretrain(processor, rows), pretrain(processor, rows)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -220,14 +220,14 @@ def test_what_is_hidden_is_a_function_of_seed_and_batch(processor, tokenizer):
         assert not torch.equal(other["mask_seeds"][:19], first["mask_seeds"][:19])
 
 
-def test_matching_is_about_images_that_there_are(processor):
+def test_matching_ignores_missing_images_and_texts(processor):
     shown = MENTION | {"image": picture()}
     batch = pretrain(processor, [shown, MENTION, shown, shown | {"text": ""}], [0, 2, 1, 0])
     assert batch["matching_labels"].tolist() == [0, 1, -100, -100]
     assert batch["partners"].tolist() == [0, 2, 1, 0]
 
 
-def test_what_it_gives_is_what_the_models_take(processor):
+def test_the_models_accept_the_output(processor):
     torch.manual_seed(0)
     config = {"text_config": dict(BERT), "vision_config": dict(DETR)} | DIMS | {"num_prototypes": 3}
     rows = [MENTION | {"image": picture()}, MENTION, MENTION | {"mention": "", "text": "bird", "image": picture(9, 9)}]
@@ -241,7 +241,7 @@ def test_what_it_gives_is_what_the_models_take(processor):
     ]
     entities = [
         {"entity_id": f"Q{i}", "name": "bird", "description": "", "attributes": "", "aliases": [], "images": []}
-        for i in range(3)  # of the last there are no posts
+        for i in range(3)  # the last one has no posts
     ]
     prototypes = Prototypes(model, processor, datasets.Dataset.from_list(posts, features=post_features()))
     known = prototypes.on(list(datasets.Dataset.from_list(entities, features=entity_features())))
@@ -268,7 +268,7 @@ def test_options_survive_saving(processor, tmp_path):
 
 
 def test_images_for_detr_are_squares(tokenizer, tmp_path):
-    """Its own image processor keeps proportions and pads; features would depend on the batch."""
+    """DETR's image processor keeps proportions and pads, so features would depend on the batch."""
     DetrImageProcessorPil(size={"shortest_edge": 16, "longest_edge": 40}).save_pretrained(tmp_path)
     processor = ImnProcessor.from_parts(tokenizer, str(tmp_path))
     rows = [MENTION | {"image": picture(40, 10)}, MENTION | {"image": picture(10, 30)}]
@@ -298,7 +298,7 @@ def test_wrong_calls_say_what_to_give(processor, tokenizer):
         pretrain(processor, [MENTION])
 
 
-def test_features_stand_for_all_of_a_mention(processor):
+def test_cached_features_replace_a_mention(processor):
     rows = [{"features": {"text": torch.full((length, 2), float(length))}} for length in (3, 0, 5)]
     batch = processor(mentions=rows)
     assert set(batch) == {"mention_features_text", "mention_features_text_mask"}

@@ -52,7 +52,7 @@ def build(seed=0, **fields) -> MimicModel:
     torch.manual_seed(seed)
     config = {"text_config": dict(BERT), "vision_config": dict(VIT)} | DIMS | fields
     model = MimicModel(MimicConfig(**config)).eval()
-    with torch.no_grad():  # norms start as ones and zeros, which would hide a forgotten weight
+    with torch.no_grad():  # norms start as ones and zeros, so an unused weight would go unnoticed
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -69,7 +69,7 @@ def batch_for(model: MimicModel, **sizes) -> dict[str, torch.Tensor]:
 
 
 def features(model: MimicModel, batch: dict[str, torch.Tensor], side: str) -> list[dict]:
-    """What the units read, item by item (this part is not under test here; the golden values test it)."""
+    """Inputs of the units, item by item. The golden values test the encoders, so this file does not."""
     count = len(next(v for k, v in batch.items() if k.startswith(side)))
     text = image = None
     with torch.no_grad():
@@ -162,12 +162,12 @@ def test_blocks_do_not_change_scores(monkeypatch):
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("without", ["query", "fused"])
 def test_vectors_of_the_first_stage(name, without):
-    """Inner products of the vectors are the score wherever mention and entity do not see one another inside a unit."""
+    """Inner products of the vectors equal the score if no unit lets mention and entity interact."""
     model = build(**VARIANTS[name])
     batch = batch_for(model, mentions=4, entities=6)
     with torch.no_grad():
         if hasattr(model, "tglu") and model.config.text_local:
-            model.tglu.fc_key.weight.zero_()  # every token gets the same attention
+            model.tglu.fc_key.weight.zero_()  # uniform attention
         if hasattr(model, "vdlu") and without == "fused":  # the fused image of eq. 12 is then a constant
             model.vdlu.entity_to_mention.fc.weight.zero_()
             model.vdlu.mention_to_entity.fc.weight.zero_()
@@ -184,7 +184,7 @@ def test_vectors_of_the_first_stage(name, without):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_extreme_texts(masked):
-    """Keys so large that powers would overflow, and texts without a token: the equations in float64 say the same."""
+    """Keys whose powers overflow, and texts without a token, get the scores that float64 gives."""
     model = build(mask_padding=masked, units=["text"], vision_config=None)
     batch = batch_for(model, mentions=6, entities=7)
     if masked:
@@ -206,7 +206,7 @@ def test_extreme_texts(masked):
 
 
 def texts(model, count, side, generator, spread=1.0, aligned=0.0):
-    """Encodings as a trained model may give them: tokens around one direction, of many lengths."""
+    """Encodings like those of a trained model: token vectors around one direction, texts of many lengths."""
     dim, length = model.config.text_dim, 7
     common = torch.randn(dim, generator=generator)
     tokens = {
@@ -228,13 +228,13 @@ TEXTS = {"random": (1.0, 0.0), "narrow": (0.1, 1.0), "one direction": (1e-4, 1.0
 
 @pytest.mark.parametrize("fields", [{}, {"mask_padding": True}, {"mask_padding": True, "global_norm": "l2"}], ids=str)
 @pytest.mark.parametrize("shape", TEXTS)
-def test_the_second_step_gives_what_reaches_the_floor(fields, shape, monkeypatch):
+def test_the_second_step_scores_all_pairs_that_reach_the_floor(fields, shape, monkeypatch):
     model = build(units=["text"], vision_config=None, **fields)
     generator = torch.Generator().manual_seed(1)
     spread, aligned = TEXTS[shape]
     mentions = texts(model, 9, "mention", generator, spread, aligned)
     entities = texts(model, 200, "entity", generator, spread, aligned)
-    entities["text_query_global"][:9] = mentions["text_values"].mean(1) * 5  # scores as high as any bound allows
+    entities["text_query_global"][:9] = mentions["text_values"].mean(1) * 5  # scores near the upper bounds
     with torch.no_grad():
         scores = model.score(mentions, entities)
         quick = model.quick_scores(mentions, entities)
@@ -251,15 +251,15 @@ def test_the_second_step_gives_what_reaches_the_floor(fields, shape, monkeypatch
         shares.append(here.float().mean().item())
     assert shares[2] < 1
     over = model.remaining_scores(mentions, entities, (rest.amax(1, keepdim=True) + 0.01).expand_as(rest))
-    if shape == "one direction":  # only the second bound shows that no pair is there
+    if shape == "one direction":  # only the second bound excludes all pairs
         assert (over == -torch.inf).any(1).all()
         assert (over == -torch.inf).all(1).any()
-    if shape in ("narrow", "one direction"):  # the second bound tells them apart
+    if shape in ("narrow", "one direction"):  # the second bound excludes pairs
         assert shares[2] < 0.2
     halves = {k: v.half() if v.is_floating_point() else v for k, v in entities.items()}
     with torch.no_grad():
         expected = model.score(mentions, halves) - model.quick_scores(mentions, halves)
-    found = model.remaining_scores(mentions, halves, expected)  # each pair is its own floor
+    found = model.remaining_scores(mentions, halves, expected)  # the floor is the score itself
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
 
@@ -329,7 +329,7 @@ def test_encodings_hold_projections_and_no_token_states():
 def test_loss_is_equation_22(unit_losses):
     model = build(unit_losses=unit_losses, temperature=0.5)
     batch = batch_for(model, mentions=5, entities=4)
-    labels = torch.tensor([2, 0, 2, 3, 1])  # mentions 0 and 2 share a gold: no negative of each other
+    labels = torch.tensor([2, 0, 2, 3, 1])  # mentions 0 and 2 share a gold, which is a negative of neither
     out = model(**batch, labels=labels)
     terms = [out.scores] + [out.unit_scores[u] for u in (model.config.units if unit_losses is None else unit_losses)]
     expected = 0.0
@@ -342,7 +342,7 @@ def test_loss_is_equation_22(unit_losses):
 
 @pytest.mark.parametrize("name", ["published", "text unit", "vision unit", "aligned", "feature map"])
 def test_every_parameter_learns(name):
-    """A parameter no loss reaches would break distributed training."""
+    """A parameter without a gradient would break distributed training."""
     model = build(**VARIANTS[name]).train()
     model(**batch_for(model), labels=torch.tensor([0, 1, 2, 3])).loss.backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
@@ -376,7 +376,7 @@ def test_missing_weights_are_initialised_not_garbage(tmp_path):
 
 
 def test_aligned_start_scores_like_a_cosine():
-    """Before training, identical texts must have a local score near one and above that of other texts."""
+    """Before training, the local score of identical texts is near one and above that of different texts."""
     torch.manual_seed(0)
     fields = {"global_norm": "l2", "local_init": "aligned", "mask_padding": True, "text_pooling": "mean"}
     model = MimicModel(MimicConfig(text_config=dict(BERT), units=["text"], text_dim=24, **fields)).eval()
@@ -514,7 +514,7 @@ def test_attention_implementation_reaches_the_backbones(tmp_path, implementation
 
 @pytest.mark.parametrize("fields", [{}, {"mask_padding": True}, {"vision_config": dict(CNN)}], ids=str)
 def test_attention_is_that_of_the_units(fields):
-    """The shares of words explain eq. 9–10, those of patches eq. 15–16: put back into the equations they give h_t, h_o."""
+    """The returned attention, put into eq. 9–10 and 15–16, gives h_t and h_o."""
     model = build(**fields)
     batch = batch_for(model)
     found = model.attention(**batch)

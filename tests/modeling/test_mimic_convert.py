@@ -1,4 +1,4 @@
-"""Published weights come out as the published network's scores; anything that does not fit is an error that says so."""
+"""Converted weights give the scores of the published network; weights that do not fit are named in an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.modeling import published_mimic
 
 @pytest.fixture
 def published(tmp_path):
-    """Files as a user has them, and what the published network computes, by loops over pairs and tokens."""
+    """A folder with a published checkpoint, its weights, a batch, and the published network's outputs for it."""
     weights, batch = published_mimic.state_dict(), published_mimic.inputs()
     clip = CLIPModel(published_mimic.clip_config())
     clip.load_state_dict(

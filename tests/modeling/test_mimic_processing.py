@@ -130,7 +130,7 @@ def test_a_template_over_a_missing_column_says_which(tokenizer):
         processor(mentions=[MENTION])
 
 
-def test_an_entity_without_attributes_has_none_of_them(processor):
+def test_missing_attributes_are_an_empty_string(processor):
     without = processor(entities=[ENTITY | {"attributes": None}])["entity_input_ids"]
     assert words(without[0]) == "[CLS] taylor swift [SEP] [SEP] [PAD] [PAD] [PAD] [PAD]"
     torch.testing.assert_close(without, processor(entities=[ENTITY | {"attributes": ""}])["entity_input_ids"])
@@ -140,7 +140,7 @@ def test_a_clip_backbone_gets_the_published_stretch(tokenizer, tmp_path):
     CLIPModel(published_mimic.clip_config()).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     images = MimicProcessor.from_backbones(str(tmp_path)).image_processor
-    assert (images.do_center_crop, images.resample) == (False, 1)  # Lanczos, nothing cut off
+    assert (images.do_center_crop, images.resample) == (False, 1)  # Lanczos, no cropping
     assert dict(images.size) == {"height": 16, "width": 16}
 
 
@@ -162,7 +162,7 @@ def test_text_spans_point_into_the_text(processor):
     for token, span in zip(words(ids).split(), spans, strict=True):
         if span is not None:
             assert row["text"][slice(*span)] == token
-    # [CLS] swift [SEP] taylor swift on [SEP]: only the text's own three words have a place in it
+    # [CLS] swift [SEP] taylor swift on [SEP]: only the three words of the text have a span
     assert [span is not None for span in spans] == [False] * 3 + [True] * 3 + [False] * 3
 
 
