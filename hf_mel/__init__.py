@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_mel.inference.checkpoints import load_retriever as load_retriever
     from hf_mel.kb.knowledge_base import KnowledgeBase as KnowledgeBase
     from hf_mel.linking.linker import EntityLinker as EntityLinker
+    from hf_mel.row_files import read_rows as read_rows
     from hf_mel.training.arguments import MelTrainingArguments as MelTrainingArguments
     from hf_mel.training.trainer import MelTrainer as MelTrainer
 
@@ -38,6 +39,7 @@ _EXPORTS = {
     "load_reranker": "hf_mel.inference.checkpoints",
     "load_retriever": "hf_mel.inference.checkpoints",
     "open_image": "hf_mel.data.images",
+    "read_rows": "hf_mel.row_files",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -37,6 +37,7 @@ from hf_mel import (
     load_reranker,
     load_retriever,
     open_image,
+    read_rows,
 )
 
 _log = logging.getLogger(__name__)
@@ -497,32 +498,17 @@ def _read_mentions(path: Path) -> Iterator[dict[str, str]]:
         raise Refused("Upload the mentions as a .csv or .jsonl file with the columns text and mention.")
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise Refused(f"The file is larger than {MAX_TABLE_BYTES >> 20} MB.")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Refused("The file is not UTF-8 text. Save it as UTF-8.") from error
-    if path.suffix.lower() == ".csv":
-        try:
-            records: list[Any] = list(csv.DictReader(io.StringIO(text), strict=True))
-        except csv.Error as error:
-            raise Refused(f"The file is not CSV ({error}).") from error
-    else:
-        records = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except (ValueError, RecursionError) as error:
-                    raise Refused(f"Line {number} is not JSON ({error}).") from error
-    if not records:
+    with _refused_errors():
+        rows = list(read_rows(path))
+    if not rows:
         raise Refused("The file holds no mentions.")
-    if len(records) > MAX_BATCH_ROWS:
-        raise Refused(f"The file has {len(records):,} rows; at most {MAX_BATCH_ROWS:,} are linked at once.")
-    for number, record in enumerate(records, start=1):
+    if len(rows) > MAX_BATCH_ROWS:
+        raise Refused(f"The file has {len(rows):,} rows; at most {MAX_BATCH_ROWS:,} are linked at once.")
+    for line, row in rows:
         for column in ("text", "mention"):
-            if not isinstance(record, dict) or not isinstance(record.get(column), str):
-                raise Refused(f"Row {number} has no text in the column “{column}”.")
-        yield {"text": record["text"], "mention": record["mention"]}
+            if not isinstance(row.get(column), str):
+                raise Refused(f"Row {line} has no text in the column “{column}”.")
+        yield {"text": row["text"], "mention": row["mention"]}
 
 
 def _link_rows(linker: EntityLinker, rows: Sequence[dict[str, str]], top_k: int) -> list[dict[str, Any]]:
