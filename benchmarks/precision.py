@@ -19,7 +19,9 @@ from benchmarks import harness
 from hf_mel.data.loading import load_entities, load_mentions
 from hf_mel.inference.checkpoints import load_retriever
 from hf_mel.inference.encode import encode_rows
-from hf_mel.inference.ranking import EncodedEntities, rank
+from hf_mel.inference.entity_sources import EncodedEntities
+from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.ranking import rank
 from hf_mel.schema import NIL
 from hf_mel.spaces.mel_ranking.mel_ranking import ranking_metrics
 
@@ -41,8 +43,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     row_of = {entity_id: row for row, entity_id in enumerate(ids)}
     golds = [-1 if gold == NIL else row_of[gold] for gold in mentions["entity_id"]]
     linked = torch.tensor(golds) >= 0
-    encoded = encode_rows(model, processor, mentions, "mentions", progress=True)
-    full = encode_rows(model, processor, entities, "entities", progress=True)
+    inputs = ModelInputs(model, processor)
+    encoded = encode_rows(inputs, mentions, "mentions", progress=True)
+    full = encode_rows(inputs, entities, "entities", progress=True)
     rows, exact = [], None
     for name in ("float32", "float16", "bfloat16"):
         dtype = getattr(torch, name)

@@ -34,8 +34,9 @@ from benchmarks import harness
 from benchmarks.direct_mimic import BLOCK, DirectMimic
 from benchmarks.sources import Source, open_source
 from hf_mel.inference.encodings import slice_encodings
-from hf_mel.inference.inputs import model_inputs
-from hf_mel.inference.ranking import EncodedEntities, RankingResult, rank
+from hf_mel.inference.entity_sources import EncodedEntities
+from hf_mel.inference.execution import to_model
+from hf_mel.inference.ranking import RankingResult, rank
 from hf_mel.kb.knowledge_base import KnowledgeBase
 
 FORMS = ("whole", "pruned")
@@ -69,6 +70,9 @@ class _Counting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+    def quick_scores(self, mentions: Any, entities: Any) -> torch.Tensor:
+        return self._model.quick_scores(mentions, entities)
 
     def remaining_scores(self, mentions: Any, entities: Any, floor: torch.Tensor) -> torch.Tensor:
         rest = self._model.remaining_scores(mentions, entities, floor)
@@ -157,9 +161,9 @@ class _DirectBlock:
 
     def __init__(self, source: Source, block: list[int], device: str, dtype: str = "float32", rows: Any = None):
         self.direct = DirectMimic(copy.deepcopy(source.model).to(device, getattr(torch, dtype)))
-        self.mentions = self.direct.features(**model_inputs(self.direct.model, source.mentions(block[0])[1]))
+        self.mentions = self.direct.features(**to_model(self.direct.model, source.mentions(block[0])[1]))
         parts = [
-            self.direct.features(**model_inputs(self.direct.model, source.entity_inputs(part)))
+            self.direct.features(**to_model(self.direct.model, source.entity_inputs(part)))
             for part in (torch.arange(block[1]) if rows is None else rows).split(256)
         ]
         self.entities = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

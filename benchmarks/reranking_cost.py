@@ -26,7 +26,9 @@ from hf_mel.candidates.lists import CandidateLists
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions
 from hf_mel.evaluation.full_evaluator import device_name, software_versions
 from hf_mel.inference.checkpoints import load_reranker
-from hf_mel.inference.reranking import can_rank_jointly, score_pairs
+from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.reranking import score_pairs
+from hf_mel.protocols import ranks_jointly
 
 
 def line(results: Sequence[dict[str, float]], column: str) -> dict[str, float]:
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         others = generator.sample(range(len(entities)), min(max(sizes), len(entities)))
         lists.append(list(dict.fromkeys([*rows, *others]))[: max(sizes)])
 
-    jointly = can_rank_jointly(model)
+    jointly = ranks_jointly(model)
     ranking = 0.0  # seconds of ranking jointly, which is after scoring and once for a chunk of pairs
     if jointly:
         rank_jointly = model.rank_jointly
@@ -83,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen, ranking = [rows[:size] for rows in lists], 0.0
         masks = [torch.ones(len(chosen), max(map(len, chosen)), dtype=torch.bool)] if jointly else []
         start = time.perf_counter()
-        score_pairs(model, processor, mentions, entities, chosen, joint_masks=masks, batch_size=batch_size)
+        score_pairs(
+            ModelInputs(model, processor), mentions, entities, chosen, joint_masks=masks, batch_size=batch_size
+        )
         return time.perf_counter() - start - ranking, ranking
 
     seconds(1, args.batch_size)  # the first pass pays for what later ones find ready

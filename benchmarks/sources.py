@@ -32,7 +32,8 @@ from hf_mel.errors import MelError
 from hf_mel.inference.checkpoints import load_retriever
 from hf_mel.inference.encode import encode_rows
 from hf_mel.inference.encodings import slice_encodings
-from hf_mel.inference.inputs import model_inputs
+from hf_mel.inference.execution import to_model
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.ranking import rank
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.modeling.mimic import MimicConfig, MimicModel
@@ -298,7 +299,7 @@ class Generated(Source):
         inputs = self.people.mention_inputs(golds, seed=0)
         with torch.inference_mode():
             named = {f"mention_{name}": x for name, x in inputs.items()}
-            encoded = self.model.encode_mentions(**model_inputs(self.model, named))
+            encoded = self.model.encode_mentions(**to_model(self.model, named))
         return {name: x.to("cpu").clone() for name, x in encoded.items()}, inputs, golds
 
     def entity_inputs(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -348,7 +349,7 @@ class Resampled(Source):
         golds = [row_of.get(entity_id, -1) for entity_id in self._mentions["entity_id"]]
         kept = [row for row, gold in enumerate(golds) if 0 <= gold < self.least][:count]
         chosen = self._mentions.select(kept)
-        encoded = encode_rows(self.model, self.processor, chosen, "mentions")
+        encoded = encode_rows(ModelInputs(self.model, self.processor), chosen, "mentions")
         inputs = self.processor(mentions=[chosen[row] for row in range(len(chosen))])
         inputs = {name.removeprefix("mention_"): tensor for name, tensor in inputs.items()}
         return encoded, inputs, torch.tensor([golds[row] for row in kept])
@@ -400,8 +401,17 @@ class _Lookup:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
+    def encode_mentions(self, **mention_inputs: Any) -> Any:
+        return self._model.encode_mentions(**mention_inputs)
+
     def encode_entities(self, entity_rows: torch.Tensor) -> dict[str, torch.Tensor]:
         return self._encode(entity_rows)
+
+    def score(self, mentions: Any, entities: Any) -> Any:
+        return self._model.score(mentions, entities)
+
+    def unit_scores(self, mentions: Any, entities: Any) -> Any:
+        return self._model.unit_scores(mentions, entities)
 
 
 def open_source(

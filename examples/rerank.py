@@ -5,9 +5,10 @@ Then: python examples/rerank.py
 """
 
 from hf_mel import EntityLinker, load_reranker
-from hf_mel.candidates.make import make_candidates
+from hf_mel.candidates import make_candidates
 from hf_mel.data import load_entities, load_mentions
 from hf_mel.evaluation.candidate_evaluator import evaluate_candidates
+from hf_mel.inference import ModelInputs
 
 # While linking: the linker gives the retriever's best eight entities to the reranker.
 linker = EntityLinker.from_pretrained("runs/mimic_flags", kb="kb/flags_mel", reranker="runs/mmel_flags", rerank_k=8)
@@ -21,6 +22,6 @@ lists = make_candidates("retriever", mentions, entities, k=8, retriever="runs/mi
 print("recall of the lists:", lists.recall(mentions["entity_id"], [1, 8]))
 
 # End to end, a gold that is not in its list counts as a miss; with the gold added, every list has it.
-model, processor = load_reranker("runs/mmel_flags")
-result = evaluate_candidates(model, processor, mentions, entities, lists)
+inputs = ModelInputs(*load_reranker("runs/mmel_flags"))
+result = evaluate_candidates(inputs, mentions, entities, lists)
 print("H@1 end to end:", result.metrics["hits@1"])

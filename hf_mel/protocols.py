@@ -1,4 +1,8 @@
-"""hf_mel.protocols."""
+"""The contract between the library and a method: what models and processors must offer, and what they may offer.
+
+[`Retriever`], [`Reranker`] and [`MelProcessor`] are required. Every other protocol is an optional ability, which the
+library finds with `isinstance`. A method needs no import of hf_mel to fulfil a protocol.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from hf_mel.schema import Row
 
-#: Named tensors that share their first axis: what a model keeps of M mentions or N entities.
+#: Named tensors that share their first axis: the encodings of M mentions or N entities.
 Encodings = Mapping[str, Any]
 
 
 @runtime_checkable
 class MelProcessor(Protocol):
-    """Turns rows into tensors; the only place that knows a method's templates, lengths and image handling."""
+    """Turns rows into tensors. The only part of a method that knows its templates, lengths and image handling."""
 
     def __call__(
         self,
@@ -22,68 +26,152 @@ class MelProcessor(Protocol):
         pairs: Sequence[tuple[Row, Sequence[Row]]] | None = None,
         **kwargs: Any,
     ) -> Mapping[str, Any]:
-        """Tensors of M mention rows, N entity rows, or M mentions with C candidates each.
+        """Returns the tensors of M mention rows, of N entity rows, or of M mentions with C candidates each.
 
         Args:
-            mentions: M rows → tensors named `mention_*`, first axis M.
-            entities: N rows → tensors named `entity_*`, first axis N. The image of an entity is
-                `row["images"][0]`; whoever wants another one puts it first. A processor that reads more of them says
-                how many in an attribute `max_entity_images` (`None`: all).
-            pairs: M times (mention row, its C candidate rows) → tensors named `pair_*`, first axes M, C.
+            mentions: M rows; gives tensors named `mention_*` with first axis M.
+            entities: N rows; gives tensors named `entity_*` with first axis N. The image of an entity is
+                `row["images"][0]`; a caller that wants another image puts it first. A processor that reads several
+                images sets `max_entity_images` (see [`images_per_entity`]).
+            pairs: M tuples of a mention row and its C candidate rows; gives tensors named `pair_*` with first axes M, C.
         """
+        ...
+
+
+def images_per_entity(processor: Any) -> int | None:
+    """Returns how many images of an entity a processor reads: its `max_entity_images`, by default 1; `None` is all."""
+    return getattr(processor, "max_entity_images", 1)
+
+
+@runtime_checkable
+class OpensImages(Protocol):
+    """A processor that makes pixel values of images apart from rows, for [`EncodesImages`]."""
+
+    def images(self, images: Sequence[Any]) -> Any:
+        """Returns pixel values [I, channels, height, width] of I PIL images, or a mapping that has `pixel_values`."""
+        ...
+
+
+@runtime_checkable
+class LocatesTokens(Protocol):
+    """A processor that locates its tokens in the text of a mention, for [`Explains`]."""
+
+    def text_spans(self, mentions: Sequence[Row]) -> list[list[tuple[int, int] | None]]:
+        """Returns, for each of M mentions, the (start, end) characters of its L tokens; `None` for a special token."""
         ...
 
 
 @runtime_checkable
 class Retriever(Protocol):
-    """A model that encodes mentions and entities apart and scores every pair from the encodings (late interaction).
+    """A model that encodes mentions and entities separately, and scores any pair from their encodings.
 
     `forward(**mention_tensors, **entity_tensors, labels=None)` returns an output with `loss` (given `labels`),
     `scores` [M, N] and `unit_scores` (a dict of [M, N], one per interaction unit). `labels` [M] holds the column of
-    each mention's gold; several mentions may share one column, so the same entity twice is never a negative.
+    each mention's gold. Several mentions may share a column, so the same entity is never a negative of itself.
 
-    Optional: `attention(**mention_tensors, **entity_tensors)`, where the model looks: any of `words` [M, N, L] (shares
-    of the L tokens of a mention), `mention_patches` [M, h, w] and `entity_patches` [N, h, w]; the processor's
-    `text_spans(mentions)` says where each of the L tokens stands in the text.
-
-    Optional, for a model that knows an entity by posts (IMN):
-
-    - `encode_posts(**post_inputs)`: of P posts, the features [P, d] of each modality by its name, and under
-      `<modality>_present` [P] (bool) which of the posts have it. Training leaves the weights they come from as they are.
-    - `num_prototypes` (`int`): k, the most prototypes of an entity in one modality.
-
-    Its processor turns `posts=rows` into tensors named `post_*`, and the entity rows it gets carry `prototypes`: modality →
-    float tensor [k', d], vectors of length 1, the most representative first; k' is at most k, and may be 0.
-    [`hf_mel.inference.features.post_prototypes.Prototypes`] chooses them.
-
-    Optional, for a model whose training leaves what reads a mention as it is: `mention_features(**mention_inputs)`, of M
-    mentions tensors [M, S, d] by name, and under `<name>_mask` [M, S] (bool) what of them is no padding. Its processor takes
-    rows that carry them as `features` (name → [s, d], S differs from row to row), and then gives these and reads nothing
-    else of the row.
-
-    Optional, for a ranking that leaves out pairs which cannot matter: `quick_scores(mentions, entities)` [M, N], the part
-    of the score that costs little, and `remaining_scores(mentions, entities, floor)` [M, N], what is to be added: exact
-    wherever that is at least `floor` [M, N], and -inf where it is surely below. Both take half precision as it is stored.
-
-    Optional, for an index whose candidates are then scored exactly: `query_vectors(mentions)` [M, D] and
-    `index_vectors(entities)` [N, D], both from encodings, both float32, whose inner products are the scores or near
-    them.
+    Optional abilities: [`TwoStepScores`], [`IndexVectors`], [`Explains`], [`KnowsPosts`], [`FrozenMentions`].
     """
 
     def encode_mentions(self, **mention_inputs: Any) -> Encodings:
-        """What scoring needs of M mentions: tensors with first axis M."""
+        """Returns the encodings of M mentions: tensors with first axis M."""
         ...
 
     def encode_entities(self, **entity_inputs: Any) -> Encodings:
-        """What scoring needs of N entities, computed once each: tensors with first axis N. A KB index stores these."""
+        """Returns the encodings of N entities: tensors with first axis N. A knowledge base stores these."""
         ...
 
     def score(self, mentions: Encodings, entities: Encodings) -> Any:
-        """Scores [M, N] of every pair, higher is better. Both arguments may be plain dicts of tensors."""
+        """Returns the scores [M, N] of all pairs, higher is better. Both arguments may be plain dicts of tensors."""
         ...
 
     def unit_scores(self, mentions: Encodings, entities: Encodings) -> dict[str, Any]:
-        """The parts the score is made of, by name, each [M, N]; `score` is their mean. Empty for a single-part model."""
+        """Returns the scores [M, N] of every interaction unit by name; `score` is their mean. Empty if there is one."""
+        ...
+
+
+@runtime_checkable
+class TwoStepScores(Protocol):
+    """A retriever whose score is a cheap part plus an expensive part, so that ranking can skip most expensive ones.
+
+    Both methods take half precision as it is stored in a knowledge base.
+    """
+
+    def quick_scores(self, mentions: Encodings, entities: Encodings) -> Any:
+        """Returns the cheap part [M, N] of the scores."""
+        ...
+
+    def remaining_scores(self, mentions: Encodings, entities: Encodings, floor: Any) -> Any:
+        """Returns the expensive part [M, N]: exact wherever it is at least `floor` [M, N], -inf where it is below."""
+        ...
+
+
+@runtime_checkable
+class IndexVectors(Protocol):
+    """A retriever with one vector per mention and entity, so that an index can find candidates to score exactly."""
+
+    def query_vectors(self, mentions: Encodings) -> Any:
+        """Returns vectors [M, D] (float32) of encoded mentions."""
+        ...
+
+    def index_vectors(self, entities: Encodings) -> Any:
+        """Returns vectors [N, D] (float32) of encoded entities. Inner products with queries approximate the scores."""
+        ...
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """A retriever that shows its attention."""
+
+    def attention(self, **inputs: Any) -> Mapping[str, Any]:
+        """Returns the attention of M mentions to N entities.
+
+        Args:
+            inputs: Tensors of mentions and entities, as in `forward`.
+
+        Returns:
+            Any of `words` [M, N, L] (shares of the L tokens of a mention, which [`LocatesTokens`] locates),
+            `mention_patches` [M, h, w] and `entity_patches` [N, h, w].
+        """
+        ...
+
+
+@runtime_checkable
+class KnowsPosts(Protocol):
+    """A retriever that represents an entity by posts about it (IMN). Check with [`knows_posts`].
+
+    Its processor turns `posts=rows` into tensors named `post_*`. The entity rows the processor gets carry `prototypes`:
+    modality → float tensor [k', d] of vectors of length 1, the most representative first, with 0 ≤ k' ≤ k.
+    [`~hf_mel.inference.features.post_prototypes.PostPrototypes`] selects them.
+    """
+
+    @property
+    def num_prototypes(self) -> int:
+        """The maximal number k of prototypes per entity and modality; 0 turns the ability off."""
+        ...
+
+    def encode_posts(self, **post_inputs: Any) -> Mapping[str, Any]:
+        """Returns features [P, d] of P posts by modality, and `<modality>_present` [P] (bool): the posts that have it.
+
+        Training must not change the weights these features depend on.
+        """
+        ...
+
+
+def knows_posts(model: Any) -> bool:
+    """Returns whether the model represents entities by posts ([`KnowsPosts`] with `num_prototypes` above 0)."""
+    return isinstance(model, KnowsPosts) and bool(model.num_prototypes)
+
+
+@runtime_checkable
+class FrozenMentions(Protocol):
+    """A retriever whose mention encoder is frozen, so that its outputs can be cached during training.
+
+    Its processor takes rows that carry the cached outputs as `features` (name → [s, d], where s differs between rows)
+    and turns them into tensors without reading anything else of the row.
+    """
+
+    def mention_features(self, **mention_inputs: Any) -> Mapping[str, Any]:
+        """Returns encoder outputs [M, S, d] of M mentions by name, and `<name>_mask` [M, S] (bool), False for padding."""
         ...
 
 
@@ -93,34 +181,72 @@ class Reranker(Protocol):
 
     Its processor turns `pairs` (M mentions with up to C candidates each) into tensors with first axes M, C, and always
     gives two more: `pair_mask` [M, C] (bool, False where a mention has no C-th candidate) and `pair_context` [M]
-    (int64, equal for the mentions of one context, or document). Rows whose images were encoded beforehand carry `image_features`
-    (a tensor [d], or `None`; [k, d] for an entity with k images, where the processor reads several) beside their image;
-    the processor then gives these and no pixels.
+    (int64, equal for the mentions of one context or document).
 
-    The rows of candidates carry `prior`, p(e|m), where their lists have one (0 for a candidate that the table of priors
-    does not know, and for a gold that was added); a processor that reads it takes a row without as one of prior 0.
+    Rows of candidates carry `prior`, p(e|m), if their lists have priors. It is 0 for a candidate that the table of
+    priors does not hold, and for a gold that was added. A processor that reads `prior` treats a row without it as 0.
 
-    More members are optional:
-
-    - `max_mentions` (`int` or `None`): how many mentions an example may have; more are an error before the work.
-    - `encode_images(pixel_values)`: [I, channels, height, width] → [I, d], and `image_features_are_fixed` (`bool`,
-      whether training leaves them as they are): whoever scores encodes each image once with it, and sets
-      `image_features` on the rows. The processor's `images(list of PIL images)` makes the pixel values.
-    - `rank_jointly(scores, features, mask, contexts)`: [M, C], [M, C, d], [M, C], [M] → [M, C], the scores of all
-      mentions of each context ranked together, after those of `forward`.
+    Optional abilities: [`EncodesImages`], [`RanksJointly`]. Optional attributes: `max_mentions` (`int` or `None`, the
+    maximal number of mentions per example; see [`max_mentions`]) and `mentions_per_example` (`int`, see `example_unit`).
     """
 
     #: What one example is: `"mention"`, `"context"` (all mentions of one text) or `"document"` (all mentions of one
-    #: `document_id`, or where the data have none, of one context). Training batches hold mentions,
-    #: `mentions_per_example` of one context (a lone one twice), or whole documents.
+    #: `document_id`, or of one context if the data has no documents). Training batches hold mentions,
+    #: `mentions_per_example` mentions of one context (a single mention is repeated), or whole documents.
     example_unit: str
-    #: Whether the score of a pair depends on that pair alone, so that pairs may be scored in any grouping.
+    #: Whether the score of a pair depends on that pair alone, so that pairs can be batched in any way.
     pairs_are_independent: bool
 
     def forward(self, **pair_inputs: Any) -> Any:
-        """Scores of `pair_*` tensors with first axes M, C.
+        """Scores `pair_*` tensors with first axes M, C.
 
-        Returns an output with `scores` [M, C] (-inf where `pair_mask` is False), `features` [M, C, d] if the model has
-        `rank_jointly`, and `loss` given `labels` [M] (the column of each mention's gold; -100 if it has none).
+        Returns:
+            An output with `scores` [M, C] (-inf where `pair_mask` is False), `features` [M, C, d] for [`RanksJointly`],
+            and, given `labels` [M] (the column of each mention's gold; -100 if it has none), `loss`.
         """
         ...
+
+
+def max_mentions(model: Any) -> int | None:
+    """Returns how many mentions an example of a reranker may have (`max_mentions`); `None` if there is no limit."""
+    return getattr(model, "max_mentions", None)
+
+
+@runtime_checkable
+class EncodesImages(Protocol):
+    """A reranker that encodes images apart from texts, so that each distinct image is encoded once.
+
+    Its processor is [`OpensImages`]. Rows then carry `image_features` beside their image (a tensor [d], or `None`;
+    [k, d] for an entity with k images if the processor reads several), and the processor gives these and no pixels.
+
+    A model whose image encoder is frozen sets `image_features_are_fixed` (see [`image_features_are_fixed`]).
+    """
+
+    def encode_images(self, pixel_values: Any) -> Any:
+        """Returns the features [I, d] of pixel values [I, channels, height, width]."""
+        ...
+
+
+def image_features_are_fixed(model: Any) -> bool:
+    """Returns whether training leaves the model's image features unchanged (its attribute of this name)."""
+    return bool(getattr(model, "image_features_are_fixed", False))
+
+
+@runtime_checkable
+class RanksJointly(Protocol):
+    """A reranker that ranks all mentions of a context together. Check with [`ranks_jointly`]."""
+
+    def rank_jointly(self, scores: Any, features: Any, mask: Any, contexts: Any) -> Any:
+        """Returns scores [M, C] of mentions that are ranked together with the other mentions of their context.
+
+        Args:
+            scores (`[M, C]`), features (`[M, C, d]`): Outputs of `forward`.
+            mask (`[M, C]`): True for a candidate.
+            contexts (`[M]`): Equal for the mentions of one context.
+        """
+        ...
+
+
+def ranks_jointly(model: Any) -> bool:
+    """Returns whether the model is [`RanksJointly`]; `rank_jointly = None` turns the ability off."""
+    return isinstance(model, RanksJointly) and model.rank_jointly is not None

@@ -121,16 +121,17 @@ def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version:
     from hf_mel.evaluation.full_evaluator import evaluate_full
     from hf_mel.inference.encode import encode_rows
     from hf_mel.inference.encodings import slice_encodings
-    from hf_mel.inference.ranking import EncodedEntities
+    from hf_mel.inference.entity_sources import EncodedEntities
+    from hf_mel.inference.inputs import ModelInputs
 
-    known = EncodedEntities(list(entities["entity_id"]), encode_rows(model, processor, entities, "entities"))
-    encoded = encode_rows(model, processor, mentions, "mentions")
+    inputs = ModelInputs(model, processor)
+    known = EncodedEntities(list(entities["entity_id"]), encode_rows(inputs, entities, "entities"))
+    encoded = encode_rows(inputs, mentions, "mentions")
     units = model.unit_scores(slice_encodings(encoded, slice(1)), slice_encodings(known.tensors, slice(1)))
     results = {}
     for name, chosen in {"all units": None, **{unit: [unit] for unit in units}}.items():
         results[name] = evaluate_full(
-            model,
-            processor,
+            inputs,
             mentions,
             known,
             units=chosen,

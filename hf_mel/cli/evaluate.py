@@ -143,7 +143,7 @@ def evaluate(
     from hf_mel.evaluation.full_evaluator import check_units, encode_own_entities, evaluate_full
     from hf_mel.evaluation.tables import orders_table, results_table
     from hf_mel.inference.checkpoints import load_linking_model
-    from hf_mel.inference.features.post_prototypes import Prototypes
+    from hf_mel.inference.inputs import ModelInputs
     from hf_mel.protocols import Reranker
 
     if weight == "auto" and split.startswith("test"):
@@ -195,8 +195,7 @@ def evaluate(
         )
         with torch.autocast(getattr(loaded, "device", torch.device("cpu")).type, dtype=torch.bfloat16, enabled=bf16):
             reranked = evaluate_candidates(
-                loaded,
-                processor,
+                ModelInputs(loaded, processor),
                 mentions,
                 entities,
                 lists.top(num_candidates) if lists.longest > num_candidates else lists,
@@ -218,28 +217,25 @@ def evaluate(
             remedy="--candidates, --retriever, --joint, --candidate-weight and --bf16 are for rerankers.",
         )
     unit_list = None if units is None else units.split(",")
+    inputs = ModelInputs.from_data(dataset, loaded, processor, posts, revision=dataset_revision, config=config)
     if unit_list is not None:
-        check_units(loaded, processor, mentions, entities, unit_list)
-    prototypes = Prototypes.from_data(dataset, loaded, processor, posts, revision=dataset_revision, config=config)
-    if prototypes is not None and (told := prototypes.overlap(mentions)):
+        check_units(inputs, mentions, entities, unit_list)
+    if inputs.prototypes is not None and (num_leaked := inputs.prototypes.num_leaked(mentions)):
         console.print(
-            f"The text of {told:,} of {len(mentions):,} mentions is itself a post about the entity: how they rank says little "
+            f"The text of {num_leaked:,} of {len(mentions):,} mentions is itself a post about the entity: how they rank says little "
             "about other texts."
         )
     sharing = processes if several else None
     own = encode_own_entities(
-        loaded,
-        processor,
+        inputs,
         entities,
         processes=sharing,
-        prototypes=prototypes,
         batch_size=batch_size,
         progress=first,
     )
     evaluate_on = partial(
         evaluate_full,
-        loaded,
-        processor,
+        inputs,
         entities=own,
         ks=k_list,
         ties=ties.value,

@@ -219,6 +219,7 @@ def recall(
     from hf_mel.data.loading import load_mentions
     from hf_mel.inference.checkpoints import load_retriever
     from hf_mel.inference.encode import encode_rows
+    from hf_mel.inference.inputs import ModelInputs
     from hf_mel.kb.indexes import open_index
     from hf_mel.kb.indexes.base import FIRST_STAGE
     from hf_mel.kb.indexes.recall import recall as compute_recall
@@ -231,7 +232,7 @@ def recall(
     retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
     opened.check_made_by(retriever, processor)
     built = open_index(opened, kind, retriever, first_stage=first_stage)
-    encodings = encode_rows(retriever, processor, sample, "mentions", progress=True)
+    encodings = encode_rows(ModelInputs(retriever, processor), sample, "mentions", progress=True)
     recalls = compute_recall(built, encodings, progress=True)
     result = {
         "index": kind,

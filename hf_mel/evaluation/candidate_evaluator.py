@@ -16,10 +16,11 @@ from hf_mel.data.loading import check_golds
 from hf_mel.errors import KnowledgeBaseError, RecipeError
 from hf_mel.evaluation.full_evaluator import KS, device_name, software_versions
 from hf_mel.evaluation.strata import Labels, strata_of
-from hf_mel.inference.features.image_features import ImageFeatures
+from hf_mel.inference.execution import model_device
 from hf_mel.inference.fingerprint import describe_model
-from hf_mel.inference.reranking import can_rank_jointly, score_pairs
-from hf_mel.protocols import MelProcessor
+from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.reranking import score_pairs
+from hf_mel.protocols import ranks_jointly
 from hf_mel.schema import NIL
 from hf_mel.spaces.mel_ranking.mel_ranking import ranking_metrics, resolve_ranks
 
@@ -92,15 +93,13 @@ class CandidateResult:
 
 
 def evaluate_candidates(
-    model: Any,
-    processor: MelProcessor,
+    inputs: ModelInputs,
     mentions: datasets.Dataset,
     entities: datasets.Dataset,
     candidates: CandidateLists,
     *,
     joint: bool | None = None,
     candidate_weight: float | Literal["auto"] | None = None,
-    images: ImageFeatures | None = None,
     batch_size: int = 64,
     ks: Sequence[int] = KS,
     ties: str = "realistic",
@@ -133,8 +132,7 @@ def evaluate_candidates(
     together changes no rank. With w = 0 the order is the reranker's.
 
     Args:
-        model ([`~hf_mel.protocols.Reranker`]): Scores, on the device it is on.
-        processor ([`~hf_mel.protocols.MelProcessor`]): Turns pairs into the model's tensors.
+        inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A reranker and its processor.
         mentions (`datasets.Dataset`): M rows of the schema.
         entities (`datasets.Dataset`): N rows of the schema.
         candidates ([`~hf_mel.candidates.lists.CandidateLists`]): The candidates of these mentions, and maybe of others.
@@ -144,7 +142,6 @@ def evaluate_candidates(
         candidate_weight (`float` or "auto", *optional*): w, at least 0, added to the order that `joint` says. "auto":
             what [`choose_candidate_weight`] finds best end to end on these mentions, which must be validation's. The
             setting tells w, its source and the scale.
-        images ([`~hf_mel.inference.features.image_features.ImageFeatures`], *optional*): Images that are encoded already.
         batch_size (`int`): Pairs to score at a time.
         ks (sequence of `int`): The k of H@k and of the candidates' recall.
         ties (`str`): "realistic", "optimistic" or "pessimistic".
@@ -167,10 +164,10 @@ def evaluate_candidates(
         [`~hf_mel.errors.KnowledgeBaseError`]: there are no entities.
         [`~hf_mel.errors.ScoreError`]: a score is nan or infinite.
     """
-    start = time.perf_counter()
+    start, model = time.perf_counter(), inputs.model
     if not len(entities):
         raise KnowledgeBaseError("The knowledge base has no entities.")
-    if joint and not can_rank_jointly(model):
+    if joint and not ranks_jointly(model):
         raise RecipeError(
             f"{type(model).__name__} does not rank the mentions of a context jointly.", remedy="Leave joint out."
         )
@@ -188,13 +185,13 @@ def evaluate_candidates(
     given_scores = None if candidate_weight is None else lists.scaled_scores()  # without any, it shows now
 
     scored: dict[str, dict[str, torch.Tensor]] = {END_TO_END: {}, GOLD_ADDED: {}}
-    jointly = can_rank_jointly(model)
-    options: dict[str, Any] = {"images": images, "batch_size": batch_size, "progress": progress}
+    jointly = ranks_jointly(model)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     masks = {END_TO_END: lists.retrieved, GOLD_ADDED: lists.listed}
     if model.pairs_are_independent:
         asked = list(masks.values()) if jointly else []
         options["priors"] = lists.priors(table, lists.ids)
-        found = score_pairs(model, processor, mentions, entities, lists.rows, joint_masks=asked, **options)
+        found = score_pairs(inputs, mentions, entities, lists.rows, joint_masks=asked, **options)
         for number, (protocol, mask) in enumerate(masks.items()):
             scored[protocol][_RERANKER] = found.scores.masked_fill(~mask, -torch.inf)
             if jointly:
@@ -209,7 +206,7 @@ def evaluate_candidates(
             shown = [[ids[c] for c in columns] for ids, columns in zip(lists.ids, places, strict=True)]
             options["priors"] = lists.priors(table, shown)
             asked = [own[:, :width]] if jointly else []
-            found = score_pairs(model, processor, mentions, entities, rows, joint_masks=asked, **options)
+            found = score_pairs(inputs, mentions, entities, rows, joint_masks=asked, **options)
             for order, scores in ((_RERANKER, found.scores), *((_JOINT, each) for each in found.joint)):
                 scored[protocol][order] = torch.full(mask.shape, -torch.inf)
                 for i, columns in enumerate(places):
@@ -251,7 +248,7 @@ def evaluate_candidates(
             orders[protocol][name] = _report(best, worst, linked[name], in_kb, labels, ks, ties, len(entity_ids))
         ranks[protocol] = resolve_ranks(*places_of[order], ties)
     lengths = [len(each) for each in candidates.entity_ids]
-    device, dtype = getattr(model, "device", "cpu"), getattr(model, "dtype", torch.float32)
+    dtype = getattr(model, "dtype", torch.float32)
     return CandidateResult(
         orders=orders,
         order=order,
@@ -283,7 +280,7 @@ def evaluate_candidates(
             "wall_time_seconds": round(time.perf_counter() - start, 3),
             "batch_size": batch_size,
             "device": device_name(model),
-            "precision": "bfloat16" if torch.is_autocast_enabled(torch.device(device).type) else str(dtype)[6:],
+            "precision": "bfloat16" if torch.is_autocast_enabled(model_device(model).type) else str(dtype)[6:],
             "software": software_versions(),
         },
     )

@@ -19,18 +19,12 @@ from hf_mel.errors import KnowledgeBaseError
 from hf_mel.evaluation.nil import NilThreshold, best_other_scores, calibrate_nil_threshold
 from hf_mel.evaluation.strata import strata_of
 from hf_mel.inference.encode import encode_rows
-from hf_mel.inference.features.post_prototypes import Prototypes
+from hf_mel.inference.entity_sources import EncodedEntities, EntityPart, EntitySource, part_of_process
+from hf_mel.inference.execution import evaluation_mode, model_device
 from hf_mel.inference.fingerprint import describe_model
-from hf_mel.inference.ranking import (
-    EncodedEntities,
-    EntityPart,
-    EntitySource,
-    RankingResult,
-    part_of_process,
-    rank,
-    score_of_units,
-)
-from hf_mel.protocols import Encodings, MelProcessor
+from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.ranking import RankingResult, rank, score_of_units
+from hf_mel.protocols import Encodings
 from hf_mel.schema import NIL
 from hf_mel.spaces.mel_ranking.mel_ranking import nil_metrics, ranking_metrics, resolve_ranks
 
@@ -105,12 +99,10 @@ class FullResult:
 
 
 def evaluate_full(
-    model: Any,
-    processor: MelProcessor,
+    inputs: ModelInputs,
     mentions: datasets.Dataset,
     entities: datasets.Dataset | EntitySource,
     *,
-    prototypes: Prototypes | None = None,
     batch_size: int = 64,
     top_k: int = 20,
     ks: Sequence[int] = KS,
@@ -133,13 +125,10 @@ def evaluate_full(
     half-precision scores round different entities to ties.
 
     Args:
-        model ([`~hf_mel.protocols.Retriever`]): Encodes and scores, on the device it is on.
-        processor ([`~hf_mel.protocols.MelProcessor`]): Turns rows into the model's tensors.
+        inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A retriever and its processor.
         mentions (`datasets.Dataset`): M rows of the schema.
-        entities (`datasets.Dataset` or [`~hf_mel.inference.ranking.EntitySource`]): N rows of the schema, which are
+        entities (`datasets.Dataset` or [`~hf_mel.inference.entity_sources.EntitySource`]): N rows of the schema, which are
             encoded and kept in memory as float32; or entities that are encoded already (a knowledge base).
-        prototypes ([`~hf_mel.inference.features.post_prototypes.Prototypes`], *optional*): Those of the entities, for a model that knows
-            them by posts.
         batch_size (`int`): Rows that are encoded at a time.
         top_k (`int`): Candidates to keep per mention, for [`FullResult.records`] and calibration.
         ks (sequence of `int`): The k of H@k.
@@ -180,30 +169,20 @@ def evaluate_full(
     row_of = {entity_id: row for row, entity_id in enumerate(entity_ids)}
     gold_rows = np.asarray([-1 if gold == NIL else row_of[gold] for gold in golds], dtype=np.int64)
     if units is not None and isinstance(entities, datasets.Dataset):
-        check_units(model, processor, mentions, entities, units)
+        check_units(inputs, mentions, entities, units)
 
-    training = getattr(model, "training", False)
-    if training:
-        model.eval()
-    try:
+    model = inputs.model
+    with evaluation_mode(model):
         if isinstance(entities, datasets.Dataset):
             entities = encode_own_entities(
-                model,
-                processor,
-                entities,
-                prototypes=prototypes,
-                batch_size=batch_size,
-                processes=processes,
-                progress=progress,
+                inputs, entities, batch_size=batch_size, processes=processes, progress=progress
             )
         if processes is not None:
             entities = EntityPart(entities, part_of_process(len(entities), processes))
         if mention_encodings is None:
             mention_encodings = {"none": torch.empty(0)}
             if len(mentions):
-                mention_encodings = encode_rows(
-                    model, processor, mentions, "mentions", batch_size=batch_size, progress=progress
-                )
+                mention_encodings = encode_rows(inputs, mentions, "mentions", batch_size=batch_size, progress=progress)
         ranking = rank(
             model,
             mention_encodings,
@@ -216,9 +195,6 @@ def evaluate_full(
             processes=processes,
             progress=progress,
         )
-    finally:
-        if training:
-            model.train()
 
     def metrics(chosen: np.ndarray) -> dict[str, float]:
         return _metrics(ranking, gold_rows, chosen, ks, ties, nil_threshold)
@@ -259,8 +235,7 @@ def evaluate_full(
 
 
 def encode_own_entities(
-    model: Any,
-    processor: MelProcessor,
+    inputs: ModelInputs,
     entities: datasets.Dataset,
     *,
     processes: PartialState | None = None,
@@ -269,20 +244,19 @@ def encode_own_entities(
     """All N entities, of which this process encodes its part; for [`evaluate_full`] on the same `processes`.
 
     Args:
-        model, processor, entities, options: As of [`~hf_mel.inference.encode.encode_rows`].
+        inputs, entities, options: As in [`~hf_mel.inference.encode.encode_rows`].
         processes (`accelerate.PartialState`, *optional*): Who shares the work. Default: this process does all.
     """
     own = range(len(entities)) if processes is None else part_of_process(len(entities), processes)
     encoded: Encodings = {"none": torch.empty(0)}  # more processes than entities
     if len(own):
         some = entities if len(own) == len(entities) else entities.select(own)
-        encoded = encode_rows(model, processor, some, "entities", **options)
+        encoded = encode_rows(inputs, some, "entities", **options)
     return EncodedEntities(list(entities["entity_id"]), encoded, own)
 
 
 def check_units(
-    model: Any,
-    processor: MelProcessor,
+    inputs: ModelInputs,
     mentions: datasets.Dataset,
     entities: datasets.Dataset,
     units: Sequence[str],
@@ -294,10 +268,11 @@ def check_units(
     """
     if len(mentions) and len(entities):
         encoded = [
-            encode_rows(model, processor, mentions.select([0]), "mentions"),
-            encode_rows(model, processor, entities.select([0]), "entities"),
+            encode_rows(inputs, mentions.select([0]), "mentions"),
+            encode_rows(inputs, entities.select([0]), "entities"),
         ]
-        rank(model, encoded[0], EncodedEntities([""], encoded[1]), score=score_of_units(model, units))
+        score = score_of_units(inputs.model, units)
+        rank(inputs.model, encoded[0], EncodedEntities([""], encoded[1]), score=score)
 
 
 def _resolved_ranks(ranking: RankingResult, gold_rows: np.ndarray, ties: str) -> np.ndarray:
@@ -325,7 +300,7 @@ def _metrics(ranking, gold_rows, chosen, ks, ties, nil_threshold) -> dict[str, f
 
 def device_name(model: Any) -> str:
     """Where a model is, as results name it."""
-    device = torch.device(getattr(model, "device", "cpu"))
+    device = model_device(model)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

@@ -16,7 +16,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-import hf_mel.auto  # noqa: F401 (registers the shipped methods)
 from hf_mel.errors import HubError, UnknownModelError
 from hf_mel.hub_errors import check_repo_id, hub_errors
 from hf_mel.protocols import MelProcessor, Reranker, Retriever
@@ -40,68 +39,44 @@ _LOADING_ERRORS = (
 )
 
 
-def load_retriever(
-    name: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    device: str | torch.device | None = None,
-    trust_remote_code: bool = False,
-    local_files_only: bool = False,
-) -> tuple[Any, MelProcessor]:
-    """A retriever in float32 and evaluation mode, and its processor.
+def load_retriever(name: str | os.PathLike[str], **options: Any) -> tuple[Any, MelProcessor]:
+    """Loads a retriever in float32 and evaluation mode, and its processor.
 
     Args:
         name (`str` or `os.PathLike`): A run folder, a model folder, or a model on the Hub.
-        revision (`str`, *optional*): Branch, tag or commit, for a model on the Hub.
-        device (`str` or `torch.device`, *optional*): Where the model goes. Default: a GPU if there is one.
-        trust_remote_code (`bool`): Whether to run code that comes with the model; the shipped methods need none.
-        local_files_only (`bool`): Take what is in the cache of downloads and do not ask the Hub.
+        options: `revision`, `device`, `trust_remote_code` and `local_files_only`, as in [`load_linking_model`].
 
     Returns:
-        model ([`~hf_mel.protocols.Retriever`]) and processor ([`~hf_mel.protocols.MelProcessor`]).
+        The model ([`~hf_mel.protocols.Retriever`]) and its processor ([`~hf_mel.protocols.MelProcessor`]).
 
     Raises:
-        [`~hf_mel.errors.UnknownModelError`]: no such model, one that cannot be had (private, offline), a configuration
-            beyond all bounds, weights that are not safetensors or lack a part, or not a retriever.
+        [`~hf_mel.errors.UnknownModelError`]: As in [`load_linking_model`], or the model is a reranker.
     """
-    model, processor = load_linking_model(
-        name,
-        revision=revision,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        local_files_only=local_files_only,
-    )
+    model, processor = load_linking_model(name, **options)
     if isinstance(model, Reranker):
         raise UnknownModelError(
-            f"{os.fspath(name)!r} reranks candidates, it does not find them.",
-            remedy="Give a retriever here, and this one as the reranker.",
+            f"{os.fspath(name)!r} reranks candidates and cannot retrieve entities.",
+            remedy="Give a retriever here, and this model as the reranker.",
         )
     return model, processor
 
 
-def load_reranker(
-    name: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    device: str | torch.device | None = None,
-    trust_remote_code: bool = False,
-    local_files_only: bool = False,
-) -> tuple[Any, MelProcessor]:
-    """A reranker in float32 and evaluation mode, and its processor. Args and errors as in [`load_retriever`].
+def load_reranker(name: str | os.PathLike[str], **options: Any) -> tuple[Any, MelProcessor]:
+    """Loads a reranker in float32 and evaluation mode, and its processor.
+
+    Args:
+        name, options: As in [`load_retriever`].
 
     Returns:
-        model ([`~hf_mel.protocols.Reranker`]) and processor ([`~hf_mel.protocols.MelProcessor`]).
+        The model ([`~hf_mel.protocols.Reranker`]) and its processor ([`~hf_mel.protocols.MelProcessor`]).
+
+    Raises:
+        [`~hf_mel.errors.UnknownModelError`]: As in [`load_linking_model`], or the model is a retriever.
     """
-    model, processor = load_linking_model(
-        name,
-        revision=revision,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        local_files_only=local_files_only,
-    )
+    model, processor = load_linking_model(name, **options)
     if isinstance(model, Retriever):
         raise UnknownModelError(
-            f"{os.fspath(name)!r} is a {type(model).__name__}, which finds entities and does not rerank candidates.",
+            f"{os.fspath(name)!r} is a {type(model).__name__}, which retrieves entities and does not rerank candidates.",
             remedy="Give it as the model, not as the reranker.",
         )
     return model, processor
@@ -115,7 +90,24 @@ def load_linking_model(
     trust_remote_code: bool = False,
     local_files_only: bool = False,
 ) -> tuple[Any, MelProcessor]:
-    """A retriever or a reranker, whichever it is. Args and errors as in [`load_retriever`]."""
+    """Loads a retriever or a reranker in float32 and evaluation mode, and its processor.
+
+    Args:
+        name (`str` or `os.PathLike`): A run folder, a model folder, or a model on the Hub.
+        revision (`str`, *optional*): Branch, tag or commit, for a model on the Hub.
+        device (`str` or `torch.device`, *optional*): Device of the model. Default: a GPU if there is one.
+        trust_remote_code (`bool`): Whether to run code that comes with the model. The shipped methods need none.
+        local_files_only (`bool`): Whether to use downloaded files only and not contact the Hub.
+
+    Returns:
+        The model ([`~hf_mel.protocols.Retriever`] or [`~hf_mel.protocols.Reranker`]) and its processor
+        ([`~hf_mel.protocols.MelProcessor`]).
+
+    Raises:
+        [`~hf_mel.errors.UnknownModelError`]: The model does not exist or is not accessible (private, offline), its
+            configuration is beyond the limits, its weights are not safetensors or incomplete, or it is neither a
+            retriever nor a reranker.
+    """
     name = os.fspath(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     weight_bytes = _checked_files(name, revision, local_files_only)

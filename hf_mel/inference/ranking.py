@@ -1,11 +1,11 @@
-"""Exact ranking: every mention against every entity, in memory that does not grow with mentions × entities."""
+"""Exact ranking of every entity for every mention, in memory that does not grow with mentions × entities."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,127 +14,22 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from hf_mel.errors import KnowledgeBaseError, RecipeError, ScoreError, UnknownEntityError
-from hf_mel.inference.encodings import as_float, num_rows, row_bytes, slice_encodings, to_device
-from hf_mel.protocols import Encodings
+from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
+from hf_mel.inference.entity_sources import EntitySource
+from hf_mel.inference.execution import model_device
+from hf_mel.protocols import Encodings, TwoStepScores
 
 ScoreFunction = Callable[[Encodings, Encodings], torch.Tensor]
 
-# What one pair costs while a model scores it: a few unit scores and the temporaries of the widest unit, as float32.
+# Memory of one pair while a model scores it: a few unit scores and the temporaries of the widest unit, as float32.
 _SCORING_BYTES_PER_PAIR = 96
-# Entities of a chunk, and pairs of a block, at most: more of either is no faster, and leaves the processor's caches.
+# Limits of entities per chunk and pairs per block. Larger ones are no faster, and exceed the processor's caches.
 _CHUNK_ROWS = 8192
 _BLOCK_PAIRS = {"cpu": 2**19, "cuda": 2**25}
-# Mentions and their golds that are scored at a time: of m² pairs, m are needed.
+# Mentions that are scored with their golds at a time. Of m² scored pairs only m are used, so the number is small.
 _GOLD_MENTIONS = 16
-# What float32 may round off between two ways to add up a score, relative to its largest part.
+# Rounding error of float32 between two orders of adding up a score, relative to its largest part.
 _ROUNDING = 1e-5
-
-
-class EntitySource(Protocol):
-    """N encoded entities that can be read again and again, in chunks: a knowledge base, or [`EncodedEntities`]."""
-
-    @property
-    def entity_ids(self) -> Sequence[str]:
-        """Entity id of each row, [N]."""
-        ...
-
-    def __len__(self) -> int:
-        """Number of entities."""
-        ...
-
-    def iter_chunks(
-        self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False
-    ) -> Iterator[tuple[int, Encodings]]:
-        """Yields (number of the first row, encodings of up to `chunk_size` rows), in row order and without gaps.
-
-        Args:
-            chunk_size (`int`): Rows at a time.
-            rows (`range`, *optional*): Only these, a range without a step.
-            as_stored (`bool`): Half precision as it is, and not as float32.
-        """
-        ...
-
-    def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
-        """Encodings of the rows `indices`, in any order."""
-        ...
-
-
-@dataclass
-class EncodedEntities:
-    """An [`EntitySource`] in memory.
-
-    Args:
-        entity_ids (sequence of `str` `[N]`): Entity id of each row.
-        tensors (`Mapping[str, torch.Tensor]`): Their encodings, tensors with first axis N.
-        part (`range`, *optional*): The rows that `tensors` has, where this process encoded only its own.
-    """
-
-    entity_ids: Sequence[str]
-    tensors: Encodings
-    part: range | None = None
-
-    def __post_init__(self):
-        rows = len(self.entity_ids if self.part is None else self.part)
-        if rows and rows != num_rows(self.tensors):
-            raise ValueError(f"{rows} entity ids but {num_rows(self.tensors)} encoded rows.")
-
-    def __len__(self) -> int:
-        return len(self.entity_ids)
-
-    def iter_chunks(
-        self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False
-    ) -> Iterator[tuple[int, Encodings]]:
-        """See [`EntitySource`]; the chunks are views, unless half precision is to be float32."""
-        rows = range(len(self)) if rows is None else rows
-        start = 0 if self.part is None else self.part.start
-        for first in range(rows.start, rows.stop, chunk_size):
-            some = slice(first - start, min(first + chunk_size, rows.stop) - start)
-            chunk = slice_encodings(self.tensors, some)
-            yield first, chunk if as_stored else as_float(chunk)
-
-    def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
-        """See [`EntitySource`]."""
-        start = 0 if self.part is None else self.part.start
-        return as_float(slice_encodings(self.tensors, torch.as_tensor(indices, dtype=torch.long) - start))
-
-
-@dataclass
-class EntityPart:
-    """Some rows of an [`EntitySource`], as one of their own.
-
-    Args:
-        source ([`EntitySource`]): N entities.
-        part (`range`): Which of them, a range without a step.
-    """
-
-    source: EntitySource
-    part: range
-
-    @property
-    def entity_ids(self) -> Sequence[str]:
-        """See [`EntitySource`]."""
-        return self.source.entity_ids[self.part.start : self.part.stop]
-
-    def __len__(self) -> int:
-        return len(self.part)
-
-    def iter_chunks(
-        self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False
-    ) -> Iterator[tuple[int, Encodings]]:
-        """See [`EntitySource`]."""
-        some = self.part if rows is None else self.part[rows.start : rows.stop]
-        for first, chunk in self.source.iter_chunks(chunk_size, rows=some, as_stored=as_stored):
-            yield first - self.part.start, chunk
-
-    def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
-        """See [`EntitySource`]."""
-        return self.source.encodings(np.asarray(indices) + self.part.start)
-
-
-def part_of_process(count: int, processes: PartialState) -> range:
-    """The rows of this process, when `count` rows are shared among all in order and as evenly as can be."""
-    bounds = [count * k // processes.num_processes for k in range(processes.num_processes + 1)]
-    return range(bounds[processes.process_index], bounds[processes.process_index + 1])
 
 
 @dataclass
@@ -210,24 +105,28 @@ def rank(
         [`~hf_mel.errors.UnknownEntityError`]: a gold row beyond the knowledge base.
         `ValueError`: `top_k` below 1, or not one gold row per mention.
     """
-    two_steps = score is None and prune and hasattr(model, "remaining_scores")
+    two_steps = score is None and prune and isinstance(model, TwoStepScores)
     scorer = _Pruned(model) if two_steps else _Plain(score or model.score)
-    device = torch.device(getattr(model, "device", "cpu"))
-    team = _Alone() if processes is None else _Team(processes)
-    mentions, sizes = num_rows(mention_encodings), team.gather(len(entity_chunks))
-    start, entities = sum(sizes[: team.number]), sum(sizes)
+    device = model_device(model)
+    group = SingleProcess() if processes is None else ProcessGroup(processes)
+    mentions, sizes = num_rows(mention_encodings), group.gather(len(entity_chunks))
+    start, entities = sum(sizes[: group.index]), sum(sizes)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}.")
     if not entities:
         raise KnowledgeBaseError("The knowledge base has no entities to rank.")
     golds = None if gold_rows is None else _checked_golds(gold_rows, mentions, entities).to(device)
 
-    with team.all_or_none():
-        sample = next((row_bytes(chunk) for _, chunk in entity_chunks.iter_chunks(1, as_stored=two_steps)), 0)
+    with group.raise_together():
+        bytes_per_entity = next(
+            (row_bytes(chunk) for _, chunk in entity_chunks.iter_chunks(1, as_stored=two_steps)), 0
+        )
         mention_encodings = to_device(mention_encodings, device)
-    half, least = byte_budget // 2, _SCORING_BYTES_PER_PAIR * min(mentions, 64)
-    chunk_size = max(1, min(len(entity_chunks), _CHUNK_ROWS, half // max(1, least + sample)))
-    pairs = min(half // _SCORING_BYTES_PER_PAIR, _BLOCK_PAIRS.get(device.type, 2**22))
+    half_budget, min_scoring_bytes = byte_budget // 2, _SCORING_BYTES_PER_PAIR * min(mentions, 64)
+    chunk_size = max(
+        1, min(len(entity_chunks), _CHUNK_ROWS, half_budget // max(1, min_scoring_bytes + bytes_per_entity))
+    )
+    pairs = min(half_budget // _SCORING_BYTES_PER_PAIR, _BLOCK_PAIRS.get(device.type, 2**22))
     batch_size = max(1, min(mentions, pairs // chunk_size))
 
     bar = tqdm(
@@ -239,153 +138,177 @@ def rank(
         disable=not progress,
     )
     with bar, torch.autocast(device.type, enabled=False):
-        state = _State.start(mentions, min(top_k, entities), device)
+        state = _RankingState.start(mentions, min(top_k, entities), device)
         if golds is not None:
-            with team.all_or_none():
-                here = torch.where((golds >= start) & (golds < start + len(entity_chunks)), golds - start, -1)
-                scores = _gold_scores(scorer, mention_encodings, here, entity_chunks)
-            state.set_golds(golds, team.smallest(scores), tie_tolerance)
-        with team.all_or_none():
+            with group.raise_together():
+                is_local = (golds >= start) & (golds < start + len(entity_chunks))
+                local_golds = torch.where(is_local, golds - start, -1)
+                scores = _gold_scores(scorer, mention_encodings, local_golds, entity_chunks)
+            state.golds = _GoldCounts.start(golds, group.smallest(scores), tie_tolerance)
+        with group.raise_together():
             for first, chunk in _checked_chunks(entity_chunks, chunk_size, two_steps):
                 chunk = to_device(chunk, device)
                 for m in range(0, mentions, batch_size):
-                    some = slice(m, min(m + batch_size, mentions))
-                    batch, part = slice_encodings(mention_encodings, some), state.rows(some)
+                    selection = slice(m, min(m + batch_size, mentions))
+                    batch, part = slice_encodings(mention_encodings, selection), state.slice(selection)
                     part.update(scorer.block(batch, chunk, part, (m, start + first)), start + first)
-                    bar.update((some.stop - m) * num_rows(chunk))
-        state.join(team)
+                    bar.update((selection.stop - m) * num_rows(chunk))
+        state.merge(group)
     return state.result()
 
 
-class _Alone:
-    """One process."""
+class SingleProcess:
+    """The only process of a ranking."""
 
-    number = 0
+    index = 0
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of every process."""
+        """Returns `value` of every process."""
         return [value]
 
     def smallest(self, values: torch.Tensor) -> torch.Tensor:
-        """The smallest of all processes, value by value."""
+        """Returns the elementwise minimum over all processes."""
         return torch.stack(self.gather(values)).amin(0)
 
     @contextmanager
-    def all_or_none(self) -> Iterator[None]:
-        """What one process raises in the block is raised in all, so that none waits for another in vain."""
+    def raise_together(self) -> Iterator[None]:
+        """If one process raises in the block, all raise, so that no collective call hangs."""
         yield
 
 
-class _Team(_Alone):
-    """Several processes of Accelerate."""
+class ProcessGroup(SingleProcess):
+    """Several processes of Accelerate that share a ranking."""
 
     def __init__(self, processes: PartialState):
-        self.number = processes.process_index
+        self.index = processes.process_index
 
     def gather(self, value: Any) -> list[Any]:
-        """As [`_Alone.gather`]."""
-        device = value.device if isinstance(value, torch.Tensor) else None
-        values = gather_object([value if device is None else value.cpu()])
-        return values if device is None else [each.to(device) for each in values]
+        """See [`SingleProcess.gather`]."""
+        if not isinstance(value, torch.Tensor):
+            return gather_object([value])
+        return [tensor.to(value.device) for tensor in gather_object([value.cpu()])]
 
     @contextmanager
-    def all_or_none(self) -> Iterator[None]:
-        """As [`_Alone.all_or_none`]."""
-        mine: Exception | None = None
+    def raise_together(self) -> Iterator[None]:
+        """See [`SingleProcess.raise_together`]."""
+        local_error: Exception | None = None
         try:
             yield
-        except Exception as error:  # of whatever kind: the others have to hear of it
-            mine = error
-        for theirs in self.gather(mine):
-            if theirs is not None:
-                raise mine or theirs
+        except Exception as error:  # any kind, because the other processes wait for this one
+            local_error = error
+        for process_error in self.gather(local_error):
+            if process_error is not None:
+                raise local_error or process_error
 
 
 @dataclass
-class _State:
-    """What is known of M mentions after some entities: the k best, and how the gold stands.
+class _GoldCounts:
+    """The position of each of M golds among the entities seen so far.
 
     Args:
-        top_scores, top_rows (`torch.Tensor` `[M, k]`): Best first; -inf where fewer than k were seen.
-        golds, gold_score (`torch.Tensor` `[M]`, *optional*): -1 and inf for a mention without a gold row.
-        above, below (`torch.Tensor` `[M]`, *optional*): A score beyond these is better, or worse, than the gold's.
-        better, not_worse (`torch.Tensor` `[M]`, *optional*): Entities seen so far; the gold itself is not worse.
+        rows (`torch.Tensor` `[M]`): Entity row of the gold, -1 for a mention without one.
+        scores (`torch.Tensor` `[M]`): Score of the gold, inf without one.
+        above, below (`torch.Tensor` `[M]`): Scores above or below these are better or worse than the gold's; inf
+            without a gold, so that nothing counts.
+        better, not_worse (`torch.Tensor` `[M]`): Numbers of entities seen so far. The gold itself is not worse.
+    """
+
+    rows: torch.Tensor
+    scores: torch.Tensor
+    above: torch.Tensor
+    below: torch.Tensor
+    better: torch.Tensor
+    not_worse: torch.Tensor
+
+    @classmethod
+    def start(cls, rows: torch.Tensor, scores: torch.Tensor, tolerance: float) -> _GoldCounts:
+        """Returns the counts before any entity was seen."""
+        margin = tolerance * scores.abs().clamp(min=1)
+        above = torch.where(rows >= 0, scores + margin, torch.inf)
+        below = torch.where(rows >= 0, scores - margin, torch.inf)
+        return cls(rows, scores, above, below, torch.zeros_like(rows), torch.zeros_like(rows))
+
+    def slice(self, mentions: slice) -> _GoldCounts:
+        """Returns views of some mentions."""
+        return _GoldCounts(**{name: tensor[mentions] for name, tensor in vars(self).items()})
+
+    def update(self, block: torch.Tensor, first: int) -> None:
+        """Counts the scores [M, n] of the entity rows from `first` on, and sets those of golds in `block`."""
+        # A gold keeps the score it was compared with, whatever rounding the shape of this block causes.
+        in_block = ((self.rows >= first) & (self.rows < first + block.shape[1])).nonzero()[:, 0]
+        block[in_block, self.rows[in_block] - first] = self.scores[in_block]
+        self.better += (block > self.above[:, None]).sum(1)
+        self.not_worse += (block >= self.below[:, None]).sum(1)
+
+    def merge(self, processes: SingleProcess) -> None:
+        """Adds up the counts of all processes."""
+        self.better = sum(processes.gather(self.better))  # type: ignore[assignment]
+        self.not_worse = sum(processes.gather(self.not_worse))  # type: ignore[assignment]
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns `gold_score`, `best_rank` and `worst_rank` of [`RankingResult`]."""
+        has_gold = self.rows >= 0
+        return torch.where(has_gold, self.scores, torch.nan), (self.better + 1) * has_gold, self.not_worse
+
+
+@dataclass
+class _RankingState:
+    """The k best of the entities seen so far for each of M mentions, and the positions of the golds.
+
+    Args:
+        top_scores, top_rows (`torch.Tensor` `[M, k]`): Best first; the score is -inf where fewer than k were seen.
+        golds ([`_GoldCounts`], *optional*): `None` without golds.
     """
 
     top_scores: torch.Tensor
     top_rows: torch.Tensor
-    golds: torch.Tensor | None = None
-    gold_score: torch.Tensor | None = None
-    above: torch.Tensor | None = None
-    below: torch.Tensor | None = None
-    better: torch.Tensor | None = None
-    not_worse: torch.Tensor | None = None
+    golds: _GoldCounts | None = None
 
     @classmethod
-    def start(cls, mentions: int, kept: int, device: torch.device) -> _State:
-        rows = torch.zeros(mentions, kept, dtype=torch.long, device=device)
-        return cls(torch.full((mentions, kept), -torch.inf, device=device), rows)
+    def start(cls, mentions: int, k: int, device: torch.device) -> _RankingState:
+        """Returns the state before any entity was seen, without golds."""
+        rows = torch.zeros(mentions, k, dtype=torch.long, device=device)
+        return cls(torch.full((mentions, k), -torch.inf, device=device), rows)
 
-    def set_golds(self, golds: torch.Tensor, scores: torch.Tensor, tolerance: float) -> None:
-        margin = tolerance * scores.abs().clamp(min=1)
-        self.golds, self.gold_score = golds, scores
-        # Without a gold, inf: nothing is as good.
-        self.above = torch.where(golds >= 0, scores + margin, torch.inf)
-        self.below = torch.where(golds >= 0, scores - margin, torch.inf)
-        self.better, self.not_worse = torch.zeros_like(golds), torch.zeros_like(golds)
-
-    def rows(self, some: slice) -> _State:
-        """Views of some mentions."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: column[some] for name, column in columns.items() if column is not None})
+    def slice(self, mentions: slice) -> _RankingState:
+        """Returns views of some mentions."""
+        golds = None if self.golds is None else self.golds.slice(mentions)
+        return _RankingState(self.top_scores[mentions], self.top_rows[mentions], golds)
 
     def update(self, block: torch.Tensor, first: int) -> None:
-        """Takes in the scores [M, n] of the entity rows from `first` on, -inf where one is below the floor."""
+        """Adds the scores [M, n] of the entity rows from `first` on; -inf for a score below the floor."""
         if self.golds is not None:
-            assert self.gold_score is not None
-            assert self.above is not None
-            assert self.below is not None
-            assert self.better is not None
-            assert self.not_worse is not None
-            # A gold scores what it did when it was compared with nothing else, whatever the shape of this block.
-            here = ((self.golds >= first) & (self.golds < first + block.shape[1])).nonzero()[:, 0]
-            block[here, self.golds[here] - first] = self.gold_score[here]
-            self.better += (block > self.above[:, None]).sum(1)
-            self.not_worse += (block >= self.below[:, None]).sum(1)
-        # Rows come in order: one that equals the last of the k best comes too late.
+            self.golds.update(block, first)
+        # Rows come in order, so an entity that equals the last of the k best comes after it and is left out.
         rows, columns = (block > self.top_scores[:, -1:]).nonzero(as_tuple=True)
         if not len(rows):
             return
         counts = torch.bincount(rows, minlength=len(block))
-        width, kept = int(counts.max()), self.top_scores.shape[1]
-        if width > 2 * kept:
-            scores, new = _top_k(block, min(kept, block.shape[1]))
+        width, k = int(counts.max()), self.top_scores.shape[1]
+        if width > 2 * k:
+            scores, candidates = _top_k(block, min(k, block.shape[1]))
         else:
             place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
             scores = block.new_full((len(block), width), -torch.inf)
-            new = rows.new_zeros((len(block), width))
-            scores[rows, place], new[rows, place] = block[rows, columns], columns
-        scores, new = torch.cat([self.top_scores, scores], 1), torch.cat([self.top_rows, new + first], 1)
+            candidates = rows.new_zeros((len(block), width))
+            scores[rows, place], candidates[rows, place] = block[rows, columns], columns
+        scores = torch.cat([self.top_scores, scores], 1)
+        candidates = torch.cat([self.top_rows, candidates + first], 1)
         best = scores.sort(dim=1, descending=True, stable=True)
-        self.top_scores[:] = best.values[:, :kept]
-        self.top_rows[:] = new.gather(1, best.indices[:, :kept])
+        self.top_scores[:] = best.values[:, :k]
+        self.top_rows[:] = candidates.gather(1, best.indices[:, :k])
 
-    def join(self, team: _Alone) -> None:
-        """Takes in what the other processes saw; the entities of each come after those of the one before."""
-        scores, rows = torch.cat(team.gather(self.top_scores), 1), torch.cat(team.gather(self.top_rows), 1)
-        best, kept = scores.sort(dim=1, descending=True, stable=True), self.top_scores.shape[1]
-        self.top_scores, self.top_rows = best.values[:, :kept], rows.gather(1, best.indices[:, :kept])
+    def merge(self, processes: SingleProcess) -> None:
+        """Merges the states of all processes, whose entities follow one another in the order of the processes."""
+        scores, rows = torch.cat(processes.gather(self.top_scores), 1), torch.cat(processes.gather(self.top_rows), 1)
+        best, k = scores.sort(dim=1, descending=True, stable=True), self.top_scores.shape[1]
+        self.top_scores, self.top_rows = best.values[:, :k], rows.gather(1, best.indices[:, :k])
         if self.golds is not None:
-            self.better, self.not_worse = sum(team.gather(self.better)), sum(team.gather(self.not_worse))
+            self.golds.merge(processes)
 
     def result(self) -> RankingResult:
-        if self.golds is None:
-            return RankingResult(self.top_scores.cpu(), self.top_rows.cpu())
-        assert self.gold_score is not None
-        assert self.better is not None
-        assert self.not_worse is not None
-        known = self.golds >= 0
-        columns = (torch.where(known, self.gold_score, torch.nan), (self.better + 1) * known, self.not_worse)
+        """Returns the ranking, on the CPU."""
+        columns = () if self.golds is None else self.golds.result()
         return RankingResult(*(tensor.cpu() for tensor in (self.top_scores, self.top_rows, *columns)))
 
 
@@ -430,7 +353,9 @@ class _Plain:
     def __init__(self, score: ScoreFunction):
         self.score = score
 
-    def block(self, mentions: Encodings, entities: Encodings, state: _State, firsts: tuple[Any, Any]) -> torch.Tensor:
+    def block(
+        self, mentions: Encodings, entities: Encodings, state: _RankingState, firsts: tuple[Any, Any]
+    ) -> torch.Tensor:
         """[M, n]; `firsts` are the numbers of the first mention and of the first entity."""
         block = self.score(mentions, entities).float()
         _check_block(block, mentions, entities, firsts)
@@ -449,7 +374,9 @@ class _Pruned:
     def __init__(self, model: Any):
         self.model = model
 
-    def block(self, mentions: Encodings, entities: Encodings, state: _State, firsts: tuple[Any, Any]) -> torch.Tensor:
+    def block(
+        self, mentions: Encodings, entities: Encodings, state: _RankingState, firsts: tuple[Any, Any]
+    ) -> torch.Tensor:
         """As [`_Plain.block`]."""
         quick = self.model.quick_scores(mentions, entities)
         _check_block(quick, mentions, entities, firsts)
@@ -463,7 +390,7 @@ class _Pruned:
             some = torch.full_like(quick, torch.inf).scatter_(1, best, -torch.inf)
             seeds = self._remaining(mentions, entities, some).gather(1, best)
             last = torch.maximum(last, (quick.gather(1, best) + seeds).amin(1))
-        floor = last if state.below is None else torch.minimum(last, state.below)
+        floor = last if state.golds is None else torch.minimum(last, state.golds.below)
         needed = (floor - spare - _ROUNDING * floor.abs())[:, None] - quick
         if best is None or seeds is None:
             rest = self._remaining(mentions, entities, needed)

@@ -53,13 +53,14 @@ from hf_mel.files import building_folder, file_sha256, replace_folder, write_err
 from hf_mel.hub_errors import hub_errors
 from hf_mel.inference.encode import encode_batches
 from hf_mel.inference.encodings import as_float, concat_encodings, num_rows, slice_encodings
-from hf_mel.inference.features.post_prototypes import Prototypes, knows_posts
+from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.fingerprint import (
     describe_model,
     describe_processor,
     model_difference,
     processor_difference,
 )
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.kb.entities import TEXT_COLUMNS, EntitiesLike, check_ids, columns_to_store, content_sha256, open_entities
 from hf_mel.kb.manifest import DTYPES, FORMAT, MANIFEST_NAME, VERSION, damage_error, read_manifest, write_manifest
 from hf_mel.kb.shards import (
@@ -71,7 +72,7 @@ from hf_mel.kb.shards import (
     group_by_block,
     read_errors,
 )
-from hf_mel.protocols import MelProcessor
+from hf_mel.protocols import MelProcessor, Retriever, knows_posts
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class KnowledgeBase:
             output (`str` or `os.PathLike`, *optional*): The folder. An existing knowledge base is replaced. Default: a
                 temporary folder that is deleted with the object.
             posts (`str` or `datasets.Dataset`, *optional*): The posts about the entities, for a post-based model; see
-                [`~hf_mel.inference.features.post_prototypes.Prototypes.from_data`].
+                [`~hf_mel.inference.inputs.ModelInputs.from_data`].
             batch_size (`int`): Entities per forward pass.
             dtype (`str`): The dtype in which floating-point encodings are stored: `"float32"`, `"float16"` or
                 `"bfloat16"`.
@@ -175,7 +176,8 @@ class KnowledgeBase:
         _check_target(target)
         source, name = open_entities(entities)
         check_ids(source, name)
-        prototypes = Prototypes.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
+        inputs = ModelInputs.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
+        prototypes = inputs.prototypes
         made_by = {
             "model": describe_model(model),
             "processor": describe_processor(processor, posts=prototypes is not None),
@@ -194,7 +196,7 @@ class KnowledgeBase:
                 )
             remaining = source.select(range(writer.num_finished, len(source)))
             if len(remaining):
-                _encode(remaining, name, model, processor, prototypes, writer, batch_size, progress)
+                _encode(remaining, name, inputs, writer, batch_size, progress)
             shards = writer.close()
             write_manifest(
                 work,
@@ -359,8 +361,8 @@ class KnowledgeBase:
         work = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.path))
         try:
             writer = ShardWriter(work, len(self._manifest["shards"]), self.dtype, self._manifest["encodings"])
-            prototypes = Prototypes.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
-            _encode(source, name, model, processor, prototypes, writer, batch_size, progress)
+            inputs = ModelInputs.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
+            _encode(source, name, inputs, writer, batch_size, progress)
             shards = writer.close()
             self._check_unchanged()
             for entry in (shard[part] for shard in shards for part in ("encodings", "entities")):
@@ -698,30 +700,22 @@ def _index_function(name: str) -> Any:
 def _encode(
     source: datasets.Dataset,
     name: str | None,
-    model: Any,
-    processor: MelProcessor,
-    prototypes: Prototypes | None,
+    inputs: ModelInputs,
     writer: ShardWriter,
     batch_size: int,
     progress: bool,
 ) -> None:
     """Encodes entities batch by batch and passes encodings and rows to `writer`."""
-    if not hasattr(model, "encode_entities"):
+    if not isinstance(inputs.model, Retriever):
         raise KnowledgeBaseError(
-            f"{type(model).__name__} does not encode entities by themselves.",
+            f"{type(inputs.model).__name__} does not encode entities by themselves.",
             remedy="Give a retriever; a reranker only orders the candidates that a retriever found.",
         )
     schema = entity_schema()
-    was_training = getattr(model, "training", False)
-    if was_training:
-        model.eval()
-    try:
-        first = 0
-        undecoded = source.with_format("arrow")  # the plain format would decode every image
-        batches = encode_batches(
-            model, processor, source, "entities", prototypes=prototypes, batch_size=batch_size, progress=progress
-        )
-        for encodings in batches:
+    undecoded = source.with_format("arrow")  # the plain format would decode every image
+    first = 0
+    with evaluation_mode(inputs.model):
+        for encodings in encode_batches(inputs, source, "entities", batch_size=batch_size, progress=progress):
             columns = columns_to_store(undecoded[first : first + batch_size].to_pydict(), name)
             ids = columns["entity_id"]
             if num_rows(encodings) != len(ids):
@@ -732,9 +726,6 @@ def _encode(
             check_finite(encodings, writer.dtype, ids, name)
             writer.add(encodings, pa.Table.from_pydict(columns, schema=schema))
             first += len(ids)
-    finally:
-        if was_training:
-            model.train()
 
 
 def _check_target(target: Path) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from hf_mel.protocols import MelProcessor
+from hf_mel.inference.inputs import ModelInputs
+from hf_mel.protocols import Explains, LocatesTokens
 from hf_mel.schema import Row
 
 #: From here on, scripts are written without spaces, and each token is a word of its own.
@@ -32,28 +32,24 @@ class Explanation:
     entity_patches: list[list[float]] | None = None
 
 
-def explain(model: Any, processor: MelProcessor, mention: Row, entity: Row) -> Explanation | None:
-    """Where `model` looked when it scored this mention against this entity.
+def explain(inputs: ModelInputs, mention: Row, entity: Row) -> Explanation | None:
+    """Where the model looked when it scored this mention against this entity.
 
     Args:
-        model ([`~hf_mel.protocols.Retriever`]): In eval mode.
-        processor ([`~hf_mel.protocols.MelProcessor`]): Its processor.
+        inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A retriever in evaluation mode and its processor.
         mention (row): A row of `mentions`, its image a PIL image or `None`.
         entity (row): A row of `entities`, its images PIL images.
 
     Returns:
         [`Explanation`], or `None` if the model has no `attention` to show.
     """
-    if not hasattr(model, "attention"):
+    model, processor = inputs.model, inputs.processor
+    if not isinstance(model, Explains):
         return None
-    device, dtype = getattr(model, "device", "cpu"), getattr(model, "dtype", torch.float32)
-    inputs = {**processor(mentions=[mention]), **processor(entities=[entity])}
     with torch.inference_mode():
-        found = model.attention(
-            **{k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
-        )
+        found = model.attention(**inputs.mentions([mention]), **inputs.entities([entity]))
     words: list[tuple[int, int, float]] = []
-    if "words" in found and hasattr(processor, "text_spans"):
+    if "words" in found and isinstance(processor, LocatesTokens):
         (spans,) = processor.text_spans([mention])
         words = _words(mention["text"], spans, found["words"][0, 0].tolist())
     images = {"mention": mention.get("image"), "entity": next(iter(entity.get("images") or ()), None)}

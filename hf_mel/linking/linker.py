@@ -17,14 +17,14 @@ from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.errors import DataFormatError, KnowledgeBaseError, SpanError
 from hf_mel.inference.checkpoints import load_reranker, load_retriever
 from hf_mel.inference.encodings import as_float, slice_encodings, to_device
-from hf_mel.inference.features.post_prototypes import knows_posts
-from hf_mel.inference.inputs import model_inputs
+from hf_mel.inference.execution import model_device
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.probe import sees_images, sees_images_in_pairs
-from hf_mel.inference.reranking import can_rank_jointly, score_pairs
+from hf_mel.inference.reranking import score_pairs
 from hf_mel.kb.indexes import open_index
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.explaining import Explanation, explain
-from hf_mel.protocols import MelProcessor
+from hf_mel.protocols import MelProcessor, knows_posts, ranks_jointly
 from hf_mel.schema import NIL, NO_SPAN
 
 #: A mention to link: `text`, and `mention`, or `start` and `end`, or all three; `image` if there is one. Or a visual one, for
@@ -142,6 +142,7 @@ class EntityLinker:
             raise ValueError(f"rerank_k must be at least 1, not {rerank_k}.")
         self.reranker, self.reranker_processor, self.rerank_k = reranker, reranker_processor, rerank_k
         self.model, self.processor = model, processor
+        self._inputs = ModelInputs(model, processor)
         self.kb = kb if isinstance(kb, KnowledgeBase) else KnowledgeBase.from_pretrained(kb)
         self.kb.check_made_by(model, processor)
         self.index = open_index(self.kb, index, model, first_stage=first_stage)
@@ -314,7 +315,7 @@ class EntityLinker:
             self._row(mention, span, number) for mention, span, number in zip(mentions, spans, numbers, strict=True)
         ]
         reranks = self.reranker is not None
-        inputs = model_inputs(self.model, self.processor(mentions=rows))
+        inputs = self._inputs.mentions(rows)
         with torch.inference_mode():
             encoded = as_float(self.model.encode_mentions(**inputs))
             kept = max(top_k, self.rerank_k) if reranks else top_k
@@ -370,7 +371,6 @@ class EntityLinker:
         top_scores: list[list[float]],
     ) -> tuple[list[list[int]], list[list[float]], list[list[float | None]]]:
         """Rows and scores of the model in the reranker's order, and its scores."""
-        assert self.reranker_processor is not None
         number_of = {context: number for number, context in enumerate(dict.fromkeys(contexts))}
         rows = [
             {**mention, "context_id": str(number_of[context]), "document_id": str(number_of[context])}
@@ -385,10 +385,9 @@ class EntityLinker:
             entities.append({**entity, "images": [] if image is None else [image]})
         lists = [[place_of[row] for row in each] for each in first]
         mask = torch.ones(len(first), max(map(len, first)), dtype=torch.bool)
-        joint = can_rank_jointly(self.reranker)
-        found = score_pairs(
-            self.reranker, self.reranker_processor, rows, entities, lists, joint_masks=[mask] if joint else []
-        )
+        joint = ranks_jointly(self.reranker)
+        inputs = ModelInputs(self.reranker, self.reranker_processor)
+        found = score_pairs(inputs, rows, entities, lists, joint_masks=[mask] if joint else [])
         scores = (found.joint[0] if joint else found.scores).tolist()
         result: tuple[list, list, list] = ([], [], [])
         for of_rows, of_scores, own in zip(top_rows, top_scores, scores, strict=True):
@@ -410,7 +409,7 @@ class EntityLinker:
         entities: Mapping[int, Mapping[str, Any]],
         nil_threshold: float | None,
     ) -> LinkResult:
-        ranked = to_device(self.kb.encodings(rows), getattr(self.model, "device", "cpu"))
+        ranked = to_device(self.kb.encodings(rows), model_device(self.model))
         units = {unit: values[0].tolist() for unit, values in self.model.unit_scores(encoded, ranked).items()}
         candidates = [
             Candidate(
@@ -458,7 +457,7 @@ class EntityLinker:
         number = self.kb.row_of(entity_id)
         image = self.kb.image(number) if self._sees_images else None
         entity = {**self.kb.rows([number])[0], "images": [] if image is None else [image]}
-        return explain(self.model, self.processor, row, entity)
+        return explain(self._inputs, row, entity)
 
     @staticmethod
     def _row(mention: MentionLike, span: tuple[str, int, int], row: int | None) -> dict[str, Any]:

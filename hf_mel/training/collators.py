@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 from hf_mel.data.examples import example_groups
 from hf_mel.data.lazy_rows import LazyRow, LazyRows, with_prior
 from hf_mel.errors import UnknownEntityError
-from hf_mel.inference.inputs import images_per_entity
-from hf_mel.protocols import MelProcessor
+from hf_mel.inference.inputs import ModelInputs
+from hf_mel.protocols import images_per_entity
 from hf_mel.schema import Row
 
 
@@ -24,30 +24,24 @@ class RetrieverCollator:
     Every entity stands in the batch once: mentions of one entity share its column, so that it is never their negative.
 
     Args:
-        processor ([`~hf_mel.protocols.MelProcessor`]): Turns rows into tensors.
+        inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A reranker and its processor. Precomputed image features are
+            used.
         entities (`datasets.Dataset`): The knowledge base, N rows.
         random_image (`bool`, *optional*, defaults to `True`): Whether an entity shows a random one of its images
             instead of the first, which is the one evaluation uses. The choice is a function of the seed, the entity
             and the mentions it meets, so it changes from epoch to epoch and comes out the same in a resumed run.
-        with_features (`Callable`, *optional*): Rows of mentions → the rows with `features`; for a model that reads a
-            mention the same way throughout training.
-        with_prototypes (`Callable`, *optional*): Rows of entities, texts → the rows with `prototypes`, none of which is a
-            post of one of these texts; for a model that knows entities by posts.
         seed (`int`, *optional*, defaults to 0): Seed of that choice.
     """
 
     def __init__(
         self,
-        processor: MelProcessor,
+        inputs: ModelInputs,
         entities: datasets.Dataset,
         *,
         random_image: bool = True,
-        with_features: Callable[[Sequence[Row]], Sequence[Row]] | None = None,
-        with_prototypes: Callable[[Sequence[Row], Collection[str]], Sequence[Row]] | None = None,
         seed: int = 0,
     ):
-        self.processor, self.random_image, self.seed = processor, random_image, seed
-        self.with_features, self.with_prototypes = with_features, with_prototypes
+        self.inputs, self.random_image, self.seed = inputs, random_image, seed
         self.entities = LazyRows(entities)
         self._row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
 
@@ -72,13 +66,12 @@ class RetrieverCollator:
                 )
             columns.setdefault(gold, len(columns))
         entities: Sequence[Row] = self.entities.__getitems__([self._row_of[gold] for gold in columns])
-        if self.with_prototypes is not None:
-            entities = self.with_prototypes(entities, [mention["text"] for mention in mentions])
-        elif self.random_image:
+        if self.random_image and self.inputs.prototypes is None:
             met = " ".join(str(mention.get("mention_id")) for mention in mentions)
             entities = [self._with_random_image(entity, met) for entity in entities]  # type: ignore[arg-type]
-        read = mentions if self.with_features is None else self.with_features(mentions)
-        batch = {**self.processor(mentions=read), **self.processor(entities=entities)}
+        entities = self.inputs.entity_rows(entities, without=[mention["text"] for mention in mentions])
+        processor = self.inputs.processor
+        batch = {**processor(mentions=self.inputs.mention_rows(mentions)), **processor(entities=entities)}
         return {**batch, "labels": torch.tensor([columns[mention["entity_id"]] for mention in mentions])}
 
     def _with_random_image(self, entity: LazyRow, met: str) -> LazyRow:
@@ -145,8 +138,6 @@ class PairCollator:
         mentions_per_example (`int`, *optional*, defaults to 1): See above.
         random_image (`bool`, *optional*, defaults to `True`): Whether an entity shows a random one of its images. A
             processor that reads several (`max_entity_images`) gets them all.
-        with_features (`Callable`, *optional*): Rows → the same with `image_features`, for a model whose image
-            encoder is fixed.
         seed (`int`, *optional*, defaults to 0): Seed of all draws.
 
     Attributes:
@@ -155,7 +146,7 @@ class PairCollator:
 
     def __init__(
         self,
-        processor: MelProcessor,
+        inputs: ModelInputs,
         entities: datasets.Dataset,
         candidates: Mapping[str, Sequence[str]],
         *,
@@ -165,16 +156,15 @@ class PairCollator:
         unit: str = "mention",
         mentions_per_example: int = 1,
         random_image: bool = True,
-        with_features: Callable[[Sequence[Row]], Sequence[Row]] | None = None,
         seed: int = 0,
     ):
         if num_negatives < 1:
             raise ValueError(f"num_negatives={num_negatives} must be at least 1.")
-        self.processor, self.candidates, self.num_negatives = processor, candidates, num_negatives
+        self.inputs, self.candidates, self.num_negatives = inputs, candidates, num_negatives
         self.priors = priors
         self.negatives_from = negatives_from
         self.unit, self.mentions_per_example = unit, mentions_per_example
-        self.random_image, self.with_features, self.seed, self.epoch = random_image, with_features, seed, 0
+        self.random_image, self.seed, self.epoch = random_image, seed, 0
         self.entities = LazyRows(entities)
         self._ids: list[str] = list(entities["entity_id"])
         self._row_of = {entity_id: row for row, entity_id in enumerate(self._ids)}
@@ -215,8 +205,7 @@ class PairCollator:
         entities: list[Row] = [
             self._shown(stored[row], draw) for rows, draw in zip(lists, draws, strict=True) for row in rows
         ]
-        if self.with_features is not None:
-            mentions, entities = list(self.with_features(mentions)), list(self.with_features(entities))
+        mentions, entities = self.inputs.mention_rows(mentions), self.inputs.entity_rows(entities)
         if self.priors is not None:
             listed = ((mention, row) for mention, rows in zip(mentions, lists, strict=True) for row in rows)
             entities = [
@@ -225,7 +214,7 @@ class PairCollator:
             ]
         rest = iter(entities)
         pairs = [(mention, [next(rest) for _ in rows]) for mention, rows in zip(mentions, lists, strict=True)]
-        return {**self.processor(pairs=pairs), "labels": torch.tensor(labels)}
+        return {**self.inputs.processor(pairs=pairs), "labels": torch.tensor(labels)}
 
     def _chosen(self, example: Sequence[Row], draw: random.Random) -> list[Row]:
         if self.unit != "context":
@@ -262,6 +251,6 @@ class PairCollator:
 
     def _shown(self, entity: LazyRow, draw: random.Random) -> LazyRow:
         images = entity.undecoded("images") or ()
-        if len(images) < 2 or images_per_entity(self.processor) != 1:
+        if len(images) < 2 or images_per_entity(self.inputs.processor) != 1:
             return entity
         return entity.with_image("images", draw.randrange(len(images)) if self.random_image else 0)

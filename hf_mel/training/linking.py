@@ -15,7 +15,7 @@ from hf_mel.data.posts import posts_as_mentions, posts_of
 from hf_mel.errors import RecipeError
 from hf_mel.evaluation.candidate_evaluator import evaluate_candidates
 from hf_mel.evaluation.full_evaluator import evaluate_full
-from hf_mel.inference.features.post_prototypes import Prototypes
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import Reranker
 from hf_mel.schema import NIL
 from hf_mel.training.assemble import build_model
@@ -56,17 +56,17 @@ def run_linking(folder: RunFolder) -> FinishedTraining | None:
         }
     elif recipe.candidates is not None:
         raise recipe.error(f"{type(model).__name__} ranks all entities.", "Remove the section 'candidates'.")
-    prototypes = Prototypes.from_data(
+    inputs = ModelInputs.from_data(
         data.dataset, model, processor, revision=data.revision, config=data.config, train_split=data.train_split
     )
     if recipe.task == "knowledge":
-        if prototypes is None:
+        if inputs.prototypes is None:
             raise recipe.error(
                 f"{type(model).__name__} does not represent entities by posts.", "Remove task: knowledge."
             )
         model.to(arguments.device)
-        prototypes.add(entities, progress=not arguments.disable_tqdm)
-        train = posts_as_mentions(prototypes.support(entities))
+        inputs.precompute(entities=entities, progress=not arguments.disable_tqdm)
+        train = posts_as_mentions(inputs.prototypes.support_set(entities))
     trainer = MelTrainer(
         model,
         arguments,
@@ -74,7 +74,7 @@ def run_linking(folder: RunFolder) -> FinishedTraining | None:
         eval_dataset=validation,
         entities=entities,
         processing_class=processor,
-        prototypes=prototypes,
+        inputs=inputs,
         **lists,
     )
     folder.train(trainer)
@@ -93,23 +93,17 @@ def _evaluate(
     """Evaluates the trained model in full precision and calibrates the NIL threshold of a retriever."""
     model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processor
     version = dataset_version(recipe.data.dataset, revision=recipe.data.revision)
-    options = {"batch_size": trainer.args.per_device_eval_batch_size, "data_version": version}
+    options: dict[str, Any] = {"batch_size": trainer.args.per_device_eval_batch_size, "data_version": version}
     evaluation: Any
     nil = None
     if trainer.reranks:
         assert trainer.eval_candidates is not None
         validation = trainer.eval_dataset  # all mentions, or a sample of `eval_mentions`
-        evaluation = evaluate_candidates(
-            model,
-            processor,
-            validation,
-            entities,
-            trainer.eval_candidates,
-            images=trainer.image_features,
-            **options,
-        )
+        evaluation = evaluate_candidates(trainer.inputs, validation, entities, trainer.eval_candidates, **options)
     else:
-        evaluation = evaluate_full(model, processor, validation, entities, prototypes=trainer.prototypes, **options)
+        # Mentions are encoded again, because their cached features are half precision.
+        inputs = trainer.inputs.without_mention_features()
+        evaluation = evaluate_full(inputs, validation, entities, **options)
         nil = evaluation.calibrate_nil_threshold() if len(validation) and len(entities) > 1 else None
     # A threshold calibrated on simulated NIL mentions is not stored: it would enable NIL on data that has none.
     if nil is not None and not nil.simulated and hasattr(model.config, "nil_threshold"):
@@ -133,7 +127,7 @@ def _evaluate(
             "validation": evaluation.to_dict(),
             "nil": None if nil is None else dataclasses.asdict(nil),
         },
-        model_info={} if trainer.prototypes is None else {"posts": True},
+        model_info={} if trainer.inputs.prototypes is None else {"posts": True},
     )
 
 

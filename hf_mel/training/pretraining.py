@@ -9,7 +9,7 @@ processor turns these into tensors with `processor(posts=rows, entities=rows, pa
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
@@ -19,8 +19,8 @@ from transformers import MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING, EarlyStop
 from hf_mel.data.lazy_rows import LazyRow, LazyRows
 from hf_mel.data.loading import check_golds, dataset_version, load_entities, load_mentions, load_posts
 from hf_mel.errors import DataFormatError, UnknownEntityError
-from hf_mel.inference.features.image_features import ImageFeatures
-from hf_mel.inference.inputs import images_per_entity
+from hf_mel.inference.inputs import ModelInputs
+from hf_mel.protocols import images_per_entity
 from hf_mel.schema import NIL, Row
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.assemble import build_model
@@ -42,12 +42,11 @@ class PretrainingCollator:
     the knowledge base holds under a similar name (IMN, section 3.2). All draws are a function of seed, epoch and ids.
 
     Args:
-        processor: Takes `posts`, `entities` and `partners`.
+        inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A pre-training model and its processor, which takes `posts`,
+            `entities` and `partners`. Precomputed image features are used.
         entities (`datasets.Dataset`): The knowledge base, N rows.
         random_image (`bool`, *optional*, defaults to `True`): Whether an entity shows a random one of its images. A
             processor that reads several (`max_entity_images`) gets them all.
-        with_features (`Callable`, *optional*): Rows → the same with `image_features`, for a model whose image encoder is
-            fixed.
         same_surface (`bool`, *optional*, defaults to `False`): See above.
         seed (`int`, *optional*, defaults to 0): Seed of all draws.
 
@@ -57,15 +56,14 @@ class PretrainingCollator:
 
     def __init__(
         self,
-        processor: Any,
+        inputs: ModelInputs,
         entities: datasets.Dataset,
         *,
         random_image: bool = True,
-        with_features: Callable[[Sequence[Row]], Sequence[Row]] | None = None,
         same_surface: bool = False,
         seed: int = 0,
     ):
-        self.processor, self.random_image, self.with_features = processor, random_image, with_features
+        self.inputs, self.random_image = inputs, random_image
         self.same_surface, self.seed, self.epoch = same_surface, seed, 0
         self.entities = LazyRows(entities)
         self._row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
@@ -92,14 +90,12 @@ class PretrainingCollator:
                 others = [k for k in others if surfaces[k] == surfaces[place]] or others
             partners.append(draw.choice(others) if others else place)
             entities.append(self._shown(entity, draw))
-        shown: Sequence[Row] = posts
-        if self.with_features is not None:
-            shown, entities = self.with_features(posts), list(self.with_features(entities))  # type: ignore[arg-type]
-        return dict(self.processor(posts=shown, entities=entities, partners=partners))
+        rows = {"posts": self.inputs.mention_rows(posts), "entities": self.inputs.entity_rows(entities)}
+        return dict(self.inputs.processor(**rows, partners=partners))
 
     def _shown(self, entity: LazyRow, draw: random.Random) -> LazyRow:
         images = entity.undecoded("images") or ()
-        if len(images) < 2 or images_per_entity(self.processor) != 1:
+        if len(images) < 2 or images_per_entity(self.inputs.processor) != 1:
             return entity
         return entity.with_image("images", draw.randrange(len(images)) if self.random_image else 0)
 
@@ -143,8 +139,9 @@ class PretrainingTrainer(MelTrainer):
         for posts in (train_dataset, eval_dataset):
             if posts is not None:
                 check_golds(posts, entities["entity_id"])
+        self.inputs = ModelInputs(model, processing_class)
         self._collator = PretrainingCollator(
-            processing_class,
+            self.inputs,
             entities,
             random_image=args.random_entity_image,
             same_surface=args.batch_grouping != "none",
@@ -162,13 +159,9 @@ class PretrainingTrainer(MelTrainer):
         self.label_names = ["labels"]  # others may be missing: a text without an image has none to be matched with
         self.add_callback(_SetEpoch(self))
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
-        if getattr(model, "image_features_are_fixed", False):
-            features = ImageFeatures.of(model, processing_class)
-            if features is not None:
-                for rows in (entities, train_dataset, eval_dataset):
-                    if rows is not None:
-                        features.add(rows, progress=not args.disable_tqdm and self.is_world_process_zero())
-                self._collator.with_features = features.on
+        progress = not args.disable_tqdm and self.is_world_process_zero()
+        self.inputs.precompute(entities=entities, mentions=train_dataset, progress=progress)
+        self.inputs.precompute(mentions=eval_dataset, progress=progress)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 

@@ -22,11 +22,8 @@ from hf_mel.data.loading import check_golds
 from hf_mel.errors import DataFormatError, RecipeError
 from hf_mel.evaluation.candidate_evaluator import CandidateResult, evaluate_candidates
 from hf_mel.evaluation.full_evaluator import FullResult, evaluate_full
-from hf_mel.inference.encode import encode_rows
-from hf_mel.inference.features.image_features import ImageFeatures
-from hf_mel.inference.features.mention_features import MentionFeatures
-from hf_mel.inference.features.post_prototypes import Prototypes
-from hf_mel.protocols import MelProcessor, Reranker
+from hf_mel.inference.inputs import ModelInputs
+from hf_mel.protocols import MelProcessor, Reranker, max_mentions
 from hf_mel.schema import NIL
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.collators import Examples, PairCollator, RetrieverCollator
@@ -56,9 +53,9 @@ class MelTrainer(Trainer):
         entities (`datasets.Dataset`): The knowledge base.
         train_candidates, eval_candidates ([`~hf_mel.candidates.lists.CandidateLists`], *optional*): For a reranker, the
             candidates of both sets of mentions.
-        prototypes ([`~hf_mel.inference.features.post_prototypes.Prototypes`], *optional*): For a retriever that knows entities by posts,
-            what chooses among these. They are encoded once, before training. A batch shows no post that is the text of
-            one of its mentions. Default, for such a model: every entity is the only post about itself.
+        inputs ([`~hf_mel.inference.inputs.ModelInputs`], *optional*): `model` and `processing_class` with the posts about
+            the entities, for a retriever that represents entities by posts. These are encoded once, before training. A
+            batch shows no post that is the text of one of its mentions. Default: inputs without posts.
         processing_class ([`~hf_mel.protocols.MelProcessor`]): Turns rows into tensors; saved with every checkpoint. It is the
             attribute `processor` of the trainer.
         callbacks (`list[TrainerCallback]`, *optional*): Further callbacks.
@@ -87,7 +84,7 @@ class MelTrainer(Trainer):
         processing_class: MelProcessor,
         train_candidates: CandidateLists | None = None,
         eval_candidates: CandidateLists | None = None,
-        prototypes: Prototypes | None = None,
+        inputs: ModelInputs | None = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
@@ -104,6 +101,8 @@ class MelTrainer(Trainer):
         # Kept from the Trainer, which would write the tokenizer's special tokens into the text encoder's configuration,
         # and could not train with a processor that has no tokenizer.
         self.processor: Any = processing_class
+        #: The model, its processor, and what of rows is computed before training because it stays the same.
+        self.inputs = ModelInputs(model, processing_class) if inputs is None else inputs
         self.entities = entities
         #: What is trained on: the mentions whose entity is in the knowledge base.
         self.mentions: datasets.Dataset | None = None
@@ -127,9 +126,9 @@ class MelTrainer(Trainer):
             args.dataloader_persistent_workers = False  # they would not learn of a new epoch
             unit = str(model.example_unit)
             if self.mentions is not None:
-                rows = Examples(self.mentions, unit, getattr(model, "max_mentions", None))
+                rows = Examples(self.mentions, unit, max_mentions(model))
             collator = PairCollator(
-                processing_class,
+                self.inputs,
                 entities,
                 train_candidates.by_mention if train_candidates is not None else {},
                 priors=None if train_candidates is None else train_candidates.priors,
@@ -143,12 +142,8 @@ class MelTrainer(Trainer):
         else:
             if self.mentions is not None:
                 rows = LazyRows(self.mentions)
-            collator = RetrieverCollator(
-                processing_class, entities, random_image=args.random_entity_image, seed=args.seed
-            )
+            collator = RetrieverCollator(self.inputs, entities, random_image=args.random_entity_image, seed=args.seed)
         self._collator = collator
-        #: The images, encoded, where training leaves them as they are.
-        self.image_features: ImageFeatures | None = None
         config = getattr(model, "config", None)
         declared = hasattr(config, "use_cache")
         super().__init__(
@@ -165,30 +160,10 @@ class MelTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         if config is not None and not declared and hasattr(config, "use_cache"):
             del config.use_cache  # the Trainer sets it on every model; it would end up in config.json
-        if getattr(model, "image_features_are_fixed", False):
-            self.image_features = ImageFeatures.of(model, processing_class)
-        if self.image_features is not None:
-            for images in (entities, self.mentions, eval_dataset):
-                if images is not None:
-                    self.image_features.add(images, progress=not args.disable_tqdm and self.is_world_process_zero())
-            collator.with_features = self.image_features.on
-        #: What is read of mentions, where training leaves that as it is.
-        self.mention_features: MentionFeatures | None = None
-        if not self.reranks:
-            self.mention_features = MentionFeatures.of(model, processing_class)
-        if self.mention_features is not None:
-            if self.mentions is not None:
-                self.mention_features.add(
-                    self.mentions, progress=not args.disable_tqdm and self.is_world_process_zero()
-                )
-            collator.with_features = self.mention_features.on
-        #: The posts that entities are known by, encoded.
-        self.prototypes: Prototypes | None = None
-        if not self.reranks:
-            self.prototypes = Prototypes.of(model, processing_class) if prototypes is None else prototypes
-        if self.prototypes is not None:
-            self.prototypes.add(entities, progress=not args.disable_tqdm and self.is_world_process_zero())
-            collator.with_prototypes = self.prototypes.on
+        progress = not args.disable_tqdm and self.is_world_process_zero()
+        self.inputs.precompute(entities=entities, mentions=self.mentions, progress=progress)
+        if self.reranks:
+            self.inputs.precompute(mentions=eval_dataset, progress=progress)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if not args.disable_tqdm:
@@ -262,7 +237,10 @@ class MelTrainer(Trainer):
         if mentions is None:
             raise ValueError("MelTrainer: evaluation needs an eval_dataset.")
         start = time.time()
-        measured = self.measure(mentions, **self._read_before(mentions)).metrics
+        if not self.reranks:  # a frozen mention encoder reads the mentions of all evaluations once
+            progress = not self.args.disable_tqdm and self.is_world_process_zero()
+            self.inputs.precompute(mentions=mentions, progress=progress)
+        measured = self._measure(self.inputs, mentions).metrics
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(mentions))
         if self.args.world_size > 1:
@@ -270,22 +248,6 @@ class MelTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _read_before(self, mentions: datasets.Dataset) -> dict[str, Any]:
-        """The encodings of mentions whose features are kept, for [`MelTrainer.measure`]."""
-        if self.mention_features is None or not len(mentions):
-            return {}
-        model = self.accelerator.unwrap_model(self.model)
-        self.mention_features.add(mentions, progress=not self.args.disable_tqdm and self.is_world_process_zero())
-        training = model.training
-        model.eval()
-        with self.accelerator.autocast():
-            size = self.args.per_device_eval_batch_size
-            encoded = encode_rows(
-                model, self.processor, mentions, "mentions", features=self.mention_features, batch_size=size
-            )
-        model.train(training)
-        return {"mention_encodings": encoded}
 
     def measure(self, mentions: datasets.Dataset, **options: Any) -> FullResult | CandidateResult:
         """The full protocol, or for a reranker the candidate protocol, in the precision of training.
@@ -295,7 +257,11 @@ class MelTrainer(Trainer):
             options: Further arguments of [`~hf_mel.evaluation.full_evaluator.evaluate_full`] or
                 [`~hf_mel.evaluation.candidate_evaluator.evaluate_candidates`].
         """
-        model = self.accelerator.unwrap_model(self.model)
+        return self._measure(self.inputs.without_mention_features(), mentions, **options)
+
+    def _measure(
+        self, inputs: ModelInputs, mentions: datasets.Dataset, **options: Any
+    ) -> FullResult | CandidateResult:
         options = {
             "batch_size": self.args.per_device_eval_batch_size,
             "progress": not self.args.disable_tqdm and self.is_world_process_zero(),
@@ -303,19 +269,9 @@ class MelTrainer(Trainer):
         }
         with self.accelerator.autocast():
             if not self.reranks:
-                return evaluate_full(
-                    model, self.processor, mentions, self.entities, prototypes=self.prototypes, **options
-                )
+                return evaluate_full(inputs, mentions, self.entities, **options)
             assert self.eval_candidates is not None
-            return evaluate_candidates(
-                model,
-                self.processor,
-                mentions,
-                self.entities,
-                self.eval_candidates,
-                images=self.image_features,
-                **options,
-            )
+            return evaluate_candidates(inputs, mentions, self.entities, self.eval_candidates, **options)
 
 
 def _check_candidates(model: Any, mentions: datasets.Dataset, lists: CandidateLists | None, entities) -> None:

@@ -14,6 +14,7 @@ from hf_mel.candidates.lists import CandidateLists
 from hf_mel.candidates.make import make_candidates, retriever_candidates
 from hf_mel.candidates.sources import name_candidates, prior_candidates, union_candidates
 from hf_mel.errors import RecipeError
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.schema import mention_features
 from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model
@@ -24,7 +25,7 @@ ENTITIES, MENTIONS = toy_entities(12), toy_mentions(8)
 
 def test_a_retriever_gives_what_it_scores_highest():
     model, processor = toy_model(), ToyProcessor()
-    found = retriever_candidates(model, processor, MENTIONS, ENTITIES, k=4)
+    found = retriever_candidates(ModelInputs(model, processor), MENTIONS, ENTITIES, k=4)
     with torch.no_grad():
         scores = model.score(
             model.encode_mentions(**processor(mentions=list(MENTIONS))),
@@ -34,7 +35,7 @@ def test_a_retriever_gives_what_it_scores_highest():
     assert found.entity_ids == [[f"Q{row + 1}" for row in rows] for rows in best.indices[:, :4].tolist()]
     torch.testing.assert_close(torch.tensor(found.scores["retriever"]), best.values[:, :4])
     assert found.setting["retriever"]["type"] == "toy_retriever"
-    assert len(retriever_candidates(model, processor, MENTIONS.select([]), ENTITIES, k=4)) == 0
+    assert len(retriever_candidates(ModelInputs(model, processor), MENTIONS.select([]), ENTITIES, k=4)) == 0
 
 
 def test_sources_join_and_are_made_once(tmp_path, monkeypatch):
@@ -47,7 +48,7 @@ def test_sources_join_and_are_made_once(tmp_path, monkeypatch):
     parts = [
         name_candidates(MENTIONS, ENTITIES, k=5),
         prior_candidates(MENTIONS, MENTIONS, k=5),
-        retriever_candidates(toy_model(), ToyProcessor(), MENTIONS, ENTITIES, k=5),
+        retriever_candidates(ModelInputs(toy_model(), ToyProcessor()), MENTIONS, ENTITIES, k=5),
     ]
     assert found.entity_ids == union_candidates(parts, k=5).entity_ids
     kept = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
@@ -151,9 +152,9 @@ def test_released_candidates_beside_others():
     found = make_candidates("release+name", mentions, ENTITIES, k=3)
     assert [each[0] for each in found.entity_ids] == ["Q1"] * 8
     assert all(own.items() >= {"Q1": 0.7}.items() for own in found.priors.values())
-    with pytest.raises(RecipeError, match="the release ships priors"):
+    with pytest.raises(RecipeError, match="The release ships priors"):
         make_candidates("release+prior", mentions, ENTITIES, k=3, training=MENTIONS)
-    with pytest.raises(RecipeError, match="shares out"):
+    with pytest.raises(RecipeError, match="shares the candidates"):
         make_candidates("document", mentions, ENTITIES, k=3)
 
 

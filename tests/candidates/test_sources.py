@@ -230,6 +230,7 @@ def shipped(listed, priors=None) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows, features=mention_features(**extra))
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), max_size=6), min_size=1, max_size=4))
 def test_released_candidates_come_best_first_with_their_priors(pairs):
     listed = [[f"Q{entity}" for entity, _ in each] for each in pairs]

@@ -17,6 +17,7 @@ from hf_mel.cli.evaluate import evaluate
 from hf_mel.cli.link import link
 from hf_mel.errors import RecipeError, UnknownModelError
 from hf_mel.evaluation.candidate_evaluator import evaluate_candidates
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
 from tests.toy import (
@@ -75,7 +76,7 @@ def test_candidates_are_written_and_reranked_from_the_file(run, tmp_path):
     outcome = run(evaluate, "reranker", "--dataset", "toy_candidates", "--candidates", tmp_path / "c.parquet", *output)
     assert outcome.exit_code == 0
     result = evaluate_candidates(
-        toy_reranker(), ToyPairProcessor(), TEST, toy_entities(), expected, ks=(1, 2), progress=False
+        ModelInputs(toy_reranker(), ToyPairProcessor()), TEST, toy_entities(), expected, ks=(1, 2), progress=False
     )
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["metrics"] == pytest.approx(result.metrics)

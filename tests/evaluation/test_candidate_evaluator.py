@@ -14,6 +14,7 @@ from hf_mel.candidates.lists import CandidateLists
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.evaluation.candidate_evaluator import CANDIDATE_WEIGHTS, END_TO_END, GOLD_ADDED, evaluate_candidates
 from hf_mel.evaluation.tables import orders_table, results_table
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.reranking import score_pairs
 from hf_mel.schema import NIL
 from tests.toy import ToyPairProcessor, toy_entities, toy_mentions, toy_reranker
@@ -61,7 +62,9 @@ ROWS = st.lists(st.lists(st.integers(0, 11), max_size=6, unique=True), min_size=
 @given(ROWS, st.integers(0, 2**16))
 def test_both_protocols_are_those_of_a_double_loop(rows, seed):
     table = torch.randint(0, 5, (12, 12), generator=torch.Generator().manual_seed(seed)).float()  # with ties
-    result = evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, lists_of(rows), ks=(1, 3), progress=False)
+    result = evaluate_candidates(
+        ModelInputs(Fixed(table), numbers), MENTIONS, ENTITIES, lists_of(rows), ks=(1, 3), progress=False
+    )
     for protocol in (END_TO_END, GOLD_ADDED):
         reciprocal, own, hits, recall = [], [], 0, 0
         for i, gold in enumerate(GOLDS):
@@ -99,7 +102,7 @@ def test_a_constant_model_is_at_chance(retrieved):
         others = [other for other in range(12) if other != row][:4]
         rows[i] = [row, *others] if retrieved else others
     result = evaluate_candidates(
-        Fixed(torch.zeros(12, 12)), numbers, MENTIONS, ENTITIES, lists_of(rows), progress=False
+        ModelInputs(Fixed(torch.zeros(12, 12)), numbers), MENTIONS, ENTITIES, lists_of(rows), progress=False
     )
     added = result.orders[GOLD_ADDED]["reranker"]["metrics"]
     assert added["mr"] == 3  # of five
@@ -117,7 +120,7 @@ def test_the_model_sees_its_candidates_in_an_order_that_knows_no_gold():
 
     model = Fixed(torch.zeros(12, 12))
     model.pairs_are_independent = False
-    evaluate_candidates(model, spy, MENTIONS, ENTITIES, lists_of([[9, 3, 5]] * 12), progress=False)
+    evaluate_candidates(ModelInputs(model, spy), MENTIONS, ENTITIES, lists_of([[9, 3, 5]] * 12), progress=False)
     assert all(listed == sorted(listed) for _, listed in seen)
 
 
@@ -125,7 +128,9 @@ def test_the_model_sees_its_candidates_in_an_order_that_knows_no_gold():
 def test_joint_ranking_beside_the_plain_one_with_and_without_the_added_gold(independent):
     model = toy_reranker(unit="context", independent=independent)
     rows = [sorted({(3 * i + c) % 12 for c in range(i % 5)}) for i in range(12)]
-    result = evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists_of(rows), progress=False, batch_size=5)
+    result = evaluate_candidates(
+        ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists_of(rows), progress=False, batch_size=5
+    )
     assert result.order == "reranker, jointly"
     for protocol in (END_TO_END, GOLD_ADDED):
         listed = [list(each) for each in rows]
@@ -134,7 +139,7 @@ def test_joint_ranking_beside_the_plain_one_with_and_without_the_added_gold(inde
                 each.append(int(gold[1:]) - 1)
         width = max(map(len, listed))
         mask = torch.tensor([[c < len(each) for c in range(width)] for each in listed])
-        alone = score_pairs(model, PROCESSOR, MENTIONS, ENTITIES, listed, joint_masks=[mask])
+        alone = score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, listed, joint_masks=[mask])
         for order, scores in (("reranker", alone.scores), ("reranker, jointly", alone.joint[0])):
             reciprocal = []
             for i, gold in enumerate(GOLDS):
@@ -144,7 +149,7 @@ def test_joint_ranking_beside_the_plain_one_with_and_without_the_added_gold(inde
                     reciprocal.append(0 if place is None else 1 / int((scores[i] >= scores[i, place] - 1e-6).sum()))
             assert result.orders[protocol][order]["metrics"]["mrr"] == pytest.approx(np.mean(reciprocal))
     plain = evaluate_candidates(
-        model, PROCESSOR, MENTIONS, ENTITIES, lists_of(rows), joint=False, progress=False, batch_size=5
+        ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists_of(rows), joint=False, progress=False, batch_size=5
     )
     assert plain.order == "reranker"
     assert plain.orders == result.orders
@@ -152,7 +157,9 @@ def test_joint_ranking_beside_the_plain_one_with_and_without_the_added_gold(inde
 
 def test_results_and_records_are_plain_data():
     rows = [[0, 1, 2]] * 11 + [[]]
-    result = evaluate_candidates(toy_reranker(), PROCESSOR, MENTIONS, ENTITIES, lists_of(rows), progress=False)
+    result = evaluate_candidates(
+        ModelInputs(toy_reranker(), PROCESSOR), MENTIONS, ENTITIES, lists_of(rows), progress=False
+    )
     data = json.loads(json.dumps(result.to_dict()))
     assert data["protocol"] == END_TO_END
     assert data["gold_added"]["protocol"] == GOLD_ADDED
@@ -177,11 +184,13 @@ def test_results_and_records_are_plain_data():
 def test_bad_input_is_named():
     model = toy_reranker()
     with pytest.raises(UnknownEntityError, match="row m0: the candidate 'Q13'"):
-        evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists_of([[12]] * 12))
+        evaluate_candidates(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists_of([[12]] * 12))
     with pytest.raises(DataFormatError, match="no candidates of 11 of 12 mentions"):
-        evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, CandidateLists(["m3"], [["Q1"]], {}))
+        evaluate_candidates(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, CandidateLists(["m3"], [["Q1"]], {}))
     with pytest.raises(RecipeError, match="jointly"):
-        evaluate_candidates(Fixed(torch.zeros(1)), numbers, MENTIONS, ENTITIES, lists_of([[1]] * 12), joint=True)
+        evaluate_candidates(
+            ModelInputs(Fixed(torch.zeros(1)), numbers), MENTIONS, ENTITIES, lists_of([[1]] * 12), joint=True
+        )
 
 
 # Documents, priors, and micro-F1
@@ -192,7 +201,9 @@ def test_bad_input_is_named():
 def test_micro_f1_is_that_of_counting_links(rows, seed, modalities):
     table = torch.randint(0, 6, (12, 12), generator=torch.Generator().manual_seed(seed)).float()
     mentions = MENTIONS.add_column("modality", modalities)
-    result = evaluate_candidates(Fixed(table), numbers, mentions, ENTITIES, lists_of(rows), progress=False)
+    result = evaluate_candidates(
+        ModelInputs(Fixed(table), numbers), mentions, ENTITIES, lists_of(rows), progress=False
+    )
     for protocol in (END_TO_END, GOLD_ADDED):
         for order in ("reranker", "candidates: here"):
             counts: dict[str, list[int]] = {}  # right, linked, all
@@ -229,7 +240,7 @@ def test_micro_f1_is_that_of_counting_links(rows, seed, modalities):
 def test_the_table_has_f1_by_modality():
     mentions = MENTIONS.add_column("modality", ["text", "image"] * 6)
     result = evaluate_candidates(
-        Fixed(torch.zeros(12, 12)), numbers, mentions, ENTITIES, lists_of([[1]] * 12), progress=False
+        ModelInputs(Fixed(torch.zeros(12, 12)), numbers), mentions, ENTITIES, lists_of([[1]] * 12), progress=False
     )
     table = results_table(result.to_dict())
     assert "F1" in [column.header for column in table.columns]
@@ -253,7 +264,7 @@ def test_the_model_gets_each_candidate_with_its_prior(independent):
     ids = [[f"Q{row + 1}" for row in each] for each in rows]
     lists = CandidateLists(list(documents["mention_id"]), ids, {"prior": scores}, {"source": "prior"})
     model = toy_reranker(unit="document", independent=independent)
-    result = evaluate_candidates(model, Spy(), documents, ENTITIES, lists, progress=False)
+    result = evaluate_candidates(ModelInputs(model, Spy()), documents, ENTITIES, lists, progress=False)
     for (mention_id, entity_id), priors in seen.items():
         if mention_id in ("m", ""):
             continue
@@ -265,7 +276,7 @@ def test_the_model_gets_each_candidate_with_its_prior(independent):
     assert result.setting["candidates"]["without_prior"] == 3
     wrong = CandidateLists(lists.mention_ids, ids, {"prior": [[-1.0] * len(each) for each in rows]})
     with pytest.raises(DataFormatError, match="row m1: the prior of the candidate"):
-        evaluate_candidates(model, Spy(), documents, ENTITIES, wrong, progress=False)
+        evaluate_candidates(ModelInputs(model, Spy()), documents, ENTITIES, wrong, progress=False)
 
 
 def test_documents_are_scored_whole_by_both_protocols():
@@ -277,7 +288,9 @@ def test_documents_are_scored_whole_by_both_protocols():
         {"prior": [[(1 + row) / 16 for row in each] for each in rows]},
     )
     model, processor = toy_document_reranker(), ToyDocumentProcessor()
-    result = evaluate_candidates(model, processor, documents, ENTITIES, lists, progress=False, batch_size=5)
+    result = evaluate_candidates(
+        ModelInputs(model, processor), documents, ENTITIES, lists, progress=False, batch_size=5
+    )
     for protocol in (END_TO_END, GOLD_ADDED):
         listed = [list(each) for each in rows]
         for each, gold in zip(listed, documents["entity_id"], strict=True):
@@ -286,7 +299,7 @@ def test_documents_are_scored_whole_by_both_protocols():
         priors = [
             [(1 + row) / 16 if row in own else 0.0 for row in each] for each, own in zip(listed, rows, strict=True)
         ]
-        scores = score_pairs(model, processor, documents, ENTITIES, listed, priors=priors).scores
+        scores = score_pairs(ModelInputs(model, processor), documents, ENTITIES, listed, priors=priors).scores
         for i, gold in enumerate(documents["entity_id"]):
             row = None if gold == NIL else int(gold[1:]) - 1
             rank = int((scores[i] >= scores[i, listed[i].index(row)] - 1e-6).sum()) if row in listed[i] else np.nan
@@ -336,9 +349,13 @@ def test_the_candidates_own_scores_weigh_as_a_double_loop_adds_them(rows, seed, 
     lists = scored_lists(rows, seed)
     table = torch.randint(0, 5, (12, 12), generator=torch.Generator().manual_seed(seed)).float()
     options = {"ks": (1, 3), "progress": False}
-    result = evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, lists, candidate_weight=weight, **options)
-    chosen = evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, lists, candidate_weight="auto", **options)
-    plain = evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, lists, **options)
+    result = evaluate_candidates(
+        ModelInputs(Fixed(table), numbers), MENTIONS, ENTITIES, lists, candidate_weight=weight, **options
+    )
+    chosen = evaluate_candidates(
+        ModelInputs(Fixed(table), numbers), MENTIONS, ENTITIES, lists, candidate_weight="auto", **options
+    )
+    plain = evaluate_candidates(ModelInputs(Fixed(table), numbers), MENTIONS, ENTITIES, lists, **options)
     assert plain.order == "reranker"
     assert "candidate_weight" not in plain.setting
     assert result.order == "reranker + candidates"
@@ -367,7 +384,9 @@ def test_the_order_in_which_scored_candidates_come_changes_no_rank():
     )
     table = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
     one, other = (
-        evaluate_candidates(Fixed(table), numbers, MENTIONS, ENTITIES, each, candidate_weight=2, progress=False)
+        evaluate_candidates(
+            ModelInputs(Fixed(table), numbers), MENTIONS, ENTITIES, each, candidate_weight=2, progress=False
+        )
         for each in (lists, turned)
     )
     for protocol in (END_TO_END, GOLD_ADDED):
@@ -380,8 +399,10 @@ def test_the_weight_is_added_to_the_order_that_counts_and_is_told(independent):
     lists = lists_of([[(3 * i + c) % 12 for c in range(4)] for i in range(12)])
     for joint, of in ((True, "reranker, jointly"), (False, "reranker")):
         options = {"joint": joint, "progress": False}
-        plain = evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists, **options)
-        result = evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists, candidate_weight=1e9, **options)
+        plain = evaluate_candidates(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists, **options)
+        result = evaluate_candidates(
+            ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists, candidate_weight=1e9, **options
+        )
         weighting = result.setting["candidate_weight"]
         assert weighting["reranker"] == of
         assert weighting["source"] == "here"
@@ -389,7 +410,9 @@ def test_the_weight_is_added_to_the_order_that_counts_and_is_told(independent):
         # So great a weight leaves the list's own order, which the scores of 0, -1, … are.
         best, own = result.orders[END_TO_END][result.order], result.orders[END_TO_END]["candidates: here"]
         assert best["metrics"]["mrr"] == pytest.approx(own["metrics"]["mrr"])
-        none = evaluate_candidates(model, PROCESSOR, MENTIONS, ENTITIES, lists, candidate_weight=0, **options)
+        none = evaluate_candidates(
+            ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists, candidate_weight=0, **options
+        )
         assert none.metrics == plain.metrics
         assert f"{of} + 1e+09 * here score / 1.118" in orders_table(result.to_dict()).caption
         json.dumps(result.to_dict())
@@ -399,7 +422,9 @@ def test_weights_that_cannot_be():
     model = Fixed(torch.zeros(12, 12))
 
     def evaluate(lists, weight, mentions=MENTIONS):
-        evaluate_candidates(model, numbers, mentions, ENTITIES, lists, candidate_weight=weight, progress=False)
+        evaluate_candidates(
+            ModelInputs(model, numbers), mentions, ENTITIES, lists, candidate_weight=weight, progress=False
+        )
 
     without = CandidateLists(list(MENTIONS["mention_id"]), [["Q1", "Q2"]] * 12, {})
     with pytest.raises(RecipeError, match="no scores that could be given a weight"):

@@ -16,7 +16,8 @@ from hf_mel.errors import (
 )
 from hf_mel.evaluation.full_evaluator import evaluate_full
 from hf_mel.inference.encode import encode_rows
-from hf_mel.inference.ranking import EncodedEntities
+from hf_mel.inference.entity_sources import EncodedEntities
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.schema import NIL
 from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
@@ -26,7 +27,7 @@ MENTIONS, ENTITIES = toy_mentions(20, entities=12, nil_every=5), toy_entities(15
 
 
 def evaluate(mentions=MENTIONS, entities=ENTITIES, model=MODEL, **options):
-    return evaluate_full(model, PROCESSOR, mentions, entities, progress=False, **options)
+    return evaluate_full(ModelInputs(model, PROCESSOR), mentions, entities, progress=False, **options)
 
 
 def forward(mentions=MENTIONS, entities=ENTITIES, unit=None):
@@ -166,10 +167,14 @@ def test_records():
 
 
 def test_encodings_can_be_reused():
-    encoded = EncodedEntities(list(ENTITIES["entity_id"]), encode_rows(MODEL, PROCESSOR, ENTITIES, "entities"))
-    mentions = encode_rows(MODEL, PROCESSOR, MENTIONS, "mentions")
+    encoded = EncodedEntities(
+        list(ENTITIES["entity_id"]), encode_rows(ModelInputs(MODEL, PROCESSOR), ENTITIES, "entities")
+    )
+    mentions = encode_rows(ModelInputs(MODEL, PROCESSOR), MENTIONS, "mentions")
     plain = evaluate(units=["text"])
-    reused = evaluate_full(MODEL, None, MENTIONS, encoded, units=["text"], mention_encodings=mentions, progress=False)
+    reused = evaluate_full(
+        ModelInputs(MODEL, None), MENTIONS, encoded, units=["text"], mention_encodings=mentions, progress=False
+    )
     assert reused.metrics == plain.metrics
 
 

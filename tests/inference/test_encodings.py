@@ -4,6 +4,7 @@ import torch
 from hf_mel.inference.encode import encode_batches, encode_rows
 from hf_mel.inference.encodings import concat_encodings, num_rows, row_bytes, slice_encodings, to_device
 from hf_mel.inference.fingerprint import model_fingerprint
+from hf_mel.inference.inputs import ModelInputs
 from tests.toy import ToyEncodings, ToyProcessor, toy_entities, toy_mentions, toy_model
 
 
@@ -54,19 +55,19 @@ def test_batches_do_not_matter(kind, rows, batch_size):
     encode = model.encode_mentions if kind == "mentions" else model.encode_entities
     with torch.no_grad():
         expected = encode(**processor(**{kind: [rows[i] for i in range(7)]}))
-    encodings = encode_rows(model, processor, rows, kind, batch_size=batch_size)
+    encodings = encode_rows(ModelInputs(model, processor), rows, kind, batch_size=batch_size)
     for name in expected:
         torch.testing.assert_close(encodings[name], expected[name])
 
 
 def test_half_precision_models_store_float32():
     model = toy_model().to(torch.bfloat16)
-    encodings = encode_rows(model, ToyProcessor(), toy_entities(3), "entities")
+    encodings = encode_rows(ModelInputs(model, ToyProcessor()), toy_entities(3), "entities")
     assert {tensor.dtype for tensor in encodings.values()} == {torch.float32}
 
 
 def test_encoding_does_not_leak_its_mode():
-    batches = encode_batches(toy_model(), ToyProcessor(), toy_entities(4), "entities", batch_size=2)
+    batches = encode_batches(ModelInputs(toy_model(), ToyProcessor()), toy_entities(4), "entities", batch_size=2)
     next(batches)
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
@@ -74,7 +75,7 @@ def test_encoding_does_not_leak_its_mode():
 
 def test_nothing_to_encode():
     with pytest.raises(ValueError, match="no entities"):
-        encode_rows(toy_model(), ToyProcessor(), toy_entities(3).select([]), "entities")
+        encode_rows(ModelInputs(toy_model(), ToyProcessor()), toy_entities(3).select([]), "entities")
 
 
 def test_shapes_that_change_between_batches():
@@ -86,7 +87,7 @@ def test_shapes_that_change_between_batches():
     model.encode_entities = lambda entity_x: {"x": entity_x}
     rows = toy_entities(2).map(lambda row, i: {"name": "x" * (i + 1)}, with_indices=True)
     with pytest.raises(ValueError, match="change shape between batches"):
-        encode_rows(model, Growing(), rows, "entities", batch_size=1)
+        encode_rows(ModelInputs(model, Growing()), rows, "entities", batch_size=1)
 
 
 def test_fingerprint_depends_on_the_weights_alone(tmp_path):

@@ -12,7 +12,7 @@ from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.data.posts import captions_as_posts
 from hf_mel.errors import DataFormatError, ImageError, RecipeError, ScoreError
 from hf_mel.inference.features.pagerank import random_posts, select_posts
-from hf_mel.inference.features.post_prototypes import Prototypes
+from hf_mel.inference.features.post_prototypes import PostPrototypes
 from hf_mel.schema import post_features
 from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
 from tests.toy_posts import ToyPostsProcessor, toy_posts, toy_posts_model
@@ -45,10 +45,10 @@ def plain(model, posts: list[dict], entity: dict, modality: str, k: int = 3) -> 
 @pytest.mark.parametrize("kept", [False, True])
 def test_prototypes_are_those_of_the_definition(kept):
     model, posts = toy_posts_model(), list(toy_posts())
-    prototypes = Prototypes(model, ToyPostsProcessor(), toy_posts(), batch_size=5)
+    prototypes = PostPrototypes(model, ToyPostsProcessor(), toy_posts(), batch_size=5)
     if kept:
-        prototypes.add(ENTITIES)
-    rows = prototypes.on(LazyRows(ENTITIES).__getitems__(list(range(14))))
+        prototypes.precompute(ENTITIES)
+    rows = prototypes.attach(LazyRows(ENTITIES).__getitems__(list(range(14))))
     for row, entity in zip(rows, ENTITIES, strict=True):
         assert row["name"] == entity["name"]
         for modality in ("text", "image"):
@@ -61,27 +61,27 @@ def test_prototypes_are_those_of_the_definition(kept):
 
 def test_one_by_one_is_all_at_once():
     model, rows = toy_posts_model(), list(ENTITIES)
-    prototypes = Prototypes(model, ToyPostsProcessor(), toy_posts())
-    together = prototypes.on(rows)
+    prototypes = PostPrototypes(model, ToyPostsProcessor(), toy_posts())
+    together = prototypes.attach(rows)
     for row, same in zip(rows, together, strict=True):
-        for modality, vectors in prototypes.on([row])[0]["prototypes"].items():
+        for modality, vectors in prototypes.attach([row])[0]["prototypes"].items():
             torch.testing.assert_close(vectors, same["prototypes"][modality])
 
 
 def test_kept_prototypes_are_not_encoded_again(monkeypatch):
     monkeypatch.setattr("hf_mel.inference.features.post_prototypes._CHUNK_POSTS", 7)
     model = toy_posts_model()
-    prototypes = Prototypes(model, ToyPostsProcessor(), toy_posts())
-    prototypes.add(ENTITIES)
+    prototypes = PostPrototypes(model, ToyPostsProcessor(), toy_posts())
+    prototypes.precompute(ENTITIES)
     assert model.posts_seen == len(toy_posts()) + len(ENTITIES)
-    prototypes.add(ENTITIES)
-    prototypes.on(list(ENTITIES))
+    prototypes.precompute(ENTITIES)
+    prototypes.attach(list(ENTITIES))
     assert model.posts_seen == len(toy_posts()) + len(ENTITIES)
 
 
 def test_the_mode_of_the_model_stays():
     model = toy_posts_model().train()
-    Prototypes(model, ToyPostsProcessor()).on(list(ENTITIES)[:1])
+    PostPrototypes(model, ToyPostsProcessor()).attach(list(ENTITIES)[:1])
     assert model.training
 
 
@@ -89,14 +89,14 @@ def test_the_mode_of_the_model_stays():
 def test_own_texts_are_left_out(kept):
     """No prototype is a post whose text is hidden; a hidden one makes room for the next; the last one for the entity."""
     model, posts = toy_posts_model(), list(toy_posts())
-    prototypes = Prototypes(model, ToyPostsProcessor(), toy_posts())
+    prototypes = PostPrototypes(model, ToyPostsProcessor(), toy_posts())
     if kept:
-        prototypes.add(ENTITIES)
+        prototypes.precompute(ENTITIES)
     for number in range(12):
         entity = ENTITIES[number]
         mine = [post for post in posts if post["entity_id"] == entity["entity_id"]]
         for hidden in mine:
-            found = prototypes.on([entity], without=[hidden["text"], "something else"])[0]["prototypes"]["text"]
+            found = prototypes.attach([entity], without=[hidden["text"], "something else"])[0]["prototypes"]["text"]
             own = features(model, [hidden], "text")
             assert not torch.isclose(found, own / own.norm(), atol=1e-5).all(1).any()
             left = [post for post in mine if post is not hidden] or [itself(entity)]
@@ -107,14 +107,14 @@ def test_own_texts_are_left_out(kept):
 
 def test_captions_are_left_out_by_the_text_of_their_mention():
     model, mentions = toy_posts_model(), toy_mentions(24)
-    prototypes = Prototypes(model, ToyPostsProcessor(), captions_as_posts(mentions))
-    prototypes.add(ENTITIES)
+    prototypes = PostPrototypes(model, ToyPostsProcessor(), captions_as_posts(mentions))
+    prototypes.precompute(ENTITIES)
     for mention in mentions:
         entity = next(row for row in ENTITIES if row["entity_id"] == mention["entity_id"])
         bare = mention["text"].replace(f"{mention['mention']} ", "", 1)
         own = features(model, [{"text": bare, "image": None}], "text")
         with_it, without = (
-            prototypes.on([entity], without=hidden)[0]["prototypes"]["text"] for hidden in ((), [mention["text"]])
+            prototypes.attach([entity], without=hidden)[0]["prototypes"]["text"] for hidden in ((), [mention["text"]])
         )
         assert torch.isclose(with_it, own / own.norm(), atol=1e-5).all(1).any()
         assert not torch.isclose(without, own / own.norm(), atol=1e-5).all(1).any()
@@ -124,18 +124,18 @@ def test_equal_posts_are_the_first_of_them():
     same = {"entity_id": "Q1", "text": "again", "image": None}
     posts = datasets.Dataset.from_list([{"post_id": f"p{k}", **same} for k in range(6)], features=post_features())
     model = toy_posts_model()
-    prototypes = Prototypes(model, ToyPostsProcessor(), posts)
-    prototypes.add(ENTITIES)
-    found = prototypes.on([ENTITIES[0]])[0]["prototypes"]
+    prototypes = PostPrototypes(model, ToyPostsProcessor(), posts)
+    prototypes.precompute(ENTITIES)
+    found = prototypes.attach([ENTITIES[0]])[0]["prototypes"]
     assert found["text"].shape == (3, 16)
     assert found["image"].shape == (0, 3)
     torch.testing.assert_close(found["text"][0], found["text"][2])
-    assert prototypes.support(ENTITIES)["post_id"][:] == ["p0", "p1", "p2"]
+    assert prototypes.support_set(ENTITIES)["post_id"][:] == ["p0", "p1", "p2"]
 
 
 def test_an_entity_with_nothing_at_all():
     bare = {"entity_id": "Q0", "name": "", "description": "", "attributes": "", "aliases": [], "images": []}
-    found = Prototypes(toy_posts_model(), ToyPostsProcessor()).on([bare])[0]["prototypes"]
+    found = PostPrototypes(toy_posts_model(), ToyPostsProcessor()).attach([bare])[0]["prototypes"]
     assert {name: tuple(vectors.shape) for name, vectors in found.items()} == {"text": (0, 16), "image": (0, 3)}
 
 
@@ -145,13 +145,13 @@ def test_posts_that_lack_everything_leave_the_entity():
         [{"post_id": "p", "entity_id": "Q2", "text": "", "image": None}], features=post_features()
     )
     model = toy_posts_model()
-    found = Prototypes(model, ToyPostsProcessor(), posts).on([ENTITIES[1]])[0]["prototypes"]
+    found = PostPrototypes(model, ToyPostsProcessor(), posts).attach([ENTITIES[1]])[0]["prototypes"]
     torch.testing.assert_close(found["text"], plain(model, [], ENTITIES[1], "text"))
 
 
 def test_features_of_what_is_not_there_do_not_matter(monkeypatch):
     model = toy_posts_model()
-    expected = Prototypes(model, ToyPostsProcessor(), toy_posts()).on(list(ENTITIES))
+    expected = PostPrototypes(model, ToyPostsProcessor(), toy_posts()).attach(list(ENTITIES))
     encode = model.encode_posts
 
     def careless(**inputs):
@@ -160,7 +160,7 @@ def test_features_of_what_is_not_there_do_not_matter(monkeypatch):
 
     monkeypatch.setattr(model, "encode_posts", careless)
     for row, same in zip(
-        Prototypes(model, ToyPostsProcessor(), toy_posts()).on(list(ENTITIES)), expected, strict=True
+        PostPrototypes(model, ToyPostsProcessor(), toy_posts()).attach(list(ENTITIES)), expected, strict=True
     ):
         torch.testing.assert_close(row["prototypes"], same["prototypes"])
 
@@ -170,9 +170,9 @@ def test_random_choice_is_the_same_in_every_run():
     model.config.prototype_selection = "random"
     posts, found = toy_posts(), []
     for batch_size in (1, 64):
-        prototypes = Prototypes(model, ToyPostsProcessor(), posts, batch_size=batch_size)
-        prototypes.add(ENTITIES)
-        found.append([row["prototypes"]["text"] for row in prototypes.on(list(ENTITIES))])
+        prototypes = PostPrototypes(model, ToyPostsProcessor(), posts, batch_size=batch_size)
+        prototypes.precompute(ENTITIES)
+        found.append([row["prototypes"]["text"] for row in prototypes.attach(list(ENTITIES))])
         for k, vectors in enumerate(found[-1]):
             mine = [post for post in posts if post["entity_id"] == f"Q{k + 1}"]
             if mine:
@@ -182,17 +182,17 @@ def test_random_choice_is_the_same_in_every_run():
     for first, second in zip(*found, strict=True):
         torch.testing.assert_close(first, second)
     model.config.prototype_selection = "pagerank"
-    by_rank = Prototypes(model, ToyPostsProcessor(), posts).on(list(ENTITIES))
+    by_rank = PostPrototypes(model, ToyPostsProcessor(), posts).attach(list(ENTITIES))
     assert any(not torch.equal(a, row["prototypes"]["text"]) for a, row in zip(found[0], by_rank, strict=True))
     model.config.prototype_selection = "best"
     with pytest.raises(RecipeError, match="'best' is not one of pagerank, random"):
-        Prototypes(model, ToyPostsProcessor())
+        PostPrototypes(model, ToyPostsProcessor())
 
 
 def test_the_entity_itself_may_come_first():
     model, posts = toy_posts_model(), list(toy_posts())
     model.config.entity_prototype = True
-    rows = Prototypes(model, ToyPostsProcessor(), toy_posts()).on(list(ENTITIES))
+    rows = PostPrototypes(model, ToyPostsProcessor(), toy_posts()).attach(list(ENTITIES))
     for row, entity in zip(rows, ENTITIES, strict=True):
         own = plain(model, [], entity, "text")
         others = plain(model, posts, entity, "text", k=2)
@@ -202,8 +202,8 @@ def test_the_entity_itself_may_come_first():
 
 def test_the_support_set():
     model, posts = toy_posts_model(), toy_posts()
-    prototypes = Prototypes(model, ToyPostsProcessor(), posts)
-    prototypes.add(ENTITIES)
+    prototypes = PostPrototypes(model, ToyPostsProcessor(), posts)
+    prototypes.precompute(ENTITIES)
     expected = set()
     for entity in ENTITIES:
         mine = [post for post in posts if post["entity_id"] == entity["entity_id"]]
@@ -212,12 +212,12 @@ def test_the_support_set():
             if there:
                 chosen = select_posts(features(model, there, modality), [range(len(there))], 3)[0]
                 expected |= {there[place]["post_id"] for place in chosen}
-    assert prototypes.support(ENTITIES)["post_id"][:] == [i for i in posts["post_id"] if i in expected]
+    assert prototypes.support_set(ENTITIES)["post_id"][:] == [i for i in posts["post_id"] if i in expected]
     assert len(expected) < len(posts)
-    without = Prototypes(model, ToyPostsProcessor())
-    without.add(ENTITIES)
-    with pytest.raises(DataFormatError, match="no entity has posts"):
-        without.support(ENTITIES)
+    without = PostPrototypes(model, ToyPostsProcessor())
+    without.precompute(ENTITIES)
+    with pytest.raises(DataFormatError, match="No entity has posts"):
+        without.support_set(ENTITIES)
 
 
 def test_features_that_are_no_numbers_name_the_post():
@@ -228,16 +228,16 @@ def test_features_that_are_no_numbers_name_the_post():
     for selection in ("pagerank", "random"):
         model.config.prototype_selection = selection
         with pytest.raises(ScoreError, match="row p7"):
-            Prototypes(model, ToyPostsProcessor(), broken).on(list(ENTITIES))
+            PostPrototypes(model, ToyPostsProcessor(), broken).attach(list(ENTITIES))
 
 
 def test_a_damaged_image_names_the_post():
     row = {"post_id": "p9", "entity_id": "Q1", "text": "a", "image": {"path": None, "bytes": b"no image"}}
     posts = datasets.Dataset.from_list([row], features=post_features())
     with pytest.raises(ImageError, match="row p9"):
-        Prototypes(toy_posts_model(), ToyPostsProcessor(), posts).on([ENTITIES[0]])
+        PostPrototypes(toy_posts_model(), ToyPostsProcessor(), posts).attach([ENTITIES[0]])
 
 
 def test_other_models_have_none():
-    assert Prototypes.of(toy_model(), ToyProcessor(), toy_posts()) is None
-    assert Prototypes.of(toy_posts_model(), ToyPostsProcessor()) is not None
+    assert PostPrototypes.for_model(toy_model(), ToyProcessor(), toy_posts()) is None
+    assert PostPrototypes.for_model(toy_posts_model(), ToyPostsProcessor()) is not None

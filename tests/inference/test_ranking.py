@@ -15,7 +15,9 @@ from hypothesis.extra import numpy as hnp
 from hf_mel.errors import KnowledgeBaseError, ScoreError, UnknownEntityError
 from hf_mel.evaluation.full_evaluator import evaluate_full
 from hf_mel.inference import ranking
-from hf_mel.inference.ranking import EncodedEntities, RankingResult, rank
+from hf_mel.inference.entity_sources import EncodedEntities
+from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.ranking import RankingResult, rank
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.spaces.mel_ranking.mel_ranking import ranks_from_ids
 from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
@@ -312,7 +314,9 @@ from accelerate import PartialState
 from hf_mel.errors import ScoreError
 from hf_mel.evaluation.full_evaluator import evaluate_full
 from hf_mel.kb.knowledge_base import KnowledgeBase
-from hf_mel.inference.ranking import EntityPart, part_of_process, rank
+from hf_mel.inference.entity_sources import EntityPart, part_of_process
+from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.ranking import rank
 from tests.inference.test_ranking import TwoSteps, source
 from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
 
@@ -327,7 +331,7 @@ for size in (1, 2, 37):
 mentions, entities = toy_mentions(20, entities=12, nil_every=5), toy_entities(15)
 model, processor = toy_model(), ToyProcessor()
 for kb in (entities, KnowledgeBase.from_pretrained(sys.argv[2])):
-    result = evaluate_full(model, processor, mentions, kb, processes=processes, progress=False)
+    result = evaluate_full(ModelInputs(model, processor), mentions, kb, processes=processes, progress=False)
     found.append(vars(result.ranking) | {"metrics": result.metrics})
 data["entities"]["x"][30] = float("nan")  # of the second process
 part = EntityPart(source(data["entities"]), part_of_process(37, processes))
@@ -359,7 +363,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
         timeout=600,
     )
     result = evaluate_full(
-        model, processor, toy_mentions(20, entities=12, nil_every=5), toy_entities(15), progress=False
+        ModelInputs(model, processor), toy_mentions(20, entities=12, nil_every=5), toy_entities(15), progress=False
     )
     for process in range(2):
         *ranked, error = torch.load(tmp_path / f"found{process}.pt", weights_only=False)

@@ -13,6 +13,7 @@ from PIL import Image
 from hf_mel.errors import DataFormatError, ScoreError, UnknownEntityError
 from hf_mel.inference import reranking
 from hf_mel.inference.features.image_features import ImageFeatures
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.probe import sees_images_in_pairs
 from hf_mel.inference.reranking import score_pairs
 from hf_mel.protocols import Reranker
@@ -52,7 +53,7 @@ def test_the_toy_is_a_reranker():
 @given(LISTS, st.integers(1, 9))
 def test_sorted_batches_score_as_one_pair_at_a_time(lists, batch_size):
     model = toy_reranker()
-    found = score_pairs(model, PROCESSOR, MENTIONS, ENTITIES, lists, batch_size=batch_size).scores
+    found = score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists, batch_size=batch_size).scores
     width = max(map(len, lists))
     assert found.shape == (10, width)
     np.testing.assert_allclose(found.numpy(), expected(model, lists, width), atol=1e-5)
@@ -67,7 +68,7 @@ def test_the_order_of_the_candidates_changes_no_score(lists, random):
         masks = [
             torch.tensor([[c < len(rows) for c in range(max(map(len, some)))] for rows in some], dtype=torch.bool)
         ]
-        result = score_pairs(model, PROCESSOR, MENTIONS, ENTITIES, some, joint_masks=masks, batch_size=5)
+        result = score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, some, joint_masks=masks, batch_size=5)
         for scores in (result.scores, result.joint[0]):
             found.append(
                 [dict(zip(rows, each, strict=False)) for rows, each in zip(some, scores.tolist(), strict=True)]
@@ -85,7 +86,7 @@ def test_dependent_pairs_are_scored_by_whole_examples(unit, batch_size):
     model = toy_reranker(unit=unit, independent=False)
     # The context's share would tell a batch of one mention of it from one of two.
     mentions = MENTIONS if unit == "context" else MENTIONS.map(lambda row: {"context_id": row["mention_id"]})
-    found = score_pairs(model, PROCESSOR, mentions, ENTITIES, lists, batch_size=batch_size).scores.numpy()
+    found = score_pairs(ModelInputs(model, PROCESSOR), mentions, ENTITIES, lists, batch_size=batch_size).scores.numpy()
     plain = expected(model, lists, 3)
     means = {i: np.mean(plain[i, : len(rows)]) for i, rows in enumerate(lists) if rows}
     for i, rows in enumerate(lists):
@@ -103,7 +104,9 @@ def test_joint_ranking_sees_whole_contexts_and_only_what_its_mask_allows(monkeyp
     whole = torch.tensor([[c < len(rows) for c in range(4)] for rows in lists])
     part = whole.clone()
     part[2, 0] = part[0] = False  # one candidate less, and a mention without any
-    result = score_pairs(model, PROCESSOR, MENTIONS, ENTITIES, lists, joint_masks=[whole, part], batch_size=3)
+    result = score_pairs(
+        ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists, joint_masks=[whole, part], batch_size=3
+    )
     pairs = {
         (i, c): by_hand(model, MENTIONS[i], ENTITIES[row])
         for i, rows in enumerate(lists)
@@ -129,7 +132,7 @@ def test_every_image_is_encoded_once(monkeypatch):
     encode = model.encode_images
     monkeypatch.setattr(model, "encode_images", lambda pixels: seen.extend(pixels) or encode(pixels))
     lists = [[0, 1, 2, 3, 4, 5]] * 10
-    score_pairs(model, PROCESSOR, MENTIONS, ENTITIES, lists, batch_size=4)
+    score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists, batch_size=4)
     colours = {tuple(pixel.flatten().tolist()) for pixel in seen}
     assert len(seen) == len(colours)
     mentions = [mention["image"] for mention in MENTIONS if mention["image"] is not None]
@@ -159,7 +162,7 @@ def test_a_processor_that_reads_several_images_gets_the_features_of_all(monkeypa
     encode = model.encode_images
     monkeypatch.setattr(model, "encode_images", lambda pixels: seen.extend(pixels) or encode(pixels))
     lists = [[(3 * i + c) % 12 for c in range(5)] for i in range(10)]
-    found = score_pairs(model, Several(), mentions, entities, lists, batch_size=4).scores
+    found = score_pairs(ModelInputs(model, Several()), mentions, entities, lists, batch_size=4).scores
     assert len(seen) == len({tuple(pixel.flatten().tolist()) for pixel in seen})
     for i, listed in enumerate(lists):
         for c, row in enumerate(listed):
@@ -172,15 +175,17 @@ def test_a_processor_that_reads_several_images_gets_the_features_of_all(monkeypa
             assert found[i, c].item() == pytest.approx(expected, abs=1e-5)
 
     images = ImageFeatures(model, Several())
-    images.add(datasets.Dataset.from_list(rows, features=ENTITIES.features))
+    images.precompute(datasets.Dataset.from_list(rows, features=ENTITIES.features))
     shown = None if limit == 1 else limit  # of the one that is shown, training draws which
-    assert len(images._of) == len({colour for each in colours for colour in each[:shown]})
+    assert len(images._cache) == len({colour for each in colours for colour in each[:shown]})
 
 
 def test_rows_in_memory_score_like_those_of_a_data_set():
     model, lists = toy_reranker(), [[1, 2, 3]] * 10
-    one = score_pairs(model, PROCESSOR, MENTIONS, ENTITIES, lists).scores
-    torch.testing.assert_close(score_pairs(model, PROCESSOR, list(MENTIONS), list(ENTITIES), lists).scores, one)
+    one = score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists).scores
+    torch.testing.assert_close(
+        score_pairs(ModelInputs(model, PROCESSOR), list(MENTIONS), list(ENTITIES), lists).scores, one
+    )
 
 
 def test_a_processor_that_sees_no_images_gets_no_features():
@@ -189,32 +194,32 @@ def test_a_processor_that_sees_no_images_gets_no_features():
             assert "image_features" not in row
             return torch.zeros(3)
 
-    assert ImageFeatures.of(toy_reranker(), PROCESSOR) is not None
-    assert ImageFeatures.of(toy_reranker(), Blind()) is None
-    score_pairs(toy_reranker(), Blind(), MENTIONS, ENTITIES, [[1]] * 10)
+    assert ImageFeatures.for_model(toy_reranker(), PROCESSOR) is not None
+    assert ImageFeatures.for_model(toy_reranker(), Blind()) is None
+    score_pairs(ModelInputs(toy_reranker(), Blind()), MENTIONS, ENTITIES, [[1]] * 10)
 
 
 def test_no_candidates_and_no_mentions():
-    assert score_pairs(toy_reranker(), PROCESSOR, MENTIONS, ENTITIES, [[]] * 10).scores.shape == (10, 0)
-    assert score_pairs(toy_reranker(), PROCESSOR, [], ENTITIES, []).scores.shape == (0, 0)
+    assert score_pairs(ModelInputs(toy_reranker(), PROCESSOR), MENTIONS, ENTITIES, [[]] * 10).scores.shape == (10, 0)
+    assert score_pairs(ModelInputs(toy_reranker(), PROCESSOR), [], ENTITIES, []).scores.shape == (0, 0)
 
 
 def test_the_mode_is_left_as_it_was():
     model = toy_reranker().train()
-    score_pairs(model, PROCESSOR, MENTIONS, ENTITIES, [[1]] * 10)
+    score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, [[1]] * 10)
     assert model.training
 
 
 def test_bad_scores_and_candidates_are_named():
     model = toy_reranker()
-    with pytest.raises(UnknownEntityError, match="row 3: candidate row 12"):
-        score_pairs(model, PROCESSOR, MENTIONS, ENTITIES, [[0]] * 3 + [[12]] + [[0]] * 6)
+    with pytest.raises(UnknownEntityError, match="row 3: Candidate row 12"):
+        score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, [[0]] * 3 + [[12]] + [[0]] * 6)
     with pytest.raises(ValueError, match="10 mentions"):
-        score_pairs(model, PROCESSOR, MENTIONS, ENTITIES, [[0]])
+        score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, [[0]])
     with torch.no_grad():
         model.out.bias.fill_(torch.nan)
-    with pytest.raises(ScoreError, match=r"row m\d: the score with entity 'Q5' is nan"):
-        score_pairs(model, PROCESSOR, MENTIONS, ENTITIES, [[4]] * 10)
+    with pytest.raises(ScoreError, match=r"row m\d: The score with entity 'Q5' is nan"):
+        score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, [[4]] * 10)
 
 
 # Documents
@@ -241,13 +246,12 @@ def test_documents_together_score_as_each_alone(monkeypatch, batch_size, chunk):
     priors = [[prior_of(i, row) for row in each] for i, each in enumerate(lists)]
     model = toy_document_reranker()
     found = score_pairs(
-        model, DOCUMENT_PROCESSOR, mentions, ENTITIES, lists, priors=priors, batch_size=batch_size
+        ModelInputs(model, DOCUMENT_PROCESSOR), mentions, ENTITIES, lists, priors=priors, batch_size=batch_size
     ).scores
     for name in set(names):
         members = [i for i, row in enumerate(mentions["document_id"]) if row == name]
         alone = score_pairs(
-            model,
-            DOCUMENT_PROCESSOR,
+            ModelInputs(model, DOCUMENT_PROCESSOR),
             mentions.select(members),
             ENTITIES,
             [lists[i] for i in members],
@@ -257,7 +261,7 @@ def test_documents_together_score_as_each_alone(monkeypatch, batch_size, chunk):
         assert (found[members, alone.shape[1] :] == -torch.inf).all()
     # The document counts: linked one by one, its mentions score otherwise.
     single = mentions.map(lambda row: {"document_id": row["mention_id"]}, load_from_cache_file=False)
-    apart = score_pairs(model, DOCUMENT_PROCESSOR, single, ENTITIES, lists, priors=priors).scores
+    apart = score_pairs(ModelInputs(model, DOCUMENT_PROCESSOR), single, ENTITIES, lists, priors=priors).scores
     assert not torch.allclose(apart[apart.isfinite()], found[found.isfinite()])
 
 
@@ -269,7 +273,9 @@ def test_priors_follow_their_candidates_in_any_order(lists, random, independent)
     model, found = toy_reranker(unit="document", independent=independent), []
     for some in (lists, shuffled):
         priors = [[prior_of(i, row) for row in rows] for i, rows in enumerate(some)]
-        scores = score_pairs(model, DOCUMENT_PROCESSOR, DOCUMENTS, ENTITIES, some, priors=priors, batch_size=7).scores
+        scores = score_pairs(
+            ModelInputs(model, DOCUMENT_PROCESSOR), DOCUMENTS, ENTITIES, some, priors=priors, batch_size=7
+        ).scores
         found.append([dict(zip(rows, each, strict=False)) for rows, each in zip(some, scores.tolist(), strict=True)])
     for one, other in zip(*found, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
@@ -278,7 +284,7 @@ def test_priors_follow_their_candidates_in_any_order(lists, random, independent)
 def test_a_prior_changes_the_score_of_its_candidate():
     model, lists = toy_reranker(unit="document"), [[1, 2, 3]] * 12
     scores = [
-        score_pairs(model, DOCUMENT_PROCESSOR, DOCUMENTS, ENTITIES, lists, priors=priors).scores
+        score_pairs(ModelInputs(model, DOCUMENT_PROCESSOR), DOCUMENTS, ENTITIES, lists, priors=priors).scores
         for priors in (None, [[0.0, 0.0, 0.0]] * 12, [[0.0, 0.5, 0.0]] * 12)
     ]
     torch.testing.assert_close(scores[0], scores[1])
@@ -288,13 +294,13 @@ def test_a_prior_changes_the_score_of_its_candidate():
 def test_wrong_documents_and_priors():
     lists = [[1, 2]] * 12
     with pytest.raises(ValueError, match="one prior per candidate"):
-        score_pairs(toy_reranker(), DOCUMENT_PROCESSOR, DOCUMENTS, ENTITIES, lists, priors=[[0.5]] * 12)
+        score_pairs(ModelInputs(toy_reranker(), DOCUMENT_PROCESSOR), DOCUMENTS, ENTITIES, lists, priors=[[0.5]] * 12)
     model = toy_document_reranker()
     model.max_mentions = 3
     with pytest.raises(DataFormatError, match="The document 'd0' has 4 mentions"):
-        score_pairs(model, DOCUMENT_PROCESSOR, DOCUMENTS, ENTITIES, lists)
+        score_pairs(ModelInputs(model, DOCUMENT_PROCESSOR), DOCUMENTS, ENTITIES, lists)
     model.max_mentions = 4
-    score_pairs(model, DOCUMENT_PROCESSOR, DOCUMENTS, ENTITIES, lists)
+    score_pairs(ModelInputs(model, DOCUMENT_PROCESSOR), DOCUMENTS, ENTITIES, lists)
 
 
 def test_images_of_visual_mentions_alone_are_seen():

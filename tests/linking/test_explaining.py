@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.linking.explaining import explain
 
 TEXT = "Untergang in Łódź, 天安"
@@ -35,19 +36,22 @@ class Processor:
 
 
 def test_tokens_are_joined_to_words_and_shares_added():
-    found = explain(Model(), Processor(), MENTION, ENTITY)
+    found = explain(ModelInputs(Model(), Processor()), MENTION, ENTITY)
     shares = {TEXT[start:end]: share for start, end, share in found.words}
     assert shares == pytest.approx({"Untergang": 0.2, "in": 0.2, "Łódź": 0.3, ",": 0.02, "天": 0.08, "安": 0.06})
     assert [start for start, _, _ in found.words] == sorted(start for start, _, _ in found.words)
 
 
 def test_patches_of_images_that_are_there():
-    assert explain(Model(), Processor(), MENTION, ENTITY).mention_patches is None
-    found = explain(Model(), Processor(), MENTION | {"image": object()}, ENTITY)
+    assert explain(ModelInputs(Model(), Processor()), MENTION, ENTITY).mention_patches is None
+    found = explain(ModelInputs(Model(), Processor()), MENTION | {"image": object()}, ENTITY)
     assert found.mention_patches == [[0.25, 0.75]]
     assert found.entity_patches is None
-    assert explain(Model(), Processor(), MENTION, ENTITY | {"images": [object()]}).entity_patches == [[1.0], [0.0]]
+    assert explain(ModelInputs(Model(), Processor()), MENTION, ENTITY | {"images": [object()]}).entity_patches == [
+        [1.0],
+        [0.0],
+    ]
 
 
 def test_a_model_that_shows_nothing():
-    assert explain(object(), Processor(), MENTION, ENTITY) is None
+    assert explain(ModelInputs(object(), Processor()), MENTION, ENTITY) is None

@@ -18,6 +18,7 @@ from hf_mel.errors import (
     UnknownEntityError,
     UnknownModelError,
 )
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.reranking import score_pairs
 from hf_mel.kb import shards
 from hf_mel.kb.knowledge_base import KnowledgeBase
@@ -327,7 +328,7 @@ def reranked(jointly_with: list[dict], mention: dict, k: int, reranker=RERANKER)
     mask = torch.ones(len(jointly_with), k, dtype=torch.bool)
     rows = [{**each, "context_id": "here"} for each in jointly_with]
     lists = [[int(entity_id[1:]) - 1 for entity_id, *_ in by_hand(each)[:k]] for each in jointly_with]
-    found = score_pairs(reranker, PAIRS, rows, WORLD, lists, joint_masks=[mask])
+    found = score_pairs(ModelInputs(reranker, PAIRS), rows, WORLD, lists, joint_masks=[mask])
     scores = found.joint[0] if len(jointly_with) > 1 else found.scores
     number = jointly_with.index(mention)
     pairs = zip((f"Q{row + 1}" for row in lists[number]), scores[number].tolist(), strict=True)
@@ -381,7 +382,7 @@ def test_a_reranker_of_documents_reads_texts_and_images_together(batch_size):
             rows.append({"context_id": "c", "document_id": "d", "image": None, "text": "", **mention})
             rows[-1] |= {"mention": found.mention, "document_id": "d"}
             lists.append([WORLD["entity_id"].index(c.entity_id) for c in found.candidates])
-        scores = score_pairs(model, processor, rows, WORLD, lists).scores
+        scores = score_pairs(ModelInputs(model, processor), rows, WORLD, lists).scores
         for mention, listed, own in zip(together, lists, scores.tolist(), strict=True):
             expected = {WORLD[row]["entity_id"]: score for row, score in zip(listed, own, strict=True)}
             found = results[mentions.index(mention)].candidates

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoProcessor, DetrImageProcessorPil, PreTrainedTokenizerFast
 
 import hf_mel  # noqa: F401 (registers the methods)
-from hf_mel.inference.features.post_prototypes import Prototypes
+from hf_mel.inference.features.post_prototypes import PostPrototypes
 from hf_mel.modeling.imn import ImnForKnowledgePreTraining, ImnModel, ImnProcessor
 from hf_mel.protocols import MelProcessor
 from hf_mel.schema import entity_features, post_features
@@ -243,8 +243,8 @@ def test_the_models_accept_the_output(processor):
         {"entity_id": f"Q{i}", "name": "bird", "description": "", "attributes": "", "aliases": [], "images": []}
         for i in range(3)  # the last one has no posts
     ]
-    prototypes = Prototypes(model, processor, datasets.Dataset.from_list(posts, features=post_features()))
-    known = prototypes.on(list(datasets.Dataset.from_list(entities, features=entity_features())))
+    prototypes = PostPrototypes(model, processor, datasets.Dataset.from_list(posts, features=post_features()))
+    known = prototypes.attach(list(datasets.Dataset.from_list(entities, features=entity_features())))
     batch = {**processor(mentions=rows), **processor(entities=known)}
     assert batch["entity_prototypes_text_mask"].sum(1).tolist() == [3, 3, 1]
     assert batch["entity_prototypes_image_mask"].sum(1).tolist() == [3, 3, 0]

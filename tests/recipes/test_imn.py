@@ -10,7 +10,7 @@ import pytest
 from hf_mel.data.loading import load_entities, load_mentions
 from hf_mel.evaluation.full_evaluator import evaluate_full
 from hf_mel.inference.checkpoints import load_retriever
-from hf_mel.inference.features.post_prototypes import Prototypes
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
 from hf_mel.training.assemble import build_model
@@ -57,8 +57,8 @@ def test_a_row_of_the_tables_trains(name, overrides, expected, encoders):  # noq
     model, processor = build_model(recipe)
     assert {field: getattr(model.config, field) for field in expected} == expected
     assert processor.num_prototypes == model.num_prototypes
-    prototypes = Prototypes(model, processor, toy_posts())
-    collator = RetrieverCollator(processor, toy_entities(), with_prototypes=prototypes.on)
+    inputs = ModelInputs(model, processor, toy_posts())
+    collator = RetrieverCollator(inputs, toy_entities())
     batch = collator([dict(row) for row in toy_mentions(4)])
     loss = model.train()(**batch).loss
     loss.backward()
@@ -77,7 +77,7 @@ def test_pre_training_guided_and_not(name, overrides, guided, encoders):  # noqa
     model, processor = pretraining_model(recipe)
     assert processor.knowledge_guided is guided
     assert (recipe.training["batch_grouping"] == "surface") is guided
-    collator = PretrainingCollator(processor, toy_entities())
+    collator = PretrainingCollator(ModelInputs(None, processor), toy_entities())
     posts = as_posts(toy_mentions(6))
     loss = model.train()(**collator([dict(row) for row in posts])).loss
     loss.backward()
@@ -110,8 +110,8 @@ def test_three_stages_train_evaluate_and_link(encoders, tmp_path, text_only):  #
     model, processor = load_retriever(runs[-1])
     assert model.config.mention_modalities == (["text", "joint"] if text_only else ["text", "image", "joint"])
     test = load_mentions(data, "test")
-    prototypes = Prototypes.from_data(data, model, processor)
-    evaluated = evaluate_full(model, processor, test, load_entities(data), prototypes=prototypes, progress=False)
+    inputs = ModelInputs.from_data(data, model, processor)
+    evaluated = evaluate_full(inputs, test, load_entities(data), progress=False)
     assert 0 < evaluated.metrics["mrr"] <= 1
     kb = KnowledgeBase.build(data, model, processor, progress=False)
     linked = EntityLinker(model, processor, kb, nil_threshold=None)([dict(row) for row in test])

@@ -14,6 +14,7 @@ from PIL import Image
 from hf_mel.data.images import open_image
 from hf_mel.data.lazy_rows import LazyRow, LazyRows
 from hf_mel.errors import ImageError, UnknownEntityError
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.schema import NIL, entity_features
 from hf_mel.training.collators import RetrieverCollator
 from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
@@ -40,7 +41,7 @@ def row(gold: str, number: int = 0) -> dict:
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=20))
 def test_labels_point_to_the_gold_and_no_entity_stands_twice(golds):
     spy = Spy()
-    batch = RetrieverCollator(spy, ENTITIES)([row(f"Q{gold}", i) for i, gold in enumerate(golds)])
+    batch = RetrieverCollator(ModelInputs(None, spy), ENTITIES)([row(f"Q{gold}", i) for i, gold in enumerate(golds)])
     columns = [entity["entity_id"] for entity in spy.entities]
     assert len(set(columns)) == len(columns)
     assert set(columns) == {f"Q{gold}" for gold in golds}
@@ -51,7 +52,7 @@ def test_the_loss_of_a_batch_with_a_repeated_gold_is_that_over_distinct_entities
     mentions = [toy_mentions(20)[i] for i in (0, 1, 12, 0)]  # golds Q1, Q8, Q1, Q1
     assert [mention["entity_id"] for mention in mentions] == ["Q1", "Q8", "Q1", "Q1"]
     model, processor = toy_model(), ToyProcessor()
-    batch = RetrieverCollator(processor, ENTITIES)(mentions)
+    batch = RetrieverCollator(ModelInputs(None, processor), ENTITIES)(mentions)
     scores = model.score(
         model.encode_mentions(**processor(mentions=mentions)),
         model.encode_entities(**processor(entities=[ENTITIES[0], ENTITIES[7]])),
@@ -63,7 +64,7 @@ def test_the_loss_of_a_batch_with_a_repeated_gold_is_that_over_distinct_entities
 @pytest.mark.parametrize("gold", ["Q99", NIL])
 def test_a_gold_outside_the_knowledge_base_names_the_mention(gold):
     with pytest.raises(UnknownEntityError, match=rf"row m7: the gold '{gold}'"):
-        RetrieverCollator(Spy(), ENTITIES)([row("Q1"), row(gold, 7)])
+        RetrieverCollator(ModelInputs(None, Spy()), ENTITIES)([row("Q1"), row(gold, 7)])
 
 
 def _colours(count: int) -> datasets.Dataset:
@@ -82,16 +83,16 @@ def _shown(spy: Spy) -> int:
 
 def test_training_shows_every_image_in_time_and_the_same_one_for_the_same_batch():
     spy = Spy()
-    collator = RetrieverCollator(spy, _colours(4), seed=0)
+    collator = RetrieverCollator(ModelInputs(None, spy), _colours(4), seed=0)
     shown = []
     for number in range(40):
         collator([row("Q1", number)])
         shown.append(_shown(spy))
     assert set(shown) == {0, 1, 2, 3}
-    again = RetrieverCollator(spy, _colours(4), seed=0)
+    again = RetrieverCollator(ModelInputs(None, spy), _colours(4), seed=0)
     again([row("Q1", 3)])
     assert _shown(spy) == shown[3]
-    other = RetrieverCollator(spy, _colours(4), seed=1)
+    other = RetrieverCollator(ModelInputs(None, spy), _colours(4), seed=1)
     others = []
     for number in range(40):
         other([row("Q1", number)])
@@ -101,7 +102,7 @@ def test_training_shows_every_image_in_time_and_the_same_one_for_the_same_batch(
 
 def test_evaluation_keeps_the_first_image_and_an_entity_without_one_has_none():
     spy = Spy()
-    collator = RetrieverCollator(spy, _colours(3), random_image=False)
+    collator = RetrieverCollator(ModelInputs(None, spy), _colours(3), random_image=False)
     collator([row("Q1"), row("Q2")])
     assert [image.getpixel((0, 0))[0] // 10 for image in spy.entities[0]["images"]] == [0, 1, 2]
     assert spy.entities[1]["images"] == []

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf_mel.errors import UnknownEntityError
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.schema import entity_features
 from hf_mel.training.collators import Examples, PairCollator
 from tests.toy import ToyPairProcessor, toy_entities, toy_mentions, toy_reranker
@@ -34,7 +35,7 @@ def ids(spy: Spy) -> list[tuple[str, list[str]]]:
 
 
 def batch(spy, examples, epoch=0, **options):
-    collator = PairCollator(spy, ENTITIES, CANDIDATES, **options)
+    collator = PairCollator(ModelInputs(None, spy), ENTITIES, CANDIDATES, **options)
     collator.epoch = epoch
     return collator(examples)
 
@@ -131,7 +132,7 @@ def test_a_document_gives_all_its_mentions():
 
 def test_a_tiny_knowledge_base_gives_what_it_has():
     spy = Spy()
-    collator = PairCollator(spy, ENTITIES.select([0, 1]), {}, num_negatives=5)
+    collator = PairCollator(ModelInputs(None, spy), ENTITIES.select([0, 1]), {}, num_negatives=5)
     found = collator(Examples(MENTIONS, "mention").__getitems__([0]))
     ((_, listed),) = ids(spy)
     assert sorted(listed) == ["Q1", "Q2"]
@@ -145,7 +146,7 @@ def test_a_tiny_knowledge_base_gives_what_it_has():
 def test_ids_outside_the_knowledge_base_name_the_mention(gold, candidates, message):
     row = {**MENTIONS[0], "entity_id": gold}
     with pytest.raises(UnknownEntityError, match=message):
-        PairCollator(Spy(), ENTITIES, {"m0": candidates})([[row]])
+        PairCollator(ModelInputs(None, Spy()), ENTITIES, {"m0": candidates})([[row]])
 
 
 def test_entities_show_a_random_image_or_their_first():
@@ -156,7 +157,7 @@ def test_entities_show_a_random_image_or_their_first():
     ]
     entities, spy = datasets.Dataset.from_list(rows, features=entity_features()), Spy()
     for random_image, expected in ((True, {0, 1, 2, 3}), (False, {0})):
-        collator, shown = PairCollator(spy, entities, {}, random_image=random_image), set()
+        collator, shown = PairCollator(ModelInputs(None, spy), entities, {}, random_image=random_image), set()
         for collator.epoch in range(40):
             collator(Examples(MENTIONS, "mention").__getitems__([0]))
             shown |= {entity["images"][0].getpixel((0, 0))[0] // 10 for _, listed in spy.pairs for entity in listed}
@@ -168,7 +169,7 @@ def test_a_processor_that_reads_several_images_gets_them_all():
     row = {"entity_id": "Q1", "name": "", "description": "", "attributes": "", "aliases": [], "images": images}
     spy = Spy()
     spy.max_entity_images = None
-    collator = PairCollator(spy, datasets.Dataset.from_list([row], features=entity_features()), {})
+    collator = PairCollator(ModelInputs(None, spy), datasets.Dataset.from_list([row], features=entity_features()), {})
     collator(Examples(MENTIONS, "mention").__getitems__([0]))
     [(_, [entity])] = spy.pairs
     assert [image.getpixel((0, 0))[0] for image in entity["images"]] == [0, 10, 20, 30]
@@ -193,7 +194,7 @@ PRIORS = {m: {each: (1 + place) / 8 for place, each in enumerate(listed[1:])} fo
 @pytest.mark.parametrize("negatives", [1, 3, 11])
 def test_each_mention_of_a_document_has_a_list_of_its_own(negatives):
     spy = Spy()
-    found = PairCollator(spy, ENTITIES, LISTS, num_negatives=negatives, unit="document")(
+    found = PairCollator(ModelInputs(None, spy), ENTITIES, LISTS, num_negatives=negatives, unit="document")(
         Examples(DOCUMENTS, "document").__getitems__([0, 3])
     )
     golds = dict(zip(DOCUMENTS["mention_id"], DOCUMENTS["entity_id"], strict=True))
@@ -210,7 +211,14 @@ def test_each_mention_of_a_document_has_a_list_of_its_own(negatives):
 def test_every_candidate_keeps_its_prior_wherever_it_is_put(seed, epoch, unit, negatives):
     spy = Spy()
     collator = PairCollator(
-        spy, ENTITIES, LISTS, priors=PRIORS, num_negatives=negatives, unit=unit, mentions_per_example=2, seed=seed
+        ModelInputs(None, spy),
+        ENTITIES,
+        LISTS,
+        priors=PRIORS,
+        num_negatives=negatives,
+        unit=unit,
+        mentions_per_example=2,
+        seed=seed,
     )
     collator.epoch = epoch
     collator(Examples(DOCUMENTS, unit).__getitems__([0, 1, 2]))
@@ -222,9 +230,9 @@ def test_every_candidate_keeps_its_prior_wherever_it_is_put(seed, epoch, unit, n
 
 def test_without_priors_rows_carry_none_and_images_stay_undecoded(monkeypatch):
     spy, decoded = Spy(), []
-    monkeypatch.setattr("hf_mel.training.collators.open_image", lambda image, row=None: decoded.append(row))
+    monkeypatch.setattr("hf_mel.data.lazy_rows.open_image", lambda image, row=None: decoded.append(row))
     for priors in (None, PRIORS):
-        PairCollator(spy, ENTITIES, LISTS, priors=priors, unit="document")(
+        PairCollator(ModelInputs(None, spy), ENTITIES, LISTS, priors=priors, unit="document")(
             Examples(DOCUMENTS, "document").__getitems__([0])
         )
         assert all(("prior" in entity) == (priors is not None) for _, listed in spy.pairs for entity in listed)

@@ -14,7 +14,8 @@ from hf_mel.evaluation.full_evaluator import evaluate_full
 from hf_mel.inference.encode import encode_rows
 from hf_mel.inference.features import mention_features as module
 from hf_mel.inference.features.mention_features import MentionFeatures
-from hf_mel.inference.features.post_prototypes import Prototypes
+from hf_mel.inference.features.post_prototypes import PostPrototypes
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
 from hf_mel.training.arguments import MelTrainingArguments
@@ -44,9 +45,9 @@ def test_a_batch_never_shows_a_mention_its_own_caption(batch):
             return super().__call__(**rows)
 
     posts = captions_as_posts(mentions)
-    prototypes = Prototypes(model, ToyPostsProcessor(), posts)
-    prototypes.add(ENTITIES)
-    collator = RetrieverCollator(Recording(), ENTITIES, with_prototypes=prototypes.on)
+    inputs = ModelInputs(model, Recording(), posts)
+    inputs.precompute(entities=ENTITIES)
+    collator = RetrieverCollator(inputs, ENTITIES)
     tensors = collator(LazyRows(mentions).__getitems__(batch))
     texts = {mentions[i]["text"] for i in batch}
     assert len(seen) == len(tensors["entity_text"]) == len({mentions[i]["entity_id"] for i in batch})
@@ -62,12 +63,12 @@ def test_a_batch_never_shows_a_mention_its_own_caption(batch):
 
 
 def test_without_prototypes_the_entities_are_as_before():
-    collator = RetrieverCollator(ToyProcessor(), ENTITIES)
+    collator = RetrieverCollator(ModelInputs(None, ToyProcessor()), ENTITIES)
     mentions = LazyRows(toy_mentions(4)).__getitems__([0, 1])
     assert set(collator(mentions)) == {*ToyProcessor()(mentions=mentions, entities=list(ENTITIES)), "labels"}
 
 
-def trained(tmp_path, model, prototypes=None, processor=None):
+def trained(tmp_path, model, inputs=None, processor=None):
     trainer = MelTrainer(
         model,
         MelTrainingArguments(
@@ -82,7 +83,7 @@ def trained(tmp_path, model, prototypes=None, processor=None):
         eval_dataset=toy_mentions(12),
         entities=ENTITIES,
         processing_class=processor or ToyPostsProcessor(),
-        prototypes=prototypes,
+        inputs=inputs,
     )
     trainer.train()
     return trainer
@@ -91,15 +92,13 @@ def trained(tmp_path, model, prototypes=None, processor=None):
 def test_posts_are_encoded_once_for_a_whole_training(tmp_path):
     model = toy_posts_model()
     before = model.mention_text.weight.clone()
-    trainer = trained(tmp_path, model, Prototypes(model, ToyPostsProcessor(), toy_posts()))
+    trainer = trained(tmp_path, model, ModelInputs(model, ToyPostsProcessor(), toy_posts()))
     assert model.posts_seen == len(toy_posts()) + len(ENTITIES)
     assert not torch.equal(model.mention_text.weight, before)
     expected = evaluate_full(
-        model,
-        ToyPostsProcessor(),
+        ModelInputs(model, ToyPostsProcessor(), toy_posts()),
         toy_mentions(12),
         ENTITIES,
-        prototypes=Prototypes(model, ToyPostsProcessor(), toy_posts()),
         progress=False,
     )
     assert trainer.evaluate()["eval_mrr"] == pytest.approx(expected.metrics["mrr"])
@@ -107,7 +106,7 @@ def test_posts_are_encoded_once_for_a_whole_training(tmp_path):
 
 def test_training_without_posts_knows_entities_by_themselves(tmp_path):
     trainer = trained(tmp_path, toy_posts_model())
-    assert trainer.prototypes.posts is None
+    assert trainer.inputs.prototypes.posts is None
     assert trainer.evaluate()["eval_mrr"] > 0
 
 
@@ -117,14 +116,12 @@ def test_a_knowledge_base_ranks_as_the_evaluation_does(tmp_path, batch_size):
     model, processor = toy_posts_model(), ToyPostsProcessor()
     folder = write(tmp_path / "data", toy_posts())
     kb = KnowledgeBase.build(str(folder), model, processor, batch_size=batch_size, progress=False)
-    prototypes = Prototypes(model, processor, toy_posts())
-    evaluated = evaluate_full(
-        model, processor, toy_mentions(20), toy_entities(), prototypes=prototypes, top_k=12, progress=False
-    )
-    by_kb = evaluate_full(model, processor, toy_mentions(20), kb, top_k=12, progress=False)
+    inputs = ModelInputs(model, processor, toy_posts())
+    evaluated = evaluate_full(inputs, toy_mentions(20), toy_entities(), top_k=12, progress=False)
+    by_kb = evaluate_full(ModelInputs(model, processor), toy_mentions(20), kb, top_k=12, progress=False)
     assert torch.equal(by_kb.ranking.best_rank, evaluated.ranking.best_rank)
     assert torch.equal(by_kb.ranking.top_rows, evaluated.ranking.top_rows)
-    entities = prototypes.on(list(toy_entities()))
+    entities = inputs.entity_rows(list(toy_entities()))
     with torch.no_grad():
         plain = model.encode_entities(**processor(entities=entities))
     torch.testing.assert_close(kb.encodings(range(12))["text"], plain["text"])
@@ -141,7 +138,7 @@ def test_a_knowledge_base_of_captions_and_of_nothing(tmp_path):
         posts: KnowledgeBase.build(folder, model, processor, posts=posts, progress=False).encodings(range(12))["text"]
         for posts in ("auto", "train", "test", "none")
     }
-    own = encode_rows(model, processor, toy_entities(), "entities")["text"]
+    own = encode_rows(ModelInputs(model, processor), toy_entities(), "entities")["text"]
     assert torch.equal(built["auto"], built["train"])
     torch.testing.assert_close(built["none"], own)
     for posts in ("train", "test"):
@@ -156,7 +153,7 @@ def test_entities_of_a_file_are_known_by_themselves(tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(json.dumps({"id": f"Q{k}", "name": f"Entity {k}"}) for k in range(3)))
     kb = KnowledgeBase.build(str(file), model, processor, progress=False)
-    single = Prototypes(model, processor).on(
+    single = PostPrototypes(model, processor).attach(
         [{"entity_id": "Q2", "name": "Entity 2", "description": "", "attributes": "", "images": []}]
     )
     with torch.no_grad():
@@ -172,12 +169,12 @@ def test_entities_of_a_file_are_known_by_themselves(tmp_path):
 
 def test_texts_that_are_posts_are_counted(tmp_path):
     mentions = toy_mentions(20, nil_every=5)
-    prototypes = Prototypes(toy_posts_model(), ToyPostsProcessor(), captions_as_posts(mentions))
-    assert prototypes.overlap(mentions) == 16
-    assert prototypes.overlap(mentions.map(lambda row: {"text": row["text"] + " Again."})) == 0
+    prototypes = PostPrototypes(toy_posts_model(), ToyPostsProcessor(), captions_as_posts(mentions))
+    assert prototypes.num_leaked(mentions) == 16
+    assert prototypes.num_leaked(mentions.map(lambda row: {"text": row["text"] + " Again."})) == 0
     wrong = mentions.map(lambda row: {"entity_id": "Q99"})
-    assert prototypes.overlap(wrong) == 0
-    assert Prototypes(toy_posts_model(), ToyPostsProcessor()).overlap(mentions) == 0
+    assert prototypes.num_leaked(wrong) == 0
+    assert PostPrototypes(toy_posts_model(), ToyPostsProcessor()).num_leaked(mentions) == 0
 
 
 @pytest.fixture
@@ -206,10 +203,10 @@ def test_knowledge_then_task(start, tmp_path):
     results = json.loads((knowledge / "results.json").read_text())
     model = toy_posts_model()
     model.config.prototype_selection = "random"
-    prototypes = Prototypes(model, ToyPostsProcessor(), toy_posts())
-    prototypes.add(toy_entities())
+    prototypes = PostPrototypes(model, ToyPostsProcessor(), toy_posts())
+    prototypes.precompute(toy_entities())
     assert results["data"]["train_split"] == "posts"
-    assert results["data"]["train_mentions"] == len(prototypes.support(toy_entities()))
+    assert results["data"]["train_mentions"] == len(prototypes.support_set(toy_entities()))
     assert json.loads((knowledge / "config.json").read_text())["prototype_selection"] == "random"
 
     task = run_recipe(recipe(str(knowledge), dataset, "task"))
@@ -235,7 +232,7 @@ def test_other_models_do_not_look_at_posts(tmp_path):
     model, processor = toy_model(), ToyProcessor()
     kb = KnowledgeBase.build(str(folder), model, processor, posts="nowhere", progress=False)
     torch.testing.assert_close(
-        kb.encodings(range(12))["text"], encode_rows(model, processor, toy_entities(), "entities")["text"]
+        kb.encodings(range(12))["text"], encode_rows(ModelInputs(model, processor), toy_entities(), "entities")["text"]
     )
 
 
@@ -275,7 +272,7 @@ def test_a_mention_is_read_once_for_a_whole_training(tmp_path, monkeypatch):
         torch.manual_seed(0)
         model = Reading(toy_posts_model().config)
         if not keeps:
-            monkeypatch.setattr(MentionFeatures, "of", classmethod(lambda cls, model, processor: None))
+            monkeypatch.setattr(MentionFeatures, "for_model", classmethod(lambda cls, model, processor: None))
         trainer = trained(tmp_path / str(keeps), model, processor=ReadingProcessor())
         during = model.read
         metrics = [trainer.evaluate()["eval_mrr"] for _ in range(3)]
@@ -292,33 +289,35 @@ def test_other_splits_other_texts_and_pictures_are_read_apart(monkeypatch):
     model, processor = Reading(toy_posts_model().config), ReadingProcessor()
     features = MentionFeatures(model, processor)
     mentions = toy_mentions(6)
-    features.add(mentions)
-    features.add(mentions)
+    features.precompute(mentions)
+    features.precompute(mentions)
     assert model.read == 6
     others = mentions.map(lambda row: {"text": f"now {row['text']}"})
-    features.add(others)
+    features.precompute(others)
     assert model.read == 12
     image = mentions[0]["image"]
     same = mentions.map(lambda row: {"image": image}, features=mentions.features)
-    features.add(same.select([1, 2]))
+    features.precompute(same.select([1, 2]))
     assert model.read == 14
     with torch.no_grad():
         expected = model.encode_mentions(**processor(mentions=list(others)))["text"]
-        found = model.encode_mentions(**processor(mentions=features.on(LazyRows(others).__getitems__([0, 4]))))["text"]
+        found = model.encode_mentions(**processor(mentions=features.attach(LazyRows(others).__getitems__([0, 4]))))[
+            "text"
+        ]
     torch.testing.assert_close(found, expected[[0, 4]], atol=1e-3, rtol=1e-3)
     with pytest.raises(KeyError):
-        features.on(LazyRows(toy_mentions(9)).__getitems__([8]))
+        features.attach(LazyRows(toy_mentions(9)).__getitems__([8]))
 
 
 def test_features_without_room_for_them_are_read_again(monkeypatch, caplog):
-    monkeypatch.setattr(module, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(module, "_MAX_BYTES", 1000)
     model = Reading(toy_posts_model().config)
     features = MentionFeatures(model, ReadingProcessor())
-    features.add(toy_mentions(30), batch_size=4)
+    features.precompute(toy_mentions(30), batch_size=4)
     assert model.read == 4
     assert "do not fit" in caplog.text
     rows = LazyRows(toy_mentions(3)).__getitems__([0, 1, 2])
-    assert features.on(rows) == rows
+    assert features.attach(rows) == rows
 
 
 def test_features_that_are_no_numbers_name_the_mention():
@@ -329,4 +328,6 @@ def test_features_that_are_no_numbers_name_the_mention():
             return found
 
     with pytest.raises(ScoreError, match="m4"):
-        MentionFeatures(Broken(toy_posts_model().config), ReadingProcessor()).add(toy_mentions(5).select([4, 4]))
+        MentionFeatures(Broken(toy_posts_model().config), ReadingProcessor()).precompute(
+            toy_mentions(5).select([4, 4])
+        )

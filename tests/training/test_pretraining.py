@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModel, AutoProcessor
 import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.schema import NIL
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.pretraining import (
@@ -42,7 +44,7 @@ def rows(count=12, entities=12):
 
 
 def test_every_post_comes_with_its_own_entity_and_a_partner_about_another():
-    collator, posts = PretrainingCollator(Recorder(), toy_entities(4)), rows(40, 4)
+    collator, posts = PretrainingCollator(ModelInputs(None, Recorder()), toy_entities(4)), rows(40, 4)
     kinds = Counter()
     for epoch in range(20):
         collator.epoch = epoch
@@ -55,7 +57,7 @@ def test_every_post_comes_with_its_own_entity_and_a_partner_about_another():
 
 
 def test_draws_change_with_the_epoch_and_come_out_the_same_again():
-    collator, posts = PretrainingCollator(Recorder(), toy_entities()), rows(20)
+    collator, posts = PretrainingCollator(ModelInputs(None, Recorder()), toy_entities()), rows(20)
     drawn = []
     for epoch in (0, 1, 0):
         collator.epoch = epoch
@@ -64,7 +66,7 @@ def test_draws_change_with_the_epoch_and_come_out_the_same_again():
 
 
 def test_posts_of_one_entity_only_follow_themselves():
-    collator, posts = PretrainingCollator(Recorder(), toy_entities()), rows(10, 1)
+    collator, posts = PretrainingCollator(ModelInputs(None, Recorder()), toy_entities()), rows(10, 1)
     assert collator([posts[k] for k in range(10)])["partners"] == list(range(10))
 
 
@@ -77,7 +79,7 @@ def test_partners_are_guided_by_the_surface_where_one_is_shared():
     posts = LazyRows(as_posts(mentions)).__getitems__(list(range(24)))
     seen: dict[bool, set] = {True: set(), False: set()}
     for guided, pairs in seen.items():
-        collator = PretrainingCollator(Recorder(), toy_entities(), same_surface=guided)
+        collator = PretrainingCollator(ModelInputs(None, Recorder()), toy_entities(), same_surface=guided)
         for collator.epoch in range(12):
             for place, partner in enumerate(collator(posts)["partners"]):
                 if partner != place:
@@ -105,16 +107,16 @@ def test_the_order_of_posts_is_that_of_the_grouping(grouping, tmp_path):
 
 
 def test_features_are_put_on_posts_and_entities():
-    collator = PretrainingCollator(
-        Recorder(), toy_entities(), with_features=lambda some: [{"seen": row["entity_id"]} for row in some]
-    )
+    inputs = ModelInputs(None, Recorder())
+    inputs.image_features = SimpleNamespace(attach=lambda some: [{"seen": row["entity_id"]} for row in some])
+    collator = PretrainingCollator(inputs, toy_entities())
     batch = collator([rows()[0]])
     assert batch["posts"] == batch["entities"] == [{"seen": "Q1"}]
 
 
 def test_a_post_about_nobody_known_says_so():
     with pytest.raises(UnknownEntityError, match="not in the knowledge base"):
-        PretrainingCollator(Recorder(), toy_entities(3))(rows().__getitems__(list(range(12))))
+        PretrainingCollator(ModelInputs(None, Recorder()), toy_entities(3))(rows().__getitems__(list(range(12))))
 
 
 def test_mentions_and_posts_become_rows_of_one_kind():

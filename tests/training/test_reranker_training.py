@@ -13,6 +13,7 @@ from hf_mel.data.loading import load_mentions
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.evaluation.candidate_evaluator import END_TO_END, evaluate_candidates
 from hf_mel.inference.checkpoints import load_reranker
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.schema import NIL
 from hf_mel.training import linking
 from hf_mel.training.arguments import MelTrainingArguments
@@ -77,7 +78,12 @@ def test_steps_of_two_epochs_are_plain_gradient_steps(tmp_path, unit):
     examples = Examples(TRAIN, unit)
     sampler = GroupingSampler(range(len(examples)))
     collator = PairCollator(
-        ToyPairProcessor(), ENTITIES, lists(TRAIN).by_mention, num_negatives=2, unit=unit, mentions_per_example=2
+        ModelInputs(None, ToyPairProcessor()),
+        ENTITIES,
+        lists(TRAIN).by_mention,
+        num_negatives=2,
+        unit=unit,
+        mentions_per_example=2,
     )
     for epoch in range(2):
         sampler.set_epoch(epoch)
@@ -101,7 +107,11 @@ def test_training_learns_and_ends_with_the_best_checkpoint(tmp_path):
     assert max(evaluations) > evaluations[-1]  # or this test would not see which checkpoint was kept
     assert trained.evaluate()["eval_mrr"] == max(evaluations)
     result = evaluate_candidates(
-        trained.model, ToyPairProcessor(), VALIDATION, ENTITIES, lists(VALIDATION, missing=3), progress=False
+        ModelInputs(trained.model, ToyPairProcessor()),
+        VALIDATION,
+        ENTITIES,
+        lists(VALIDATION, missing=3),
+        progress=False,
     )
     assert result.orders[END_TO_END]["reranker, jointly"]["metrics"]["mrr"] == max(evaluations)
     assert result.metrics["num_missed"] == 3
@@ -211,7 +221,7 @@ def test_candidates_from_files_by_split(base, tmp_path):
     [
         (None, "A reranker needs candidates"),
         ({"source": "fuzzy"}, "andidates cannot come from 'fuzzy'"),
-        ({"source": "retriever"}, "needs a trained one"),
+        ({"source": "retriever"}, "needs a trained retriever"),
         ({"source": "file"}, "need each other"),
         ({"source": "name", "file": "x"}, "need each other"),
         ({"source": "name", "k": "many"}, "The value 'many' of candidates.k is not a whole number"),
@@ -264,7 +274,7 @@ def test_a_document_model_trains_on_whole_documents_with_their_priors(tmp_path):
     trained.train()
     known = DOCUMENTS.select([i for i, gold in enumerate(DOCUMENTS["entity_id"]) if gold != NIL])
     collator = PairCollator(
-        ToyDocumentProcessor(),
+        ModelInputs(None, ToyDocumentProcessor()),
         ENTITIES,
         with_priors(DOCUMENTS).by_mention,
         priors=with_priors(DOCUMENTS).priors,

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoProcessor
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions
 from hf_mel.errors import MissingExtraError, RecipeError
 from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.training import run_folder
 from hf_mel.training.assemble import build_model
 from hf_mel.training.recipe import Recipe
@@ -67,7 +68,7 @@ def test_the_model_that_was_kept_reaches_the_numbers_that_were_written(finished,
     model = AutoModel.from_pretrained(finished)
     processor = AutoProcessor.from_pretrained(finished)
     again = evaluate_full(
-        model, processor, load_mentions(dataset, "validation"), load_entities(dataset), progress=False
+        ModelInputs(model, processor), load_mentions(dataset, "validation"), load_entities(dataset), progress=False
     )
     results = results_of(finished)
     assert again.metrics == pytest.approx(results["validation"]["metrics"])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.collators import RetrieverCollator
 from hf_mel.training.sampling import GroupingSampler, surface_key
@@ -68,7 +69,7 @@ def test_accumulated_gradients_are_the_mean_over_the_batches(tmp_path, kind):
     )
     output = trained.train()
 
-    collator = RetrieverCollator(ToyProcessor(), ENTITIES)
+    collator = RetrieverCollator(ModelInputs(None, ToyProcessor()), ENTITIES)
     order = list(GroupingSampler(range(16)))
     losses = [start(**collator([mentions[i] for i in order[first : first + 4]])).loss for first in (0, 4)]
     mean = sum(losses) / 2

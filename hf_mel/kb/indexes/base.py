@@ -29,8 +29,10 @@ import torch
 from hf_mel.errors import KnowledgeBaseError, ScoreError
 from hf_mel.files import write_text
 from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
-from hf_mel.inference.ranking import EncodedEntities, RankingResult, rank, score_of_units
-from hf_mel.protocols import Encodings
+from hf_mel.inference.entity_sources import EncodedEntities
+from hf_mel.inference.execution import model_device
+from hf_mel.inference.ranking import RankingResult, rank, score_of_units
+from hf_mel.protocols import Encodings, IndexVectors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -213,7 +215,7 @@ class VectorIndex(Index):
             count (`int`, *optional*): Number of candidates per mention. Default: `first_stage`.
         """
         self._check_covers()
-        device = getattr(self.model, "device", "cpu")
+        device = model_device(self.model)
         with torch.inference_mode():
             queries = self.model.query_vectors(to_device(mentions, device)).float().cpu().numpy()
         if not np.isfinite(queries).all():
@@ -238,7 +240,7 @@ def check_gives_vectors(model: Any) -> None:
     Raises:
         KnowledgeBaseError: It does not, so that only the exact ranking can use it.
     """
-    if not all(callable(getattr(model, name, None)) for name in ("query_vectors", "index_vectors")):
+    if not isinstance(model, IndexVectors):
         raise KnowledgeBaseError(
             f"{type(model).__name__} gives no vectors for a first stage (query_vectors, index_vectors).",
             remedy="Use the index 'exact', which needs none.",
@@ -262,7 +264,7 @@ def iter_vectors(
     Raises:
         KnowledgeBaseError: Vectors have the wrong shape, or are nan or infinite.
     """
-    device = getattr(model, "device", "cpu")
+    device = model_device(model)
     if chunk_size is None:
         _, one_row = next(kb.iter_physical(0, 1))
         chunk_size = max(1, min(1 << 14, _CHUNK_BYTES // row_bytes(one_row)))
