@@ -24,6 +24,8 @@ _AUTO_MODULES = {
     "AutoProcessor": "transformers.models.auto.processing_auto",
 }
 _PIPELINES = "transformers.pipelines"
+#: Prefixes of the modules that have to finish before a class can be registered.
+_WATCHED = ("transformers.", "hf_mel.modeling.")
 
 
 class _Entry(NamedTuple):
@@ -38,11 +40,6 @@ class _Entry(NamedTuple):
     def configuration(self) -> str:
         """Module of the method's configuration, which is the key of all its classes."""
         return f"hf_mel.modeling.{self.method}.configuration_{self.method}"
-
-    @property
-    def needs(self) -> set[str]:
-        """Modules that must have run before the class can be registered."""
-        return {_AUTO_MODULES[self.auto_class], self.configuration, self.module}
 
     def register(self) -> None:
         """Registers the class, and imports its module if nothing else did."""
@@ -67,23 +64,22 @@ _ENTRIES = [
 
 
 class _RegisterAfterImport(MetaPathFinder):
-    """Lets Python import the modules of the entries as usual, and registers an entry once all it needs has run.
+    """Lets Python import modules as usual, and registers the entries whose Auto class has been imported.
 
-    The modules of a method import Auto classes, and the modules of the Auto classes import each other. So an entry waits
-    while one of them is still running.
+    The modules of transformers import each other in circles, and the modules of a method import those of transformers
+    and each other. So nothing is registered while one of them is still running.
     """
 
     def __init__(self) -> None:
         self._waiting = list(_ENTRIES)
         self._searching: set[str] = set()
         self._running: set[str] = set()
-        self._watched = {_PIPELINES}.union(*(entry.needs for entry in _ENTRIES))
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """The usual spec of a watched module, with a loader that registers afterwards; `None` for any other module."""
-        if name not in self._watched or name in self._searching:
+        """Returns the usual spec with a loader that registers afterwards, or `None` for a module that is not watched."""
+        if not f"{name}.".startswith(_WATCHED) or name in self._searching:
             return None
-        self._searching.add(name)  # the search below asks this finder again
+        self._searching.add(name)  # The search below asks this finder again.
         try:
             spec = find_spec(name)
         finally:
@@ -104,15 +100,15 @@ class _RegisterAfterImport(MetaPathFinder):
         return spec
 
     def register(self) -> None:
-        """Registers every waiting entry whose Auto class has been imported and that needs no module still running."""
-        if self._running & set(_AUTO_MODULES.values()):
+        """Registers every waiting entry whose Auto class has been imported, unless a watched module is still running."""
+        if self._running:
             return
         for entry in list(self._waiting):
-            ready = _AUTO_MODULES[entry.auto_class] in sys.modules and not entry.needs & self._running
-            if ready and entry in self._waiting:  # registering one imports modules, which may register others
+            # Registering an entry imports modules, which may register other entries.
+            if _AUTO_MODULES[entry.auto_class] in sys.modules and entry in self._waiting:
                 self._waiting.remove(entry)
                 entry.register()
-        if _PIPELINES in sys.modules and _PIPELINES not in self._running:
+        if _PIPELINES in sys.modules:
             import_module("hf_mel.linking.pipeline")
 
 

@@ -36,6 +36,8 @@ def run(code: str) -> None:
         "from transformers import AutoProcessor; import hf_mel",
         "from hf_mel.modeling.imn.modeling_imn import ImnModel",
         "from hf_mel.linking import pipeline",
+        "import hf_mel; from transformers import Trainer",
+        "from hf_mel import MelTrainer",
     ],
 )
 def test_every_order_of_imports_registers_every_method(first):
