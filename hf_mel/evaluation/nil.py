@@ -1,4 +1,4 @@
-"""NIL: from which score on the best entity is believed."""
+"""Calibrates the NIL threshold: the best score below which a mention is linked to no entity."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from hf_mel.inference.ranking import RankingResult
 
 @dataclass
 class NilThreshold:
-    """A threshold and what it reached where it was chosen.
+    """A calibrated threshold.
 
     Args:
         threshold (`float`): A mention is NIL if its best score is below this.
-        accuracy (`float`): Share of right decisions (the right entity, or NIL rightly) with it, in [0, 1].
-        simulated (`bool`): Whether the NIL cases were made by leaving the golds out.
+        accuracy (`float`): Accuracy of the threshold on the mentions it was chosen on, in [0, 1]. A mention counts as
+            correct if it is linked to its gold, or if it is NIL and its gold is NIL.
+        simulated (`bool`): Whether the NIL mentions were simulated by leaving out the golds.
     """
 
     threshold: float
@@ -25,72 +26,77 @@ class NilThreshold:
 
 
 def calibrate_nil_threshold(top_scores, correct, gold_is_nil, other_scores=None) -> NilThreshold:
-    """The threshold with the highest share of right decisions on M mentions of a validation set.
+    """Returns the threshold with the highest accuracy on M mentions of a validation set.
 
-    With the threshold t, a mention whose best score is at least t is linked, which is right if its best entity is the
-    gold; below t it is NIL, which is right if its gold is NIL. Where several thresholds do equally well, the lowest
-    one is taken (fewest NIL). A threshold between two scores lies in their middle.
+    A mention with a best score of at least the threshold is linked, which is correct if the best entity is the gold.
+    Other mentions are NIL, which is correct if the gold is NIL. Among equally accurate thresholds the lowest is
+    returned, because it makes the fewest mentions NIL. A threshold between two scores is their mean.
 
-    A validation set without NIL mentions gives no evidence of what a wrong link scores. Then every mention stands
-    twice, with equal weight: as it is, and as the NIL mention it would be if its gold were not in the knowledge base,
-    whose best score is that of its best other entity.
+    A validation set without NIL mentions does not show how wrong links score. NIL mentions are then simulated: every
+    mention is counted once more, with equal weight, as if its gold were not in the knowledge base. Its best score is
+    then the score of its best other entity.
 
     Args:
-        top_scores (array-like of `float` `[M]`): Score of each mention's best entity.
-        correct (array-like of `bool` `[M]`): Whether that entity is the gold.
+        top_scores (array-like of `float` `[M]`): Score of the best entity.
+        correct (array-like of `bool` `[M]`): Whether the best entity is the gold.
         gold_is_nil (array-like of `bool` `[M]`): Whether the gold is NIL.
-        other_scores (array-like of `float` `[M]`, *optional*): Score of the best entity that is not the gold
-            ([`best_other_scores`]). Needed, and used, where no gold is NIL.
+        other_scores (array-like of `float` `[M]`, *optional*): Score of the best entity other than the gold
+            ([`best_other_scores`]). Required if no gold is NIL, and ignored otherwise.
 
     Returns:
         [`NilThreshold`].
 
     Raises:
-        `ValueError`: no mentions, lengths that differ, scores that are not finite, or no NIL and no `other_scores`.
+        `ValueError`: `top_scores` is empty, the lengths differ, a score is not finite, or no gold is NIL and
+            `other_scores` is missing.
     """
     scores = np.asarray(top_scores, dtype=np.float64)
     nil = np.asarray(gold_is_nil, dtype=bool)
-    right = np.asarray(correct, dtype=bool) & ~nil
-    if not len(scores) or not scores.shape == nil.shape == right.shape:
-        raise ValueError(f"Calibration needs columns of one length above 0, not {scores.shape}, {nil.shape}.")
+    linked_correctly = np.asarray(correct, dtype=bool) & ~nil
+    if not len(scores) or not scores.shape == nil.shape == linked_correctly.shape:
+        raise ValueError(f"Calibration needs arrays of one length above 0, not {scores.shape}, {nil.shape}.")
     simulated = not nil.any()
     if simulated:
         if other_scores is None:
-            raise ValueError("No gold is NIL: calibration needs other_scores to simulate mentions that are.")
+            raise ValueError("No gold is NIL. Calibration needs other_scores to simulate NIL mentions.")
         scores = np.concatenate([scores, np.asarray(other_scores, dtype=np.float64)])
         nil = np.concatenate([nil, np.ones_like(nil)])
-        right = np.concatenate([right, np.zeros_like(right)])
+        linked_correctly = np.concatenate([linked_correctly, np.zeros_like(linked_correctly)])
     if not scores.shape == nil.shape or not np.isfinite(scores).all():
         raise ValueError("Calibration needs finite scores, one per mention.")
 
     order = np.argsort(scores, kind="stable")
-    scores, nil, right = scores[order], nil[order], right[order]
-    # Threshold number i makes NIL of the i lowest mentions.
-    correct_counts = np.concatenate([[0], np.cumsum(nil)]) + right.sum() - np.concatenate([[0], np.cumsum(right)])
-    possible = np.concatenate([[True], scores[1:] > scores[:-1], [True]])  # equal scores fall on the same side
-    best = int(np.flatnonzero(possible & (correct_counts == correct_counts[possible].max()))[0])
+    scores, nil, linked_correctly = scores[order], nil[order], linked_correctly[order]
+    # With threshold i, the i mentions with the lowest scores are NIL.
+    nil_correct = np.concatenate([[0], np.cumsum(nil)])
+    num_correct = nil_correct + linked_correctly.sum() - np.concatenate([[0], np.cumsum(linked_correctly)])
+    possible = np.concatenate([[True], scores[1:] > scores[:-1], [True]])  # no threshold separates equal scores
+    best = int(np.flatnonzero(possible & (num_correct == num_correct[possible].max()))[0])
     if best == 0:
         threshold = scores[0]
     elif best == len(scores):
         threshold = np.nextafter(scores[-1], np.inf)
     else:
         middle = (scores[best - 1] + scores[best]) / 2
-        threshold = middle if middle > scores[best - 1] else scores[best]  # nothing lies between adjacent numbers
-    return NilThreshold(float(threshold), float(correct_counts[best] / len(scores)), simulated)
+        # The mean of two adjacent floating-point numbers may round down to the lower one.
+        threshold = middle if middle > scores[best - 1] else scores[best]
+    return NilThreshold(float(threshold), float(num_correct[best] / len(scores)), simulated)
 
 
 def best_other_scores(ranking: RankingResult, gold_rows) -> np.ndarray:
-    """Score of each mention's best entity that is not its gold, [M].
+    """Returns the scores [M] of the best entity other than the gold.
 
     Args:
-        ranking ([`~hf_mel.inference.ranking.RankingResult`]): At least the two best of every mention.
-        gold_rows (integers `[M]`): Entity row of each gold, -1 for none.
+        ranking ([`~hf_mel.inference.ranking.RankingResult`]): A ranking with at least two entities per mention.
+        gold_rows (array-like of `int` `[M]`): Row of the gold among the entities, -1 for NIL.
 
     Raises:
-        `ValueError`: fewer than two entities were kept.
+        `ValueError`: The ranking has one entity per mention.
     """
     scores, rows = ranking.top_scores.double().numpy(), ranking.top_rows.numpy()
     if rows.shape[1] < 2:
-        raise ValueError("The two best entities of every mention are needed: a larger top_k or knowledge base.")
-    other = rows != np.asarray(gold_rows)[:, None]
-    return scores[np.arange(len(rows)), other.argmax(1)]
+        raise ValueError(
+            "Calibration needs the two best entities of every mention. Use a larger top_k or knowledge base."
+        )
+    is_other = rows != np.asarray(gold_rows)[:, None]
+    return scores[np.arange(len(rows)), is_other.argmax(1)]

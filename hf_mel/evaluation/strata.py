@@ -1,4 +1,4 @@
-"""Strata: the groups of mentions that an evaluation reports apart."""
+"""Strata: groups of mentions that an evaluation reports separately."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import datasets
 from hf_mel.errors import DataFormatError
 from hf_mel.schema import NIL
 
-#: One group name per mention, `None` for a mention that is in none.
+#: One group name per mention, `None` for a mention without a group.
 Labels = list[str | None]
 
-#: The group of a mention with an empty value, by column; elsewhere it is in none.
-_DEFAULTS = {"modality": "text"}
+#: Column → group of the mentions with an empty value. In other columns they have no group.
+_GROUP_OF_EMPTY = {"modality": "text"}
 
 
 def strata_of(
@@ -22,35 +22,35 @@ def strata_of(
     columns: Sequence[str] | None = None,
     train_golds: Collection[str] | None = None,
 ) -> dict[str, Labels]:
-    """The groups of each of M mentions, by the name of what divides them.
+    """Returns the groups of M mentions for every stratification.
 
-    - every name in `columns`: the value of that column, in no group where it is empty; a mention without a "modality" is a
-      textual one;
-    - "mentions in context": "single", or "multiple" where another of these mentions has the same `context_id`;
-    - "gold in training", given `train_golds`: "seen" or "unseen"; a mention whose gold is NIL is in no group.
+    - One for each of `columns`: the group is the value of the column. A mention with an empty value has no group, but
+      with an empty "modality" its group is "text".
+    - "mentions in context": "multiple" if another mention has the same `context_id`, otherwise "single".
+    - "gold in training", given `train_golds`: "seen" or "unseen". A mention whose gold is NIL has no group.
 
     Args:
         mentions (`datasets.Dataset`): M rows of the schema.
-        columns (sequence of `str`, *optional*): Columns to divide by. Default: "modality" and "stratum", if the data set has
-            them.
-        train_golds (collection of `str`, *optional*): The entity ids that occur as golds in training.
+        columns (sequence of `str`, *optional*): Columns to group by. Default: "modality" and "stratum", as far as the
+            data set has them.
+        train_golds (collection of `str`, *optional*): Entity ids of the golds of the training split.
 
     Returns:
-        `dict[str, list]`: M group names each.
+        `dict[str, list]`: Name of the stratification → M group names.
 
     Raises:
-        [`~hf_mel.errors.DataFormatError`]: the mentions lack one of `columns`.
+        [`~hf_mel.errors.DataFormatError`]: The mentions lack one of `columns`.
     """
     if columns is None:
         columns = [column for column in ("modality", "stratum") if column in mentions.column_names]
     missing = [column for column in columns if column not in mentions.column_names]
     if missing:
         raise DataFormatError(
-            f"The mentions have no column {', '.join(missing)} to divide them by.",
-            remedy=f"They have {', '.join(mentions.column_names)}.",
+            f"The mentions have no column {', '.join(missing)} to group by.",
+            remedy=f"Choose among {', '.join(mentions.column_names)}.",
         )
     strata: dict[str, Labels] = {
-        column: [_DEFAULTS.get(column) if value in (None, "") else str(value) for value in mentions[column]]
+        column: [_GROUP_OF_EMPTY.get(column) if value in (None, "") else str(value) for value in mentions[column]]
         for column in columns
     }
     contexts = Counter(mentions["context_id"])

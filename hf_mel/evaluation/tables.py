@@ -1,4 +1,4 @@
-"""Results as a table to read and as files to keep."""
+"""Tables and files of results."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.table import Table
 
 from hf_mel.files import write_text
 
-# Where a metric has a name of its own in print. A position is not a percentage.
-_NAMES = {
+#: Metric → heading. The headings of "hits@k" are "H@k".
+_HEADINGS = {
     "mrr": "MRR",
     "mr": "MR",
     "accuracy": "acc.",
@@ -22,16 +22,19 @@ _NAMES = {
     "nil_precision": "NIL P",
     "nil_recall": "NIL R",
 }
+#: Metrics that are ranks. All others are fractions, printed as percentages.
 _POSITIONS = {"mr"}
+#: Metrics of the decision between an entity and NIL.
 _DECISIONS = {"accuracy", "in_kb_accuracy", "micro_f1", "nil_precision", "nil_recall"}
 
 
 def results_table(results: Mapping[str, Any], title: str | None = None) -> Table:
-    """A `rich` table of one evaluation: a row for all mentions and one for every group, fractions as percentages.
+    """Returns a `rich` table of one evaluation with a row for all mentions and a row for every group.
 
     Args:
-        results (`Mapping`): [`~hf_mel.evaluation.full_evaluator.FullResult.to_dict`], or the same read from results.json.
-        title (`str`, *optional*): Default: number of mentions and of entities, and the treatment of ties.
+        results (`Mapping`): Output of [`~hf_mel.evaluation.full_evaluator.FullResult.to_dict`] or
+            [`~hf_mel.evaluation.candidate_evaluator.CandidateResult.to_dict`], or the content of results.json.
+        title (`str`, *optional*): Default: the number of mentions and of entities, and the treatment of ties.
     """
     overall = results["metrics"]
     units = f", units {' + '.join(results['units'])}" if results.get("units") else ""
@@ -41,40 +44,44 @@ def results_table(results: Mapping[str, Any], title: str | None = None) -> Table
     title = title or f"{results['num_mentions']:,} mentions against {against} (ties {results['ties']}{units})"
     table = Table("mentions", title=title)
     table.add_column("in KB", justify="right")
-    decides = "nil_threshold" in results  # among candidates every mention is linked, and F1 is a column
-    columns = [name for name in _columns(overall) if not (decides and name in _DECISIONS)]
+    # The candidate protocol links every mention, so its only decision metric is F1, which becomes a column. The full
+    # protocol has five, which would squeeze the other columns in a terminal of 80 characters. They go into the caption.
+    decisions_in_caption = "nil_threshold" in results
+    columns = [name for name in _shown_metrics(overall) if not (decisions_in_caption and name in _DECISIONS)]
     for name in columns:
         table.add_column(display_name(name), justify="right")
     decisions = [
         f"{display_name(name)} {display_value(name, overall[name])}"
         for name in overall
-        if decides and name in _DECISIONS
+        if decisions_in_caption and name in _DECISIONS
     ]
-    if decisions:  # as columns they would squeeze the ranks out of a terminal of 80 characters
+    if decisions:
         table.caption = f"All mentions, NIL below {results['nil_threshold']:.4g}: {', '.join(decisions)}"
 
-    def add(label: str, metrics: Mapping[str, Any]) -> None:
+    def add_row(label: str, metrics: Mapping[str, Any]) -> None:
         table.add_row(label, f"{metrics['num_ranked']:,}", *(display_value(name, metrics[name]) for name in columns))
 
-    add("[b]all[/b]", overall)
-    for divided_by, groups in results["strata"].items():
+    add_row("[b]all[/b]", overall)
+    for stratification, groups in results["strata"].items():
         table.add_section()
         for group, metrics in groups.items():
-            add(f"{divided_by}: {group}", metrics)
+            add_row(f"{stratification}: {group}", metrics)
     return table
 
 
 def orders_table(results: Mapping[str, Any]) -> Table:
-    """A `rich` table of the candidate protocol: the order in which the candidates came beside the reranker's, end to
-    end and with the gold added.
+    """Returns a `rich` table that compares the orders of the candidates: the reranker's and those of the sources.
+
+    Every order has a row for the end-to-end protocol and a row for the protocol with the gold added.
 
     Args:
-        results (`Mapping`): [`~hf_mel.evaluation.candidate_evaluator.CandidateResult.to_dict`], or the same from results.json.
+        results (`Mapping`): Output of [`~hf_mel.evaluation.candidate_evaluator.CandidateResult.to_dict`], or the content
+            of results.json.
     """
     rows = {
         f"{order}, {label}": metrics["metrics"]
-        for label, of_protocol in (("end to end", results), ("gold added", results["gold_added"]))
-        for order, metrics in of_protocol["orders"].items()
+        for label, protocol in (("end to end", results), ("gold added", results["gold_added"]))
+        for order, metrics in protocol["orders"].items()
     }
     lists = results["candidates"]
     recall = {int(name.partition("@")[2]): value for name, value in lists["recall"].items()}
@@ -91,14 +98,14 @@ def orders_table(results: Mapping[str, Any]) -> Table:
 
 
 def comparison_table(rows: Mapping[str, Mapping[str, Any]], title: str | None = None) -> Table:
-    """A `rich` table with one line of metrics per name, for instance one per model, fractions as percentages.
+    """Returns a `rich` table with one row of metrics per name, for instance per model.
 
     Args:
-        rows (`Mapping[str, Mapping]`): Metrics by name; all with the keys of the first.
+        rows (`Mapping[str, Mapping]`): Name → metrics, all with the keys of the first.
         title (`str`, *optional*): Title of the table.
     """
     table = Table("", title=title)
-    columns = _columns(next(iter(rows.values()), {}))
+    columns = _shown_metrics(next(iter(rows.values()), {}))
     for name in columns:
         table.add_column(display_name(name), justify="right")
     for label, metrics in rows.items():
@@ -106,44 +113,47 @@ def comparison_table(rows: Mapping[str, Mapping[str, Any]], title: str | None = 
     return table
 
 
-def _columns(metrics: Iterable[str]) -> list[str]:
-    return [name for name in metrics if name.startswith("hits@") or name in _NAMES]
+def _shown_metrics(metrics: Iterable[str]) -> list[str]:
+    return [name for name in metrics if name.startswith("hits@") or name in _HEADINGS]
 
 
 def display_name(metric: str) -> str:
-    """The heading of a metric: "hits@1" → "H@1", "mrr" → "MRR"."""
-    return metric.replace("hits@", "H@") if metric.startswith("hits@") else _NAMES.get(metric, metric)
+    """Returns the heading of a metric: "H@1" for "hits@1", "MRR" for "mrr"."""
+    return metric.replace("hits@", "H@") if metric.startswith("hits@") else _HEADINGS.get(metric, metric)
 
 
 def display_value(metric: str, value: float | None) -> str:
-    """A metric's value as text: fractions as percentages, "–" where there was nothing to average."""
+    """Returns the value of a metric as text: fractions as percentages, `None` and nan as "–"."""
     if value is None or math.isnan(value):
         return "–"
     return f"{value:,.1f}" if metric in _POSITIONS else f"{100 * value:.1f}"
 
 
 def write_results(results: Mapping[str, Any] | Sequence[Any], path: str | os.PathLike[str]) -> None:
-    """Writes JSON, whole or not at all; nan, which JSON does not know, becomes null.
+    """Writes results as JSON, atomically. nan, which JSON cannot express, becomes null.
 
     Args:
-        results (`Mapping` or sequence): [`~hf_mel.evaluation.full_evaluator.FullResult.to_dict`], or anything JSON can hold.
-        path (`str` or `os.PathLike`): The file; its folder is made if need be.
+        results (`Mapping` or sequence): Output of [`~hf_mel.evaluation.full_evaluator.FullResult.to_dict`], or any other
+            JSON data.
+        path (`str` or `os.PathLike`): The file. Missing folders are created.
 
     Raises:
-        [`~hf_mel.errors.MelError`]: the file cannot be written.
+        [`~hf_mel.errors.MelError`]: The file cannot be written.
     """
-    text = json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_nan_to_none(results), indent=2, ensure_ascii=False, allow_nan=False)
     write_text(path, [text + "\n"])
 
 
 def write_records(records: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Writes JSON lines, one per record, whole or not at all. Args and errors as in [`write_results`]."""
-    write_text(path, (json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records))
+    """Writes records as JSON lines, atomically. Arguments and errors are those of [`write_results`]."""
+    write_text(
+        path, (json.dumps(_nan_to_none(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    )
 
 
-def _finite(value: Any) -> Any:
+def _nan_to_none(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _nan_to_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_nan_to_none(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

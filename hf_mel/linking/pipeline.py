@@ -1,4 +1,4 @@
-"""`transformers.pipeline("multimodal-entity-linking", model=…, kb=…)`: an [`~hf_mel.EntityLinker`] as a pipeline."""
+"""The transformers pipeline of the task "multimodal-entity-linking", a wrapper of [`~hf_mel.EntityLinker`]."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ class MultimodalEntityLinkingPipeline(Pipeline):
     >>> linker({"text": "Swift on stage.", "mention": "Swift", "image": "photo.jpg"}, top_k=3)  # doctest: +SKIP
     ```
 
-    A call takes one mention or a list of them (as [`~hf_mel.EntityLinker`] does) and gives one dict, or a list of them
-    (`LinkResult.to_dict()`): `entity_id`, `is_nil`, `candidates` with their scores, …
+    A call takes one mention or a list of mentions, as [`~hf_mel.EntityLinker`] does. It returns one dict or a list of
+    dicts, the output of [`~hf_mel.linking.linker.LinkResult.to_dict`].
 
     Args:
-        kb (`KnowledgeBase`, `str` or `os.PathLike`): The knowledge base, its folder or its Hub id, built by this model.
+        kb ([`~hf_mel.KnowledgeBase`], `str` or `os.PathLike`): A knowledge base that this model built, its folder, or its
+            Hub id.
         kb_revision (`str`, *optional*): Branch, tag or commit of a knowledge base on the Hub.
-        nil_threshold (`float`, *optional*): As in [`~hf_mel.EntityLinker`].
-        top_k (`int`, *optional*): How many candidates to give; also an argument of each call. 10 if not given.
-        kwargs: As in `transformers.Pipeline`.
+        nil_threshold (`float`, *optional*): See [`~hf_mel.EntityLinker`].
+        top_k (`int`, *optional*, defaults to 10): Number of candidates to return. Also an argument of every call.
+        kwargs: See `transformers.Pipeline`.
     """
 
     _load_processor: Any = True
@@ -53,10 +54,11 @@ class MultimodalEntityLinkingPipeline(Pipeline):
 
         if kb is None:
             raise KnowledgeBaseError(
-                "no knowledge base was given.", remedy='Pass kb="FOLDER or Hub id"; hf-mel kb build makes one.'
+                "No knowledge base was given.",
+                remedy='Pass kb="FOLDER or Hub id". To build one, run hf-mel kb build.',
             )
         super().__init__(*args, **kwargs)
-        # Scores and knowledge bases are float32, whatever the weights are stored in.
+        # The linker computes in float32, and transformers may load the weights in half precision.
         self.model.float()
         processor: Any = self.processor
         if isinstance(kb, (str, os.PathLike)):
@@ -67,32 +69,35 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         return {}, ({} if top_k is None else {"top_k": top_k}), {}
 
     def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Links one mention, or many.
+        """Links one mention or a list of mentions.
 
         Args:
-            inputs (mapping, sequence of mappings or `datasets.Dataset`, *optional*): As in [`~hf_mel.EntityLinker`].
-            kwargs: `text`, `mention`, `start`, `end`, `image` for one mention in words; `top_k`; `batch_size`.
+            inputs (mapping, sequence of mappings or `datasets.Dataset`, *optional*): The `mentions` of
+                [`~hf_mel.EntityLinker.__call__`].
+            kwargs: Other arguments of [`~hf_mel.EntityLinker.__call__`]: `text`, `mention`, `start`, `end` and `image`
+                of a single mention, `top_k`, `batch_size`.
 
         Returns:
-            `dict` for one mention, or a list of them.
+            `dict` for one mention, or a list of `dict`.
         """
         options: dict[str, Any] = {"top_k": 10, **self._forward_params, **kwargs}
         if self._batch_size:
             options.setdefault("batch_size", self._batch_size)
-        result: Any = self.linker(inputs, **options)
-        return [one.to_dict() for one in result] if isinstance(result, list) else result.to_dict()
+        linked: Any = self.linker(inputs, **options)
+        return [result.to_dict() for result in linked] if isinstance(linked, list) else linked.to_dict()
 
-    # The base class wants three steps, one input at a time. The linker does all of them, a batch at a time.
+    # The base class requires the three methods below, which process one input. `__call__` replaces them, because the
+    # linker processes batches.
 
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
-        """The mention as it is."""
+        """Returns the mention unchanged."""
         return {"mention": input_}
 
     def _forward(self, input_tensors: dict[str, Any], **forward_parameters: Any) -> Any:
         return self(input_tensors["mention"], **forward_parameters)
 
     def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> Any:
-        """The result as it is."""
+        """Returns the result unchanged."""
         return model_outputs
 
 

@@ -1,3 +1,5 @@
+"""Tests of the calibration against trying every threshold."""
+
 import numpy as np
 import pytest
 import torch
@@ -7,68 +9,68 @@ from hypothesis import strategies as st
 from hf_mel.evaluation.nil import best_other_scores, calibrate_nil_threshold
 from hf_mel.inference.ranking import RankingResult
 
-# Few distinct scores, so that equal ones occur; a mention is (score, correct, gold is NIL).
-rows = st.lists(
+# A case is (score, correct, gold is NIL). Few distinct scores, so that equal scores occur.
+CASES = st.lists(
     st.tuples(st.integers(-3, 3).map(lambda i: i / 4), st.booleans(), st.booleans()), min_size=1, max_size=12
 )
 
 
 def accuracy(threshold, cases):
-    """Decides every case by itself."""
-    decisions = [nil if score < threshold else (right and not nil) for score, right, nil in cases]
-    return sum(decisions) / len(cases)
+    """Returns the accuracy of a threshold, one case at a time."""
+    correct = [nil if score < threshold else (linked_correctly and not nil) for score, linked_correctly, nil in cases]
+    return sum(correct) / len(cases)
 
 
-def every_threshold(cases):
-    """One below, one between and one above all scores."""
+def accuracy_by_threshold(cases):
+    """Returns the accuracy of one threshold below all scores, one between any two, and one above all."""
     scores = sorted({score for score, _, _ in cases})
     middles = [(a + b) / 2 for a, b in zip([scores[0] - 1, *scores], [*scores, scores[-1] + 1], strict=True)]
     return {threshold: accuracy(threshold, cases) for threshold in middles}
 
 
 @settings(max_examples=300, deadline=None)
-@given(rows)
-def test_best_of_all_thresholds(cases):
+@given(CASES)
+def test_the_threshold_is_the_best_of_all(cases):
     if not any(nil for _, _, nil in cases):
         cases = [*cases, (0.0, False, True)]
-    found = calibrate_nil_threshold(*zip(*cases, strict=True))
-    tried = every_threshold(cases)
-    assert found.accuracy == pytest.approx(max(tried.values()))
-    assert accuracy(found.threshold, cases) == pytest.approx(found.accuracy)
-    assert not found.simulated
-    # Of equally good thresholds the lowest: it links exactly as many as the lowest best one of the brute force.
-    lowest = min(threshold for threshold, value in tried.items() if value == max(tried.values()))
-    assert [score < found.threshold for score, _, _ in cases] == [score < lowest for score, _, _ in cases]
+    calibrated = calibrate_nil_threshold(*zip(*cases, strict=True))
+    accuracies = accuracy_by_threshold(cases)
+    assert calibrated.accuracy == pytest.approx(max(accuracies.values()))
+    assert accuracy(calibrated.threshold, cases) == pytest.approx(calibrated.accuracy)
+    assert not calibrated.simulated
+    # Among the best thresholds the lowest is returned: it decides every case as the lowest of the brute force does.
+    lowest = min(threshold for threshold, value in accuracies.items() if value == max(accuracies.values()))
+    assert [score < calibrated.threshold for score, _, _ in cases] == [score < lowest for score, _, _ in cases]
 
 
 @settings(max_examples=300, deadline=None)
-@given(rows, st.data())
-def test_leaving_golds_out(cases, data):
+@given(CASES, st.data())
+def test_nil_mentions_are_simulated_by_leaving_golds_out(cases, data):
     scores, correct, _ = zip(*cases, strict=True)
     others = data.draw(st.lists(st.integers(-3, 3).map(lambda i: i / 4), min_size=len(cases), max_size=len(cases)))
-    found = calibrate_nil_threshold(scores, correct, [False] * len(cases), others)
-    simulated = [(score, right, False) for score, right in zip(scores, correct, strict=True)]
+    calibrated = calibrate_nil_threshold(scores, correct, [False] * len(cases), others)
+    simulated = [(score, linked_correctly, False) for score, linked_correctly in zip(scores, correct, strict=True)]
     simulated += [(other, False, True) for other in others]
-    assert found.simulated
-    assert found.accuracy == pytest.approx(max(every_threshold(simulated).values()))
-    assert accuracy(found.threshold, simulated) == pytest.approx(found.accuracy)
+    assert calibrated.simulated
+    assert calibrated.accuracy == pytest.approx(max(accuracy_by_threshold(simulated).values()))
+    assert accuracy(calibrated.threshold, simulated) == pytest.approx(calibrated.accuracy)
 
 
 def test_real_nil_mentions_take_precedence():
-    found = calibrate_nil_threshold([0.9, 0.2], [True, False], [False, True], other_scores=[5.0, 5.0])
-    assert not found.simulated
-    assert found.accuracy == 1
-    assert found.threshold == pytest.approx(0.55)
+    calibrated = calibrate_nil_threshold([0.9, 0.2], [True, False], [False, True], other_scores=[5.0, 5.0])
+    assert not calibrated.simulated
+    assert calibrated.accuracy == 1
+    assert calibrated.threshold == pytest.approx(0.55)
 
 
-def test_adjacent_scores_stay_apart():
+def test_a_threshold_separates_adjacent_floats():
     low = np.float64(1.0)
     high = np.nextafter(low, 2)
-    found = calibrate_nil_threshold([low, high], [False, True], [True, False])
-    assert low < found.threshold <= high
+    calibrated = calibrate_nil_threshold([low, high], [False, True], [True, False])
+    assert low < calibrated.threshold <= high
 
 
-def test_wrong_input():
+def test_invalid_input_is_an_error():
     with pytest.raises(ValueError, match="above 0"):
         calibrate_nil_threshold([], [], [])
     with pytest.raises(ValueError, match="other_scores"):

@@ -1,3 +1,5 @@
+"""Tests of the groups of mentions."""
+
 import datasets
 import pytest
 
@@ -11,7 +13,7 @@ def mentions(**columns):
     return datasets.Dataset.from_dict({**defaults, **columns})
 
 
-def test_groups():
+def test_groups_by_column_context_and_gold():
     rows = mentions(stratum=["text", "image", "", None], topic=["a", "a", "b", "b"])
     strata = strata_of(rows, train_golds={"Q1", "Q3"})
     assert strata == {
@@ -22,11 +24,11 @@ def test_groups():
     assert strata_of(rows, ["topic"]).keys() == {"topic", "mentions in context"}
 
 
-def test_data_sets_without_strata():
+def test_a_data_set_without_strata_is_grouped_by_context_and_gold():
     assert strata_of(mentions()).keys() == {"mentions in context"}
     assert strata_of(mentions(), train_golds=())["gold in training"] == ["unseen", "unseen", None, "unseen"]
 
 
-def test_unknown_column():
+def test_an_unknown_column_is_an_error():
     with pytest.raises(DataFormatError, match=r"no column genre .*context_id, entity_id"):
         strata_of(mentions(), ["genre"])

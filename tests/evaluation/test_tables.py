@@ -1,3 +1,5 @@
+"""Tests of tables and files of results."""
+
 import io
 import json
 
@@ -28,42 +30,42 @@ def lines(table):
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed(table)]
 
 
-def test_fractions_are_percentages_and_positions_are_not():
+def test_fractions_are_printed_as_percentages_and_ranks_are_not():
     rows = lines(results_table(RESULTS))
     assert ["all", "4", "50.0", "100.0", "61.2", "2.5"] in rows
     assert ["stratum: image", "4", "25.0", "100.0", "61.2", "2.5"] in rows
     assert ["stratum: text", "0", "–", "–", "–", "–"] in rows
 
 
-def test_a_table_from_the_file_is_the_same(tmp_path):
+def test_a_table_from_results_json_is_the_same(tmp_path):
     write_results(RESULTS, tmp_path / "results.json")
-    again = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert lines(results_table(again)) == lines(results_table(RESULTS))
+    loaded = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert lines(results_table(loaded)) == lines(results_table(RESULTS))
 
 
-def test_title_names_kb_size_ties_and_units():
+def test_the_title_gives_kb_size_ties_and_units():
     title = " ".join(" ".join(printed(results_table({**RESULTS, "units": ["text", "vision"]}))[:3]).split())
     assert all(part in title for part in ("5 mentions", "18,880 entities", "realistic", "text + vision"))
 
 
-def test_comparison():
+def test_a_comparison_has_a_row_per_name():
     rows = lines(comparison_table({"both": METRICS, "text": {**METRICS, "mrr": 0.3}}))
     assert ["both", "50.0", "100.0", "61.2", "2.5"] in rows
     assert ["text", "50.0", "100.0", "30.0", "2.5"] in rows
 
 
-def test_nan_becomes_null(tmp_path):
+def test_nan_is_written_as_null(tmp_path):
     write_results({"a": [float("nan"), 1.5], "b": {"c": float("nan")}}, tmp_path / "deep" / "results.json")
     assert json.loads((tmp_path / "deep" / "results.json").read_text()) == {"a": [None, 1.5], "b": {"c": None}}
 
 
-def test_records_are_lines(tmp_path):
+def test_records_are_written_as_json_lines(tmp_path):
     write_records(iter([{"name": "Añó\u2028"}, {"score": 1.0}]), tmp_path / "p.jsonl")
     text = (tmp_path / "p.jsonl").read_text(encoding="utf-8")
     assert [json.loads(line) for line in text.split("\n")[:-1]] == [{"name": "Añó\u2028"}, {"score": 1.0}]
 
 
-def test_nothing_half_written(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "p.jsonl"
     write_records([{"old": True}], path)
 
