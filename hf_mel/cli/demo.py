@@ -100,13 +100,13 @@ def demo(
 
     console.print()
     console.rule("[b]Done. Where things are", align="left")
-    for content, place in (
+    for content, location in (
         ("data set", data),
         ("model, card, training plot", run),
         ("results on test", results_file),
         ("knowledge base", kb_folder),
     ):
-        console.print(f"  {content:<27} {place}", markup=False)
+        console.print(f"  {content:<27} {location}", markup=False)
     console.print("What to type next (after `make demo`, first: source .venv/bin/activate):")
     for command in (
         f'hf-mel link {run} --kb {kb_folder} --text "The hosts met in Accra." --mention "The hosts"',

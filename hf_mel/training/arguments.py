@@ -68,7 +68,7 @@ class MelTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Number of evaluations without improvement before training stops."}
     )
 
-    bf16: bool | str = field(
+    bf16: bool | str = field(  # type: ignore[assignment]
         default="auto", metadata={"help": "bfloat16 mixed precision; 'auto': if the hardware has it natively."}
     )
     eval_strategy: IntervalStrategy | str = "epoch"

@@ -90,8 +90,11 @@ class PretrainingCollator:
                 others = [k for k in others if surfaces[k] == surfaces[place]] or others
             partners.append(draw.choice(others) if others else place)
             entities.append(self._shown(entity, draw))
-        rows = {"posts": self.inputs.mention_rows(posts), "entities": self.inputs.entity_rows(entities)}
-        return dict(self.inputs.processor(**rows, partners=partners))
+        pairs: dict[str, Any] = {
+            "posts": self.inputs.mention_rows(posts),
+            "entities": self.inputs.entity_rows(entities),
+        }
+        return dict(self.inputs.processor(**pairs, partners=partners))
 
     def _shown(self, entity: LazyRow, draw: random.Random) -> LazyRow:
         images = entity.undecoded("images") or ()

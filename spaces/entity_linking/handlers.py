@@ -65,8 +65,9 @@ class Handlers:
 
     def answer_example(self, number: int, model, kb, top_k, threshold, session):
         """Links the mentions of an example; returns the answers as HTML."""
+        text, mentions, spans, image = self.example_form(number)
         note = self.examples[number]["note"]
-        return self.answer(*self.example_form(number), model, kb, top_k, threshold, session, note)
+        return self.answer(text, mentions, spans, image, model, kb, top_k, threshold, session, note)
 
     def compare_evidence(self, text, mentions, spans, image, model, kb, session):
         """Links the first mention with all scoring units, then with each alone; returns the columns as HTML."""
