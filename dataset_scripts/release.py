@@ -165,15 +165,15 @@ class Release(ReleaseLog):
                 remedy="Check that it is the right file of the release.",
             )
         if re.search(r"\\u[dD][89a-fA-F]", text):
-            key: str | int
-            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            rows: Any = value.items() if isinstance(value, dict) else enumerate(value)
+            for row, item in rows:
                 try:
-                    json.dumps({str(key): item}, ensure_ascii=False).encode()
+                    json.dumps({str(row): item}, ensure_ascii=False).encode()
                 except UnicodeEncodeError as error:
                     raise DataFormatError(
                         f"The row contains an unpaired surrogate ({error.reason}).",
                         file=path,
-                        row=ascii(key)[1:-1] if isinstance(key, str) else key,
+                        row=ascii(row)[1:-1] if isinstance(row, str) else row,
                         remedy="Correct the escape sequence \\uXXXX.",
                     ) from error
         return value
