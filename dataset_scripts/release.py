@@ -9,7 +9,7 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets.utils import tqdm
 
@@ -165,7 +165,7 @@ class Release(ReleaseLog):
                 remedy="Check that it is the right file of the release.",
             )
         if re.search(r"\\u[dD][89a-fA-F]", text):
-            rows: Any = value.items() if isinstance(value, dict) else enumerate(value)
+            rows: Any = value.items() if isinstance(value, dict) else enumerate(cast(list, value))
             for row, item in rows:
                 try:
                     json.dumps({str(row): item}, ensure_ascii=False).encode()
