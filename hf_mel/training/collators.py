@@ -1,4 +1,4 @@
-"""Training batches for retrievers: mentions, the entities they mean, and who means whom."""
+"""Collators that turn rows into training batches: mentions with in-batch negatives, pairs, and pre-training posts."""
 
 from __future__ import annotations
 
@@ -16,41 +16,39 @@ from hf_mel.errors import UnknownEntityError
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import images_per_entity
 from hf_mel.schema import Row
+from hf_mel.training.sampling import surface_key
+
+_GOLD_REMEDY = "Train on mentions whose entity is in the knowledge base; NIL mentions are for evaluation only."
 
 
 class RetrieverCollator:
     """Turns mention rows into the batch of a [`~hf_mel.protocols.Retriever`] with in-batch negatives.
 
-    Every entity stands in the batch once: mentions of one entity share its column, so that it is never their negative.
+    A batch contains every entity once. Mentions of the same entity share its column, so an entity is never a negative of
+    its own mentions.
 
     Args:
-        inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A reranker and its processor. Precomputed image features are
-            used.
+        inputs ([`~hf_mel.inference.inputs.ModelInputs`]): The retriever and its processor. Features that are precomputed
+            are used. For a retriever that represents entities by posts, a batch leaves out the posts whose text is the
+            text of one of its mentions.
         entities (`datasets.Dataset`): The knowledge base, N rows.
-        random_image (`bool`, *optional*, defaults to `True`): Whether an entity shows a random one of its images
-            instead of the first, which is the one evaluation uses. The choice is a function of the seed, the entity
-            and the mentions it meets, so it changes from epoch to epoch and comes out the same in a resumed run.
-        seed (`int`, *optional*, defaults to 0): Seed of that choice.
+        random_image (`bool`, *optional*, defaults to `True`): Whether to use a random image of an entity instead of the
+            first, which evaluation uses. The choice depends on the seed, the entity and the mentions of the batch, so it
+            changes between epochs, and a resumed run makes the same choice.
+        seed (`int`, *optional*, defaults to 0): Seed of this choice.
     """
 
-    def __init__(
-        self,
-        inputs: ModelInputs,
-        entities: datasets.Dataset,
-        *,
-        random_image: bool = True,
-        seed: int = 0,
-    ):
+    def __init__(self, inputs: ModelInputs, entities: datasets.Dataset, *, random_image: bool = True, seed: int = 0):
         self.inputs, self.random_image, self.seed = inputs, random_image, seed
         self.entities = LazyRows(entities)
         self._row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
 
     def __call__(self, mentions: Sequence[Row]) -> dict[str, Any]:
-        """The batch of M mentions, whose golds are U entities.
+        """Returns the batch of M mentions, whose golds are U distinct entities.
 
         Returns:
             `dict` of the processor's `mention_*` tensors (first axis M) and `entity_*` tensors (first axis U), and
-            `labels` [M]: the column of each mention's gold.
+            `labels` [M], the column of each mention's gold.
 
         Raises:
             UnknownEntityError: a gold is not in the knowledge base, or is NIL.
@@ -60,43 +58,44 @@ class RetrieverCollator:
             gold = mention["entity_id"]
             if gold not in self._row_of:
                 raise UnknownEntityError(
-                    f"the gold {gold!r} is not in the knowledge base.",
+                    f"The gold {gold!r} is not in the knowledge base.",
                     row=mention.get("mention_id"),
-                    remedy="Train on mentions whose entity is in it; NIL mentions are for evaluation.",
+                    remedy=_GOLD_REMEDY,
                 )
             columns.setdefault(gold, len(columns))
         entities: Sequence[Row] = self.entities.__getitems__([self._row_of[gold] for gold in columns])
         if self.random_image and self.inputs.prototypes is None:
-            met = " ".join(str(mention.get("mention_id")) for mention in mentions)
-            entities = [self._with_random_image(entity, met) for entity in entities]  # type: ignore[arg-type]
+            mention_ids = " ".join(str(mention.get("mention_id")) for mention in mentions)
+            entities = [self._with_random_image(entity, mention_ids) for entity in entities]  # type: ignore[arg-type]
         entities = self.inputs.entity_rows(entities, without=[mention["text"] for mention in mentions])
         processor = self.inputs.processor
         batch = {**processor(mentions=self.inputs.mention_rows(mentions)), **processor(entities=entities)}
         return {**batch, "labels": torch.tensor([columns[mention["entity_id"]] for mention in mentions])}
 
-    def _with_random_image(self, entity: LazyRow, met: str) -> LazyRow:
+    def _with_random_image(self, entity: LazyRow, mention_ids: str) -> LazyRow:
         count = len(entity.undecoded("images") or ())
         if count < 2:
             return entity
-        return entity.with_image("images", random.Random(f"{self.seed} {entity['entity_id']} {met}").randrange(count))
+        draw = random.Random(f"{self.seed} {entity['entity_id']} {mention_ids}")
+        return entity.with_image("images", draw.randrange(count))
 
 
 class Examples(Dataset):
-    """Mentions by training example: item i is the list of its rows, for a `DataLoader` with a [`PairCollator`].
+    """Mentions grouped into training examples, for a `DataLoader` with a [`PairCollator`]. An item is a list of rows.
 
     Args:
         mentions (`datasets.Dataset`): M mentions.
-        unit (`str`): What one example is: a "mention", or all mentions of a "context" or a "document", as
-            [`~hf_mel.data.examples.example_groups`] has it.
-        most (`int`, *optional*): Mentions that an example may have.
+        unit (`str`): Unit of an example: a "mention", or all mentions of a "context" or a "document"
+            ([`~hf_mel.data.examples.example_groups`]).
+        max_mentions (`int`, *optional*): Maximum number of mentions in an example.
 
     Raises:
-        DataFormatError: an example has more.
+        DataFormatError: an example has more than `max_mentions` mentions.
     """
 
-    def __init__(self, mentions: datasets.Dataset, unit: str, most: int | None = None):
+    def __init__(self, mentions: datasets.Dataset, unit: str, max_mentions: int | None = None):
         self.rows = LazyRows(mentions)
-        self._groups = example_groups(mentions, unit, most)
+        self._groups = example_groups(mentions, unit, max_mentions)
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -105,7 +104,7 @@ class Examples(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[list[LazyRow]]:
-        """The examples of one batch, in the order asked for."""
+        """Returns the examples of one batch, in the order of `indices`."""
         rows = iter(self.rows.__getitems__([row for index in indices for row in self._groups[index]]))
         return [[next(rows) for _ in self._groups[index]] for index in indices]
 
@@ -113,35 +112,36 @@ class Examples(Dataset):
 class PairCollator:
     """Turns training examples into the batch of a [`~hf_mel.protocols.Reranker`].
 
-    Every mention stands beside its gold and `num_negatives` others: drawn from its candidates, and from the whole
-    knowledge base where these are too few. No gold of the example is a negative in it, and no negative occurs in it
-    twice. Where the gold stands is drawn too, so that only `labels` tell.
+    A mention comes with its gold and `num_negatives` other entities. Negatives are drawn from the mention's candidates,
+    and from the whole knowledge base if these are too few. No gold of an example is a negative in it, and no negative
+    occurs in it twice. The gold's position is random, so only `labels` reveals it.
 
-    In a "document", whose mentions are linked by what their candidates have in common, each mention has a list of its
-    own as in evaluation: what one mention means may be a negative of another. With as many negatives as the lists have
-    other candidates, they are whole.
+    In a "document", candidates of one mention are evidence for the others. Each mention has a separate list, as in
+    evaluation, so the gold of one mention can be a negative of another. With as many negatives as the lists have other
+    candidates, training sees whole lists.
 
-    All draws are a function of seed, epoch and ids, so they change from epoch to epoch and come out the same in a
-    resumed run, on any number of processes.
+    All draws depend only on seed, epoch and ids. They change between epochs, and they are the same in a resumed run and
+    on any number of processes.
 
     Args:
-        processor ([`~hf_mel.protocols.MelProcessor`]): Turns pairs into tensors.
+        inputs ([`~hf_mel.inference.inputs.ModelInputs`]): The reranker and its processor. Precomputed image features are
+            used.
         entities (`datasets.Dataset`): The knowledge base, N rows.
-        candidates (`Mapping[str, Sequence[str]]`): Entity ids by mention id; a mention that is not there has none.
-        priors (`Mapping[str, Mapping[str, float]]`, *optional*): p(e|m) by mention id and entity id: every candidate row,
-            gold or negative, then carries its `prior`, 0 where there is none.
-        num_negatives (`int`, *optional*, defaults to 1): Negatives of each mention; fewer in a tiny knowledge base.
-        negatives_from (`int`, *optional*): Draw negatives from the first so many of the other candidates, which are the
-            hardest where a list has the best first. `None`: from all of them.
-        unit (`str`, *optional*, defaults to `"mention"`): The model's `example_unit`. Of a "context",
-            `mentions_per_example` mentions are drawn, a lone mention over and over; of a "document" come all.
-        mentions_per_example (`int`, *optional*, defaults to 1): See above.
-        random_image (`bool`, *optional*, defaults to `True`): Whether an entity shows a random one of its images. A
-            processor that reads several (`max_entity_images`) gets them all.
+        candidates (`Mapping[str, Sequence[str]]`): Entity ids by mention id. A missing mention has no candidates.
+        priors (`Mapping[str, Mapping[str, float]]`, *optional*): p(e|m) by mention id and entity id. If given, every
+            candidate row, gold or negative, has a `prior`, which is 0 for a pair without one.
+        num_negatives (`int`, *optional*, defaults to 1): Negatives of each mention. A tiny knowledge base gives fewer.
+        negatives_from (`int`, *optional*): Draw negatives from this many of the other candidates, counted from the start
+            of the list. `None`: all other candidates.
+        unit (`str`, *optional*, defaults to `"mention"`): The model's `example_unit`. From a "context",
+            `mentions_per_example` mentions are drawn, with repetition if it has fewer. A "document" gives all mentions.
+        mentions_per_example (`int`, *optional*, defaults to 1): Number of mentions to draw from a "context".
+        random_image (`bool`, *optional*, defaults to `True`): Whether to use a random image of an entity. A processor
+            that reads several images (`max_entity_images`) gets all of them.
         seed (`int`, *optional*, defaults to 0): Seed of all draws.
 
     Attributes:
-        epoch (`int`): The epoch, which whoever trains sets.
+        epoch (`int`): The epoch. The trainer sets it.
     """
 
     def __init__(
@@ -160,9 +160,8 @@ class PairCollator:
     ):
         if num_negatives < 1:
             raise ValueError(f"num_negatives={num_negatives} must be at least 1.")
-        self.inputs, self.candidates, self.num_negatives = inputs, candidates, num_negatives
-        self.priors = priors
-        self.negatives_from = negatives_from
+        self.inputs, self.candidates, self.priors = inputs, candidates, priors
+        self.num_negatives, self.negatives_from = num_negatives, negatives_from
         self.unit, self.mentions_per_example = unit, mentions_per_example
         self.random_image, self.seed, self.epoch = random_image, seed, 0
         self.entities = LazyRows(entities)
@@ -170,14 +169,14 @@ class PairCollator:
         self._row_of = {entity_id: row for row, entity_id in enumerate(self._ids)}
 
     def __call__(self, examples: Sequence[Sequence[Row]]) -> dict[str, Any]:
-        """The batch of M mentions.
+        """Returns the batch of M mentions.
 
         Args:
-            examples: the mention rows of each example.
+            examples (sequence of sequences of rows): The mentions of each example.
 
         Returns:
-            `dict` of the processor's `pair_*` tensors (first axes M and C = 1 + negatives), the mentions of one example
-            side by side, and `labels` [M]: the column of each mention's gold.
+            `dict` of the processor's `pair_*` tensors (first axes M and C = 1 + negatives), with the mentions of one
+            example side by side, and `labels` [M], the column of each mention's gold.
 
         Raises:
             UnknownEntityError: a gold or a candidate is not in the knowledge base; names the mention.
@@ -188,35 +187,38 @@ class PairCollator:
         draws: list[random.Random] = []
         for example in examples:
             draw = random.Random(f"{self.seed} {self.epoch} {example[0]['mention_id']}")
-            chosen = self._chosen(example, draw)
-            taken = {self._row(mention["entity_id"], mention, "gold") for mention in chosen}
-            for mention in chosen:
+            drawn_mentions = self._draw_mentions(example, draw)
+            excluded = {self._find_row(mention["entity_id"], mention, "gold") for mention in drawn_mentions}
+            for mention in drawn_mentions:
+                gold = self._row_of[mention["entity_id"]]
                 if self.unit == "document":
-                    taken = {self._row_of[mention["entity_id"]]}
-                negatives = self._negatives(mention, taken, draw)
-                taken |= set(negatives)
-                place = draw.randint(0, len(negatives))
+                    excluded = {gold}
+                negatives = self._draw_negatives(mention, excluded, draw)
+                excluded |= set(negatives)
+                position = draw.randint(0, len(negatives))
                 mentions.append(mention)
-                lists.append([*negatives[:place], self._row_of[mention["entity_id"]], *negatives[place:]])
-                labels.append(place)
+                lists.append([*negatives[:position], gold, *negatives[position:]])
+                labels.append(position)
                 draws.append(draw)
-        wanted = list(dict.fromkeys(row for rows in lists for row in rows))
-        stored = dict(zip(wanted, self.entities.__getitems__(wanted), strict=True))
+        distinct = list(dict.fromkeys(row for rows in lists for row in rows))
+        entity_of = dict(zip(distinct, self.entities.__getitems__(distinct), strict=True))
         entities: list[Row] = [
-            self._shown(stored[row], draw) for rows, draw in zip(lists, draws, strict=True) for row in rows
+            _with_drawn_image(entity_of[row], self.inputs.processor, draw, self.random_image)
+            for rows, draw in zip(lists, draws, strict=True)
+            for row in rows
         ]
         mentions, entities = self.inputs.mention_rows(mentions), self.inputs.entity_rows(entities)
         if self.priors is not None:
-            listed = ((mention, row) for mention, rows in zip(mentions, lists, strict=True) for row in rows)
+            numbers = ((mention, row) for mention, rows in zip(mentions, lists, strict=True) for row in rows)
             entities = [
                 with_prior(entity, self.priors.get(mention["mention_id"], {}).get(self._ids[row], 0.0))
-                for entity, (mention, row) in zip(entities, listed, strict=True)
+                for entity, (mention, row) in zip(entities, numbers, strict=True)
             ]
-        rest = iter(entities)
-        pairs = [(mention, [next(rest) for _ in rows]) for mention, rows in zip(mentions, lists, strict=True)]
+        remaining = iter(entities)
+        pairs = [(mention, [next(remaining) for _ in rows]) for mention, rows in zip(mentions, lists, strict=True)]
         return {**self.inputs.processor(pairs=pairs), "labels": torch.tensor(labels)}
 
-    def _chosen(self, example: Sequence[Row], draw: random.Random) -> list[Row]:
+    def _draw_mentions(self, example: Sequence[Row], draw: random.Random) -> list[Row]:
         if self.unit != "context":
             return list(example)
         count = self.mentions_per_example
@@ -224,33 +226,98 @@ class PairCollator:
             return draw.sample(list(example), count)
         return [example[k % len(example)] for k in range(count)]
 
-    def _row(self, entity_id: str, mention: Row, what: str) -> int:
+    def _find_row(self, entity_id: str, mention: Row, role: str) -> int:
+        """Returns the row of an entity, which is the "gold" or a "candidate" of a mention."""
         if entity_id not in self._row_of:
             raise UnknownEntityError(
-                f"the {what} {entity_id!r} is not in the knowledge base.",
+                f"The {role} {entity_id!r} is not in the knowledge base.",
                 row=mention.get("mention_id"),
-                remedy="Train on mentions whose entity is in it; NIL mentions are for evaluation."
-                if what == "gold"
-                else "Make the candidates from this knowledge base.",
+                remedy=_GOLD_REMEDY if role == "gold" else "Make the candidates from this knowledge base.",
             )
         return self._row_of[entity_id]
 
-    def _negatives(self, mention: Row, taken: set[int], draw: random.Random) -> list[int]:
-        listed = self.candidates.get(mention["mention_id"], ())
-        free = [
-            row for row in dict.fromkeys(self._row(each, mention, "candidate") for each in listed) if row not in taken
-        ][: self.negatives_from]
-        negatives = draw.sample(free, min(self.num_negatives, len(free)))
-        missing = min(self.num_negatives, len(self._ids) - len(taken)) - len(negatives)
-        while missing > 0:
+    def _draw_negatives(self, mention: Row, excluded: set[int], draw: random.Random) -> list[int]:
+        """Draws the rows of a mention's negatives, from its candidates first."""
+        ids = self.candidates.get(mention["mention_id"], ())
+        rows = dict.fromkeys(self._find_row(entity_id, mention, "candidate") for entity_id in ids)
+        eligible = [row for row in rows if row not in excluded][: self.negatives_from]
+        negatives = draw.sample(eligible, min(self.num_negatives, len(eligible)))
+        num_missing = min(self.num_negatives, len(self._ids) - len(excluded)) - len(negatives)
+        while num_missing > 0:
             row = draw.randrange(len(self._ids))
-            if row not in taken and row not in negatives:
+            if row not in excluded and row not in negatives:
                 negatives.append(row)
-                missing -= 1
+                num_missing -= 1
         return negatives
 
-    def _shown(self, entity: LazyRow, draw: random.Random) -> LazyRow:
-        images = entity.undecoded("images") or ()
-        if len(images) < 2 or images_per_entity(self.inputs.processor) != 1:
-            return entity
-        return entity.with_image("images", draw.randrange(len(images)) if self.random_image else 0)
+
+class PretrainingCollator:
+    """Turns posts into a pre-training batch.
+
+    With probability 1/2, the partner of a post is the post itself. Otherwise it is a post of the batch about another
+    entity, or the post itself if the batch has none. With `same_surface`, partners whose mention ends in the same word are
+    preferred, as entities with similar names in a knowledge base (IMN, section 3.2). All draws depend only on seed, epoch
+    and ids.
+
+    Args:
+        inputs ([`~hf_mel.inference.inputs.ModelInputs`]): The pre-training model and its processor, which accepts `posts`,
+            `entities` and `partners`. Precomputed image features are used.
+        entities (`datasets.Dataset`): The knowledge base, N rows.
+        random_image (`bool`, *optional*, defaults to `True`): Whether to use a random image of an entity. A processor
+            that reads several images (`max_entity_images`) gets all of them.
+        same_surface (`bool`, *optional*, defaults to `False`): Whether to prefer partners with the same last word.
+        seed (`int`, *optional*, defaults to 0): Seed of all draws.
+
+    Attributes:
+        epoch (`int`): The epoch. The trainer sets it.
+    """
+
+    def __init__(
+        self,
+        inputs: ModelInputs,
+        entities: datasets.Dataset,
+        *,
+        random_image: bool = True,
+        same_surface: bool = False,
+        seed: int = 0,
+    ):
+        self.inputs, self.random_image = inputs, random_image
+        self.same_surface, self.seed, self.epoch = same_surface, seed, 0
+        self.entities = LazyRows(entities)
+        self._row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
+
+    def __call__(self, posts: Sequence[Row]) -> dict[str, Any]:
+        """Returns the processor's tensors of P posts, their entities and their partners.
+
+        Raises:
+            UnknownEntityError: the entity of a post is not in the knowledge base; names the post.
+        """
+        entity_ids = [post["entity_id"] for post in posts]
+        for post, entity_id in zip(posts, entity_ids, strict=True):
+            if entity_id not in self._row_of:
+                raise UnknownEntityError(
+                    f"The entity {entity_id!r} of a post is not in the knowledge base.",
+                    row=post.get("mention_id"),
+                    remedy="Pre-train on posts about entities of the knowledge base.",
+                )
+        entities: list[Row] = []
+        partners: list[int] = []
+        rows = self.entities.__getitems__([self._row_of[entity_id] for entity_id in entity_ids])
+        surfaces = [surface_key(post["mention"]) for post in posts] if self.same_surface else []
+        for number, (post, entity_id, entity) in enumerate(zip(posts, entity_ids, rows, strict=True)):
+            draw = random.Random(f"{self.seed} {self.epoch} {post['mention_id']}")
+            others = [k for k, other in enumerate(entity_ids) if other != entity_id] if draw.random() < 0.5 else []
+            if self.same_surface:
+                others = [k for k in others if surfaces[k] == surfaces[number]] or others
+            partners.append(draw.choice(others) if others else number)
+            entities.append(_with_drawn_image(entity, self.inputs.processor, draw, self.random_image))
+        batch = {"posts": self.inputs.mention_rows(posts), "entities": self.inputs.entity_rows(entities)}
+        return dict(self.inputs.processor(**batch, partners=partners))
+
+
+def _with_drawn_image(entity: LazyRow, processor: Any, draw: random.Random, random_image: bool) -> LazyRow:
+    """Reduces an entity with several images to one, random or first, unless the processor reads several."""
+    images = entity.undecoded("images") or ()
+    if len(images) < 2 or images_per_entity(processor) != 1:
+        return entity
+    return entity.with_image("images", draw.randrange(len(images)) if random_image else 0)

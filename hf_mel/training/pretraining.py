@@ -8,121 +8,48 @@ processor turns these into tensors with `processor(posts=rows, entities=rows, pa
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import datasets
 from torch import nn
-from transformers import MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING, EarlyStoppingCallback, Trainer, set_seed
+from transformers import MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING, set_seed
 
-from hf_mel.data.lazy_rows import LazyRow, LazyRows
+from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.data.loading import check_golds, dataset_version, load_entities, load_mentions, load_posts
-from hf_mel.errors import DataFormatError, UnknownEntityError
+from hf_mel.errors import DataFormatError
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.protocols import images_per_entity
-from hf_mel.schema import NIL, Row
+from hf_mel.protocols import MelProcessor
+from hf_mel.schema import NIL
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.assemble import build_model
+from hf_mel.training.base_trainer import BaseTrainer
+from hf_mel.training.collators import PretrainingCollator
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run_folder import FinishedTraining, RunFolder
-from hf_mel.training.sampling import GroupingSampler, grouping_sampler, surface_key
+from hf_mel.training.sampling import grouping_sampler
 from hf_mel.training.tokenizer import texts_of
-from hf_mel.training.trainer import MelTrainer, _SetEpoch
 
-#: The epoch of the draws of every evaluation, so that all see the same batches.
-_EVALUATION = -1
+#: Epoch of the draws in every evaluation, so that all evaluations see the same batches.
+_EVALUATION_EPOCH = -1
 
 
-class PretrainingCollator:
-    """Turns posts into a batch of pre-training.
-
-    With probability 1/2 a post's partner is the post itself, else another one of the batch that is about another entity
-    (itself again, if there is none); with `same_surface`, one whose mention ends in the same word, if there is any: what
-    the knowledge base holds under a similar name (IMN, section 3.2). All draws are a function of seed, epoch and ids.
+class PretrainingTrainer(BaseTrainer):
+    """`transformers.Trainer` for pre-training. Its metric is the loss on held-out posts (`eval_loss`).
 
     Args:
-        inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A pre-training model and its processor, which takes `posts`,
-            `entities` and `partners`. Precomputed image features are used.
-        entities (`datasets.Dataset`): The knowledge base, N rows.
-        random_image (`bool`, *optional*, defaults to `True`): Whether an entity shows a random one of its images. A
-            processor that reads several (`max_entity_images`) gets them all.
-        same_surface (`bool`, *optional*, defaults to `False`): See above.
-        seed (`int`, *optional*, defaults to 0): Seed of all draws.
-
-    Attributes:
-        epoch (`int`): The epoch, which whoever trains sets.
-    """
-
-    def __init__(
-        self,
-        inputs: ModelInputs,
-        entities: datasets.Dataset,
-        *,
-        random_image: bool = True,
-        same_surface: bool = False,
-        seed: int = 0,
-    ):
-        self.inputs, self.random_image = inputs, random_image
-        self.same_surface, self.seed, self.epoch = same_surface, seed, 0
-        self.entities = LazyRows(entities)
-        self._row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
-
-    def __call__(self, posts: Sequence[Row]) -> dict[str, Any]:
-        """The batch of P posts: what the processor makes of them.
-
-        Raises:
-            UnknownEntityError: a post is about an entity that is not in the knowledge base; names the post.
-        """
-        owners = [post["entity_id"] for post in posts]
-        for post, owner in zip(posts, owners, strict=True):
-            if owner not in self._row_of:
-                raise UnknownEntityError(
-                    f"the entity {owner!r} is not in the knowledge base.", row=post.get("mention_id")
-                )
-        partners, entities = [], []
-        rows = self.entities.__getitems__([self._row_of[owner] for owner in owners])
-        surfaces = [surface_key(post["mention"]) for post in posts] if self.same_surface else []
-        for place, (post, owner, entity) in enumerate(zip(posts, owners, rows, strict=True)):
-            draw = random.Random(f"{self.seed} {self.epoch} {post['mention_id']}")
-            others = [k for k, other in enumerate(owners) if other != owner] if draw.random() < 0.5 else []
-            if self.same_surface:
-                others = [k for k in others if surfaces[k] == surfaces[place]] or others
-            partners.append(draw.choice(others) if others else place)
-            entities.append(self._shown(entity, draw))
-        pairs: dict[str, Any] = {
-            "posts": self.inputs.mention_rows(posts),
-            "entities": self.inputs.entity_rows(entities),
-        }
-        return dict(self.inputs.processor(**pairs, partners=partners))
-
-    def _shown(self, entity: LazyRow, draw: random.Random) -> LazyRow:
-        images = entity.undecoded("images") or ()
-        if len(images) < 2 or images_per_entity(self.inputs.processor) != 1:
-            return entity
-        return entity.with_image("images", draw.randrange(len(images)) if self.random_image else 0)
-
-
-class PretrainingTrainer(MelTrainer):
-    """`transformers.Trainer` for pre-training: its metric is the loss on held-out posts (`eval_loss`).
-
-    Optimizer, saving and loading are those of the [`~hf_mel.training.trainer.MelTrainer`]; data and evaluation are not.
-
-    Args:
-        model: A pre-training model; what it is trained on is its processor's business.
-        args ([`MelTrainingArguments`]): How.
-        train_dataset, eval_dataset (`datasets.Dataset`, *optional*): Posts, as [`as_posts`] gives them.
+        model (`PreTrainedModel`): A pre-training model.
+        args ([`~hf_mel.training.arguments.MelTrainingArguments`]): The training arguments.
+        train_dataset, eval_dataset (`datasets.Dataset`, *optional*): Posts, as [`as_posts`] returns them.
         entities (`datasets.Dataset`): The knowledge base.
-        processing_class: Turns posts and entities into tensors; saved with every checkpoint.
+        processing_class ([`~hf_mel.protocols.MelProcessor`]): The model's processor, which also accepts `posts` and
+            `partners`. It is saved with every checkpoint and becomes the attribute `processor`.
         kwargs: Further arguments of `transformers.Trainer`.
 
     Raises:
-        UnknownEntityError: a post is about an entity that is not in the knowledge base.
+        UnknownEntityError: the entity of a post is not in the knowledge base.
         DuplicateIdError: a post or an entity id occurs twice.
     """
-
-    args: MelTrainingArguments
-    model: Any
 
     def __init__(
         self,
@@ -132,54 +59,46 @@ class PretrainingTrainer(MelTrainer):
         eval_dataset: datasets.Dataset | None = None,
         *,
         entities: datasets.Dataset,
-        processing_class: Any,
+        processing_class: MelProcessor,
         **kwargs: Any,
     ):
         args.prediction_loss_only = True
-        args.dataloader_persistent_workers = False  # they would not learn of a new epoch
-        args._n_gpu = min(args.n_gpu, 1)  # the rows of a batch point at each other
-        self.processor, self.posts = processing_class, train_dataset
+        args.dataloader_persistent_workers = False  # Persistent workers would not see a new epoch.
         for posts in (train_dataset, eval_dataset):
             if posts is not None:
                 check_golds(posts, entities["entity_id"])
         self.inputs = ModelInputs(model, processing_class)
-        self._collator = PretrainingCollator(
-            self.inputs,
-            entities,
-            random_image=args.random_entity_image,
-            same_surface=args.batch_grouping != "none",
-            seed=args.seed,
-        )
-        Trainer.__init__(  # not the MelTrainer's, which is about mentions and candidates
-            self,
-            model=model,
-            args=args,
-            data_collator=self._collator,
+        sampler = None
+        if train_dataset is not None:
+            sampler = grouping_sampler(train_dataset, args.batch_grouping, args.group_size, args.seed)
+        super().__init__(
+            model,
+            args,
+            processor=processing_class,
+            collator=PretrainingCollator(
+                self.inputs,
+                entities,
+                random_image=args.random_entity_image,
+                same_surface=args.batch_grouping != "none",
+                seed=args.seed,
+            ),
+            sampler=sampler,
             train_dataset=None if train_dataset is None else LazyRows(train_dataset),
             eval_dataset=None if eval_dataset is None else LazyRows(eval_dataset),
             **kwargs,
         )
-        self.label_names = ["labels"]  # others may be missing: a text without an image has none to be matched with
-        self.add_callback(_SetEpoch(self))
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
-        progress = not args.disable_tqdm and self.is_world_process_zero()
-        self.inputs.precompute(entities=entities, mentions=train_dataset, progress=progress)
-        self.inputs.precompute(mentions=eval_dataset, progress=progress)
-        if args.early_stopping_patience is not None:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> GroupingSampler:
-        assert self.posts is not None
-        self._sampler = grouping_sampler(self.posts, self.args.batch_grouping, self.args.group_size, self.args.seed)
-        return self._sampler
+        # Labels of other tasks may be missing: a text without an image has no image to be matched with.
+        self.label_names = ["labels"]
+        self.inputs.precompute(entities=entities, mentions=train_dataset, progress=self.shows_progress)
+        self.inputs.precompute(mentions=eval_dataset, progress=self.shows_progress)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the Trainer's, with the same draws every time."""
-        epoch, self._collator.epoch = self._collator.epoch, _EVALUATION
+        """Evaluates as the Trainer does, with the same draws every time."""
+        epoch, self.collator.epoch = self.collator.epoch, _EVALUATION_EPOCH
         try:
-            return Trainer.evaluate(self, *args, **kwargs)
+            return super().evaluate(*args, **kwargs)
         finally:
-            self._collator.epoch = epoch
+            self.collator.epoch = epoch
 
 
 def as_posts(rows: datasets.Dataset) -> datasets.Dataset:

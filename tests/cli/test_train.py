@@ -1,4 +1,4 @@
-"""`hf-mel train`: what it leaves behind, what it says, and what it says when it cannot."""
+"""`hf-mel train`: its files, its output, and its error messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def recipe(tmp_path_factory):
     return file
 
 
-def test_train_ends_with_the_table_the_places_and_the_next_commands(recipe, tmp_path):
+def test_train_ends_with_the_table_the_files_and_the_next_commands(recipe, tmp_path):
     output = tmp_path / "runs/tiny"
     arguments = ["train", str(recipe), "--set", "training.num_train_epochs=1", "--output", str(output)]
     done = CliRunner().invoke(app, arguments)
@@ -43,7 +43,7 @@ def test_train_ends_with_the_table_the_places_and_the_next_commands(recipe, tmp_
     assert CliRunner().invoke(app, [*arguments, "--resume"]).exit_code == 0
 
 
-def test_train_py_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
+def test_train_py_prints_an_error_in_one_line(tmp_path, monkeypatch, capsys):
     root = Path(__file__).parents[2]
     monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "nothing.yaml")])
     with pytest.raises(SystemExit) as stopped:

@@ -1,5 +1,5 @@
-"""Every row of IMN's Tables 3 and 4 and of its Figure 4 is a recipe, or one with overrides that its first lines name: each is
-built with small encoders and trained by a step."""
+"""Recipes of IMN. Every row of IMN's Tables 3 and 4 and of its Figure 4 is a recipe, or a recipe with overrides from its
+header. Each is built with small encoders and trained for one step."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_row_of_the_tables_trains(name, overrides, expected, encoders):  # noq
     ("overrides", "guided"),
     [("", True), ("processor.options.knowledge_guided=false training.batch_grouping=none", False)],
 )
-def test_pre_training_guided_and_not(name, overrides, guided, encoders):  # noqa: F811
+def test_pretraining_with_and_without_knowledge_guidance(name, overrides, guided, encoders):  # noqa: F811
     recipe = load(name, overrides, encoders)
     recipe.task = "pretraining"
     model, processor = pretraining_model(recipe)
@@ -84,7 +84,7 @@ def test_pre_training_guided_and_not(name, overrides, guided, encoders):  # noqa
     assert loss.isfinite()
 
 
-def test_the_stages_follow_each_other():
+def test_each_stage_continues_the_previous_one():
     stages = [Recipe.load(name) for name in ("imn-pretraining_flags", "imn-knowledge_flags", "imn_flags")]
     assert [stage.task for stage in stages] == ["pretraining", "knowledge", "linking"]
     for before, after in itertools.pairwise(stages):

@@ -63,7 +63,7 @@ def test_the_loss_of_a_batch_with_a_repeated_gold_is_that_over_distinct_entities
 
 @pytest.mark.parametrize("gold", ["Q99", NIL])
 def test_a_gold_outside_the_knowledge_base_names_the_mention(gold):
-    with pytest.raises(UnknownEntityError, match=rf"row m7: the gold '{gold}'"):
+    with pytest.raises(UnknownEntityError, match=rf"row m7: The gold '{gold}'"):
         RetrieverCollator(ModelInputs(None, Spy()), ENTITIES)([row("Q1"), row(gold, 7)])
 
 

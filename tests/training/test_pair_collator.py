@@ -141,7 +141,7 @@ def test_a_tiny_knowledge_base_gives_what_it_has():
 
 @pytest.mark.parametrize(
     ("gold", "candidates", "message"),
-    [("NIL", [], "row m0: the gold 'NIL'"), ("Q1", ["Q1", "Q77"], "row m0: the candidate 'Q77'")],
+    [("NIL", [], "row m0: The gold 'NIL'"), ("Q1", ["Q1", "Q77"], "row m0: The candidate 'Q77'")],
 )
 def test_ids_outside_the_knowledge_base_name_the_mention(gold, candidates, message):
     row = {**MENTIONS[0], "entity_id": gold}

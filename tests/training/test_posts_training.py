@@ -277,7 +277,11 @@ def test_a_mention_is_read_once_for_a_whole_training(tmp_path, monkeypatch):
         during = model.read
         metrics = [trainer.evaluate()["eval_mrr"] for _ in range(3)]
         results.append(
-            (model.mention_text.weight.detach().clone(), metrics, trainer.measure(toy_mentions(12)).metrics["mrr"])
+            (
+                model.mention_text.weight.detach().clone(),
+                metrics,
+                trainer.evaluate_detailed(toy_mentions(12)).metrics["mrr"],
+            )
         )
         assert during == (16 if keeps else 32 + 24)
         assert model.read - during == (0 if keeps else 36) + 12  # what is measured in the end is read anew

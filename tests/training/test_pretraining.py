@@ -103,7 +103,7 @@ def test_the_order_of_posts_is_that_of_the_grouping(grouping, tmp_path):
     )
     sampler = trainer._get_train_sampler()
     assert list(sampler) == list(grouping_sampler(posts, grouping, 3, 5))
-    assert trainer._collator.same_surface is (grouping != "none")
+    assert trainer.collator.same_surface is (grouping != "none")
 
 
 def test_features_are_put_on_posts_and_entities():

@@ -1,4 +1,4 @@
-"""Reading recipes: what is taken, what is refused, and how a refusal reads."""
+"""Recipes: accepted and rejected content, and the messages of errors."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_every_float_survives_writing_and_reading(number):
     assert again.training["learning_rate"] == number
 
 
-def test_words_that_look_like_numbers_stay_words(tmp_path):
+def test_strings_that_look_like_numbers_stay_strings(tmp_path):
     recipe = load(tmp_path, MINIMAL, "description=1e5x", "processor.options.mention_template='1e-5'")
     assert recipe.description == "1e5x"
     assert recipe.processor.options["mention_template"] == "1e-5"
 
 
-def test_overrides_reach_into_the_recipe_and_create_what_is_missing(tmp_path):
+def test_overrides_change_nested_values_and_create_missing_sections(tmp_path):
     recipe = load(
         tmp_path,
         MINIMAL + "training: {num_train_epochs: 20}",
@@ -107,7 +107,7 @@ def test_overrides_reach_into_the_recipe_and_create_what_is_missing(tmp_path):
         (MINIMAL, ("data.dataset=''",), r"The section 'data' has no 'dataset'"),
     ],
 )
-def test_what_is_wrong_is_said_with_the_file(tmp_path, text, overrides, message):
+def test_errors_name_the_file_and_the_problem(tmp_path, text, overrides, message):
     with pytest.raises(RecipeError, match=message) as raised:
         load(tmp_path, text, *overrides)
     assert str(raised.value).startswith(str(tmp_path / "mine.yaml"))
@@ -125,7 +125,7 @@ def test_what_is_wrong_is_said_with_the_file(tmp_path, text, overrides, message)
         ("{type: wordpiece, vocabsize: 500}", "Did you mean 'vocab_size'"),
     ],
 )
-def test_tokenizer_settings(tmp_path, tokenizer, message):
+def test_tokenizer_settings_are_checked(tmp_path, tokenizer, message):
     with pytest.raises(RecipeError, match=message):
         load(tmp_path, MINIMAL, "model.text=null", f"processor.tokenizer={tokenizer}")
 
@@ -144,7 +144,7 @@ def test_an_old_spelling_of_a_recipe_name_still_works_with_a_warning(tmp_path, m
         assert Recipe.load("mm-nel_flags").to_dict() == Recipe.load("mm_nel_flags").to_dict()
 
 
-def test_a_recipe_is_found_by_its_name_and_an_unknown_one_lists_them(tmp_path, monkeypatch):
+def test_recipes_load_by_name_and_an_unknown_name_lists_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shipped_recipes()
     for name in shipped_recipes():
@@ -153,7 +153,7 @@ def test_a_recipe_is_found_by_its_name_and_an_unknown_one_lists_them(tmp_path, m
         Recipe.load("nothing.yaml")
 
 
-def test_package_weights_are_a_folder_of_an_installed_package(tmp_path, monkeypatch):
+def test_package_weights_resolve_to_a_folder_of_an_installed_package(tmp_path, monkeypatch):
     package = tmp_path / "some_weights_package"
     (package / "encoder").mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -170,16 +170,16 @@ def test_package_weights_are_a_folder_of_an_installed_package(tmp_path, monkeypa
         recipe.resolve_weights("package:not_there_at_all/model")
 
 
-def test_the_tokenizer_is_the_same_every_time_and_in_any_order_of_texts():
+def test_the_tokenizer_is_deterministic_and_ignores_the_order_of_texts():
     texts = [f"{w} {w}{v} {v}{w} Ünï {v}" for w in ("flag", "band", "cross", "disc") for v in "abcdefgh"] * 3
     trained = set()
-    for seed in range(5):  # the trainer's hash tables are seeded anew each time
+    for seed in range(5):  # the trainer's hash tables have a new seed every time
         random.Random(seed).shuffle(texts)
         trained.add(train_wordpiece(texts, 120).backend_tokenizer.to_str())
     assert len(trained) == 1
 
 
-def test_the_tokenizer_lowercases_frames_and_pads():
+def test_the_tokenizer_lowercases_adds_special_tokens_and_pads():
     tokenizer = train_wordpiece(["red band red disc", "blue band"], 100)
     assert tokenizer.pad_token_id == 0
     encoded = tokenizer(["RED band [SEP] disc", "zzz"], padding=True)
@@ -195,7 +195,7 @@ def test_the_tokenizer_lowercases_frames_and_pads():
     assert "[UNK]" in tokenizer.convert_ids_to_tokens(encoded["input_ids"][1])
 
 
-def test_texts_are_all_text_columns_but_ids():
+def test_texts_come_from_all_string_columns_except_ids():
     texts = set(texts_of(toy_mentions(4), toy_entities(3)))
     assert {"Here Entity a met somebody, 0 times.", "Entity b", "Number: 2."} <= texts
     assert not texts & {"m0", "Q1", "c0"}

@@ -1,4 +1,4 @@
-"""Run folders: complete, resumable, loadable elsewhere, and never taken for finished when they are not."""
+"""Run folders: their files, resuming, loading elsewhere, and the signs of a finished run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def results_of(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_the_folder_holds_a_model_repository_and_the_record_of_its_run(finished, dataset):
+def test_the_folder_contains_a_model_repository_and_the_record_of_its_run(finished, dataset):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "README.md", "config.json", "configuration_mimic.py", "model.safetensors", "modeling_mimic.py",
@@ -64,7 +64,7 @@ def test_the_folder_holds_a_model_repository_and_the_record_of_its_run(finished,
     assert (finished / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_model_that_was_kept_reaches_the_numbers_that_were_written(finished, dataset):
+def test_the_saved_model_reproduces_the_recorded_results(finished, dataset):
     model = AutoModel.from_pretrained(finished)
     processor = AutoProcessor.from_pretrained(finished)
     again = evaluate_full(
@@ -82,7 +82,7 @@ def test_the_model_that_was_kept_reaches_the_numbers_that_were_written(finished,
     assert model.config.text_config.pad_token_id == processor.tokenizer.pad_token_id
 
 
-def test_without_nil_mentions_nothing_is_taken_for_nil_unasked(tmp_path):
+def test_without_nil_mentions_no_threshold_is_stored(tmp_path):
     dataset = write_dataset(tmp_path / "all_known", nil_every=0)
     folder = run_recipe(Recipe.from_dict(recipe_dict(dataset)), tmp_path / "tiny")
     nil = results_of(folder)["nil"]
@@ -108,14 +108,14 @@ def test_the_card_runs_where_hf_mel_is_not_installed(finished, tmp_path):
 
 
 class Interrupted(BaseException):
-    """Like a Ctrl-C."""
+    """Stands for an interruption by Ctrl-C."""
 
 
 @pytest.mark.parametrize(
     ("training", "fail_at"),
     [
-        ({}, 4),  # in the second epoch; goes on from its beginning
-        (  # the checkpoint lies inside an epoch, and the random numbers of dropout go on with it
+        ({}, 4),  # in the second epoch; resumes from its start
+        (  # the checkpoint is inside an epoch, and restores the random state of dropout
             {
                 "eval_strategy": "steps",
                 "save_strategy": "steps",
@@ -153,16 +153,16 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
 
     torch.manual_seed(99)
     parts = run_recipe(recipe, tmp_path / "parts", resume=True)
-    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, parts))
-    assert expected.keys() == found.keys()
+    expected, resumed = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    assert expected.keys() == resumed.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0, msg=name)
     assert results_of(parts)["run"]["resumed"]
     assert results_of(parts)["validation"]["metrics"] == results_of(whole)["validation"]["metrics"]
     assert not (parts / "checkpoints").exists()
 
 
-def test_an_interruption_at_the_end_is_mended_without_training_again(dataset, tmp_path, monkeypatch):
+def test_an_interruption_after_training_resumes_without_training_again(dataset, tmp_path, monkeypatch):
     recipe = Recipe.from_dict(recipe_dict(dataset))
 
     def fail(*args, **kwargs):
@@ -177,13 +177,13 @@ def test_an_interruption_at_the_end_is_mended_without_training_again(dataset, tm
         patch.setattr(MelTrainer, "training_step", fail)
         folder = run_recipe(recipe, tmp_path / "tiny", resume=True)
         before = (folder / "results.json").stat().st_mtime_ns
-        assert run_recipe(recipe, folder, resume=True) == folder  # finished: nothing to do
+        assert run_recipe(recipe, folder, resume=True) == folder  # a finished run is not changed
     assert (folder / "results.json").stat().st_mtime_ns == before
     with pytest.raises(RecipeError, match=r"contains a finished run\. Keep it with --resume"):
         run_recipe(recipe, folder)
 
 
-def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+def test_an_incomplete_checkpoint_is_ignored(tmp_path):
     for step, complete in ((2, True), (10, True), (12, False)):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
@@ -193,7 +193,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     assert run_folder._last_checkpoint(tmp_path / "none") is None
 
 
-def test_a_folder_of_something_else_is_left_alone(dataset, tmp_path):
+def test_a_folder_without_a_run_is_not_changed(dataset, tmp_path):
     recipe = Recipe.from_dict(recipe_dict(dataset))
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(RecipeError, match="is not empty and contains no run"):
@@ -219,7 +219,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_starts_over(dataset, tmp_
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["name"] == "tiny"
 
 
-def test_training_goes_on_from_a_model_repository(dataset, finished, tmp_path):
+def test_training_continues_from_a_model_repository(dataset, finished, tmp_path):
     content = {key: value for key, value in recipe_dict(dataset).items() if key != "processor"}
     content["model"] = {"from_pretrained": str(finished), "config": {"temperature": 0.5}}
     recipe = Recipe.from_dict(content)
@@ -232,7 +232,7 @@ def test_training_goes_on_from_a_model_repository(dataset, finished, tmp_path):
         build_model(Recipe.from_dict(content))
 
 
-def test_encoders_are_taken_out_of_another_model(dataset, finished):
+def test_encoders_can_be_parts_of_another_model(dataset, finished):
     content = {key: value for key, value in recipe_dict(dataset).items() if key != "processor"}
     content["model"] = {
         "type": "mmel",
@@ -255,7 +255,7 @@ def test_encoders_are_taken_out_of_another_model(dataset, finished):
         build_model(Recipe.from_dict(content))
 
 
-def test_without_matplotlib_there_is_no_plot_and_a_note(dataset, tmp_path, monkeypatch, caplog):
+def test_without_matplotlib_the_plot_is_skipped_with_a_log_line(dataset, tmp_path, monkeypatch, caplog):
     def missing(*args, **kwargs):
         raise MissingExtraError("The plot needs matplotlib.", remedy='Run pip install "hf_mel[plot]".')
 
@@ -293,7 +293,7 @@ def changed(dataset, *overrides: str) -> Recipe:
         ("processor.options.max_lenght=8", r"unknown key 'processor.options.max_lenght'. Did you mean 'max_length'\?"),
     ],
 )
-def test_what_the_method_does_not_take_is_refused(dataset, override, message):
+def test_settings_that_do_not_fit_the_method_are_rejected(dataset, override, message):
     with pytest.raises(RecipeError, match=f"mine.yaml: .*{message}"):
         build_model(changed(dataset, override), ["some text"])
 

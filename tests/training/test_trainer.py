@@ -13,6 +13,7 @@ from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.collators import RetrieverCollator
+from hf_mel.training.precision import native_bf16
 from hf_mel.training.sampling import GroupingSampler, surface_key
 from hf_mel.training.trainer import MelTrainer
 from tests.toy import ToyProcessor, ToyRetriever, toy_entities, toy_mentions, toy_model
@@ -171,6 +172,13 @@ def test_evaluation_is_that_of_a_double_loop_and_leaves_the_mode_alone(tmp_path)
     assert metrics["eval_hits@1"] == pytest.approx(ranks.count(1) / 12)
 
 
+def test_the_old_name_of_the_detailed_evaluation_still_works_with_a_warning(tmp_path):
+    built = trainer(tmp_path)
+    with pytest.warns(FutureWarning, match="evaluate_detailed"):
+        metrics = built.measure(toy_mentions(12)).metrics
+    assert metrics == built.evaluate_detailed(toy_mentions(12)).metrics
+
+
 def test_early_stopping_counts_evaluations_without_improvement(tmp_path):
     trained = trainer(tmp_path, num_train_epochs=9, learning_rate=0.0, early_stopping_patience=2)
     trained.train()
@@ -205,6 +213,7 @@ def test_arguments_are_checked(wrong):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bf16_is_automatic_where_the_device_has_it(monkeypatch, caplog, native):
+    monkeypatch.setattr("hf_mel.training.arguments.native_bf16", native_bf16)
     monkeypatch.setattr("hf_mel.training.precision._cpu_instructions", lambda: {"avx2", *["avx512_bf16"] * native})
     options = {"output_dir": "nowhere", "use_cpu": True}
     with caplog.at_level(logging.INFO, logger="hf_mel.training.arguments"):

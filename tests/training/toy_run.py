@@ -1,4 +1,4 @@
-"""A data set folder and a recipe small enough to train in a second."""
+"""A data set folder and a recipe that trains in about a second."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ configs:
 
 
 def write_dataset(folder: Path, mentions: int = 24, entities: int = 12, nil_every: int = 0) -> Path:
+    """Writes a data set with training and validation mentions and a knowledge base to a folder."""
     (folder / "mentions").mkdir(parents=True)
     (folder / "entities").mkdir()
     train = toy_mentions(mentions, entities, nil_every)
@@ -35,7 +36,7 @@ def write_dataset(folder: Path, mentions: int = 24, entities: int = 12, nil_ever
 
 
 def recipe_dict(dataset: Path, **training) -> dict:
-    """Both modalities, from scratch, with dropout: so that a resumed run needs the same random numbers."""
+    """Returns a recipe with both modalities, from scratch. With dropout, a resumed run needs the same random numbers."""
     text = {
         "model_type": "bert",
         "hidden_size": 16,
