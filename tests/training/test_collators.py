@@ -39,7 +39,7 @@ def row(gold: str, number: int = 0) -> dict:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=20))
-def test_labels_point_to_the_gold_and_no_entity_stands_twice(golds):
+def test_labels_point_to_the_gold_and_no_entity_occurs_twice(golds):
     spy = Spy()
     batch = RetrieverCollator(ModelInputs(None, spy), ENTITIES)([row(f"Q{gold}", i) for i, gold in enumerate(golds)])
     columns = [entity["entity_id"] for entity in spy.entities]
@@ -48,7 +48,7 @@ def test_labels_point_to_the_gold_and_no_entity_stands_twice(golds):
     assert [columns[label] for label in batch["labels"].tolist()] == [f"Q{gold}" for gold in golds]
 
 
-def test_the_loss_of_a_batch_with_a_repeated_gold_is_that_over_distinct_entities():
+def test_the_loss_of_a_batch_with_a_repeated_gold_is_over_distinct_entities():
     mentions = [toy_mentions(20)[i] for i in (0, 1, 12, 0)]  # golds Q1, Q8, Q1, Q1
     assert [mention["entity_id"] for mention in mentions] == ["Q1", "Q8", "Q1", "Q1"]
     model, processor = toy_model(), ToyProcessor()
@@ -81,7 +81,7 @@ def _shown(spy: Spy) -> int:
     return image.getpixel((0, 0))[0] // 10
 
 
-def test_training_shows_every_image_in_time_and_the_same_one_for_the_same_batch():
+def test_training_uses_every_image_and_the_same_one_for_the_same_batch():
     spy = Spy()
     collator = RetrieverCollator(ModelInputs(None, spy), _colours(4), seed=0)
     shown = []
@@ -100,7 +100,7 @@ def test_training_shows_every_image_in_time_and_the_same_one_for_the_same_batch(
     assert others != shown
 
 
-def test_evaluation_keeps_the_first_image_and_an_entity_without_one_has_none():
+def test_without_random_images_the_rows_keep_all_images_in_order():
     spy = Spy()
     collator = RetrieverCollator(ModelInputs(None, spy), _colours(3), random_image=False)
     collator([row("Q1"), row("Q2")])
@@ -124,7 +124,7 @@ def test_lazy_rows_are_the_rows_of_the_data_set():
 
 
 def test_images_look_the_same_in_training_and_in_linking():
-    """A transparent picture, for which decoders differ: on white, as `open_image` has it for the linker."""
+    """Decoders differ for a transparent image. Training puts it on white, as `open_image` does for the linker."""
     file = BytesIO()
     Image.new("RGBA", (3, 2), (10, 20, 30, 0)).save(file, "PNG")
     features = datasets.Features({"mention_id": datasets.Value("string"), "image": datasets.Image()})
@@ -133,7 +133,7 @@ def test_images_look_the_same_in_training_and_in_linking():
     assert lazy["image"].getpixel((0, 0)) == open_image(file.getvalue()).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_an_image_nobody_looks_at_is_not_decoded():
+def test_an_unused_image_is_not_decoded():
     features = datasets.Features({"mention_id": datasets.Value("string"), "image": datasets.Image()})
     lazy = LazyRow({"mention_id": "m1", "image": {"bytes": b"not an image", "path": None}}, features)
     assert lazy["mention_id"] == "m1"

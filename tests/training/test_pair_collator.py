@@ -1,4 +1,4 @@
-"""Batches of pairs: who stands beside whom, drawn from where, and that only the labels tell."""
+"""Batches of pairs: the candidates of a mention, where negatives are drawn from, and the position of the gold."""
 
 from __future__ import annotations
 
@@ -85,12 +85,14 @@ def test_draws_are_a_function_of_seed_epoch_and_ids():
 
     first = drawn(range(20))
     assert drawn(range(20)) == first
-    assert {mention: drawn([int(mention[1:])])[mention] for mention in first} == first  # whatever else is in the batch
+    assert {
+        mention: drawn([int(mention[1:])])[mention] for mention in first
+    } == first  # regardless of the rest of the batch
     assert drawn(range(20), epoch=1) != first
     assert drawn(range(20), seed=1) != first
 
 
-def test_the_place_of_the_gold_is_uniform():
+def test_the_position_of_the_gold_is_uniform():
     examples, places = Examples(MENTIONS, "mention").__getitems__(range(20)), Counter()
     for epoch in range(60):
         places.update(batch(Spy(), examples, epoch, num_negatives=3)["labels"].tolist())
@@ -98,7 +100,7 @@ def test_the_place_of_the_gold_is_uniform():
     assert all(abs(count - 300) < 75 for count in places.values())  # five standard deviations
 
 
-def test_a_context_gives_two_of_its_mentions_and_a_lone_one_twice():
+def test_a_context_gives_two_mentions_and_a_single_mention_twice():
     mentions = MENTIONS.map(lambda row, i: {"context_id": "big" if i < 5 else row["mention_id"]}, with_indices=True)
     examples, pairs = Examples(mentions, "context"), Counter()
     assert len(examples) == 16
@@ -130,7 +132,7 @@ def test_a_document_gives_all_its_mentions():
     assert [mention for mention, _ in ids(spy)] == [f"m{row}" for row in range(20)]
 
 
-def test_a_tiny_knowledge_base_gives_what_it_has():
+def test_a_tiny_knowledge_base_gives_fewer_negatives():
     spy = Spy()
     collator = PairCollator(ModelInputs(None, spy), ENTITIES.select([0, 1]), {}, num_negatives=5)
     found = collator(Examples(MENTIONS, "mention").__getitems__([0]))
@@ -192,7 +194,7 @@ PRIORS = {m: {each: (1 + place) / 8 for place, each in enumerate(listed[1:])} fo
 
 
 @pytest.mark.parametrize("negatives", [1, 3, 11])
-def test_each_mention_of_a_document_has_a_list_of_its_own(negatives):
+def test_each_mention_of_a_document_has_a_separate_list(negatives):
     spy = Spy()
     found = PairCollator(ModelInputs(None, spy), ENTITIES, LISTS, num_negatives=negatives, unit="document")(
         Examples(DOCUMENTS, "document").__getitems__([0, 3])
@@ -203,12 +205,12 @@ def test_each_mention_of_a_document_has_a_list_of_its_own(negatives):
         others = set(LISTS[mention]) - {golds[mention]}
         assert listed[label] == golds[mention]
         assert len(set(listed)) == len(listed) == 1 + negatives
-        assert len(set(listed) & others) == min(negatives, len(others))  # whatever its neighbours mean or list
+        assert len(set(listed) & others) == min(negatives, len(others))  # regardless of the other mentions
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 3), st.integers(0, 3), st.sampled_from(["mention", "context", "document"]), st.integers(1, 11))
-def test_every_candidate_keeps_its_prior_wherever_it_is_put(seed, epoch, unit, negatives):
+def test_every_candidate_keeps_its_prior_at_any_position(seed, epoch, unit, negatives):
     spy = Spy()
     collator = PairCollator(
         ModelInputs(None, spy),

@@ -1,4 +1,4 @@
-"""Training, evaluating and linking with a retriever that knows entities by posts."""
+"""Training, evaluating and linking with a retriever that represents entities by posts."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ ENTITIES = toy_entities(12)
 
 
 @pytest.mark.parametrize("batch", [[0], [0, 1, 2, 3], [4, 28, 16, 5], list(range(10))])
-def test_a_batch_never_shows_a_mention_its_own_caption(batch):
-    """Whoever's prototype it would be: the mention's gold's, or another entity's of the same text."""
+def test_a_batch_leaves_out_the_captions_of_its_mentions(batch):
+    """The caption may be a post of the mention's gold, or of another entity with the same text."""
     mentions = toy_mentions(40)
     shared = mentions[0]["text"]
     mentions = mentions.map(lambda row: {"text": shared} if row["mention_id"] in ("m1", "m28") else {})
@@ -62,7 +62,7 @@ def test_a_batch_never_shows_a_mention_its_own_caption(batch):
         assert not torch.isclose(row["prototypes"]["text"][:, None], vectors, atol=1e-6).all(2).any(), row["entity_id"]
 
 
-def test_without_prototypes_the_entities_are_as_before():
+def test_without_prototypes_the_entity_rows_are_unchanged():
     collator = RetrieverCollator(ModelInputs(None, ToyProcessor()), ENTITIES)
     mentions = LazyRows(toy_mentions(4)).__getitems__([0, 1])
     assert set(collator(mentions)) == {*ToyProcessor()(mentions=mentions, entities=list(ENTITIES)), "labels"}
@@ -89,7 +89,7 @@ def trained(tmp_path, model, inputs=None, processor=None):
     return trainer
 
 
-def test_posts_are_encoded_once_for_a_whole_training(tmp_path):
+def test_posts_are_encoded_once_per_training(tmp_path):
     model = toy_posts_model()
     before = model.mention_text.weight.clone()
     trainer = trained(tmp_path, model, ModelInputs(model, ToyPostsProcessor(), toy_posts()))
@@ -104,15 +104,15 @@ def test_posts_are_encoded_once_for_a_whole_training(tmp_path):
     assert trainer.evaluate()["eval_mrr"] == pytest.approx(expected.metrics["mrr"])
 
 
-def test_training_without_posts_knows_entities_by_themselves(tmp_path):
+def test_without_posts_entities_represent_themselves(tmp_path):
     trainer = trained(tmp_path, toy_posts_model())
     assert trainer.inputs.prototypes.posts is None
     assert trainer.evaluate()["eval_mrr"] > 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_a_knowledge_base_ranks_as_the_evaluation_does(tmp_path, batch_size):
-    """By the posts of the data set without being told; as plain scores of plain tensors."""
+def test_a_knowledge_base_and_the_evaluation_rank_alike(tmp_path, batch_size):
+    """The knowledge base uses the data set's posts by default and has the same encodings as the model."""
     model, processor = toy_posts_model(), ToyPostsProcessor()
     folder = write(tmp_path / "data", toy_posts())
     kb = KnowledgeBase.build(str(folder), model, processor, batch_size=batch_size, progress=False)
@@ -131,7 +131,7 @@ def test_a_knowledge_base_ranks_as_the_evaluation_does(tmp_path, batch_size):
     ]
 
 
-def test_a_knowledge_base_of_captions_and_of_nothing(tmp_path):
+def test_a_knowledge_base_with_captions_as_posts_and_without_posts(tmp_path):
     model, processor = toy_posts_model(), ToyPostsProcessor()
     folder = str(write_toy_dataset(tmp_path / "data"))
     built = {
@@ -148,7 +148,7 @@ def test_a_knowledge_base_of_captions_and_of_nothing(tmp_path):
         KnowledgeBase.build(folder, model, processor, posts="nowhere", progress=False)
 
 
-def test_entities_of_a_file_are_known_by_themselves(tmp_path):
+def test_entities_of_a_file_represent_themselves(tmp_path):
     model, processor = toy_posts_model(), ToyPostsProcessor()
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(json.dumps({"id": f"Q{k}", "name": f"Entity {k}"}) for k in range(3)))
@@ -179,7 +179,7 @@ def test_texts_that_are_posts_are_counted(tmp_path):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """A folder with an untrained model, to continue from."""
+    """Saves an untrained model and returns its folder."""
     register()
     monkeypatch.chdir(tmp_path)
     toy_posts_model().save_pretrained("start")
@@ -195,7 +195,7 @@ def recipe(start, dataset, name, **more) -> Recipe:
 
 
 def test_knowledge_then_task(start, tmp_path):
-    """Posts that are prototypes are learnt from as mentions without a surface, then the task goes on from there."""
+    """The knowledge stage trains on prototype posts as mentions without a surface. The linking stage continues from it."""
     dataset = write(tmp_path / "data", toy_posts())
     knowledge = run_recipe(
         recipe(start, dataset, "knowledge", task="knowledge", config={"prototype_selection": "random"})
@@ -216,18 +216,18 @@ def test_knowledge_then_task(start, tmp_path):
         (task / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("hf-mel/task", str(task))
     )
     exec(example, {})  # with transformers alone
-    # What was chosen for the first stage holds for whoever encodes entities with the second's model.
+    # The setting of the first stage is kept, because encoding entities with the model of the second stage needs it.
     assert json.loads((task / "config.json").read_text())["prototype_selection"] == "random"
 
 
-def test_knowledge_is_for_models_that_know_posts(tmp_path):
+def test_the_knowledge_task_needs_a_model_with_posts(tmp_path):
     dataset = write_dataset(tmp_path / "data")
     mimic = recipe_dict(dataset)
     with pytest.raises(RecipeError, match="MimicModel does not represent entities by posts"):
         run_recipe(Recipe.from_dict({**mimic, "task": "knowledge"}), tmp_path / "run")
 
 
-def test_other_models_do_not_look_at_posts(tmp_path):
+def test_other_models_ignore_posts(tmp_path):
     folder = write(tmp_path / "data", toy_posts())
     model, processor = toy_model(), ToyProcessor()
     kb = KnowledgeBase.build(str(folder), model, processor, posts="nowhere", progress=False)
@@ -237,7 +237,7 @@ def test_other_models_do_not_look_at_posts(tmp_path):
 
 
 class Reading(ToyPostsRetriever):
-    """Offers what it reads of a mention, and counts how many it has read."""
+    """Has a frozen mention encoder and counts the mentions it encodes."""
 
     read = 0
 
@@ -265,8 +265,8 @@ class ReadingProcessor(ToyPostsProcessor):
         return super().__call__(mentions=mentions, **rows)
 
 
-def test_a_mention_is_read_once_for_a_whole_training(tmp_path, monkeypatch):
-    """And the weights are those that reading it in every epoch gives, to half precision."""
+def test_a_mention_is_encoded_once_per_training(tmp_path, monkeypatch):
+    """The weights equal those of encoding it in every epoch, up to half precision."""
     results = []
     for keeps in (True, False):
         torch.manual_seed(0)
@@ -289,7 +289,7 @@ def test_a_mention_is_read_once_for_a_whole_training(tmp_path, monkeypatch):
     torch.testing.assert_close(results[0][0], results[1][0], atol=2e-3, rtol=1e-2)
 
 
-def test_other_splits_other_texts_and_pictures_are_read_apart(monkeypatch):
+def test_other_texts_and_other_images_have_separate_features(monkeypatch):
     model, processor = Reading(toy_posts_model().config), ReadingProcessor()
     features = MentionFeatures(model, processor)
     mentions = toy_mentions(6)
@@ -313,7 +313,7 @@ def test_other_splits_other_texts_and_pictures_are_read_apart(monkeypatch):
         features.attach(LazyRows(toy_mentions(9)).__getitems__([8]))
 
 
-def test_features_without_room_for_them_are_read_again(monkeypatch, caplog):
+def test_features_that_exceed_the_cache_are_computed_again(monkeypatch, caplog):
     monkeypatch.setattr(module, "_MAX_BYTES", 1000)
     model = Reading(toy_posts_model().config)
     features = MentionFeatures(model, ReadingProcessor())
@@ -324,7 +324,7 @@ def test_features_without_room_for_them_are_read_again(monkeypatch, caplog):
     assert features.attach(rows) == rows
 
 
-def test_features_that_are_no_numbers_name_the_mention():
+def test_features_that_are_not_finite_name_the_mention():
     class Broken(Reading):
         def mention_features(self, **inputs):
             found = super().mention_features(**inputs)

@@ -1,4 +1,4 @@
-"""Pre-training: which posts are paired, what a run writes, and that linking goes on from it."""
+"""Pre-training: the pairs of posts, the files of a run, and linking that continues from it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UNSAVED = {"save_strategy": "no", "load_best_model_at_end": False, "disable_tqdm
 
 
 class Recorder:
-    """A processor that gives back what it got."""
+    """A processor that returns its arguments."""
 
     def __call__(self, **arguments):
         return arguments
@@ -56,7 +56,7 @@ def test_every_post_comes_with_its_own_entity_and_a_partner_about_another():
     assert 0.4 < kinds[True] / kinds.total() < 0.6
 
 
-def test_draws_change_with_the_epoch_and_come_out_the_same_again():
+def test_draws_depend_on_the_epoch_and_are_reproducible():
     collator, posts = PretrainingCollator(ModelInputs(None, Recorder()), toy_entities()), rows(20)
     drawn = []
     for epoch in (0, 1, 0):
@@ -65,13 +65,13 @@ def test_draws_change_with_the_epoch_and_come_out_the_same_again():
     assert drawn[0] == drawn[2] != drawn[1]
 
 
-def test_posts_of_one_entity_only_follow_themselves():
+def test_posts_of_a_single_entity_are_their_own_partners():
     collator, posts = PretrainingCollator(ModelInputs(None, Recorder()), toy_entities()), rows(10, 1)
     assert collator([posts[k] for k in range(10)])["partners"] == list(range(10))
 
 
-def test_partners_are_guided_by_the_surface_where_one_is_shared():
-    """Every partner has the last word of the mention if another entity in the batch has, any other one if not."""
+def test_partners_share_the_surface_if_possible():
+    """A partner has the same last word if the batch has one about another entity, and any last word otherwise."""
     mentions = toy_mentions(24, 8).map(
         lambda row, k: {"mention": f"The {('Swift', 'swift', 'Jones')[k % 3]}"}, with_indices=True
     )
@@ -106,7 +106,7 @@ def test_the_order_of_posts_is_that_of_the_grouping(grouping, tmp_path):
     assert trainer.collator.same_surface is (grouping != "none")
 
 
-def test_features_are_put_on_posts_and_entities():
+def test_features_are_attached_to_posts_and_entities():
     inputs = ModelInputs(None, Recorder())
     inputs.image_features = SimpleNamespace(attach=lambda some: [{"seen": row["entity_id"]} for row in some])
     collator = PretrainingCollator(inputs, toy_entities())
@@ -114,12 +114,12 @@ def test_features_are_put_on_posts_and_entities():
     assert batch["posts"] == batch["entities"] == [{"seen": "Q1"}]
 
 
-def test_a_post_about_nobody_known_says_so():
+def test_a_post_about_an_unknown_entity_raises():
     with pytest.raises(UnknownEntityError, match="not in the knowledge base"):
         PretrainingCollator(ModelInputs(None, Recorder()), toy_entities(3))(rows().__getitems__(list(range(12))))
 
 
-def test_mentions_and_posts_become_rows_of_one_kind():
+def test_mentions_and_posts_become_rows_of_the_same_form():
     mentions = toy_mentions(12, nil_every=3)
     kept = as_posts(mentions)
     assert len(kept) == 8
@@ -143,7 +143,7 @@ def pfmel_recipe(dataset, **training):
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fixed images", "trained images"])
-def test_a_run_gives_a_model_that_linking_goes_on_from(tmp_path, trained):
+def test_linking_continues_from_a_pretraining_run(tmp_path, trained):
     content = pfmel_recipe(write_dataset(tmp_path / "data", nil_every=5), learning_rate=5e-3, num_train_epochs=3)
     content["model"]["config"]["train_vision"] = trained
     recipe = Recipe.from_dict(content)
@@ -185,7 +185,7 @@ def test_a_run_gives_a_model_that_linking_goes_on_from(tmp_path, trained):
         run_recipe(recipe, tmp_path / "run")
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
     dataset = write_dataset(tmp_path / "data")
     recipe = Recipe.from_dict(pfmel_recipe(dataset))
     whole = run_recipe(recipe, tmp_path / "whole")
@@ -208,7 +208,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
         torch.testing.assert_close(other[name], value, msg=name)
 
 
-def test_a_method_without_pretraining_says_so(tmp_path):
+def test_a_method_without_pretraining_raises(tmp_path):
     content = recipe_dict(write_dataset(tmp_path / "data")) | {"task": "pretraining"}
     with pytest.raises(RecipeError, match="'mimic' has no pre-training"):
         run_recipe(Recipe.from_dict(content), tmp_path / "run")

@@ -1,4 +1,4 @@
-"""MelTrainer on a toy reranker, against plain steps."""
+"""MelTrainer with a toy reranker, compared with plain gradient steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENTITIES, TRAIN, VALIDATION = toy_entities(12), toy_mentions(16), toy_mentions(1
 
 
 def lists(mentions, missing: int = 0) -> CandidateLists:
-    """Five candidates, the gold among them but for the first `missing` mentions."""
+    """Returns five candidates per mention, with the gold except for the first `missing` mentions."""
     found = []
     for i, gold in enumerate(mentions["entity_id"]):
         row = int(gold[1:]) - 1
@@ -117,7 +117,7 @@ def test_training_learns_and_ends_with_the_best_checkpoint(tmp_path):
     assert result.metrics["num_missed"] == 3
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
     options = {"num_train_epochs": 3, "save_steps": 2, "save_strategy": "steps", "save_total_limit": None}
     options |= {"eval_strategy": "no", "load_best_model_at_end": False}
     whole = trainer(tmp_path / "a", **options)
@@ -128,7 +128,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
         torch.testing.assert_close(one, other)
 
 
-def test_a_fixed_choice_of_whole_contexts_is_evaluated(tmp_path):
+def test_evaluation_uses_a_fixed_sample_of_whole_contexts(tmp_path):
     built = trainer(tmp_path, eval_mentions=5)
     chosen = built.eval_dataset
     assert 5 <= len(chosen) < 8
@@ -139,7 +139,7 @@ def test_a_fixed_choice_of_whole_contexts_is_evaluated(tmp_path):
     assert built.evaluate()["eval_num_ranked"] == len(chosen)
 
 
-def test_fixed_images_are_encoded_once_for_all_epochs(tmp_path, monkeypatch):
+def test_images_of_a_frozen_encoder_are_encoded_once(tmp_path, monkeypatch):
     model, seen = toy_reranker(), []
     encode = model.encode_images
     monkeypatch.setattr(model, "encode_images", lambda pixels: seen.extend(pixels) or encode(pixels))
@@ -172,7 +172,7 @@ def test_arguments_are_checked(wrong):
 
 @pytest.fixture
 def base(tmp_path, monkeypatch):
-    """A recipe whose model goes on from a saved one, on a data set of its own; finished lists are kept in tmp_path."""
+    """A recipe that continues a saved model on a small data set, with the candidate cache in tmp_path."""
     register()
     monkeypatch.setattr(linking, "default_cache", lambda: tmp_path / "cache")
     toy_reranker().save_pretrained(tmp_path / "start")
@@ -186,7 +186,7 @@ def base(tmp_path, monkeypatch):
     }
 
 
-def test_a_recipe_trains_a_reranker_and_its_run_says_how(base, tmp_path):
+def test_a_recipe_trains_a_reranker_and_records_its_candidates(base, tmp_path):
     folder = run_recipe(Recipe.from_dict(base), tmp_path / "run")
     results = json.loads((folder / "results.json").read_text())
     assert results["candidates"] == {
@@ -246,7 +246,7 @@ DOCUMENTS = toy_documents(16, nil_every=7)
 
 
 def with_priors(mentions, prior=0.25) -> CandidateLists:
-    """Five candidates with priors, the gold among some of them; the last mention has none."""
+    """Returns five candidates with priors per mention, some with the gold. The last mention has no candidates."""
     found = [[f"Q{1 + (3 * i + c) % 12}" for c in range(5 * (i + 1 < len(mentions)))] for i in range(len(mentions))]
     scores = [[prior * (1 + c) / 2 for c in range(len(each))] for each in found]
     return CandidateLists(list(mentions["mention_id"]), found, {"prior": scores}, {"source": "made up"})
@@ -304,7 +304,7 @@ def test_documents_are_evaluated_whole(tmp_path):
     assert "eval_micro_f1" in built.evaluate()
 
 
-def test_what_a_document_model_cannot_train_on(tmp_path):
+def test_documents_that_are_too_long_and_wrong_priors_raise(tmp_path):
     model = toy_document_reranker()
     model.max_mentions = 2
     with pytest.raises(DataFormatError, match="mentions; the model takes 2 together"):

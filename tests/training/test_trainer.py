@@ -1,4 +1,4 @@
-"""MelTrainer on a toy retriever, against plain loops."""
+"""MelTrainer with a toy retriever, compared with plain loops."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def trainer(tmp_path, model=None, train=None, validation=None, **arguments) -> M
 
 
 class Greedy(ToyRetriever):
-    """A retriever whose `forward` takes any keyword and does not say what it does with them."""
+    """A retriever whose `forward` accepts any keyword."""
 
     accepts_loss_kwargs = True
 
@@ -80,7 +80,7 @@ def test_accumulated_gradients_are_the_mean_over_the_batches(tmp_path, kind):
         torch.testing.assert_close(after, before - 0.5 * before.grad, msg=name)
 
 
-def test_every_epoch_has_an_order_of_its_own_and_groups_surfaces(tmp_path):
+def test_every_epoch_has_a_different_order_that_groups_surfaces(tmp_path):
     mentions, seen = toy_mentions(24), []
     trained = trainer(
         tmp_path, train=mentions, num_train_epochs=2, batch_grouping="surface", group_size=2, eval_strategy="no",
@@ -100,7 +100,7 @@ def test_every_epoch_has_an_order_of_its_own_and_groups_surfaces(tmp_path):
 
 
 class Named(ToyRetriever):
-    """With a LayerNorm, and with an encoder that came pretrained."""
+    """A retriever with a LayerNorm and a pretrained encoder."""
 
     backbone_names = ("characters",)
 
@@ -149,13 +149,13 @@ def test_training_learns_and_ends_with_the_best_checkpoint(tmp_path):
     evaluations = [entry["eval_mrr"] for entry in trained.state.log_history if "eval_mrr" in entry]
     assert len(evaluations) == 6
     assert max(evaluations) > before + 0.05
-    assert max(evaluations) > evaluations[-1]  # or this test would not see which checkpoint was kept
+    assert max(evaluations) > evaluations[-1]  # otherwise this test could not tell which checkpoint was kept
     again = trained.evaluate(metric_key_prefix="again")
     assert again["again_mrr"] == max(evaluations)
     assert {"again_hits@1", "again_mr", "again_num_ranked"} <= set(again)
 
 
-def test_evaluation_is_that_of_a_double_loop_and_leaves_the_mode_alone(tmp_path):
+def test_evaluation_equals_a_double_loop_and_keeps_the_mode(tmp_path):
     mentions, model = toy_mentions(12), toy_model()
     built = trainer(tmp_path, model, validation=mentions)
     model.train()
@@ -234,7 +234,7 @@ def test_half_precision_training_keeps_full_weights(tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), trained.model.parameters(), strict=True))
 
 
-def test_the_configuration_gains_no_field_from_the_trainer(tmp_path):
+def test_the_trainer_adds_no_field_to_the_configuration(tmp_path):
     model = toy_model()
     before = model.config.to_dict()
     trainer(tmp_path, model)
