@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel
 from hf_mel import MelTrainer, MelTrainingArguments
 from hf_mel.data import load_entities, load_mentions
 from hf_mel.modeling.mimic import MimicProcessor
-from hf_mel.training.tokenizer import texts_of, train_wordpiece
+from hf_mel.training import texts_of, train_wordpiece
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 12
 train, validation = (load_mentions("data/flags_mel", split) for split in ("train", "validation"))
