@@ -155,7 +155,7 @@ def in_child(function: str, arguments: Mapping[str, Any]) -> Any:
 
 def machine(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """What ran this: processor, cores, threads, software, and the rate of a large matrix product measured now."""
-    from hf_mel.evaluation.full_evaluator import software_versions  # slow to import, and children do not need it
+    from hf_mel.evaluation.evaluator import software_versions  # slow to import, and children do not need it
 
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from hf_mel.candidates.lists import CandidateLists
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions
-from hf_mel.evaluation.full_evaluator import device_name, software_versions
+from hf_mel.evaluation.evaluator import device_name, software_versions
 from hf_mel.inference.checkpoints import load_reranker
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.reranking import score_pairs

@@ -7,7 +7,7 @@ Then: python examples/rerank.py
 from hf_mel import EntityLinker, load_reranker
 from hf_mel.candidates import make_candidates
 from hf_mel.data import load_entities, load_mentions
-from hf_mel.evaluation.candidate_evaluator import evaluate_candidates
+from hf_mel.evaluation import CandidateEvaluator
 from hf_mel.inference import ModelInputs
 
 # While linking: the linker gives the retriever's best eight entities to the reranker.
@@ -23,5 +23,6 @@ print("recall of the lists:", lists.recall(mentions["entity_id"], [1, 8]))
 
 # End to end, a gold that is not in its list counts as a miss; with the gold added, every list has it.
 inputs = ModelInputs(*load_reranker("runs/mmel_flags"))
-result = evaluate_candidates(inputs, mentions, entities, lists)
+evaluator = CandidateEvaluator(entities)
+result = evaluator(inputs, mentions, lists)
 print("H@1 end to end:", result.metrics["hits@1"])

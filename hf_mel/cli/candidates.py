@@ -43,7 +43,7 @@ def candidates(
     from hf_mel.cli.printing import print_plain
     from hf_mel.data.loading import load_entities, load_mentions
     from hf_mel.data.posts import posts_of
-    from hf_mel.evaluation.full_evaluator import KS
+    from hf_mel.evaluation.settings import KS
 
     load_split = partial(load_mentions, dataset, config=config)
     mentions, entities = load_split(split), load_entities(dataset)

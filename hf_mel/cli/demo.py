@@ -118,7 +118,7 @@ def demo(
 
 def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version: dict) -> dict[str, Any]:
     """Results with all units of the model, then with each unit alone, from one pass of the encoders."""
-    from hf_mel.evaluation.full_evaluator import evaluate_full
+    from hf_mel.evaluation.full_evaluator import FullEvaluator
     from hf_mel.inference.encode import encode_rows
     from hf_mel.inference.encodings import slice_encodings
     from hf_mel.inference.entity_sources import EncodedEntities
@@ -130,17 +130,15 @@ def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version:
     units = model.unit_scores(slice_encodings(encoded, slice(1)), slice_encodings(known.tensors, slice(1)))
     results = {}
     for name, chosen in {"all units": None, **{unit: [unit] for unit in units}}.items():
-        results[name] = evaluate_full(
-            inputs,
-            mentions,
+        evaluator = FullEvaluator(
             known,
             units=chosen,
             strata=["stratum"],
-            mention_encodings=encoded,
             nil_threshold=getattr(model.config, "nil_threshold", None) if chosen is None else None,
             data_version=version,
             progress=chosen is None,
-        ).to_dict()
+        )
+        results[name] = evaluator(inputs, mentions, mention_encodings=encoded).to_dict()
     return results
 
 

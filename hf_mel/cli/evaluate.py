@@ -1,104 +1,134 @@
-"""`hf-mel evaluate`: a model against the whole knowledge base, or a reranker against candidate lists."""
+"""`hf-mel evaluate`: evaluates a retriever on the whole knowledge base, or a reranker on candidate lists."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from hf_mel.cli.options import (
+    Device,
+    MentionConfig,
+    ModelArgument,
+    NameScorer,
+    RetrieverOption,
+    Revision,
+    Split,
+    TrustRemoteCode,
+)
+from hf_mel.evaluation.settings import KS, Ties
 
-class Ties(str, Enum):
-    """What rank a gold has among entities that score the same."""
+if TYPE_CHECKING:
+    import datasets
+    from accelerate import PartialState
+    from rich.console import Console
 
-    REALISTIC = "realistic"
-    OPTIMISTIC = "optimistic"
-    PESSIMISTIC = "pessimistic"
+    from hf_mel.candidates import CandidateLists
+    from hf_mel.evaluation import CandidateEvaluator, CandidateResult, FullResult, NilThreshold
+    from hf_mel.inference import ModelInputs
+
+#: Kind of model → the options that are an error with the other kind.
+_ONLY_FOR = {
+    "retriever": ("units", "nil_threshold", "nil_from"),
+    "reranker": ("candidates", "retriever", "joint", "candidate_weight", "bf16"),
+}
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a model on the Hub.")],
+    context: typer.Context,
+    model: ModelArgument,
     dataset: Annotated[str, typer.Option(help="A data-set folder, or a data set on the Hub.")],
-    split: Annotated[str, typer.Option(help="Which mentions: train, validation or test.")] = "test",
-    config: Annotated[
-        str, typer.Option(help="The configuration of the mentions, for a data set that has several.")
-    ] = "mentions",
-    output: Annotated[Path | None, typer.Option(dir_okay=False, help="Where to write the results as JSON.")] = None,
+    split: Split = "test",
+    config: MentionConfig = "mentions",
+    output: Annotated[Path | None, typer.Option(dir_okay=False, help="The JSON file for the results.")] = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="Where to write each mention's ranked candidates, as JSON lines."),
+        typer.Option(dir_okay=False, help="The .jsonl file for the ranked candidates of every mention."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows to encode at a time.")] = 64,
-    top_k: Annotated[int, typer.Option(min=1, help="Candidates per mention in the predictions.")] = 20,
-    ks: Annotated[str, typer.Option(help="Every k of H@k.")] = "1,3,5,10,20",
-    ties: Annotated[Ties, typer.Option(help="Rank of a gold that ties: mean, best or worst position.")] = (
-        Ties.REALISTIC
-    ),
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows encoded or pairs scored at a time.")] = 64,
+    top_k: Annotated[int, typer.Option(min=1, help="Retriever: candidates per mention in the predictions.")] = 20,
+    ks: Annotated[str, typer.Option(help="Values of k for H@k, separated by commas.")] = ",".join(map(str, KS)),
+    ties: Annotated[
+        Ties,
+        typer.Option(
+            help="Rank of a gold among entities with the same score: the mean ([b]realistic[/b]), the best "
+            "([b]optimistic[/b]) or the worst ([b]pessimistic[/b]) possible position."
+        ),
+    ] = "realistic",
     units: Annotated[
-        str | None, typer.Option(help="Score with these of the model's units only, for instance text,vision.")
+        str | None,
+        typer.Option(help="Retriever: units of the model whose mean is the score, for instance text,vision."),
     ] = None,
     nil_threshold: Annotated[
         float | None,
-        typer.Option(help="A mention is NIL if its best score is below this. Default: the model's, if it has one."),
+        typer.Option(
+            help="Retriever: a mention is NIL if its best score is lower. Default: the threshold of the model, if any."
+        ),
+    ] = None,
+    nil_from: Annotated[
+        str | None,
+        typer.Option(help="Retriever: a split to calibrate the NIL threshold on, for instance validation."),
     ] = None,
     posts: Annotated[
         str,
         typer.Option(
-            help="What a model that knows entities by posts knows them by: [b]auto[/b], the data set's posts, or without "
-            "any the captions of its training split; [b]none[/b]; or a split."
+            help="Posts for a model that represents entities by posts: [b]auto[/b] (those of the data set, or else the "
+            "captions of its training split), [b]none[/b], or a split whose captions are the posts."
         ),
     ] = "auto",
-    nil_from: Annotated[
-        str | None, typer.Option(help="A split to choose the NIL threshold on, for instance validation.")
-    ] = None,
     candidates: Annotated[
         str | None,
         typer.Option(
-            help="For a reranker: a file that [b]hf-mel candidates[/b] wrote, or [b]name[/b], [b]prior[/b], "
-            "[b]retriever[/b], [b]release[/b], or several of them joined by +, and after these [b]document[/b]."
+            help="Reranker: a file that [b]hf-mel candidates[/b] wrote, or a source: [b]name[/b], [b]prior[/b], "
+            "[b]retriever[/b], [b]release[/b], or several joined by +. End with [b]+document[/b] to give mentions "
+            "without candidates those of their document."
         ),
     ] = None,
-    num_candidates: Annotated[int, typer.Option(min=1, help="Candidates per mention at most.")] = 100,
-    scorer: Annotated[str, typer.Option(help="How names are compared.")] = "WRatio",
-    retriever: Annotated[
-        str | None, typer.Option(help="The retriever whose candidates are reranked: a run folder or a model.")
-    ] = None,
+    num_candidates: Annotated[
+        int, typer.Option(min=1, help="Reranker: maximum number of candidates per mention.")
+    ] = 100,
+    scorer: NameScorer = "WRatio",
+    retriever: RetrieverOption = None,
     joint: Annotated[
         bool | None,
-        typer.Option("--joint/--no-joint", help="Rank the mentions of a context together. Default: if it can."),
+        typer.Option(
+            "--joint/--no-joint",
+            help="Reranker: rank the mentions of a context together. Default: if the model can.",
+        ),
     ] = None,
     candidate_weight: Annotated[
         str | None,
         typer.Option(
-            help="Add the candidates' own scores to the reranker's: a number, 0 the reranker alone, or [b]auto[/b] to "
-            "find it on validation."
+            help="Reranker: weight of the candidates' own scores, which are added to the reranker's: a number, where 0 "
+            "adds nothing, or [b]auto[/b] to choose the best one on the validation split."
         ),
     ] = None,
     bf16: Annotated[
         bool,
         typer.Option(
-            "--bf16", help="Let a reranker compute in bfloat16: faster with native support only, scores to 3 digits."
+            "--bf16",
+            help="Reranker: compute in bfloat16. Scores keep about 3 digits. Only a processor or GPU with native "
+            "bfloat16 gets faster, others get slower.",
         ),
     ] = False,
-    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model, if it is not ours.")
-    ] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
     dataset_revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a data set on the Hub.")
     ] = None,
 ) -> None:
-    """Rank every entity of the knowledge base for every mention, and print H@k, MRR and MR, overall and by stratum.
+    """Evaluate a model: print H@k, MRR and MR of all mentions and of every stratum.
 
-    What some papers call P@1, R@3 and R@10 is H@1, H@3 and H@10.
+    A retriever ranks all entities of the knowledge base for every mention. A reranker reorders the candidates of every
+    mention. Its results are reported end to end and with the gold added, beside the order of the candidates' own scores.
 
-    Seen and unseen golds are told apart where the data set has a training split. A reranker puts the candidates of
-    every mention into a new order; its results come end to end and with the gold added, beside the order it was given.
+    H@1, H@3 and H@10 are called P@1, R@3 and R@10 in some papers. If the data set has a training split, golds that occur in
+    it are reported separately from other golds.
 
     Examples:
 
@@ -110,28 +140,12 @@ def evaluate(
 
       hf-mel evaluate runs/RERANKER --dataset data/wikimel --split validation --candidates name --candidate-weight auto
 
-      accelerate launch -m hf_mel evaluate runs/mimic_flags --dataset data/flags_mel   (the entities shared among processes)
+      accelerate launch -m hf_mel evaluate runs/mimic_flags --dataset data/flags_mel   (the processes share the entities)
     """
-    try:
-        k_list = [int(k) for k in ks.split(",")]
-    except ValueError:
-        k_list = [0]
-    if min(k_list) < 1:
-        raise typer.BadParameter(f"{ks!r} is not a list of numbers of at least 1, such as 1,5,10.", param_hint="--ks")
-    weight: Any = candidate_weight
-    if candidate_weight not in (None, "auto"):
-        try:
-            weight = float(candidate_weight)  # type: ignore[arg-type]
-        except ValueError:
-            weight = -1.0
-        if not 0 <= weight < float("inf"):
-            raise typer.BadParameter(
-                f"{candidate_weight!r} is neither a number of at least 0 nor auto.", param_hint="--candidate-weight"
-            )
+    k_list, weight = _parse_ks(ks), _parse_weight(candidate_weight)
     if nil_threshold is not None and nil_from is not None:
         raise typer.BadParameter("Give a threshold or a split to choose it on, not both.", param_hint="--nil-from")
 
-    import torch
     from accelerate import PartialState
     from rich.console import Console
 
@@ -139,139 +153,203 @@ def evaluate(
     from hf_mel.data.loading import dataset_version, load_entities, load_mentions
     from hf_mel.data.posts import posts_of
     from hf_mel.errors import RecipeError, UnknownSplitError
-    from hf_mel.evaluation.candidate_evaluator import evaluate_candidates
-    from hf_mel.evaluation.full_evaluator import check_units, encode_own_entities, evaluate_full
-    from hf_mel.evaluation.tables import orders_table, results_table
+    from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
+    from hf_mel.evaluation.tables import orders_table, results_table, write_records, write_results
     from hf_mel.inference.checkpoints import load_linking_model
     from hf_mel.inference.inputs import ModelInputs
     from hf_mel.protocols import Reranker
 
     if weight == "auto" and split.startswith("test"):
         raise RecipeError(
-            f"--candidate-weight auto would choose the weight on {split!r}, by the golds it is then judged by.",
+            f"--candidate-weight auto would choose the weight on {split!r}, the split it is evaluated on.",
             remedy="Choose it with --split validation, and give that number here.",
         )
-    of_split = partial(load_mentions, dataset, revision=dataset_revision, config=config)
-    mentions, entities = of_split(split), load_entities(dataset, revision=dataset_revision)
-    validation = None if nil_from is None else of_split(nil_from)
+    load_split = partial(load_mentions, dataset, revision=dataset_revision, config=config)
+    mentions, entities = load_split(split), load_entities(dataset, revision=dataset_revision)
+    nil_mentions = None if nil_from is None else load_split(nil_from)
     try:
-        train_golds = None if split == "train" else set(of_split("train")["entity_id"])
+        train_golds = None if split == "train" else set(load_split("train")["entity_id"])
     except UnknownSplitError:
         train_golds = None
     version = dataset_version(dataset, revision=dataset_revision)
     start = time.perf_counter()
     processes = PartialState(cpu=device == "cpu")
-    several, first = processes.num_processes > 1, processes.is_main_process
-    if several and device is None:
+    if processes.num_processes > 1 and device is None:
         device = str(processes.device)
     loaded, processor = load_linking_model(
         model, revision=revision, device=device, trust_remote_code=trust_remote_code
     )
-    version = {**version, "split": split, **({} if config == "mentions" else {"config": config})}
-    console = Console(quiet=not first)
+    console = Console(quiet=not processes.is_main_process)
+    settings: dict[str, Any] = {"ks": k_list, "ties": ties, "batch_size": batch_size}
+    of_split: dict[str, Any] = {
+        "train_golds": train_golds,
+        "data_version": {**version, "split": split, **({} if config == "mentions" else {"config": config})},
+    }
     if isinstance(loaded, Reranker):
-        if several:
-            raise RecipeError(
-                "Several processes share the ranking of all entities.", remedy="Start a reranker in one."
-            )
+        _check_options(context, model, "reranker")
+        if processes.num_processes > 1:
+            raise RecipeError("Only a retriever can be evaluated by several processes.", remedy="Start one process.")
         if candidates is None:
             raise RecipeError(
-                f"{model!r} reranks candidates, and none were given.",
+                f"{model!r} reranks candidates, but none were given.",
                 remedy="Give --candidates FILE (from hf-mel candidates), --candidates name, or --candidates retriever "
                 "--retriever RUN.",
             )
-        if units is not None or nil_threshold is not None or nil_from is not None:
-            raise RecipeError("--units and the options of NIL are for retrievers.", remedy="Leave them out.")
         lists = load_or_make_candidates(
             candidates,
             mentions,
             entities,
-            of_split,
+            load_split,
             k=num_candidates,
             scorer=scorer,
             retriever=retriever,
             device=device,
             posts=partial(posts_of, dataset, posts, revision=dataset_revision, config=config),
         )
-        with torch.autocast(getattr(loaded, "device", torch.device("cpu")).type, dtype=torch.bfloat16, enabled=bf16):
-            reranked = evaluate_candidates(
-                ModelInputs(loaded, processor),
-                mentions,
-                entities,
-                lists.top(num_candidates) if lists.longest > num_candidates else lists,
-                joint=joint,
-                candidate_weight=weight,
-                batch_size=batch_size,
-                ks=k_list,
-                ties=ties.value,
-                train_golds=train_golds,
-                data_version=version,
-            )
-        console.print(results_table(reranked.to_dict()))
-        console.print(orders_table(reranked.to_dict()))
-        _write(console, reranked.records(), reranked.to_dict(), predictions, output)
-        return
-    if any(option is not None for option in (candidates, retriever, joint, weight)) or bf16:
-        raise RecipeError(
-            f"{model!r} ranks all entities.",
-            remedy="--candidates, --retriever, --joint, --candidate-weight and --bf16 are for rerankers.",
+        lists = lists.top(num_candidates) if lists.longest > num_candidates else lists
+        evaluator = CandidateEvaluator(entities, joint=joint, candidate_weight=weight, **settings, **of_split)
+        reranked = _evaluate_reranker(evaluator, ModelInputs(loaded, processor), mentions, lists, bf16, console)
+        results, records = reranked.to_dict(), reranked.records()
+    else:
+        _check_options(context, model, "retriever")
+        inputs = ModelInputs.from_data(dataset, loaded, processor, posts, revision=dataset_revision, config=config)
+        ranked, calibration = _evaluate_retriever(
+            inputs,
+            mentions,
+            entities,
+            settings={**settings, "units": None if units is None else units.split(",")},
+            of_split={**of_split, "top_k": top_k},
+            nil_threshold=nil_threshold,
+            nil_mentions=nil_mentions,
+            processes=processes,
+            console=console,
         )
-    unit_list = None if units is None else units.split(",")
-    inputs = ModelInputs.from_data(dataset, loaded, processor, posts, revision=dataset_revision, config=config)
-    if unit_list is not None:
-        check_units(inputs, mentions, entities, unit_list)
+        results, records = ranked.to_dict(), ranked.records()
+        results["wall_time_seconds"] = round(time.perf_counter() - start, 3)
+        if calibration is not None:
+            results["nil_calibration"] = {"split": nil_from, **asdict(calibration)}
+    console.print(results_table(results))
+    if "orders" in results:
+        console.print(orders_table(results))
+    if processes.is_main_process and predictions is not None:
+        write_records(records, predictions)
+        console.print(f"Candidates of every mention: {predictions}", markup=False)
+    if processes.is_main_process and output is not None:
+        write_results(results, output)
+        console.print(f"Results: {output}", markup=False)
+
+
+def _parse_ks(ks: str) -> list[int]:
+    try:
+        values = [int(k) for k in ks.split(",")]
+    except ValueError:
+        values = [0]
+    if min(values) < 1:
+        raise typer.BadParameter(f"{ks!r} is not a list of numbers of at least 1, such as 1,5,10.", param_hint="--ks")
+    return values
+
+
+def _parse_weight(weight: str | None) -> float | Literal["auto"] | None:
+    if weight is None:
+        return None
+    if weight == "auto":
+        return "auto"
+    try:
+        value = float(weight)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise typer.BadParameter(
+            f"{weight!r} is neither a number of at least 0 nor auto.", param_hint="--candidate-weight"
+        )
+    return value
+
+
+def _check_options(context: typer.Context, model: str, kind: Literal["retriever", "reranker"]) -> None:
+    """Raises a RecipeError for an option that only the other kind of model takes."""
+    from hf_mel.errors import RecipeError
+
+    other = "reranker" if kind == "retriever" else "retriever"
+    source_of = context.get_parameter_source
+    given = [name for name in _ONLY_FOR[other] if getattr(source_of(name), "name", "DEFAULT") != "DEFAULT"]
+    if given:
+        task = "ranks all entities" if kind == "retriever" else "reranks candidates"
+        options = " and ".join("--" + name.replace("_", "-") for name in given)
+        raise RecipeError(f"{model!r} {task} and cannot use {options}.", remedy=f"Leave out options for {other}s.")
+
+
+def _evaluate_retriever(
+    inputs: ModelInputs,
+    mentions: datasets.Dataset,
+    entities: datasets.Dataset,
+    *,
+    settings: dict[str, Any],
+    of_split: dict[str, Any],
+    nil_threshold: float | None,
+    nil_mentions: datasets.Dataset | None,
+    processes: PartialState,
+    console: Console,
+) -> tuple[FullResult, NilThreshold | None]:
+    """Evaluates a retriever, and first calibrates its NIL threshold if there are mentions for it.
+
+    Args:
+        inputs, mentions, entities: The retriever and the data.
+        settings: Settings of [`FullEvaluator`] for both evaluations.
+        of_split: Its other settings for the evaluation of `mentions`.
+        nil_threshold: Threshold from the command line.
+        nil_mentions: Mentions to calibrate the threshold on.
+        processes: Processes that share the entities.
+        console: Console for messages.
+    """
+    from hf_mel.evaluation.full_evaluator import FullEvaluator, check_units, encode_entities
+
+    settings = {**settings, "progress": processes.is_main_process}
+    if settings["units"] is not None:
+        check_units(inputs, mentions, entities, settings["units"])
     if inputs.prototypes is not None and (num_leaked := inputs.prototypes.num_leaked(mentions)):
         console.print(
-            f"The text of {num_leaked:,} of {len(mentions):,} mentions is itself a post about the entity: how they rank says little "
-            "about other texts."
+            f"The text of {num_leaked:,} of {len(mentions):,} mentions is also a post about their gold entity. Results "
+            "on these mentions do not carry over to other texts."
         )
-    sharing = processes if several else None
-    own = encode_own_entities(
+    sharing = processes if processes.num_processes > 1 else None
+    encoded = encode_entities(
         inputs,
         entities,
         processes=sharing,
-        batch_size=batch_size,
-        progress=first,
-    )
-    evaluate_on = partial(
-        evaluate_full,
-        inputs,
-        entities=own,
-        ks=k_list,
-        ties=ties.value,
-        units=unit_list,
-        batch_size=batch_size,
-        processes=sharing,
-        progress=first,
+        batch_size=settings["batch_size"],
+        progress=settings["progress"],
     )
     calibration = None
-    if validation is not None:
-        calibration = evaluate_on(validation, top_k=2).calibrate_nil_threshold()
+    if nil_mentions is not None:
+        calibrated_on = FullEvaluator(encoded, top_k=2, **settings)(inputs, nil_mentions, processes=sharing)
+        calibration = calibrated_on.calibrate_nil_threshold()
         nil_threshold = calibration.threshold
-    elif nil_threshold is None and units is None:  # a threshold is one of the whole score
-        nil_threshold = getattr(loaded.config, "nil_threshold", None)
-    result = evaluate_on(
-        mentions,
-        top_k=top_k,
-        train_golds=train_golds,
-        nil_threshold=nil_threshold,
-        data_version=version,
-    )
-
-    results = {**result.to_dict(), "wall_time_seconds": round(time.perf_counter() - start, 3)}
-    if calibration is not None:
-        results["nil_calibration"] = {"split": nil_from, **asdict(calibration)}
-    console.print(results_table(results))
-    if first:
-        _write(console, result.records(), results, predictions, output)
+    elif (
+        nil_threshold is None and settings["units"] is None
+    ):  # the model's threshold applies to the score of all units
+        nil_threshold = getattr(inputs.model.config, "nil_threshold", None)
+    evaluator = FullEvaluator(encoded, nil_threshold=nil_threshold, **settings, **of_split)
+    return evaluator(inputs, mentions, processes=sharing), calibration
 
 
-def _write(console: Any, records: Any, results: dict, predictions: Path | None, output: Path | None) -> None:
-    from hf_mel.evaluation.tables import write_records, write_results
+def _evaluate_reranker(
+    evaluator: CandidateEvaluator,
+    inputs: ModelInputs,
+    mentions: datasets.Dataset,
+    lists: CandidateLists,
+    bf16: bool,
+    console: Console,
+) -> CandidateResult:
+    """Evaluates a reranker, in bfloat16 if asked for."""
+    import torch
 
-    if predictions is not None:
-        write_records(records, predictions)
-        console.print(f"Candidates of every mention: {predictions}", markup=False)
-    if output is not None:
-        write_results(results, output)
-        console.print(f"Results: {output}", markup=False)
+    from hf_mel.inference.execution import model_device
+    from hf_mel.training.precision import native_bf16
+
+    device_type = model_device(inputs.model).type
+    if bf16:
+        is_native, reason = native_bf16(device_type)
+        if not is_native:
+            console.print(f"--bf16 is slower than float32 here: {reason}.")
+    with torch.autocast(device_type, dtype=torch.bfloat16, enabled=bf16):
+        return evaluator(inputs, mentions, lists)

@@ -13,8 +13,8 @@ from hf_mel.candidates.make import check_source, default_cache, make_candidates
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions
 from hf_mel.data.posts import posts_as_mentions, posts_of
 from hf_mel.errors import RecipeError
-from hf_mel.evaluation.candidate_evaluator import evaluate_candidates
-from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
+from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import Reranker
 from hf_mel.schema import NIL
@@ -99,11 +99,11 @@ def _evaluate(
     if trainer.reranks:
         assert trainer.eval_candidates is not None
         validation = trainer.eval_dataset  # all mentions, or a sample of `eval_mentions`
-        evaluation = evaluate_candidates(trainer.inputs, validation, entities, trainer.eval_candidates, **options)
+        evaluation = CandidateEvaluator(entities, **options)(trainer.inputs, validation, trainer.eval_candidates)
     else:
         # Mentions are encoded again, because their cached features are half precision.
         inputs = trainer.inputs.without_mention_features()
-        evaluation = evaluate_full(inputs, validation, entities, **options)
+        evaluation = FullEvaluator(entities, **options)(inputs, validation)
         nil = evaluation.calibrate_nil_threshold() if len(validation) and len(entities) > 1 else None
     # A threshold calibrated on simulated NIL mentions is not stored: it would enable NIL on data that has none.
     if nil is not None and not nil.simulated and hasattr(model.config, "nil_threshold"):

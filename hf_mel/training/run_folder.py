@@ -17,7 +17,7 @@ import yaml
 from transformers import Trainer
 
 from hf_mel.errors import MissingExtraError, RecipeError
-from hf_mel.evaluation.full_evaluator import device_name, software_versions
+from hf_mel.evaluation.evaluator import device_name, software_versions
 from hf_mel.evaluation.tables import write_results
 from hf_mel.files import write_text
 from hf_mel.hub.model_cards import model_card

@@ -18,8 +18,8 @@ from hf_mel.data.examples import example_groups
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.data.loading import check_golds
 from hf_mel.errors import DataFormatError, RecipeError
-from hf_mel.evaluation.candidate_evaluator import CandidateResult, evaluate_candidates
-from hf_mel.evaluation.full_evaluator import FullResult, evaluate_full
+from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator, CandidateResult
+from hf_mel.evaluation.full_evaluator import FullEvaluator, FullResult
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import MelProcessor, Reranker, Retriever, max_mentions
 from hf_mel.schema import NIL
@@ -183,8 +183,7 @@ class MelTrainer(BaseTrainer):
 
         Args:
             mentions (`datasets.Dataset`): Mentions. For a reranker, `eval_candidates` must have their candidates.
-            options: Further arguments of [`~hf_mel.evaluation.full_evaluator.evaluate_full`] or
-                [`~hf_mel.evaluation.candidate_evaluator.evaluate_candidates`].
+            options: Settings of [`~hf_mel.evaluation.FullEvaluator`] or [`~hf_mel.evaluation.CandidateEvaluator`].
 
         Returns:
             [`~hf_mel.evaluation.full_evaluator.FullResult`] or
@@ -212,9 +211,9 @@ class MelTrainer(BaseTrainer):
         }
         with self.accelerator.autocast():
             if not self.reranks:
-                return evaluate_full(inputs, mentions, self.entities, **options)
+                return FullEvaluator(self.entities, **options)(inputs, mentions)
             assert self.eval_candidates is not None
-            return evaluate_candidates(inputs, mentions, self.entities, self.eval_candidates, **options)
+            return CandidateEvaluator(self.entities, **options)(inputs, mentions, self.eval_candidates)
 
 
 def _check_candidates(

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import precision, summary
 from hf_mel.data.loading import load_mentions
-from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.inputs import ModelInputs
 from tests.toy import ToyProcessor, register, toy_entities, toy_model, write_toy_dataset
 
@@ -32,7 +32,7 @@ def test_rows_are_those_of_an_evaluation_with_rounded_entities(tmp_path):
 
         rounded = Rounded(model.config).eval()
         rounded.load_state_dict(model.state_dict())
-        expected = evaluate_full(ModelInputs(rounded, processor), mentions, entities, progress=False)
+        expected = FullEvaluator(entities, progress=False)(ModelInputs(rounded, processor), mentions)
         ranks.append(expected.ranking.best_rank + expected.ranking.worst_rank)
         assert row["metrics"]["mrr"] == pytest.approx(expected.metrics["mrr"])
         assert row["changed_ranks"] == int((ranks[-1] != ranks[0]).sum())

@@ -16,7 +16,7 @@ from hf_mel.cli.candidates import candidates
 from hf_mel.cli.evaluate import evaluate
 from hf_mel.cli.link import link
 from hf_mel.errors import RecipeError, UnknownModelError
-from hf_mel.evaluation.candidate_evaluator import evaluate_candidates
+from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
@@ -75,8 +75,8 @@ def test_candidates_are_written_and_reranked_from_the_file(run, tmp_path):
     output = ["--output", tmp_path / "r.json", "--predictions", tmp_path / "p.jsonl", "--ks", "1,2"]
     outcome = run(evaluate, "reranker", "--dataset", "toy_candidates", "--candidates", tmp_path / "c.parquet", *output)
     assert outcome.exit_code == 0
-    result = evaluate_candidates(
-        ModelInputs(toy_reranker(), ToyPairProcessor()), TEST, toy_entities(), expected, ks=(1, 2), progress=False
+    result = CandidateEvaluator(toy_entities(), ks=(1, 2), progress=False)(
+        ModelInputs(toy_reranker(), ToyPairProcessor()), TEST, expected
     )
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["metrics"] == pytest.approx(result.metrics)
@@ -128,7 +128,7 @@ def test_options_in_the_wrong_place(run, folder):
         run(evaluate, "reranker", "--dataset", "toy_candidates")
     with pytest.raises(RecipeError, match="ranks all entities"):
         run(evaluate, "model", "--dataset", "toy_candidates", "--candidates", "name")
-    with pytest.raises(RecipeError, match="are for retrievers"):
+    with pytest.raises(RecipeError, match=r"cannot use --units.*Leave out options for retrievers"):
         run(evaluate, "reranker", "--dataset", "toy_candidates", "--candidates", "name", "--units", "text")
     with pytest.raises(RecipeError, match="'fuzzy'"):
         run(candidates, "toy_candidates", "--output", folder / "c.parquet", "--source", "fuzzy")

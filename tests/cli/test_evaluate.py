@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hf_mel.cli.evaluate import evaluate
 from hf_mel.data.loading import dataset_version
 from hf_mel.errors import RecipeError, UnknownDatasetError, UnknownModelError, UnknownSplitError
-from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.inputs import ModelInputs
 from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model, write_toy_dataset
 from tests.training.toy_run import recipe_dict, write_dataset
@@ -50,13 +50,8 @@ def test_results_and_predictions(run, folder, tmp_path):
 
     whole = toy_mentions(60, nil_every=6)
     test, train = whole.select(range(40, 60)), whole.select(range(20))
-    expected = evaluate_full(
-        ModelInputs(toy_model(), ToyProcessor()),
-        test,
-        toy_entities(),
-        ks=(1, 4),
-        train_golds=set(train["entity_id"]),
-        top_k=3,
+    expected = FullEvaluator(toy_entities(), ks=(1, 4), train_golds=set(train["entity_id"]), top_k=3)(
+        ModelInputs(toy_model(), ToyProcessor()), test
     )
     assert results["metrics"] == pytest.approx(expected.metrics)
     assert results["strata"].keys() == {"stratum", "mentions in context", "gold in training"}
@@ -84,8 +79,8 @@ def test_nil_threshold_from_another_split(run, tmp_path):
     run("--output", tmp_path / "r.json", "--nil-from", "validation")
     results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     validation = toy_mentions(60, nil_every=6).select(range(20, 40))
-    expected = evaluate_full(
-        ModelInputs(toy_model(), ToyProcessor()), validation, toy_entities()
+    expected = FullEvaluator(toy_entities())(
+        ModelInputs(toy_model(), ToyProcessor()), validation
     ).calibrate_nil_threshold()
     assert results["nil_threshold"] == results["nil_calibration"]["threshold"] == pytest.approx(expected.threshold)
     assert results["nil_calibration"]["split"] == "validation"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hf_mel.candidates.lists import CandidateLists
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
-from hf_mel.evaluation.candidate_evaluator import CANDIDATE_WEIGHTS, END_TO_END, GOLD_ADDED, evaluate_candidates
+from hf_mel.evaluation.candidate_evaluator import CANDIDATE_WEIGHTS, END_TO_END, GOLD_ADDED, CandidateEvaluator
 from hf_mel.evaluation.tables import orders_table, results_table
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.reranking import score_pairs
@@ -62,8 +62,8 @@ ROWS = st.lists(st.lists(st.integers(0, 11), max_size=6, unique=True), min_size=
 @given(ROWS, st.integers(0, 2**16))
 def test_both_protocols_are_those_of_a_double_loop(rows, seed):
     table = torch.randint(0, 5, (12, 12), generator=torch.Generator().manual_seed(seed)).float()  # with ties
-    result = evaluate_candidates(
-        ModelInputs(Fixed(table), numbers), MENTIONS, ENTITIES, lists_of(rows), ks=(1, 3), progress=False
+    result = CandidateEvaluator(ENTITIES, ks=(1, 3), progress=False)(
+        ModelInputs(Fixed(table), numbers), MENTIONS, lists_of(rows)
     )
     for protocol in (END_TO_END, GOLD_ADDED):
         reciprocal, own, hits, recall = [], [], 0, 0
@@ -101,8 +101,8 @@ def test_a_constant_model_is_at_chance(retrieved):
         row = 0 if gold == NIL else int(gold[1:]) - 1
         others = [other for other in range(12) if other != row][:4]
         rows[i] = [row, *others] if retrieved else others
-    result = evaluate_candidates(
-        ModelInputs(Fixed(torch.zeros(12, 12)), numbers), MENTIONS, ENTITIES, lists_of(rows), progress=False
+    result = CandidateEvaluator(ENTITIES, progress=False)(
+        ModelInputs(Fixed(torch.zeros(12, 12)), numbers), MENTIONS, lists_of(rows)
     )
     added = result.orders[GOLD_ADDED]["reranker"]["metrics"]
     assert added["mr"] == 3  # of five
@@ -120,7 +120,7 @@ def test_the_model_sees_its_candidates_in_an_order_that_knows_no_gold():
 
     model = Fixed(torch.zeros(12, 12))
     model.pairs_are_independent = False
-    evaluate_candidates(ModelInputs(model, spy), MENTIONS, ENTITIES, lists_of([[9, 3, 5]] * 12), progress=False)
+    CandidateEvaluator(ENTITIES, progress=False)(ModelInputs(model, spy), MENTIONS, lists_of([[9, 3, 5]] * 12))
     assert all(listed == sorted(listed) for _, listed in seen)
 
 
@@ -128,8 +128,8 @@ def test_the_model_sees_its_candidates_in_an_order_that_knows_no_gold():
 def test_joint_ranking_beside_the_plain_one_with_and_without_the_added_gold(independent):
     model = toy_reranker(unit="context", independent=independent)
     rows = [sorted({(3 * i + c) % 12 for c in range(i % 5)}) for i in range(12)]
-    result = evaluate_candidates(
-        ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists_of(rows), progress=False, batch_size=5
+    result = CandidateEvaluator(ENTITIES, progress=False, batch_size=5)(
+        ModelInputs(model, PROCESSOR), MENTIONS, lists_of(rows)
     )
     assert result.order == "reranker, jointly"
     for protocol in (END_TO_END, GOLD_ADDED):
@@ -148,8 +148,8 @@ def test_joint_ranking_beside_the_plain_one_with_and_without_the_added_gold(inde
                     place = listed[i].index(row) if row in listed[i] else None
                     reciprocal.append(0 if place is None else 1 / int((scores[i] >= scores[i, place] - 1e-6).sum()))
             assert result.orders[protocol][order]["metrics"]["mrr"] == pytest.approx(np.mean(reciprocal))
-    plain = evaluate_candidates(
-        ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists_of(rows), joint=False, progress=False, batch_size=5
+    plain = CandidateEvaluator(ENTITIES, joint=False, progress=False, batch_size=5)(
+        ModelInputs(model, PROCESSOR), MENTIONS, lists_of(rows)
     )
     assert plain.order == "reranker"
     assert plain.orders == result.orders
@@ -157,8 +157,8 @@ def test_joint_ranking_beside_the_plain_one_with_and_without_the_added_gold(inde
 
 def test_results_and_records_are_plain_data():
     rows = [[0, 1, 2]] * 11 + [[]]
-    result = evaluate_candidates(
-        ModelInputs(toy_reranker(), PROCESSOR), MENTIONS, ENTITIES, lists_of(rows), progress=False
+    result = CandidateEvaluator(ENTITIES, progress=False)(
+        ModelInputs(toy_reranker(), PROCESSOR), MENTIONS, lists_of(rows)
     )
     data = json.loads(json.dumps(result.to_dict()))
     assert data["protocol"] == END_TO_END
@@ -184,12 +184,12 @@ def test_results_and_records_are_plain_data():
 def test_bad_input_is_named():
     model = toy_reranker()
     with pytest.raises(UnknownEntityError, match="row m0: the candidate 'Q13'"):
-        evaluate_candidates(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists_of([[12]] * 12))
+        CandidateEvaluator(ENTITIES)(ModelInputs(model, PROCESSOR), MENTIONS, lists_of([[12]] * 12))
     with pytest.raises(DataFormatError, match="no candidates of 11 of 12 mentions"):
-        evaluate_candidates(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, CandidateLists(["m3"], [["Q1"]], {}))
+        CandidateEvaluator(ENTITIES)(ModelInputs(model, PROCESSOR), MENTIONS, CandidateLists(["m3"], [["Q1"]], {}))
     with pytest.raises(RecipeError, match="jointly"):
-        evaluate_candidates(
-            ModelInputs(Fixed(torch.zeros(1)), numbers), MENTIONS, ENTITIES, lists_of([[1]] * 12), joint=True
+        CandidateEvaluator(ENTITIES, joint=True)(
+            ModelInputs(Fixed(torch.zeros(1)), numbers), MENTIONS, lists_of([[1]] * 12)
         )
 
 
@@ -201,9 +201,7 @@ def test_bad_input_is_named():
 def test_micro_f1_is_that_of_counting_links(rows, seed, modalities):
     table = torch.randint(0, 6, (12, 12), generator=torch.Generator().manual_seed(seed)).float()
     mentions = MENTIONS.add_column("modality", modalities)
-    result = evaluate_candidates(
-        ModelInputs(Fixed(table), numbers), mentions, ENTITIES, lists_of(rows), progress=False
-    )
+    result = CandidateEvaluator(ENTITIES, progress=False)(ModelInputs(Fixed(table), numbers), mentions, lists_of(rows))
     for protocol in (END_TO_END, GOLD_ADDED):
         for order in ("reranker", "candidates: here"):
             counts: dict[str, list[int]] = {}  # right, linked, all
@@ -239,8 +237,8 @@ def test_micro_f1_is_that_of_counting_links(rows, seed, modalities):
 
 def test_the_table_has_f1_by_modality():
     mentions = MENTIONS.add_column("modality", ["text", "image"] * 6)
-    result = evaluate_candidates(
-        ModelInputs(Fixed(torch.zeros(12, 12)), numbers), mentions, ENTITIES, lists_of([[1]] * 12), progress=False
+    result = CandidateEvaluator(ENTITIES, progress=False)(
+        ModelInputs(Fixed(torch.zeros(12, 12)), numbers), mentions, lists_of([[1]] * 12)
     )
     table = results_table(result.to_dict())
     assert "F1" in [column.header for column in table.columns]
@@ -264,7 +262,7 @@ def test_the_model_gets_each_candidate_with_its_prior(independent):
     ids = [[f"Q{row + 1}" for row in each] for each in rows]
     lists = CandidateLists(list(documents["mention_id"]), ids, {"prior": scores}, {"source": "prior"})
     model = toy_reranker(unit="document", independent=independent)
-    result = evaluate_candidates(ModelInputs(model, Spy()), documents, ENTITIES, lists, progress=False)
+    result = CandidateEvaluator(ENTITIES, progress=False)(ModelInputs(model, Spy()), documents, lists)
     for (mention_id, entity_id), priors in seen.items():
         if mention_id in ("m", ""):
             continue
@@ -276,7 +274,7 @@ def test_the_model_gets_each_candidate_with_its_prior(independent):
     assert result.setting["candidates"]["without_prior"] == 3
     wrong = CandidateLists(lists.mention_ids, ids, {"prior": [[-1.0] * len(each) for each in rows]})
     with pytest.raises(DataFormatError, match="row m1: the prior of the candidate"):
-        evaluate_candidates(ModelInputs(model, Spy()), documents, ENTITIES, wrong, progress=False)
+        CandidateEvaluator(ENTITIES, progress=False)(ModelInputs(model, Spy()), documents, wrong)
 
 
 def test_documents_are_scored_whole_by_both_protocols():
@@ -288,8 +286,8 @@ def test_documents_are_scored_whole_by_both_protocols():
         {"prior": [[(1 + row) / 16 for row in each] for each in rows]},
     )
     model, processor = toy_document_reranker(), ToyDocumentProcessor()
-    result = evaluate_candidates(
-        ModelInputs(model, processor), documents, ENTITIES, lists, progress=False, batch_size=5
+    result = CandidateEvaluator(ENTITIES, progress=False, batch_size=5)(
+        ModelInputs(model, processor), documents, lists
     )
     for protocol in (END_TO_END, GOLD_ADDED):
         listed = [list(each) for each in rows]
@@ -349,13 +347,13 @@ def test_the_candidates_own_scores_weigh_as_a_double_loop_adds_them(rows, seed, 
     lists = scored_lists(rows, seed)
     table = torch.randint(0, 5, (12, 12), generator=torch.Generator().manual_seed(seed)).float()
     options = {"ks": (1, 3), "progress": False}
-    result = evaluate_candidates(
-        ModelInputs(Fixed(table), numbers), MENTIONS, ENTITIES, lists, candidate_weight=weight, **options
+    result = CandidateEvaluator(ENTITIES, candidate_weight=weight, **options)(
+        ModelInputs(Fixed(table), numbers), MENTIONS, lists
     )
-    chosen = evaluate_candidates(
-        ModelInputs(Fixed(table), numbers), MENTIONS, ENTITIES, lists, candidate_weight="auto", **options
+    chosen = CandidateEvaluator(ENTITIES, candidate_weight="auto", **options)(
+        ModelInputs(Fixed(table), numbers), MENTIONS, lists
     )
-    plain = evaluate_candidates(ModelInputs(Fixed(table), numbers), MENTIONS, ENTITIES, lists, **options)
+    plain = CandidateEvaluator(ENTITIES, **options)(ModelInputs(Fixed(table), numbers), MENTIONS, lists)
     assert plain.order == "reranker"
     assert "candidate_weight" not in plain.setting
     assert result.order == "reranker + candidates"
@@ -384,8 +382,8 @@ def test_the_order_in_which_scored_candidates_come_changes_no_rank():
     )
     table = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
     one, other = (
-        evaluate_candidates(
-            ModelInputs(Fixed(table), numbers), MENTIONS, ENTITIES, each, candidate_weight=2, progress=False
+        CandidateEvaluator(ENTITIES, candidate_weight=2, progress=False)(
+            ModelInputs(Fixed(table), numbers), MENTIONS, each
         )
         for each in (lists, turned)
     )
@@ -399,9 +397,9 @@ def test_the_weight_is_added_to_the_order_that_counts_and_is_told(independent):
     lists = lists_of([[(3 * i + c) % 12 for c in range(4)] for i in range(12)])
     for joint, of in ((True, "reranker, jointly"), (False, "reranker")):
         options = {"joint": joint, "progress": False}
-        plain = evaluate_candidates(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists, **options)
-        result = evaluate_candidates(
-            ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists, candidate_weight=1e9, **options
+        plain = CandidateEvaluator(ENTITIES, **options)(ModelInputs(model, PROCESSOR), MENTIONS, lists)
+        result = CandidateEvaluator(ENTITIES, candidate_weight=1e9, **options)(
+            ModelInputs(model, PROCESSOR), MENTIONS, lists
         )
         weighting = result.setting["candidate_weight"]
         assert weighting["reranker"] == of
@@ -410,8 +408,8 @@ def test_the_weight_is_added_to_the_order_that_counts_and_is_told(independent):
         # So great a weight leaves the list's own order, which the scores of 0, -1, … are.
         best, own = result.orders[END_TO_END][result.order], result.orders[END_TO_END]["candidates: here"]
         assert best["metrics"]["mrr"] == pytest.approx(own["metrics"]["mrr"])
-        none = evaluate_candidates(
-            ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists, candidate_weight=0, **options
+        none = CandidateEvaluator(ENTITIES, candidate_weight=0, **options)(
+            ModelInputs(model, PROCESSOR), MENTIONS, lists
         )
         assert none.metrics == plain.metrics
         assert f"{of} + 1e+09 * here score / 1.118" in orders_table(result.to_dict()).caption
@@ -422,8 +420,8 @@ def test_weights_that_cannot_be():
     model = Fixed(torch.zeros(12, 12))
 
     def evaluate(lists, weight, mentions=MENTIONS):
-        evaluate_candidates(
-            ModelInputs(model, numbers), mentions, ENTITIES, lists, candidate_weight=weight, progress=False
+        CandidateEvaluator(ENTITIES, candidate_weight=weight, progress=False)(
+            ModelInputs(model, numbers), mentions, lists
         )
 
     without = CandidateLists(list(MENTIONS["mention_id"]), [["Q1", "Q2"]] * 12, {})

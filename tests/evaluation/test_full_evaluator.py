@@ -1,4 +1,4 @@
-"""`evaluate_full` against the model's own forward pass over everything at once, ranked by sorting."""
+"""`FullEvaluator` against the model's own forward pass over everything at once, ranked by sorting."""
 
 import json
 
@@ -14,7 +14,7 @@ from hf_mel.errors import (
     ScoreError,
     UnknownEntityError,
 )
-from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.encode import encode_rows
 from hf_mel.inference.entity_sources import EncodedEntities
 from hf_mel.inference.inputs import ModelInputs
@@ -27,7 +27,7 @@ MENTIONS, ENTITIES = toy_mentions(20, entities=12, nil_every=5), toy_entities(15
 
 
 def evaluate(mentions=MENTIONS, entities=ENTITIES, model=MODEL, **options):
-    return evaluate_full(ModelInputs(model, PROCESSOR), mentions, entities, progress=False, **options)
+    return FullEvaluator(entities, progress=False, **options)(ModelInputs(model, PROCESSOR), mentions)
 
 
 def forward(mentions=MENTIONS, entities=ENTITIES, unit=None):
@@ -172,8 +172,8 @@ def test_encodings_can_be_reused():
     )
     mentions = encode_rows(ModelInputs(MODEL, PROCESSOR), MENTIONS, "mentions")
     plain = evaluate(units=["text"])
-    reused = evaluate_full(
-        ModelInputs(MODEL, None), MENTIONS, encoded, units=["text"], mention_encodings=mentions, progress=False
+    reused = FullEvaluator(encoded, units=["text"], progress=False)(
+        ModelInputs(MODEL, None), MENTIONS, mention_encodings=mentions
     )
     assert reused.metrics == plain.metrics
 

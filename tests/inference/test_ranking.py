@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hf_mel.errors import KnowledgeBaseError, ScoreError, UnknownEntityError
-from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference import ranking
 from hf_mel.inference.entity_sources import EncodedEntities
 from hf_mel.inference.inputs import ModelInputs
@@ -312,7 +312,7 @@ import sys
 import torch
 from accelerate import PartialState
 from hf_mel.errors import ScoreError
-from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.inference.entity_sources import EntityPart, part_of_process
 from hf_mel.inference.inputs import ModelInputs
@@ -331,7 +331,7 @@ for size in (1, 2, 37):
 mentions, entities = toy_mentions(20, entities=12, nil_every=5), toy_entities(15)
 model, processor = toy_model(), ToyProcessor()
 for kb in (entities, KnowledgeBase.from_pretrained(sys.argv[2])):
-    result = evaluate_full(ModelInputs(model, processor), mentions, kb, processes=processes, progress=False)
+    result = FullEvaluator(kb, progress=False)(ModelInputs(model, processor), mentions, processes=processes)
     found.append(vars(result.ranking) | {"metrics": result.metrics})
 data["entities"]["x"][30] = float("nan")  # of the second process
 part = EntityPart(source(data["entities"]), part_of_process(37, processes))
@@ -362,8 +362,8 @@ def test_two_processes_find_what_one_finds(tmp_path):
         env={**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
         timeout=600,
     )
-    result = evaluate_full(
-        ModelInputs(model, processor), toy_mentions(20, entities=12, nil_every=5), toy_entities(15), progress=False
+    result = FullEvaluator(toy_entities(15), progress=False)(
+        ModelInputs(model, processor), toy_mentions(20, entities=12, nil_every=5)
     )
     for process in range(2):
         *ranked, error = torch.load(tmp_path / f"found{process}.pt", weights_only=False)

@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from hf_mel.data.loading import load_entities, load_mentions
-from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.checkpoints import load_retriever
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.kb.knowledge_base import KnowledgeBase
@@ -111,7 +111,7 @@ def test_three_stages_train_evaluate_and_link(encoders, tmp_path, text_only):  #
     assert model.config.mention_modalities == (["text", "joint"] if text_only else ["text", "image", "joint"])
     test = load_mentions(data, "test")
     inputs = ModelInputs.from_data(data, model, processor)
-    evaluated = evaluate_full(inputs, test, load_entities(data), progress=False)
+    evaluated = FullEvaluator(load_entities(data), progress=False)(inputs, test)
     assert 0 < evaluated.metrics["mrr"] <= 1
     kb = KnowledgeBase.build(data, model, processor, progress=False)
     linked = EntityLinker(model, processor, kb, nil_threshold=None)([dict(row) for row in test])

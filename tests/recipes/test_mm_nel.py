@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_mel.candidates.make import make_candidates
-from hf_mel.evaluation.candidate_evaluator import evaluate_candidates
+from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
 from hf_mel.inference.checkpoints import load_reranker
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.kb.knowledge_base import KnowledgeBase
@@ -77,9 +77,9 @@ def test_trains_evaluates_and_links(encoders, tmp_path, joint):  # noqa: F811
 
     model, processor = load_reranker(run)
     lists = make_candidates("name+prior+document", splits["test"], toy_entities(12), training=splits["train"], k=6)
-    whole = evaluate_candidates(ModelInputs(model, processor), splits["test"], toy_entities(12), lists, progress=False)
-    again = evaluate_candidates(
-        ModelInputs(model, processor), splits["test"], toy_entities(12), lists, batch_size=1, progress=False
+    whole = CandidateEvaluator(toy_entities(12), progress=False)(ModelInputs(model, processor), splits["test"], lists)
+    again = CandidateEvaluator(toy_entities(12), batch_size=1, progress=False)(
+        ModelInputs(model, processor), splits["test"], lists
     )
     assert whole.metrics == again.metrics
     assert 0 < whole.metrics["mrr"] <= 1

@@ -10,7 +10,7 @@ import torch
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.data.posts import captions_as_posts
 from hf_mel.errors import RecipeError, ScoreError, UnknownSplitError
-from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.encode import encode_rows
 from hf_mel.inference.features import mention_features as module
 from hf_mel.inference.features.mention_features import MentionFeatures
@@ -95,11 +95,8 @@ def test_posts_are_encoded_once_per_training(tmp_path):
     trainer = trained(tmp_path, model, ModelInputs(model, ToyPostsProcessor(), toy_posts()))
     assert model.posts_seen == len(toy_posts()) + len(ENTITIES)
     assert not torch.equal(model.mention_text.weight, before)
-    expected = evaluate_full(
-        ModelInputs(model, ToyPostsProcessor(), toy_posts()),
-        toy_mentions(12),
-        ENTITIES,
-        progress=False,
+    expected = FullEvaluator(ENTITIES, progress=False)(
+        ModelInputs(model, ToyPostsProcessor(), toy_posts()), toy_mentions(12)
     )
     assert trainer.evaluate()["eval_mrr"] == pytest.approx(expected.metrics["mrr"])
 
@@ -117,8 +114,8 @@ def test_a_knowledge_base_and_the_evaluation_rank_alike(tmp_path, batch_size):
     folder = write(tmp_path / "data", toy_posts())
     kb = KnowledgeBase.build(str(folder), model, processor, batch_size=batch_size, progress=False)
     inputs = ModelInputs(model, processor, toy_posts())
-    evaluated = evaluate_full(inputs, toy_mentions(20), toy_entities(), top_k=12, progress=False)
-    by_kb = evaluate_full(ModelInputs(model, processor), toy_mentions(20), kb, top_k=12, progress=False)
+    evaluated = FullEvaluator(toy_entities(), top_k=12, progress=False)(inputs, toy_mentions(20))
+    by_kb = FullEvaluator(kb, top_k=12, progress=False)(ModelInputs(model, processor), toy_mentions(20))
     assert torch.equal(by_kb.ranking.best_rank, evaluated.ranking.best_rank)
     assert torch.equal(by_kb.ranking.top_rows, evaluated.ranking.top_rows)
     entities = inputs.entity_rows(list(toy_entities()))

@@ -11,7 +11,7 @@ import torch
 from hf_mel.candidates.lists import CandidateLists
 from hf_mel.data.loading import load_mentions
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
-from hf_mel.evaluation.candidate_evaluator import END_TO_END, evaluate_candidates
+from hf_mel.evaluation.candidate_evaluator import END_TO_END, CandidateEvaluator
 from hf_mel.inference.checkpoints import load_reranker
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.schema import NIL
@@ -106,12 +106,8 @@ def test_training_learns_and_ends_with_the_best_checkpoint(tmp_path):
     assert max(evaluations) > before + 0.05
     assert max(evaluations) > evaluations[-1]  # or this test would not see which checkpoint was kept
     assert trained.evaluate()["eval_mrr"] == max(evaluations)
-    result = evaluate_candidates(
-        ModelInputs(trained.model, ToyPairProcessor()),
-        VALIDATION,
-        ENTITIES,
-        lists(VALIDATION, missing=3),
-        progress=False,
+    result = CandidateEvaluator(ENTITIES, progress=False)(
+        ModelInputs(trained.model, ToyPairProcessor()), VALIDATION, lists(VALIDATION, missing=3)
     )
     assert result.orders[END_TO_END]["reranker, jointly"]["metrics"]["mrr"] == max(evaluations)
     assert result.metrics["num_missed"] == 3

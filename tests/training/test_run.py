@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor
 
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions
 from hf_mel.errors import MissingExtraError, RecipeError
-from hf_mel.evaluation.full_evaluator import evaluate_full
+from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.training import run_folder
 from hf_mel.training.assemble import build_model
@@ -67,8 +67,8 @@ def test_the_folder_contains_a_model_repository_and_the_record_of_its_run(finish
 def test_the_saved_model_reproduces_the_recorded_results(finished, dataset):
     model = AutoModel.from_pretrained(finished)
     processor = AutoProcessor.from_pretrained(finished)
-    again = evaluate_full(
-        ModelInputs(model, processor), load_mentions(dataset, "validation"), load_entities(dataset), progress=False
+    again = FullEvaluator(load_entities(dataset), progress=False)(
+        ModelInputs(model, processor), load_mentions(dataset, "validation")
     )
     results = results_of(finished)
     assert again.metrics == pytest.approx(results["validation"]["metrics"])
