@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = [int(size) for size in args.sizes.split(",")]
     known = [[] for _ in mentions["mention_id"]]
     if args.candidates:
-        known = CandidateLists.load(args.candidates).of(mentions).rows(entities["entity_id"])
+        known = CandidateLists.load(args.candidates).for_mentions(mentions).rows(entities["entity_id"])
     lists = []
     for rows in known:  # filled up at random, so that every size is what it says
         others = generator.sample(range(len(entities)), min(max(sizes), len(entities)))

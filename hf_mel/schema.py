@@ -1,7 +1,7 @@
-"""The vocabulary every part of hf_mel shares: the rows of a data set, NIL, and what a model must offer.
+"""The rows of a data set: columns of mentions, entities and posts, and NIL.
 
-A *mention* is a surface form in a text with an optional image; its *gold* is the id of an entity of a *knowledge
-base*, or [`NIL`] when the knowledge base holds no such entity. Scores are always higher-is-better.
+A *mention* is a surface form in a text with an optional image. Its *gold* is the id of an entity of a *knowledge base*,
+or [`NIL`] if the knowledge base does not hold the entity. Scores are always higher-is-better.
 """
 
 from __future__ import annotations
@@ -14,29 +14,31 @@ import datasets
 #: The gold (and the prediction) of a mention whose entity is not in the knowledge base.
 NIL = "NIL"
 
-#: `start` and `end` of a mention that the release does not locate in its text.
+#: `start` and `end` of a mention whose position in the text the release does not give.
 NO_SPAN = -1
 
 
 def mention_features(**extra: Any) -> datasets.Features:
-    """Columns of the `mentions` configuration: one row per mention.
+    """Returns the columns of the `mentions` configuration, which has one row per mention.
 
     - `mention_id` (`str`): unique in the data set.
     - `context_id` (`str`): shared by the mentions of one text.
     - `text` (`str`): the whole text; `mention` (`str`): the surface form.
-    - `start`, `end` (`int`): character offsets of the mention in `text`, end exclusive; [`NO_SPAN`] if not located.
-    - `mention_type`, `topic` (`str`): empty where the release has none.
+    - `start`, `end` (`int`): character offsets of the mention in `text`, end exclusive; [`NO_SPAN`] if unknown.
+    - `mention_type`, `topic` (`str`): empty if the release has none.
     - `image` (`Image` or `None`): the image of the context.
     - `entity_id` (`str`): the gold, or [`NIL`].
-    - `candidates` (list of `str`): entity ids the release ships for this mention; may be empty.
+    - `candidates` (list of `str`): entity ids that the release ships for this mention; may be empty.
 
-    Some data sets have more: `document_id` (`str`, shared by the mentions of one document, which may have many texts and
-    images), `modality` (`str`: "text", or "image" for a visual mention, whose `text` and `mention` are empty and whose
-    `image` shows its gold; every mention is textual without this column), and `candidate_priors` (list of `float`:
-    p(e|m) of each of `candidates`).
+    Some data sets have more columns:
+
+    - `document_id` (`str`): shared by the mentions of one document, which may have several texts and images.
+    - `modality` (`str`): "text", or "image" for a visual mention, whose `text` and `mention` are empty and whose `image`
+      shows its gold. Without this column, every mention is textual.
+    - `candidate_priors` (list of `float`): p(e|m) of each of `candidates`.
 
     Args:
-        extra: further columns of one data set (for instance FlagsMEL's `stratum`).
+        extra: Further columns of one data set, for instance FlagsMEL's `stratum`.
     """
     return datasets.Features(
         {
@@ -57,12 +59,12 @@ def mention_features(**extra: Any) -> datasets.Features:
 
 
 def entity_features(**extra: Any) -> datasets.Features:
-    """Columns of the `entities` configuration: one row per entity of the knowledge base.
+    """Returns the columns of the `entities` configuration, which has one row per entity of the knowledge base.
 
-    - `entity_id` (`str`): unique; a Wikidata QID where the release has one.
+    - `entity_id` (`str`): unique; a Wikidata QID if the release has one.
     - `name` (`str`), `description` (`str`), `aliases` (list of `str`).
-    - `attributes` (`str`): facts as one text, "Key: value. Key: value." as the releases have them; may be empty.
-    - `images` (list of `Image`): zero or more, the first is the one evaluation uses.
+    - `attributes` (`str`): facts in the releases' form "Key: value. Key: value."; may be empty.
+    - `images` (list of `Image`): zero or more; evaluation uses the first.
     """
     return datasets.Features(
         {
@@ -78,7 +80,7 @@ def entity_features(**extra: Any) -> datasets.Features:
 
 
 def post_features(**extra: Any) -> datasets.Features:
-    """Columns of the `posts` configuration: texts with images written about (or by) an entity.
+    """Returns the columns of the `posts` configuration: texts and images about (or by) an entity.
 
     `post_id` (`str`), `entity_id` (`str`), `text` (`str`), `image` (`Image` or `None`).
     """

@@ -1,4 +1,4 @@
-"""hf_mel.candidates.lists."""
+"""Candidate lists: the few entities each mention may mean, with scores by source, kept in a Parquet file."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ import pyarrow.parquet as pq
 from hf_mel.errors import DataFormatError, MelError, UnknownEntityError
 from hf_mel.schema import NIL
 
-#: The source of [`CandidateLists.scores`] whose scores are p(e|m).
+#: The source of [`CandidateLists`] whose scores are p(e|m).
 PRIOR = "prior"
 
-
-_FORMAT = b"hf_mel.candidates"
-
-
-_SCORE = "score "
+#: Key of the Parquet metadata that holds the setting, and marks the file as one of candidates.
+_METADATA_KEY = b"hf_mel.candidates"
+#: Prefix of a column of scores, before the name of the source.
+_SCORE_PREFIX = "score "
 
 
 @dataclass
 class CandidateLists:
-    """Candidates of M mentions, and where each came from.
+    """Candidates of M mentions, with the scores of the sources they came from.
 
     Args:
         mention_ids (`list` of `str` `[M]`): The mentions.
-        entity_ids (`list` of `list` of `str` `[M]`): Their candidates, best first, none twice; a list may be empty.
-        scores (`dict`): By source ("name", "prior", "retriever", …), the score it gave each candidate, as lists like
-            `entity_ids`; higher is better, nan for a candidate that came from other sources only.
+        entity_ids (`list` of `list` of `str` `[M]`): Their candidates, best first and without duplicates. A list may be
+            empty.
+        scores (`dict`): The scores of each source ("name", "prior", "retriever", …), as lists in the shape of
+            `entity_ids`. Higher is better; nan for a candidate that this source did not give.
         setting (`dict`): How the lists were made.
+
+    Raises:
+        `ValueError`: The lengths of the arguments do not match.
     """
 
     mention_ids: list[str]
@@ -45,95 +48,98 @@ class CandidateLists:
     setting: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        lengths = [len(each) for each in self.entity_ids]
+        lengths = list(map(len, self.entity_ids))
         if len(self.mention_ids) != len(lengths):
             raise ValueError(f"{len(self.mention_ids)} mentions need as many lists, not {len(lengths)}.")
         for source, scores in self.scores.items():
-            if [len(each) for each in scores] != lengths:
-                raise ValueError(f"The scores of {source!r} are not as many as the candidates.")
+            if list(map(len, scores)) != lengths:
+                raise ValueError(f"The number of scores of {source!r} is not the number of candidates.")
 
     def __len__(self) -> int:
         return len(self.mention_ids)
 
     @property
     def by_mention(self) -> dict[str, list[str]]:
-        """The candidates by mention id."""
+        """Candidates by mention id."""
         return dict(zip(self.mention_ids, self.entity_ids, strict=True))
 
     @property
     def priors(self) -> dict[str, dict[str, float]] | None:
-        """p(e|m) of the candidates by mention id and entity id; `None` if no source gave any.
+        """p(e|m) of the candidates by mention id and entity id; `None` without priors.
 
-        A candidate that came from other sources only is not in it: its prior is 0.
+        A candidate that no prior was given for is missing; its prior is 0.
 
         Raises:
             DataFormatError: A prior is negative or infinite; names the mention.
         """
         if PRIOR not in self.scores:
             return None
-        found: dict[str, dict[str, float]] = {}
-        for mention_id, listed, scores in zip(self.mention_ids, self.entity_ids, self.scores[PRIOR], strict=True):
-            found[mention_id] = {e: float(s) for e, s in zip(listed, scores, strict=True) if not math.isnan(s)}
-            wrong = [e for e, prior in found[mention_id].items() if not 0 <= prior < math.inf]
-            if wrong:
-                raise DataFormatError(
-                    f"the prior of the candidate {wrong[0]!r} is {found[mention_id][wrong[0]]}.",
-                    row=mention_id,
-                    remedy="A prior is a probability, p(e|m).",
-                )
-        return found
+        priors: dict[str, dict[str, float]] = {}
+        for mention_id, entity_ids, scores in zip(self.mention_ids, self.entity_ids, self.scores[PRIOR], strict=True):
+            priors[mention_id] = {e: float(s) for e, s in zip(entity_ids, scores, strict=True) if not math.isnan(s)}
+            for entity_id, prior in priors[mention_id].items():
+                if not 0 <= prior < math.inf:
+                    raise DataFormatError(
+                        f"The prior of the candidate {entity_id!r} is {prior}.",
+                        row=mention_id,
+                        remedy="Give probabilities p(e|m) as priors.",
+                    )
+        return priors
 
     @property
     def longest(self) -> int:
-        """The length of the longest list."""
+        """Length of the longest list."""
         return max(map(len, self.entity_ids), default=0)
 
     def top(self, k: int) -> CandidateLists:
-        """The first `k` candidates of every mention."""
+        """Returns the first `k` candidates of every mention."""
         return self._map(lambda values: values[:k], range(len(self)), {**self.setting, "k": k})
 
-    def of(self, mentions: datasets.Dataset) -> CandidateLists:
-        """The lists of these mentions, in their order.
+    def for_mentions(self, mentions: datasets.Dataset) -> CandidateLists:
+        """Returns the lists of these mentions, in their order.
 
         Raises:
-            DataFormatError: A mention has no list (an empty one is a list).
+            DataFormatError: A mention has no list. An empty list is allowed.
         """
         row_of = {mention_id: row for row, mention_id in enumerate(self.mention_ids)}
         missing = [mention_id for mention_id in mentions["mention_id"] if mention_id not in row_of]
         if missing:
             raise DataFormatError(
-                f"there are no candidates of {len(missing)} of {len(mentions)} mentions, among them {missing[0]!r}.",
+                f"The candidate lists lack {len(missing)} of {len(mentions)} mentions, among them {missing[0]!r}.",
                 remedy="Make the candidates from the same data set and split.",
             )
         return self._map(list, [row_of[mention_id] for mention_id in mentions["mention_id"]], self.setting)
 
     def rows(self, entity_ids: Sequence[str]) -> list[list[int]]:
-        """The candidates as row numbers of a knowledge base.
+        """Returns the candidates as row numbers of a knowledge base.
 
         Args:
             entity_ids (sequence of `str` `[N]`): Ids of the knowledge base.
 
         Raises:
-            UnknownEntityError: A candidate is not in it; names the mention.
+            UnknownEntityError: A candidate is not in the knowledge base; names the mention.
         """
         row_of = {entity_id: row for row, entity_id in enumerate(entity_ids)}
-        found = []
-        for mention_id, listed in zip(self.mention_ids, self.entity_ids, strict=True):
-            for entity_id in listed:
+        rows = []
+        for mention_id, candidates in zip(self.mention_ids, self.entity_ids, strict=True):
+            for entity_id in candidates:
                 if entity_id not in row_of:
                     raise UnknownEntityError(
-                        f"the candidate {entity_id!r} is not in the knowledge base.",
+                        f"The candidate {entity_id!r} is not in the knowledge base.",
                         row=mention_id,
                         remedy="Make the candidates from this knowledge base.",
                     )
-            found.append([row_of[entity_id] for entity_id in listed])
-        return found
+            rows.append([row_of[entity_id] for entity_id in candidates])
+        return rows
 
     def recall(self, golds: Sequence[str], ks: Iterable[int]) -> dict[str, float]:
-        """Share of the mentions with a gold (not NIL) that have it among their first k candidates, as "recall@k"."""
+        """Returns, as "recall@k", the fraction of mentions whose gold is among their first k candidates.
+
+        Mentions whose gold is NIL do not count.
+        """
         places = [
-            listed.index(gold) if gold in listed else math.inf
-            for gold, listed in zip(golds, self.entity_ids, strict=True)
+            candidates.index(gold) if gold in candidates else math.inf
+            for gold, candidates in zip(golds, self.entity_ids, strict=True)
             if gold != NIL
         ]
         return {
@@ -142,10 +148,10 @@ class CandidateLists:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a Parquet file, whole or not at all.
+        """Writes a Parquet file, which appears only when it is complete.
 
         Raises:
-            MelError: The place cannot be written to.
+            MelError: The file cannot be written.
         """
         path = Path(path)
         columns: dict[str, pa.Array] = {
@@ -153,8 +159,8 @@ class CandidateLists:
             "entity_ids": pa.array(self.entity_ids, pa.list_(pa.string())),
         }
         for source, scores in self.scores.items():
-            columns[_SCORE + source] = pa.array(scores, pa.list_(pa.float32()))
-        table = pa.table(columns).replace_schema_metadata({_FORMAT: json.dumps(self.setting).encode()})
+            columns[_SCORE_PREFIX + source] = pa.array(scores, pa.list_(pa.float32()))
+        table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(self.setting).encode()})
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,31 +170,40 @@ class CandidateLists:
             finally:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
-            raise MelError(f"Cannot be written ({error}).", file=path, remedy="Give another place.") from error
+            raise MelError(
+                f"The candidates cannot be written ({error}).", file=path, remedy="Choose another path."
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CandidateLists:
-        """Reads what [`CandidateLists.save`] wrote.
+        """Reads a file that [`CandidateLists.save`] wrote.
 
         Raises:
-            DataFormatError: No such file, or not one of candidates.
+            DataFormatError: The file does not exist, or holds no candidates.
         """
         try:
             table = pq.ParquetFile(path).read()
         except (OSError, pa.ArrowException) as error:
             raise DataFormatError(
-                f"cannot be read ({error}).", file=path, remedy="Write one with `hf-mel candidates`."
+                f"The file of candidates cannot be read ({error}).",
+                file=path,
+                remedy="Write one with `hf-mel candidates`.",
             ) from error
         metadata = table.schema.metadata or {}
-        if _FORMAT not in metadata:
-            raise DataFormatError("holds no candidates.", file=path, remedy="Write one with `hf-mel candidates`.")
+        if _METADATA_KEY not in metadata:
+            raise DataFormatError(
+                "The file holds no candidates.", file=path, remedy="Write one with `hf-mel candidates`."
+            )
         scores = {
-            name.removeprefix(_SCORE): table[name].to_pylist()
+            name.removeprefix(_SCORE_PREFIX): table[name].to_pylist()
             for name in table.column_names
-            if name.startswith(_SCORE)
+            if name.startswith(_SCORE_PREFIX)
         }
         return cls(
-            table["mention_id"].to_pylist(), table["entity_ids"].to_pylist(), scores, json.loads(metadata[_FORMAT])
+            table["mention_id"].to_pylist(),
+            table["entity_ids"].to_pylist(),
+            scores,
+            json.loads(metadata[_METADATA_KEY]),
         )
 
     def _map(self, change: Callable[[list], list], rows: Iterable[int], setting: dict[str, Any]) -> CandidateLists:

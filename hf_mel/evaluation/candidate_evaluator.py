@@ -178,7 +178,7 @@ class CandidateEvaluator(Evaluator):
         check_golds(mentions, entity_ids)
         labels = self._labels(mentions)
         golds = list(mentions["entity_id"])
-        candidates = candidates.of(mentions)
+        candidates = candidates.for_mentions(mentions)
         candidates.rows(entity_ids)  # raises for an unknown candidate, before any pair is scored
         priors = candidates.priors
         padded = PaddedCandidates(candidates, golds, {entity_id: row for row, entity_id in enumerate(entity_ids)})

@@ -20,12 +20,12 @@ from hf_mel.errors import HubError, UnknownModelError
 from hf_mel.hub_errors import check_repo_id, hub_errors
 from hf_mel.protocols import MelProcessor, Reranker, Retriever
 
-#: Larger ones, or deeper ones, are no configuration anybody wrote.
-_CONFIG_BYTES, _CONFIG_DEPTH, _CONFIG_NUMBER, _LAYERS = 8 << 20, 32, 1 << 40, 1024
-#: The files of a model that are looked at before transformers is.
-_FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+#: Limits for an untrusted config.json: bytes, nesting, numbers, layers.
+_MAX_CONFIG_BYTES, _MAX_CONFIG_DEPTH, _MAX_CONFIG_NUMBER, _MAX_LAYERS = 8 << 20, 32, 1 << 40, 1024
+#: The files of a model that are checked before transformers loads it.
+_CHECKED_FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 
-#: What transformers raises for folders and repositories that are not a model, or a damaged one.
+#: Errors of transformers for folders and repositories that hold no model, or a damaged one.
 _LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -110,7 +110,7 @@ def load_linking_model(
     """
     name = os.fspath(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    weight_bytes = _checked_files(name, revision, local_files_only)
+    weight_bytes = _check_files(name, revision, local_files_only)
     options: dict[str, Any] = {
         "revision": revision or "main",
         "trust_remote_code": trust_remote_code,
@@ -119,7 +119,7 @@ def load_linking_model(
     try:
         if not trust_remote_code:
             _check_size(name, AutoConfig.from_pretrained(name, **options), weight_bytes)
-        # Other formats of weights are pickles, which run code when they are opened.
+        # Other formats of weights are pickles, which run code when they are loaded.
         model, report = AutoModel.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **options
         )
@@ -130,35 +130,38 @@ def load_linking_model(
         reason = " ".join(str(error).split())
         raise UnknownModelError(
             f"{name!r} cannot be loaded as a model ({reason[:300]}).",
-            remedy="Give a run folder written by `hf-mel train`, or the id of a model on the Hub; one whose code is "
+            remedy="Give a run folder written by `hf-mel train`, or the id of a model on the Hub. A model whose code is "
             "not part of hf_mel needs trust_remote_code.",
         ) from error
-    if report["missing_keys"]:  # transformers would go on with random values in their place
+    if report["missing_keys"]:  # transformers initialises them at random
         missing = sorted(report["missing_keys"])
         raise UnknownModelError(
-            f"{name!r}: the weights lack {len(missing)} of the model's tensors, among them {', '.join(missing[:3])}.",
-            remedy="The file is incomplete, or belongs to another configuration.",
+            f"The weights of {name!r} lack {len(missing)} of the model's tensors, among them {', '.join(missing[:3])}.",
+            remedy="Get the complete weights that belong to this configuration.",
         )
     try:
         model.eval().to(device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a missing device
         reason = str(error).strip().splitlines()[0]
         raise UnknownModelError(
-            f"{name!r} cannot go to the device {device!r} ({reason}).", remedy="Try cpu."
+            f"{name!r} cannot be moved to the device {device!r} ({reason}).", remedy="Use the device cpu."
         ) from error
     if not isinstance(model, Retriever | Reranker):
-        raise UnknownModelError(f"{name!r} is a {type(model).__name__}, which does not encode and score entities.")
-    wanted = "pairs" if isinstance(model, Reranker) else "mentions"
-    if wanted not in inspect.signature(type(processor).__call__).parameters:
+        raise UnknownModelError(
+            f"{name!r} is a {type(model).__name__}, which is neither a retriever nor a reranker.",
+            remedy="Give a run folder written by `hf-mel train`, or the id of an entity linking model on the Hub.",
+        )
+    argument = "pairs" if isinstance(model, Reranker) else "mentions"
+    if argument not in inspect.signature(type(processor).__call__).parameters:
         raise UnknownModelError(
             f"{name!r} has no processor for mentions and entities, only a {type(processor).__name__}.",
-            remedy="Save the model's processor into the same folder.",
+            remedy="Save the model's processor in the same folder.",
         )
     return model, processor
 
 
-def _checked_files(name: str, revision: str | None, local_files_only: bool) -> int:
-    """Looks at configuration and weights as files, and gives the size of the weights in bytes."""
+def _check_files(name: str, revision: str | None, local_files_only: bool) -> int:
+    """Checks the files of configuration and weights, and returns the size of the weights in bytes."""
     folder = Path(name)
     if not folder.is_dir():
         try:
@@ -166,31 +169,35 @@ def _checked_files(name: str, revision: str | None, local_files_only: bool) -> i
             with hub_errors(name, revision):
                 folder = Path(
                     huggingface_hub.snapshot_download(
-                        name, revision=revision, allow_patterns=_FILES, local_files_only=local_files_only
+                        name, revision=revision, allow_patterns=_CHECKED_FILES, local_files_only=local_files_only
                     )
                 )
         except HubError as error:
             raise UnknownModelError(
-                f"{name!r} cannot be loaded: there is no such folder here; on the Hub: {error.message}",
+                f"{name!r} cannot be loaded. It is not a local folder, and the Hub answers: {error.message}",
                 remedy=f"{error.remedy or ''} Or give a run folder written by `hf-mel train`.".strip(),
             ) from None
     elif revision is not None:
-        raise UnknownModelError(f"{name!r} is a folder, and has no revision {revision!r}.")
+        raise UnknownModelError(
+            f"{name!r} is a folder and has no revision {revision!r}.", remedy="Leave the revision out."
+        )
     _check_config(folder / "config.json", name)
     weights = [path for path in folder.glob("*.safetensors") if path.is_file()]
     if not weights:
         raise UnknownModelError(
             f"{name!r} has no safetensors weights.",
-            remedy="Give a run folder, a model folder, or a model on the Hub; pickled weights are not read.",
+            remedy="Give a run folder, a model folder, or a model on the Hub. Pickled weights are not loaded.",
         )
     return sum(path.stat().st_size for path in weights)
 
 
 def _check_config(path: Path, name: str) -> None:
-    """Refuses what would take all memory, or all day, before any class is made of it."""
+    """Rejects a configuration that would exhaust memory or time, before a class is built from it."""
     try:
-        if path.stat().st_size > _CONFIG_BYTES:
-            raise UnknownModelError(f"{name!r}: its configuration has {path.stat().st_size:,} bytes.")
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise UnknownModelError(
+                f"The configuration of {name!r} has {path.stat().st_size:,} bytes, more than {_MAX_CONFIG_BYTES:,}."
+            )
         config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UnknownModelError(
@@ -198,35 +205,36 @@ def _check_config(path: Path, name: str) -> None:
             remedy="Give a run folder written by `hf-mel train`, or the id of a model on the Hub.",
         ) from error
     if not isinstance(config, dict):
-        raise UnknownModelError(f"{name!r}: its configuration is not a JSON object.")
-    for key, value, depth in _values(config, "", 0):
-        if depth > _CONFIG_DEPTH:
-            raise UnknownModelError(f"{name!r}: its configuration is nested too deeply.")
+        raise UnknownModelError(f"The configuration of {name!r} is not a JSON object.")
+    for key, value, depth in _walk(config, "", 0):
+        if depth > _MAX_CONFIG_DEPTH:
+            raise UnknownModelError(f"The configuration of {name!r} is nested deeper than {_MAX_CONFIG_DEPTH} levels.")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            limit = _LAYERS if re.search(r"layers|depths?$|stages|blocks", key) else _CONFIG_NUMBER
+            limit = _MAX_LAYERS if re.search(r"layers|depths?$|stages|blocks", key) else _MAX_CONFIG_NUMBER
             if value > limit:
-                raise UnknownModelError(f"{name!r}: its configuration says {key} = {value:g}, more than {limit:,}.")
+                raise UnknownModelError(f"The configuration of {name!r} has {key} = {value:g}, more than {limit:,}.")
 
 
-def _values(value: Any, key: str, depth: int) -> Iterator[tuple[str, Any, int]]:
+def _walk(value: Any, key: str, depth: int) -> Iterator[tuple[str, Any, int]]:
+    """Yields every value inside a JSON value with its key and depth, down to just below the maximal depth."""
     yield key, value, depth
-    if depth <= _CONFIG_DEPTH:
+    if depth <= _MAX_CONFIG_DEPTH:
         if isinstance(value, dict):
             for name, item in value.items():
-                yield from _values(item, name, depth + 1)
+                yield from _walk(item, name, depth + 1)
         elif isinstance(value, list):
             for item in value:
-                yield from _values(item, key, depth + 1)
+                yield from _walk(item, key, depth + 1)
 
 
 def _check_size(name: str, config: Any, weight_bytes: int) -> None:
-    """Refuses a configuration of many more parameters than the files can hold: each would be made up, in memory."""
+    """Rejects a configuration with many more parameters than the files hold, which would be allocated at random."""
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters > 4 * weight_bytes + (1 << 20):
         raise UnknownModelError(
-            f"{name!r}: the weights lack most of the model: its configuration asks for {parameters:,} parameters, and "
-            f"the files have {weight_bytes:,} bytes.",
-            remedy="The file is incomplete, or belongs to another configuration.",
+            f"The weights of {name!r} lack most of the model: the configuration needs {parameters:,} parameters, and the "
+            f"files have {weight_bytes:,} bytes.",
+            remedy="Get the weights that belong to this configuration.",
         )

@@ -1,6 +1,6 @@
-"""Encodings: named tensors that share their first axis, made by a retriever once per mention or entity.
+"""Encodings: named tensors that share their first axis, computed by a retriever once per mention or entity.
 
-A model returns them as a `ModelOutput`, a knowledge base as a plain dict; everything here takes either and gives
+A model returns them as a `ModelOutput`, a knowledge base as a plain dict. The functions here take either and return
 plain dicts.
 """
 
@@ -14,10 +14,10 @@ from hf_mel.protocols import Encodings
 
 
 def num_rows(encodings: Encodings) -> int:
-    """Length of the first axis that all tensors share.
+    """Returns the length of the first axis, which all tensors share.
 
     Raises:
-        `ValueError`: no tensor, or first axes that differ.
+        `ValueError`: The encodings have no tensors, or their first axes differ.
     """
     lengths = {name: len(tensor) for name, tensor in encodings.items()}
     if len(set(lengths.values())) != 1:
@@ -26,22 +26,22 @@ def num_rows(encodings: Encodings) -> int:
 
 
 def slice_encodings(encodings: Encodings, index: slice | torch.Tensor | Sequence[int]) -> dict[str, torch.Tensor]:
-    """The rows `index` of every tensor: views for a slice, copies for a list or tensor of row numbers."""
+    """Returns the rows `index` of every tensor: views for a slice, copies for a list or tensor of row numbers."""
     if not isinstance(index, slice | torch.Tensor):
         index = torch.as_tensor(index, dtype=torch.long)
     return {name: tensor[index] for name, tensor in encodings.items()}
 
 
 def as_float(encodings: Encodings) -> dict[str, torch.Tensor]:
-    """Half precision as float32, the rest as it is."""
+    """Converts floating-point tensors to float32 and leaves the others unchanged."""
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in encodings.items()}
 
 
 def concat_encodings(parts: Iterable[Encodings]) -> dict[str, torch.Tensor]:
-    """The rows of all parts in one.
+    """Concatenates the rows of all parts.
 
     Raises:
-        `ValueError`: no part, or parts that differ in names or in a shape after the first axis.
+        `ValueError`: `parts` is empty, or its members differ in names or in a shape after the first axis.
     """
     parts = list(parts)
     layouts = [{name: tuple(tensor.shape[1:]) for name, tensor in part.items()} for part in parts]
@@ -54,12 +54,12 @@ def concat_encodings(parts: Iterable[Encodings]) -> dict[str, torch.Tensor]:
 
 
 def to_device(encodings: Encodings, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """Every tensor on `device`; those that are there already are not copied."""
+    """Moves every tensor to `device`. Tensors that are on it are not copied."""
     return {name: tensor.to(device) for name, tensor in encodings.items()}
 
 
 def row_bytes(encodings: Encodings) -> int:
-    """Bytes that one row takes over all tensors."""
+    """Returns the bytes of one row over all tensors."""
     return (
         sum(tensor.element_size() * tensor[0].numel() for tensor in encodings.values()) if num_rows(encodings) else 0
     )

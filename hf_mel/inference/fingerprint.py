@@ -1,4 +1,4 @@
-"""Who made these encodings: enough of a model and a processor to tell, later, whether others would make the same."""
+"""Fingerprints of the model and processor that produced a set of encodings, to detect a mismatch later."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from hf_mel.inference.probe import _image, _probe
+from hf_mel.inference.probe import entity_side_tensors, probe_image
 from hf_mel.protocols import MelProcessor
 
-# Configuration fields that change no encoding and no score. A name that starts with "_" is left out as well.
-_SILENT = {
+#: Configuration fields that change no encoding and no score. Fields that start with "_" are ignored, too.
+_IGNORED_FIELDS = {
     "architectures",
     "auto_map",
     "dtype",
@@ -30,9 +30,10 @@ _SILENT = {
 
 
 def describe_model(model: Any) -> dict[str, Any]:
-    """What identifies a model: `name`, `revision`, `type`, `dtype`, `weights` (sha256) and `config` (what scores see).
+    """Returns what identifies a model: `name`, `revision`, `type`, `dtype`, `weights` (sha256), and the fields of
+    `config` that change encodings or scores.
 
-    A local folder is recorded by its last part only, so that a published knowledge base tells nobody's home directory.
+    Of a local folder only the last part is recorded, so that a published knowledge base shows no home directory.
     """
     config = getattr(model, "config", None)
     name = str(getattr(config, "name_or_path", "") or type(model).__name__)
@@ -42,21 +43,25 @@ def describe_model(model: Any) -> dict[str, Any]:
         "type": getattr(config, "model_type", type(model).__name__),
         "dtype": str(getattr(model, "dtype", "")).removeprefix("torch."),
         "weights": model_fingerprint(model),
-        "config": json.loads(json.dumps(_audible(config.to_dict()), default=str)) if config is not None else {},
+        "config": json.loads(json.dumps(_scoring_fields(config.to_dict()), default=str)) if config is not None else {},
     }
 
 
 def describe_processor(processor: MelProcessor, *, posts: bool = False) -> dict[str, Any]:
-    """What identifies a processor on the entity side: `type`, and `tensors`, a sha256 of what it makes of fixed rows.
+    """Returns what identifies a processor on the entity side: `type`, and `tensors`, a sha256 of its output for fixed
+    rows.
 
-    Of a model that knows entities by `posts` the rows are posts: what is made of an entity is vectors that came of them.
+    Comparing outputs instead of saved files ignores differences that do not matter: files saved by another version of
+    transformers, and changes of the mention side alone.
 
-    Comparing what it does, not how it is saved, is safe against a processor that was saved by another version of
-    transformers, or whose mention side alone changed.
+    Args:
+        processor ([`~hf_mel.protocols.MelProcessor`]): The processor.
+        posts (`bool`): Whether the model represents entities by posts. The rows are posts then, because entities reach
+            the processor only as vectors computed from posts.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(_probe(processor, _image(), posts).items()):
-        # Floats rounded, since resizing and normalising may differ in the last bit between machines.
+    for name, tensor in sorted(entity_side_tensors(processor, probe_image(), posts=posts).items()):
+        # Floats are rounded, because resizing and normalising may differ in the last bit between machines.
         values = (tensor.float() * 100).round().to(torch.int64) if tensor.is_floating_point() else tensor.long()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(values.contiguous().numpy().tobytes())
@@ -64,13 +69,14 @@ def describe_processor(processor: MelProcessor, *, posts: bool = False) -> dict[
 
 
 def model_difference(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str | None:
-    """Why two of [`describe_model`] are not the same model, or `None` if they are.
+    """Returns why two results of [`describe_model`] are different models, or `None` if they are the same.
 
-    Configuration fields that only one of the two knows are not compared: they come with another transformers version.
+    Configuration fields that only one of them has are not compared, because they come from another version of
+    transformers.
     """
     if recorded["type"] != current["type"]:
         return f"it is a {current['type']!r}, not a {recorded['type']!r}"
-    if changed := list(_changed(recorded["config"], current["config"], "")):
+    if changed := list(_changed_fields(recorded["config"], current["config"], "")):
         return f"its configuration differs: {'; '.join(changed[:3])}"
     if recorded["dtype"] != current["dtype"]:
         return f"its weights are {current['dtype']}, not {recorded['dtype']}"
@@ -78,36 +84,36 @@ def model_difference(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
 
 
 def processor_difference(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str | None:
-    """Why two of [`describe_processor`] make different tensors, or `None` if they make the same."""
+    """Returns why two results of [`describe_processor`] produce different tensors, or `None` if they produce the same."""
     if recorded["type"] != current["type"]:
         return f"it is a {current['type']}, not a {recorded['type']}"
     return "it makes other tensors of the same entity" if recorded["tensors"] != current["tensors"] else None
 
 
-def _audible(config: Mapping[str, Any]) -> dict[str, Any]:
+def _scoring_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: _audible(value) if isinstance(value, Mapping) else value
+        key: _scoring_fields(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
-        if key not in _SILENT and not str(key).startswith("_")
+        if key not in _IGNORED_FIELDS and not str(key).startswith("_")
     }
 
 
-def _changed(recorded: Mapping[str, Any], current: Mapping[str, Any], prefix: str) -> Iterator[str]:
+def _changed_fields(recorded: Mapping[str, Any], current: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for key in sorted(recorded.keys() & current.keys()):
         old, new = recorded[key], current[key]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _changed(old, new, f"{prefix}{key}.")
+            yield from _changed_fields(old, new, f"{prefix}{key}.")
         elif old != new:
-            yield f"{prefix}{key} is {_short(new)}, was {_short(old)}"
+            yield f"{prefix}{key} is {_abbreviated_repr(new)}, was {_abbreviated_repr(old)}"
 
 
-def _short(value: Any) -> str:
+def _abbreviated_repr(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:39] + "…"
 
 
 def model_fingerprint(model: Any) -> str:
-    """sha256 over names, types, shapes and values of all weights: the same for the same weights wherever they lie."""
+    """Returns the sha256 of names, dtypes, shapes and values of all weights, whatever device they are on."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -1,4 +1,4 @@
-"""hf_mel.inference.probe."""
+"""Finds out what a processor reads by comparing its outputs for fixed rows."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from hf_mel.data.posts import entity_as_post
 from hf_mel.protocols import MelProcessor
 
 
+def sees_images(processor: MelProcessor, *, posts: bool = False) -> bool:
+    """Returns whether an image changes the tensors of an entity, or with `posts` those of a post."""
+    with_image, without = (entity_side_tensors(processor, image, posts=posts) for image in (probe_image(), None))
+    return any(name not in without or not torch.equal(with_image[name], without[name]) for name in with_image)
+
+
 def sees_images_in_pairs(processor: MelProcessor) -> bool:
-    """Whether an image changes the tensors of a pair: false for a text-only processor."""
+    """Returns whether an image changes the tensors of a pair."""
 
     def tensors(image: Image.Image | None, modality: str) -> Mapping[str, Any]:
         mention: dict[str, Any] = {
@@ -30,46 +36,24 @@ def sees_images_in_pairs(processor: MelProcessor) -> bool:
         entity |= {"images": [] if image is None else [image]}
         return processor(pairs=[(_EmptyColumns(mention), [_EmptyColumns(entity)])])
 
-    picture = Image.linear_gradient("L").resize((48, 32)).convert("RGB")
-    for modality in ("text", "image"):  # a document model may look at the images of visual mentions alone
-        seen, blind = tensors(picture, modality), tensors(None, modality)
-        if seen.keys() != blind.keys() or any(
-            seen[name].shape != blind[name].shape or not torch.equal(seen[name], blind[name]) for name in seen
+    image = Image.linear_gradient("L").resize((48, 32)).convert("RGB")
+    for modality in ("text", "image"):  # a document model may read the images of visual mentions only
+        with_image, without = tensors(image, modality), tensors(None, modality)
+        if with_image.keys() != without.keys() or any(
+            with_image[name].shape != without[name].shape or not torch.equal(with_image[name], without[name])
+            for name in with_image
         ):
             return True
     return False
 
 
-class _EmptyColumns(dict):
-    """A row that has every column of any data set, empty. Its image features are those of nobody: it has none."""
+def entity_side_tensors(
+    processor: Any, image: Image.Image | None, *, posts: bool = False
+) -> Mapping[str, torch.Tensor]:
+    """Returns the processor's tensors of two fixed entities with this image, or with `posts` of two fixed posts.
 
-    def __missing__(self, column: str) -> str:
-        if column == "image_features":
-            raise KeyError(column)
-        return ""
-
-
-def sees_images(processor: MelProcessor, *, posts: bool = False) -> bool:
-    """Whether an image changes the tensors of an entity, or of a post: false for a text-only processor."""
-    with_image, without = (_probe(processor, image, posts) for image in (_image(), None))
-    return any(name not in without or not torch.equal(with_image[name], without[name]) for name in with_image)
-
-
-class _AnyColumn(dict):
-    """A row that has every column, for templates over columns of one data set."""
-
-    def __missing__(self, column: str) -> str:
-        return column
-
-
-def _probe(processor: Any, image: Image.Image | None, posts: bool) -> Mapping[str, torch.Tensor]:
-    rows = _probe_rows(image)
-    if not posts:
-        return processor(entities=rows)
-    return processor(posts=[_AnyColumn(entity_as_post(row)) for row in rows])
-
-
-def _probe_rows(image: Image.Image | None) -> list[_AnyColumn]:
+    Knowledge bases record a digest of these tensors, so the rows must not change.
+    """
     full = {
         "entity_id": "Q0",
         "name": "Añó Nuevo (海岛), the 2nd",
@@ -78,10 +62,29 @@ def _probe_rows(image: Image.Image | None) -> list[_AnyColumn]:
         "aliases": ["New Year's Isle"],
         "images": [] if image is None else [image],
     }
-    return [_AnyColumn(full), _AnyColumn(full | {"name": "", "description": "", "attributes": "", "aliases": []})]
+    rows = [_EchoColumns(full), _EchoColumns(full | {"name": "", "description": "", "attributes": "", "aliases": []})]
+    if not posts:
+        return processor(entities=rows)
+    return processor(posts=[_EchoColumns(entity_as_post(row)) for row in rows])
 
 
-def _image() -> Image.Image:
-    # Not square, and different everywhere, so that size, crop and interpolation all show.
+def probe_image() -> Image.Image:
+    """Returns an image that is not square and differs everywhere, so that size, crop and interpolation all show."""
     channels = [Image.linear_gradient("L").rotate(90 * turn).resize((96, 64)) for turn in range(3)]
     return Image.merge("RGB", channels)
+
+
+class _EmptyColumns(dict):
+    """A row in which every missing column is "", except `image_features`, which is absent."""
+
+    def __missing__(self, column: str) -> str:
+        if column == "image_features":
+            raise KeyError(column)
+        return ""
+
+
+class _EchoColumns(dict):
+    """A row in which every missing column is its name, for templates over columns that only some data sets have."""
+
+    def __missing__(self, column: str) -> str:
+        return column

@@ -34,11 +34,11 @@ _ROUNDING = 1e-5
 
 @dataclass
 class RankingResult:
-    """What [`rank`] found for M mentions among N entities, on the CPU.
+    """The result of [`rank`] for M mentions and N entities, on the CPU.
 
     Args:
         top_scores (`torch.Tensor` `[M, k]`): The k best scores, best first; k is at most N.
-        top_rows (`torch.Tensor` `[M, k]`): Their entity rows (`int64`); of equal scores the lower row comes first.
+        top_rows (`torch.Tensor` `[M, k]`): Their entity rows (`int64`). Of equal scores the lower row comes first.
         gold_score (`torch.Tensor` `[M]`, *optional*): Score of the gold, nan for a mention without a gold row.
         best_rank (`torch.Tensor` `[M]`, *optional*): 1 + number of entities better than the gold (`int64`), 0 for a
             mention without a gold row.
@@ -67,43 +67,44 @@ def rank(
     processes: PartialState | None = None,
     progress: bool = False,
 ) -> RankingResult:
-    """Scores M mentions against all N entities and keeps the k best and the position of each gold.
+    """Scores M mentions against all N entities, and keeps the k best entities and the rank of each gold.
 
-    One pass over the knowledge base, chunk by chunk; each chunk meets all mentions, batch by batch. What is kept are
-    the k best so far and counts, so memory is that of one chunk, one block of pairs and the mentions' encodings. Pairs
-    are scored in float32, whatever autocast is on around the call.
+    Ranking reads the entities once, in chunks, and scores every chunk with all mentions, in batches. It keeps the k best
+    so far and counts, so memory holds one chunk, one block of pairs and the encodings of the mentions. Pairs are scored
+    in float32, also inside an autocast context.
 
-    A model that scores in two steps (see [`~hf_mel.protocols.Retriever`]) takes the second one only for pairs that may
-    come among the k best so far or reach the gold: what is left out changes neither the k best nor any rank.
+    For [`~hf_mel.protocols.TwoStepScores`], the second step is computed only for pairs that may enter the k best so far
+    or reach the gold. The skipped pairs change neither the k best nor any rank.
 
-    Rounding in matrix products depends on the shape of a chunk, so identical entities need not score identically:
-    an entity is *equal* to the gold if its score differs by at most `tie_tolerance` * max(1, |gold score|), *better*
-    if it is above that.
+    Rounding in matrix products depends on the shape of a chunk, so identical entities may score slightly differently. An
+    entity is *equal* to the gold if its score differs by at most `tie_tolerance` * max(1, |gold score|), and *better* if
+    its score is above that.
 
     Args:
         model ([`~hf_mel.protocols.Retriever`]): Its `score` is used, on its device.
         mention_encodings (`Mapping[str, torch.Tensor]`): Tensors with first axis M.
-        entity_chunks ([`EntitySource`]): The N entities.
+        entity_chunks ([`~hf_mel.inference.entity_sources.EntitySource`]): The N entities.
         gold_rows (integers `[M]`, *optional*): Entity row of each mention's gold, -1 for none.
-        top_k (`int`): How many entities to keep per mention; N if N is smaller.
-        byte_budget (`int`): Memory for one block of scores and one chunk of entities on the model's device, in bytes.
-            The mentions' encodings are there as well.
+        top_k (`int`): Number of entities to keep per mention; N if N is smaller.
+        byte_budget (`int`): Memory in bytes for one block of scores and one chunk of entities on the model's device. The
+            encodings of the mentions come on top.
         tie_tolerance (`float`): See above.
-        score (`Callable`, *optional*): (mentions, entities) → scores [M, N], in place of `model.score`.
-        prune (`bool`): Whether to leave out what cannot matter, where the model can tell.
-        processes (`accelerate.PartialState`, *optional*): Share the work among processes: all of them call this, each
-            with its own part of the entities (see [`part_of_process`]) and the same mentions, whose `gold_rows` are
-            those of the whole. Each gets the result of the whole, or the error of the first process that has one.
+        score (`Callable`, *optional*): Replaces `model.score`: (mentions, entities) → scores [M, N].
+        prune (`bool`): Whether to skip pairs that cannot matter, if the model supports it.
+        processes (`accelerate.PartialState`, *optional*): The processes that share the work. All of them call this, each
+            with its part of the entities ([`~hf_mel.inference.entity_sources.part_of_process`]) and the same mentions,
+            whose `gold_rows` count all entities. Every process gets the whole result, or the error of the first process
+            that has one.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
         [`RankingResult`].
 
     Raises:
-        [`~hf_mel.errors.ScoreError`]: a score is nan or infinite; names the mention and the entity row.
-        [`~hf_mel.errors.KnowledgeBaseError`]: no entities, or chunks that do not add up to N rows.
-        [`~hf_mel.errors.UnknownEntityError`]: a gold row beyond the knowledge base.
-        `ValueError`: `top_k` below 1, or not one gold row per mention.
+        [`~hf_mel.errors.ScoreError`]: A score is nan or infinite; names the mention and the entity row.
+        [`~hf_mel.errors.KnowledgeBaseError`]: The source has no entities, or its chunks do not add up to N rows.
+        [`~hf_mel.errors.UnknownEntityError`]: A gold row is outside the knowledge base.
+        `ValueError`: `top_k` is below 1, or the number of gold rows is not M.
     """
     two_steps = score is None and prune and isinstance(model, TwoStepScores)
     scorer = _Pruned(model) if two_steps else _Plain(score or model.score)
@@ -313,10 +314,9 @@ class _RankingState:
 
 
 def score_of_units(model: Any, units: Sequence[str]) -> ScoreFunction:
-    """A score that is the mean of only these of the model's interaction units.
+    """Returns a score function that is the mean of some of the model's interaction units.
 
-    Raises (when it scores):
-        [`~hf_mel.errors.RecipeError`]: the model has no such unit.
+    The function raises [`~hf_mel.errors.RecipeError`] if the model has no such unit.
     """
 
     def score(mentions: Encodings, entities: Encodings) -> torch.Tensor:
@@ -332,7 +332,7 @@ def score_of_units(model: Any, units: Sequence[str]) -> ScoreFunction:
     return score
 
 
-def _checked_golds(gold_rows, mentions: int, entities: int) -> torch.Tensor:
+def _checked_golds(gold_rows: Any, mentions: int, entities: int) -> torch.Tensor:
     golds = torch.as_tensor(gold_rows, dtype=torch.long)
     if golds.shape != (mentions,):
         raise ValueError(f"{mentions} mentions need as many gold rows, not shape {tuple(golds.shape)}.")
@@ -348,7 +348,7 @@ def _checked_golds(gold_rows, mentions: int, entities: int) -> torch.Tensor:
 
 
 class _Plain:
-    """Scores of all pairs of a block."""
+    """Scores all pairs of a block."""
 
     def __init__(self, score: ScoreFunction):
         self.score = score
@@ -356,82 +356,86 @@ class _Plain:
     def block(
         self, mentions: Encodings, entities: Encodings, state: _RankingState, firsts: tuple[Any, Any]
     ) -> torch.Tensor:
-        """[M, n]; `firsts` are the numbers of the first mention and of the first entity."""
+        """Returns the scores [M, n] of a block; `firsts` are the numbers of its first mention and entity."""
         block = self.score(mentions, entities).float()
         _check_block(block, mentions, entities, firsts)
         return block
 
     def diagonal(self, mentions: Encodings, entities: Encodings, numbers: tuple[Any, Any]) -> torch.Tensor:
-        """Score of each mention with the entity of the same place, [M]; `numbers` are theirs."""
+        """Returns the score [M] of each mention with the entity in the same place; `numbers` are those of both."""
         block = self.score(mentions, entities).float()
         _check_block(block, mentions, entities, numbers)
         return block.diagonal()
 
 
 class _Pruned:
-    """Scores of the pairs of a block that can matter, by a model that scores in two steps; -inf for the others."""
+    """Scores the pairs of a block that can matter, by a model that scores in two steps; -inf for the others."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: TwoStepScores):
         self.model = model
 
     def block(
         self, mentions: Encodings, entities: Encodings, state: _RankingState, firsts: tuple[Any, Any]
     ) -> torch.Tensor:
-        """As [`_Plain.block`]."""
+        """See [`_Plain.block`]."""
         quick = self.model.quick_scores(mentions, entities)
         _check_block(quick, mentions, entities, firsts)
-        # Added up in another order, or in a block of another shape, a score may come out a little higher.
-        spare = _ROUNDING * quick.abs().amax(1)
-        last, kept = state.top_scores[:, -1], state.top_scores.shape[1]
-        best = seeds = None
-        if kept <= quick.shape[1] and (last == -torch.inf).any():
-            # So far nothing is known: the k that look best now are no better than the k best.
-            best = quick.topk(kept).indices
-            some = torch.full_like(quick, torch.inf).scatter_(1, best, -torch.inf)
-            seeds = self._remaining(mentions, entities, some).gather(1, best)
-            last = torch.maximum(last, (quick.gather(1, best) + seeds).amin(1))
-        floor = last if state.golds is None else torch.minimum(last, state.golds.below)
-        needed = (floor - spare - _ROUNDING * floor.abs())[:, None] - quick
-        if best is None or seeds is None:
-            rest = self._remaining(mentions, entities, needed)
+        # Another order of addition, or a block of another shape, may make a score slightly higher.
+        rounding = _ROUNDING * quick.abs().amax(1)
+        threshold, k = state.top_scores[:, -1], state.top_scores.shape[1]
+        best = best_remaining = None
+        if k <= quick.shape[1] and (threshold == -torch.inf).any():
+            # In the first block there is no threshold yet. The exact scores of the k pairs with the best quick scores
+            # give one, because they cannot be better than the k best.
+            best = quick.topk(k).indices
+            floor = torch.full_like(quick, torch.inf).scatter_(1, best, -torch.inf)
+            best_remaining = self.model.remaining_scores(mentions, entities, floor).gather(1, best)
+            threshold = torch.maximum(threshold, (quick.gather(1, best) + best_remaining).amin(1))
+        if state.golds is not None:
+            threshold = torch.minimum(threshold, state.golds.below)
+        floor = (threshold - rounding - _ROUNDING * threshold.abs())[:, None] - quick
+        if best is None or best_remaining is None:
+            remaining = self.model.remaining_scores(mentions, entities, floor)
         else:
-            rest = self._remaining(mentions, entities, needed.scatter_(1, best, torch.inf)).scatter_(1, best, seeds)
-        self._check(quick, rest, mentions, entities, firsts)
-        return quick.add_(rest)
+            remaining = self.model.remaining_scores(mentions, entities, floor.scatter_(1, best, torch.inf))
+            remaining = remaining.scatter_(1, best, best_remaining)
+        self._check(quick, remaining, mentions, entities, firsts)
+        return quick.add_(remaining)
 
     def diagonal(self, mentions: Encodings, entities: Encodings, numbers: tuple[Any, Any]) -> torch.Tensor:
-        """As [`_Plain.diagonal`]."""
+        """See [`_Plain.diagonal`]."""
         quick = self.model.quick_scores(mentions, entities)
         _check_block(quick, mentions, entities, numbers)
-        rest = self._remaining(mentions, entities, torch.full_like(quick, torch.inf).fill_diagonal_(-torch.inf))
-        self._check(quick, rest, mentions, entities, numbers)
-        return (quick + rest).diagonal()
-
-    def _remaining(self, mentions: Encodings, entities: Encodings, floor: torch.Tensor) -> torch.Tensor:
-        return self.model.remaining_scores(mentions, entities, floor)
+        floor = torch.full_like(quick, torch.inf).fill_diagonal_(-torch.inf)
+        remaining = self.model.remaining_scores(mentions, entities, floor)
+        self._check(quick, remaining, mentions, entities, numbers)
+        return (quick + remaining).diagonal()
 
     @staticmethod
-    def _check(quick, rest, mentions, entities, numbers) -> None:
-        if not rest.amax() < torch.inf:
-            _check_block(quick + rest.masked_fill(rest == -torch.inf, 0), mentions, entities, numbers)
+    def _check(
+        quick: torch.Tensor, remaining: torch.Tensor, mentions: Encodings, entities: Encodings, numbers: Any
+    ) -> None:
+        if not remaining.amax() < torch.inf:
+            total = quick + remaining.masked_fill(remaining == -torch.inf, 0)
+            _check_block(total, mentions, entities, numbers)
 
 
 def _gold_scores(
     scorer: _Plain | _Pruned, mentions: Encodings, golds: torch.Tensor, entities: EntitySource
 ) -> torch.Tensor:
-    """Score of each mention's gold, [M]; inf without one."""
-    found = torch.full(golds.shape, torch.inf, device=golds.device)
-    known = (golds >= 0).nonzero()[:, 0]
-    for first in range(0, len(known), _GOLD_MENTIONS):
-        some = known[first : first + _GOLD_MENTIONS]
-        rows = golds[some]
-        gold = to_device(entities.encodings(rows.cpu().numpy()), golds.device)
-        found[some] = scorer.diagonal(slice_encodings(mentions, some), gold, (some, rows))
-    return found
+    """Returns the score [M] of each mention's gold; inf for a mention without one."""
+    scores = torch.full(golds.shape, torch.inf, device=golds.device)
+    with_gold = (golds >= 0).nonzero()[:, 0]
+    for first in range(0, len(with_gold), _GOLD_MENTIONS):
+        batch = with_gold[first : first + _GOLD_MENTIONS]
+        rows = golds[batch]
+        encodings = to_device(entities.encodings(rows.cpu().numpy()), golds.device)
+        scores[batch] = scorer.diagonal(slice_encodings(mentions, batch), encodings, (batch, rows))
+    return scores
 
 
 def _checked_chunks(chunks: EntitySource, chunk_size: int, as_stored: bool) -> Iterator[tuple[int, Encodings]]:
-    """The chunks, if they follow one another up to the last entity."""
+    """Yields the chunks, and raises an error if they do not follow one another up to the last entity."""
     seen, total = 0, len(chunks)
     for first, chunk in chunks.iter_chunks(chunk_size, as_stored=as_stored):
         if first != seen or first + num_rows(chunk) > total:
@@ -441,15 +445,18 @@ def _checked_chunks(chunks: EntitySource, chunk_size: int, as_stored: bool) -> I
     if seen != total:
         raise KnowledgeBaseError(
             f"The chunks of the knowledge base do not follow one another up to its {total} entities: row {seen} is "
-            "missing or comes out of turn."
+            "missing or out of order."
         )
 
 
-def _check_block(block, mentions, entities, firsts) -> None:
-    """Refuses scores of a wrong shape, and scores that cannot be ranked; the firsts are numbers, or tensors of them."""
+def _check_block(block: torch.Tensor, mentions: Encodings, entities: Encodings, firsts: tuple[Any, Any]) -> None:
+    """Checks the shape and the values of scores. `firsts` are the first numbers of both axes, or tensors of all."""
     count, size = num_rows(mentions), num_rows(entities)
     if block.shape != (count, size):
-        raise ScoreError(f"{count} mentions and {size} entities need a score each, not shape {tuple(block.shape)}.")
+        raise ScoreError(
+            f"The scores of {count} mentions and {size} entities have the shape {tuple(block.shape)}.",
+            remedy="Return one score for every pair.",
+        )
     low, high = torch.aminmax(block)  # both are nan if any score is
     if not (low.isfinite() and high.isfinite()):
         mention, entity = (~block.isfinite()).nonzero()[0].tolist()
@@ -460,17 +467,17 @@ def _check_block(block, mentions, entities, firsts) -> None:
         ]
         raise ScoreError(
             f"The score of mention {numbers[0]} and entity row {numbers[1]} is {value}.",
-            remedy="Look at the weights and at the encodings of these two rows for nan or overflow.",
+            remedy="Look for nan or overflow in the weights and in the encodings of these two rows.",
         )
 
 
 def _top_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of each row and their columns; equal values in the order of their columns."""
+    """Returns the k largest values of each row and their columns; equal values in the order of their columns."""
     values, columns = rows.topk(k)
-    # topk picks any of the values that tie with the last one kept: where it had a choice, take the first columns.
+    # Of values that equal the last one kept, topk takes any. Where it had a choice, take the first columns.
     last = values[:, -1:]
-    chosen = (rows == last).sum(1) > (values == last).sum(1)
-    for row in chosen.nonzero().flatten().tolist():
+    had_choice = (rows == last).sum(1) > (values == last).sum(1)
+    for row in had_choice.nonzero().flatten().tolist():
         ordered = rows[row].sort(descending=True, stable=True)
         values[row], columns[row] = ordered.values[:k], ordered.indices[:k]
     by_column = columns.argsort(1)

@@ -160,7 +160,7 @@ def candidates_from_recipe(
         )
     if section.source == "file":
         assert section.file is not None
-        return CandidateLists.load(section.file.replace("{split}", split)).of(mentions).top(section.k)
+        return CandidateLists.load(section.file.replace("{split}", split)).for_mentions(mentions).top(section.k)
     return make_candidates(
         section.source,
         mentions,

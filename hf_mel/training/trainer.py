@@ -225,7 +225,7 @@ def _check_candidates(
             f"{type(model).__name__} reranks candidates, but none were given.",
             remedy="Give train_candidates and eval_candidates, or in a recipe candidates.source.",
         )
-    lists.of(mentions).rows(entities["entity_id"])
+    lists.for_mentions(mentions).rows(entities["entity_id"])
 
 
 def _sample_examples(mentions: datasets.Dataset, unit: str, count: int, seed: int) -> datasets.Dataset:

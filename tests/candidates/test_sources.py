@@ -177,19 +177,19 @@ def test_what_is_no_file_of_candidates(tmp_path):
     for name in ("text.parquet", "other.parquet", "none.parquet"):
         with pytest.raises(DataFormatError, match=f"{name}.*hf-mel candidates"):
             CandidateLists.load(tmp_path / name)
-    with pytest.raises(MelError, match="Cannot be written"):
+    with pytest.raises(MelError, match="cannot be written"):
         make([["Q1"]]).save(tmp_path / "text.parquet" / "x.parquet")
 
 
 def test_lists_in_the_order_of_other_mentions_and_their_rows():
     lists = make([["Q1"], ["Q2"], ["Q3", "Q0"]])
-    picked = lists.of(mentions_of(["a"] * 3).select([2, 0]))
+    picked = lists.for_mentions(mentions_of(["a"] * 3).select([2, 0]))
     assert picked.entity_ids == [["Q3", "Q0"], ["Q1"]]
     assert picked.scores["name"] == [[0, -1], [0]]
     assert picked.rows(["Q0", "Q1", "Q3"]) == [[2, 0], [1]]
     assert lists.top(1).entity_ids == [["Q1"], ["Q2"], ["Q3"]]
     with pytest.raises(DataFormatError, match="no candidates of 1 of 4 mentions, among them 'm3'"):
-        lists.of(mentions_of(["a"] * 4))
+        lists.for_mentions(mentions_of(["a"] * 4))
     with pytest.raises(UnknownEntityError, match="row m1: the candidate 'Q2'"):
         lists.rows(["Q1"])
 
@@ -215,10 +215,12 @@ def test_a_visual_mention_has_no_name_and_no_prior():
 def test_priors_are_those_that_a_source_gave():
     lists = CandidateLists(["a", "b"], [["Q1", "Q2"], []], {"prior": [[0.25, math.nan], []], "name": [[9, 8], []]})
     assert lists.priors == {"a": {"Q1": 0.25}, "b": {}}
-    assert lists.of(mentions_of(["x"], prefix="a").map(lambda row: {"mention_id": "a"})).priors == {"a": {"Q1": 0.25}}
+    assert lists.for_mentions(mentions_of(["x"], prefix="a").map(lambda row: {"mention_id": "a"})).priors == {
+        "a": {"Q1": 0.25}
+    }
     assert CandidateLists(["a"], [["Q1"]], {"name": [[1.0]]}).priors is None
     for wrong in (-0.5, math.inf):
-        with pytest.raises(DataFormatError, match="row a: the prior of the candidate 'Q2' is"):
+        with pytest.raises(DataFormatError, match="row a: The prior of the candidate 'Q2' is"):
             _ = CandidateLists(["a"], [["Q1", "Q2"]], {"prior": [[0.5, wrong]]}).priors
 
 
@@ -259,9 +261,9 @@ def test_released_candidates_without_priors_keep_their_order():
 @pytest.mark.parametrize(
     ("listed", "priors", "message"),
     [
-        ([["Q1"], ["Q2"]], [[0.5], [math.nan]], "row m1: the prior nan is no probability"),
+        ([["Q1"], ["Q2"]], [[0.5], [math.nan]], "row m1: The prior nan is not a probability"),
         ([["Q1"], ["Q2"]], [[0.5], [-0.1]], "row m1: the prior -0.1"),
-        ([["Q1"], ["Q2", "Q3"]], [[0.5], [0.5]], "row m1: 2 candidates have 1 priors"),
+        ([["Q1"], ["Q2", "Q3"]], [[0.5], [0.5]], "row m1: The mention has 2 candidates and 1 priors"),
         ([[], []], None, "ships no candidates"),
     ],
 )

@@ -183,9 +183,9 @@ def test_results_and_records_are_plain_data():
 
 def test_bad_input_is_named():
     model = toy_reranker()
-    with pytest.raises(UnknownEntityError, match="row m0: the candidate 'Q13'"):
+    with pytest.raises(UnknownEntityError, match="row m0: The candidate 'Q13'"):
         CandidateEvaluator(ENTITIES)(ModelInputs(model, PROCESSOR), MENTIONS, lists_of([[12]] * 12))
-    with pytest.raises(DataFormatError, match="no candidates of 11 of 12 mentions"):
+    with pytest.raises(DataFormatError, match="lack 11 of 12 mentions"):
         CandidateEvaluator(ENTITIES)(ModelInputs(model, PROCESSOR), MENTIONS, CandidateLists(["m3"], [["Q1"]], {}))
     with pytest.raises(RecipeError, match="jointly"):
         CandidateEvaluator(ENTITIES, joint=True)(
@@ -273,7 +273,7 @@ def test_the_model_gets_each_candidate_with_its_prior(independent):
     assert added <= set(seen)
     assert result.setting["candidates"]["without_prior"] == 3
     wrong = CandidateLists(lists.mention_ids, ids, {"prior": [[-1.0] * len(each) for each in rows]})
-    with pytest.raises(DataFormatError, match="row m1: the prior of the candidate"):
+    with pytest.raises(DataFormatError, match="row m1: The prior of the candidate"):
         CandidateEvaluator(ENTITIES, progress=False)(ModelInputs(model, Spy()), documents, wrong)
 
 

@@ -132,7 +132,7 @@ def test_the_odd_one_out_is_last():
 def test_features_that_are_no_numbers_name_their_post(value):
     features = torch.ones(3, 2)
     features[1, 0] = value
-    with pytest.raises(ScoreError, match="row post-7: the features of the post"):
+    with pytest.raises(ScoreError, match="row post-7: The features of the post"):
         check_features(features, ["post-3", "post-7", "post-9"])
     with pytest.raises(ScoreError, match="row 1"):
         select_posts(features, [[0]], 2)

@@ -305,5 +305,5 @@ def test_documents_that_are_too_long_and_wrong_priors_raise(tmp_path):
     model.max_mentions = 2
     with pytest.raises(DataFormatError, match="mentions; the model takes 2 together"):
         document_trainer(tmp_path, model)
-    with pytest.raises(DataFormatError, match=r"row m0: the prior of the candidate 'Q1' is -0.5"):
+    with pytest.raises(DataFormatError, match=r"row m0: The prior of the candidate 'Q1' is -0.5"):
         document_trainer(tmp_path, lists=with_priors(DOCUMENTS, prior=-1.0))
