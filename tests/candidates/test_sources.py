@@ -188,9 +188,9 @@ def test_lists_in_the_order_of_other_mentions_and_their_rows():
     assert picked.scores["name"] == [[0, -1], [0]]
     assert picked.rows(["Q0", "Q1", "Q3"]) == [[2, 0], [1]]
     assert lists.top(1).entity_ids == [["Q1"], ["Q2"], ["Q3"]]
-    with pytest.raises(DataFormatError, match="no candidates of 1 of 4 mentions, among them 'm3'"):
+    with pytest.raises(DataFormatError, match="lack 1 of 4 mentions, among them 'm3'"):
         lists.for_mentions(mentions_of(["a"] * 4))
-    with pytest.raises(UnknownEntityError, match="row m1: the candidate 'Q2'"):
+    with pytest.raises(UnknownEntityError, match="row m1: The candidate 'Q2'"):
         lists.rows(["Q1"])
 
 
@@ -202,7 +202,7 @@ def test_wrong_arguments():
         name_candidates(mentions, entities, k=0)
     with pytest.raises(ValueError, match="as many lists"):
         CandidateLists(["m"], [], {})
-    with pytest.raises(ValueError, match="'name' are not as many"):
+    with pytest.raises(ValueError, match="scores of 'name' is not the number of candidates"):
         make([["Q1"]], scores=[[]])
 
 
@@ -262,7 +262,7 @@ def test_released_candidates_without_priors_keep_their_order():
     ("listed", "priors", "message"),
     [
         ([["Q1"], ["Q2"]], [[0.5], [math.nan]], "row m1: The prior nan is not a probability"),
-        ([["Q1"], ["Q2"]], [[0.5], [-0.1]], "row m1: the prior -0.1"),
+        ([["Q1"], ["Q2"]], [[0.5], [-0.1]], "row m1: The prior -0.1"),
         ([["Q1"], ["Q2", "Q3"]], [[0.5], [0.5]], "row m1: The mention has 2 candidates and 1 priors"),
         ([[], []], None, "ships no candidates"),
     ],

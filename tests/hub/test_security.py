@@ -217,7 +217,7 @@ def test_weights_that_lack_most_of_the_model_are_not_made_up(model):
     )
     config = json.loads((model / "config.json").read_text()) | {"vocab_size": 20_000_000}
     (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnknownModelError, match="asks for 320,0"):
+    with pytest.raises(UnknownModelError, match="needs 320,0"):
         load_retriever(model, device="cpu")
 
 

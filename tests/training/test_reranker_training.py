@@ -153,7 +153,7 @@ def test_candidates_are_needed_and_checked_before_training(tmp_path):
     with pytest.raises(RecipeError, match=r"none were given.*candidates\.source"):
         MelTrainer(toy_reranker(), arguments, train_dataset=TRAIN, **options)
     wrong = CandidateLists(list(TRAIN["mention_id"]), [["Q99"]] * 16, {})
-    with pytest.raises(UnknownEntityError, match="row m0: the candidate 'Q99'"):
+    with pytest.raises(UnknownEntityError, match="row m0: The candidate 'Q99'"):
         MelTrainer(toy_reranker(), arguments, train_dataset=TRAIN, train_candidates=wrong, **options)
 
 

@@ -164,7 +164,7 @@ class PostPrototypes(RowFeatures):
 
     @cached_property
     def _digests(self) -> np.ndarray:
-        """Digests of the texts of each post, [P, 1 or 2]: its own and, for a caption, that of its mention."""
+        """Digests of the texts of each post, [P, 1 or 2]: the text of the post and, for a caption, the text of its mention."""
         assert self.posts is not None
         columns = [self.posts[column] for column in ("text", SOURCE) if column in self.posts.column_names]
         return np.array([[_digest(text) for text in column] for column in columns], dtype=np.uint64).T
