@@ -1,4 +1,4 @@
-"""The shipped methods are known to the Auto classes, whatever a program imports first and whatever it is called."""
+"""Tests that the Auto classes know the shipped methods, for every order of imports and every program name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-KNOWS_ALL = """
+CHECK_REGISTRATION = """
 from transformers import CONFIG_MAPPING, MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING, PROCESSOR_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -43,10 +43,10 @@ def run(code: str) -> None:
 def test_every_order_of_imports_registers_every_method(first):
     folders = (ROOT / "modeling").iterdir()
     methods = sorted(path.name for path in folders if path.is_dir() and not path.name.startswith("__"))
-    run(first + KNOWS_ALL.format(methods=methods))
+    run(first + CHECK_REGISTRATION.format(methods=methods))
 
 
-def test_the_command_line_answers_without_torch():
+def test_the_help_of_the_command_line_does_not_import_torch():
     run(
         "import sys\nsys.argv = ['hf-mel', '--help']\nfrom hf_mel.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
@@ -54,7 +54,7 @@ def test_the_command_line_answers_without_torch():
     )
 
 
-def test_waiting_threads_of_the_command_line_leave_the_processor_to_others():
+def test_idle_threads_of_the_command_line_do_not_spin():
     code = "import os, hf_mel.cli; assert os.environ['OMP_WAIT_POLICY'] == '{}'"
     run("import os; os.environ.pop('OMP_WAIT_POLICY', None)\n" + code.format("PASSIVE"))
     run("import os; os.environ['OMP_WAIT_POLICY'] = 'ACTIVE'\n" + code.format("ACTIVE"))

@@ -1,4 +1,4 @@
-"""README and docs/: command lines parse, tables are complete, and pages refer to files that exist."""
+"""Tests of README and docs/: command lines parse, tables are complete, and links lead to existing files."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 
 
 def commands(text: str) -> list[str]:
-    """The command lines of hf-mel in a page."""
+    """Returns the hf-mel command lines in a page."""
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    lines = [re.sub(r"^(\w+=\S+ )+", "", line) for line in lines]  # FOO=bar hf-mel …
+    lines = [re.sub(r"^(\w+=\S+ )+", "", line) for line in lines]  # strips the variables of `FOO=bar hf-mel …`
     return [line for line in lines if line.startswith(("hf-mel ", "accelerate launch "))]
 
 
@@ -38,7 +38,7 @@ COMMANDS = sorted({line for text in TEXTS.values() for line in commands(text)})
 
 
 def arguments(line: str) -> list[str]:
-    """The arguments of hf-mel in a command line."""
+    """Returns the arguments of hf-mel in a command line."""
     words = shlex.split(line, comments=True)
     if words[:3] == ["accelerate", "launch", "train.py"]:
         return ["train", *words[3:]]
@@ -50,12 +50,12 @@ def arguments(line: str) -> list[str]:
 
 @cache
 def command_line() -> click.Command:
-    """The command line as click has it."""
+    """Returns the command line as a click command."""
     return typer.main.get_command(hf_mel.cli.app)
 
 
 def parse(arguments: list[str]) -> None:
-    """Walks the command line down to its verb; an unknown verb, option or a missing argument raises."""
+    """Parses arguments without running the command. Unknown verbs, unknown options and missing arguments raise."""
     if "--help" in arguments:
         return
     command = command_line()
@@ -66,18 +66,17 @@ def parse(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_parse(line):
+def test_command_lines_parse(line):
     parse(arguments(line))
 
 
-def test_a_wrong_option_would_be_seen():
+def test_parsing_detects_a_wrong_option():
     with pytest.raises(Exception, match=r"(?i)no such option|missing"):
         parse(["evaluate", "runs/x", "--datasset", "data/x"])
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if arguments(line)[0] == "train"])
-def test_commands_train_recipes_that_load(line):
-    """The recipe exists, and takes what `--set` gives it."""
+def test_recipes_in_training_commands_load_with_their_overrides(line):
     _, recipe, *rest = arguments(line)
     overrides = [value for option, value in pairwise(rest) if option == "--set"]
     path = ROOT / recipe
@@ -103,12 +102,12 @@ def test_recipes_load(path):
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guides/data_sets.md"])
-def test_every_data_set_is_in_the_tables(page):
+def test_the_tables_list_every_data_set(page):
     rows = re.findall(r"^\| `(\w+)` \|", TEXTS[page], re.MULTILINE)
     assert sorted(rows) == known_datasets()
 
 
-def test_every_error_has_a_row():
+def test_the_table_of_errors_lists_every_error():
     tree = ast.parse(Path(hf_mel.errors.__file__).read_text(encoding="utf-8"))
     classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "MelError"]
     rows = re.findall(r"^\| `(\w+)` \|", TEXTS["docs/guides/errors.md"], re.MULTILINE)
@@ -122,8 +121,8 @@ def test_readme_is_short():
 
 
 @pytest.mark.parametrize("path", TEXTS)
-def test_links_lead_somewhere(path):
-    """Links of Markdown to files of the repository; MkDocs checks those within the site, and their anchors."""
+def test_links_lead_to_existing_files(path):
+    """MkDocs checks links within the site and their anchors."""
     for target in re.findall(r"\]\(([^)\s:#]+)(?:#[^)]*)?\)", re.sub(r"```.*?```", "", TEXTS[path], flags=re.DOTALL)):
         assert (ROOT / path).parent.joinpath(target).exists(), target
 
@@ -139,7 +138,7 @@ def test_every_page_is_in_the_navigation():
     assert sorted(pages(navigation)) == sorted(written)
 
 
-def test_the_reference_names_modules_and_classes_that_exist():
+def test_modules_and_classes_in_the_reference_exist():
     for path, text in TEXTS.items():
         for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
             file = ROOT / name.replace(".", "/")
@@ -152,13 +151,13 @@ def test_the_reference_names_modules_and_classes_that_exist():
             assert member in defined, f"{path}: {name}"
 
 
-def test_contributing_has_the_floors_of_the_structure_test():
+def test_contributing_lists_the_floors_of_the_structure_test():
     rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", TEXTS["CONTRIBUTING.md"], re.MULTILINE)
     listed = {int(number): set(re.findall(r"`(\w+)`", modules)) for number, modules in rows}
     assert listed == {number: set(floor) for number, floor in enumerate(FLOORS, 1)}
 
 
-def test_security_names_tests_that_exist():
+def test_tests_named_in_security_md_exist():
     named = re.findall(r"`(test_\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
     tests = (ROOT / "tests/hub/test_security.py").read_text(encoding="utf-8")
     assert len(named) > 10

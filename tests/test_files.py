@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Tests that files and folders are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hf_mel.errors import MelError
 from hf_mel.files import file_sha256, replace_folder, write_text
 
 
-def test_written_whole_and_folders_made(tmp_path):
+def test_writing_a_file_creates_its_folders(tmp_path):
     path = tmp_path / "a" / "b.json"
     write_text(path, ["{", "é", "}\n"])
     assert path.read_bytes() == "{é}\n".encode()
     assert file_sha256(path) == hashlib.sha256("{é}\n".encode()).hexdigest()
 
 
-def test_what_was_there_survives_a_failure(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("old")
 
@@ -31,27 +31,27 @@ def test_what_was_there_survives_a_failure(tmp_path):
     assert path.read_text() == "old"
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_a_path_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    for place in (tmp_path / "file" / "results.json", tmp_path):
+    for path in (tmp_path / "file" / "results.json", tmp_path):
         with pytest.raises(MelError, match="cannot be written"):
-            write_text(place, ["x"])
+            write_text(path, ["x"])
 
 
-def test_a_folder_takes_the_place_of_another_or_leaves_it(tmp_path, monkeypatch):
+def test_replacing_a_folder_succeeds_or_keeps_the_old_one(tmp_path, monkeypatch):
     work, target = tmp_path / "work", tmp_path / "target"
     for folder in (work, target):
         folder.mkdir()
         (folder / "name").write_text(folder.name)
     rename = type(work).rename
 
-    def fails(self, place):
+    def fail(self, target):
         if self == work:
             raise OSError("no space left")
-        return rename(self, place)
+        return rename(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(work), "rename", fails)
+        patch.setattr(type(work), "rename", fail)
         with pytest.raises(OSError, match="no space left"):
             replace_folder(work, target)
     assert (target / "name").read_text() == "target"

@@ -1,4 +1,4 @@
-"""Every Python snippet of README and docs, every example and the notebook run, on the small form of FlagsMEL."""
+"""Runs every Python snippet in README and docs, every example and the notebook on a small form of FlagsMEL."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-#: A snippet, and what it needs that is not here, from the comment before it; tests elsewhere run these.
+#: A snippet, and the requirement in the comment before it, if any. Snippets with a requirement run in other tests.
 SNIPPET = re.compile(r"(?:<!-- needs: ([^>]*) -->\n)?```python\n(.*?)```", re.DOTALL)
 
 
 def snippets(page: Path) -> list[str]:
-    """The snippets of a page that run here."""
+    """Returns the snippets of a page that have no special requirement."""
     return [code for needs, code in SNIPPET.findall(page.read_text(encoding="utf-8")) if not needs]
 
 
 @pytest.fixture(autouse=True)
-def _in_the_folder_of_the_demo(demo_run, monkeypatch):
+def _run_in_the_demo_folder(demo_run, monkeypatch):
     monkeypatch.chdir(demo_run[0])
 
 
-def test_demo(demo_run):
-    """The demo with a training of three steps: every stage runs."""
+def test_the_demo_runs_all_stages(demo_run):
+    """Training stops after three steps."""
     folder, printed = demo_run
-    for words in (
+    for phrase in (
         "1/5",
         "5/5",
         "Test mentions, by what tells the states apart",
@@ -38,13 +38,13 @@ def test_demo(demo_run):
         "The right answer is",
         "hf-mel link",
     ):
-        assert words in printed
-    for place in ("data/flags_mel/README.md", "runs/mimic_flags/results_test.json", "kb/flags_mel/kb.json"):
-        assert (folder / place).is_file()
+        assert phrase in printed
+    for file in ("data/flags_mel/README.md", "runs/mimic_flags/results_test.json", "kb/flags_mel/kb.json"):
+        assert (folder / file).is_file()
 
 
-def test_snippets_that_do_not_run_here_are_known():
-    """`tests/hub/test_round_trip.py` and `tests/spaces/test_entity_linking.py` run these."""
+def test_only_snippets_that_run_in_other_tests_are_skipped():
+    """`tests/hub/test_round_trip.py` and `tests/spaces/test_entity_linking.py` run them."""
     needs = {
         (page.relative_to(ROOT).as_posix(), need)
         for page in PAGES
@@ -61,7 +61,7 @@ _ran: set[str] = set()
     "page", [page for page in PAGES if snippets(page)], ids=lambda page: page.relative_to(ROOT).as_posix()
 )
 def test_the_snippets_of_a_page_run(page, capsys):
-    """One after another, in one namespace. A snippet that another page has as well runs once, and trainings are short."""
+    """Snippets of a page share a namespace. A snippet that occurs on several pages runs once, and training is short."""
     namespace: dict = {}
     for code in snippets(page):
         if code not in _ran:
@@ -74,25 +74,25 @@ def test_the_snippets_of_a_page_run(page, capsys):
         assert "'mrr': 0.75" in printed
 
 
-#: Arguments of the examples that train.
+#: Arguments that shorten the training of examples.
 ARGUMENTS = {"train_mimic.py": ["1"], "your_own_method.py": ["1"]}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_examples(path, monkeypatch, capsys):
+def test_examples_run(path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(path), *ARGUMENTS.get(path.name, [])])
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
 
 
-def test_examples_are_complete_and_named_in_readme_or_docs():
+def test_readme_or_docs_name_every_example():
     names = {path.name for path in (ROOT / "examples").glob("*.py")}
     assert names >= {"link_a_mention.py", "train_mimic.py", "evaluate.py", "your_own_entities.py", "rerank.py"}
     pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert [name for name in sorted(names) if name not in pages] == []
 
 
-def test_the_notebook(capsys):
+def test_the_notebook_runs(capsys):
     notebook = json.loads((ROOT / "notebooks/quickstart.ipynb").read_text(encoding="utf-8"))
     assert notebook["nbformat"] == 4
     namespace: dict = {}

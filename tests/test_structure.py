@@ -1,4 +1,4 @@
-"""Who may import whom. Every module of the library has a floor; arrows run down, and never in a circle."""
+"""Rules for imports. Every module of the library has a floor. Imports point to lower floors, and never form a cycle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-#: The floors of the library, lowest first. A room imports its own and lower floors only, and not its neighbours.
+#: The floors of the library, lowest first. A room (a module or package) imports only itself and rooms on lower floors.
 FLOORS = [
     ["errors"],
     ["schema", "files", "hub_errors"],
@@ -27,8 +27,8 @@ FLOORS = [
     ["auto"],
     ["__main__", "__init__"],
 ]
-#: Wings beside the library, each what one kind of Hub repository carries, and what of the library may import them:
-#: `evaluate.load` needs the metric's arithmetic in a file that stands alone, so the library imports it from there.
+#: Wings: folders that become Hub repositories, and the rooms that may import them. `evaluate.load` needs the metric in a
+#: self-contained file, so the library imports it from there.
 WINGS = {
     "modeling": ["auto"],
     "dataset_scripts": ["building"],
@@ -38,14 +38,14 @@ WINGS = {
 
 
 def imports(path: Path) -> set[str]:
-    """Every absolute module a file imports, anywhere in it; relative ones as `.name`."""
-    found = set()
+    """Returns all modules that a file imports, at its top or inside functions. Relative ones start with a dot."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add("." * node.level + (node.module or ""))
-    return found
+            modules.add("." * node.level + (node.module or ""))
+    return modules
 
 
 def files(folder: str) -> list[Path]:
@@ -61,7 +61,7 @@ def module_name(path: Path) -> str:
 
 
 def library_imports() -> dict[str, set[str]]:
-    """For every module of the library, the modules of the library that it imports, at its top or inside a function."""
+    """Returns for each module of the library those that it imports, at its top or inside functions."""
     modules = {module_name(path): path for path in files("hf_mel")}
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():
@@ -85,7 +85,7 @@ def room(module: str) -> str:
 
 @pytest.mark.parametrize("path", files("modeling"), ids=str)
 def test_a_method_imports_torch_transformers_and_its_own_folder(path):
-    # tokenizers comes with transformers.
+    # tokenizers is a dependency of transformers.
     assert roots(path) <= {"torch", "transformers", "tokenizers"}
     assert not any(name.startswith("..") for name in imports(path))
 
@@ -103,7 +103,7 @@ def test_a_builder_imports_datasets_and_the_lowest_floors(path):
 
 
 @pytest.mark.parametrize("path", files("spaces"), ids=str)
-def test_a_space_stands_alone(path):
+def test_a_space_does_not_import_library_modules(path):
     assert not any(name.startswith(("hf_mel.", "..")) for name in imports(path))
 
 
@@ -114,7 +114,7 @@ def test_every_room_of_the_library_has_a_floor():
     assert rooms == {name for floor in FLOORS for name in floor}
 
 
-def test_the_library_imports_downwards():
+def test_the_library_imports_lower_floors_only():
     floor_of = {name: number for number, floor in enumerate(FLOORS) for name in floor}
     upwards = [
         f"{name} imports {target}"
@@ -125,26 +125,25 @@ def test_the_library_imports_downwards():
     assert not upwards
 
 
-def test_no_modules_import_each_other_in_a_circle():
-    """A circle is a group of modules that cannot be put in any order of import."""
+def test_no_imports_form_a_cycle():
     waiting = library_imports()
     while ready := {name for name, targets in waiting.items() if not targets & waiting.keys()}:
         waiting = {name: targets for name, targets in waiting.items() if name not in ready}
-    # What only depends on a circle is no part of one.
+    # Modules that only depend on a cycle are not part of it.
     while leaves := {name for name in waiting if not any(name in targets for targets in waiting.values())}:
         waiting = {name: targets for name, targets in waiting.items() if name not in leaves}
     assert not waiting
 
 
 @pytest.mark.parametrize("wing", WINGS)
-def test_a_wing_is_imported_by_its_own_rooms_only(wing):
+def test_a_wing_is_imported_only_by_the_rooms_that_may(wing):
     for path in files("hf_mel"):
         if any(name.startswith(f"hf_mel.{wing}") for name in imports(path)):
             assert room(module_name(path)) in WINGS[wing], path
 
 
 def test_no_two_modules_share_a_name():
-    """A verb of the command line is called as its file is; otherwise a name says what a module is without its folder."""
+    """Modules of the command line are exempt, because they have the names of its verbs."""
     names = Counter(path.stem for path in files("hf_mel") if path.stem != "__init__" and path.parent.name != "cli")
     assert {name: count for name, count in names.items() if count > 1} == {}
 
@@ -157,7 +156,7 @@ def test_no_verb_of_the_command_line_imports_another_verb():
 
 
 def test_the_library_names_no_method_and_no_data_set():
-    """Only the list of shipped methods does, and the demo, which is about one of each."""
+    """Exceptions are the list of shipped methods, and the demo."""
     named = [p.name for folder in ("modeling", "dataset_scripts") for p in (ROOT / folder).iterdir() if p.is_dir()]
     named = [name for name in named if not name.startswith("__") and name != "layouts"]
     assert "mimic" in named

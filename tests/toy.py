@@ -1,8 +1,8 @@
-"""A retriever and a processor small enough to check by hand, for tests of everything that only sees the Protocols.
+"""Toy retriever, reranker and processors, small enough to check by hand, for tests of code that uses only the Protocols.
 
 `ToyRetriever` has two units, `text` (bag of hashed characters) and `vision` (mean colour), each a bilinear score;
-`ToyProcessor` turns schema rows into its tensors. `ToyReranker` and `ToyPairProcessor` are the same for pairs. All save,
-load and train like the shipped methods, and are not registered with the Auto classes unless a test calls [`register`].
+`ToyProcessor` turns schema rows into its tensors. `ToyReranker` and `ToyPairProcessor` do the same for pairs. All of them
+save, load and train like the shipped methods. The Auto classes know them only after a test calls [`register`].
 """
 
 from __future__ import annotations
@@ -157,9 +157,9 @@ class ToyRerankerOutput(ModelOutput):
 class ToyReranker(PreTrainedModel):
     """Scores the mean character of mention and entity together, and the distance of their images' colours.
 
-    With `independent=False`, every score has the mean of the mention's candidates taken off, and half that of the
-    context's. Ranking jointly adds, to each score, the best dot product of its features with a candidate of another
-    mention of the context.
+    With `independent=False`, the mean score of the mention's candidates and half the mean of its context are subtracted
+    from every score. Joint ranking adds to each score the best dot product of its features with those of a candidate of
+    another mention in the same context.
     """
 
     config: ToyRerankerConfig
@@ -205,8 +205,8 @@ class ToyReranker(PreTrainedModel):
             colours = images["pair_image_features"]
         scores = self.out(features)[..., 0] - self.vision(colours[:, :, 0] - colours[:, :, 1]).square().sum(-1)
         if not self.config.independent:
-            known = scores.masked_fill(~pair_mask, 0)
-            means = known.sum(1) / pair_mask.sum(1)
+            unpadded = scores.masked_fill(~pair_mask, 0)
+            means = unpadded.sum(1) / pair_mask.sum(1)
             same = (pair_context[:, None] == pair_context[None]).to(scores.dtype)
             scores = scores - means[:, None] - (same @ means / same.sum(1))[:, None] / 2
         scores = scores.masked_fill(~pair_mask, -torch.inf)
@@ -251,7 +251,7 @@ class ToyPairProcessor(ProcessorMixin):
             for m, listed in pairs
         ]
         count, width = len(pairs), max(len(listed) for _, listed in pairs)
-        ids = torch.zeros(count, width, max(len(text) for each in texts for text in each), dtype=torch.long)
+        ids = torch.zeros(count, width, max(len(text) for row in texts for text in row), dtype=torch.long)
         colours, mask = torch.zeros(count, width, 2, 3), torch.zeros(count, width, dtype=torch.bool)
         for i, (mention, listed) in enumerate(pairs):
             for j, entity in enumerate(listed):
@@ -261,8 +261,8 @@ class ToyPairProcessor(ProcessorMixin):
                 mask[i, j] = True
         contexts = {}
         numbers = [contexts.setdefault(mention["context_id"], len(contexts)) for mention, _ in pairs]
-        given = "image_features" in pairs[0][0]
-        images = {"pair_image_features": colours} if given else {"pair_pixel_values": colours[..., None, None]}
+        has_features = "image_features" in pairs[0][0]
+        images = {"pair_image_features": colours} if has_features else {"pair_pixel_values": colours[..., None, None]}
         return BatchFeature(
             {"pair_input_ids": ids, "pair_attention_mask": (ids > 0).long(), "pair_mask": mask}
             | {"pair_context": torch.tensor(numbers)}
@@ -282,21 +282,21 @@ def register() -> None:
 
 
 def toy_model(seed: int = 0, **config) -> ToyRetriever:
-    """An untrained model, the same for the same seed whatever ran before."""
+    """Returns an untrained retriever that depends only on the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return ToyRetriever(ToyConfig(**config)).eval()
 
 
 def toy_reranker(seed: int = 0, **config) -> ToyReranker:
-    """An untrained reranker, the same for the same seed whatever ran before."""
+    """Returns an untrained reranker that depends only on the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return ToyReranker(ToyRerankerConfig(**config)).eval()
 
 
 def toy_entities(count: int = 12, images: bool = True) -> datasets.Dataset:
-    """`count` entities Q1, Q2, … with distinct names and, but for every fifth, a plain-coloured image."""
+    """Returns `count` entities Q1, Q2, … with distinct names. All but every fifth have an image of one colour."""
     rows = [
         {
             "entity_id": f"Q{i + 1}",
@@ -312,7 +312,7 @@ def toy_entities(count: int = 12, images: bool = True) -> datasets.Dataset:
 
 
 def toy_mentions(count: int = 20, entities: int = 12, nil_every: int = 0) -> datasets.Dataset:
-    """`count` mentions of entities Q1…Q`entities` in turn, two to a context; each `nil_every`-th gold is NIL."""
+    """Returns `count` mentions of Q1…Q`entities`, two per context. Every `nil_every`-th gold is NIL."""
     rows = []
     for i in range(count):
         nil, gold = nil_every and i % nil_every == nil_every - 1, i * 7 % entities
@@ -337,17 +337,17 @@ def toy_mentions(count: int = 20, entities: int = 12, nil_every: int = 0) -> dat
 
 
 def write_toy_dataset(folder: Path, entities: datasets.Dataset | None = None, **splits: datasets.Dataset) -> Path:
-    """A data-set folder as `hf-mel data build` writes it.
+    """Writes a data folder like those of `hf-mel data build`, and returns it.
 
     Args:
-        folder: Where to.
-        entities: The knowledge base; default [`toy_entities`].
-        splits: Mentions by split; default train, validation and test of [`toy_mentions`].
+        folder: The folder to write to.
+        entities: The entities of the knowledge base. Default: [`toy_entities`].
+        splits: Mentions by split. Default: train, validation and test from [`toy_mentions`].
     """
     if not splits:
-        whole = toy_mentions(60, nil_every=6)
+        mentions = toy_mentions(60, nil_every=6)
         names = ("train", "validation", "test")
-        splits = {name: whole.select(range(20 * i, 20 * i + 20)) for i, name in enumerate(names)}
+        splits = {name: mentions.select(range(20 * i, 20 * i + 20)) for i, name in enumerate(names)}
     lines = ["---", "configs:", "- config_name: mentions", "  default: true", "  data_files:"]
     lines += [f"  - {{split: {name}, path: mentions/{name}.parquet}}" for name in splits]
     lines += ["- config_name: entities", "  data_files:", "  - {split: kb, path: entities/kb.parquet}", "---", ""]

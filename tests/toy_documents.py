@@ -1,4 +1,4 @@
-"""Documents of textual and visual mentions, and a processor of pairs that links them whole and reads priors."""
+"""Toy documents of textual and visual mentions, and a pair processor that reads whole documents and candidate priors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from tests.toy import ToyPairProcessor, ToyReranker, toy_mentions, toy_reranker
 
 
 class ToyDocumentProcessor(ToyPairProcessor):
-    """As [`~tests.toy.ToyPairProcessor`], but `pair_context` is the document, and a candidate's prior lightens the colour
-    of its image."""
+    """[`~tests.toy.ToyPairProcessor`] whose `pair_context` is the document. A candidate's prior is added to the colour of
+    its image."""
 
     def _colour(self, row, column):
         return super()._colour(row, column) + row.get("prior", 0.0)
@@ -23,14 +23,14 @@ class ToyDocumentProcessor(ToyPairProcessor):
 
 
 def toy_document_reranker(**config) -> ToyReranker:
-    """A reranker whose scores depend on all mentions of a document and their candidates."""
+    """Returns a reranker whose scores depend on all mentions of a document and their candidates."""
     return toy_reranker(unit="document", independent=False, **config)
 
 
 def toy_documents(count: int = 12, size: int = 4, nil_every: int = 0) -> datasets.Dataset:
-    """[`~tests.toy.toy_mentions`] as documents of `size` mentions each, the last of which is visual.
+    """Returns [`~tests.toy.toy_mentions`] as documents of `size` mentions, the last of which is visual.
 
-    Documents are not contiguous: mention i is of document i modulo their number.
+    Documents are not contiguous. Mention i belongs to document i modulo the number of documents.
     """
     rows = toy_mentions(count, nil_every=nil_every).to_list()
     documents = -(-count // size)

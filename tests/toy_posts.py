@@ -1,4 +1,4 @@
-"""A retriever that knows entities by posts, small enough to check by hand: `ToyRetriever` with prototypes as entities."""
+"""Toy retriever that represents entities by prototypes of their posts, small enough to check by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ToyPostsConfig(ToyConfig):
 
 
 class ToyPostsRetriever(ToyRetriever):
-    """The mean of an entity's prototypes, as text and as colour, against the mention."""
+    """Compares a mention with the mean text and the mean colour of an entity's prototypes."""
 
     config: ToyPostsConfig
     config_class = ToyPostsConfig
@@ -29,7 +29,7 @@ class ToyPostsRetriever(ToyRetriever):
     def __init__(self, config):
         super().__init__(config)
         self.characters.requires_grad_(False)
-        #: How many posts were encoded.
+        #: Number of posts encoded so far.
         self.posts_seen = 0
 
     @property
@@ -76,11 +76,11 @@ class ToyPostsProcessor(ToyProcessor):
             batch["post_has_image"] = torch.tensor([image is not None for image in images])
         if entities is not None:
             for modality in ("text", "image"):
-                found = [row["prototypes"][modality] for row in entities]
-                vectors = torch.zeros(len(found), self.num_prototypes, found[0].shape[1])
-                mask = torch.zeros(len(found), self.num_prototypes, dtype=torch.bool)
-                for k, each in enumerate(found):
-                    vectors[k, : len(each)], mask[k, : len(each)] = each, True
+                prototypes = [row["prototypes"][modality] for row in entities]
+                vectors = torch.zeros(len(prototypes), self.num_prototypes, prototypes[0].shape[1])
+                mask = torch.zeros(len(prototypes), self.num_prototypes, dtype=torch.bool)
+                for k, vector in enumerate(prototypes):
+                    vectors[k, : len(vector)], mask[k, : len(vector)] = vector, True
                 batch |= {f"entity_{modality}": vectors, f"entity_{modality}_mask": mask}
         return BatchFeature(batch)
 
@@ -92,14 +92,14 @@ def register() -> None:
 
 
 def toy_posts_model(seed: int = 0, **config) -> ToyPostsRetriever:
-    """An untrained model, the same for the same seed whatever ran before."""
+    """Returns an untrained model that depends only on the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return ToyPostsRetriever(ToyPostsConfig(**config)).eval()
 
 
 def toy_posts(entities: int = 12) -> datasets.Dataset:
-    """Posts about Q1, Q2, …: (i mod 6) of the i-th entity, so that some have none; every third has no image."""
+    """Returns i mod 6 posts about entity Qi, so that some entities have none. Every third post has no image."""
     rows = []
     for i in range(1, entities + 1):
         for j in range(i % 6):

@@ -1,3 +1,5 @@
+"""Tests of opening, verifying and resizing images."""
+
 from __future__ import annotations
 
 from io import BytesIO
@@ -12,7 +14,7 @@ from tests.dataset_scripts.fixtures import picture
 
 
 def photo(form="JPEG", size=(64, 48)):
-    """An image no two rows of which are alike, so that a cut takes something away."""
+    """Returns an encoded image of random pixels, so that truncation always loses something."""
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = BytesIO()
     Image.fromarray(pixels).save(buffer, form)
@@ -20,13 +22,13 @@ def photo(form="JPEG", size=(64, 48)):
 
 
 def huge():
-    """90 million pixels in a few kilobytes."""
+    """Returns an image of 90 million pixels in a few kilobytes."""
     buffer = BytesIO()
     Image.new("1", (10_000, 9_000)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
+def test_all_kinds_of_sources_give_the_same_pixels(tmp_path):
     data = photo("PNG")
     path = tmp_path / "photo.png"
     path.write_bytes(data)
@@ -58,14 +60,14 @@ def test_transparent_pixels_become_white():
 def test_exif_rotation_is_applied():
     buffer = BytesIO()
     exif = Image.Exif()
-    exif[0x0112] = 6  # the top of the picture is at the right of the file
+    exif[0x0112] = 6  # the top of the picture is on the right side of the file
     Image.new("RGB", (30, 10)).save(buffer, "JPEG", exif=exif)
     assert open_image(buffer.getvalue()).size == (10, 30)
 
 
 @pytest.mark.parametrize("check", [open_image, verify_image])
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF"])
-def test_truncated(check, form):
+def test_a_truncated_image_is_an_error(check, form):
     data = photo(form)
     with pytest.raises(ImageError) as caught:
         check(data[: len(data) // 2], file="release.json", row="7")
@@ -74,47 +76,47 @@ def test_truncated(check, form):
 
 @pytest.mark.parametrize("check", [open_image, verify_image])
 @pytest.mark.parametrize("source", [b"", b"<html>404 Not Found</html>", {"bytes": None, "path": None}])
-def test_not_an_image(check, source):
+def test_bytes_that_are_no_image_are_an_error(check, source):
     with pytest.raises(ImageError):
         check(source)
 
 
 @pytest.mark.parametrize("check", [open_image, verify_image])
-def test_missing_file_is_named(check, tmp_path):
+def test_the_error_names_a_missing_file(check, tmp_path):
     with pytest.raises(ImageError, match="image file does not exist") as caught:
         check(tmp_path / "gone.jpg")
     assert caught.value.file == str(tmp_path / "gone.jpg")
 
 
 @pytest.mark.parametrize("check", [open_image, verify_image])
-def test_huge(check, recwarn):
+def test_an_image_with_too_many_pixels_is_an_error(check, recwarn):
     with pytest.raises(ImageError, match="10000 × 9000 pixels"):
         check(huge())
     assert not recwarn.list
 
 
-def test_verify_accepts_what_opens():
+def test_verify_accepts_all_formats_that_open():
     for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP"):
         verify_image(picture("red", form=form))
 
 
-def test_resized_images_keep_their_looks():
+def test_resizing_keeps_format_and_content():
     large = np.linspace(0, 255, 200 * 100 * 3).reshape(100, 200, 3).astype(np.uint8)
     expected = np.asarray(Image.fromarray(large).resize((50, 25), Image.Resampling.BOX)).astype(int)
-    for form, kept in (("PNG", "PNG"), ("JPEG", "JPEG"), ("BMP", "PNG"), ("WEBP", "JPEG")):
+    for form, saved_form in (("PNG", "PNG"), ("JPEG", "JPEG"), ("BMP", "PNG"), ("WEBP", "JPEG")):
         buffer = BytesIO()
         Image.fromarray(large).save(buffer, form)
         data = resize_image(buffer.getvalue(), 50)
         image = Image.open(BytesIO(data))
-        assert (image.size, image.mode, image.format) == ((50, 25), "RGB", kept)
+        assert (image.size, image.mode, image.format) == ((50, 25), "RGB", saved_form)
         assert np.abs(np.asarray(image).astype(int) - expected).mean() < 4
         assert data == resize_image(buffer.getvalue(), 50)
         assert resize_image(data, 50) == data
 
 
-def test_resized_images_stand_upright_and_keep_transparency():
+def test_resizing_applies_the_rotation_and_keeps_transparency():
     wide = np.zeros((40, 80, 3), dtype=np.uint8)
-    wide[:, :40, 0] = 255  # red on the left; turned clockwise, it is on top
+    wide[:, :40, 0] = 255  # red on the left, which is on top after rotation
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = BytesIO()
@@ -134,9 +136,9 @@ def test_resized_images_stand_upright_and_keep_transparency():
         assert (image.size, image.mode, image.format) == ((20, 10), "RGBA", "PNG")
 
 
-def test_what_cannot_be_resized_is_a_typed_error():
+def test_images_that_cannot_be_resized_are_image_errors():
     for data in (photo()[:900], huge(), b"<html>"):
         with pytest.raises(ImageError):
             resize_image(data, 16)
     with pytest.raises(ImageError):
-        resize_image(photo("PNG")[:500], 500)  # small enough, and damaged all the same
+        resize_image(photo("PNG")[:500], 500)  # small enough already, but damaged

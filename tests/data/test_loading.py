@@ -1,3 +1,5 @@
+"""Tests of loading mentions, entities and posts, and of files of entities."""
+
 from __future__ import annotations
 
 import hashlib
@@ -41,7 +43,7 @@ def folder(tmp_path_factory):
     return root / "wikimel"
 
 
-def test_load(folder):
+def test_mentions_and_entities_load(folder):
     mentions = load_mentions(folder, "validation")
     assert [row["mention"] for row in mentions] == ["José Brun", "Brun"]
     assert mentions[0]["image"].size == (24, 16)
@@ -50,18 +52,18 @@ def test_load(folder):
     assert dict(zip(entities["entity_id"], entities["name"], strict=True)) == NAMES
 
 
-def test_unknown_split_and_configuration(folder):
+def test_an_unknown_split_or_configuration_is_an_error(folder):
     with pytest.raises(UnknownSplitError, match=r"no split 'dev'; it has 'train', 'validation', 'test'"):
         load_mentions(folder, "dev")
     with pytest.raises(UnknownSplitError, match=r"no configuration 'posts'; it has .*'mentions'"):
         load_posts(folder)
 
 
-def test_unknown_data_set(tmp_path, folder):
+def test_an_unknown_data_set_is_an_error(tmp_path, folder):
     for name in (tmp_path / "typo", "no spaces allowed"):
         with pytest.raises(UnknownDatasetError, match="neither a folder"):
             load_mentions(name, "test")
-    with pytest.raises(UnknownDatasetError, match="neither a folder"):  # offline: cannot be reached
+    with pytest.raises(UnknownDatasetError, match="neither a folder"):  # cannot be reached offline
         load_mentions("nobody/has-this", "test")
     with pytest.raises(UnknownDatasetError, match="holds no data set"):
         load_mentions(tmp_path, "test")
@@ -71,7 +73,7 @@ def test_unknown_data_set(tmp_path, folder):
         load_entities(folder / "README.md")
 
 
-def test_damaged_parquet(folder, tmp_path):
+def test_a_damaged_parquet_file_is_an_error(folder, tmp_path):
     copy = tmp_path / "copy"
     (copy / "entities").mkdir(parents=True)
     (copy / "README.md").write_bytes((folder / "README.md").read_bytes())
@@ -81,7 +83,7 @@ def test_damaged_parquet(folder, tmp_path):
         load_entities(copy)
 
 
-def test_missing_columns(tmp_path):
+def test_missing_columns_are_an_error(tmp_path):
     datasets.Dataset.from_dict({"entity_id": ["E"], "name": ["n"]}).to_parquet(tmp_path / "entities" / "kb.parquet")
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n- config_name: entities\n  data_files:\n  - split: kb\n    path: entities/kb*\n---\n"
@@ -90,7 +92,7 @@ def test_missing_columns(tmp_path):
         load_entities(tmp_path)
 
 
-def test_version_is_the_same_for_a_folder_and_its_copy_on_the_hub(folder, monkeypatch):
+def test_a_folder_and_its_copy_on_the_hub_have_the_same_version(folder, monkeypatch):
     version = dataset_version(folder)
     parquet = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.parquet")}
     lines = sorted(f"{name} {hashlib.sha256(content).hexdigest()}\n" for name, content in parquet.items())
@@ -111,7 +113,7 @@ def test_version_is_the_same_for_a_folder_and_its_copy_on_the_hub(folder, monkey
     assert dataset_version("org/wikimel")["sha256"] is None
 
 
-def test_version_offline_and_without_parquet(tmp_path, monkeypatch):
+def test_the_version_needs_the_hub_or_parquet_files(tmp_path, monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError
 
@@ -121,7 +123,7 @@ def test_version_offline_and_without_parquet(tmp_path, monkeypatch):
         dataset_version(tmp_path)
 
 
-def test_version_changes_with_one_byte(folder, tmp_path):
+def test_one_changed_byte_changes_the_version(folder, tmp_path):
     before = dataset_version(folder)["sha256"]
     for path in folder.rglob("*.parquet"):
         copy = tmp_path / path.relative_to(folder)
@@ -132,7 +134,7 @@ def test_version_changes_with_one_byte(folder, tmp_path):
     assert dataset_version(tmp_path)["sha256"] != before
 
 
-def test_check_golds(folder):
+def test_unknown_golds_and_repeated_ids_are_errors(folder):
     mentions, ids = load_mentions(folder, "train"), load_entities(folder)["entity_id"]
     check_golds(mentions, ids)
     check_golds([{"mention_id": "1", "entity_id": NIL}], [])
@@ -147,13 +149,13 @@ def test_check_golds(folder):
 
 
 @pytest.fixture
-def own(tmp_path):
-    """Writes a file of entities beside an image, and reads it."""
+def read_entities(tmp_path):
+    """Returns a function that writes a file of entities next to an image, and reads it."""
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.jpg").write_bytes(picture("red"))
 
     def read(content, suffix=".jsonl"):
-        path = tmp_path / f"own{suffix}"
+        path = tmp_path / f"entities{suffix}"
         if isinstance(content, list):
             content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -171,8 +173,8 @@ FULL = {
 }
 
 
-def test_jsonl(own):
-    rows = own([{**FULL, "images": ["pictures/a.jpg"]}, {"id": 7, "name": "Seven", "description": None}])
+def test_entities_are_read_from_jsonl(read_entities):
+    rows = read_entities([{**FULL, "images": ["pictures/a.jpg"]}, {"id": 7, "name": "Seven", "description": None}])
     assert rows.features == entity_features()
     first = rows[0]
     assert first.pop("images")[0].size == (24, 16)
@@ -187,9 +189,9 @@ def test_jsonl(own):
     }
 
 
-def test_csv_gives_the_same_rows(own):
+def test_csv_gives_the_same_rows(read_entities):
     text = 'id,name,description,attributes,aliases,image\nE1,"Ada, Countess",d\u2028e,Sex: female.,Ada| A. F.,'
-    rows = own(f"{text}pictures/a.jpg|pictures/a.jpg\n7,Seven,,,,\n", ".csv")
+    rows = read_entities(f"{text}pictures/a.jpg|pictures/a.jpg\n7,Seven,,,,\n", ".csv")
     first = rows[0]
     assert [image.size for image in first.pop("images")] == [(24, 16)] * 2
     assert first == FULL
@@ -197,25 +199,25 @@ def test_csv_gives_the_same_rows(own):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
-def test_bom_and_windows_line_ends(own, suffix):
+def test_a_bom_and_windows_line_ends_are_accepted(read_entities, suffix):
     lines = {
         ".jsonl": ['{"id": "E1", "name": "n"}', "", '{"id": "E2", "name": "m"}'],
         ".csv": ["id,name", "E1,n", "E2,m"],
     }
-    rows = own(b"\xef\xbb\xbf" + "\r\n".join(lines[suffix]).encode(), suffix)
+    rows = read_entities(b"\xef\xbb\xbf" + "\r\n".join(lines[suffix]).encode(), suffix)
     assert [(row["entity_id"], row["name"]) for row in rows] == [("E1", "n"), ("E2", "m")]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
-def test_very_long_texts(own, suffix):
+def test_very_long_texts_are_read_whole(read_entities, suffix):
     name, text = "n" * 10_000, "d" * 200_000
     content = [{"id": "E", "name": name, "description": text}] if suffix == ".jsonl" else None
-    rows = own(content or f"id,name,description\nE,{name},{text}\n", suffix)
+    rows = read_entities(content or f"id,name,description\nE,{name},{text}\n", suffix)
     assert (rows[0]["name"], rows[0]["description"]) == (name, text)
 
 
-def test_quoted_line_ends_in_csv(own):
-    rows = own('id,name,description\nE1,n,"two\nlines"\nE2,m,\n', ".csv")
+def test_line_ends_in_quoted_csv_fields_are_kept(read_entities):
+    rows = read_entities('id,name,description\nE1,n,"two\nlines"\nE2,m,\n', ".csv")
     assert [row["description"] for row in rows] == ["two\nlines", ""]
 
 
@@ -223,7 +225,7 @@ OK = '{"id": "E1", "name": "n"}\n'
 
 
 @pytest.mark.parametrize(
-    ("content", "suffix", "error", "row", "says"),
+    ("content", "suffix", "error", "row", "message"),
     [
         (OK + "\n{broken", ".jsonl", DataFormatError, 3, "is not JSON"),
         (OK + "[1]", ".jsonl", DataFormatError, 2, "not a JSON object"),
@@ -273,28 +275,28 @@ OK = '{"id": "E1", "name": "n"}\n'
         (OK, ".txt", DataFormatError, None, "none of .jsonl, .json, .csv, .tsv"),
     ],
 )
-def test_bad_files_are_errors_with_the_line(own, content, suffix, error, row, says):
-    with pytest.raises(error, match=says) as caught:
-        own(content, suffix)
+def test_invalid_files_are_errors_that_name_the_line(read_entities, content, suffix, error, row, message):
+    with pytest.raises(error, match=message) as caught:
+        read_entities(content, suffix)
     assert caught.value.row == row
     assert caught.value.file is not None
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(DataFormatError, match="cannot be read"):
         read_entity_file(tmp_path / "typo.csv")
 
 
 @pytest.mark.parametrize("content", [photo()[:900], b"<html>", huge()])
-def test_bad_images_are_errors_with_the_line(own, tmp_path, content):
+def test_invalid_images_are_errors_that_name_the_line(read_entities, tmp_path, content):
     (tmp_path / "pictures" / "bad.jpg").write_bytes(content)
     with pytest.raises(ImageError, match=r"bad\.jpg") as caught:
-        own([{"id": "E1", "name": "n"}, {"id": "E2", "name": "n", "image": "pictures/bad.jpg"}])
+        read_entities([{"id": "E1", "name": "n"}, {"id": "E2", "name": "n", "image": "pictures/bad.jpg"}])
     assert caught.value.row == 2
 
 
 def test_a_file_of_entities_is_checked_row_by_row(tmp_path):
-    """Every row's error, in order; the rows between them are fine, and an id counts from its first row on."""
+    """Errors come in the order of rows. Of two rows with the same id, the later one is an error."""
     (tmp_path / "given").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "given" / "a.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
@@ -320,20 +322,20 @@ def test_a_file_of_entities_is_checked_row_by_row(tmp_path):
     ]
     assert "outside" in str(problems[2])
     assert "outside" in str(problems[3])
-    # Without the folder, only what reading would refuse is an error.
+    # Without `image_folder`, images may be anywhere.
     assert [problem.row for problem in check_entity_file(path)[1]] == [2, 3, 6]
 
 
 @pytest.mark.parametrize(("text", "row"), [('{"id": "1", "name": "a"}\n{"id": "2", ', 2), ("", None)])
-def test_checking_ends_at_a_row_that_cannot_be_parsed(tmp_path, text, row):
+def test_checking_stops_at_a_row_that_cannot_be_parsed(tmp_path, text, row):
     path = tmp_path / "entities.jsonl"
     path.write_text(text)
     _, problems = check_entity_file(path)
     assert [problem.row for problem in problems] == [row]
 
 
-def test_another_folder_of_that_name_and_one_built_anew_give_their_own_rows(tmp_path):
-    """`datasets` would give the rows it cached for the first: it knows a folder by its name and card."""
+def test_a_folder_of_the_same_name_or_built_again_does_not_load_cached_rows(tmp_path):
+    """`datasets` identifies a folder by its name and card, and would return the rows cached for the first one."""
     golds = []
     for period, place in ((0, "a"), (6, "b"), (4, "b")):
         write_toy_dataset(tmp_path / place / "data", toy_entities(), train=toy_mentions(20, nil_every=period))

@@ -1,4 +1,4 @@
-"""Captions as posts, posts as mentions, entities as posts."""
+"""Tests of posts from captions and entities, and of posts as mentions."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def mentions(*rows: dict) -> datasets.Dataset:
     return datasets.Dataset.from_list(filled, features=mention_features())
 
 
-def test_captions_lose_their_mention_and_nothing_else():
+def test_a_caption_loses_only_its_mention():
     posts = captions_as_posts(
         mentions(
             {"text": "Swift met  Swift.", "mention": "Swift", "start": 11, "end": 16},
-            {"text": "Swift met Swift.", "mention": "Swift"},  # not located: the first
-            {"text": "He left.", "mention": "Swift"},  # not there at all
-            {"text": "Swift", "mention": "Swift", "start": 0, "end": 5},  # nothing remains
+            {"text": "Swift met Swift.", "mention": "Swift"},  # without a span, the first occurrence
+            {"text": "He left.", "mention": "Swift"},  # not in the text
+            {"text": "Swift", "mention": "Swift", "start": 0, "end": 5},  # no text remains
             {"text": "Swift", "mention": "Swift", "start": 0, "end": 5, "image": RED},
             {"text": "Nobody knows Swift", "mention": "Swift", "entity_id": "NIL"},
         )
@@ -40,7 +40,7 @@ def test_captions_lose_their_mention_and_nothing_else():
     assert set(posts.column_names) == {*post_features(), SOURCE}
 
 
-def test_captions_of_all_mentions():
+def test_all_mentions_except_nil_give_posts():
     rows = toy_mentions(20, nil_every=5)
     posts = captions_as_posts(rows)
     expected = [
@@ -51,7 +51,7 @@ def test_captions_of_all_mentions():
     assert list(zip(posts["post_id"], posts["entity_id"], posts["text"], strict=True)) == expected
 
 
-def test_posts_as_mentions_are_of_the_schema():
+def test_posts_as_mentions_have_the_mention_schema():
     posts = toy_posts()
     rows = posts_as_mentions(posts)
     assert {name: rows.features[name] for name in mention_features()} == dict(mention_features())
@@ -62,7 +62,7 @@ def test_posts_as_mentions_are_of_the_schema():
         assert (row["image"] is None) == (post["image"] is None)
 
 
-def test_an_entity_as_a_post_about_itself():
+def test_an_entity_gives_a_post_about_itself():
     full = {"entity_id": "Q7", "name": "Swift", "description": "singer", "attributes": "Born: 1989.", "aliases": []}
     plain = entity_as_post({**full, "images": [RED]})
     assert dict(plain) == {
@@ -88,6 +88,7 @@ def test_only_the_first_image_of_an_entity_is_opened(tmp_path):
 
 
 def write(folder, posts=None):
+    """Writes a toy data set, with a `posts` configuration if posts are given."""
     write_toy_dataset(folder)
     if posts is not None:
         card = (folder / "README.md").read_text()
@@ -98,17 +99,17 @@ def write(folder, posts=None):
     return folder
 
 
-def test_the_posts_of_a_data_set(tmp_path):
-    own = write(tmp_path / "own", toy_posts())
-    assert posts_of(own)["post_id"][:] == toy_posts()["post_id"][:]
-    assert SOURCE in posts_of(own, "train").column_names
-    assert posts_of(own, "none") is None
+def test_posts_come_from_the_posts_configuration_or_from_captions(tmp_path):
+    with_posts = write(tmp_path / "with_posts", toy_posts())
+    assert posts_of(with_posts)["post_id"][:] == toy_posts()["post_id"][:]
+    assert SOURCE in posts_of(with_posts, "train").column_names
+    assert posts_of(with_posts, "none") is None
 
     captions = write(tmp_path / "captions")
-    kept = [
+    expected = [
         row["mention_id"] for row in datasets.load_dataset(str(captions), split="train") if row["entity_id"] != "NIL"
     ]
-    assert posts_of(captions)["post_id"][:] == kept
+    assert posts_of(captions)["post_id"][:] == expected
     with pytest.raises(UnknownSplitError, match="'nothing'"):
         posts_of(captions, "nothing")
 

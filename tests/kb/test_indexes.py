@@ -1,4 +1,4 @@
-"""Indexes against NumPy over all vectors, and against ranking everything; what change, damage and crashes do to them."""
+"""Tests of indexes: results against NumPy and exact ranking, changes of the knowledge base, damaged files and crashes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BUILT = (*FAISS, pytest.param("milvus", marks=pytest.mark.milvus))
 
 
 @pytest.fixture(autouse=True)
-def _installed(request):
+def _skip_without_the_package(request):
     names = [request.node.callspec.params.get("kind", "")] if hasattr(request.node, "callspec") else []
     if request.node.get_closest_marker("milvus") or "milvus" in names:
         pytest.importorskip("milvus_lite")
@@ -76,38 +76,38 @@ def best(kb: KnowledgeBase, k: int, mentions=MENTIONS) -> np.ndarray:
 
 
 def assert_finds(index, kb: KnowledgeBase, top_k: int = 10) -> None:
-    """The best entities, with their scores, in order."""
-    found = index.find(MENTIONS, top_k)
+    """Asserts that the index returns the best entities in order, with their scores."""
+    ranked = index.find(MENTIONS, top_k)
     rows = best(kb, top_k)
-    if index.kind == "faiss-pq" and max(top_k, index.first_stage) < len(kb):  # codes of few coordinates miss some
-        rows = found.top_rows.numpy()
-        assert (found.top_scores.diff(dim=1) <= 0).all()
+    if index.kind == "faiss-pq" and max(top_k, index.first_stage) < len(kb):  # quantisation loses some
+        rows = ranked.top_rows.numpy()
+        assert (ranked.top_scores.diff(dim=1) <= 0).all()
         assert (
-            np.mean([len({*row} & {*wanted}) / top_k for row, wanted in zip(rows, best(kb, top_k), strict=True)]) > 0.8
+            np.mean([len({*row} & {*target}) / top_k for row, target in zip(rows, best(kb, top_k), strict=True)]) > 0.8
         )
-    assert np.array_equal(found.top_rows.numpy(), rows)
+    assert np.array_equal(ranked.top_rows.numpy(), rows)
     expected = np.take_along_axis(products(kb), rows, 1)
-    np.testing.assert_allclose(found.top_scores.numpy(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ranked.top_scores.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 def files(folder) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-# What is found
+# Results
 
 
-def test_exact_is_the_order_of_all_scores_with_ties_by_row(tmp_path):
+def test_the_exact_index_sorts_all_scores_and_breaks_ties_by_row(tmp_path):
     rows = WORLD.select(range(20))
     twins = rows.map(lambda row: {"entity_id": row["entity_id"] + "b"})
     import datasets
 
     kb = KnowledgeBase.build(datasets.concatenate_datasets([rows, twins]), MODEL, PROCESSOR, progress=False)
     index = open_index(kb, "exact", MODEL)
-    found = index.find(MENTIONS, 40)
-    ids = np.array(kb.entity_ids)[found.top_rows.numpy()]
-    for each in ids:
-        assert [name + "b" for name in each[::2]] == list(each[1::2])  # each twin after its own, never between others
+    ranked = index.find(MENTIONS, 40)
+    ids = np.array(kb.entity_ids)[ranked.top_rows.numpy()]
+    for ranking in ids:
+        assert [name + "b" for name in ranking[::2]] == list(ranking[1::2])  # every twin directly follows its original
     text = index.find(MENTIONS, 40, units=["text"]).top_scores.numpy()
     expected = MENTIONS["text"].numpy() @ kb.encodings(range(40))["text"].numpy().T
     np.testing.assert_allclose(text, -np.sort(-expected, axis=1), rtol=1e-5, atol=1e-6)
@@ -115,8 +115,8 @@ def test_exact_is_the_order_of_all_scores_with_ties_by_row(tmp_path):
 
 @pytest.mark.parametrize("kind", BUILT)
 @pytest.mark.parametrize("first_stage", [1, 30, 119, 120, 5000])
-def test_finds_what_ranking_everything_finds(kb, kind, first_stage):
-    """The toy's vectors give its scores, so a first stage of any size that holds the k best leads to the same."""
+def test_an_index_finds_the_entities_that_exact_ranking_finds(kb, kind, first_stage):
+    """Inner products of the toy's vectors are its scores, so any first stage that contains the k best gives the same result."""
     index = build(kb, kind)
     index.first_stage = first_stage
     assert_finds(index, kb, top_k=20)
@@ -124,12 +124,12 @@ def test_finds_what_ranking_everything_finds(kb, kind, first_stage):
 
 
 @pytest.mark.parametrize("kind", BUILT)
-def test_k_larger_than_the_knowledge_base_and_a_knowledge_base_of_one(kb, kind):
+def test_k_may_exceed_the_size_of_the_knowledge_base(kb, kind):
     index = build(kb, kind)
     assert_finds(index, kb, top_k=500)
-    one = KnowledgeBase.build(WORLD.select([3]), MODEL, PROCESSOR, progress=False)
-    found = build(one, kind).find(MENTIONS, 5)
-    assert found.top_rows.tolist() == [[0]] * 15
+    single = KnowledgeBase.build(WORLD.select([3]), MODEL, PROCESSOR, progress=False)
+    ranked = build(single, kind).find(MENTIONS, 5)
+    assert ranked.top_rows.tolist() == [[0]] * 15
 
 
 @pytest.mark.parametrize("kind", BUILT)
@@ -137,12 +137,12 @@ def test_candidates_are_the_largest_inner_products(kb, kind):
     index = build(kb, kind)
     for rows, expected in zip(index.candidates(MENTIONS, 25), best(kb, 25), strict=True):
         assert (np.diff(rows) > 0).all()
-        least = {"faiss-flat": 24, "faiss-pq": 15}  # half precision; 20 coordinates as five bytes
+        least = {"faiss-flat": 24, "faiss-pq": 15}  # half precision, and five bytes for 20 coordinates
         assert len(set(rows) & set(expected)) >= least.get(kind, 23)
 
 
 def clustered(kb_rows: int = 1500, dim: int = 16):
-    """A model whose encodings are clusters of vectors of very different lengths, and a knowledge base of it."""
+    """Returns a model whose encodings form clusters of vectors of very different norms, and its knowledge base."""
 
     class Clustered(ToyRetriever):
         def encode_entities(self, entity_input_ids, **_):
@@ -159,8 +159,8 @@ def clustered(kb_rows: int = 1500, dim: int = 16):
     return model, KnowledgeBase.build(toy_entities(kb_rows, images=False), model, PROCESSOR, progress=False)
 
 
-def test_recall_on_clusters_of_uneven_lengths():
-    """Where a graph of plain inner products finds next to nothing."""
+def test_recall_is_high_on_clusters_of_vectors_with_uneven_norms():
+    """A graph index over plain inner products finds almost nothing in these data."""
     model, kb = clustered()
     generator = torch.Generator().manual_seed(0)
     near = kb.encodings(range(0, 1500, 30))
@@ -170,19 +170,19 @@ def test_recall_on_clusters_of_uneven_lengths():
     for kind in FAISS:
         index = build(kb, kind, model=model)
         index.first_stage = 100
-        found = recall(index, mentions)
+        measured = recall(index, mentions)
         sets = [set(rows) for rows in index.candidates(mentions)]
         for k in (1, 10, 64):
             expected = np.mean([len(sets[m] & set(order[m, :k])) / k for m in range(50)])
-            assert found[k] == pytest.approx(expected)
-            assert found[k] >= {"faiss-pq": 0.9}.get(kind, 0.98)
+            assert measured[k] == pytest.approx(expected)
+            assert measured[k] >= {"faiss-pq": 0.9}.get(kind, 0.98)
         index.first_stage = 5
         assert recall(index, mentions)[10] <= 0.5
     with pytest.raises(KnowledgeBaseError, match="misses nothing"):
         recall(open_index(kb, "exact", model), mentions)
 
 
-def test_vectors_get_one_length_and_keep_their_order():
+def test_stored_vectors_have_one_norm_and_keep_the_order_of_scores():
     generator = np.random.default_rng(1)
     entities, mentions = generator.normal(2, 1, (50, 6)), generator.normal(0, 1, (9, 6)).astype(np.float32)
     entities = (entities * generator.uniform(0.1, 5, (50, 1))).astype(np.float32)
@@ -193,18 +193,18 @@ def test_vectors_get_one_length_and_keep_their_order():
     assert stored.shape[1] == sought.shape[1] == record.dim
     np.testing.assert_allclose(np.linalg.norm(stored, axis=1), radius, rtol=1e-5)
     np.testing.assert_allclose(sought @ stored.T, mentions @ (entities - mean).T, rtol=1e-4, atol=1e-4)
-    longer = record.entity_vectors(entities * 9)  # added later
+    longer = record.entity_vectors(entities * 9)  # entities added later exceed the radius
     np.testing.assert_allclose(sought @ longer.T, mentions @ (9 * entities - mean).T, rtol=1e-4, atol=1e-3)
 
 
-def test_a_sample_is_all_of_a_small_knowledge_base_and_evenly_drawn_of_a_large_one(monkeypatch):
+def test_a_sample_takes_all_of_a_small_knowledge_base_and_spreads_over_a_large_one(monkeypatch):
     monkeypatch.setattr(base, "_SAMPLE_RUN", 4)
     kb = KnowledgeBase.build(WORLD, MODEL, PROCESSOR, progress=False)
     everything = np.concatenate([part for _, part in base.iter_vectors(kb, MODEL, 0)])
     assert np.array_equal(base.sample_vectors(kb, MODEL, 120), everything)
     assert np.array_equal(base.sample_vectors(kb, MODEL, 500), everything)
-    some = base.sample_vectors(kb, MODEL, 20)
-    rows = [int(np.flatnonzero((everything == each).all(1))[0]) for each in some]
+    sample = base.sample_vectors(kb, MODEL, 20)
+    rows = [int(np.flatnonzero((everything == vector).all(1))[0]) for vector in sample]
     assert len(set(rows)) == 20
     assert rows[0] == 0
     assert rows[-1] == 119
@@ -212,21 +212,23 @@ def test_a_sample_is_all_of_a_small_knowledge_base_and_evenly_drawn_of_a_large_o
 
 
 @pytest.mark.parametrize("kind", BUILT)
-def test_too_few_candidates_mean_ranking_everything(kb, kind, monkeypatch):
+def test_too_few_candidates_fall_back_to_exact_ranking(kb, kind, monkeypatch):
     index = build(kb, kind)
     monkeypatch.setattr(type(index), "search", lambda self, queries, k: np.full((len(queries), k), -1))
     index.first_stage = 20
     assert_finds(index, kb, top_k=10)
 
 
-# Entities that come and go
+# Added and removed entities
 
 
 @pytest.mark.parametrize("kind", BUILT)
 def test_removed_entities_are_not_found_and_added_ones_are(kb, kind):
     index = build(kb, kind)
     index.first_stage = 20
-    kb.remove(sorted({kb.entity_ids[row] for row in best(kb, 3).flatten()}))  # the very best of every mention
+    kb.remove(
+        sorted({kb.entity_ids[row] for row in best(kb, 3).flatten()})
+    )  # the three best entities of every mention
     assert_finds(index, kb)
     kb.add(toy_entities(140).select(range(120, 140)), MODEL, PROCESSOR, progress=False)
     assert_finds(index, kb)
@@ -243,7 +245,7 @@ def test_removed_entities_are_not_found_and_added_ones_are(kb, kind):
 
 
 @pytest.mark.parametrize("kind", BUILT)
-def test_an_index_that_lacks_too_many_is_refused_until_it_is_brought_up_to_date(kb, kind, monkeypatch):
+def test_an_index_that_lacks_too_many_entities_is_refused_until_it_is_updated(kb, kind, monkeypatch):
     monkeypatch.setattr(base, "_MAX_UNINDEXED", 3)
     index = build(kb, kind)
     index.first_stage = 20
@@ -255,7 +257,7 @@ def test_an_index_that_lacks_too_many_is_refused_until_it_is_brought_up_to_date(
     assert_finds(open_index(kb, kind, MODEL, first_stage=20), kb)
 
 
-def test_added_entities_extend_an_index_unless_they_are_most_of_it(kb, monkeypatch):
+def test_an_index_is_extended_with_added_entities_unless_they_are_the_majority(kb, monkeypatch):
     build(kb, "faiss-pq")
     trained = []
     monkeypatch.setattr(
@@ -272,7 +274,7 @@ def test_added_entities_extend_an_index_unless_they_are_most_of_it(kb, monkeypat
     assert_finds(index, kb)
 
 
-def test_a_compact_copy_has_no_index_and_an_open_one_notices(kb):
+def test_compacting_drops_the_index_and_an_open_index_notices(kb):
     index = build(kb, "faiss-flat")
     index.first_stage = 20
     kb.remove(["Q1"])
@@ -286,10 +288,10 @@ def test_a_compact_copy_has_no_index_and_an_open_one_notices(kb):
         open_index(kb, "faiss-flat", MODEL)
 
 
-# What it does not do
+# Refusals
 
 
-def test_what_an_index_cannot_do(kb, monkeypatch):
+def test_unsupported_requests_are_refused(kb, monkeypatch):
     index = build(kb, "faiss-flat")
     with pytest.raises(KnowledgeBaseError, match=r"not by text alone.*'exact'"):
         index.find(MENTIONS, 3, units=["text"])
@@ -321,7 +323,7 @@ def test_what_an_index_cannot_do(kb, monkeypatch):
         build(kb, "faiss-flat")
 
 
-def test_vectors_that_cannot_be_stored(kb):
+def test_vectors_that_cannot_be_stored_are_refused(kb):
     class Odd(ToyRetriever):
         change = staticmethod(lambda vectors: vectors)
 
@@ -339,7 +341,7 @@ def test_vectors_that_cannot_be_stored(kb):
             build(kb, "faiss-flat", model=odd)
     odd.change = lambda vectors: vectors
     build(kb, "faiss-flat", model=odd)
-    odd.change = lambda vectors: vectors * 2  # the same weights, another method
+    odd.change = lambda vectors: vectors * 2  # same weights, different method
     with pytest.raises(KnowledgeBaseError, match="other vectors than this model gives now"):
         open_index(kb, "faiss-flat", odd)
     build(kb, "faiss-flat", model=odd)
@@ -347,7 +349,7 @@ def test_vectors_that_cannot_be_stored(kb):
 
 
 @pytest.mark.parametrize(("kind", "package"), [("faiss-pq", "faiss"), ("milvus", "pymilvus")])
-def test_a_missing_extra_is_named(kb, kind, package, monkeypatch):
+def test_the_error_names_the_missing_extra(kb, kind, package, monkeypatch):
     build(kb, kind)
     monkeypatch.setitem(sys.modules, package, None)
     for refused in (lambda: build(kb, kind), lambda: open_index(kb, kind, MODEL)):
@@ -359,16 +361,16 @@ def test_a_missing_extra_is_named(kb, kind, package, monkeypatch):
 # Damage and crashes
 
 
-@pytest.mark.parametrize("how", ["missing", "cut", "longer", "changed"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "longer", "changed"])
 @pytest.mark.parametrize("kind", ["faiss-flat", "faiss-pq"])
-def test_a_damaged_file_is_refused_and_built_again(kb, kind, how):
+def test_a_damaged_index_file_is_refused_and_can_be_rebuilt(kb, kind, damage):
     build(kb, kind)
     (path,) = kb.path.glob("*.faiss")
     data = path.read_bytes()
     path.unlink()
     changed = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
-    if how != "missing":
-        path.write_bytes({"cut": data[:-9], "longer": data + b"!", "changed": changed}[how])
+    if damage != "missing":
+        path.write_bytes({"cut": data[:-9], "longer": data + b"!", "changed": changed}[damage])
     with pytest.raises(KnowledgeBaseError, match=rf"{path.name}: The index '{kind}' is damaged.*hf-mel kb index"):
         open_index(kb, kind, MODEL)
     assert_finds(open_index(KnowledgeBase.from_pretrained(kb.path, verify=True), "exact", MODEL), kb)
@@ -391,7 +393,7 @@ def test_a_damaged_file_is_refused_and_built_again(kb, kind, how):
         lambda r: r.update(store=[]),
     ],
 )
-def test_a_record_that_makes_no_sense(kb, change):
+def test_an_invalid_index_record_is_refused(kb, change):
     build(kb, "faiss-flat")
     path = kb.path / "index-faiss-flat.json"
     record = json.loads(path.read_text())
@@ -403,7 +405,7 @@ def test_a_record_that_makes_no_sense(kb, change):
 
 
 @pytest.mark.parametrize("kind", BUILT)
-def test_a_full_disk_leaves_what_was_there_and_a_retry_works(kb, kind):
+def test_a_full_disk_leaves_the_old_index_and_a_retry_works(kb, kind):
     kb.add(toy_entities(220).select(range(120, 220)), MODEL, PROCESSOR, progress=False)
     index = build(kb, kind)
     index.first_stage = 20
@@ -417,7 +419,7 @@ def test_a_full_disk_leaves_what_was_there_and_a_retry_works(kb, kind):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    if kind != "milvus":  # a database writes into its folder as it likes
+    if kind != "milvus":  # the database may still write to its folder
         assert files(kb.path) == before
     else:
         assert {k: v for k, v in files(kb.path).items() if ".db/" not in k} == {
@@ -429,15 +431,15 @@ def test_a_full_disk_leaves_what_was_there_and_a_retry_works(kb, kind):
 
 
 class Counting(ToyRetriever):
-    """Counts the vectors it makes, and calls something before the chunk that begins with the `at`-th."""
+    """Counts computed index vectors, and runs `call` before the chunk that starts at vector `at`."""
 
-    made, at = 0, None
+    num_vectors, at = 0, None
 
     def index_vectors(self, entities):
         if len(entities["text"]) == 8:
-            if self.at is not None and self.made >= self.at:
+            if self.at is not None and self.num_vectors >= self.at:
                 self.call()
-            self.made += 8
+            self.num_vectors += 8
         return super().index_vectors(entities)
 
 
@@ -463,42 +465,42 @@ def ctrl_c():
 
 @pytest.mark.usefixtures("_in_eights")
 @pytest.mark.parametrize("kind", BUILT)
-def test_an_interrupted_build_goes_on(kb, kind, tmp_path):
-    whole = counting()
-    build(kb, kind, model=whole)
+def test_an_interrupted_index_build_resumes(kb, kind, tmp_path):
+    uninterrupted = counting()
+    build(kb, kind, model=uninterrupted)
     kb = KnowledgeBase.from_pretrained(shutil.copytree(kb.path, tmp_path / "other", ignore=lambda *_: ["index-*"]))
     for path in kb.path.glob("index-*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    first = counting(whole.made - 40, ctrl_c)
+    first = counting(uninterrupted.num_vectors - 40, ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         build(kb, kind, model=first)
     with pytest.raises(KnowledgeBaseError, match="no index"):
         open_index(kb, kind, MODEL)
     second = counting()
     index = build(kb, kind, model=second)
-    assert second.made <= 120 + 40 + 8  # the rest; Milvus measures the lengths again
-    assert second.made < whole.made
+    assert second.num_vectors <= 120 + 40 + 8  # only the rest; Milvus computes the norms again
+    assert second.num_vectors < uninterrupted.num_vectors
     index.first_stage = 20
     assert_finds(index, kb)
     assert not [name for name in os.listdir(kb.path) if name.startswith(".")]
 
 
 @pytest.mark.usefixtures("_in_eights")
-def test_a_build_goes_on_from_what_a_killed_process_leaves(kb, tmp_path):
-    stage, left = kb.path / ".index-faiss-flat.building", tmp_path / "left"
-    build(kb, "faiss-flat", model=counting(200, lambda: left.exists() or shutil.copytree(stage, left)))
-    whole = files(kb.path)
+def test_a_build_resumes_from_the_files_of_a_killed_process(kb, tmp_path):
+    stage, leftovers = kb.path / ".index-faiss-flat.building", tmp_path / "leftovers"
+    build(kb, "faiss-flat", model=counting(200, lambda: leftovers.exists() or shutil.copytree(stage, leftovers)))
+    uninterrupted = files(kb.path)
     for path in kb.path.glob("index-*"):
         path.unlink()
-    left.rename(stage)
+    leftovers.rename(stage)
     second = counting()
     build(kb, "faiss-flat", model=second)
-    assert 0 < second.made < 120
-    assert files(kb.path) == whole
+    assert 0 < second.num_vectors < 120
+    assert files(kb.path) == uninterrupted
 
 
 @pytest.mark.usefixtures("_in_eights")
-def test_one_process_builds_an_index(kb):
+def test_only_one_process_builds_an_index(kb):
     def second():
         with pytest.raises(MelError, match="being built by another process"):
             build(kb, "faiss-flat")
@@ -507,7 +509,7 @@ def test_one_process_builds_an_index(kb):
 
 
 @pytest.mark.parametrize("nth", [0, 1])
-def test_a_build_that_is_cut_at_any_rename_leaves_the_index_before(kb, monkeypatch, nth):
+def test_a_build_interrupted_at_any_rename_leaves_the_previous_index(kb, monkeypatch, nth):
     from pathlib import Path
 
     index = build(kb, "faiss-flat")
@@ -537,7 +539,7 @@ def test_a_build_that_is_cut_at_any_rename_leaves_the_index_before(kb, monkeypat
 
 
 @pytest.mark.milvus
-def test_a_server_that_cannot_be_reached_or_addressed(kb, monkeypatch):
+def test_an_unreachable_server_or_invalid_address_is_refused(kb, monkeypatch):
     monkeypatch.setenv("MILVUS_TOKEN", "root:secret")
     before = files(kb.path)
     for uri, message in (
@@ -560,12 +562,12 @@ def test_a_server_that_cannot_be_reached_or_addressed(kb, monkeypatch):
 
 
 @pytest.mark.milvus
-@pytest.mark.parametrize("how", ["missing", "another", "fewer"])
-def test_a_milvus_file_that_is_not_the_one(kb, how):
+@pytest.mark.parametrize("damage", ["missing", "another", "fewer"])
+def test_a_missing_or_replaced_milvus_collection_is_refused(kb, damage):
     index = build(kb, "milvus")
-    if how == "fewer":
+    if damage == "fewer":
         index._client.delete(index._collection, ids=[3, 4])
-    elif how == "another":
+    elif damage == "another":
         index._client.drop_collection(index._collection)
     else:
         shutil.rmtree(kb.path / "index-milvus.db")
@@ -574,7 +576,7 @@ def test_a_milvus_file_that_is_not_the_one(kb, how):
 
 
 @pytest.mark.milvus
-def test_more_than_milvus_gives_is_refused(kb, monkeypatch):
+def test_more_candidates_than_milvus_returns_are_refused(kb, monkeypatch):
     from hf_mel.kb.indexes import milvus
 
     index = build(kb, "milvus")
@@ -585,20 +587,20 @@ def test_more_than_milvus_gives_is_refused(kb, monkeypatch):
         index.find(MENTIONS, 3)
 
 
-# In use
+# Linking and publishing
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
-def test_a_linker_with_an_index_gives_what_one_without_gives(kb, kind):
+def test_a_linker_gives_the_same_results_with_and_without_an_index(kb, kind):
     if kind != "exact":
         build(kb, kind)
     mentions = [{**row, "start": NO_SPAN, "end": NO_SPAN} for row in toy_mentions(8, 120)]
     plain = EntityLinker(MODEL, PROCESSOR, kb, nil_threshold=0.1)
     linker = EntityLinker(MODEL, PROCESSOR, str(kb.path), nil_threshold=0.1, index=kind, first_stage=30)
-    for one, other in zip(linker(mentions, top_k=5), plain(mentions, top_k=5), strict=True):
-        assert [c.entity_id for c in one.candidates] == [c.entity_id for c in other.candidates]
-        assert [c.score for c in one.candidates] == pytest.approx([c.score for c in other.candidates], abs=1e-5)
-        assert one.entity_id == other.entity_id
+    for result, expected in zip(linker(mentions, top_k=5), plain(mentions, top_k=5), strict=True):
+        assert [c.entity_id for c in result.candidates] == [c.entity_id for c in expected.candidates]
+        assert [c.score for c in result.candidates] == pytest.approx([c.score for c in expected.candidates], abs=1e-5)
+        assert result.entity_id == expected.entity_id
 
 
 def test_an_index_is_not_published(kb, tmp_path):

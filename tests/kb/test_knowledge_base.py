@@ -1,4 +1,4 @@
-"""KnowledgeBase against plain Python: what is stored, what add and remove leave, what a crash or damage does."""
+"""Tests of KnowledgeBase against plain Python: contents, adding and removing entities, crashes and damaged files."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def build(rows, output=None, model=MODEL, processor=PROCESSOR, **options) -> Kno
 
 
 def dataset(*rows, **columns) -> datasets.Dataset:
-    """Entities with the given columns, everything else empty."""
+    """Returns entities with the given columns. All other columns are empty."""
     empty = {"entity_id": "Q1", "name": "", "description": "", "attributes": "", "aliases": [], "images": []}
     return datasets.Dataset.from_list([empty | columns | row for row in rows], features=entity_features())
 
 
 def encoded(rows) -> dict[str, torch.Tensor]:
-    """The encodings of entities, one at a time and by hand."""
+    """Returns the encodings of entities, computed one at a time."""
     with torch.no_grad():
-        each = [MODEL.encode_entities(**PROCESSOR(entities=[row])) for row in rows]
-    return {name: torch.cat([one[name] for one in each]) for name in ("text", "vision")}
+        parts = [MODEL.encode_entities(**PROCESSOR(entities=[row])) for row in rows]
+    return {name: torch.cat([part[name] for part in parts]) for name in ("text", "vision")}
 
 
 def content(kb: KnowledgeBase, chunk_size: int = 7):
-    """Everything there is to see of a knowledge base."""
+    """Returns ids, rows and encodings of a knowledge base."""
     chunks = list(kb.iter_chunks(chunk_size))
     sizes = [len(chunk["text"]) for _, chunk in chunks]
     assert [first for first, _ in chunks] == [sum(sizes[:k]) for k in range(len(sizes))]
@@ -63,9 +63,9 @@ def content(kb: KnowledgeBase, chunk_size: int = 7):
 
 
 def assert_holds(kb: KnowledgeBase, rows: list[dict], chunk_size: int = 7) -> None:
-    ids, shown, tensors = content(kb, chunk_size)
+    ids, stored, tensors = content(kb, chunk_size)
     assert ids == [row["entity_id"] for row in rows]
-    assert shown == [{k: v for k, v in row.items() if k != "images"} for row in rows]
+    assert stored == [{k: v for k, v in row.items() if k != "images"} for row in rows]
     for name, expected in encoded(rows).items():
         torch.testing.assert_close(tensors[name], expected)
 
@@ -80,11 +80,11 @@ def edit_manifest(folder: Path, change) -> None:
     (folder / "kb.json").write_text(json.dumps(manifest))
 
 
-# What is stored
+# Contents
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 30, 100])
-def test_holds_the_encodings_and_texts_of_its_entities_in_order(tmp_path, batch_size):
+def test_a_knowledge_base_holds_encodings_and_texts_of_its_entities_in_order(tmp_path, batch_size):
     kb = build(WORLD, tmp_path / "kb", batch_size=batch_size)
     assert_holds(kb, list(WORLD))
     assert_holds(KnowledgeBase.from_pretrained(tmp_path / "kb", verify=True), list(WORLD), chunk_size=100)
@@ -94,23 +94,23 @@ def test_many_shards_hold_the_same_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "_SHARD_BYTES", 9 * 2 * 16 * 4)
     monkeypatch.setattr(shards, "_GROUP_ROWS", 2)
     kb = build(WORLD, tmp_path / "kb")
-    assert kb.info()["shards"] == 3  # of 12, 12 and 6 rows: a shard is closed by the batch that fills it
+    assert kb.info()["shards"] == 3  # 12, 12 and 6 rows, because a shard ends with the batch that fills it
     for chunk_size in (1, 5, 12, 100):
         assert_holds(kb, list(WORLD), chunk_size)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_halves_are_stored_rounded_once_and_given_as_float32(tmp_path, dtype):
+def test_half_precision_is_rounded_once_and_returned_as_float32(tmp_path, dtype):
     kb = build(WORLD, tmp_path / "kb", dtype=dtype)
     for name, expected in encoded(WORLD).items():
-        given_ = kb.encodings(range(len(kb)))[name]
-        assert given_.dtype == torch.float32
-        torch.testing.assert_close(given_, expected.to(getattr(torch, dtype)).float(), rtol=0, atol=1e-7)
+        encodings = kb.encodings(range(len(kb)))[name]
+        assert encodings.dtype == torch.float32
+        torch.testing.assert_close(encodings, expected.to(getattr(torch, dtype)).float(), rtol=0, atol=1e-7)
         with safe_open(tmp_path / "kb" / "encodings-00000.safetensors", "pt") as file:
             assert file.get_tensor(name).dtype == getattr(torch, dtype)
 
 
-def test_masks_keep_their_type():
+def test_masks_keep_their_dtype():
     class Masked(ToyRetriever):
         def encode_entities(self, **inputs):
             return {"mask": inputs["entity_attention_mask"].bool(), **super().encode_entities(**inputs)}
@@ -121,21 +121,21 @@ def test_masks_keep_their_type():
     assert torch.equal(mask, PROCESSOR(entities=[WORLD[4], WORLD[2]])["entity_attention_mask"].bool())
 
 
-def test_rows_and_encodings_come_in_the_order_asked_for(monkeypatch):
+def test_rows_and_encodings_come_in_the_requested_order(monkeypatch):
     monkeypatch.setattr(shards, "_SHARD_BYTES", 1)
     monkeypatch.setattr(shards, "_GROUP_ROWS", 2)
     kb = build(WORLD)
     kb.remove(["Q2", "Q3", "Q29"])
-    left = [row for row in WORLD if row["entity_id"] not in ("Q2", "Q3", "Q29")]
-    wanted = [20, 3, 3, 26, 0, 4, 5]
-    assert [row["entity_id"] for row in kb.rows(wanted)] == [left[k]["entity_id"] for k in wanted]
-    torch.testing.assert_close(kb.encodings(wanted)["text"], encoded([left[k] for k in wanted])["text"])
-    assert [kb.row_of(left[k]["entity_id"]) for k in wanted] == wanted
+    remaining = [row for row in WORLD if row["entity_id"] not in ("Q2", "Q3", "Q29")]
+    positions = [20, 3, 3, 26, 0, 4, 5]
+    assert [row["entity_id"] for row in kb.rows(positions)] == [remaining[k]["entity_id"] for k in positions]
+    torch.testing.assert_close(kb.encodings(positions)["text"], encoded([remaining[k] for k in positions])["text"])
+    assert [kb.row_of(remaining[k]["entity_id"]) for k in positions] == positions
     assert kb.rows([]) == []
     assert kb.encodings([])["text"].shape == (0, 16)
 
 
-def test_only_the_first_image_is_kept_byte_for_byte_and_without_its_name(tmp_path):
+def test_only_the_first_image_is_stored_with_its_bytes_but_not_its_name(tmp_path):
     paths = []
     for k, colour in enumerate(("red", "blue")):
         paths.append(tmp_path / f"the-answer-is-{k}.png")
@@ -153,7 +153,7 @@ def test_only_the_first_image_is_kept_byte_for_byte_and_without_its_name(tmp_pat
     assert loaded[0]["images"][0].size == (5, 3)
 
 
-def test_nearly_empty_and_huge_entities_are_fine(tmp_path):
+def test_nearly_empty_and_very_long_entities_are_accepted(tmp_path):
     name = "ab" * 5_000
     kb = build(dataset({"name": name}, {"entity_id": "Q2"}, {"entity_id": "Q3", "description": None}), tmp_path / "kb")
     assert [row["name"] for row in kb.rows([0, 1])] == [name, ""]
@@ -161,7 +161,7 @@ def test_nearly_empty_and_huge_entities_are_fine(tmp_path):
     assert build(dataset({})).rows([0])[0]["entity_id"] == "Q1"  # a knowledge base of one
 
 
-def test_built_from_a_file_and_from_a_data_set_folder(tmp_path):
+def test_a_knowledge_base_is_built_from_a_file_or_a_data_folder(tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"id": "a", "name": "Ada"}\n{"id": "b", "name": "Bob", "aliases": ["B"]}\n')
     kb = build(tmp_path / "mine.jsonl")
     assert [(row["entity_id"], row["name"], row["aliases"]) for row in kb.rows([0, 1])] == [
@@ -177,7 +177,7 @@ def test_built_from_a_file_and_from_a_data_set_folder(tmp_path):
     assert_holds(build(str(folder)), list(WORLD))
 
 
-def test_the_model_encodes_without_dropout_and_keeps_its_mode():
+def test_the_model_encodes_in_evaluation_mode_and_then_returns_to_its_own():
     class Moody(ToyRetriever):
         def encode_entities(self, **inputs):
             output = super().encode_entities(**inputs)
@@ -190,29 +190,29 @@ def test_the_model_encodes_without_dropout_and_keeps_its_mode():
     assert model.training
 
 
-# Changing it
+# Changes
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
-def test_any_adds_and_removes_leave_what_a_plain_list_has(data):
-    """Against a list of rows; the same again after a reload, and after a compact copy."""
+def test_any_sequence_of_adds_and_removes_equals_that_on_a_plain_list(data):
+    """Compares with a list of rows, also after reloading and after saving a compact copy."""
     start = data.draw(st.integers(1, 10))
     kb, rows = build(WORLD.select(range(start))), list(WORLD.select(range(start)))
     for _ in range(data.draw(st.integers(1, 5))):
         if len(rows) > 1 and data.draw(st.booleans()):
-            gone = data.draw(
+            removed = data.draw(
                 st.sets(st.sampled_from([row["entity_id"] for row in rows]), min_size=1, max_size=len(rows) - 1)
             )
-            assert kb.remove(sorted(gone)) == len(gone)
-            rows = [row for row in rows if row["entity_id"] not in gone]
+            assert kb.remove(sorted(removed)) == len(removed)
+            rows = [row for row in rows if row["entity_id"] not in removed]
         else:
             chosen = data.draw(st.lists(st.integers(0, 29), min_size=1, max_size=8, unique=True))
-            new = WORLD.select(chosen).map(
+            added = WORLD.select(chosen).map(
                 lambda row, mark: {"attributes": row["attributes"] + mark}, fn_kwargs={"mark": "!" * len(rows)}
             )
-            assert kb.add(new, MODEL, PROCESSOR, replace=True, progress=False) == len(chosen)
-            rows = [row for row in rows if row["entity_id"] not in new["entity_id"]] + list(new)
+            assert kb.add(added, MODEL, PROCESSOR, replace=True, progress=False) == len(chosen)
+            rows = [row for row in rows if row["entity_id"] not in added["entity_id"]] + list(added)
     assert_holds(kb, rows, data.draw(st.integers(1, 12)))
     assert_holds(KnowledgeBase.from_pretrained(kb.path, verify=True), rows)
     copy = kb.save(kb.path.with_name(kb.path.name + "-copy"), progress=False)
@@ -224,7 +224,7 @@ def test_any_adds_and_removes_leave_what_a_plain_list_has(data):
         shutil.rmtree(copy.path)
 
 
-def test_adding_leaves_the_files_that_are_there_alone(tmp_path):
+def test_adding_entities_leaves_existing_files_untouched(tmp_path):
     kb = build(WORLD.select(range(10)), tmp_path / "kb")
     before = files(kb.path)
     kb.add(WORLD.select(range(10, 14)), MODEL, PROCESSOR, progress=False)
@@ -238,7 +238,7 @@ def test_adding_leaves_the_files_that_are_there_alone(tmp_path):
     assert set(before) <= set(after)
 
 
-def test_a_removed_entity_can_come_back():
+def test_a_removed_entity_can_be_added_again():
     kb = build(WORLD.select(range(3)))
     kb.remove("Q2")
     assert "Q2" not in kb
@@ -247,7 +247,7 @@ def test_a_removed_entity_can_come_back():
     assert kb.row_of("Q2") == 2
 
 
-def test_saving_onto_itself_compacts_in_place(tmp_path):
+def test_saving_to_the_same_folder_compacts_it(tmp_path):
     kb = build(WORLD, tmp_path / "kb")
     kb.remove([f"Q{k}" for k in range(1, 21)])
     kb.add(WORLD.select([0]), MODEL, PROCESSOR, progress=False)
@@ -258,7 +258,7 @@ def test_saving_onto_itself_compacts_in_place(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["kb"]
 
 
-def test_a_removal_that_names_an_unknown_entity_removes_nothing():
+def test_removing_an_unknown_entity_removes_nothing():
     kb = build(WORLD)
     with pytest.raises(UnknownEntityError, match="'Q99'"):
         kb.remove(["Q1", "Q99"])
@@ -268,21 +268,21 @@ def test_a_removal_that_names_an_unknown_entity_removes_nothing():
         kb.remove(["Q1"])
 
 
-def test_the_last_entity_stays():
+def test_the_last_entity_cannot_be_removed():
     kb = build(WORLD.select(range(2)))
     with pytest.raises(KnowledgeBaseError, match="leave no entities"):
         kb.remove(["Q1", "Q2"])
     assert len(kb) == 2
 
 
-def test_adding_an_entity_that_is_there_is_an_error_that_names_it():
+def test_adding_an_existing_entity_is_an_error_that_names_it():
     kb = build(WORLD.select(range(5)))
     with pytest.raises(DuplicateIdError, match=r"'Q5' already \(and 1 more"):
         kb.add(WORLD.select([7, 4, 2]), MODEL, PROCESSOR, progress=False)
     assert_holds(kb, list(WORLD.select(range(5))))
 
 
-def test_who_was_overtaken_is_refused(tmp_path):
+def test_a_change_to_an_outdated_knowledge_base_is_refused(tmp_path):
     kb = build(WORLD.select(range(5)), tmp_path / "kb")
     other = KnowledgeBase.from_pretrained(tmp_path / "kb")
     other.remove(["Q1"])
@@ -295,7 +295,7 @@ def test_who_was_overtaken_is_refused(tmp_path):
     assert_holds(KnowledgeBase.from_pretrained(tmp_path / "kb", verify=True), list(WORLD.select(range(1, 5))))
 
 
-def test_a_reader_keeps_what_it_opened_while_others_write(tmp_path):
+def test_an_open_reader_keeps_its_contents_while_others_write(tmp_path):
     kb = build(WORLD, tmp_path / "kb")
     reader = KnowledgeBase.from_pretrained(tmp_path / "kb")
     content(reader)
@@ -304,7 +304,7 @@ def test_a_reader_keeps_what_it_opened_while_others_write(tmp_path):
     assert_holds(reader, list(WORLD))
 
 
-# Failing
+# Failures
 
 
 class Broken(ToyProcessor):
@@ -335,14 +335,14 @@ def test_a_failed_build_leaves_the_old_knowledge_base_or_nothing(tmp_path):
 
 
 class Interrupted(ToyProcessor):
-    """Counts entities, and calls something before the batch with entity `at`."""
+    """Counts entities, and runs `call` before the batch that contains entity `at`."""
 
     def __init__(self, at: str | None = None, call=lambda: None):
         super().__init__()
         self.at, self.call, self.seen = at, call, 0
 
     def __call__(self, entities=None, **kwargs):
-        if len(entities) == 4 or entities[0]["entity_id"] == "Q29":  # not those of a fingerprint
+        if len(entities) == 4 or entities[0]["entity_id"] == "Q29":  # ignores the probe rows of the fingerprint
             if any(row["entity_id"] == self.at for row in entities):
                 self.call()
             self.seen += len(entities)
@@ -359,37 +359,37 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(shards, "_GROUP_ROWS", 4)
 
 
-@pytest.mark.parametrize(("at", "there"), [("Q1", 0), ("Q8", 0), ("Q9", 8), ("Q21", 16), ("Q30", 24)])
-def test_an_interrupted_build_goes_on_to_the_same_bytes(tmp_path, small_shards, caplog, at, there):
+@pytest.mark.parametrize(("at", "num_done"), [("Q1", 0), ("Q8", 0), ("Q9", 8), ("Q21", 16), ("Q30", 24)])
+def test_an_interrupted_build_resumes_and_gives_the_same_bytes(tmp_path, small_shards, caplog, at, num_done):
     build(WORLD, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         build(WORLD, tmp_path / "kb", processor=Interrupted(at, ctrl_c))
     assert not (tmp_path / "kb").exists()
-    assert (tmp_path / ".kb.building").exists() == (there > 0)
+    assert (tmp_path / ".kb.building").exists() == (num_done > 0)
     second = Interrupted()
     caplog.set_level("INFO")
     assert_holds(build(WORLD, tmp_path / "kb", processor=second), list(WORLD))
-    assert second.seen == 30 - there
-    assert (f"{there} entities are done" in caplog.text) == (there > 0)
-    made, whole = files(tmp_path / "kb"), files(tmp_path / "whole")
-    assert {k: v for k, v in made.items() if k != "kb.json"} == {k: v for k, v in whole.items() if k != "kb.json"}
+    assert second.seen == 30 - num_done
+    assert (f"{num_done} entities are done" in caplog.text) == (num_done > 0)
+    resumed, whole = files(tmp_path / "kb"), files(tmp_path / "whole")
+    assert {k: v for k, v in resumed.items() if k != "kb.json"} == {k: v for k, v in whole.items() if k != "kb.json"}
     assert sorted(os.listdir(tmp_path)) == ["kb", "whole"]
 
 
 @pytest.mark.parametrize("at", ["Q1", "Q14", "Q21", "Q30"])
-def test_a_build_goes_on_from_whatever_a_killed_process_leaves(tmp_path, small_shards, at):
-    stage, left = tmp_path / ".kb.building", tmp_path / "left"
-    build(WORLD, tmp_path / "kb", processor=Interrupted(at, lambda: shutil.copytree(stage, left)))
-    if at == "Q30":  # after the last rename: notes, and no files
-        shutil.rmtree(left / "kb")
+def test_a_build_resumes_from_the_files_of_a_killed_process(tmp_path, small_shards, at):
+    stage, leftovers = tmp_path / ".kb.building", tmp_path / "leftovers"
+    build(WORLD, tmp_path / "kb", processor=Interrupted(at, lambda: shutil.copytree(stage, leftovers)))
+    if at == "Q30":  # killed after the last rename, so only the notes remain
+        shutil.rmtree(leftovers / "kb")
     shutil.rmtree(tmp_path / "kb")
-    left.rename(stage)
+    leftovers.rename(stage)
     assert_holds(build(WORLD, tmp_path / "kb"), list(WORLD))
     assert sorted(os.listdir(tmp_path)) == ["kb"]
 
 
 @pytest.mark.parametrize("change", ["texts", "image", "model", "dtype", "truncated"])
-def test_an_interrupted_build_of_something_else_is_not_continued(tmp_path, small_shards, change):
+def test_an_interrupted_build_with_other_inputs_is_not_resumed(tmp_path, small_shards, change):
     with pytest.raises(KeyboardInterrupt):
         build(WORLD, tmp_path / "kb", processor=Interrupted("Q21", ctrl_c))
     rows, options = WORLD, {}
@@ -412,7 +412,7 @@ def test_an_interrupted_build_of_something_else_is_not_continued(tmp_path, small
         assert kb.image(1).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_one_process_builds_a_folder(tmp_path, small_shards):
+def test_only_one_process_builds_a_folder(tmp_path, small_shards):
     def second():
         with pytest.raises(MelError, match="being built by another process"):
             build(WORLD, tmp_path / "kb")
@@ -421,7 +421,7 @@ def test_one_process_builds_a_folder(tmp_path, small_shards):
 
 
 @pytest.mark.parametrize("nth", range(4))
-def test_an_add_that_is_cut_at_any_rename_leaves_the_state_before_and_can_be_repeated(tmp_path, monkeypatch, nth):
+def test_an_add_interrupted_at_any_rename_changes_nothing_and_can_be_repeated(tmp_path, monkeypatch, nth):
     kb = build(WORLD.select(range(3)), tmp_path / "kb")
     done, real = [], os.replace
 
@@ -432,7 +432,7 @@ def test_an_add_that_is_cut_at_any_rename_leaves_the_state_before_and_can_be_rep
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    if nth < 3:  # encodings, entities, kb.json
+    if nth < 3:  # the renames of encodings, entities and kb.json
         with pytest.raises(KeyboardInterrupt):
             kb.add(WORLD.select([5, 6]), MODEL, PROCESSOR, progress=False)
         assert_holds(KnowledgeBase.from_pretrained(tmp_path / "kb", verify=True), list(WORLD.select(range(3))))
@@ -442,7 +442,7 @@ def test_an_add_that_is_cut_at_any_rename_leaves_the_state_before_and_can_be_rep
     assert_holds(KnowledgeBase.from_pretrained(tmp_path / "kb", verify=True), list(WORLD.select([0, 1, 2, 7, 8])))
 
 
-def test_a_full_disk_is_an_error_with_the_file_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -465,13 +465,13 @@ def test_a_full_disk_is_an_error_with_the_file_and_leaves_nothing(tmp_path, monk
         (dataset({"images": [{"bytes": None, "path": "/nowhere/a.png"}]}), ImageError, "Q1"),
     ],
 )
-def test_entities_that_cannot_be_used(tmp_path, rows, error, message):
+def test_invalid_entities_are_refused(tmp_path, rows, error, message):
     with pytest.raises(error, match=message):
         build(rows, tmp_path / "kb")
     assert os.listdir(tmp_path) == []
 
 
-def test_a_damaged_image_that_nobody_looks_at_does_not_stop_a_text_model(tmp_path):
+def test_a_damaged_image_does_not_stop_a_model_that_never_reads_it(tmp_path):
     class Reader(ToyProcessor):
         def __call__(self, entities=None, **kwargs):
             return super().__call__(entities=[{**row, "images": []} for row in entities], **kwargs)
@@ -483,7 +483,7 @@ def test_a_damaged_image_that_nobody_looks_at_does_not_stop_a_text_model(tmp_pat
 
     rows = dataset({"images": [{"bytes": b"no image", "path": None}]})
     with pytest.raises(ImageError):
-        build(rows, processor=Reader())  # looks at every column
+        build(rows, processor=Reader())  # reads every column
     kb = build(rows, processor=LazyReader())
     with pytest.raises(ImageError, match="Q1"):
         kb.image(0)
@@ -498,7 +498,7 @@ def test_a_damaged_image_that_nobody_looks_at_does_not_stop_a_text_model(tmp_pat
         (lambda e: {"text": e["text"][:, : 3 + len(e["text"])]}, "float32", r"float32\[5\].* pad"),
     ],
 )
-def test_encodings_that_cannot_be_stored(change, dtype, message):
+def test_encodings_that_cannot_be_stored_are_refused(change, dtype, message):
     class Odd(ToyRetriever):
         def encode_entities(self, **inputs):
             return change(dict(super().encode_entities(**inputs)))
@@ -514,7 +514,7 @@ def test_a_model_that_encodes_no_entities_is_refused():
         build(WORLD, dtype="float64")
 
 
-def test_an_output_that_is_something_else_is_not_touched(tmp_path):
+def test_an_output_that_is_no_knowledge_base_is_not_overwritten(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     (tmp_path / "elsewhere").symlink_to(tmp_path)
     for target in (tmp_path, tmp_path / "thesis.txt", tmp_path / "elsewhere"):
@@ -529,20 +529,20 @@ def test_an_output_that_is_something_else_is_not_touched(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["kb.json", "encodings-00000.safetensors", "entities-00000.parquet"])
-@pytest.mark.parametrize("how", ["missing", "cut", "longer"])
-def test_a_file_that_is_missing_or_of_another_size(tmp_path, name, how):
+@pytest.mark.parametrize("damage", ["missing", "cut", "longer"])
+def test_a_missing_file_or_one_of_another_size_is_refused(tmp_path, name, damage):
     build(WORLD, tmp_path / "kb")
     path = tmp_path / "kb" / name
     data = path.read_bytes()
     path.unlink()
-    if how != "missing":
-        path.write_bytes(data[: len(data) // 2] if how == "cut" else data + b"!")
-    with pytest.raises(KnowledgeBaseError, match=r"kb\.json" if how == "missing" and name == "kb.json" else name):
+    if damage != "missing":
+        path.write_bytes(data[: len(data) // 2] if damage == "cut" else data + b"!")
+    with pytest.raises(KnowledgeBaseError, match=r"kb\.json" if damage == "missing" and name == "kb.json" else name):
         KnowledgeBase.from_pretrained(tmp_path / "kb")
 
 
 @pytest.mark.parametrize("name", ["encodings-00000.safetensors", "entities-00000.parquet"])
-def test_a_changed_byte_is_found_by_verify(tmp_path, name):
+def test_verify_detects_a_changed_byte(tmp_path, name):
     build(WORLD, tmp_path / "kb")
     path = tmp_path / "kb" / name
     data = bytearray(path.read_bytes())
@@ -554,12 +554,12 @@ def test_a_changed_byte_is_found_by_verify(tmp_path, name):
 
 
 @pytest.mark.parametrize("part", ["encodings", "entities"])
-@pytest.mark.parametrize("how", ["noise", "others"])
-def test_a_file_of_the_right_size_and_the_wrong_content_is_an_error_when_read(tmp_path, part, how):
+@pytest.mark.parametrize("damage", ["noise", "others"])
+def test_a_file_of_the_right_size_with_wrong_content_is_an_error_when_read(tmp_path, part, damage):
     kb = build(WORLD, tmp_path / "kb")
     name = {"encodings": "encodings-00000.safetensors", "entities": "entities-00000.parquet"}[part]
     path = tmp_path / "kb" / name
-    if how == "noise":
+    if damage == "noise":
         path.write_bytes(b"\xff" * path.stat().st_size)
     elif part == "encodings":
         save_file({"text": torch.zeros(30, 16)}, path)
@@ -594,7 +594,7 @@ def test_a_file_of_the_right_size_and_the_wrong_content_is_an_error_when_read(tm
         lambda m: m["encodings"]["text"].update(shape=[2.5]),
     ],
 )
-def test_a_manifest_that_makes_no_sense(tmp_path, change):
+def test_a_manifest_with_invalid_values_is_refused(tmp_path, change):
     build(WORLD, tmp_path / "kb")
     edit_manifest(tmp_path / "kb", change)
     with pytest.raises(KnowledgeBaseError, match=r"kb\.json: The knowledge base is damaged"):
@@ -604,28 +604,28 @@ def test_a_manifest_that_makes_no_sense(tmp_path, change):
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", "null", "[" * 100_000, '{"format": "hf_mel.knowledge_base"}', "\udcff"]
 )
-def test_a_manifest_that_is_not_one(tmp_path, text):
+def test_a_file_that_is_no_manifest_is_refused(tmp_path, text):
     (tmp_path / "kb.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(KnowledgeBaseError, match=r"kb\.json"):
         KnowledgeBase.from_pretrained(tmp_path)
 
 
-def test_a_newer_format_is_refused_with_what_to_do(tmp_path):
+def test_a_newer_format_is_refused_with_a_remedy(tmp_path):
     build(WORLD, tmp_path / "kb")
     edit_manifest(tmp_path / "kb", lambda m: m.update(version=2))
     with pytest.raises(KnowledgeBaseError, match=r"version 2.*Update hf_mel"):
         KnowledgeBase.from_pretrained(tmp_path / "kb")
 
 
-def test_nothing_there(tmp_path):
+def test_a_folder_without_a_knowledge_base_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "none", Path(__file__)):
         with pytest.raises(KnowledgeBaseError, match="no knowledge base here"):
             KnowledgeBase.from_pretrained(path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident memory from /proc")
-def test_loading_maps_the_encodings_and_reads_only_what_is_asked_for(tmp_path):
-    """A file of 1 GiB, sparse on disk: opening it and reading a few rows must not bring it into memory."""
+def test_loading_maps_the_encodings_and_reads_only_requested_rows(tmp_path):
+    """Opening a sparse file of 1 GiB and reading a few rows must not load it into memory."""
     kb = build(WORLD.select(range(1)), tmp_path / "kb")
     rows, path = 2**23, tmp_path / "kb" / "encodings-00000.safetensors"
     header, offset = {}, 0
@@ -652,17 +652,17 @@ def test_loading_maps_the_encodings_and_reads_only_what_is_asked_for(tmp_path):
     assert not kb.encodings([rows - 1, 5])["text"].any()
     first, chunk = next(kb.iter_chunks(1000))
     assert (first, chunk["vision"].shape) == (0, (1000, 16))
-    assert resident() - before < 2**28  # the row numbers are 64 MiB of it
+    assert resident() - before < 2**28  # of which the row numbers take 64 MiB
 
 
-# Belonging together
+# Match of model and knowledge base
 
 
-def test_another_model_or_processor_is_refused_with_the_reason(tmp_path):
+def test_a_different_model_or_processor_is_refused_with_the_reason(tmp_path):
     kb = build(WORLD, tmp_path / "kb")
     nudged = toy_model()
     with torch.no_grad():
-        nudged.mention_text.weight[0, 0] += 1e-6  # weights of the mention side count: a score has two sides
+        nudged.mention_text.weight[0, 0] += 1e-6  # weights of the mention side change scores too
     for model, processor, reason in (
         (nudged, PROCESSOR, "model .* its weights differ"),
         (toy_model(dim=8), PROCESSOR, "model .* dim is 8, was 16"),
@@ -676,11 +676,11 @@ def test_another_model_or_processor_is_refused_with_the_reason(tmp_path):
     assert_holds(kb, list(WORLD))
 
 
-def test_the_same_model_is_the_same_wherever_it_lies(tmp_path):
+def test_a_saved_and_reloaded_model_matches_the_knowledge_base(tmp_path):
     model = toy_model()
     model.config.nil_threshold = 0.25
     kb = build(WORLD, model=model)
-    model.config.nil_threshold = 0.5  # decides what is NIL, not what scores
+    model.config.nil_threshold = 0.5  # changes NIL decisions, but no scores
     model.save_pretrained(tmp_path / "model")
     loaded = ToyRetriever.from_pretrained(tmp_path / "model")
     assert loaded.config.nil_threshold == 0.5
@@ -696,7 +696,7 @@ def test_a_local_model_is_recorded_by_its_folder_name_only(tmp_path):
     assert str(tmp_path) not in (kb.path / "kb.json").read_text()
 
 
-def test_a_knowledge_base_without_a_folder_of_its_own_vanishes_with_it():
+def test_the_temporary_folder_of_a_knowledge_base_is_deleted_with_it():
     kb = build(WORLD)
     path = kb.path
     assert path.is_dir()
@@ -707,7 +707,7 @@ def test_a_knowledge_base_without_a_folder_of_its_own_vanishes_with_it():
 # Old names
 
 
-def test_members_of_the_last_release_work_with_a_warning(tmp_path):
+def test_names_of_the_last_release_work_with_a_warning(tmp_path):
     built = build(WORLD.select(range(5)), tmp_path / "kb")
     built.remove(["Q2"])
     with pytest.warns(FutureWarning, match=r"KnowledgeBase\.load is deprecated.*from_pretrained"):
