@@ -1,4 +1,4 @@
-"""Where a model looked: the words of the text and the parts of the images that a pair's score rests on."""
+"""Explains a score by the model's attention to the words of the text and to the patches of the images."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import Explains, LocatesTokens
 from hf_mel.schema import Row
 
-#: From here on, scripts are written without spaces, and each token is a word of its own.
+#: First code point of the scripts that are written without spaces. There, every token is shown as a word.
 _FIRST_CJK = 0x2E80
 
 
 @dataclass
 class Explanation:
-    """What one entity's score rests on, as far as the model tells.
+    """The attention of a model to one mention and one entity.
 
     Args:
-        words (`list[tuple[int, int, float]]`): Words of the text as (start, end, share): characters of the text, end
-            exclusive, and the share of the model's attention, in order. What is missing from 1 went to other words of
-            the template, for instance the repeated mention. Empty if the model attends to no words.
-        mention_patches, entity_patches (`list[list[float]]`, *optional*): Share of each of h × w patches of the
-            mention's image and of the entity's first image, by rows; `None` without an image, or if the model attends
-            to no patches.
+        words (`list[tuple[int, int, float]]`): Words of the text in order, as (start, end, share): characters of the text,
+            end exclusive, and share of the attention. Shares sum to less than 1 if the model also attends to other parts
+            of its template, such as the repeated mention. Empty if the model does not show its attention to words.
+        mention_patches, entity_patches (`list[list[float]]`, *optional*): Shares of the h × w patches of the mention's
+            image and of the entity's first image, row by row. `None` without an image, or if the model does not show its
+            attention to patches.
     """
 
     words: list[tuple[int, int, float]]
@@ -33,36 +33,36 @@ class Explanation:
 
 
 def explain(inputs: ModelInputs, mention: Row, entity: Row) -> Explanation | None:
-    """Where the model looked when it scored this mention against this entity.
+    """Returns the attention of a model when it scores a mention and an entity.
 
     Args:
         inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A retriever in evaluation mode and its processor.
-        mention (row): A row of `mentions`, its image a PIL image or `None`.
-        entity (row): A row of `entities`, its images PIL images.
+        mention (row): A mention row whose image is a PIL image or `None`.
+        entity (row): An entity row whose images are PIL images.
 
     Returns:
-        [`Explanation`], or `None` if the model has no `attention` to show.
+        [`Explanation`], or `None` if the model does not show its attention ([`~hf_mel.protocols.Explains`]).
     """
     model, processor = inputs.model, inputs.processor
     if not isinstance(model, Explains):
         return None
     with torch.inference_mode():
-        found = model.attention(**inputs.mentions([mention]), **inputs.entities([entity]))
+        attention = model.attention(**inputs.mentions([mention]), **inputs.entities([entity]))
     words: list[tuple[int, int, float]] = []
-    if "words" in found and isinstance(processor, LocatesTokens):
+    if "words" in attention and isinstance(processor, LocatesTokens):
         (spans,) = processor.text_spans([mention])
-        words = _words(mention["text"], spans, found["words"][0, 0].tolist())
+        words = _word_shares(mention["text"], spans, attention["words"][0, 0].tolist())
     images = {"mention": mention.get("image"), "entity": next(iter(entity.get("images") or ()), None)}
     patches = {
-        f"{side}_patches": found[f"{side}_patches"][0].tolist()
+        f"{side}_patches": attention[f"{side}_patches"][0].tolist()
         for side, image in images.items()
-        if image is not None and f"{side}_patches" in found
+        if image is not None and f"{side}_patches" in attention
     }
     return Explanation(words, **patches)
 
 
-def _words(text: str, spans: list[tuple[int, int] | None], shares: list[float]) -> list[tuple[int, int, float]]:
-    """Tokens that are pieces of one word put together, their shares added."""
+def _word_shares(text: str, spans: list[tuple[int, int] | None], shares: list[float]) -> list[tuple[int, int, float]]:
+    """Joins the tokens of every word, and returns the words with the sums of the shares."""
     words: list[tuple[int, int, float]] = []
     for span, share in zip(spans, shares, strict=True):
         if span is None:
@@ -76,5 +76,6 @@ def _words(text: str, spans: list[tuple[int, int] | None], shares: list[float]) 
 
 
 def _inside_word(text: str, position: int) -> bool:
+    """Returns whether the characters before and after a position belong to the same word."""
     left, right = text[position - 1], text[position]
     return left.isalnum() and right.isalnum() and max(ord(left), ord(right)) < _FIRST_CJK

@@ -1,4 +1,4 @@
-"""Linking: a mention in a text, with or without an image → the entities of a knowledge base it may mean, or NIL."""
+"""The entity linker: ranks the entities of a knowledge base for a mention, and decides between the best one and NIL."""
 
 from __future__ import annotations
 
@@ -27,26 +27,28 @@ from hf_mel.linking.explaining import Explanation, explain
 from hf_mel.protocols import MelProcessor, knows_posts, ranks_jointly
 from hf_mel.schema import NIL, NO_SPAN
 
-#: A mention to link: `text`, and `mention`, or `start` and `end`, or all three; `image` if there is one. Or a visual one, for
-#: a reranker of documents: `modality` "image" and `image`. Those of one document share a `document_id`.
+#: A mention to link. A textual mention has a `text`, its position as `mention`, as `start` and `end`, or as all three, and
+#: optionally an `image`. A visual mention, which only a reranker of documents reads, has the `modality` "image" and an
+#: `image`. Mentions of one document share a `document_id`.
 MentionLike = Mapping[str, Any]
 
 _EXAMPLE = '{"text": "Swift on stage.", "mention": "Swift"}'
-# What a mention row of the schema has and a mention to link need not have.
+# Columns of the schema that a mention to link may lack.
 _DEFAULTS = {"mention_id": "", "context_id": "", "mention_type": "", "topic": "", "image": None, "candidates": ()}
 
 
 @dataclass
 class Candidate:
-    """One entity a mention may mean.
+    """An entity that a mention may refer to.
 
     Args:
-        rank (`int`): 1 for the best.
-        entity_id, name, description, attributes (`str`): The entity.
-        score (`float`): The model's score, higher is better.
-        unit_scores (`dict[str, float]`): The parts it is the mean of; empty for a model of one part.
-        reranker_score (`float`, *optional*): The reranker's score, by which the first `rerank_k` candidates are ordered;
-            `None` without a reranker, and for the candidates after them.
+        rank (`int`): Position among the candidates, from 1.
+        entity_id, name, description, attributes (`str`): Columns of the entity.
+        score (`float`): Score of the model, higher is better.
+        unit_scores (`dict[str, float]`): Scores of the model's interaction units, whose mean is `score`. Empty for a model
+            with a single unit.
+        reranker_score (`float`, *optional*): Score of the reranker, by which the first `rerank_k` candidates are sorted.
+            `None` for later candidates, and without a reranker.
     """
 
     rank: int
@@ -61,16 +63,16 @@ class Candidate:
 
 @dataclass
 class LinkResult:
-    """What a mention was linked to.
+    """The result of linking one mention.
 
     Args:
-        mention (`str`): The surface form.
-        start, end (`int`): Where it stands in the text, end exclusive; -1 if it was given as not located.
-        entity_id (`str`): The best candidate, or "NIL".
-        is_nil (`bool`): Whether the best score is below `nil_threshold`; with a reranker too, the model's own score.
-        nil_threshold (`float`, *optional*): `None` if the model has none and none was given: never NIL.
-        candidates (`list[Candidate]`): The best first, as many as asked for; also where the mention is NIL.
-        warnings (`list[str]`): What the reader should know, for instance that an image was not looked at.
+        mention (`str`): Surface form of the mention.
+        start, end (`int`): Characters of the mention in the text, end exclusive; -1 if it was given with -1.
+        entity_id (`str`): Id of the best candidate, or "NIL".
+        is_nil (`bool`): Whether the best score of the retriever is below `nil_threshold`.
+        nil_threshold (`float`, *optional*): The threshold. `None` if there is none, so that no mention is NIL.
+        candidates (`list[Candidate]`): The best `top_k` entities, best first. A mention that is NIL has them too.
+        warnings (`list[str]`): Sentences for the user, for instance that an image was not used.
     """
 
     mention: str
@@ -84,12 +86,38 @@ class LinkResult:
 
     @property
     def best(self) -> Candidate:
-        """The candidate with the highest score, taken or not."""
+        """The best candidate, also if the mention is NIL."""
         return self.candidates[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data, for JSON."""
+        """Returns the result as plain data for JSON."""
         return asdict(self)
+
+
+@dataclass
+class _RankedMention:
+    """A mention and the entities ranked for it, best first.
+
+    Args:
+        row (`dict`): The mention as a row of the schema.
+        entity_rows (`list[int]`): Rows of the entities in the knowledge base.
+        scores (`list[float]`): Scores of the retriever.
+        best_score (`float`): Best score of the retriever, which decides about NIL.
+        reranker_scores (`list[float | None]`): Scores of the reranker, `None` for entities that it did not score.
+    """
+
+    row: dict[str, Any]
+    entity_rows: list[int]
+    scores: list[float]
+    best_score: float
+    reranker_scores: list[float | None]
+
+    def rerank(self, reranker_scores: list[float]) -> None:
+        """Sorts the first entities by the reranker's scores of them, and leaves the others in place."""
+        order = sorted(range(len(reranker_scores)), key=lambda c: -reranker_scores[c])
+        self.reranker_scores = [*(reranker_scores[c] for c in order), *self.reranker_scores[len(order) :]]
+        self.entity_rows = [self.entity_rows[c] for c in order] + self.entity_rows[len(order) :]
+        self.scores = [self.scores[c] for c in order] + self.scores[len(order) :]
 
 
 class EntityLinker:
@@ -103,23 +131,23 @@ class EntityLinker:
     ```
 
     Args:
-        model ([`~hf_mel.protocols.Retriever`]): The model; it is put in eval mode.
+        model ([`~hf_mel.protocols.Retriever`]): A retriever, which is put in evaluation mode.
         processor ([`~hf_mel.protocols.MelProcessor`]): Its processor.
-        kb ([`KnowledgeBase`], `str` or `os.PathLike`): The knowledge base, its folder or its Hub id, built by this model.
-        nil_threshold (`float`, *optional*): A mention whose best score is below it is NIL. Default: the model's own
-            (`config.nil_threshold`, set by calibration); without one, no mention is NIL.
-        reranker ([`~hf_mel.protocols.Reranker`], *optional*): Puts the model's best `rerank_k` entities into a new order.
-            If it can, it ranks the mentions of one context together: those that share a `context_id`, or without one
-            the text and the image object. If it links documents, it reads all mentions that share a `document_id`, or
-            without one a context. Nothing is known of p(e|m) here: its candidates have the prior 0.
-        reranker_processor ([`~hf_mel.protocols.MelProcessor`], *optional*): The reranker's.
-        rerank_k (`int`, *optional*, defaults to 16): How many.
-        index (`str`, *optional*, defaults to "exact"): What finds the entities: "exact" scores all of them; an index
-            that was built ([`~hf_mel.kb.indexes.build_index`]) finds `first_stage` candidates, which are scored.
-        first_stage (`int`, *optional*): How many. Default: 256.
+        kb ([`KnowledgeBase`], `str` or `os.PathLike`): A knowledge base that this model built, its folder, or its Hub id.
+        nil_threshold (`float`, *optional*): A mention is NIL if its best score is below this. Default: the threshold that
+            calibration stored in the model's configuration. Without a threshold, no mention is NIL.
+        reranker ([`~hf_mel.protocols.Reranker`], *optional*): A reranker, which reorders the best `rerank_k` entities. It
+            reads or ranks mentions together as it was trained: the mentions of a document (equal `document_id`), or of a
+            context (equal `context_id`, or without one equal text and image). The linker has no p(e|m), so the prior of
+            every candidate is 0.
+        reranker_processor ([`~hf_mel.protocols.MelProcessor`], *optional*): Processor of the reranker.
+        rerank_k (`int`, *optional*, defaults to 16): Number of entities that the reranker reorders.
+        index (`str`, *optional*, defaults to "exact"): "exact" scores all entities. Another kind of index, which
+            [`~hf_mel.kb.indexes.build_index`] has built, finds `first_stage` entities, and only those are scored.
+        first_stage (`int`, *optional*, defaults to 256): Number of entities that an index finds.
 
     Raises:
-        KnowledgeBaseError: There is no knowledge base or index, it is damaged, or another model or processor built it.
+        KnowledgeBaseError: The knowledge base or index is missing or damaged, or another model or processor built it.
         MissingExtraError: The index needs a package that is not installed.
     """
 
@@ -137,7 +165,7 @@ class EntityLinker:
         first_stage: int | None = None,
     ):
         if (reranker is None) != (reranker_processor is None):
-            raise ValueError("reranker and reranker_processor go together.")
+            raise ValueError("Give reranker and reranker_processor together.")
         if rerank_k < 1:
             raise ValueError(f"rerank_k must be at least 1, not {rerank_k}.")
         self.reranker, self.reranker_processor, self.rerank_k = reranker, reranker_processor, rerank_k
@@ -167,17 +195,16 @@ class EntityLinker:
         kb_revision: str | None = None,
         **kwargs: Any,
     ) -> EntityLinker:
-        """A linker from a model folder (a run) or a Hub id, and a knowledge base built by that model.
+        """Loads a retriever, a knowledge base that it built, and optionally a reranker.
 
         Args:
-            model (`str` or `os.PathLike`): Folder or Hub id.
-            kb ([`KnowledgeBase`], `str` or `os.PathLike`): The knowledge base, its folder or its Hub id.
-            nil_threshold (`float`, *optional*): As in [`EntityLinker`].
-            reranker (`str` or `os.PathLike`, *optional*): Folder or Hub id of a reranker.
-            rerank_k, index, first_stage (*optional*): As in [`EntityLinker`].
+            model (`str` or `os.PathLike`): Folder or Hub id of the retriever.
+            kb ([`KnowledgeBase`], `str` or `os.PathLike`): The knowledge base, its folder, or its Hub id.
+            nil_threshold, rerank_k, index, first_stage (*optional*): As in [`EntityLinker`].
+            reranker (`str` or `os.PathLike`, *optional*): Folder or Hub id of the reranker.
             kb_revision (`str`, *optional*): Branch, tag or commit of a knowledge base on the Hub.
-            kwargs: As in [`~hf_mel.inference.checkpoints.load_retriever`]: `revision` (of the model), `device`,
-                `trust_remote_code` (of both).
+            kwargs: Arguments of [`~hf_mel.inference.checkpoints.load_retriever`]. `revision` applies to the retriever only,
+                `device`, `trust_remote_code` and others also to the reranker.
 
         Raises:
             KnowledgeBaseError: As in [`EntityLinker`].
@@ -186,64 +213,38 @@ class EntityLinker:
         """
         if kb is None:
             raise KnowledgeBaseError(
-                "no knowledge base was given.",
-                remedy=f'Pass kb="FOLDER"; build one with: hf-mel kb build {os.fspath(model)} --dataset … --output FOLDER',
+                "No knowledge base was given.",
+                remedy=f'Pass kb="FOLDER". To build one, run: hf-mel kb build {os.fspath(model)} --dataset … --output FOLDER',
             )
         if not isinstance(kb, KnowledgeBase):
-            # First, because it is where typing errors show soonest.
+            # Before the models, because a mistyped name then fails at once.
             kb = KnowledgeBase.from_pretrained(
                 kb, revision=kb_revision, local_files_only=kwargs.get("local_files_only", False)
             )
-        reranks: dict[str, Any] = {}
+        reranker_model = reranker_processor = None
         if reranker is not None:
-            both = {key: value for key, value in kwargs.items() if key != "revision"}
-            loaded, processor = load_reranker(reranker, **both)
-            reranks = {"reranker": loaded, "reranker_processor": processor, "rerank_k": rerank_k}
+            shared = {key: value for key, value in kwargs.items() if key != "revision"}
+            reranker_model, reranker_processor = load_reranker(reranker, **shared)
         return cls(
             *load_retriever(model, **kwargs),
             kb,
             nil_threshold=nil_threshold,
+            reranker=reranker_model,
+            reranker_processor=reranker_processor,
+            rerank_k=rerank_k,
             index=index,
             first_stage=first_stage,
-            **reranks,
         )
 
+    # The overloads tell the type of the result. The implementation has the names and types of the options.
     @overload
-    def __call__(
-        self,
-        mentions: MentionLike,
-        *,
-        top_k: int = 10,
-        units: Sequence[str] | None = None,
-        batch_size: int = 32,
-        progress: bool = False,
-    ) -> LinkResult: ...
+    def __call__(self, mentions: MentionLike, **options: Any) -> LinkResult: ...
     @overload
-    def __call__(
-        self,
-        mentions: Sequence[MentionLike] | datasets.Dataset,
-        *,
-        top_k: int = 10,
-        units: Sequence[str] | None = None,
-        batch_size: int = 32,
-        progress: bool = False,
-    ) -> list[LinkResult]: ...
+    def __call__(self, mentions: Sequence[MentionLike] | datasets.Dataset, **options: Any) -> list[LinkResult]: ...
     @overload
-    def __call__(
-        self,
-        *,
-        text: str,
-        mention: str | None = None,
-        start: int | None = None,
-        end: int | None = None,
-        image: ImageSource | None = None,
-        top_k: int = 10,
-        units: Sequence[str] | None = None,
-        batch_size: int = 32,
-        progress: bool = False,
-    ) -> LinkResult: ...
+    def __call__(self, *, text: str, **options: Any) -> LinkResult: ...
 
-    def __call__(
+    def __call__(  # type: ignore[misc]
         self,
         mentions: MentionLike | Sequence[MentionLike] | datasets.Dataset | None = None,
         *,
@@ -257,19 +258,19 @@ class EntityLinker:
         batch_size: int = 32,
         progress: bool = False,
     ) -> LinkResult | list[LinkResult]:
-        """Links one mention, or a list of them.
+        """Links one mention or a list of mentions.
 
         Args:
-            mentions (mapping, sequence of mappings or `datasets.Dataset`, *optional*): One mention, or M of them, each
-                with the keys below; rows of the schema (`start` and `end` -1 where not located) fit as they are.
-                In a document, textual mentions and visual ones (`modality` "image", an `image`, no text) share a
+            mentions (mapping, sequence of mappings or `datasets.Dataset`, *optional*): One mention or M mentions with the
+                keys below. Rows of the schema can be used unchanged; a row whose `start` and `end` are -1 is not located.
+                The textual and the visual mentions of a document (`modality` "image", an `image`, no text) share a
                 `document_id`.
-            text, mention, start, end, image (*optional*): One mention in words instead. `mention` is the surface
-                form in `text`: the first occurrence, unless `start` and `end` (characters, end exclusive) say which.
-                `image` is a path, bytes, or a PIL image.
-            top_k (`int`): How many candidates to give; all entities if there are fewer.
-            units (sequence of `str`, *optional*): Rank by the mean of only these of the model's units; nothing is NIL
-                then, because a threshold is one of the whole score. The index "exact" can do that.
+            text, mention, start, end, image (*optional*): A single mention, in place of `mentions`. `mention` is the surface
+                form in `text`. Its first occurrence is linked, unless `start` and `end` (characters, end exclusive) give
+                another one. `image` is a path, bytes, or a PIL image.
+            top_k (`int`): Number of candidates to return. A smaller knowledge base gives fewer.
+            units (sequence of `str`, *optional*): Interaction units of the model. The score is the mean of theirs. No
+                mention is NIL then, because the threshold applies to the score of all units. Requires the index "exact".
             batch_size (`int`): Mentions per pass over the knowledge base.
             progress (`bool`): Whether to show a progress bar.
 
@@ -277,77 +278,75 @@ class EntityLinker:
             [`LinkResult`], or a list of M of them in the order of `mentions`.
 
         Raises:
-            SpanError: A mention is empty, not in its text, or not at its offsets; names its row in the list.
-            DataFormatError: A mention lacks `text`, a visual one its `image`, or a value has a wrong type; a document has
-                more mentions than the reranker takes together.
+            SpanError: A mention is empty, not in its text, or not at its offsets; names its position in the list.
+            DataFormatError: A mention lacks `text`, a visual mention lacks `image`, a value has the wrong type, or a
+                document has more mentions than the reranker reads together.
             ImageError: An image is missing or damaged.
             ScoreError: The model's scores cannot be ranked.
-            KnowledgeBaseError: The index cannot rank by units, or became unusable.
+            KnowledgeBaseError: The index cannot rank by units, or has become unusable.
         """
         single = {"text": text, "mention": mention, "start": start, "end": end, "image": image}
         if (mentions is None) == all(value is None for value in single.values()):
-            raise DataFormatError("give either mentions, or text= and mention=.")
+            raise DataFormatError(
+                "A call needs one input.", remedy="Give either mentions, or the text and mention of a single one."
+            )
         if mentions is None:
             mentions = single
         if isinstance(mentions, Mapping):
-            return self._link([mentions], [_span(mentions, None)], [None], top_k, units)[0]
-        # Of a data set, the images of one batch at a time are in memory.
+            return self._link_batch([mentions], [_locate(mentions, None)], [None], top_k, units)[0]
+        # Lazy rows decode the images of one batch at a time.
         many: Any = LazyRows(mentions) if isinstance(mentions, datasets.Dataset) else mentions
-        spans = [_span(many[k], k) for k in range(len(many))]  # all of them first: an error comes before the work
+        # All mentions are checked before any is linked.
+        spans = [_locate(many[k], k) for k in range(len(many))]
         results: list[Any] = [None] * len(spans)
         with tqdm(total=len(spans), desc="Linking", unit="mention", delay=1, disable=not progress) as bar:
             for batch in self._batches(many, batch_size):
-                linked = self._link([many[k] for k in batch], [spans[k] for k in batch], batch, top_k, units)
+                linked = self._link_batch([many[k] for k in batch], [spans[k] for k in batch], batch, top_k, units)
                 for k, result in zip(batch, linked, strict=True):
                     results[k] = result
                 bar.update(len(batch))
         return results
 
-    def _link(
+    def _link_batch(
         self,
         mentions: list[MentionLike],
         spans: list[tuple[str, int, int]],
-        numbers: Sequence[int | None],
+        positions: Sequence[int | None],
         top_k: int,
         units: Sequence[str] | None,
     ) -> list[LinkResult]:
+        """Links the mentions of one batch. `positions` are those in the list of all mentions, for error messages."""
         rows = [
-            self._row(mention, span, number) for mention, span, number in zip(mentions, spans, numbers, strict=True)
+            self._mention_row(mention, span, position)
+            for mention, span, position in zip(mentions, spans, positions, strict=True)
         ]
-        reranks = self.reranker is not None
         inputs = self._inputs.mentions(rows)
         with torch.inference_mode():
-            encoded = as_float(self.model.encode_mentions(**inputs))
-            kept = max(top_k, self.rerank_k) if reranks else top_k
-            ranking = self.index.find(encoded, kept, units=units)
-            top_rows, top_scores = ranking.top_rows.tolist(), ranking.top_scores.tolist()
-            best_scores = [scores[0] for scores in top_scores]
-            reranked: list[list[float | None]] = [[None] * len(scores) for scores in top_scores]
-            if reranks:
-                contexts = [self._example(mention) for mention in mentions]
-                top_rows, top_scores, reranked = self._rerank(rows, contexts, top_rows, top_scores)
-            top_rows, top_scores = [each[:top_k] for each in top_rows], [each[:top_k] for each in top_scores]
-            wanted = sorted({row for each in top_rows for row in each})  # once, however many mentions share them
-            entities = dict(zip(wanted, self.kb.rows(wanted), strict=True))
-            return [
-                self._result(
-                    row,
-                    slice_encodings(encoded, slice(k, k + 1)),
-                    top_rows[k],
-                    top_scores[k],
-                    reranked[k],
-                    best_scores[k],
-                    entities,
-                    None if units else self.nil_threshold,
+            encodings = as_float(self.model.encode_mentions(**inputs))
+            num_ranked = top_k if self.reranker is None else max(top_k, self.rerank_k)
+            ranking = self.index.find(encodings, num_ranked, units=units)
+            ranked = [
+                _RankedMention(row, entity_rows, scores, scores[0], [None] * len(scores))
+                for row, entity_rows, scores in zip(
+                    rows, ranking.top_rows.tolist(), ranking.top_scores.tolist(), strict=True
                 )
-                for k, row in enumerate(rows)
+            ]
+            if self.reranker is not None:
+                self._rerank(ranked, [self._example_key(mention) for mention in mentions])
+            # Every entity is read once, however many mentions share it.
+            entity_rows = sorted({row for mention in ranked for row in mention.entity_rows[:top_k]})
+            entities = dict(zip(entity_rows, self.kb.rows(entity_rows), strict=True))
+            nil_threshold = None if units else self.nil_threshold
+            return [
+                self._link_result(mention, slice_encodings(encodings, slice(k, k + 1)), entities, top_k, nil_threshold)
+                for k, mention in enumerate(ranked)
             ]
 
     def _batches(self, mentions: Any, batch_size: int) -> Iterator[list[int]]:
-        """Numbers of the mentions of each batch; with a reranker, contexts or documents are whole."""
+        """Yields the positions of the mentions of each batch. With a reranker, contexts or documents are not split."""
         groups: dict[Any, list[int]] = {}
         for k in range(len(mentions)):
-            groups.setdefault(k if self.reranker is None else self._example(mentions[k]), []).append(k)
+            groups.setdefault(k if self.reranker is None else self._example_key(mentions[k]), []).append(k)
         batch: list[int] = []
         for group in groups.values():
             if batch and len(batch) + len(group) > batch_size:
@@ -357,81 +356,80 @@ class EntityLinker:
         if batch:
             yield batch
 
-    def _example(self, mention: MentionLike) -> Any:
-        """What the mentions share that the reranker reads together."""
+    def _example_key(self, mention: MentionLike) -> Any:
+        """Returns a key that is equal for mentions that the reranker reads or ranks together."""
         if getattr(self.reranker, "example_unit", None) == "document" and mention.get("document_id"):
             return "document", mention["document_id"]
-        return _context(mention)
+        return _context_key(mention)
 
-    def _rerank(
-        self,
-        mentions: list[dict[str, Any]],
-        contexts: list[Any],
-        top_rows: list[list[int]],
-        top_scores: list[list[float]],
-    ) -> tuple[list[list[int]], list[list[float]], list[list[float | None]]]:
-        """Rows and scores of the model in the reranker's order, and its scores."""
-        number_of = {context: number for number, context in enumerate(dict.fromkeys(contexts))}
+    def _rerank(self, ranked: list[_RankedMention], example_keys: list[Any]) -> None:
+        """Reorders the first `rerank_k` entities of every mention."""
+        number_of = {key: number for number, key in enumerate(dict.fromkeys(example_keys))}
         rows = [
-            {**mention, "context_id": str(number_of[context]), "document_id": str(number_of[context])}
-            for mention, context in zip(mentions, contexts, strict=True)
+            {**mention.row, "context_id": str(number_of[key]), "document_id": str(number_of[key])}
+            for mention, key in zip(ranked, example_keys, strict=True)
         ]
-        first = [each[: self.rerank_k] for each in top_rows]
-        wanted = sorted({row for each in first for row in each})
-        place_of = {row: place for place, row in enumerate(wanted)}
+        candidates = [mention.entity_rows[: self.rerank_k] for mention in ranked]
+        kb_rows = sorted({row for entity_rows in candidates for row in entity_rows})
+        position_of = {row: position for position, row in enumerate(kb_rows)}
         entities: list[dict[str, Any]] = []
-        for row, entity in zip(wanted, self.kb.rows(wanted), strict=True):
+        for row, entity in zip(kb_rows, self.kb.rows(kb_rows), strict=True):
             image = self.kb.image(row) if self._reranker_sees_images else None
             entities.append({**entity, "images": [] if image is None else [image]})
-        lists = [[place_of[row] for row in each] for each in first]
-        mask = torch.ones(len(first), max(map(len, first)), dtype=torch.bool)
+        mask = torch.ones(len(candidates), max(map(len, candidates)), dtype=torch.bool)
         joint = ranks_jointly(self.reranker)
-        inputs = ModelInputs(self.reranker, self.reranker_processor)
-        found = score_pairs(inputs, rows, entities, lists, joint_masks=[mask] if joint else [])
-        scores = (found.joint[0] if joint else found.scores).tolist()
-        result: tuple[list, list, list] = ([], [], [])
-        for of_rows, of_scores, own in zip(top_rows, top_scores, scores, strict=True):
-            order = sorted(range(len(own)), key=lambda c: -own[c])
-            order += range(len(own), len(of_rows))
-            result[0].append([of_rows[c] for c in order])
-            result[1].append([of_scores[c] for c in order])
-            result[2].append([own[c] if c < len(own) else None for c in order])
-        return result
+        scored = score_pairs(
+            ModelInputs(self.reranker, self.reranker_processor),
+            rows,
+            entities,
+            [[position_of[row] for row in entity_rows] for entity_rows in candidates],
+            joint_masks=[mask] if joint else [],
+        )
+        scores = scored.joint[0] if joint else scored.scores
+        for mention, reranker_scores in zip(ranked, scores.tolist(), strict=True):
+            mention.rerank(reranker_scores)
 
-    def _result(
+    def _link_result(
         self,
-        mention: dict[str, Any],
-        encoded: Mapping[str, torch.Tensor],
-        rows: list[int],
-        scores: list[float],
-        reranked: list[float | None],
-        best_score: float,
+        mention: _RankedMention,
+        encodings: Mapping[str, torch.Tensor],
         entities: Mapping[int, Mapping[str, Any]],
+        top_k: int,
         nil_threshold: float | None,
     ) -> LinkResult:
-        ranked = to_device(self.kb.encodings(rows), model_device(self.model))
-        units = {unit: values[0].tolist() for unit, values in self.model.unit_scores(encoded, ranked).items()}
+        """Returns the result of one mention.
+
+        Args:
+            mention ([`_RankedMention`]): The mention and its entities.
+            encodings: Encodings of the mention, with first axis 1.
+            entities: Row in the knowledge base → entity, for the first `top_k` entities.
+            top_k, nil_threshold: Number of candidates, and the threshold that applies.
+        """
+        entity_rows = mention.entity_rows[:top_k]
+        entity_encodings = to_device(self.kb.encodings(entity_rows), model_device(self.model))
+        unit_scores = self.model.unit_scores(encodings, entity_encodings)
+        units = {unit: scores[0].tolist() for unit, scores in unit_scores.items()}
         candidates = [
             Candidate(
                 rank=k + 1,
-                score=score,
-                unit_scores={unit: values[k] for unit, values in units.items()},
-                reranker_score=reranked[k],
+                score=mention.scores[k],
+                unit_scores={unit: scores[k] for unit, scores in units.items()},
+                reranker_score=mention.reranker_scores[k],
                 **{column: entities[row][column] for column in ("entity_id", "name", "description", "attributes")},
             )
-            for k, (row, score) in enumerate(zip(rows, scores, strict=True))
+            for k, row in enumerate(entity_rows)
         ]
-        is_nil = nil_threshold is not None and best_score < nil_threshold
+        is_nil = nil_threshold is not None and mention.best_score < nil_threshold
         warnings = []
         sees_images = self._sees_images or self._reranker_sees_images
-        if mention["image"] is None and sees_images:
-            warnings.append("The model looks at images, and none was given: only the text decides.")
-        if mention["image"] is not None and not sees_images:
-            warnings.append("The image was not used: this model reads text only.")
+        if mention.row["image"] is None and sees_images:
+            warnings.append("The mention has no image, so only the text decides.")
+        if mention.row["image"] is not None and not sees_images:
+            warnings.append("The image was not used, because the model reads only text.")
         return LinkResult(
-            mention=mention["mention"],
-            start=mention["start"],
-            end=mention["end"],
+            mention=mention.row["mention"],
+            start=mention.row["start"],
+            end=mention.row["end"],
             entity_id=NIL if is_nil else candidates[0].entity_id,
             is_nil=is_nil,
             nil_threshold=nil_threshold,
@@ -440,11 +438,11 @@ class EntityLinker:
         )
 
     def explain(self, mention: MentionLike, entity_id: str) -> Explanation | None:
-        """Where the model looks when it scores a mention against one entity.
+        """Explains the score of a mention and an entity by the model's attention.
 
         Args:
             mention (mapping): As in [`EntityLinker.__call__`].
-            entity_id (`str`): An entity of the knowledge base, for instance the best candidate.
+            entity_id (`str`): Id of an entity of the knowledge base.
 
         Returns:
             [`~hf_mel.linking.explaining.Explanation`], or `None` if the model has no attention to show.
@@ -453,20 +451,20 @@ class EntityLinker:
             UnknownEntityError: The knowledge base has no such entity.
             SpanError, DataFormatError, ImageError: As in [`EntityLinker.__call__`].
         """
-        row = self._row(mention, _span(mention, None), None)
-        number = self.kb.row_of(entity_id)
-        image = self.kb.image(number) if self._sees_images else None
-        entity = {**self.kb.rows([number])[0], "images": [] if image is None else [image]}
-        return explain(self._inputs, row, entity)
+        mention_row = self._mention_row(mention, _locate(mention, None), None)
+        kb_row = self.kb.row_of(entity_id)
+        image = self.kb.image(kb_row) if self._sees_images else None
+        entity = {**self.kb.rows([kb_row])[0], "images": [] if image is None else [image]}
+        return explain(self._inputs, mention_row, entity)
 
     @staticmethod
-    def _row(mention: MentionLike, span: tuple[str, int, int], row: int | None) -> dict[str, Any]:
-        """A row of the schema, its image opened."""
+    def _mention_row(mention: MentionLike, span: tuple[str, int, int], position: int | None) -> dict[str, Any]:
+        """Returns a mention as a row of the schema with an opened image."""
         surface, start, end = span
-        filled = {**_DEFAULTS, "text": "", **mention, "mention": surface, "start": start, "end": end}
-        if filled["image"] is not None:
-            filled["image"] = open_image(filled["image"], row=row)
-        return filled
+        row = {**_DEFAULTS, "text": "", **mention, "mention": surface, "start": start, "end": end}
+        if row["image"] is not None:
+            row["image"] = open_image(row["image"], row=position)
+        return row
 
     @cached_property
     def _sees_images(self) -> bool:
@@ -477,63 +475,73 @@ class EntityLinker:
         return self.reranker_processor is not None and sees_images_in_pairs(self.reranker_processor)
 
 
-def _context(mention: MentionLike) -> Any:
-    """What the mentions of one context share."""
+def _context_key(mention: MentionLike) -> Any:
+    """Returns a key that is equal for the mentions of one context."""
     if mention.get("context_id"):
         return mention["context_id"]
     image = mention.get("image")
     return mention.get("text"), image if isinstance(image, str | os.PathLike | bytes | None) else id(image)
 
 
-def _span(mention: MentionLike, row: int | None) -> tuple[str, int, int]:
-    """Surface form, start and end of a mention, found or checked."""
+def _locate(mention: MentionLike, row: int | None) -> tuple[str, int, int]:
+    """Checks a mention, and returns its surface form, start and end.
+
+    Args:
+        mention: The mention.
+        row (`int`, *optional*): Position in the list of mentions, for error messages.
+    """
     if not isinstance(mention, Mapping):
-        raise DataFormatError(f"a mention is a {type(mention).__name__}.", row=row, remedy=f"Give {_EXAMPLE}.")
+        raise DataFormatError(
+            f"The mention is a {type(mention).__name__} instead of a mapping.", row=row, remedy=f"Give {_EXAMPLE}."
+        )
     visual = mention.get("modality") == "image"
     for key, kind in (("text", str), ("mention", str), ("start", int), ("end", int)):
         value = mention.get(key)
         if (value is None and key == "text" and not visual) or (value is not None and not isinstance(value, kind)):
-            expected = "a text" if kind is str else "a whole number"
-            raise DataFormatError(f"{key!r} is {value!r}, expected {expected}.", row=row, remedy=f"Give {_EXAMPLE}.")
+            expected = "a string" if kind is str else "an integer"
+            raise DataFormatError(
+                f"The value of {key!r} is {value!r} instead of {expected}.", row=row, remedy=f"Give {_EXAMPLE}."
+            )
     if visual:
         if mention.get("image") is None:
-            raise DataFormatError("a visual mention has no image.", row=row, remedy="Give its 'image'.")
+            raise DataFormatError("The visual mention has no image.", row=row, remedy="Give one as 'image'.")
         return "", NO_SPAN, NO_SPAN
     text: str = mention["text"]
     surface: Any = mention.get("mention")
     start: Any = mention.get("start")
     end: Any = mention.get("end")
     if surface is None and start is None and end is None:
-        raise SpanError("there is no mention.", row=row, remedy=f"Give {_EXAMPLE}, or start and end.")
+        raise SpanError("The text has no mention.", row=row, remedy=f"Give {_EXAMPLE}, or start and end.")
     if surface is not None and not surface.strip():
-        raise SpanError("the mention is empty.", row=row, remedy="Give the words of the text that name something.")
+        raise SpanError("The mention is empty.", row=row, remedy="Give the words of the text that name the entity.")
     if (start is None) != (end is None):
-        raise SpanError("only one of start and end is given.", row=row, remedy="Give both, or neither.")
+        raise SpanError("Only one of start and end was given.", row=row, remedy="Give both, or neither.")
     if start is None:
         start = text.find(surface)
         end = start + len(surface)
         if start < 0:
             raise SpanError(
-                f"the mention {_short(surface)} is not in its text.",
+                f"The mention {_quote(surface)} is not in its text.",
                 row=row,
-                remedy="Write it exactly as in the text (case counts); start=-1, end=-1 says that it is not there.",
+                remedy="Write it exactly as in the text (case counts). If the text lacks it, give start=-1 and end=-1.",
             )
     elif start == end == NO_SPAN and surface is not None:
-        pass  # a release that does not locate it
+        pass  # a mention that is not located
     elif not (0 <= start < end <= len(text)) or (surface is None and not text[start:end].strip()):
         raise SpanError(
-            f"the span {start}:{end} holds no mention in a text of {len(text)} characters.",
+            f"The span {start}:{end} holds no mention in a text of {len(text)} characters.",
             row=row,
-            remedy="Offsets count characters from 0, end exclusive.",
+            remedy="Offsets count characters from 0. The end is exclusive.",
         )
     elif surface is not None and text[start:end] != surface:
         raise SpanError(
-            f"the text at {start}:{end} is {_short(text[start:end])}, not {_short(surface)}.",
+            f"The text at {start}:{end} is {_quote(text[start:end])}, not {_quote(surface)}.",
             row=row,
-            remedy="Offsets count characters from 0, end exclusive; without them the first occurrence is taken.",
+            remedy="Offsets count characters from 0. The end is exclusive. Without offsets, the first occurrence is linked.",
         )
     return text[start:end] if surface is None else surface, start, end
 
 
-def _short(text: str) -> str:
+def _quote(text: str) -> str:
+    """Returns the text in quotes, shortened to 40 characters."""
     return repr(text if len(text) <= 40 else text[:39] + "…")

@@ -158,13 +158,13 @@ def test_a_file_of_mentions(tmp_path, model, base):
         assert line.pop("linked")["entity_id"] == result["entity_id"]
         assert line == record
     assert "2 mentions linked, 0 of them NIL" in shown
-    assert "For 1 of them: The model looks at images" in shown
+    assert "For 1 of them: The mention has no image" in shown
 
 
 @pytest.mark.parametrize(
     ("line", "error", "message"),
     [
-        ('{"text": "a", "mention": "b"}', SpanError, "row 3: the mention 'b'"),
+        ('{"text": "a", "mention": "b"}', SpanError, "row 3: The mention 'b'"),
         (
             '{"text": "a", "mention": "a", "image": "none.png"}',
             ImageError,

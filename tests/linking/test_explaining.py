@@ -1,4 +1,4 @@
-"""Explanations: words put together from tokens, patches only of images that are there."""
+"""Tests that tokens are joined to words, and that only existing images have patches."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ class Processor:
         return [SPANS]
 
 
-def test_tokens_are_joined_to_words_and_shares_added():
-    found = explain(ModelInputs(Model(), Processor()), MENTION, ENTITY)
-    shares = {TEXT[start:end]: share for start, end, share in found.words}
+def test_tokens_are_joined_to_words_and_their_shares_added():
+    explanation = explain(ModelInputs(Model(), Processor()), MENTION, ENTITY)
+    shares = {TEXT[start:end]: share for start, end, share in explanation.words}
     assert shares == pytest.approx({"Untergang": 0.2, "in": 0.2, "Łódź": 0.3, ",": 0.02, "天": 0.08, "安": 0.06})
-    assert [start for start, _, _ in found.words] == sorted(start for start, _, _ in found.words)
+    assert [start for start, _, _ in explanation.words] == sorted(start for start, _, _ in explanation.words)
 
 
-def test_patches_of_images_that_are_there():
+def test_only_existing_images_have_patches():
     assert explain(ModelInputs(Model(), Processor()), MENTION, ENTITY).mention_patches is None
-    found = explain(ModelInputs(Model(), Processor()), MENTION | {"image": object()}, ENTITY)
-    assert found.mention_patches == [[0.25, 0.75]]
-    assert found.entity_patches is None
+    explanation = explain(ModelInputs(Model(), Processor()), MENTION | {"image": object()}, ENTITY)
+    assert explanation.mention_patches == [[0.25, 0.75]]
+    assert explanation.entity_patches is None
     assert explain(ModelInputs(Model(), Processor()), MENTION, ENTITY | {"images": [object()]}).entity_patches == [
         [1.0],
         [0.0],
     ]
 
 
-def test_a_model_that_shows_nothing():
+def test_a_model_without_attention_has_no_explanation():
     assert explain(ModelInputs(object(), Processor()), MENTION, ENTITY) is None

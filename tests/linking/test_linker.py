@@ -1,4 +1,4 @@
-"""EntityLinker against scores worked out one pair at a time."""
+"""Tests of EntityLinker against scores of one pair at a time."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def linker() -> EntityLinker:
 
 
 @torch.no_grad()
-def by_hand(mention, entities=WORLD) -> list[tuple[str, float, dict[str, float]]]:
-    """Every entity's id, score and unit scores, the best first, one pair at a time."""
+def rank_one_by_one(mention, entities=WORLD) -> list[tuple[str, float, dict[str, float]]]:
+    """Returns the id, score and unit scores of every entity, best first, from one pair at a time."""
     encoded = MODEL.encode_mentions(**PROCESSOR(mentions=[mention]))
-    found = []
+    ranked = []
     for entity in entities:
         units = MODEL.unit_scores(encoded, MODEL.encode_entities(**PROCESSOR(entities=[entity])))
         units = {unit: score.item() for unit, score in units.items()}
-        found.append((entity["entity_id"], sum(units.values()) / len(units), units))
-    return sorted(found, key=lambda entry: -entry[1])
+        ranked.append((entity["entity_id"], sum(units.values()) / len(units), units))
+    return sorted(ranked, key=lambda entry: -entry[1])
 
 
 def assert_same(results, others) -> None:
-    """Equal but for rounding; candidates that tie within it may stand in either order."""
+    """Asserts that results are equal up to rounding. Candidates that tie up to rounding may come in any order."""
     assert len(results) == len(others)
     for one, other in zip(results, others, strict=True):
         assert (one.mention, one.start, one.end, one.warnings) == (
@@ -66,7 +66,7 @@ def assert_same(results, others) -> None:
         scores = {c.entity_id: c for c in other.candidates}
         for candidate in one.candidates:
             twin = scores.get(candidate.entity_id)
-            if twin is None:  # it ties with the last one
+            if twin is None:  # a tie at the last place
                 assert candidate.score == pytest.approx(other.candidates[-1].score, abs=1e-5)
                 continue
             assert candidate.unit_scores == pytest.approx(twin.unit_scores, abs=1e-5)
@@ -76,9 +76,9 @@ def assert_same(results, others) -> None:
 # Ranking
 
 
-def test_candidates_and_all_their_scores_are_those_worked_out_by_hand(linker):
+def test_candidates_and_all_their_scores_are_those_of_one_pair_at_a_time(linker):
     for mention, result in zip(MENTIONS, linker(MENTIONS, top_k=7), strict=True):
-        expected = by_hand(mention)[:7]
+        expected = rank_one_by_one(mention)[:7]
         assert [c.entity_id for c in result.candidates] == [entity_id for entity_id, _, _ in expected]
         assert [c.score for c in result.candidates] == pytest.approx([score for _, score, _ in expected], abs=1e-5)
         for candidate, (_, _, units) in zip(result.candidates, expected, strict=True):
@@ -91,17 +91,17 @@ def test_candidates_and_all_their_scores_are_those_worked_out_by_hand(linker):
 
 
 @pytest.mark.parametrize("unit", ["text", "vision"])
-def test_one_unit_alone_ranks_by_its_own_scores(unit):
+def test_a_single_unit_ranks_by_its_scores(unit):
     linker = EntityLinker(MODEL, PROCESSOR, build(), nil_threshold=1e9)
     for mention, result in zip(MENTIONS[:5], linker(MENTIONS[:5], top_k=4, units=[unit]), strict=True):
-        expected = sorted(by_hand(mention), key=lambda entry: -entry[2][unit])[:4]
+        expected = sorted(rank_one_by_one(mention), key=lambda entry: -entry[2][unit])[:4]
         assert [c.score for c in result.candidates] == pytest.approx([units[unit] for *_, units in expected], abs=1e-5)
-        assert not result.is_nil  # the threshold is one of the whole score
+        assert not result.is_nil  # the threshold applies to the score of all units
     with pytest.raises(RecipeError, match="no unit 'sound'"):
         linker(MENTIONS[0], units=["sound"])
 
 
-def test_explaining_needs_an_entity_of_the_knowledge_base_and_a_model_that_shows_its_attention(linker):
+def test_explaining_needs_a_known_entity_and_a_model_that_shows_its_attention(linker):
     assert linker.explain(MENTIONS[0], WORLD[0]["entity_id"]) is None
     with pytest.raises(UnknownEntityError):
         linker.explain(MENTIONS[0], "Q0")
@@ -109,7 +109,7 @@ def test_explaining_needs_an_entity_of_the_knowledge_base_and_a_model_that_shows
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chosen=st.lists(st.integers(0, 19), min_size=1, max_size=12), batch_size=st.integers(1, 13))
-def test_a_batch_gives_what_each_mention_gives_alone(linker, chosen, batch_size):
+def test_a_batch_gives_the_results_of_single_mentions(linker, chosen, batch_size):
     mentions = [MENTIONS[k] for k in chosen]
     assert_same(linker(mentions, batch_size=batch_size), [linker(mention) for mention in mentions])
 
@@ -123,22 +123,22 @@ def test_order_and_sharding_of_the_entities_change_nothing(linker, order, shard)
     assert_same(EntityLinker(MODEL, PROCESSOR, kb)(MENTIONS), linker(MENTIONS))
 
 
-def test_a_knowledge_base_that_was_changed_links_like_one_built_so(tmp_path):
+def test_a_changed_knowledge_base_links_like_a_new_one(tmp_path):
     build(WORLD.select(range(20)), output=tmp_path / "kb")
     kb = KnowledgeBase.from_pretrained(tmp_path / "kb")
     kb.add(WORLD.select(range(20, 30)), MODEL, PROCESSOR, progress=False)
     changed, expected = EntityLinker(MODEL, PROCESSOR, kb), EntityLinker(MODEL, PROCESSOR, build())
     assert_same(changed(MENTIONS), expected(MENTIONS))
     best = sorted({result.entity_id for result in changed(MENTIONS)})
-    kb.remove(best)  # the linker that is open sees it
+    kb.remove(best)  # the open linker sees the change
     left = WORLD.filter(lambda row: row["entity_id"] not in best)
     assert_same(changed(MENTIONS), EntityLinker(MODEL, PROCESSOR, build(left))(MENTIONS))
     assert_same(EntityLinker(MODEL, PROCESSOR, tmp_path / "kb")(MENTIONS), changed(MENTIONS))
 
 
-def test_half_precision_scores_what_the_rounded_encodings_score():
+def test_half_precision_scores_are_those_of_rounded_encodings():
     result = EntityLinker(MODEL, PROCESSOR, build(dtype="bfloat16"))(MENTIONS[0], top_k=30)
-    exact = {entity_id: score for entity_id, score, _ in by_hand(MENTIONS[0])}
+    exact = {entity_id: score for entity_id, score, _ in rank_one_by_one(MENTIONS[0])}
     assert {c.entity_id: c.score for c in result.candidates} == pytest.approx(exact, abs=0.02)
     for candidate in result.candidates:
         assert sum(candidate.unit_scores.values()) / 2 == pytest.approx(candidate.score, abs=1e-5)
@@ -153,7 +153,7 @@ def test_more_candidates_than_entities_and_a_knowledge_base_of_one(linker):
 # Mentions
 
 
-def test_a_mention_in_words_as_a_mapping_and_as_rows_of_a_data_set(linker):
+def test_a_mention_as_arguments_as_a_mapping_and_as_a_row_of_a_data_set(linker):
     row = MENTIONS[4]
     alone = linker(text=row["text"], mention=row["mention"], image=row["image"])
     assert_same([alone], [linker({"text": row["text"], "mention": row["mention"], "image": row["image"]})])
@@ -163,13 +163,15 @@ def test_a_mention_in_words_as_a_mapping_and_as_rows_of_a_data_set(linker):
     assert linker([]) == []
 
 
-def test_the_span_is_found_or_taken_as_given(linker):
+def test_the_span_is_searched_or_given(linker):
     text = "Georgia, and then Georgia again."
     first, second = linker(text=text, mention="Georgia"), linker(text=text, mention="Georgia", start=18, end=25)
     assert (first.start, first.end, first.mention) == (0, 7, "Georgia")
     assert (second.start, second.end, second.mention) == (18, 25, "Georgia")
     assert linker(text=text, start=18, end=25).mention == "Georgia"
-    assert linker({"text": text, "mention": "Tbilisi", "start": -1, "end": -1}).start == -1  # as the releases have it
+    assert (
+        linker({"text": text, "mention": "Tbilisi", "start": -1, "end": -1}).start == -1
+    )  # not located, as in some releases
 
 
 @pytest.mark.parametrize(
@@ -189,29 +191,33 @@ def test_the_span_is_found_or_taken_as_given(linker):
             SpanError,
             r"at 0:2 is 'Sw', not 'Swi'.*exclusive",
         ),
-        ({"text": "Swift", "mention": "Swift", "start": 0}, SpanError, "only one of start and end"),
+        ({"text": "Swift", "mention": "Swift", "start": 0}, SpanError, "Only one of start and end"),
         ({"text": "Swift"}, SpanError, "no mention"),
         ({"text": "", "mention": "Swift"}, SpanError, "not in its text"),
         ({"mention": "Swift"}, DataFormatError, "'text' is None"),
         ({"text": "Swift", "mention": 3}, DataFormatError, "'mention' is 3"),
         ({"text": "Swift", "start": 0.0, "end": 2}, DataFormatError, "'start' is 0.0"),
-        ("Swift", DataFormatError, "a mention is a str"),
+        ("Swift", DataFormatError, "The mention is a str"),
     ],
 )
-def test_a_mention_that_is_none_is_an_error_with_its_row(linker, mention, error, message):
-    good = {"text": "Swift", "mention": "Swift", "image": "/nowhere.png"}  # found before any image is opened
+def test_an_invalid_mention_is_an_error_with_its_position(linker, mention, error, message):
+    good = {
+        "text": "Swift",
+        "mention": "Swift",
+        "image": "/nowhere.png",
+    }  # mentions are checked before images are opened
     with pytest.raises(error, match=rf"row 1: .*{message}"):
         linker([good, mention])
 
 
-def test_nothing_or_two_things_to_link(linker):
+def test_no_input_and_two_inputs_are_errors(linker):
     with pytest.raises(DataFormatError, match="either"):
         linker()
     with pytest.raises(DataFormatError, match="either"):
         linker(MENTIONS, text="Swift")
 
 
-def test_very_long_texts_are_fine(linker):
+def test_a_very_long_text_is_linked(linker):
     result = linker(text="Swift " * 10_000, mention="Swift " * 2_000)
     assert len(result.candidates) == 10
 
@@ -219,7 +225,7 @@ def test_very_long_texts_are_fine(linker):
 # Images
 
 
-def test_an_image_counts_and_is_the_same_as_path_bytes_and_pil(linker, tmp_path):
+def test_an_image_changes_scores_and_may_be_a_path_bytes_or_a_pil_image(linker, tmp_path):
     path = tmp_path / "image.png"
     image = Image.new("RGB", (4, 4), (200, 30, 90))
     image.save(path)
@@ -235,7 +241,7 @@ def test_an_image_counts_and_is_the_same_as_path_bytes_and_pil(linker, tmp_path)
     assert "only the text decides" in without.warnings[0]
 
 
-def test_an_image_that_a_text_model_does_not_see_is_mentioned():
+def test_an_image_that_a_text_model_ignores_gives_a_warning():
     class Reader(ToyProcessor):
         def _encode(self, texts, images):
             return super()._encode(texts, [None] * len(images))
@@ -247,13 +253,13 @@ def test_an_image_that_a_text_model_does_not_see_is_mentioned():
     assert "not used" in warning
 
 
-def test_an_image_that_cannot_be_opened_is_named(linker, tmp_path):
+def test_an_image_that_cannot_be_opened_is_an_error_with_its_path(linker, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not an image")
     mention = {"text": "Swift", "mention": "Swift"}
     with pytest.raises(ImageError, match=r"broken\.png"):
         linker(mention | {"image": broken})
-    with pytest.raises(ImageError, match=r"nowhere\.png, row 1: no such"):
+    with pytest.raises(ImageError, match=r"nowhere\.png, row 1: The image file does not exist"):
         linker([mention, mention | {"image": tmp_path / "nowhere.png"}], batch_size=1)
     with pytest.raises(ImageError, match="row 3"):
         linker([mention] * 3 + [mention | {"image": b"123"}], batch_size=2)
@@ -263,16 +269,16 @@ def test_an_image_that_cannot_be_opened_is_named(linker, tmp_path):
 
 
 def test_a_mention_is_nil_below_the_threshold_and_not_at_it():
-    kb, best = build(), by_hand(MENTIONS[0])[0]
+    kb, best = build(), rank_one_by_one(MENTIONS[0])[0]
     exact = EntityLinker(MODEL, PROCESSOR, kb)(MENTIONS[0]).best.score
     for threshold, nil in ((exact, False), (exact + 1e-3, True), (-1e9, False), (0, exact < 0)):
         result = EntityLinker(MODEL, PROCESSOR, kb, nil_threshold=threshold)(MENTIONS[0])
         assert (result.is_nil, result.entity_id) == (nil, NIL if nil else best[0])
         assert result.nil_threshold == threshold
-        assert result.best.entity_id == best[0]  # still shown
+        assert result.best.entity_id == best[0]  # a NIL mention keeps its candidates
 
 
-def test_the_threshold_is_the_argument_then_the_models_then_none():
+def test_the_threshold_is_the_argument_or_else_that_of_the_model_or_none():
     kb, model = build(), toy_model()
     assert EntityLinker(model, PROCESSOR, kb)(MENTIONS[0]).nil_threshold is None
     model.config.nil_threshold = 1e9
@@ -281,10 +287,10 @@ def test_the_threshold_is_the_argument_then_the_models_then_none():
     assert EntityLinker(model, PROCESSOR, kb)(MENTIONS[0]).to_dict()["is_nil"] is not None
 
 
-# Putting it together
+# Loading and results
 
 
-def test_from_pretrained_links_like_the_parts(linker, tmp_path):
+def test_from_pretrained_links_like_a_linker_of_loaded_parts(linker, tmp_path):
     register()
     MODEL.save_pretrained(tmp_path / "model")
     PROCESSOR.save_pretrained(tmp_path / "model")
@@ -299,7 +305,7 @@ def test_from_pretrained_links_like_the_parts(linker, tmp_path):
         EntityLinker.from_pretrained(tmp_path / "model", tmp_path / "kb")
 
 
-def test_a_result_as_plain_data(linker):
+def test_a_result_is_plain_data(linker):
     data = linker(MENTIONS[1], top_k=2).to_dict()
     assert set(data) == {
         "mention", "start", "end", "entity_id", "is_nil", "nil_threshold", "candidates", "warnings"
@@ -310,7 +316,7 @@ def test_a_result_as_plain_data(linker):
     assert set(data["candidates"][0]["unit_scores"]) == {"text", "vision"}
 
 
-def test_identical_entities_come_in_their_order(linker):
+def test_identical_entities_are_ranked_in_their_order(linker):
     twins = [WORLD[3] | {"entity_id": f"twin-{k}"} for k in range(6)]
     kb = build(datasets.Dataset.from_list(twins, features=entity_features()), batch_size=6)
     result = EntityLinker(MODEL, PROCESSOR, kb)(MENTIONS[0], top_k=4)
@@ -324,12 +330,12 @@ RERANKER, PAIRS = toy_reranker(), ToyPairProcessor()
 
 
 def reranked(jointly_with: list[dict], mention: dict, k: int, reranker=RERANKER) -> list[tuple[str, float]]:
-    """The k best of the retriever in the order of the toy reranker, one context at a time."""
+    """Returns the k best of the retriever in the order of the toy reranker, one context at a time."""
     mask = torch.ones(len(jointly_with), k, dtype=torch.bool)
-    rows = [{**each, "context_id": "here"} for each in jointly_with]
-    lists = [[int(entity_id[1:]) - 1 for entity_id, *_ in by_hand(each)[:k]] for each in jointly_with]
-    found = score_pairs(ModelInputs(reranker, PAIRS), rows, WORLD, lists, joint_masks=[mask])
-    scores = found.joint[0] if len(jointly_with) > 1 else found.scores
+    rows = [{**row, "context_id": "here"} for row in jointly_with]
+    lists = [[int(entity_id[1:]) - 1 for entity_id, *_ in rank_one_by_one(row)[:k]] for row in jointly_with]
+    scored = score_pairs(ModelInputs(reranker, PAIRS), rows, WORLD, lists, joint_masks=[mask])
+    scores = scored.joint[0] if len(jointly_with) > 1 else scored.scores
     number = jointly_with.index(mention)
     pairs = zip((f"Q{row + 1}" for row in lists[number]), scores[number].tolist(), strict=True)
     return sorted(pairs, key=lambda pair: -pair[1])
@@ -338,7 +344,7 @@ def reranked(jointly_with: list[dict], mention: dict, k: int, reranker=RERANKER)
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_a_reranker_orders_the_first_candidates_and_ranks_a_context_together(batch_size):
     mentions = [{**mention, "context_id": ""} for mention in MENTIONS[:5]]
-    mentions[3] = {**mentions[0], "mention": "met", "start": 11, "end": 14}  # another mention of the first text
+    mentions[3] = {**mentions[0], "mention": "met", "start": 11, "end": 14}  # another mention in the first text
     mentions[3]["start"] = mentions[0]["text"].index("met")
     mentions[3]["end"] = mentions[3]["start"] + 3
     linker = EntityLinker(MODEL, PROCESSOR, build(), reranker=RERANKER, reranker_processor=PAIRS, rerank_k=6)
@@ -346,10 +352,12 @@ def test_a_reranker_orders_the_first_candidates_and_ranks_a_context_together(bat
     for number, (mention, result) in enumerate(zip(mentions, results, strict=True)):
         together = [mentions[0], mentions[3]] if number in (0, 3) else [mention]
         expected = reranked(together, mention, 6)
-        plain = {entity_id: score for entity_id, score, _ in by_hand(mention)}
+        plain = {entity_id: score for entity_id, score, _ in rank_one_by_one(mention)}
         assert [c.entity_id for c in result.candidates[:6]] == [entity_id for entity_id, _ in expected]
         assert [c.reranker_score for c in result.candidates[:6]] == pytest.approx([s for _, s in expected], abs=1e-5)
-        assert [c.entity_id for c in result.candidates[6:]] == [entity_id for entity_id, *_ in by_hand(mention)[6:9]]
+        assert [c.entity_id for c in result.candidates[6:]] == [
+            entity_id for entity_id, *_ in rank_one_by_one(mention)[6:9]
+        ]
         assert [c.reranker_score for c in result.candidates[6:]] == [None] * 3
         assert [c.score for c in result.candidates] == pytest.approx([plain[c.entity_id] for c in result.candidates])
         assert [c.rank for c in result.candidates] == list(range(1, 10))
@@ -359,7 +367,7 @@ def test_a_reranker_orders_the_first_candidates_and_ranks_a_context_together(bat
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_a_reranker_of_documents_reads_texts_and_images_together(batch_size):
-    """Several mentions of one text, another text and two images as one document; beside it one without an id."""
+    """One document has three mentions in two texts and two images. Another has no id."""
     picture = [Image.new("RGB", (4, 4), colour) for colour in ((250, 10, 10), (10, 250, 10))]
     document = [
         {"text": "Entity a met Entity b.", "mention": "Entity a", "document_id": "d"},
@@ -371,49 +379,51 @@ def test_a_reranker_of_documents_reads_texts_and_images_together(batch_size):
     other = [{"text": "Entity d and Entity e.", "mention": name} for name in ("Entity d", "Entity e")]
     mentions = [document[0], other[0], *document[1:4], other[1], document[4]]
     model, processor = toy_document_reranker(), ToyDocumentProcessor()
-    model.rank_jointly = None  # its scores are joint as they are
+    model.rank_jointly = None  # its plain scores are joint already
     linker = EntityLinker(MODEL, PROCESSOR, build(), reranker=model, reranker_processor=processor, rerank_k=5)
     results = linker(mentions, top_k=5, batch_size=batch_size)
     plain = EntityLinker(MODEL, PROCESSOR, build())
     for together in (document, other):
         rows, lists = [], []
         for mention in together:
-            found = plain(mention, top_k=5)
+            result = plain(mention, top_k=5)
             rows.append({"context_id": "c", "document_id": "d", "image": None, "text": "", **mention})
-            rows[-1] |= {"mention": found.mention, "document_id": "d"}
-            lists.append([WORLD["entity_id"].index(c.entity_id) for c in found.candidates])
+            rows[-1] |= {"mention": result.mention, "document_id": "d"}
+            lists.append([WORLD["entity_id"].index(c.entity_id) for c in result.candidates])
         scores = score_pairs(ModelInputs(model, processor), rows, WORLD, lists).scores
-        for mention, listed, own in zip(together, lists, scores.tolist(), strict=True):
-            expected = {WORLD[row]["entity_id"]: score for row, score in zip(listed, own, strict=True)}
-            found = results[mentions.index(mention)].candidates
-            assert {c.entity_id: c.reranker_score for c in found} == pytest.approx(expected, abs=1e-4)
-            assert [c.reranker_score for c in found] == sorted((c.reranker_score for c in found), reverse=True)
+        for mention, listed, expected_scores in zip(together, lists, scores.tolist(), strict=True):
+            expected = {WORLD[row]["entity_id"]: score for row, score in zip(listed, expected_scores, strict=True)}
+            candidates = results[mentions.index(mention)].candidates
+            assert {c.entity_id: c.reranker_score for c in candidates} == pytest.approx(expected, abs=1e-4)
+            assert [c.reranker_score for c in candidates] == sorted(
+                (c.reranker_score for c in candidates), reverse=True
+            )
     visual = results[2]
     assert (visual.mention, visual.start, visual.end) == ("", -1, -1)
 
 
-def test_what_is_no_visual_mention_and_a_document_too_large():
+def test_a_visual_mention_without_an_image_and_a_large_document_are_errors():
     model = toy_document_reranker()
     linker = EntityLinker(
         MODEL, PROCESSOR, build(), reranker=model, reranker_processor=ToyDocumentProcessor(), rerank_k=5
     )
-    with pytest.raises(DataFormatError, match="row 1: a visual mention has no image"):
+    with pytest.raises(DataFormatError, match="row 1: The visual mention has no image"):
         linker([{"text": "Entity a.", "mention": "Entity a"}, {"modality": "image", "document_id": "d"}])
     model.max_mentions = 2
     with pytest.raises(DataFormatError, match="has 3 mentions; the model takes 2 together"):
         linker([{"text": "Entity a.", "mention": "Entity a", "document_id": "d"}] * 3)
 
 
-def test_a_knowledge_base_of_one_and_the_threshold_of_the_retriever_with_a_reranker():
+def test_a_reranker_with_one_entity_and_with_a_threshold_of_the_retriever():
     options = {"reranker": RERANKER, "reranker_processor": PAIRS}
     one = EntityLinker(MODEL, PROCESSOR, build(WORLD.select([7])), **options)(MENTIONS[0])
     assert [c.entity_id for c in one.candidates] == ["Q8"]
-    best = by_hand(MENTIONS[0])[0][1]
+    best = rank_one_by_one(MENTIONS[0])[0][1]
     for threshold, nil in ((best - 1e-3, False), (best + 1e-3, True)):
         assert EntityLinker(MODEL, PROCESSOR, build(), nil_threshold=threshold, **options)(MENTIONS[0]).is_nil is nil
 
 
-def test_a_reranker_is_loaded_and_refused_in_the_wrong_place(tmp_path):
+def test_a_reranker_is_loaded_only_as_the_reranker(tmp_path):
     register()
     for name, model, processor in (("run", MODEL, PROCESSOR), ("reranker", RERANKER, PAIRS)):
         model.save_pretrained(tmp_path / name)
