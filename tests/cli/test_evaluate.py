@@ -1,3 +1,5 @@
+"""Tests of `hf-mel evaluate` with a retriever."""
+
 import json
 import os
 import subprocess
@@ -68,14 +70,14 @@ def test_results_and_predictions(run, folder, tmp_path):
     assert "stratum: image" in outcome.stdout
 
 
-def test_options_reach_the_protocol(run, tmp_path):
+def test_options_reach_the_evaluator(run, tmp_path):
     run("--output", tmp_path / "r.json", "--units", "vision", "--ties", "pessimistic", "--split", "validation")
     results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert (results["units"], results["ties"], results["data"]["split"]) == (["vision"], "pessimistic", "validation")
     assert results["nil_threshold"] is None
 
 
-def test_nil_threshold_from_another_split(run, tmp_path):
+def test_the_nil_threshold_is_calibrated_on_another_split(run, tmp_path):
     run("--output", tmp_path / "r.json", "--nil-from", "validation")
     results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     validation = toy_mentions(60, nil_every=6).select(range(20, 40))
@@ -88,7 +90,7 @@ def test_nil_threshold_from_another_split(run, tmp_path):
     assert "nil_recall" in results["metrics"]
 
 
-def test_the_models_own_threshold(run, tmp_path):
+def test_the_default_threshold_is_that_of_the_model(run, tmp_path):
     model = toy_model()
     model.config.nil_threshold = 0.125
     model.save_pretrained(tmp_path / "model")
@@ -99,14 +101,14 @@ def test_the_models_own_threshold(run, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["nil_threshold"] is None
 
 
-def test_data_without_a_training_split(run, tmp_path):
+def test_data_without_a_training_split_has_no_unseen_golds(run, tmp_path):
     dataset = write_toy_dataset(tmp_path / "data", test=toy_mentions(6))
     run("--output", tmp_path / "r.json", dataset=dataset)
     results = json.loads((tmp_path / "r.json").read_text())
     assert "gold in training" not in results["strata"]
 
 
-def test_bad_input(run, tmp_path):
+def test_invalid_input_is_an_error(run, tmp_path):
     output = tmp_path / "r.json"
     with pytest.raises(UnknownSplitError, match="'dev'"):
         run("--split", "dev", "--output", output)
@@ -141,15 +143,15 @@ def test_two_processes_train_and_evaluate_as_the_readme_says(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    said = run(*launch, root / "train.py", "tiny.yaml", "--output", "run")
-    assert said.count("Trained in") == 1
+    printed = run(*launch, root / "train.py", "tiny.yaml", "--output", "run")
+    assert printed.count("Trained in") == 1
     assert json.loads((tmp_path / "run/results.json").read_text())["validation"]["metrics"]["num_mentions"] == 12
 
     results = {}
     for name, start in {"two": [*launch, "-m", "hf_mel"], "one": [sys.executable, "-m", "hf_mel"]}.items():
         words = ["evaluate", "run", "--dataset", "data", "--split", "validation", "--device", "cpu"]
-        said = run(*start, *words, "--output", f"{name}.json", "--predictions", f"{name}.jsonl")
-        assert said.count("Results:") == 1
+        printed = run(*start, *words, "--output", f"{name}.json", "--predictions", f"{name}.jsonl")
+        assert printed.count("Results:") == 1
         results[name] = json.loads((tmp_path / f"{name}.json").read_text())
     assert results["two"]["metrics"] == results["one"]["metrics"]
     assert results["two"]["strata"] == results["one"]["strata"]

@@ -1,4 +1,4 @@
-"""The candidate protocol against plain counting."""
+"""Tests of the candidate protocol against counting in plain loops."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ GOLDS = list(MENTIONS["entity_id"])
 PROCESSOR = ToyPairProcessor()
 
 
-class Fixed(torch.nn.Module):
-    """Scores the pair (mention m, entity q) with `table[m, q]`; its tensors are the two numbers."""
+class TableReranker(torch.nn.Module):
+    """Scores the pair of mention m and entity q with `table[m, q]`. Its tensors hold the numbers m and q."""
 
     example_unit, pairs_are_independent = "mention", True
 
@@ -38,7 +38,7 @@ class Fixed(torch.nn.Module):
         return {"scores": self.table[pair_ids[..., 0], pair_ids[..., 1]].masked_fill(~pair_mask, -torch.inf)}
 
 
-def numbers(mentions=None, entities=None, pairs=None):
+def number_processor(mentions=None, entities=None, pairs=None):
     width = max(len(listed) for _, listed in pairs)
     ids = torch.zeros(len(pairs), width, 2, dtype=torch.long)
     mask = torch.zeros(len(pairs), width, dtype=torch.bool)
@@ -50,8 +50,8 @@ def numbers(mentions=None, entities=None, pairs=None):
 
 
 def lists_of(rows, scores=None) -> CandidateLists:
-    ids = [[f"Q{row + 1}" for row in each] for each in rows]
-    scores = [[float(-c) for c in range(len(each))] for each in rows] if scores is None else scores
+    ids = [[f"Q{row + 1}" for row in listed] for listed in rows]
+    scores = [[float(-c) for c in range(len(listed))] for listed in rows] if scores is None else scores
     return CandidateLists(list(MENTIONS["mention_id"]), ids, {"here": scores}, {"source": "here"})
 
 
@@ -60,23 +60,23 @@ ROWS = st.lists(st.lists(st.integers(0, 11), max_size=6, unique=True), min_size=
 
 @settings(max_examples=25, deadline=None)
 @given(ROWS, st.integers(0, 2**16))
-def test_both_protocols_are_those_of_a_double_loop(rows, seed):
+def test_both_protocols_agree_with_a_double_loop(rows, seed):
     table = torch.randint(0, 5, (12, 12), generator=torch.Generator().manual_seed(seed)).float()  # with ties
     result = CandidateEvaluator(ENTITIES, ks=(1, 3), progress=False)(
-        ModelInputs(Fixed(table), numbers), MENTIONS, lists_of(rows)
+        ModelInputs(TableReranker(table), number_processor), MENTIONS, lists_of(rows)
     )
     for protocol in (END_TO_END, GOLD_ADDED):
-        reciprocal, own, hits, recall = [], [], 0, 0
+        reciprocal, source_reciprocal, hits, recall = [], [], 0, 0
         for i, gold in enumerate(GOLDS):
             if gold == NIL:
                 continue
             row = int(gold[1:]) - 1
             listed = list(rows[i])
             recall += row in listed
-            own.append(1 / (listed.index(row) + 1) if row in listed else 0)
+            source_reciprocal.append(1 / (listed.index(row) + 1) if row in listed else 0)
             if protocol == GOLD_ADDED and row not in listed:
                 listed.append(row)
-                own[-1] = 1 / len(listed)
+                source_reciprocal[-1] = 1 / len(listed)
             if row not in listed:
                 reciprocal.append(0)
                 continue
@@ -84,10 +84,10 @@ def test_both_protocols_are_those_of_a_double_loop(rows, seed):
             equal = sum(table[i, other] == table[i, row] for other in listed) - 1
             reciprocal.append(1 / float(1 + better + equal / 2))
             hits += 1 + better + equal / 2 <= 1
-        found = result.orders[protocol]
-        assert found["reranker"]["metrics"]["mrr"] == pytest.approx(np.mean(reciprocal))
-        assert found["reranker"]["metrics"]["hits@1"] == pytest.approx(float(hits) / len(reciprocal))
-        assert found["candidates: here"]["metrics"]["mrr"] == pytest.approx(np.mean(own))
+        orders = result.orders[protocol]
+        assert orders["reranker"]["metrics"]["mrr"] == pytest.approx(np.mean(reciprocal))
+        assert orders["reranker"]["metrics"]["hits@1"] == pytest.approx(float(hits) / len(reciprocal))
+        assert orders["candidates: here"]["metrics"]["mrr"] == pytest.approx(np.mean(source_reciprocal))
         longest = max(map(len, rows))
         assert result.setting["candidates"]["recall"][f"recall@{longest}"] == pytest.approx(recall / len(reciprocal))
     assert result.metrics == result.orders[END_TO_END]["reranker"]["metrics"]
@@ -95,14 +95,14 @@ def test_both_protocols_are_those_of_a_double_loop(rows, seed):
 
 @pytest.mark.parametrize("retrieved", [True, False])
 def test_a_constant_model_is_at_chance(retrieved):
-    """Whether the gold was in the list, first, or was added: where it stands says nothing."""
+    """The position of the gold reveals nothing, whether it was retrieved in the first place or added."""
     rows = [[] for _ in GOLDS]
     for i, gold in enumerate(GOLDS):
         row = 0 if gold == NIL else int(gold[1:]) - 1
         others = [other for other in range(12) if other != row][:4]
         rows[i] = [row, *others] if retrieved else others
     result = CandidateEvaluator(ENTITIES, progress=False)(
-        ModelInputs(Fixed(torch.zeros(12, 12)), numbers), MENTIONS, lists_of(rows)
+        ModelInputs(TableReranker(torch.zeros(12, 12)), number_processor), MENTIONS, lists_of(rows)
     )
     added = result.orders[GOLD_ADDED]["reranker"]["metrics"]
     assert added["mr"] == 3  # of five
@@ -111,21 +111,21 @@ def test_a_constant_model_is_at_chance(retrieved):
     assert end_to_end["num_missed"] == (0 if retrieved else end_to_end["num_ranked"])
 
 
-def test_the_model_sees_its_candidates_in_an_order_that_knows_no_gold():
+def test_the_model_gets_candidates_in_an_order_that_does_not_reveal_the_gold():
     seen = []
 
     def spy(mentions=None, entities=None, pairs=None):
         seen.extend((m["mention_id"], [e["entity_id"] for e in listed]) for m, listed in pairs)
-        return numbers(pairs=pairs)
+        return number_processor(pairs=pairs)
 
-    model = Fixed(torch.zeros(12, 12))
+    model = TableReranker(torch.zeros(12, 12))
     model.pairs_are_independent = False
     CandidateEvaluator(ENTITIES, progress=False)(ModelInputs(model, spy), MENTIONS, lists_of([[9, 3, 5]] * 12))
     assert all(listed == sorted(listed) for _, listed in seen)
 
 
 @pytest.mark.parametrize("independent", [True, False])
-def test_joint_ranking_beside_the_plain_one_with_and_without_the_added_gold(independent):
+def test_plain_and_joint_ranking_with_and_without_the_added_gold(independent):
     model = toy_reranker(unit="context", independent=independent)
     rows = [sorted({(3 * i + c) % 12 for c in range(i % 5)}) for i in range(12)]
     result = CandidateEvaluator(ENTITIES, progress=False, batch_size=5)(
@@ -133,14 +133,14 @@ def test_joint_ranking_beside_the_plain_one_with_and_without_the_added_gold(inde
     )
     assert result.order == "reranker, jointly"
     for protocol in (END_TO_END, GOLD_ADDED):
-        listed = [list(each) for each in rows]
-        for each, gold in zip(listed, GOLDS, strict=True):
-            if protocol == GOLD_ADDED and gold != NIL and int(gold[1:]) - 1 not in each:
-                each.append(int(gold[1:]) - 1)
+        listed = [list(candidates) for candidates in rows]
+        for candidates, gold in zip(listed, GOLDS, strict=True):
+            if protocol == GOLD_ADDED and gold != NIL and int(gold[1:]) - 1 not in candidates:
+                candidates.append(int(gold[1:]) - 1)
         width = max(map(len, listed))
-        mask = torch.tensor([[c < len(each) for c in range(width)] for each in listed])
-        alone = score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, listed, joint_masks=[mask])
-        for order, scores in (("reranker", alone.scores), ("reranker, jointly", alone.joint[0])):
+        mask = torch.tensor([[c < len(candidates) for c in range(width)] for candidates in listed])
+        scored = score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, listed, joint_masks=[mask])
+        for order, scores in (("reranker", scored.scores), ("reranker, jointly", scored.joint[0])):
             reciprocal = []
             for i, gold in enumerate(GOLDS):
                 if gold != NIL:
@@ -174,14 +174,14 @@ def test_results_and_records_are_plain_data():
     for record in records:
         scores = [candidate["score"] for candidate in record["candidates"]]
         assert scores == sorted(scores, reverse=True)
-        found = [candidate["entity_id"] for candidate in record["candidates"]]
+        ids = [candidate["entity_id"] for candidate in record["candidates"]]
         if record["rank"] is None:
-            assert record["entity_id"] not in found
+            assert record["entity_id"] not in ids
         else:
-            assert found[int(record["rank"]) - 1] == record["entity_id"]
+            assert ids[int(record["rank"]) - 1] == record["entity_id"]
 
 
-def test_bad_input_is_named():
+def test_invalid_input_is_an_error():
     model = toy_reranker()
     with pytest.raises(UnknownEntityError, match="row m0: The candidate 'Q13'"):
         CandidateEvaluator(ENTITIES)(ModelInputs(model, PROCESSOR), MENTIONS, lists_of([[12]] * 12))
@@ -189,7 +189,7 @@ def test_bad_input_is_named():
         CandidateEvaluator(ENTITIES)(ModelInputs(model, PROCESSOR), MENTIONS, CandidateLists(["m3"], [["Q1"]], {}))
     with pytest.raises(RecipeError, match="jointly"):
         CandidateEvaluator(ENTITIES, joint=True)(
-            ModelInputs(Fixed(torch.zeros(1)), numbers), MENTIONS, lists_of([[1]] * 12)
+            ModelInputs(TableReranker(torch.zeros(1)), number_processor), MENTIONS, lists_of([[1]] * 12)
         )
 
 
@@ -198,47 +198,49 @@ def test_bad_input_is_named():
 
 @settings(max_examples=15, deadline=None)
 @given(ROWS, st.integers(0, 2**16), st.lists(st.sampled_from(["text", "image", ""]), min_size=12, max_size=12))
-def test_micro_f1_is_that_of_counting_links(rows, seed, modalities):
+def test_micro_f1_agrees_with_counting_links(rows, seed, modalities):
     table = torch.randint(0, 6, (12, 12), generator=torch.Generator().manual_seed(seed)).float()
     mentions = MENTIONS.add_column("modality", modalities)
-    result = CandidateEvaluator(ENTITIES, progress=False)(ModelInputs(Fixed(table), numbers), mentions, lists_of(rows))
+    result = CandidateEvaluator(ENTITIES, progress=False)(
+        ModelInputs(TableReranker(table), number_processor), mentions, lists_of(rows)
+    )
     for protocol in (END_TO_END, GOLD_ADDED):
         for order in ("reranker", "candidates: here"):
-            counts: dict[str, list[int]] = {}  # right, linked, all
+            counts: dict[str, list[int]] = {}  # correct links, links, mentions
             for i, gold in enumerate(GOLDS):
                 if gold == NIL:
                     continue
                 row, listed = int(gold[1:]) - 1, list(rows[i])
-                scores = {each: float(-place) for place, each in enumerate(listed)}
+                scores = {row: float(-position) for position, row in enumerate(listed)}
                 if protocol == GOLD_ADDED and row not in listed:
                     listed.append(row)
                     scores[row] = -100.0
                 if order == "reranker":
-                    scores = {each: float(table[i, each]) for each in listed}
-                best = [each for each in listed if scores[each] == max(scores.values())]
+                    scores = {candidate: float(table[i, candidate]) for candidate in listed}
+                best = [candidate for candidate in listed if scores[candidate] == max(scores.values())]
                 for group in ("all", modalities[i] or "text"):
-                    found = counts.setdefault(group, [0, 0, 0])
-                    found[0] += best == [row]
-                    found[1] += bool(listed)
-                    found[2] += 1
+                    count = counts.setdefault(group, [0, 0, 0])
+                    count[0] += best == [row]
+                    count[1] += bool(listed)
+                    count[2] += 1
             reported = result.orders[protocol][order]
-            assert set(reported["strata"]["modality"]) == {each or "text" for each in modalities}
+            assert set(reported["strata"]["modality"]) == {modality or "text" for modality in modalities}
             for group, metrics in (("all", reported["metrics"]), *reported["strata"]["modality"].items()):
-                right, linked, every = counts.get(group, [0, 0, 0])
-                if not every:
+                correct, linked, total = counts.get(group, [0, 0, 0])
+                if not total:
                     assert np.isnan(metrics["micro_f1"])
                     continue
-                precision, recall = right / linked if linked else 0, right / every
-                f1 = 2 * precision * recall / (precision + recall) if right else 0
+                precision, recall = correct / linked if linked else 0, correct / total
+                f1 = 2 * precision * recall / (precision + recall) if correct else 0
                 assert metrics["micro_f1"] == pytest.approx(f1)
-                if linked == every:
+                if linked == total:
                     assert metrics["micro_f1"] == pytest.approx(metrics["hits@1"])
 
 
 def test_the_table_has_f1_by_modality():
     mentions = MENTIONS.add_column("modality", ["text", "image"] * 6)
     result = CandidateEvaluator(ENTITIES, progress=False)(
-        ModelInputs(Fixed(torch.zeros(12, 12)), numbers), mentions, lists_of([[1]] * 12)
+        ModelInputs(TableReranker(torch.zeros(12, 12)), number_processor), mentions, lists_of([[1]] * 12)
     )
     table = results_table(result.to_dict())
     assert "F1" in [column.header for column in table.columns]
@@ -247,7 +249,7 @@ def test_the_table_has_f1_by_modality():
 
 @pytest.mark.parametrize("independent", [True, False])
 def test_the_model_gets_each_candidate_with_its_prior(independent):
-    """By both protocols: 0 for an added gold and for what another source gave."""
+    """The prior is 0 for an added gold and for a candidate of another source, in both protocols."""
     seen: dict[tuple[str, str], set[float]] = {}
 
     class Spy(ToyDocumentProcessor):
@@ -258,8 +260,8 @@ def test_the_model_gets_each_candidate_with_its_prior(independent):
             return super().__call__(pairs=pairs)
 
     documents, rows = toy_documents(12, nil_every=5), [[(5 * i + c) % 12 for c in range(i % 4)] for i in range(12)]
-    scores = [[float("nan") if c == 1 else (1 + c) / 8 for c in range(len(each))] for each in rows]
-    ids = [[f"Q{row + 1}" for row in each] for each in rows]
+    scores = [[float("nan") if c == 1 else (1 + c) / 8 for c in range(len(listed))] for listed in rows]
+    ids = [[f"Q{row + 1}" for row in listed] for listed in rows]
     lists = CandidateLists(list(documents["mention_id"]), ids, {"prior": scores}, {"source": "prior"})
     model = toy_reranker(unit="document", independent=independent)
     result = CandidateEvaluator(ENTITIES, progress=False)(ModelInputs(model, Spy()), documents, lists)
@@ -272,30 +274,31 @@ def test_the_model_gets_each_candidate_with_its_prior(independent):
     added = {(f"m{i}", gold) for i, gold in enumerate(documents["entity_id"]) if gold != NIL}
     assert added <= set(seen)
     assert result.setting["candidates"]["without_prior"] == 3
-    wrong = CandidateLists(lists.mention_ids, ids, {"prior": [[-1.0] * len(each) for each in rows]})
+    wrong = CandidateLists(lists.mention_ids, ids, {"prior": [[-1.0] * len(listed) for listed in rows]})
     with pytest.raises(DataFormatError, match="row m1: The prior of the candidate"):
         CandidateEvaluator(ENTITIES, progress=False)(ModelInputs(model, Spy()), documents, wrong)
 
 
-def test_documents_are_scored_whole_by_both_protocols():
+def test_both_protocols_score_whole_documents():
     documents = toy_documents(12, nil_every=5)
     rows = [sorted({(3 * i + c) % 12 for c in range(i % 5)}) for i in range(12)]
     lists = CandidateLists(
         list(documents["mention_id"]),
-        [[f"Q{row + 1}" for row in each] for each in rows],
-        {"prior": [[(1 + row) / 16 for row in each] for each in rows]},
+        [[f"Q{row + 1}" for row in listed] for listed in rows],
+        {"prior": [[(1 + row) / 16 for row in listed] for listed in rows]},
     )
     model, processor = toy_document_reranker(), ToyDocumentProcessor()
     result = CandidateEvaluator(ENTITIES, progress=False, batch_size=5)(
         ModelInputs(model, processor), documents, lists
     )
     for protocol in (END_TO_END, GOLD_ADDED):
-        listed = [list(each) for each in rows]
-        for each, gold in zip(listed, documents["entity_id"], strict=True):
-            if protocol == GOLD_ADDED and gold != NIL and int(gold[1:]) - 1 not in each:
-                each.append(int(gold[1:]) - 1)
+        listed = [list(candidates) for candidates in rows]
+        for candidates, gold in zip(listed, documents["entity_id"], strict=True):
+            if protocol == GOLD_ADDED and gold != NIL and int(gold[1:]) - 1 not in candidates:
+                candidates.append(int(gold[1:]) - 1)
         priors = [
-            [(1 + row) / 16 if row in own else 0.0 for row in each] for each, own in zip(listed, rows, strict=True)
+            [(1 + row) / 16 if row in retrieved else 0.0 for row in candidates]
+            for candidates, retrieved in zip(listed, rows, strict=True)
         ]
         scores = score_pairs(ModelInputs(model, processor), documents, ENTITIES, listed, priors=priors).scores
         for i, gold in enumerate(documents["entity_id"]):
@@ -305,27 +308,30 @@ def test_documents_are_scored_whole_by_both_protocols():
 
 
 def scored_lists(rows, seed) -> CandidateLists:
-    """Scores of a source that gave all but every third candidate, after one that gave none."""
+    """Returns lists with a source without scores, and one with scores for all but every third candidate."""
     random = np.random.default_rng(seed)
     scores = [
-        [float(random.integers(0, 9)) / 4 if (c + i) % 3 else np.nan for c in each] for i, each in enumerate(rows)
+        [float(random.integers(0, 9)) / 4 if (c + i) % 3 else np.nan for c in listed] for i, listed in enumerate(rows)
     ]
     lists = lists_of(rows, scores)
-    none = [[np.nan] * len(each) for each in rows]
+    none = [[np.nan] * len(listed) for listed in rows]
     return CandidateLists(lists.mention_ids, lists.entity_ids, {"silent": none, "here": scores}, lists.setting)
 
 
 def weighted_ranks(table, lists, weight, protocol):
-    """Plain loops: the mean rank of each gold among ties, nan for a miss and for NIL."""
+    """Returns the mean rank of every gold among ties from plain loops, nan for a miss and for NIL."""
     scores = lists.scores["here"]
-    scale = np.std([s for own in scores for s in own if not np.isnan(s)]) or 1.0
+    scale = np.std([s for of_mention in scores for s in of_mention if not np.isnan(s)]) or 1.0
     ranks = []
     for i, gold in enumerate(GOLDS):
-        own = {e: s / scale for e, s in zip(lists.entity_ids[i], scores[i], strict=True)}
+        list_scores = {e: s / scale for e, s in zip(lists.entity_ids[i], scores[i], strict=True)}
         if protocol == GOLD_ADDED and gold != NIL:
-            own.setdefault(gold, np.nan)
-        lowest = min([s for s in own.values() if not np.isnan(s)], default=0.0)
-        total = {e: float(table[i, int(e[1:]) - 1]) + weight * (lowest if np.isnan(s) else s) for e, s in own.items()}
+            list_scores.setdefault(gold, np.nan)
+        lowest = min([s for s in list_scores.values() if not np.isnan(s)], default=0.0)
+        total = {
+            e: float(table[i, int(e[1:]) - 1]) + weight * (lowest if np.isnan(s) else s)
+            for e, s in list_scores.items()
+        }
         if gold not in total:
             ranks.append(np.nan)
             continue
@@ -342,18 +348,20 @@ def reciprocal_mean(ranks) -> float:
 
 @settings(max_examples=10, deadline=None)
 @given(ROWS, st.integers(0, 2**16), st.sampled_from([0.0, 0.5, 3.0]))
-def test_the_candidates_own_scores_weigh_as_a_double_loop_adds_them(rows, seed, weight):
-    rows[0], rows[1] = [1, 2, 3], []  # so that there are scores
+def test_weighted_list_scores_agree_with_a_double_loop(rows, seed, weight):
+    rows[0], rows[1] = [1, 2, 3], []  # at least one list has scores
     lists = scored_lists(rows, seed)
     table = torch.randint(0, 5, (12, 12), generator=torch.Generator().manual_seed(seed)).float()
     options = {"ks": (1, 3), "progress": False}
     result = CandidateEvaluator(ENTITIES, candidate_weight=weight, **options)(
-        ModelInputs(Fixed(table), numbers), MENTIONS, lists
+        ModelInputs(TableReranker(table), number_processor), MENTIONS, lists
     )
     chosen = CandidateEvaluator(ENTITIES, candidate_weight="auto", **options)(
-        ModelInputs(Fixed(table), numbers), MENTIONS, lists
+        ModelInputs(TableReranker(table), number_processor), MENTIONS, lists
     )
-    plain = CandidateEvaluator(ENTITIES, **options)(ModelInputs(Fixed(table), numbers), MENTIONS, lists)
+    plain = CandidateEvaluator(ENTITIES, **options)(
+        ModelInputs(TableReranker(table), number_processor), MENTIONS, lists
+    )
     assert plain.order == "reranker"
     assert "candidate_weight" not in plain.setting
     assert result.order == "reranker + candidates"
@@ -366,62 +374,62 @@ def test_the_candidates_own_scores_weigh_as_a_double_loop_adds_them(rows, seed, 
             np.testing.assert_array_equal(result.scores[protocol], plain.scores[protocol])
             np.testing.assert_array_equal(result.ranks[protocol], plain.ranks[protocol])
     mrr = {w: reciprocal_mean(weighted_ranks(table, lists, w, END_TO_END)) for w in CANDIDATE_WEIGHTS}
-    found = chosen.setting["candidate_weight"]
-    assert list(found["chosen_by_mrr"].values()) == pytest.approx(list(mrr.values()))
-    assert found["weight"] == next(w for w in mrr if mrr[w] >= max(mrr.values()) - 1e-12)
+    weighting = chosen.setting["candidate_weight"]
+    assert list(weighting["chosen_by_mrr"].values()) == pytest.approx(list(mrr.values()))
+    assert weighting["weight"] == next(w for w in mrr if mrr[w] >= max(mrr.values()) - 1e-12)
     assert chosen.metrics["mrr"] == pytest.approx(max(mrr.values()))
 
 
-def test_the_order_in_which_scored_candidates_come_changes_no_rank():
+def test_the_order_of_scored_candidates_changes_no_rank():
     rows = [[(5 * i + 2 * c) % 12 for c in range(i % 6)] for i in range(12)]
     lists = scored_lists(rows, 3)
-    turned = CandidateLists(
+    reversed_lists = CandidateLists(
         lists.mention_ids,
-        [each[::-1] for each in lists.entity_ids],
-        {source: [each[::-1] for each in scores] for source, scores in lists.scores.items()},
+        [ids[::-1] for ids in lists.entity_ids],
+        {source: [listed[::-1] for listed in scores] for source, scores in lists.scores.items()},
     )
     table = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
     one, other = (
         CandidateEvaluator(ENTITIES, candidate_weight=2, progress=False)(
-            ModelInputs(Fixed(table), numbers), MENTIONS, each
+            ModelInputs(TableReranker(table), number_processor), MENTIONS, candidates
         )
-        for each in (lists, turned)
+        for candidates in (lists, reversed_lists)
     )
     for protocol in (END_TO_END, GOLD_ADDED):
         np.testing.assert_array_equal(one.ranks[protocol], other.ranks[protocol])
 
 
 @pytest.mark.parametrize("independent", [True, False])
-def test_the_weight_is_added_to_the_order_that_counts_and_is_told(independent):
+def test_the_weight_applies_to_the_main_order_and_is_reported(independent):
     model = toy_reranker(unit="context", independent=independent)
     lists = lists_of([[(3 * i + c) % 12 for c in range(4)] for i in range(12)])
-    for joint, of in ((True, "reranker, jointly"), (False, "reranker")):
+    for joint, order in ((True, "reranker, jointly"), (False, "reranker")):
         options = {"joint": joint, "progress": False}
         plain = CandidateEvaluator(ENTITIES, **options)(ModelInputs(model, PROCESSOR), MENTIONS, lists)
         result = CandidateEvaluator(ENTITIES, candidate_weight=1e9, **options)(
             ModelInputs(model, PROCESSOR), MENTIONS, lists
         )
         weighting = result.setting["candidate_weight"]
-        assert weighting["reranker"] == of
+        assert weighting["reranker"] == order
         assert weighting["source"] == "here"
         assert weighting["scale"] == pytest.approx(np.std([0, 1, 2, 3]))
-        # So great a weight leaves the list's own order, which the scores of 0, -1, … are.
-        best, own = result.orders[END_TO_END][result.order], result.orders[END_TO_END]["candidates: here"]
-        assert best["metrics"]["mrr"] == pytest.approx(own["metrics"]["mrr"])
-        none = CandidateEvaluator(ENTITIES, candidate_weight=0, **options)(
+        # A large weight leaves the order of the list scores 0, -1, …
+        weighted, source = result.orders[END_TO_END][result.order], result.orders[END_TO_END]["candidates: here"]
+        assert weighted["metrics"]["mrr"] == pytest.approx(source["metrics"]["mrr"])
+        unweighted = CandidateEvaluator(ENTITIES, candidate_weight=0, **options)(
             ModelInputs(model, PROCESSOR), MENTIONS, lists
         )
-        assert none.metrics == plain.metrics
-        assert f"{of} + 1e+09 * here score / 1.118" in orders_table(result.to_dict()).caption
+        assert unweighted.metrics == plain.metrics
+        assert f"{order} + 1e+09 * here score / 1.118" in orders_table(result.to_dict()).caption
         json.dumps(result.to_dict())
 
 
-def test_weights_that_cannot_be():
-    model = Fixed(torch.zeros(12, 12))
+def test_invalid_weights_are_an_error():
+    model = TableReranker(torch.zeros(12, 12))
 
     def evaluate(lists, weight, mentions=MENTIONS):
         CandidateEvaluator(ENTITIES, candidate_weight=weight, progress=False)(
-            ModelInputs(model, numbers), mentions, lists
+            ModelInputs(model, number_processor), mentions, lists
         )
 
     without = CandidateLists(list(MENTIONS["mention_id"]), [["Q1", "Q2"]] * 12, {})

@@ -1,4 +1,4 @@
-"""`FullEvaluator` against the model's own forward pass over everything at once, ranked by sorting."""
+"""Tests of the full protocol against sorting the scores of one forward pass over all pairs."""
 
 import json
 
@@ -40,7 +40,7 @@ def forward(mentions=MENTIONS, entities=ENTITIES, unit=None):
 
 
 def sorted_ranks(scores, mentions=MENTIONS, entities=ENTITIES):
-    """Rank of each gold that is not NIL; the scores of a random model do not tie."""
+    """Returns the ranks of the golds, `None` for NIL. The scores of a random model do not tie."""
     ids = np.array(entities["entity_id"])
     lists = [list(ids[np.argsort(-row)]) for row in scores]
     return [
@@ -55,7 +55,7 @@ def mean(values):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize("byte_budget", [1, 20_000, 2**29])
-def test_metrics_are_those_of_the_sorted_scores(batch_size, byte_budget):
+def test_metrics_agree_with_sorted_scores(batch_size, byte_budget):
     result = evaluate(batch_size=batch_size, byte_budget=byte_budget, ks=(1, 4))
     ranks = [rank for rank in sorted_ranks(forward()) if rank is not None]
     assert len(ranks) == 16
@@ -67,19 +67,19 @@ def test_metrics_are_those_of_the_sorted_scores(batch_size, byte_budget):
 
 
 @pytest.mark.parametrize("unit", ["text", "vision"])
-def test_one_unit_alone(unit):
+def test_a_single_unit_ranks_by_its_scores(unit):
     result = evaluate(units=[unit])
     ids = list(ENTITIES["entity_id"])
     for i, (row, gold) in enumerate(zip(forward(unit=unit), MENTIONS["entity_id"], strict=True)):
         if gold != NIL:
-            # What has no image scores the same, so the vision unit ties.
+            # Entities without an image have equal vision scores, so they tie.
             difference = row - row[ids.index(gold)]
             assert result.ranking.best_rank[i] == 1 + sum(difference > 1e-6)
             assert result.ranking.worst_rank[i] == sum(difference >= -1e-6)
     assert result.setting["units"] == [unit]
 
 
-def test_all_units_are_the_score():
+def test_the_score_is_the_mean_of_all_units():
     assert evaluate(units=["text", "vision"]).metrics == evaluate().metrics
     with pytest.raises(RecipeError, match=r"no unit 'sound'\. It has text, vision"):
         evaluate(units=["text", "sound"])
@@ -87,7 +87,7 @@ def test_all_units_are_the_score():
         evaluate(units=[])
 
 
-def test_a_wrong_unit_shows_before_the_work():
+def test_an_unknown_unit_is_an_error_before_all_rows_are_encoded():
     model, encoded = toy_model(), []
     encode = model.encode_entities
     model.encode_entities = lambda **inputs: (encoded.append(len(inputs["entity_input_ids"])), encode(**inputs))[1]
@@ -96,7 +96,7 @@ def test_a_wrong_unit_shows_before_the_work():
     assert sum(encoded) == 1
 
 
-def test_strata_are_the_metrics_of_their_mentions():
+def test_strata_have_the_metrics_of_their_mentions():
     result = evaluate(train_golds={"Q1", "Q8"}, nil_threshold=0.05)
     assert result.strata.keys() == {"stratum", "mentions in context", "gold in training"}
     assert result.strata["stratum"].keys() == {"text", "image", "both"}
@@ -113,21 +113,21 @@ def test_strata_are_the_metrics_of_their_mentions():
 
 def test_nil_decisions():
     scores, best = forward(), evaluate().ranking.top_scores[:, 0].tolist()
-    threshold = sorted(best)[10]  # the score of one of them, which is linked
+    threshold = sorted(best)[10]  # the mention with this score is linked
     result = evaluate(nil_threshold=threshold)
     ids, golds = np.array(ENTITIES["entity_id"]), MENTIONS["entity_id"]
     answers = [NIL if top < threshold else ids[row.argmax()] for top, row in zip(best, scores, strict=True)]
     assert answers.count(NIL) == 10
-    right = [answer == gold for answer, gold in zip(answers, golds, strict=True)]
-    assert result.metrics["accuracy"] == pytest.approx(mean(right))
+    correct = [answer == gold for answer, gold in zip(answers, golds, strict=True)]
+    assert result.metrics["accuracy"] == pytest.approx(mean(correct))
     assert result.metrics["in_kb_accuracy"] == pytest.approx(
-        mean(ok for ok, gold in zip(right, golds, strict=True) if gold != NIL)
+        mean(ok for ok, gold in zip(correct, golds, strict=True) if gold != NIL)
     )
     assert result.metrics["nil_recall"] == pytest.approx(
-        mean(ok for ok, gold in zip(right, golds, strict=True) if gold == NIL)
+        mean(ok for ok, gold in zip(correct, golds, strict=True) if gold == NIL)
     )
     assert result.metrics["nil_precision"] == pytest.approx(
-        mean(ok for ok, answer in zip(right, answers, strict=True) if answer == NIL)
+        mean(ok for ok, answer in zip(correct, answers, strict=True) if answer == NIL)
     )
     assert result.metrics["mrr"] == evaluate().metrics["mrr"]
     assert "accuracy" not in evaluate().metrics
@@ -136,21 +136,23 @@ def test_nil_decisions():
 @pytest.mark.parametrize("nil_every", [0, 5])
 def test_calibrated_threshold_reaches_its_accuracy(nil_every):
     mentions = toy_mentions(20, entities=12, nil_every=nil_every)
-    found = evaluate(mentions).calibrate_nil_threshold()
-    assert found.simulated == (nil_every == 0)
+    calibrated = evaluate(mentions).calibrate_nil_threshold()
+    assert calibrated.simulated == (nil_every == 0)
     if nil_every:
-        assert evaluate(mentions, nil_threshold=found.threshold).metrics["accuracy"] == pytest.approx(found.accuracy)
+        assert evaluate(mentions, nil_threshold=calibrated.threshold).metrics["accuracy"] == pytest.approx(
+            calibrated.accuracy
+        )
 
 
-def test_ties_policy():
+def test_ties_are_ranked_by_the_policy():
     twice = ENTITIES.map(lambda row: {**row, "name": "Same", "attributes": "", "images": []})
-    known = MENTIONS.filter(lambda row: row["entity_id"] != NIL)
-    results = {ties: evaluate(known, twice, ties=ties).metrics for ties in ("realistic", "optimistic", "pessimistic")}
+    in_kb = MENTIONS.filter(lambda row: row["entity_id"] != NIL)
+    results = {ties: evaluate(in_kb, twice, ties=ties).metrics for ties in ("realistic", "optimistic", "pessimistic")}
     assert [results[ties]["mr"] for ties in results] == [8, 1, 15]
     assert [results[ties]["hits@5"] for ties in results] == [0, 1, 0]
 
 
-def test_records():
+def test_records_have_ranks_and_the_best_entities():
     result = evaluate(top_k=3)
     records = list(result.records())
     assert json.loads(json.dumps(records)) == records
@@ -166,7 +168,7 @@ def test_records():
             assert record["gold_score"] == pytest.approx(row[list(ids).index(gold)], abs=1e-6)
 
 
-def test_encodings_can_be_reused():
+def test_encodings_are_reused():
     encoded = EncodedEntities(
         list(ENTITIES["entity_id"]), encode_rows(ModelInputs(MODEL, PROCESSOR), ENTITIES, "entities")
     )
@@ -178,12 +180,12 @@ def test_encodings_can_be_reused():
     assert reused.metrics == plain.metrics
 
 
-def test_a_knowledge_base_serves_as_entities(tmp_path):
+def test_a_knowledge_base_gives_the_entities(tmp_path):
     kb = KnowledgeBase.build(ENTITIES, MODEL, PROCESSOR, output=tmp_path / "kb", progress=False)
     assert evaluate(entities=kb).metrics == evaluate().metrics
 
 
-def test_setting_says_what_the_numbers_depend_on():
+def test_the_setting_says_how_the_metrics_were_obtained():
     setting = evaluate(data_version={"dataset": "toy", "sha256": "00"}, ties="pessimistic").to_dict()
     assert setting["kb_size"] == 15
     assert (setting["num_mentions"], setting["num_nil"]) == (20, 4)
@@ -196,7 +198,7 @@ def test_setting_says_what_the_numbers_depend_on():
     assert evaluate(model=toy_model(seed=1)).setting["model"] != setting["model"]
 
 
-def test_the_model_is_left_in_its_mode():
+def test_the_model_returns_to_training_mode():
     model = toy_model().train()
     seen = []
     model.register_forward_pre_hook(lambda *_: None)
@@ -208,10 +210,10 @@ def test_the_model_is_left_in_its_mode():
     assert torch.is_grad_enabled()
 
 
-def test_smallest_inputs():
-    nobody = evaluate(MENTIONS.select([]))
-    assert nobody.metrics["num_mentions"] == 0
-    assert np.isnan(nobody.metrics["mrr"])
+def test_no_mention_one_mention_and_only_nil():
+    empty = evaluate(MENTIONS.select([]))
+    assert empty.metrics["num_mentions"] == 0
+    assert np.isnan(empty.metrics["mrr"])
     one = evaluate(MENTIONS.select([0]), ENTITIES.select([0]))
     assert one.metrics["hits@1"] == one.metrics["mrr"] == 1
     only_nil = evaluate(MENTIONS.select([4]), nil_threshold=float("inf"))
@@ -220,7 +222,7 @@ def test_smallest_inputs():
     assert next(iter(only_nil.records()))["rank"] is None
 
 
-def test_bad_input():
+def test_invalid_input_is_an_error():
     with pytest.raises(UnknownEntityError, match=r"'Q3' of mention 'm2'"):
         evaluate(entities=ENTITIES.select([0, 1, 7, 9]))
     with pytest.raises(DuplicateIdError, match="'Q1'"):
