@@ -1,4 +1,4 @@
-"""Candidates, a reranker's results and its links, from the command line."""
+"""Tests of `hf-mel candidates`, and of evaluating and linking with a reranker."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ def run(folder, tmp_path, monkeypatch):
     def run(verb, *arguments):
         app = typer.Typer()
         app.command()(verb)
-        words = [*map(str, arguments), "--device", "cpu"]
-        return CliRunner().invoke(app, words, env={"COLUMNS": "200"}, catch_exceptions=False)
+        command = [*map(str, arguments), "--device", "cpu"]
+        return CliRunner().invoke(app, command, env={"COLUMNS": "200"}, catch_exceptions=False)
 
     return run
 
 
-def test_candidates_are_written_and_reranked_from_the_file(run, tmp_path):
+def test_candidates_are_written_to_a_file_and_reranked_from_it(run, tmp_path):
     outcome = run(candidates, "toy_candidates", "--output", tmp_path / "c.parquet", "--k", 5, "--scorer", "ratio")
     assert outcome.exit_code == 0
-    found = CandidateLists.load(tmp_path / "c.parquet")
+    loaded = CandidateLists.load(tmp_path / "c.parquet")
     expected = name_candidates(TEST, toy_entities(), k=5, scorer="ratio")
-    assert (found.mention_ids, found.entity_ids) == (expected.mention_ids, expected.entity_ids)
+    assert (loaded.mention_ids, loaded.entity_ids) == (expected.mention_ids, expected.entity_ids)
     recall = expected.recall(list(TEST["entity_id"]), [5])["recall@5"]
     assert f"{100 * recall:.1f} at 5" in outcome.stdout
     output = ["--output", tmp_path / "r.json", "--predictions", tmp_path / "p.jsonl", "--ks", "1,2"]
@@ -89,7 +89,7 @@ def test_candidates_are_written_and_reranked_from_the_file(run, tmp_path):
     assert records == json.loads(json.dumps(list(result.records())))
 
 
-def test_candidates_of_a_retriever_and_without_ranking_jointly(run, tmp_path):
+def test_candidates_of_a_retriever_are_reranked_without_joint_ranking(run, tmp_path):
     output = tmp_path / "r.json"
     outcome = run(
         evaluate, "reranker", "--dataset", "toy_candidates", "--candidates", "retriever+prior", "--retriever", "model",
@@ -104,26 +104,26 @@ def test_candidates_of_a_retriever_and_without_ranking_jointly(run, tmp_path):
     }  # fmt: skip
 
 
-def test_a_weight_of_the_candidates_is_chosen_on_validation_and_given_on_test(run, tmp_path):
-    words = ["reranker", "--dataset", "toy_candidates", "--candidates", "name", "--output", tmp_path / "r.json"]
-    assert run(evaluate, *words, "--split", "validation", "--candidate-weight", "auto").exit_code == 0
-    found = json.loads((tmp_path / "r.json").read_text())["candidate_weight"]
-    tried = found["chosen_by_mrr"]
-    assert tried[f"{found['weight']:g}"] == max(tried.values())
-    outcome = run(evaluate, *words, "--candidate-weight", "2")
+def test_the_candidate_weight_is_chosen_on_validation_and_set_on_test(run, tmp_path):
+    arguments = ["reranker", "--dataset", "toy_candidates", "--candidates", "name", "--output", tmp_path / "r.json"]
+    assert run(evaluate, *arguments, "--split", "validation", "--candidate-weight", "auto").exit_code == 0
+    selected = json.loads((tmp_path / "r.json").read_text())["candidate_weight"]
+    tried = selected["chosen_by_mrr"]
+    assert tried[f"{selected['weight']:g}"] == max(tried.values())
+    outcome = run(evaluate, *arguments, "--candidate-weight", "2")
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["order"] == "reranker + candidates"
     assert written["candidate_weight"]["weight"] == 2
     assert "reranker, jointly + 2 * name score" in outcome.stdout
     with pytest.raises(RecipeError, match=r"on 'test'.*--split validation"):
-        run(evaluate, *words, "--candidate-weight", "auto")
-    for wrong in ("much", "-1", "nan"):
-        assert run(evaluate, *words, "--candidate-weight", wrong).exit_code == 2
+        run(evaluate, *arguments, "--candidate-weight", "auto")
+    for weight in ("much", "-1", "nan"):
+        assert run(evaluate, *arguments, "--candidate-weight", weight).exit_code == 2
     with pytest.raises(RecipeError, match="ranks all entities"):
         run(evaluate, "model", "--dataset", "toy_candidates", "--candidate-weight", "2")
 
 
-def test_options_in_the_wrong_place(run, folder):
+def test_options_that_do_not_apply_are_refused(run, folder):
     with pytest.raises(RecipeError, match=r"none were given.*--candidates retriever --retriever"):
         run(evaluate, "reranker", "--dataset", "toy_candidates")
     with pytest.raises(RecipeError, match="ranks all entities"):
@@ -136,20 +136,19 @@ def test_options_in_the_wrong_place(run, folder):
         run(link, "reranker", "--kb", "kb", "--text", "a b", "--mention", "b")
 
 
-def test_mentions_of_one_text_are_linked_with_a_reranker(run, folder):
+def test_several_mentions_of_a_text_are_linked_with_a_reranker(run, folder):
     text = "Entity c met Entity d."
-    words = ["model", "--kb", "kb", "--text", text, "--mention", "Entity c", "--mention", "Entity d"]
-    outcome = run(link, *words, "--reranker", "reranker", "--rerank-k", 4, "--json")
+    arguments = ["model", "--kb", "kb", "--text", text, "--mention", "Entity c", "--mention", "Entity d"]
+    outcome = run(link, *arguments, "--reranker", "reranker", "--rerank-k", 4, "--json")
     linker = EntityLinker(
         toy_model(), ToyProcessor(), folder / "kb", reranker=toy_reranker(), reranker_processor=ToyPairProcessor(),
         rerank_k=4,
     )  # fmt: skip
     expected = linker([{"text": text, "mention": surface} for surface in ("Entity c", "Entity d")])
-    found = json.loads(outcome.stdout)
-    for one, other in zip(found, expected, strict=True):
-        assert [c["entity_id"] for c in one["candidates"]] == [c.entity_id for c in other.candidates]
-        assert one["candidates"][0]["reranker_score"] == pytest.approx(other.best.reranker_score)
-    shown = run(link, *words, "--reranker", "reranker", "--rerank-k", 4).stdout
-    assert "reranker" in shown
-    assert f"{expected[1].best.reranker_score:.3f}" in shown
-    assert run(link, *words, "--start", 0).exit_code == 2
+    for row, result in zip(json.loads(outcome.stdout), expected, strict=True):
+        assert [c["entity_id"] for c in row["candidates"]] == [c.entity_id for c in result.candidates]
+        assert row["candidates"][0]["reranker_score"] == pytest.approx(result.best.reranker_score)
+    printed = run(link, *arguments, "--reranker", "reranker", "--rerank-k", 4).stdout
+    assert "reranker" in printed
+    assert f"{expected[1].best.reranker_score:.3f}" in printed
+    assert run(link, *arguments, "--start", 0).exit_code == 2

@@ -1,4 +1,4 @@
-"""`hf-mel kb` and `hf-mel link` from end to end on a toy model."""
+"""Tests of `hf-mel kb` and `hf-mel link` with a toy model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(*arguments, ok: bool = True):
     return result
 
 
-def test_build_add_remove_info(tmp_path, model):
+def test_a_knowledge_base_is_built_changed_and_described(tmp_path, model):
     Image.new("RGB", (3, 3), "red").save(tmp_path / "a.png")
     (tmp_path / "mine.csv").write_text("id,name,image\na,Ada,a.png\nb,Bob,\n")
     (tmp_path / "more.jsonl").write_text('{"id": "c", "name": "Cleo"}\n')
@@ -60,12 +60,12 @@ def test_build_add_remove_info(tmp_path, model):
     run("kb", "add", folder, "--model", model, "--entities", tmp_path / "more.jsonl", "--replace")
     run("kb", "remove", folder, "a", "b")
     assert KnowledgeBase.from_pretrained(folder).entity_ids == ["c"]
-    shown = run("kb", "info", folder, "--verify").stdout
+    printed = run("kb", "info", folder, "--verify").stdout
     for word in ("1, and 3 removed", "float16", "model (toy_retriever)", "All files have the recorded sha256"):
-        assert word in shown
+        assert word in printed
 
 
-def test_an_index_is_built_used_measured_and_shown(tmp_path, model):
+def test_an_index_is_built_used_measured_and_listed(tmp_path, model):
     pytest.importorskip("faiss")
     KnowledgeBase.build(toy_entities(80), MODEL, PROCESSOR, output=tmp_path / "kb", progress=False)
     data = write_toy_dataset(tmp_path / "data", entities=toy_entities(80))
@@ -73,28 +73,28 @@ def test_an_index_is_built_used_measured_and_shown(tmp_path, model):
     assert "covers its 80 entities" in run("kb", "index", folder, "--model", model, "--kind", "faiss-flat").stdout
     exact = json.loads(run("link", model, "--kb", folder, *mention, "--json").stdout)
     options = ("--index", "faiss-flat", "--first-stage", 20)
-    found = json.loads(run("link", model, "--kb", folder, *mention, *options, "--json").stdout)
-    assert [c["entity_id"] for c in found["candidates"]] == [c["entity_id"] for c in exact["candidates"]]
+    indexed = json.loads(run("link", model, "--kb", folder, *mention, *options, "--json").stdout)
+    assert [c["entity_id"] for c in indexed["candidates"]] == [c["entity_id"] for c in exact["candidates"]]
     arguments = ("--model", model, "--kind", "faiss-flat", "--dataset", data, "--limit", 7, "--first-stage", 20)
-    shown = json.loads(run("kb", "recall", folder, *arguments).stdout)
-    places = {place: shown.pop(f"recall@{place}") for place in (1, 10, 64)}
-    assert shown == {"index": "faiss-flat", "first_stage": 20, "entities": 80, "mentions": 7}
-    assert places[1] == places[10] == 1  # the toy's vectors give its scores
-    assert places[64] <= 22 / 64
-    shown = run("kb", "info", folder).stdout
-    assert [line.split("│")[2].strip() for line in shown.splitlines() if "indexes" in line] == ["faiss-flat"]
+    report = json.loads(run("kb", "recall", folder, *arguments).stdout)
+    recalls = {k: report.pop(f"recall@{k}") for k in (1, 10, 64)}
+    assert report == {"index": "faiss-flat", "first_stage": 20, "entities": 80, "mentions": 7}
+    assert recalls[1] == recalls[10] == 1  # inner products of the toy's vectors are its scores
+    assert recalls[64] <= 22 / 64
+    printed = run("kb", "info", folder).stdout
+    assert [line.split("│")[2].strip() for line in printed.splitlines() if "indexes" in line] == ["faiss-flat"]
     with pytest.raises(KnowledgeBaseError, match="no index 'milvus'"):
         run("link", model, "--kb", folder, *mention, "--index", "milvus")
     run("kb", "index", folder, "--model", model, "--kind", "exact", ok=False)
 
 
-def test_build_takes_one_source(tmp_path, model):
+def test_a_knowledge_base_is_built_from_exactly_one_source(tmp_path, model):
     run("kb", "build", model, "--output", tmp_path / "kb", ok=False)
     run("kb", "build", model, "--output", tmp_path / "kb", "--dataset", "a", "--entities", "b.csv", ok=False)
     assert not (tmp_path / "kb").exists()
 
 
-def test_json_is_the_linkers_result_and_nothing_else(tmp_path, model, base):
+def test_the_json_output_is_only_the_result_of_the_linker(tmp_path, model, base):
     image = tmp_path / "image.png"
     Image.new("RGB", (3, 3), "red").save(image)
     mention = {"text": "Here Entity c met.", "mention": "Entity c", "image": image}
@@ -105,7 +105,7 @@ def test_json_is_the_linkers_result_and_nothing_else(tmp_path, model, base):
     assert len(expected["candidates"]) == 3
 
 
-def test_the_table_shows_candidates_units_and_the_decision(model, base):
+def test_the_table_shows_candidates_units_and_the_prediction(model, base):
     arguments = ("link", model, "--kb", base, "--text", "Here Entity c met.", "--mention", "Entity c", "--top-k", 4)
     result = EntityLinker(MODEL, PROCESSOR, base)(text="Here Entity c met.", mention="Entity c", top_k=4)
     shown = run(*arguments).stdout
@@ -128,7 +128,7 @@ def test_the_table_shows_candidates_units_and_the_decision(model, base):
     assert f"NIL: the best score, {result.best.score:.3f}, is below" in run(*arguments, "--nil-threshold", 99).stdout
 
 
-def test_a_name_with_markup_is_shown_as_it_is(tmp_path, model):
+def test_markup_in_names_is_printed_literally(tmp_path, model):
     (tmp_path / "mine.jsonl").write_text(json.dumps({"id": "[red]", "name": "[b]x[/b] :smile:" + "y" * 10_000}))
     run("kb", "build", model, "--entities", tmp_path / "mine.jsonl", "--output", tmp_path / "kb")
     shown = run("link", model, "--kb", tmp_path / "kb", "--text", "[/b] x", "--mention", "[/b] x").stdout
@@ -138,7 +138,7 @@ def test_a_name_with_markup_is_shown_as_it_is(tmp_path, model):
     assert len(shown) < 2_000
 
 
-def test_a_file_of_mentions(tmp_path, model, base):
+def test_a_file_of_mentions_is_linked(tmp_path, model, base):
     (tmp_path / "in").mkdir()
     Image.new("RGB", (3, 3), "red").save(tmp_path / "in" / "image.png")
     records = [
@@ -175,7 +175,7 @@ def test_a_file_of_mentions(tmp_path, model, base):
         ('{"text": "a", "mention": "a", "image": 3}', DataFormatError, "row 3: The cell 'image' is 3"),
     ],
 )
-def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, model, base, line, error, message):
+def test_an_invalid_line_is_named_and_nothing_is_written(tmp_path, model, base, line, error, message):
     source = tmp_path / "mentions.jsonl"
     source.write_text('{"text": "a", "mention": "a"}\n\n' + line)
     with pytest.raises(error, match=rf"mentions\.jsonl, {message}"):
@@ -183,7 +183,7 @@ def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, model, base, line,
     assert not (tmp_path / "linked.jsonl").exists()
 
 
-def test_options_that_do_not_go_together(tmp_path, model, base):
+def test_conflicting_options_are_refused(tmp_path, model, base):
     for options in (
         (),
         ("--mention", "a"),
@@ -195,7 +195,7 @@ def test_options_that_do_not_go_together(tmp_path, model, base):
         assert "Error" in run("link", model, "--kb", base, *options, ok=False).output
 
 
-def test_a_model_and_a_knowledge_base_that_do_not_belong_together(model, base):
+def test_a_model_that_did_not_build_the_knowledge_base_is_refused(model, base):
     toy_model(seed=1).save_pretrained(model)
     with pytest.raises(KnowledgeBaseError, match=r"its weights differ.*hf-mel kb build"):
         run("link", model, "--kb", base, "--text", "a", "--mention", "a")
@@ -220,7 +220,7 @@ FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".JSONL", ".TSV")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_entities_are_built_and_added_from_every_format(tmp_path, model, suffix):
+def test_entities_are_read_from_every_format(tmp_path, model, suffix):
     """The same rows give the same knowledge base, through the command line and in Python."""
     Image.new("RGB", (3, 3), "red").save(tmp_path / "a.png")
     rows = [
@@ -243,7 +243,7 @@ def test_entities_are_built_and_added_from_every_format(tmp_path, model, suffix)
     assert in_python.rows(range(2)) == kb.rows(range(2))
 
 
-def test_a_file_of_entities_of_another_format_is_refused(tmp_path, model):
+def test_a_file_of_entities_in_an_unknown_format_is_refused(tmp_path, model):
     path = tmp_path / "e.ndjson"
     path.write_text('{"id": "a", "name": "Ada"}\n')
     for name in (path, tmp_path / "missing.tsv"):
@@ -293,7 +293,7 @@ def test_mentions_are_linked_from_every_format(tmp_path, model, base, suffix):
         ("text,mention\n", DataFormatError, "holds no mentions"),
     ],
 )
-def test_a_bad_row_of_a_table_is_named(tmp_path, model, base, content, error, message):
+def test_the_error_names_an_invalid_row_of_a_table(tmp_path, model, base, content, error, message):
     source = tmp_path / "mentions.csv"
     source.write_text(content)
     with pytest.raises(error, match=rf"mentions\.csv.*{message}"):

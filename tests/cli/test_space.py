@@ -1,4 +1,4 @@
-"""`hf-mel space`: the environment it gives to the app."""
+"""Tests of `hf-mel space`: the environment that it passes to the app."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from hf_mel.errors import KnowledgeBaseError
 
 @pytest.fixture
 def started(monkeypatch):
-    """The environment in which the app would start."""
+    """The environment in which the app would start, recorded instead of starting it."""
     seen: dict[str, str] = {}
     for name in ("MEL_MODELS", "MEL_KBS", "GRADIO_SERVER_PORT"):
         monkeypatch.setenv(name, "")
@@ -25,8 +25,8 @@ def started(monkeypatch):
     return seen
 
 
-def test_models_rerankers_and_knowledge_bases_are_handed_on(started):
-    asked = [
+def test_models_rerankers_and_knowledge_bases_are_passed_to_the_app(started):
+    arguments = [
         "space",
         "runs/one",
         "kb/first/",
@@ -37,7 +37,7 @@ def test_models_rerankers_and_knowledge_bases_are_handed_on(started):
         "--also-kb",
         "kb/second",
     ]
-    result = CliRunner().invoke(app, [*asked, "--port", "7999"])
+    result = CliRunner().invoke(app, [*arguments, "--port", "7999"])
     assert result.exit_code == 0, result.output
     assert json.loads(started["MEL_MODELS"]) == {
         "one + r": {"model": "runs/one", "reranker": "runs/r"},
@@ -50,7 +50,7 @@ def test_models_rerankers_and_knowledge_bases_are_handed_on(started):
     assert started["run_name"] == "__main__"
 
 
-def test_nothing_to_show_says_how_to_make_it(started, tmp_path, monkeypatch):
+def test_the_error_without_a_model_suggests_the_demo(started, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["space"])
     assert isinstance(result.exception, KnowledgeBaseError)

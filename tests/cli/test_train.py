@@ -28,14 +28,14 @@ def test_train_ends_with_the_table_the_files_and_the_next_commands(recipe, tmp_p
     arguments = ["train", str(recipe), "--set", "training.num_train_epochs=1", "--output", str(output)]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    said = " ".join(done.stdout.split())
-    assert "validation" in said
-    assert "H@1" in said
+    printed = " ".join(done.stdout.split())
+    assert "validation" in printed
+    assert "H@1" in printed
     for name in ("results.json", "recipe.yaml", "training_log.json", "training.png", "README.md"):
         assert (output / name).exists()
-        assert name in said
-    assert f"hf-mel evaluate {output} --dataset {recipe.parent / 'toy_data'}" in said
-    assert f"hf-mel kb build {output}" in said
+        assert name in printed
+    assert f"hf-mel evaluate {output} --dataset {recipe.parent / 'toy_data'}" in printed
+    assert f"hf-mel kb build {output}" in printed
     assert yaml.safe_load((output / "recipe.yaml").read_text())["training"]["num_train_epochs"] == 1
 
     again = CliRunner().invoke(app, arguments)
@@ -49,7 +49,7 @@ def test_train_py_prints_an_error_in_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(root / "train.py"), run_name="__main__")
     assert stopped.value.code == 1
-    said = capsys.readouterr().err
-    assert "RecipeError" in said
-    assert "The recipe file does not exist" in said
-    assert "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert "RecipeError" in printed
+    assert "The recipe file does not exist" in printed
+    assert "Traceback" not in printed

@@ -1,4 +1,4 @@
-"""Environments that contain some packages and their requirements, and no other installed package."""
+"""Environments that contain only the given packages and their requirements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 
 
 def bare_environment(folder: Path, *packages: str) -> Path:
-    """Links the packages and their requirements into `folder`, for the PYTHONPATH of `python -S`."""
+    """Links packages and their requirements into `folder`, which is returned for use as PYTHONPATH of `python -S`."""
     folder.mkdir()
     missing, seen = list(packages), set()
     while missing:

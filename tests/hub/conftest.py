@@ -1,4 +1,4 @@
-"""Fixtures: a Hub on loopback, and processes that use it through the real clients."""
+"""Fixtures that start a Hub on loopback and client processes that use it through the real libraries."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
 
 @pytest.fixture
 def hub(server: HubServer, tmp_path: Path) -> HubServer:
-    """The server without repositories and users other than alice."""
+    """The Hub server without repositories, and with alice as the only user."""
     server.store = Store(tmp_path / "hub")
     server.users.clear()
     server.faults.clear()
@@ -45,7 +45,7 @@ class Done(NamedTuple):
 
 
 class Runner:
-    """Runs many commands, each in a process forked from one that has the libraries loaded (`tests.hub.forks`)."""
+    """Runs commands in processes forked from one that has loaded the libraries (`tests.hub.forks`)."""
 
     def __init__(self, environment: dict[str, str], folder: Path, preload: str):
         folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Loading knowledge bases and models by Hub id: revisions, offline mode, moved caches, private repositories, failures."""
+"""Tests of loading by Hub id: revisions, offline mode, moved caches, private repositories and failures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def kb_folder(tmp_path_factory):
     return folder
 
 
-def put_up(hub: HubServer, folder, repo: str = "org/kb", **settings) -> str:
+def upload(hub: HubServer, folder, repo: str = "org/kb", **settings) -> str:
     if hub.head("dataset", repo) is None:
         hub.store.create("dataset", repo, **settings)
     added = {
@@ -43,11 +43,11 @@ def ids(done) -> list[str]:
     return json.loads(done.output.splitlines()[-1])
 
 
-def test_a_knowledge_base_by_name_with_revisions_offline_and_read_only(hub, client, kb_folder, tmp_path):
-    first = put_up(hub, kb_folder)
+def test_a_knowledge_base_loads_by_name_with_revisions_and_is_read_only(hub, client, kb_folder, tmp_path):
+    first = upload(hub, kb_folder)
     smaller = KnowledgeBase.from_pretrained(shutil.copytree(kb_folder, tmp_path / "changed"))
     smaller.remove(["Q3"])
-    put_up(hub, smaller.path)
+    upload(hub, smaller.path)
     hub.store.commit("dataset", "org/kb", "main", "junk", {"../evil.parquet": hub.store.put(b"x")}, [])
     hub.store.commit("dataset", "org/kb", "main", "no junk", {"notes.txt": hub.store.put(b"x")}, ["../evil.parquet"])
     code = f"""
@@ -63,59 +63,61 @@ def error(kind, **options):
 
 kb = KnowledgeBase.from_pretrained("org/kb")
 old = KnowledgeBase.from_pretrained("org/kb", revision="{first}", verify=True)
-found = {{"new": len(kb), "old": old.entity_ids, "same": old.rows([2]) == old.rows([old.row_of("Q3")])}}
+report = {{"new": len(kb), "old": old.entity_ids, "same": old.rows([2]) == old.rows([old.row_of("Q3")])}}
 def mapped():
     file = os.path.realpath(kb.path / "encodings-00000.safetensors")
     assert "/blobs/" in file
     return file in open("/proc/self/maps").read()
 before = mapped()
 kept = kb.encodings([0, 1])
-found["mapped"] = (before, mapped())
-found["notes"] = (kb.path / "notes.txt").exists()
+report["mapped"] = (before, mapped())
+report["notes"] = (kb.path / "notes.txt").exists()
 try:
     kb.remove(["Q1"])
 except KnowledgeBaseError as caught:
-    found["remove"] = str(caught)
+    report["remove"] = str(caught)
 copy = kb.save("copy")
 copy.remove(["Q1"])
-found["copy"] = len(copy)
-found["revision"] = error(HubError, name="org/kb", revision="v9")
-found["missing"] = error(HubError, name="org/kbb")
-found["folder"] = error(KnowledgeBaseError, name="./nothing/here")
-found["cached"] = len(KnowledgeBase.from_pretrained("org/kb", local_files_only=True))
-found["not cached"] = error(HubError, name="org/other", local_files_only=True)
-print(json.dumps(found))
+report["copy"] = len(copy)
+report["revision"] = error(HubError, name="org/kb", revision="v9")
+report["missing"] = error(HubError, name="org/kbb")
+report["folder"] = error(KnowledgeBaseError, name="./nothing/here")
+report["cached"] = len(KnowledgeBase.from_pretrained("org/kb", local_files_only=True))
+report["not cached"] = error(HubError, name="org/other", local_files_only=True)
+print(json.dumps(report))
 """
-    found = json.loads(client.python(code).stdout.splitlines()[-1])
-    assert found["new"] == 11
-    assert found["old"] == [f"Q{i + 1}" for i in range(12)]
-    assert found["mapped"] == [False, True]
-    assert found["notes"] is False, "only the files of the knowledge base are downloaded"
-    assert "kb.save(FOLDER)" in found["remove"]
-    assert found["copy"] == 10
-    assert "has no revision 'v9'" in found["revision"]
-    assert "does not exist, or is private" in found["missing"]
-    assert "no knowledge base here" in found["folder"]
-    assert found["cached"] == 11
-    assert "not completely in the cache" in found["not cached"]
-    assert "HF_HOME" in found["not cached"]
+    report = json.loads(client.python(code).stdout.splitlines()[-1])
+    assert report["new"] == 11
+    assert report["old"] == [f"Q{i + 1}" for i in range(12)]
+    assert report["mapped"] == [False, True]
+    assert report["notes"] is False, "only the files of the knowledge base are downloaded"
+    assert "kb.save(FOLDER)" in report["remove"]
+    assert report["copy"] == 10
+    assert "has no revision 'v9'" in report["revision"]
+    assert "does not exist, or is private" in report["missing"]
+    assert "no knowledge base here" in report["folder"]
+    assert report["cached"] == 11
+    assert "not completely in the cache" in report["not cached"]
+    assert "HF_HOME" in report["not cached"]
 
 
-def test_offline_moved_cache_private_and_gated(hub, client, new_client, kb_folder, tmp_path):
-    put_up(hub, kb_folder)
-    put_up(hub, kb_folder, "org/private", private=True)
-    put_up(hub, kb_folder, "org/gated", gated="manual")
+def test_loading_offline_from_a_moved_cache_and_from_private_and_gated_repositories(
+    hub, client, new_client, kb_folder, tmp_path
+):
+    upload(hub, kb_folder)
+    upload(hub, kb_folder, "org/private", private=True)
+    upload(hub, kb_folder, "org/gated", gated="manual")
     online = client.runner("kb")
     assert len(ids(online.run("open_kb", "org/kb"))) == 12
     assert len(ids(online.run("open_kb", "org/private"))) == 12
     online.close()
 
-    nobody = new_client("nobody", None).runner("kb")
+    anonymous = new_client("nobody", None).runner("kb")
     for repo, words in (("org/private", "private and your token"), ("org/gated", "is gated")):
-        done = nobody.run("open_kb", repo)
+        done = anonymous.run("open_kb", repo)
         assert done.returncode == 1
         assert words in done.output
-    nobody.close()
+    anonymous.close()
 
     client.environment["HF_HUB_OFFLINE"] = "1"
     offline = client.runner("kb")
@@ -124,10 +126,10 @@ def test_offline_moved_cache_private_and_gated(hub, client, new_client, kb_folde
     moved = client.home / "moved"
     shutil.copytree(client.home / "hub", moved, symlinks=True)
     assert len(ids(offline.run("open_kb", "org/kb", cache=moved))) == 12
-    lost = offline.run("open_kb", "org/kb", cache=client.home / "elsewhere")
-    assert lost.returncode == 1
-    assert "HF_HUB_CACHE" in lost.output
-    # A cache that lost a file is an error.
+    uncached = offline.run("open_kb", "org/kb", cache=client.home / "elsewhere")
+    assert uncached.returncode == 1
+    assert "HF_HUB_CACHE" in uncached.output
+    # A file missing from the cache is an error.
     blob = max((moved / "datasets--org--kb/blobs").iterdir(), key=lambda path: path.stat().st_size)
     blob.unlink()
     broken = offline.run("open_kb", "org/kb", cache=moved)
@@ -137,8 +139,10 @@ def test_offline_moved_cache_private_and_gated(hub, client, new_client, kb_folde
     assert not hub.log
 
 
-def test_a_download_cut_at_every_request_is_an_error_or_whole_and_the_next_one_completes(hub, kb_runner, kb_folder):
-    put_up(hub, kb_folder)
+def test_a_download_interrupted_at_any_request_fails_or_completes_and_the_next_one_completes(
+    hub, kb_runner, kb_folder
+):
+    upload(hub, kb_folder)
     home = kb_runner.folder
     hub.log.clear()
     expected = ids(kb_runner.run("open_kb", "org/kb", cache=home / "count"))
@@ -170,7 +174,7 @@ def test_a_download_cut_at_every_request_is_an_error_or_whole_and_the_next_one_c
     assert all(ids(kb_runner.result(output)) == expected for output in started)
 
 
-def test_a_published_knowledge_base_leaves_removed_entities_here(kb_folder, tmp_path):
+def test_a_published_knowledge_base_omits_removed_entities(kb_folder, tmp_path):
     kb = KnowledgeBase.from_pretrained(shutil.copytree(kb_folder, tmp_path / "changed"))
     kb.remove(["Q3"])
     publication = kb_publication(kb.path, "org/kb", work=tmp_path)
@@ -185,7 +189,7 @@ def test_a_published_knowledge_base_leaves_removed_entities_here(kb_folder, tmp_
     assert TOKEN.encode() not in publication.files["README.md"]
 
 
-def test_a_model_by_name_says_why_not(hub, client, new_client, tmp_path):
+def test_a_model_that_cannot_be_loaded_by_name_gives_the_reason(hub, client, new_client, tmp_path):
     from hf_mel.hub.saving import save_model_repository
     from tests.toy import toy_model
 
@@ -210,10 +214,10 @@ def why(name, **options):
 print(json.dumps([why("org/toy", revision="v9"), why("org/toy"), why("org/toy", local_files_only=True),
                   why("org/toy", trust_remote_code=True), why("org/toy", local_files_only=True)]))
 """
-    revision, code_asked, _, trusted, _ = json.loads(client.python(code).stdout.splitlines()[-1])
+    revision, code_refused, _, trusted, _ = json.loads(client.python(code).stdout.splitlines()[-1])
     assert "has no revision 'v9'" in revision
-    assert "trust_remote_code" in code_asked
+    assert "trust_remote_code" in code_refused
     assert trusted is None
-    nobody = new_client("nobody", None).python(code)
-    private = json.loads(nobody.stdout.splitlines()[-1])
+    anonymous = new_client("nobody", None).python(code)
+    private = json.loads(anonymous.stdout.splitlines()[-1])
     assert all("private and your token" in error or "not completely in the cache" in error for error in private)

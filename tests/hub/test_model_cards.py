@@ -1,4 +1,4 @@
-"""Rendered cards, compared as a whole."""
+"""Tests of model and knowledge base cards, compared with complete expected texts."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ The software:
 """
 
 
-def test_the_whole_card():
+def test_the_card_of_a_retriever():
     assert model_card(run_info()) == EXPECTED
 
 
@@ -199,14 +199,14 @@ def pretraining_info(**changes) -> dict:
     info = run_info(task="pretraining", validation={"loss": 2.34567}, **changes)
     del info["nil"]
     data = {"train_posts": 1500, "validation_posts": 250}
-    kept = {k: v for k, v in info["data"].items() if k not in ("train_mentions", "train_nil", "validation_mentions")}
-    return info | {"data": kept | data}
+    shared = {k: v for k, v in info["data"].items() if k not in ("train_mentions", "train_nil", "validation_mentions")}
+    return info | {"data": shared | data}
 
 
 def test_the_card_of_a_pretraining():
-    """Metadata, data and training are those of a model card; it claims no linking and shows no ranks."""
-    card, whole = model_card(pretraining_info()), model_card(run_info())
-    assert ModelCard(card).data.to_dict() == ModelCard(whole).data.to_dict()
+    """It shares metadata, data and training with a model card, but has no linking examples or ranking results."""
+    card, model = model_card(pretraining_info()), model_card(run_info())
+    assert ModelCard(card).data.to_dict() == ModelCard(model).data.to_dict()
     for words in (
         "the first of two training steps",
         "`toy_retriever` model with 1,234,567 parameters, built on `org/encoder`",
@@ -224,7 +224,7 @@ def test_the_card_of_a_pretraining():
     assert eval_results(pretraining_info()) == []
 
 
-def test_a_pretraining_is_published_with_its_card(tmp_path):
+def test_a_pretrained_model_is_published_with_its_card(tmp_path):
     save_model_repository(toy_model(), ToyProcessor(), tmp_path)
     (tmp_path / "results.json").write_text(json.dumps(pretraining_info()))
     publication = model_publication(tmp_path, "me/first")
@@ -234,14 +234,14 @@ def test_a_pretraining_is_published_with_its_card(tmp_path):
     assert not any("validation results only" in note for note in publication.notes)
 
 
-def test_a_threshold_that_was_only_made_up_is_offered_not_set():
+def test_a_threshold_from_simulated_nil_mentions_is_suggested_but_not_set():
     card = model_card(run_info(nil={"threshold": 1.23456789, "accuracy": 0.875, "simulated": True}))
     assert "predicts no NIL by default" in card
     assert "`--nil-threshold 1.235`" in card
     assert "config.nil_threshold" not in card
 
 
-def test_a_local_build_from_scratch_names_no_repository_it_does_not_have():
+def test_the_card_of_a_model_trained_from_scratch_on_a_local_build_names_no_repositories():
     info = run_info(citation="", nil=None, best=None, repo_id="me/mine")
     info["model"] |= {"text": None, "vision": None}
     info["data"] |= {"dataset": "planets", "revision": None, "sha256": None, "train_nil": 0}
@@ -262,13 +262,13 @@ def test_a_local_build_from_scratch_names_no_repository_it_does_not_have():
     assert not re.search(r"\n{3}|\$\w", card)
 
 
-def test_a_model_goes_on_from_its_base():
+def test_the_base_model_is_the_one_that_training_started_from():
     info = run_info()
     info["model"] |= {"from_pretrained": "org/first", "text": None, "vision": None}
     assert ModelCard(model_card(info)).data.base_model == ["org/first"]
 
 
-def test_a_repository_carries_the_code_of_its_classes_and_leaves_them_as_they_were(tmp_path):
+def test_a_repository_contains_the_code_of_its_classes_and_does_not_modify_them(tmp_path):
     model = toy_model()
     save_model_repository(model, ToyProcessor(), tmp_path)
     assert (tmp_path / "toy.py").exists()
@@ -283,7 +283,7 @@ def test_a_repository_carries_the_code_of_its_classes_and_leaves_them_as_they_we
     assert not (tmp_path / "plain/toy.py").exists()
 
 
-def test_test_results_come_first_and_each_names_its_split():
+def test_test_results_come_first_and_all_results_name_their_split():
     test = {"metrics": metrics(700, **{"hits@1": 0.25}), "strata": {}, "data": {"split": "test"}, "ties": "realistic"}
     card = model_card(run_info(tests=[test]))
     assert (
@@ -291,14 +291,14 @@ def test_test_results_come_first_and_each_names_its_split():
     )
 
 
-def test_no_secret_of_the_training_gets_into_the_card():
+def test_the_card_omits_secrets_in_the_training_arguments():
     card = model_card(run_info(training={"seed": 1, "hub_token": "hf_" + "x" * 34, "push_to_hub_token": "secret"}))
     assert "hf_x" not in card
     assert "secret" not in card
     assert "| `seed` | `1` |" in card
 
 
-def test_eval_results_are_what_the_hub_reads():
+def test_the_hub_client_parses_eval_results():
     test = {"metrics": metrics(700, **{"hits@1": 0.25}), "strata": {}, "data": {"split": "test"}, "ties": "realistic"}
     parsed = parse_eval_result_entries(eval_results(run_info(tests=[test])))
     assert [(entry.task_id, entry.value) for entry in parsed] == [

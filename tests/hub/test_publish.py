@@ -58,10 +58,10 @@ def content(hub: HubServer, kind: str, repo: str) -> dict[str, bytes]:
     return files
 
 
-# -- one commit or none ------------------------------------------------------------------------------------------------
+# -- atomic commits ----------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_is_the_default_and_shows_every_file_and_uploads_nothing(hub, runner, tmp_path):
+def test_the_default_is_a_dry_run_that_lists_every_file_and_uploads_nothing(hub, runner, tmp_path):
     folder = data_folder(tmp_path / "toy")
     (folder / "weights.bin").write_bytes(b"x")
     done = runner.run("publish", "dataset", folder, "org/toy")
@@ -83,7 +83,7 @@ def test_a_dry_run_is_the_default_and_shows_every_file_and_uploads_nothing(hub, 
     assert hub.head("dataset", "org/toy") is None
 
 
-def test_publishing_is_one_commit_and_publishing_again_is_none(hub, runner, tmp_path):
+def test_publishing_makes_one_commit_and_publishing_again_none(hub, runner, tmp_path):
     folder = data_folder(tmp_path / "toy")
     assert runner.run("publish", "dataset", folder, "org/toy", "--yes").returncode == 0
     head = hub.head("dataset", "org/toy")
@@ -95,22 +95,22 @@ def test_publishing_is_one_commit_and_publishing_again_is_none(hub, runner, tmp_
     assert hub.head("dataset", "org/toy") == head
 
 
-def test_a_new_version_changes_what_changed_and_takes_its_old_files_away(hub, runner, tmp_path):
+def test_a_new_version_uploads_changed_files_and_deletes_its_old_ones(hub, runner, tmp_path):
     runner.run("publish", "dataset", data_folder(tmp_path / "one", "toy 1", files=3), "org/toy", "--yes")
-    with_more = {"notes.md": hub.store.put(b"by hand")}
-    hub.store.commit("dataset", "org/toy", "main", "a note", with_more, [])
+    added = {"notes.md": hub.store.put(b"by hand")}
+    hub.store.commit("dataset", "org/toy", "main", "a note", added, [])
     hub.log.clear()
-    new = data_folder(tmp_path / "two", "toy 2")
-    dry = runner.run("publish", "dataset", new, "org/toy")
+    second = data_folder(tmp_path / "two", "toy 2")
+    dry = runner.run("publish", "dataset", second, "org/toy")
     assert re.search(r"deleted .*mentions/train-00002-of-00003.parquet", dry.output)
     assert re.search(r"unchanged .* 1 file ", dry.output)  # the entities
-    runner.run("publish", "dataset", new, "org/toy", "--yes", "--message", "Second")
-    assert content(hub, "dataset", "org/toy") == published_data(new, "org/toy") | {"notes.md": b"by hand"}
+    runner.run("publish", "dataset", second, "org/toy", "--yes", "--message", "Second")
+    assert content(hub, "dataset", "org/toy") == published_data(second, "org/toy") | {"notes.md": b"by hand"}
     assert hub.store.history("dataset", "org/toy")[0] == "Second"
     assert sum("/storage/" in line for line in hub.lines()) == 2  # the entities were uploaded before
 
 
-def test_a_repository_becomes_private_and_gated_before_a_file_is_in_it(hub, runner, tmp_path):
+def test_a_repository_becomes_private_and_gated_before_the_first_upload(hub, runner, tmp_path):
     folder = data_folder(tmp_path / "toy")
     done = runner.run("publish", "dataset", folder, "org/toy", "--yes", "--private", "--gated", "manual")
     assert done.returncode == 0
@@ -121,12 +121,12 @@ def test_a_repository_becomes_private_and_gated_before_a_file_is_in_it(hub, runn
     assert lines.index("PUT /api/datasets/org/toy/settings") < min(
         k for k, line in enumerate(lines) if "storage" in line or "commit" in line
     )
-    # … and stays so without the options
+    # It stays private without the options.
     runner.run("publish", "dataset", folder, "org/toy", "--yes")
     assert hub.store.meta("dataset", "org/toy")["private"] is True
 
 
-def test_a_public_repository_can_be_closed_without_a_commit(hub, runner, tmp_path):
+def test_a_public_repository_can_become_private_without_a_commit(hub, runner, tmp_path):
     folder = data_folder(tmp_path / "toy")
     runner.run("publish", "dataset", folder, "org/toy", "--yes")
     head = hub.head("dataset", "org/toy")
@@ -136,7 +136,7 @@ def test_a_public_repository_can_be_closed_without_a_commit(hub, runner, tmp_pat
     assert hub.head("dataset", "org/toy") == head
 
 
-def test_somebody_else_was_faster(hub, runner, tmp_path):
+def test_a_commit_by_someone_else_during_publishing_is_an_error(hub, runner, tmp_path):
     folder = data_folder(tmp_path / "toy")
     hub.store.create("dataset", "org/toy")
     hub.faults.append(Fault("slow", pattern="POST .*preupload", seconds=1))
@@ -159,7 +159,7 @@ def _versions(tmp_path: Path, case: str) -> tuple[Path, Path]:
     return one, data_folder(tmp_path / case / "two", f"{case} 2")
 
 
-def _put_up(hub: HubServer, repo: str, folder: Path) -> str | None:
+def _upload(hub: HubServer, repo: str, folder: Path) -> str | None:
     hub.store.create("dataset", repo)
     files = published_data(folder, repo)
     added = {path: hub.store.put(data) | {"lfs": path.endswith(".parquet")} for path, data in files.items()}
@@ -167,19 +167,22 @@ def _put_up(hub: HubServer, repo: str, folder: Path) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "there"), [("cut", True), ("lost", True), ("half", True), (403, True), ("cut", False), ("lost", False)]
+    ("kind", "has_old_version"),
+    [("cut", True), ("lost", True), ("half", True), (403, True), ("cut", False), ("lost", False)],
 )
-def test_cut_at_every_request_the_old_revision_serves_and_a_second_run_completes(hub, runner, tmp_path, kind, there):
-    """In every case another request fails; with 403, all later ones fail too. `there`: an older version exists.
+def test_after_a_failure_at_any_request_the_old_revision_stays_and_a_second_run_completes(
+    hub, runner, tmp_path, kind, has_old_version
+):
+    """A different request fails in every case. With 403, all later requests fail too.
 
-    Every case has its own user, so that all can run at the same time.
+    Every case has a separate user, so that all can run at the same time.
     """
 
     def case(at: int) -> tuple[str, str, str, str | None, Path, Path]:
         user, token = f"user{at}", f"hf_{at:030d}"
         hub.add_user(user, token)
         one, two = _versions(tmp_path, user)
-        return user, token, f"{user}/toy", _put_up(hub, f"{user}/toy", one) if there else None, one, two
+        return user, token, f"{user}/toy", _upload(hub, f"{user}/toy", one) if has_old_version else None, one, two
 
     def publish(token: str, repo: str, folder: Path) -> Path:
         return runner.start("publish", "dataset", folder, repo, "--yes", token=token)
@@ -219,12 +222,12 @@ def test_cut_at_every_request_the_old_revision_serves_and_a_second_run_completes
         assert content(hub, "dataset", repo) == published_data(two, repo)
         assert hub.store.history("dataset", repo) == [
             "Publish the data set with hf_mel",
-            *(["first"] if there else []),
+            *(["first"] if has_old_version else []),
             "initial commit",
         ]
 
 
-def test_what_was_uploaded_before_the_cut_is_not_uploaded_again(hub, runner, tmp_path):
+def test_files_uploaded_before_a_failure_are_not_uploaded_again(hub, runner, tmp_path):
     folder = data_folder(tmp_path / "toy", files=4)
     hub.faults.append(Fault("cut", pattern="POST .*commit"))
     assert runner.run("publish", "dataset", folder, "org/toy", "--yes").returncode == 1
@@ -235,7 +238,7 @@ def test_what_was_uploaded_before_the_cut_is_not_uploaded_again(hub, runner, tmp
 
 
 @pytest.mark.parametrize("status", [401, 403, 429, 500])
-def test_an_answer_that_is_an_error_says_what_to_do(hub, runner, tmp_path, status):
+def test_error_statuses_of_the_hub_give_a_remedy(hub, runner, tmp_path, status):
     folder = data_folder(tmp_path / "toy")
     hub.faults.append(Fault(status, pattern="POST .*commit", stays=True))
     done = runner.run("publish", "dataset", folder, "org/toy", "--yes")
@@ -245,10 +248,10 @@ def test_an_answer_that_is_an_error_says_what_to_do(hub, runner, tmp_path, statu
     assert hub.store.history("dataset", "org/toy") == ["initial commit"]
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def test_terms_that_forbid_it_are_said_and_can_be_overruled(hub, runner, tmp_path):
+def test_terms_that_forbid_redistribution_are_shown_and_can_be_overridden(hub, runner, tmp_path):
     folder = data_folder(tmp_path / "toy", redistribution="The release is for research on the owner's site only.")
     done = runner.run("publish", "dataset", folder, "org/toy", "--yes")
     assert done.returncode == 1
@@ -261,7 +264,7 @@ def test_terms_that_forbid_it_are_said_and_can_be_overruled(hub, runner, tmp_pat
     assert hub.head("dataset", "org/toy")
 
 
-def test_a_report_that_does_not_say_is_no_leave(hub, runner, tmp_path):
+def test_a_report_without_terms_does_not_permit_publishing(hub, runner, tmp_path):
     folder = data_folder(tmp_path / "toy")
     (folder / "report.json").write_text(json.dumps({"dataset": "toy"}))
     done = runner.run("publish", "dataset", folder, "org/toy", "--yes")
@@ -270,12 +273,12 @@ def test_a_report_that_does_not_say_is_no_leave(hub, runner, tmp_path):
     assert not hub.log
 
 
-def test_no_terms_against_it_is_no_refusal(hub, runner, tmp_path):
+def test_empty_terms_permit_publishing(hub, runner, tmp_path):
     assert runner.run("publish", "dataset", data_folder(tmp_path / "toy", redistribution=""), "org/a").returncode == 0
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("damage", "message"),
     [
         (lambda f: (f / "report.json").unlink(), "report.json"),
         (lambda f: (f / "report.json").write_text("[" * 100_000), "not JSON"),
@@ -285,16 +288,16 @@ def test_no_terms_against_it_is_no_refusal(hub, runner, tmp_path):
         (lambda f: (f / "README.md").write_text(f"---\nlicense: mit\n---\n{TOKEN}"), "access token"),
     ],
 )
-def test_a_data_folder_that_is_not_whole_is_refused(hub, runner, tmp_path, spoil, words):
+def test_an_incomplete_or_damaged_data_folder_is_refused(hub, runner, tmp_path, damage, message):
     folder = data_folder(tmp_path / "toy")
-    spoil(folder)
+    damage(folder)
     done = runner.run("publish", "dataset", folder, "org/toy", "--yes")
     assert done.returncode == 1
-    assert words in done.output
+    assert message in done.output
     assert not hub.log
 
 
-def test_links_and_hidden_files_stay_here(hub, runner, tmp_path):
+def test_links_and_hidden_files_are_not_uploaded(hub, runner, tmp_path):
     folder = data_folder(tmp_path / "toy")
     (tmp_path / "secret.md").write_text("secret")
     (folder / "link.md").symlink_to(tmp_path / "secret.md")
@@ -306,14 +309,14 @@ def test_links_and_hidden_files_stay_here(hub, runner, tmp_path):
 
 
 @pytest.mark.parametrize("repo", ["toy", "org/../toy", "a/b/c", "org/to y"])
-def test_a_wrong_name_is_seen_at_once(hub, runner, tmp_path, repo):
+def test_an_invalid_repository_name_is_refused_before_any_request(hub, runner, tmp_path, repo):
     done = runner.run("publish", "dataset", data_folder(tmp_path / "toy"), repo, "--yes")
     assert done.returncode == 1
     assert "OWNER/NAME" in done.output
     assert not hub.log
 
 
-def test_without_an_account_or_the_right_to_write_nothing_happens(hub, new_client, tmp_path):
+def test_without_an_account_or_write_access_nothing_is_uploaded(hub, new_client, tmp_path):
     folder = data_folder(tmp_path / "toy")
     hub.add_user("bob", "hf_" + "b" * 34)
     for name, token, words in (("nobody", None, "hf auth login"), ("bob", "hf_" + "b" * 34, "write access")):
@@ -329,7 +332,7 @@ def test_without_an_account_or_the_right_to_write_nothing_happens(hub, new_clien
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_goes_up_with_its_card_and_results_and_without_its_pickles(hub, runner, tmp_path):
+def test_a_model_is_published_with_its_card_and_results_but_without_pickles(hub, runner, tmp_path):
     folder = model_folder(tmp_path / "run")
     (folder / "checkpoints").mkdir()
     (folder / "optimizer.pt").write_bytes(b"pickle")
@@ -369,7 +372,7 @@ def test_a_model_goes_up_with_its_card_and_results_and_without_its_pickles(hub, 
     assert [entry["value"] for entry in entries] == [25.0, 50.0, 50.0, 61.23]
 
 
-def test_a_card_whose_last_line_was_taken_out_is_the_users(hub, runner, tmp_path):
+def test_a_card_without_the_marker_line_is_not_overwritten(hub, runner, tmp_path):
     folder = model_folder(tmp_path / "run")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# My own words\n")
     done = runner.run("publish", "model", folder, "org/toy", "--yes")
@@ -377,7 +380,7 @@ def test_a_card_whose_last_line_was_taken_out_is_the_users(hub, runner, tmp_path
     assert b"# My own words" in content(hub, "model", "org/toy")["README.md"]
 
 
-def test_the_data_set_is_named_if_it_is_the_one(hub, runner, tmp_path):
+def test_the_data_set_is_named_only_if_its_fingerprint_matches(hub, runner, tmp_path):
     data = data_folder(tmp_path / "data")
     runner.run("publish", "dataset", data, "org/planets", "--yes")
     parquet = sorted(p.relative_to(data).as_posix() for p in data.rglob("*.parquet"))
@@ -398,7 +401,7 @@ def test_the_data_set_is_named_if_it_is_the_one(hub, runner, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("damage", "message"),
     [
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "config.json").write_text("[1]"), "not a JSON object"),
@@ -415,26 +418,26 @@ def test_the_data_set_is_named_if_it_is_the_one(hub, runner, tmp_path):
         ),
     ],
 )
-def test_a_model_folder_that_is_not_whole_is_refused(hub, runner, tmp_path, spoil, words):
+def test_an_incomplete_or_damaged_model_folder_is_refused(hub, runner, tmp_path, damage, message):
     folder = model_folder(tmp_path / "run")
-    spoil(folder)
+    damage(folder)
     done = runner.run("publish", "model", folder, "org/toy", "--yes")
     assert done.returncode == 1
-    assert words in done.output
+    assert message in done.output
     assert not hub.log
 
 
 # -- Spaces ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_metric_has_to_be_named_like_its_module(hub, runner):
+def test_a_metric_must_have_the_name_of_its_module(hub, runner):
     done = runner.run("publish", "metric", "mel_ranking", "org/ranking", "--yes")
     assert done.returncode == 1
     assert "Publish to OWNER/mel_ranking" in done.output
     assert not hub.log
 
 
-def test_the_page_of_a_metric_shows_the_one_that_was_published(hub, runner):
+def test_the_page_of_a_metric_uses_the_published_repository(hub, runner):
     assert runner.run("publish", "metric", "mel_ranking", "org/mel_ranking", "--yes").returncode == 0
     files = content(hub, "space", "org/mel_ranking")
     assert set(files) == {"README.md", "app.py", "mel_ranking.py", "requirements.txt"}
@@ -442,7 +445,7 @@ def test_the_page_of_a_metric_shows_the_one_that_was_published(hub, runner):
     assert b"hf-mel/mel_ranking" not in files["README.md"] + files["app.py"]
 
 
-def test_a_space_needs_what_it_starts_with(hub, runner, tmp_path):
+def test_a_space_without_requirements_is_refused(hub, runner, tmp_path):
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "README.md").write_text("---\ntitle: Demo\nsdk: gradio\napp_file: app.py\n---\n")

@@ -47,19 +47,19 @@ assert type(config).__name__ == "MimicConfig" and type(processor).__name__ == "M
 
 
 def shrink(folder):
-    """Keeps few mentions of every split, in the same files and columns."""
+    """Reduces every split to a few mentions, with the same files and columns."""
     for path in (folder / "mentions").glob("*.parquet"):
         table = pq.read_table(path)
         pq.write_table(table.slice(0, 24), path)
         assert table.schema.equals(pq.read_schema(path), check_metadata=True)
     readme = folder / "README.md"
     _, metadata, body = readme.read_text(encoding="utf-8").split("---\n", 2)
-    kept = {key: value for key, value in yaml.safe_load(metadata).items() if key != "dataset_info"}
-    readme.write_text(f"---\n{yaml.safe_dump(kept)}---\n{body}", encoding="utf-8")
+    metadata = {key: value for key, value in yaml.safe_load(metadata).items() if key != "dataset_info"}
+    readme.write_text(f"---\n{yaml.safe_dump(metadata)}---\n{body}", encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_the_round_trip(hub, client, new_client, tmp_path):
+def test_published_data_sets_models_and_knowledge_bases_load_by_name(hub, client, new_client, tmp_path):
     home = client.home
 
     def publish(kind: str) -> None:
@@ -70,7 +70,7 @@ def test_the_round_trip(hub, client, new_client, tmp_path):
             done = client.cli(*shlex.split(line)[1:])
             assert ("Published in one commit" if "--yes" in line else "nothing was uploaded") in done.stdout
 
-    # Build FlagsMEL, publish it, load it by name without hf_mel.
+    # Build FlagsMEL, publish it and load it by name without hf_mel.
     client.cli("data", "build", "flags_mel", "--output", "data/flags_mel")
     shrink(home / "data/flags_mel")
     publish("dataset")
@@ -105,7 +105,7 @@ def test_the_round_trip(hub, client, new_client, tmp_path):
     publish("kb")
     publish("metric")
 
-    # Elsewhere, without hf_mel, the code comes from the repository, with trust_remote_code only.
+    # On another machine without hf_mel, the code comes from the repository, with trust_remote_code only.
     elsewhere = new_client("elsewhere")
     bare = bare_environment(tmp_path / "bare", "torch", "transformers", "pillow")
     assert not any((bare / name).exists() for name in ("hf_mel", "datasets", "evaluate", "torchvision"))
@@ -156,8 +156,8 @@ mentions[0]["image"] and mentions[0]["image"].save("image.png")
     )
     local_scores, mrr, results = map(json.loads, local.stdout.splitlines()[-3:])
     assert local_scores["code"] == "hf_mel"
-    for here, there in zip(local_scores["scores"], remote["scores"], strict=True):
-        assert here == pytest.approx(there, abs=1e-5)
+    for local_row, remote_row in zip(local_scores["scores"], remote["scores"], strict=True):
+        assert local_row == pytest.approx(remote_row, abs=1e-5)
     linked, piped, gold, text = results
     assert piped == linked
     ranked = [candidate["entity_id"] for candidate in linked["candidates"]]

@@ -80,7 +80,7 @@ def test_pickled_weights_are_not_opened(model, tmp_path):
     assert not trap.exists()
 
 
-def test_conversion_reads_tensors_and_refuses_the_rest(tmp_path):
+def test_conversion_reads_tensors_and_refuses_other_objects(tmp_path):
     trap = tmp_path / "sprung"
     (tmp_path / "config.json").write_text("{}")
     torch.save({"state_dict": {"a": torch.zeros(2)}, "hyper_parameters": Trap(trap)}, tmp_path / "evil.ckpt")
@@ -102,7 +102,7 @@ def test_conversion_reads_tensors_and_refuses_the_rest(tmp_path):
 # -- 2. no code without the user's consent --------------------------------------------------------------------------------
 
 
-def test_code_that_comes_with_a_model_is_not_run_unasked(model, tmp_path):
+def test_code_of_a_model_repository_runs_only_with_consent(model, tmp_path):
     trap = tmp_path / "sprung"
     config = json.loads((model / "config.json").read_text())
     config |= {"model_type": "nobodys", "auto_map": {name: f"evil.{name}" for name in ("AutoConfig", "AutoModel")}}
@@ -117,7 +117,7 @@ def test_code_that_comes_with_a_model_is_not_run_unasked(model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b.parquet", "encodings-0.safetensors/../x"])
-def test_a_manifest_names_files_of_its_folder_only(kb, name):
+def test_a_manifest_may_name_only_files_of_its_folder(kb, name):
     manifest = json.loads((kb.path / "kb.json").read_text())
     for part in ("encodings", "entities"):
         changed = json.loads(json.dumps(manifest))
@@ -127,7 +127,7 @@ def test_a_manifest_names_files_of_its_folder_only(kb, name):
             KnowledgeBase.from_pretrained(kb.path)
 
 
-def test_the_names_of_a_repository_stay_in_the_cache(hub, client):
+def test_files_of_a_repository_stay_in_the_cache(hub, client):
     """A hostile Hub or repository lists `../…`; nothing is written outside the cache."""
     hub.store.create("dataset", "org/kb")
     for name in ("../../entities-1.parquet", "entities-../../../x.parquet"):
@@ -142,7 +142,7 @@ def test_the_names_of_a_repository_stay_in_the_cache(hub, client):
     assert all(cache in path.resolve().parents for path in written)
 
 
-def test_an_index_is_not_downloaded(hub, client, kb):
+def test_indexes_are_not_downloaded(hub, client, kb):
     """faiss is native code, so it reads only files that were written on this machine."""
     hub.store.create("dataset", "org/kb")
     files = {path.name: hub.store.put(path.read_bytes()) for path in kb.path.iterdir()}
@@ -159,7 +159,7 @@ def test_an_index_is_not_downloaded(hub, client, kb):
     assert not [path for path in client.home.rglob("*") if path.is_file() and path.read_bytes() == b"evil"]
 
 
-def test_an_index_of_other_content_or_elsewhere_is_not_parsed(kb, tmp_path, monkeypatch):
+def test_a_changed_index_or_one_outside_its_folder_is_not_parsed(kb, tmp_path, monkeypatch):
     faiss = pytest.importorskip("faiss")
     build_index(kb, "faiss-flat", toy_model(), ToyProcessor(), progress=False)
     open_index(kb, "faiss-flat", toy_model())
@@ -209,7 +209,7 @@ def test_a_hostile_configuration_is_an_error(model, name):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20, "the refusal took over a gigabyte"
 
 
-def test_weights_that_lack_most_of_the_model_are_not_made_up(model):
+def test_a_model_with_mostly_missing_weights_is_refused(model):
     """A configuration of 320 million parameters with a few thousand weights is refused before they are allocated."""
     tensors = load_file(model / "model.safetensors")
     save_file(
@@ -230,7 +230,7 @@ def _rewrite(kb: KnowledgeBase, table: pa.Table, **options) -> None:
     (kb.path / "kb.json").write_text(json.dumps(manifest))
 
 
-def test_a_parquet_file_of_other_columns_is_refused(kb):
+def test_a_parquet_file_with_unexpected_columns_is_refused(kb):
     rows = pq.read_table(kb.path / "entities-00000.parquet")
     deep = pa.array([None] * rows.num_rows, pa.string())
     for _ in range(40):
@@ -266,7 +266,7 @@ for name in sys.argv[1:]:
 """
 
 
-def test_a_parquet_bomb_is_an_error_and_takes_no_memory(tmp_path):
+def test_a_parquet_bomb_is_an_error_before_it_is_decoded(tmp_path):
     """Small files whose columns decode to terabytes: aliases, descriptions or images, repeated."""
     folders = []
     schema = entity_features().arrow_schema
@@ -311,16 +311,16 @@ def _repeat(value, count: int) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array([value]))
 
 
-def _lists(value, rows: int, each: int) -> pa.ListArray:
+def _lists(value, rows: int, length: int) -> pa.ListArray:
     return pa.ListArray.from_arrays(
-        pa.array(range(0, (rows + 1) * each, each), pa.int32()), _repeat(value, rows * each)
+        pa.array(range(0, (rows + 1) * length, length), pa.int32()), _repeat(value, rows * length)
     )
 
 
-def _images(value: bytes, rows: int, each: int) -> pa.ListArray:
-    paths = pa.DictionaryArray.from_arrays(pa.array([None] * (rows * each), pa.int32()), pa.array(["p"]))
-    structs = pa.StructArray.from_arrays([_repeat(value, rows * each), paths], ["bytes", "path"])
-    return pa.ListArray.from_arrays(pa.array(range(0, (rows + 1) * each, each), pa.int32()), structs)
+def _images(value: bytes, rows: int, length: int) -> pa.ListArray:
+    paths = pa.DictionaryArray.from_arrays(pa.array([None] * (rows * length), pa.int32()), pa.array(["p"]))
+    structs = pa.StructArray.from_arrays([_repeat(value, rows * length), paths], ["bytes", "path"])
+    return pa.ListArray.from_arrays(pa.array(range(0, (rows + 1) * length, length), pa.int32()), structs)
 
 
 def _write_bomb(kb: KnowledgeBase, table: pa.Table, schema: pa.Schema) -> None:
@@ -342,7 +342,7 @@ def test_a_card_is_text_and_not_more(tmp_path):
 # -- 5. tokens ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_token_is_blotted_out_of_messages_and_found_in_files(monkeypatch):
+def test_tokens_are_redacted_in_messages_and_detected_in_files(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "an-unusual-token")
     assert without_tokens("sent an-unusual-token and " + TOKEN) == "sent <token> and <token>"
     assert holds_token(b"x an-unusual-token x")
@@ -350,7 +350,7 @@ def test_a_token_is_blotted_out_of_messages_and_found_in_files(monkeypatch):
     assert not holds_token(b"hf_mel hf_xet the_hf_hub_download_function_of_the_client_library")
 
 
-def test_no_message_of_a_failed_publication_has_the_token_in_it(hub, runner, tmp_path):
+def test_no_message_of_a_failed_publication_contains_the_token(hub, runner, tmp_path):
     """The Hub echoes the token in its answer; `tests.hub.conftest` searches all output for it."""
     from tests.hub.test_publish import data_folder
     from tests.hub_server.server import Fault

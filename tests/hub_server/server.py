@@ -153,12 +153,12 @@ class Store:
     def resolve(self, kind: str, repo: str, revision: str) -> str | None:
         sha = self.meta(kind, repo)["refs"].get(revision)
         if sha is None and re.fullmatch(r"[0-9a-f]{7,40}", revision):
-            found = list((self._folder(kind, repo) / "commits").glob(f"{revision}*.json"))
-            sha = found[0].stem if len(found) == 1 else None
+            matches = list((self._folder(kind, repo) / "commits").glob(f"{revision}*.json"))
+            sha = matches[0].stem if len(matches) == 1 else None
         return sha
 
     def history(self, kind: str, repo: str, ref: str = "main") -> list[str]:
-        """Titles of the commits of a branch, newest first."""
+        """Returns the titles of the commits of a branch, newest first."""
         titles, sha = [], self.meta(kind, repo)["refs"].get(ref)
         while sha is not None:
             commit = self.load_commit(kind, repo, sha)
@@ -201,18 +201,18 @@ class HubServer:
         self.users[token] = {"name": name, "orgs": list(orgs), "write": write}
 
     def head(self, kind: str, repo: str) -> str | None:
-        """The commit of main, or `None` if the repository does not exist."""
+        """Returns the commit of main, or `None` if the repository does not exist."""
         return self.store.resolve(kind, repo, "main") if self.store.exists(kind, repo) else None
 
     def files(self, kind: str, repo: str, revision: str = "main") -> dict[str, bytes]:
-        """The files of a revision: path → content."""
+        """Returns the files of a revision as {path: content}."""
         sha = self.store.resolve(kind, repo, revision)
         assert sha is not None
         files = self.store.load_commit(kind, repo, sha)["files"]
         return {path: self.store.blob(entry["sha256"]).read_bytes() for path, entry in files.items()}
 
     def lines(self) -> list[str]:
-        """The log as "METHOD path"."""
+        """Returns the log as lines "METHOD path"."""
         return [f"{request.method} {request.path}" for request in self.log]
 
 
@@ -242,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
-    # -- one request ---------------------------------------------------------------------------------------------
+    # -- request handling ------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
         hub = self.hub
@@ -322,11 +322,11 @@ class _Handler(BaseHTTPRequestHandler):
     # -- permissions -----------------------------------------------------------------------------------------
 
     def _readable(self, kind: str, repo: str, *, content: bool = False) -> dict[str, Any]:
-        """The settings of a repository, if this user may see it and, with `content`, read its files."""
+        """Returns the settings of a repository. Raises if this user may not see it or, with `content`, read its files."""
         store = self.hub.store
-        known = store.exists(kind, repo)
-        meta = store.meta(kind, repo) if known else {}
-        if not known or (meta["private"] and not self._member(repo)):
+        exists = store.exists(kind, repo)
+        meta = store.meta(kind, repo) if exists else {}
+        if not exists or (meta["private"] and not self._member(repo)):
             if self.user is None:
                 raise HttpError(401, "Invalid username or password.", "RepoNotFound")
             raise HttpError(404, "Repository not found", "RepoNotFound")
@@ -414,11 +414,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._info(kind, repo, meta, unquote(argument) or "main", query)
         if verb == "settings" and self.command == "PUT":
             self._writable(repo)
-            wanted = json.loads(body)
-            if "visibility" in wanted:
-                meta["private"] = wanted["visibility"] == "private"
-            if "gated" in wanted:
-                meta["gated"] = wanted["gated"]
+            changes = json.loads(body)
+            if "visibility" in changes:
+                meta["private"] = changes["visibility"] == "private"
+            if "gated" in changes:
+                meta["gated"] = changes["gated"]
             self.hub.store.write_meta(kind, repo, meta)
             return _json({key: meta[key] for key in ("private", "gated")})
         if verb == "refs":
@@ -431,8 +431,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._writable(repo)
             return self._commit(kind, repo, unquote(argument), body)
         if verb == "paths-info":
-            wanted = parse_qs(body.decode()).get("paths", [])
-            return _json(self._paths_info(kind, repo, unquote(argument), wanted))
+            paths = parse_qs(body.decode()).get("paths", [])
+            return _json(self._paths_info(kind, repo, unquote(argument), paths))
         if verb == "tree":
             revision, _, folder = argument.partition("/")
             recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
@@ -462,7 +462,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, kind: str, repo: str, revision: str, folder: str, recursive: bool) -> list[dict[str, Any]]:
         files = self._files(kind, repo, revision)
         under = f"{folder}/" if folder else ""
-        found: dict[str, dict[str, Any]] = {}
+        entries: dict[str, dict[str, Any]] = {}
         for path, entry in sorted(files.items()):
             if not path.startswith(under):
                 continue
@@ -470,23 +470,23 @@ class _Handler(BaseHTTPRequestHandler):
             for depth in range(1, len(inside)):
                 parent = under + "/".join(inside[:depth])
                 if recursive or depth == 1:
-                    found.setdefault(parent, _folder_info(parent))
+                    entries.setdefault(parent, _folder_info(parent))
             if recursive or len(inside) == 1:
-                found[path] = _file_info(path, entry)
-        if not found and folder:
+                entries[path] = _file_info(path, entry)
+        if not entries and folder:
             raise HttpError(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
-        return list(found.values())
+        return list(entries.values())
 
-    def _paths_info(self, kind: str, repo: str, revision: str, wanted: list[str]) -> list[dict[str, Any]]:
+    def _paths_info(self, kind: str, repo: str, revision: str, paths: list[str]) -> list[dict[str, Any]]:
         files = self._files(kind, repo, revision)
-        found = []
-        for path in wanted:
+        entries = []
+        for path in paths:
             path = path.strip("/")
             if path in files:
-                found.append(_file_info(path, files[path]))
+                entries.append(_file_info(path, files[path]))
             elif any(name.startswith(f"{path}/") for name in files):
-                found.append(_folder_info(path))
-        return found
+                entries.append(_folder_info(path))
+        return entries
 
     def _files(self, kind: str, repo: str, revision: str) -> dict[str, dict[str, Any]]:
         return self.hub.store.load_commit(kind, repo, self._revision(kind, repo, revision))["files"]
@@ -496,11 +496,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _preupload(self, kind: str, repo: str, revision: str, payload: dict) -> tuple[int, dict[str, str], bytes]:
         files = self._files(kind, repo, revision)
         answers = []
-        for wanted in payload["files"]:
-            large = wanted["path"].endswith(LARGE_SUFFIXES) or wanted["size"] > LARGE_BYTES
-            answer = {"path": wanted["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
-            if wanted["path"] in files:
-                entry = files[wanted["path"]]
+        for file in payload["files"]:
+            large = file["path"].endswith(LARGE_SUFFIXES) or file["size"] > LARGE_BYTES
+            answer = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            if file["path"] in files:
+                entry = files[file["path"]]
                 answer["oid"] = entry["sha256"] if entry["lfs"] else entry["git"]
             answers.append(answer)
         return _json({"files": answers})
@@ -509,10 +509,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._readable(kind, repo)
         self._writable(repo)
         objects = []
-        for wanted in payload["objects"]:
-            answer: dict[str, Any] = {"oid": wanted["oid"], "size": wanted["size"]}
-            if not self.hub.store.blob(wanted["oid"]).exists():
-                href = self._signed(wanted["oid"])
+        for item in payload["objects"]:
+            answer: dict[str, Any] = {"oid": item["oid"], "size": item["size"]}
+            if not self.hub.store.blob(item["oid"]).exists():
+                href = self._signed(item["oid"])
                 answer["actions"] = {"upload": {"href": href}}
             objects.append(answer)
         return _json({"transfer": "basic", "objects": objects})
@@ -589,10 +589,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self._ranged(blob.read_bytes(), {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
 
     def _ranged(self, content: bytes, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
-        wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")
-        if not wanted or wanted.groups() == ("", ""):
+        requested = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")
+        if not requested or requested.groups() == ("", ""):
             return 200, headers | {"Content-Length": str(len(content))}, content
-        first, last = wanted.groups()
+        first, last = requested.groups()
         start = int(first) if first else max(0, len(content) - int(last))
         stop = min(int(last) + 1, len(content)) if first and last else len(content)
         if start >= len(content):
@@ -618,14 +618,14 @@ def _folder_info(path: str) -> dict[str, Any]:
 
 
 def hub_environment(hub: HubServer, home: Path, token: str | None = None) -> dict[str, str]:
-    """Environment of a process that uses only this Hub, with its cache and token in `home`."""
-    kept = {
+    """Returns the environment of a process that uses only this Hub, with cache and token in `home`."""
+    inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
     }
     home.mkdir(parents=True, exist_ok=True)
     if token is not None:
         (home / "token").write_text(token)
-    return kept | {
+    return inherited | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",  # Xet needs another service; without it, uploads are plain HTTP

@@ -1,4 +1,4 @@
-"""The loopback Hub itself, over plain HTTP: the behaviour that the tests of publishing and loading rely on."""
+"""Tests of the loopback Hub over plain HTTP: behaviour that the tests of publishing and loading rely on."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def ask(hub, method: str, path: str, body: bytes | None = None, token: str | Non
 
 
 @pytest.mark.parametrize(
-    ("wanted", "first", "last"),
+    ("requested", "first", "last"),
     [("0-9", 0, 9), ("1000-", 1000, 1023), ("-7", 1017, 1023), ("5-999999", 5, 1023)],
 )
-def test_ranges(hub, wanted, first, last):
-    status, headers, body = ask(hub, "GET", "/org/toy/resolve/main/a.txt", Range=f"bytes={wanted}")
+def test_a_range_request_returns_those_bytes(hub, requested, first, last):
+    status, headers, body = ask(hub, "GET", "/org/toy/resolve/main/a.txt", Range=f"bytes={requested}")
     assert (status, headers["Content-Range"]) == (206, f"bytes {first}-{last}/1024")
     assert body == CONTENT[first : last + 1]
 
 
-def test_a_range_beyond_the_end(hub):
+def test_a_range_beyond_the_end_is_refused(hub):
     assert ask(hub, "GET", "/org/toy/resolve/main/a.txt", Range="bytes=1024-")[0] == 416
 
 
-def test_large_files_are_elsewhere_behind_a_signature(hub):
+def test_large_files_are_on_another_host_and_need_a_signature(hub):
     status, headers, _ = ask(hub, "HEAD", "/org/toy/resolve/main/big/w.safetensors")
     assert status == 302
     assert headers["X-Repo-Commit"] == hub.head("model", "org/toy")
@@ -57,9 +57,9 @@ def test_large_files_are_elsewhere_behind_a_signature(hub):
     assert ask(hub, "GET", f"/{path.split('?')[0]}", token=None)[0] == 403
 
 
-def test_refusals_have_their_status_and_code(hub):
+def test_refusals_have_the_status_and_code_of_the_real_hub(hub):
     hub.store.create("dataset", "org/closed", private=True)
-    hub.store.create("dataset", "org/asked", gated="manual")
+    hub.store.create("dataset", "org/gated", gated="manual")
     hub.add_user("bob", "hf_" + "b" * 34)
     bob = "hf_" + "b" * 34
     for method, path, token, status, code in (
@@ -69,16 +69,16 @@ def test_refusals_have_their_status_and_code(hub):
         ("GET", "/api/datasets/org/none", TOKEN, 404, "RepoNotFound"),
         ("GET", "/api/models/org/toy/revision/v9", TOKEN, 404, "RevisionNotFound"),
         ("HEAD", "/org/toy/resolve/main/none.txt", TOKEN, 404, "EntryNotFound"),
-        ("GET", "/datasets/org/asked/resolve/main/.gitattributes", None, 401, "GatedRepo"),
-        ("GET", "/datasets/org/asked/resolve/main/.gitattributes", bob, 403, "GatedRepo"),
+        ("GET", "/datasets/org/gated/resolve/main/.gitattributes", None, 401, "GatedRepo"),
+        ("GET", "/datasets/org/gated/resolve/main/.gitattributes", bob, 403, "GatedRepo"),
         ("GET", "/api/whoami-v2", "hf_wrong", 401, None),
         ("POST", "/api/models/org/toy/commit/main", bob, 403, None),
     ):
-        found, headers, _ = ask(hub, method, path, b"" if method == "POST" else None, token=token)
-        assert (found, headers.get("X-Error-Code")) == (status, code), path
+        answer, headers, _ = ask(hub, method, path, b"" if method == "POST" else None, token=token)
+        assert (answer, headers.get("X-Error-Code")) == (status, code), path
 
 
-def test_creating_twice_and_committing_on_an_old_head(hub):
+def test_invalid_creations_and_commits_change_nothing(hub):
     payload = json.dumps({"name": "toy", "organization": "org", "type": "model"}).encode()
     assert ask(hub, "POST", "/api/repos/create", payload)[0] == 409
     lines = [
@@ -95,7 +95,7 @@ def test_creating_twice_and_committing_on_an_old_head(hub):
     assert hub.head("model", "org/toy") == before
 
 
-def test_old_revisions_stay(hub):
+def test_old_revisions_stay_available(hub):
     old = hub.head("model", "org/toy")
     hub.store.commit("model", "org/toy", "main", "new", {"a.txt": hub.store.put(b"new")}, ["big/w.safetensors"])
     assert ask(hub, "GET", "/org/toy/resolve/main/a.txt")[2] == b"new"
@@ -107,7 +107,7 @@ def test_old_revisions_stay(hub):
 
 
 @pytest.mark.parametrize("kind", ["cut", "lost", "half"])
-def test_a_cut_connection_is_one(hub, kind):
+def test_a_fault_breaks_only_the_matching_request(hub, kind):
     hub.faults.append(Fault(kind, at=2, pattern="resolve"))
     path = "/org/toy/resolve/main/a.txt"
     assert ask(hub, "GET", path)[2] == CONTENT

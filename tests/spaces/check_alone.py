@@ -37,7 +37,7 @@ def main(python: str, model: str | None = None, kb: str | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        # As on the Hub: without the checkout and other packages, and with the Space's variables only.
+        # As on the Hub, neither the checkout nor other packages are available, and only the Space's variables are set.
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(root),

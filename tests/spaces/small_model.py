@@ -1,4 +1,4 @@
-"""An untrained MIMIC with all three units and a knowledge base of flags: a quick stand-in for published ones."""
+"""An untrained MIMIC with all three units and a knowledge base of flags, in place of slow published ones."""
 
 from __future__ import annotations
 

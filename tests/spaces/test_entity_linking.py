@@ -1,4 +1,4 @@
-"""The demo Space without a browser: linking, refusals, HTML, and the API."""
+"""Tests of the demo Space without a browser: linking, refusals, HTML and the API."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def link(service, text=TEXT, mentions=("Georgia",), image=None, **options):
 # Linking
 
 
-def test_mentions_of_one_text_are_linked_each(service):
+def test_all_mentions_of_a_text_are_linked(service):
     first, second = link(service, mentions=["Georgia", (23, 29)])
     assert (first.mention, second.mention) == ("Georgia", "Jordan")
     assert link(service, mentions=["Jordan"])[0].best.score == pytest.approx(second.best.score)
 
 
-def test_threshold_and_units(service):
+def test_the_threshold_and_units_change_the_results(service):
     (result,) = link(service, nil_threshold=1e9)
     assert result.is_nil
     assert result.entity_id == "NIL"
@@ -88,7 +88,7 @@ def test_threshold_and_units(service):
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("options", "message"),
     [
         ({"text": ""}, "Paste a caption"),
         ({"text": " \n"}, "Paste a caption"),
@@ -105,20 +105,20 @@ def test_threshold_and_units(service):
         ({"kb": "../../etc"}, "does not exist"),
     ],
 )
-def test_what_cannot_be_linked_is_refused_in_words(space, service, asked, words):
-    with pytest.raises(space.service.Refused, match=words):
-        link(service, **asked)
+def test_invalid_requests_are_refused_with_a_message(space, service, options, message):
+    with pytest.raises(space.service.Refused, match=message):
+        link(service, **options)
 
 
 @pytest.mark.parametrize(
-    ("mentions", "spans", "found"),
+    ("mentions", "spans", "expected"),
     [
         ("Georgia", "", ["Georgia"]),
         ("Georgia", "[[12, 19]]", [(12, 19)]),
         ("Georgia\nGeorgia", "[[12, 19]]", [(12, 19), "Georgia"]),
         ("Georgia\nGeorgia", "[[12, 19], [0, 7]]", [(12, 19), (0, 7)]),
-        (" Peru \n\n", "[[0, 7]]", ["Peru"]),  # typed after a selection
-        ("in Jordan", "[[20, 29]]", [(20, 29)]),  # across a line
+        (" Peru \n\n", "[[0, 7]]", ["Peru"]),  # typed after selecting something else
+        ("in Jordan", "[[20, 29]]", [(20, 29)]),  # spans two lines
         ("Georgia", "[[0, 7000], [-7, 0], [7, 0]]", ["Georgia"]),
         ("Georgia", '{"a": [1]}', ["Georgia"]),
         ("Georgia", "[[NaN, Infinity]]", ["Georgia"]),
@@ -126,11 +126,11 @@ def test_what_cannot_be_linked_is_refused_in_words(space, service, asked, words)
         (None, None, []),
     ],
 )
-def test_mentions_are_those_selected_or_typed(space, mentions, spans, found):
-    assert space.service.parse_mentions("Georgia met Georgia in\nJordan", mentions, spans) == found
+def test_mentions_are_selected_or_typed(space, mentions, spans, expected):
+    assert space.service.parse_mentions("Georgia met Georgia in\nJordan", mentions, spans) == expected
 
 
-def test_scores_that_are_no_numbers_end_in_words_and_the_app_goes_on(space, service, monkeypatch):
+def test_nan_scores_give_a_message_and_the_app_keeps_working(space, service, monkeypatch):
     model = service.linker("small", "flags").model
     with monkeypatch.context() as patch:
         patch.setattr(model, "quick_scores", lambda *args, score=model.quick_scores: score(*args) * float("nan"))
@@ -139,7 +139,7 @@ def test_scores_that_are_no_numbers_end_in_words_and_the_app_goes_on(space, serv
     assert link(service)[0].candidates
 
 
-def test_a_failure_of_ours_says_nothing_of_the_server(space, service, monkeypatch):
+def test_an_internal_error_does_not_reveal_details_of_the_server(space, service, monkeypatch):
     def fail(*args):
         raise RuntimeError("/secret/path")
 
@@ -149,26 +149,28 @@ def test_a_failure_of_ours_says_nothing_of_the_server(space, service, monkeypatc
     assert "secret" not in str(refused.value)
 
 
-def test_a_reranker_ranks_the_mentions_of_a_caption_together(space, folders, tmp_path):
+def test_a_reranker_ranks_all_mentions_of_a_caption_jointly(space, folders, tmp_path):
     register()
     toy_reranker(unit="context").save_pretrained(tmp_path / "reranker")
     ToyPairProcessor().save_pretrained(tmp_path / "reranker")
     both = {"model": str(folders / "model"), "reranker": str(tmp_path / "reranker")}
     service = space.service.Service({"small": both}, {"flags": str(folders / "model" / "kb")})
-    found = link(service, mentions=["Georgia", "Jordan"])
+    results = link(service, mentions=["Georgia", "Jordan"])
     linker = EntityLinker.from_pretrained(both["model"], kb=folders / "model" / "kb", reranker=both["reranker"])
     rows = [{"text": TEXT, "mention": mention, "context_id": "x"} for mention in ("Georgia", "Jordan")]
     expected = linker(rows, top_k=5)
-    assert [c.entity_id for r in found for c in r.candidates] == [c.entity_id for r in expected for c in r.candidates]
+    assert [c.entity_id for r in results for c in r.candidates] == [
+        c.entity_id for r in expected for c in r.candidates
+    ]
     alone = linker(rows[:1], top_k=5)[0]
-    assert [c.reranker_score for c in alone.candidates] != [c.reranker_score for c in found[0].candidates]
+    assert [c.reranker_score for c in alone.candidates] != [c.reranker_score for c in results[0].candidates]
     assert (
         "reranker ranks it ahead"
-        in Tags(space.render.results([{"result": r, "images": [None] * 5} for r in found], 0)).text
+        in Tags(space.render.results([{"result": r, "images": [None] * 5} for r in results], 0)).text
     )
 
 
-def test_a_knowledge_base_is_offered_with_the_model_that_built_it(space, folders, service, session, tmp_path):
+def test_a_knowledge_base_is_offered_only_with_the_model_that_built_it(space, folders, service, session, tmp_path):
     model = toy_model()
     register()
     model.save_pretrained(tmp_path / "toy")
@@ -191,7 +193,7 @@ def test_a_knowledge_base_is_offered_with_the_model_that_built_it(space, folders
 # Images
 
 
-def test_images_are_read_upright_small_and_rgb(space, tmp_path):
+def test_images_are_scaled_down_and_converted_to_rgb(space, tmp_path):
     Image.new("RGBA", (3000, 1500), (200, 0, 0, 255)).save(tmp_path / "large.png")
     image = space.service.read_image(tmp_path / "large.png")
     assert (image.mode, image.size) == ("RGB", (1024, 512))
@@ -199,7 +201,7 @@ def test_images_are_read_upright_small_and_rgb(space, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["svg", "html", "cut off", "bomb", "large file"])
-def test_what_is_no_image_is_refused(space, tmp_path, kind):
+def test_files_that_are_no_safe_image_are_refused(space, tmp_path, kind):
     path = tmp_path / "upload.png"
     if kind == "svg":
         path.write_text('<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>')
@@ -217,7 +219,7 @@ def test_what_is_no_image_is_refused(space, tmp_path, kind):
         space.service.read_image(path)
 
 
-# Own knowledge bases
+# Knowledge bases of visitors
 
 
 def entities_csv(path: Path, rows) -> Path:
@@ -239,7 +241,7 @@ def png(colour="red") -> bytes:
     return out.getvalue()
 
 
-def test_an_own_knowledge_base_is_built_linked_and_downloaded(service, session, tmp_path):
+def test_a_visitor_can_build_use_and_download_a_knowledge_base(service, session, tmp_path):
     table = entities_csv(tmp_path / "mine.csv", [["1", "Jo", "a cat", "jo.png"], ["2", "Al", "a dog", ""]])
     archive = zipped(tmp_path / "images.zip", {"jo.png": png(), "readme.txt": b"left out"})
     label, count = service.build_kb("Pets", table, archive, model="small", session=session)
@@ -254,11 +256,10 @@ def test_an_own_knowledge_base_is_built_linked_and_downloaded(service, session, 
     assert len(KnowledgeBase.from_pretrained(tmp_path / "again")) == 2
 
 
-def test_it_is_one_visitors_alone_and_goes_with_the_session(space, service, session, tmp_path):
+def test_a_knowledge_base_belongs_to_one_visitor_and_is_deleted_with_the_session(space, service, session, tmp_path):
     table = entities_csv(tmp_path / "mine.csv", [["1", "Jo", "", ""]])
     label, _ = service.build_kb("Secret", table, None, model="small", session=session)
-    other = space.service.Session()
-    for stranger in (other, None):
+    for stranger in (space.service.Session(), None):
         with pytest.raises(space.service.Refused, match="does not exist"):
             link(service, kb=label, session=stranger)
     folder = session.folder
@@ -269,7 +270,7 @@ def test_it_is_one_visitors_alone_and_goes_with_the_session(space, service, sess
         link(service, kb=label, session=session)
 
 
-def test_every_bad_row_is_named(space, service, session, tmp_path):
+def test_the_error_names_every_invalid_row(space, service, session, tmp_path):
     rows = [
         ["1", "Jo", "", ""],
         ["1", "Jo", "", ""],
@@ -295,7 +296,7 @@ def test_a_zip_cannot_write_outside_its_folder(space, tmp_path, name):
     assert not list(tmp_path.rglob("out.png"))
 
 
-def test_a_zip_with_a_link_or_too_much_or_no_zip_is_refused(space, tmp_path, monkeypatch):
+def test_a_zip_that_is_invalid_too_large_or_contains_a_link_is_refused(space, tmp_path, monkeypatch):
     link = zipfile.ZipInfo("link.png")
     link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "link.zip", "w") as out:
@@ -316,7 +317,7 @@ def test_a_zip_with_a_link_or_too_much_or_no_zip_is_refused(space, tmp_path, mon
 # Batches
 
 
-def test_a_batch_keeps_its_order_and_its_bad_rows(service, tmp_path):
+def test_a_batch_keeps_its_order_and_reports_invalid_rows(service, tmp_path):
     path = tmp_path / "mentions.csv"
     path.write_text("\ufefftext,mention\r\nGeorgia won,Georgia\r\nGeorgia won,Peru\r\nin Jordan,Jordan\r\n", "utf-8")
     rows = service.link_batch(path, model="small", kb="flags")
@@ -325,13 +326,13 @@ def test_a_batch_keeps_its_order_and_its_bad_rows(service, tmp_path):
     assert rows[2]["entity_id"] == link(service, "in Jordan", ["Jordan"])[0].entity_id
 
 
-def test_results_as_files(space, tmp_path):
+def test_results_are_written_as_csv_and_json(space, tmp_path):
     rows = [{"text": "=1+1", "mention": "@x", "entity_id": "Q1", "name": 'a "b", c', "score": 0.5}]
     as_csv, as_json = space.service.write_results(rows, tmp_path)
     assert json.loads(Path(as_json).read_text("utf-8")) == rows
     (read,) = csv.DictReader(io.StringIO(Path(as_csv).read_text("utf-8-sig")))
     assert read["name"] == 'a "b", c'
-    assert read["text"] == "'=1+1"  # a spreadsheet would run it
+    assert read["text"] == "'=1+1"  # a spreadsheet would run it as a formula
     assert read["mention"] == "'@x"
 
 
@@ -347,20 +348,20 @@ def test_results_as_files(space, tmp_path):
         ("a.csv", b"\xff\xfe\x00", "UTF-8"),
     ],
 )
-def test_a_file_that_is_no_batch_is_refused(space, service, tmp_path, name, content, words):
+def test_an_invalid_batch_file_is_refused(space, service, tmp_path, name, content, words):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(space.service.Refused, match=words):
         service.link_batch(path, model="small", kb="flags")
 
 
-# What is shown
+# HTML
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
 
 
 class Tags(HTMLParser):
-    """Tags, attributes and text that a browser would see."""
+    """Parses tags, attributes and text as a browser does."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -380,11 +381,11 @@ def result(name="Ada", **changes) -> LinkResult:
         Candidate(1, "Q7259", name, "d", "a", 2.0, {"text": 1.0, "vision": 3.0}),
         Candidate(2, "kb-1", "Bo", "", "", 1.0, {"text": 1.5, "vision": 0.5}),
     ]
-    given = LinkResult("Ada", 0, 3, "Q7259", False, None, candidates)
-    return replace(given, **changes)
+    default = LinkResult("Ada", 0, 3, "Q7259", False, None, candidates)
+    return replace(default, **changes)
 
 
-def test_nothing_from_outside_becomes_markup(space):
+def test_text_from_users_and_models_never_becomes_markup(space):
     render = space.render
     evil = result(EVIL, mention=EVIL, warnings=[EVIL])
     for candidate in evil.candidates:
@@ -409,17 +410,17 @@ def test_nothing_from_outside_becomes_markup(space):
     assert seen.text.count("<script>alert(1)</script>") >= 8  # visible as text
 
 
-def test_a_card_says_what_decided(space):
+def test_a_card_shows_how_the_units_contributed(space):
     seen = Tags(space.render.results([{"result": result(), "images": [None, None]}], 0.1))
     assert "Ahead of Bo mostly because of the image. Alone, the text would favour Bo." in seen.text
     assert "Text 1.000, Image 3.000" in seen.text
     html = space.render.results([{"result": result(), "images": [None, None]}], 0.1)
     assert html.count("https://www.wikidata.org/wiki/") == 1  # kb-1 is not a Wikidata id
-    # Bars show the lead over the weakest candidate of every unit: Ada has 2.5 for vision, Bo 0.5 for text.
+    # Bars show the margin over the weakest candidate in every unit. Ada has 2.5 for vision, Bo 0.5 for text.
     assert [part.split("%")[0] for part in html.split("width:")[1:]] == ["100.0", "20.0"]
 
 
-def test_nil_is_said_plainly(space):
+def test_nil_is_explained(space):
     html = space.render.results(
         [{"result": result(is_nil=True, entity_id="NIL", nil_threshold=5.0), "images": [None, None]}], 0.1
     )
@@ -461,7 +462,7 @@ def test_the_api_links(client, service, tmp_path):
     assert without["warnings"]
 
 
-def test_the_api_takes_the_place_of_the_mention(client):
+def test_the_api_accepts_the_span_of_a_mention(client):
     text = "Georgia met Georgia"
     assert client.predict(text, "Georgia", start=12, api_name="/link")["start"] == 12
     with pytest.raises(AppError, match="does not start at character 3"):
@@ -476,7 +477,7 @@ def test_the_api_links_a_batch_and_only_two_endpoints_are_public(client, tmp_pat
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/link", "/batch"}
 
 
-def test_an_error_is_words_and_the_next_request_is_served(client):
+def test_an_error_has_a_message_and_the_next_request_succeeds(client):
     with pytest.raises(AppError, match="not in the caption"):
         client.predict(TEXT, "Peru", api_name="/link")
     assert client.predict(TEXT, "Georgia", api_name="/link")["entity_id"]
@@ -497,7 +498,7 @@ def test_a_path_that_was_not_uploaded_is_not_read(url, tmp_path):
         assert not requests.get(f"{url}gradio_api/file={path}", timeout=30).ok
 
 
-def test_many_at_once_are_all_served(client):
+def test_simultaneous_requests_are_all_served(client):
     answers, threads = [], []
     for k in range(12):
         text = f"Georgia {k}"
@@ -526,7 +527,7 @@ def private_call(demo, url: str, name: str, data: list, visitor: str) -> str:
     return requests.get(f"{url}gradio_api/queue/data?session_hash={visitor}", timeout=60).text
 
 
-def test_what_a_visitor_brought_is_deleted_and_no_other_visitor_can_use_it(space, service, tmp_path, monkeypatch):
+def test_uploads_of_a_visitor_are_private_and_deleted_later(space, service, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(space.app, "SESSION_SECONDS", 5)
@@ -534,8 +535,8 @@ def test_what_a_visitor_brought_is_deleted_and_no_other_visitor_can_use_it(space
     _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
     try:
         table = uploaded(url, entities_csv(tmp_path / "mine.csv", [["1", "Jo", "", ""]]))
-        said = private_call(demo, url, "build_own_kb", ["Mine", table, None, "small", None], "first")
-        assert "is ready, with 1 entities" in said
+        answer = private_call(demo, url, "build_own_kb", ["Mine", table, None, "small", None], "first")
+        assert "is ready, with 1 entities" in answer
         assert len(list(tmp_path.glob("mel-space-*"))) == 1
         question = ["Jo won", "Jo", "", None, "small", "Mine (yours)", 5, None, None]
         assert ">Jo<" in private_call(demo, url, "answer", question, "first").replace("</strong>", "<")
@@ -551,7 +552,7 @@ def test_what_a_visitor_brought_is_deleted_and_no_other_visitor_can_use_it(space
 
 
 def test_the_app_itself_opens_uploads_only(space, tmp_path, monkeypatch):
-    """Gradio refuses other paths already; the app does not rely on that."""
+    """Gradio already refuses other paths, but the app does not rely on it."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     (tmp_path / "uploads").mkdir()
     for name in ("secret.csv", "uploads/mine.csv"):
@@ -568,7 +569,7 @@ def test_the_app_itself_opens_uploads_only(space, tmp_path, monkeypatch):
     ("name", "words"),
     [("no.png", "not an image"), ("x.svg", "not an image"), ("x.html", "not an image"), ("bomb.png", "pixels")],
 )
-def test_an_upload_that_is_no_photo_is_refused_in_words(demo, url, tmp_path, name, words):
+def test_an_upload_that_is_no_photo_is_refused_with_a_message(demo, url, tmp_path, name, words):
     (tmp_path / name).write_text("<svg><script>alert(1)</script></svg>")
     if name == "bomb.png":
         Image.new("1", (16_000, 10_000)).save(tmp_path / name)  # 160 million pixels, which Pillow accepts
@@ -581,7 +582,7 @@ def test_an_upload_that_is_no_photo_is_refused_in_words(demo, url, tmp_path, nam
     )
 
 
-def test_more_requests_than_can_wait_are_told_so(space, service, tmp_path, monkeypatch):
+def test_requests_beyond_the_queue_limit_are_refused_with_a_message(space, service, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr(space.app, "WAITING", 2)
     released, answers = threading.Event(), []
@@ -620,7 +621,7 @@ def test_the_snippet_of_the_guide_runs(url, tmp_path, monkeypatch):
     assert [row["text"] for row in namespace["rows"]] == [TEXT]
 
 
-def test_the_space_has_what_the_hub_asks_of_one():
+def test_the_space_has_the_metadata_that_the_hub_requires():
     head = (SPACE / "README.md").read_text("utf-8").split("---")[1]
     assert f"sdk_version: {gradio.__version__}" in head
     assert "app_file: app.py" in head

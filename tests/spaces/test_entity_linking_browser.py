@@ -1,4 +1,4 @@
-"""The demo Space in a real browser: a visitor's actions, results and mistakes. Needs Chromium on the machine.
+"""Tests of the demo Space in a real browser: a visitor's actions, results and mistakes. They need Chromium.
 
 If `MEL_SCREENSHOTS` names a folder, screenshots are saved there.
 """
@@ -104,7 +104,7 @@ def press(page, label: str) -> None:
     page.get_by_role("button", name=label, exact=True).click()
 
 
-def test_the_first_screen_shows_a_linked_mention_and_why(page):
+def test_the_first_screen_shows_a_linked_mention_and_its_explanation(page):
     decision = page.locator("#answer .mel-decision").first
     expect(decision).to_contain_text("the Koreans")
     expect(decision).to_contain_text("Ahead of")
@@ -129,7 +129,7 @@ def mark(page, start: int, end: int) -> None:
         box.press("Shift+ArrowRight")
 
 
-def test_words_selected_with_the_keyboard_are_the_mention(page):
+def test_words_selected_with_the_keyboard_become_the_mention(page):
     ask(page, "A day in Jordan with friends")
     mark(page, 8, 16)  # includes the spaces around the word
     expect(mention_box(page)).to_have_value("Jordan")
@@ -137,14 +137,14 @@ def test_words_selected_with_the_keyboard_are_the_mention(page):
     expect(page.locator("#answer .mel-decision")).to_contain_text("Jordan →")
 
 
-def test_words_selected_with_the_mouse_are_the_mention(page):
+def test_words_selected_with_the_mouse_become_the_mention(page):
     ask(page, "Jordan")
     page.locator("#caption textarea").fill("Jordan is a place")
     page.locator("#caption textarea").dblclick(position={"x": 25, "y": 20})
     expect(mention_box(page)).to_have_value("Jordan")
 
 
-def test_what_a_visitor_does_last_wins(page):
+def test_the_last_action_of_a_visitor_determines_the_mention(page):
     ask(page, "Georgia met Jordan")
     mark(page, 0, 7)
     expect(mention_box(page)).to_have_value("Georgia")
@@ -156,7 +156,7 @@ def test_what_a_visitor_does_last_wins(page):
     expect(mention_box(page)).to_have_value("Georgia")
 
 
-def test_the_second_of_two_equal_words_can_be_meant(page):
+def test_the_second_of_two_equal_words_can_be_selected(page):
     """The selection counts code points, also after a character that JavaScript counts twice."""
     ask(page, "😀 Georgia met Georgia")
     mark(page, 14, 21)
@@ -166,7 +166,7 @@ def test_the_second_of_two_equal_words_can_be_meant(page):
     expect(page.locator("#answer .mel-decision")).to_contain_text("Georgia →")
 
 
-def test_several_mentions_are_selected_one_after_another(page):
+def test_several_mentions_can_be_selected_in_turn(page):
     ask(page, "Georgia met Georgia in Jordan", "")
     page.locator("#several input").check()
     for start, end in ((0, 7), (12, 19), (23, 29)):
@@ -176,7 +176,7 @@ def test_several_mentions_are_selected_one_after_another(page):
     expect(page.locator("#answer .mel-answer")).to_have_count(3)
 
 
-def test_a_photo_is_uploaded_and_counts(page, tmp_path):
+def test_an_uploaded_photo_is_used(page, tmp_path):
     Image.new("RGB", (64, 48), "green").save(tmp_path / "photo.png")
     ask(page, "The hosts waved.", "The hosts")
     page.locator("#photo").get_by_role("button", name=re.compile("clear|remove", re.I)).first.click()
@@ -189,14 +189,14 @@ def test_a_photo_is_uploaded_and_counts(page, tmp_path):
     expect(page.locator("#answer .mel-figures img").first).to_be_visible()
 
 
-def test_an_example_fills_the_form_and_answers_with_several_mentions(page):
+def test_an_example_fills_the_form_and_links_its_mentions(page):
     page.get_by_role("button", name="Two mentions in one caption").click()
     expect(page.locator("#answer .mel-answer")).to_have_count(2)
     expect(page.locator("#caption textarea")).to_have_value(re.compile("Samoans"))
     screenshot(page, "two_mentions")
 
 
-def test_the_kinds_of_evidence_and_two_models_side_by_side(page):
+def test_units_can_be_chosen_and_two_models_compared(page):
     page.get_by_role("tab", name="Text alone / image alone / all").click()
     press(page, "Compare the kinds of evidence")
     expect(page.locator("#units .mel-column")).to_have_count(4)
@@ -217,13 +217,13 @@ def test_the_kinds_of_evidence_and_two_models_side_by_side(page):
         ("<img src=x onerror=alert(1)>", "<b>", "“<b>” is not in the caption"),
     ],
 )
-def test_what_is_missing_is_said(page, text, mention, words):
+def test_a_message_names_missing_input(page, text, mention, words):
     ask(page, text, mention)
     press(page, "Link")
     expect(page.locator("#answer [role=alert]")).to_contain_text(words)
 
 
-def test_scripts_in_captions_and_names_are_text(page, tmp_path):
+def test_scripts_in_captions_and_names_are_shown_as_text(page, tmp_path):
     evil = "<img src=x onerror=alert(1)>"
     ask(page, f"{evil} won.", evil)
     press(page, "Link")
@@ -247,7 +247,7 @@ def own_kb(page, table: Path, archive: Path | None = None) -> None:
     press(page, "Check and build")
 
 
-def test_an_own_knowledge_base_from_upload_to_answer(page, open_page, tmp_path):
+def test_a_visitor_builds_a_knowledge_base_and_links_with_it(page, open_page, tmp_path):
     rows = [["1", "Jo", "a cat", "jo.png"], ["2", "Al", "a dog", ""]]
     own_kb(page, entities_csv(tmp_path / "pets.csv", rows), zipped(tmp_path / "images.zip", {"jo.png": png()}))
     expect(page.locator("#kb-answer")).to_contain_text("2 entities")
@@ -266,14 +266,14 @@ def test_an_own_knowledge_base_from_upload_to_answer(page, open_page, tmp_path):
     assert stranger.get_by_role("option", name="yours").count() == 0
 
 
-def test_bad_rows_of_an_own_knowledge_base_are_listed(page, tmp_path):
+def test_invalid_rows_of_an_uploaded_table_are_listed(page, tmp_path):
     own_kb(page, entities_csv(tmp_path / "bad.csv", [["1", "", "", ""], ["2", "Al", "", "none.png"]]))
     expect(page.locator("#kb-answer [role=alert]")).to_contain_text("2 rows cannot be used")
     expect(page.locator("#kb-answer [role=alert]")).to_contain_text("Row 3")
     screenshot(page, "own_kb_bad_rows")
 
 
-def test_a_batch_from_file_to_files(page, tmp_path):
+def test_a_batch_file_gives_result_files(page, tmp_path):
     with (tmp_path / "mentions.csv").open("w", newline="") as out:
         rows = [["Georgia won", "Georgia"], ["In Jordan", "Peru"]] * 150
         csv.writer(out).writerows([["text", "mention"], *rows])
@@ -291,7 +291,7 @@ def test_a_batch_from_file_to_files(page, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone_and_can_be_read_in_either_scheme(open_page, scheme):
+def test_the_page_fits_a_phone_and_is_readable_in_both_colour_schemes(open_page, scheme):
     page = open_page(390, 844, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     screenshot(page, f"phone_{scheme}")
@@ -328,7 +328,7 @@ PALE = """() => {
 }"""
 
 
-def test_every_control_has_a_name_and_can_be_reached_by_keyboard(page):
+def test_every_control_has_a_name_and_is_reachable_by_keyboard(page):
     unnamed = page.evaluate(
         """() => [...document.querySelectorAll('button, input, textarea')]
         .filter(e => e.offsetParent !== null && e.type !== 'file')

@@ -1,4 +1,4 @@
-"""The metric, compared with a plain count of positions, and as a module loaded by `evaluate`."""
+"""Tests of the metric, against counted positions and as a module loaded by `evaluate`."""
 
 import re
 from itertools import pairwise, permutations
@@ -21,8 +21,8 @@ def load(tmp_path):
     return lambda config=None: evaluate.load(str(FOLDER), config, cache_dir=str(tmp_path))
 
 
-def test_values_counted_by_hand():
-    # ranks 1, 3, 12 and one missed gold
+def test_metrics_equal_values_counted_by_hand():
+    # The ranks are 1, 3 and 12, and one gold is missed.
     results = ranking_metrics([1, 3, 12, None], ks=(1, 3, 10, 20))
     assert [results[f"hits@{k}"] for k in (1, 3, 10, 20)] == [1 / 4, 2 / 4, 2 / 4, 3 / 4]
     assert results["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 12) / 4)
@@ -31,20 +31,20 @@ def test_values_counted_by_hand():
     assert ranking_metrics([1, 3, 12, None], kb_size=100)["mr"] == pytest.approx((1 + 3 + 12 + 100) / 4)
 
 
-def test_tie_policies():
+def test_tie_policies_change_the_rank_of_ties():
     best, worst = [1, 2], [4, 2]
     assert resolve_ranks(best, worst).tolist() == [2.5, 2]
     assert resolve_ranks(best, worst, "optimistic").tolist() == [1, 2]
     assert resolve_ranks(best, worst, "pessimistic").tolist() == [4, 2]
 
 
-def test_half_ranks_miss_the_k_below():
+def test_a_fractional_rank_misses_the_next_lower_k():
     results = ranking_metrics([1], [2], ks=(1, 2))
     assert (results["hits@1"], results["hits@2"], results["mrr"]) == (0, 1, 2 / 3)
 
 
 @pytest.mark.parametrize("size", [50, 1001])
-def test_a_constant_scorer_does_not_score(size):
+def test_a_constant_scorer_gains_nothing_from_ties(size):
     gold = np.arange(size)
     results = ranking_metrics(np.ones(size), np.full(size, size), ks=(1, 3, 5, 10, 20))
     assert all(results[f"hits@{k}"] == 0 for k in (1, 3, 5, 10, 20))
@@ -56,7 +56,7 @@ def test_a_constant_scorer_does_not_score(size):
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(-2, 2), min_size=1, max_size=5), st.data())
-def test_realistic_rank_is_the_mean_over_all_orders_of_the_ties(scores, data):
+def test_the_realistic_rank_is_the_mean_over_all_orders_of_ties(scores, data):
     gold = data.draw(st.integers(0, len(scores) - 1))
     # The position of the gold in every order that sorts these scores.
     positions = [
@@ -81,7 +81,7 @@ def test_scores_within_the_tolerance_tie():
     assert ranks_from_ids(ids, gold, [[0.5 + 1e-5, 0.5]], tie_tolerance=1e-4) == (1, 2)
 
 
-def test_nil_values_counted_by_hand():
+def test_nil_metrics_equal_values_counted_by_hand():
     #          correct  wrong  predicted NIL | correct NIL  linked NIL
     gold_nil = [False, False, False, True, True]
     said_nil = [False, False, True, True, False]
@@ -97,7 +97,7 @@ def test_nil_values_counted_by_hand():
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=30))
-def test_nil_laws(rows):
+def test_nil_metrics_are_consistent(rows):
     results = nil_metrics(*zip(*rows, strict=True))
     precision, recall, f1 = (results[f"micro_{name}"] for name in ("precision", "recall", "f1"))
     if precision == precision and recall == recall and precision + recall > 0:
@@ -107,7 +107,7 @@ def test_nil_laws(rows):
     assert results["accuracy"] * len(rows) == pytest.approx(right)
 
 
-def test_nothing_to_average_is_nan():
+def test_metrics_of_no_mentions_are_nan():
     assert np.isnan(ranking_metrics([])["mrr"])
     assert np.isnan(nil_metrics([False], [False], [True])["nil_recall"])
 
@@ -129,12 +129,12 @@ def test_nothing_to_average_is_nan():
         (lambda: nil_metrics([True], [True], []), "same length"),
     ],
 )
-def test_wrong_input_is_named(call, message):
+def test_the_error_names_invalid_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_module_gives_the_numbers_of_the_functions(load):
+def test_the_module_returns_the_values_of_the_functions(load):
     metric = load()
     predictions = [["Q1", "Q2"], ["Q3", "Q1"], ["NIL", "Q2"], [], ["Q5", "Q4"]]
     references = ["Q2", "Q3", "Q2", "NIL", "Q9"]
@@ -145,7 +145,7 @@ def test_module_gives_the_numbers_of_the_functions(load):
     }
 
 
-def test_module_sees_ties_and_adds_up(load):
+def test_the_module_recognises_ties_and_accumulates_batches(load):
     metric = load()
     metric.add_batch(predictions=[["Q1", "Q2"]], references=["Q2"], scores=[[1.0, 1.0]])
     metric.add(prediction=["Q1", "Q2"], reference="Q1")
@@ -158,7 +158,7 @@ def test_module_sees_ties_and_adds_up(load):
     assert optimistic["hits@1"] == 1
 
 
-def test_module_on_ranks(load):
+def test_the_module_accepts_ranks(load):
     metric = load("ranks")
     expected = ranking_metrics([1, 3, None], [1, 5, None])
     assert metric.compute(ranks=[1, 3, None], worst_ranks=[1, 5, None]) == expected
@@ -167,7 +167,7 @@ def test_module_on_ranks(load):
     assert metric.compute() == ranking_metrics([1, 3, 2], [1, 5, 2])
 
 
-def test_module_names_the_other_configuration(load):
+def test_the_error_names_the_other_configuration(load):
     with pytest.raises(ValueError, match="configuration 'ranks'"):
         load().compute(ranks=[1])
     with pytest.raises(ValueError, match="configuration 'ids'"):
@@ -176,7 +176,7 @@ def test_module_names_the_other_configuration(load):
         load("other")
 
 
-def test_card_examples_run(tmp_path, monkeypatch):
+def test_the_examples_in_the_card_run(tmp_path, monkeypatch):
     monkeypatch.chdir(FOLDER.parent.parent)
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(encoding="utf-8"), flags=re.S)
@@ -186,7 +186,7 @@ def test_card_examples_run(tmp_path, monkeypatch):
         exec(block, namespace)
 
 
-def test_card_defines_every_key(load):
+def test_the_card_defines_every_key(load):
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     keys = load().compute(predictions=[["Q1"]], references=["Q1"], ks=[1])
     assert all(f"`{'hits@k' if key == 'hits@1' else key}`" in card for key in keys)
