@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 
 
 def differences(golden: Path) -> dict[str, float]:
-    """Largest absolute difference of each output, of the converted model and of the direct computation in the tests."""
+    """Returns the largest difference of each output, for the converted model and the reference implementation."""
     io = load_file(golden / "io.safetensors")
     batch = {k: v for k, v in io.items() if k.startswith(("mention_", "entity_"))}
     with tempfile.TemporaryDirectory() as folder:

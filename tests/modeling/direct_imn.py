@@ -1,7 +1,7 @@
-"""IMN as printed: eq. 1–14 for one mention and one entity, in NumPy float64, by loops over tokens, spaces and pairs.
+"""Reference implementation of IMN for tests: eq. 1–14 in NumPy float64, with loops over tokens, spaces and pairs.
 
-Written from the paper, independently of the model's code. `weights` are the model's, by name. `sequences` of a side map a
-modality to a list of vectors without padding.
+It was written from the paper, independently of the model's code. `weights` are the model's weights by name. `sequences` of
+a side map a modality to a list of vectors without padding.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def layer_norm(x, weights, name, eps=1e-5):
 
 
 def batch_norm(x, weights, name, statistics=None, eps=1e-5):
-    """`statistics` are mean and variance of the batch. Default: the running ones."""
+    """Normalises with `statistics`, the mean and variance. Default: the running statistics."""
     mean, var = statistics or (array(weights, f"{name}.running_mean"), array(weights, f"{name}.running_var"))
     return (x - mean) / np.sqrt(var + eps) * array(weights, f"{name}.weight") + array(weights, f"{name}.bias")
 
 
 def dilated_cnn(tokens, weights, name, dilations):
-    """Eq. 1. Tokens beyond either end are zeros."""
+    """Applies eq. 1. Tokens beyond either end are zeros."""
     for layer, dilation in enumerate(dilations):
         kernel, bias = array(weights, f"{name}.layers.{layer}.weight"), array(weights, f"{name}.layers.{layer}.bias")
         out = []
@@ -50,13 +50,13 @@ def dilated_cnn(tokens, weights, name, dilations):
 
 
 def attention_pooling(g, weights, name):
-    """Eq. 2."""
+    """Applies eq. 2."""
     alpha = softmax([linear(x, weights, name)[0] for x in g])
     return sum(share * x for share, x in zip(alpha, g, strict=True))
 
 
 def transformer(tokens, weights, name, layers, heads):
-    """Eq. 4: post-norm encoder layers (Vaswani et al.), token by token and head by head."""
+    """Applies eq. 4, post-norm encoder layers (Vaswani et al.), one token and head at a time."""
     if not tokens:
         return []
     for layer in range(layers):
@@ -71,12 +71,12 @@ def transformer(tokens, weights, name, layers, heads):
         )
         size, out = dim // heads, []
         for i, x in enumerate(tokens):
-            found = []
+            heads_output = []
             for head in range(heads):
                 part = slice(head * size, (head + 1) * size)
                 shares = softmax([queries[i][part] @ key[part] / np.sqrt(size) for key in keys])
-                found.append(sum(share * value[part] for share, value in zip(shares, values, strict=True)))
-            attended = linear(np.concatenate(found), weights, f"{prefix}.self_attn.out_proj")
+                heads_output.append(sum(share * value[part] for share, value in zip(shares, values, strict=True)))
+            attended = linear(np.concatenate(heads_output), weights, f"{prefix}.self_attn.out_proj")
             x = layer_norm(x + attended, weights, f"{prefix}.norm1")
             inner = np.maximum(linear(x, weights, f"{prefix}.linear1"), 0)
             out.append(layer_norm(x + linear(inner, weights, f"{prefix}.linear2"), weights, f"{prefix}.norm2"))
@@ -85,7 +85,7 @@ def transformer(tokens, weights, name, layers, heads):
 
 
 def conv_pooling(t, weights, name):
-    """Eq. 6–7. A window starts at every token and reads zeros beyond the last one."""
+    """Applies eq. 6–7. A window starts at every token and reads zeros beyond the last one."""
     out = []
     for block, kernel in enumerate((2, 3, 4, 5)):
         weight, bias = array(weights, f"{name}.{block}.weight"), array(weights, f"{name}.{block}.bias")
@@ -101,7 +101,7 @@ def conv_pooling(t, weights, name):
 
 
 def levels(weights, side, sequences, config):
-    """Inputs of the linear maps of eq. 3, 5 and 8: three vectors."""
+    """Returns the inputs of the linear maps in eq. 3, 5 and 8, three vectors."""
     prefix, hidden = f"{side}_encoder", config.hidden_dim
     g = {
         name: dilated_cnn([np.float64(x) for x in tokens], weights, f"{prefix}.cnn.{name}", config.dilations)
@@ -112,21 +112,21 @@ def levels(weights, side, sequences, config):
     t, first = {}, 0
     for name, tokens in g.items():
         t[name], first = states[first : first + len(tokens)], first + len(tokens)
-    one, two, three = [], [], []
+    pooled, averaged, convolved = [], [], []
     for name in sequences:
         if not g[name]:
-            one.append(np.zeros(hidden))
-            two.append(np.zeros(hidden))
-            three.append(np.zeros(4 * config.conv_dim))
+            pooled.append(np.zeros(hidden))
+            averaged.append(np.zeros(hidden))
+            convolved.append(np.zeros(4 * config.conv_dim))
             continue
-        one.append(attention_pooling(g[name], weights, f"{prefix}.attention.{name}"))
-        two.append(np.mean(t[name], axis=0))
-        three.append(conv_pooling(t[name], weights, f"{prefix}.convolutions.{name}"))
-    return [np.concatenate(level) for level in (one, two, three)]
+        pooled.append(attention_pooling(g[name], weights, f"{prefix}.attention.{name}"))
+        averaged.append(np.mean(t[name], axis=0))
+        convolved.append(conv_pooling(t[name], weights, f"{prefix}.convolutions.{name}"))
+    return [np.concatenate(level) for level in (pooled, averaged, convolved)]
 
 
 def spaces(weights, side, items, config, training=False):
-    """aux^1, aux^2, aux^3 (eq. 3, 5, 8) of a batch of items: [B, 3, d]."""
+    """Returns aux^1, aux^2 and aux^3 (eq. 3, 5, 8) of a batch [B, 3, d]."""
     mapped = [
         [linear(x, weights, f"{side}_encoder.fc.{k}") for k, x in enumerate(levels(weights, side, item, config))]
         for item in items
@@ -135,26 +135,26 @@ def spaces(weights, side, items, config, training=False):
     for item in mapped:
         aux = []
         for k, x in enumerate(item):
-            column = np.array([other[k] for other in mapped])
+            column = np.array([row[k] for row in mapped])
             statistics = (column.mean(0), column.var(0)) if training and len(items) > 1 else None
             aux.append(batch_norm(x, weights, f"{side}_encoder.norm.{k}", statistics))
         out.append(aux)
     return np.array(out)
 
 
-def attended(weights, direction, own, other):
-    """u (eq. 9–12) of a side with spaces `own` [3, d] that attends to `other` [3, d]."""
+def attended(weights, direction, queries, keys):
+    """Returns u (eq. 9–12) of a side with the spaces `queries` [3, d] that attends to `keys` [3, d]."""
     us = []
     for i in range(3):
         b = [
-            own[i]
+            queries[i]
             @ np.maximum(
-                linear(own[i], weights, f"{direction}.query") + linear(other[j], weights, f"{direction}.key"), 0
+                linear(queries[i], weights, f"{direction}.query") + linear(keys[j], weights, f"{direction}.key"), 0
             )
             for j in range(3)
         ]  # eq. 9
         beta = softmax(b)  # eq. 10
-        us.append(sum(beta[j] * other[j] for j in range(3)))  # eq. 11
+        us.append(sum(beta[j] * keys[j] for j in range(3)))  # eq. 11
     return np.mean(us, axis=0)  # eq. 12
 
 
@@ -163,7 +163,7 @@ def cosine(x, y):
 
 
 def fused(weights, mention, entity):
-    """f(u_m, u_e) of one pair of spaces [3, d]."""
+    """Returns f(u_m, u_e) of one pair of spaces [3, d]."""
     if not any(name.startswith("mention_to_entity") for name in weights):  # without co-attention
         return cosine(sum(mention) / 3, sum(entity) / 3)
     u_m = attended(weights, "mention_to_entity", mention, entity)
@@ -176,21 +176,21 @@ def all_scores(weights, mentions, entities):
 
 
 def margin_loss(scores, labels, margin):
-    """Eq. 13 with its two similarities exchanged, averaged over mentions."""
+    """Returns eq. 13 with its two similarities exchanged, averaged over mentions."""
     losses = []
     for row, gold in enumerate(labels):
         losses.append(
             sum(
-                max(margin - scores[row][gold] + scores[row][other], 0)
-                for other in range(len(scores[row]))
-                if other != gold
+                max(margin - scores[row][gold] + scores[row][negative], 0)
+                for negative in range(len(scores[row]))
+                if negative != gold
             )
         )
     return np.mean(losses)
 
 
 def loss(weights, mentions, entities, labels, config):
-    """Eq. 14."""
+    """Returns eq. 14."""
     *taus, last = config.loss_weights
     total = last * margin_loss(all_scores(weights, mentions, entities), labels, config.margin)
     for space in config.spaces:

@@ -1,4 +1,4 @@
-"""MIMIC's scores as the paper prints them, one pair at a time, by loops over tokens: the oracle of the factorised units.
+"""Reference implementation of MIMIC's scores for tests: the paper's equations, one pair at a time, with loops over tokens.
 
 `Switches` selects the variant of the paper or of the published network.
 """
@@ -16,7 +16,7 @@ class Switches:
     mask_padding: bool = False
     query_norm: bool = True
     text_local: bool = True
-    cosine_scale: float | None = None  # weight of the local half, if scores are cosines
+    cosine_scale: float | None = None  # weight of the local half if scores are cosines
 
 
 def linear(x, weights, name):
@@ -29,7 +29,7 @@ def layer_norm(x, weights, name, eps=1e-5):
 
 
 def text_score(weights, mention, entity, switches=Switches()):
-    """Eq. 4, 8–10 for one pair: `global` [d_T], `local` [L, d], `mask` [L] of each side, already normalised."""
+    """Returns eq. 4 and 8–10 of one pair from `global` [d_T], `local` [L, d], `mask` [L] of each side, already normalised."""
     score = mention["global"] @ entity["global"]
     if not switches.text_local:
         return score
@@ -54,7 +54,7 @@ def text_score(weights, mention, entity, switches=Switches()):
 
 
 def dual_score(weights, name, query, key, patches, switches=Switches()):
-    """Eq. 12–14 for one pair: v_A^G, v_B^G [d_v] and V_B^L [n, d_v]."""
+    """Returns eq. 12–14 of one pair from v_A^G, v_B^G [d_v] and V_B^L [n, d_v]."""
     query = linear(query, weights, f"{name}.fc_global")
     key = linear(key, weights, f"{name}.fc_global")
     pooled = torch.stack([linear(patch, weights, f"{name}.fc_local") for patch in patches]).mean(0)
@@ -65,7 +65,7 @@ def dual_score(weights, name, query, key, patches, switches=Switches()):
 
 
 def vision_score(weights, mention, entity, switches=Switches()):
-    """Eq. 5 and 11 for one pair: `global` [d_v] and `local` [n, d_v] of each side."""
+    """Returns eq. 5 and 11 of one pair from `global` [d_v] and `local` [n, d_v] of each side."""
     e2m = dual_score(
         weights, "vdlu.entity_to_mention", entity["global"], mention["global"], mention["local"], switches
     )
@@ -74,7 +74,7 @@ def vision_score(weights, mention, entity, switches=Switches()):
 
 
 def fuse(weights, text, patches):
-    """Eq. 15–18 for one item."""
+    """Returns eq. 15–18 of one item."""
     text = linear(text, weights, "cmfu.fc_text")
     patches = [linear(patch, weights, "cmfu.fc_image") for patch in patches]
     alpha = torch.stack([text @ patch for patch in patches])
@@ -86,7 +86,7 @@ def fuse(weights, text, patches):
 
 
 def all_scores(weights, mentions, entities, units, switches=Switches()):
-    """Unit scores [M, N] from lists of {"text": {...}, "image": {...}} features; `score` is their mean (eq. 7)."""
+    """Returns unit scores [M, N] from lists of {"text": {...}, "image": {...}} features; `score` is their mean (eq. 7)."""
     pair = {
         "text": lambda m, e: text_score(weights, m["text"], e["text"], switches),
         "vision": lambda m, e: vision_score(weights, m["image"], e["image"], switches),

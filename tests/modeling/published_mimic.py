@@ -1,4 +1,4 @@
-"""A tiny network with the published parameter names. `direct_mimic` computes its scores from CLIP's features."""
+"""Tiny MIMIC network with the published parameter names. `direct_mimic` computes its scores from CLIP's features."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def clip_config() -> CLIPConfig:
 
 
 def state_dict(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights by the names of a published checkpoint."""
+    """Returns random weights with the names of a published checkpoint."""
     torch.manual_seed(seed)
     weights = {f"encoder.clip.{k}": v.clone() for k, v in CLIPModel(clip_config()).state_dict().items()}
     text, image, d, c = DIMS["dt"], DIMS["dv"], DIMS["dv"], DIMS["CMFU_hidden_dim"]
@@ -83,7 +83,7 @@ def state_dict(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def inputs(seed: int = 1, mentions: int = 4, entities: int = 6) -> dict[str, torch.Tensor]:
-    """Padded texts and images. Mention 1 and entity 2 have no image, that is, zero pixels."""
+    """Returns padded texts and images. Mention 1 and entity 2 have no image, so their pixels are zero."""
     torch.manual_seed(seed)
     batch = {}
     for side, count in (("mention", mentions), ("entity", entities)):
@@ -102,7 +102,7 @@ def inputs(seed: int = 1, mentions: int = 4, entities: int = 6) -> dict[str, tor
 def outputs(
     weights: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], clip: CLIPModel
 ) -> dict[str, torch.Tensor]:
-    """Outputs of the published network: unit scores, their mean, and the loss if entity i is the gold of mention i."""
+    """Returns the published network's unit scores, their mean, and the loss if entity i is the gold of mention i."""
     clip.eval()
     units = {k.removeprefix("matcher."): v for k, v in weights.items() if k.startswith("matcher.")}
     rename = {"fc_cls": "fc_global", "cls_fc": "fc_global", "tokens_fc": "fc_local", "gate_fc": "fc_gate"}

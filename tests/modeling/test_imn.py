@@ -1,4 +1,4 @@
-"""IMN's model: against the printed equations, extractors, pre-training, switches, saving, and the laws of scoring."""
+"""Tests of IMN's model: scores against the paper's equations, extractors, pre-training, variants and saving."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def build(cls=ImnModel, seed=0, vision=DETR, **fields):
     torch.manual_seed(seed)
     config = {"text_config": dict(BERT)} | ({"vision_config": dict(vision)} if vision else {}) | DIMS | fields
     model = cls(ImnConfig(**config)).eval()
-    with torch.no_grad():  # norms start as ones and zeros, and small weights: an unused one would go unnoticed
+    with torch.no_grad():  # initial ones, zeros and small weights would hide a part that is not applied
         for name, parameter in model.named_parameters():
             if not name.startswith("vision_model"):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -75,7 +75,7 @@ def build(cls=ImnModel, seed=0, vision=DETR, **fields):
 
 
 def posts(rows=4, side="mention", seed=0, width=9, images=True):
-    """Inputs of mentions or posts of different lengths. The second has no image, the third no name, the fourth no text."""
+    """Returns random mentions or posts. The second has no image, the third no name and the fourth no text."""
     random = torch.Generator().manual_seed(seed)
     lengths = [int(torch.randint(3, width + 1, (), generator=random)) for _ in range(rows)]
     if rows > 3:
@@ -94,7 +94,7 @@ def posts(rows=4, side="mention", seed=0, width=9, images=True):
 
 
 def prototypes(model, rows=3, seed=1):
-    """Entities with 0 to k prototypes."""
+    """Returns entities with 0 to k prototypes."""
     random, k = torch.Generator().manual_seed(seed), model.config.num_prototypes
     batch = {}
     for place, name in enumerate(model.config.entity_modalities):
@@ -116,7 +116,7 @@ def side(batch, name):
 
 
 def plain(sequences, count):
-    """Sequences of a batch as lists of vectors, item by item."""
+    """Returns the sequences of a batch as lists of vectors without padding, one dict per item."""
     return [
         {name: list(states[i][mask[i].bool()].detach().double().numpy()) for name, (states, mask) in sequences.items()}
         for i in range(count)
@@ -124,7 +124,7 @@ def plain(sequences, count):
 
 
 def read(model, batch):
-    """Inputs of both encoding networks, item by item. Other tests are about the extractors."""
+    """Returns the inputs of both encoding networks, one dict per item. Other tests cover the extractors."""
     mention_sequences = model._extract("mention", model.config.mention_modalities, side(batch, "mention"))
     entity_sequences = {
         name: (batch[f"entity_prototypes_{name}"], batch[f"entity_prototypes_{name}_mask"])
@@ -181,8 +181,8 @@ FEW = (
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_scores_and_loss_are_the_printed_equations(name):
-    """Eq. 1–14, in evaluation (running statistics) with a mention without text, and entities without prototypes."""
+def test_scores_and_loss_equal_the_equations_of_the_paper(name):
+    """Covers eq. 1–14 in evaluation mode, with a mention without text and entities without prototypes."""
     model = build(**VARIANTS[name])
     batch, labels = batch_for(model), torch.tensor([2, 0, 2, 1])
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_scores_and_loss_are_the_printed_equations(name):
     assert out.unit_scores == model.unit_scores({}, {}) == {}
 
 
-def test_in_training_the_batch_norms_see_the_batch():
+def test_batch_norms_use_batch_statistics_in_training():
     model = build()
     batch = batch_for(model, entities=5)
     with torch.no_grad():
@@ -228,19 +228,19 @@ def test_a_training_batch_of_one_is_normalised_by_the_running_statistics():
     before = weights_of(model)
     out = model.train()(**batch, labels=torch.tensor([0]))
     torch.testing.assert_close(out.scores, expected)
-    assert out.loss.item() == 0  # there is no other entity
+    assert out.loss.item() == 0  # a batch of one has no negatives
     out.loss.backward()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_gradients_are_those_of_finite_differences():
-    """Gradient of eq. 14 in float64, for the element with the largest gradient of every trained tensor."""
+def test_gradients_equal_finite_differences():
+    """Checks the gradient of eq. 14 in float64, at the element with the largest gradient in every trained tensor."""
     model = build(vision=None, mention_modalities=[T], margin=2).double().train()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch_for(model, 4, 4).items()}
     labels, step = torch.tensor([2, 0, 3, 1]), 1e-6
     with torch.no_grad():
         sequences = model._extract("mention", [T], side(batch, "mention"))
-    model._extract = lambda *_: sequences  # constant, and slow to compute
+    model._extract = lambda *_: sequences  # these are frozen, and slow to compute
     model(**batch, labels=labels).loss.backward()
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(learning) > 60
@@ -257,7 +257,7 @@ def test_gradients_are_those_of_finite_differences():
 
 
 def test_the_margin_pushes_the_gold_up():
-    """Eq. 13 as printed is smallest for the worst gold."""
+    """Eq. 13 as printed would push it down, because its two similarities are exchanged."""
     model = build(spaces=[])
     labels = torch.tensor([0])
     good, bad = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.1, 0.9]])
@@ -266,7 +266,7 @@ def test_the_margin_pushes_the_gold_up():
 
 
 @pytest.mark.parametrize("name", [*TABLE_3, *TABLE_4, "- co-attention", "text without a vision model"])
-def test_every_row_of_the_tables_learns(name):
+def test_every_variant_in_the_tables_of_the_paper_trains(name):
     model = build(**VARIANTS[name]).train()
     batch, labels = batch_for(model, mentions=4, entities=3), torch.tensor([2, 0, 1, 2])
     before = weights_of(model)
@@ -286,7 +286,7 @@ def test_every_row_of_the_tables_learns(name):
     assert all(torch.equal(before[n], model.state_dict()[n]) for n in extractors)
 
 
-def test_padding_changes_nothing():
+def test_padding_does_not_change_scores():
     model = build()
     batch = batch_for(model, entities=5)
     longer = dict(batch)
@@ -299,14 +299,14 @@ def test_padding_changes_nothing():
         mask = batch[f"entity_prototypes_{name}_mask"].unsqueeze(-1)
         filled[f"entity_prototypes_{name}"] = batch[f"entity_prototypes_{name}"].masked_fill(~mask, 5.0)
     with torch.no_grad():
-        whole = model(**batch).scores
-        torch.testing.assert_close(model(**longer).scores, whole, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model(**filled).scores, whole, atol=1e-5, rtol=1e-5)
+        expected = model(**batch).scores
+        torch.testing.assert_close(model(**longer).scores, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(**filled).scores, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_laws_of_scoring(name):
-    """Single = batched, chunked = whole, and permuting entities permutes columns."""
+def test_batches_chunks_and_order_do_not_change_scores(name):
+    """Scores are the same one by one and in chunks, and permuted entities get permuted columns."""
     model = build(**VARIANTS[name])
     batch = batch_for(model, mentions=6, entities=7)
     with torch.no_grad():
@@ -344,19 +344,19 @@ def test_scores_with_and_without_gradients_are_the_same(counts):
 
 
 def test_large_batches_are_encoded_in_groups_by_length():
-    """Items encoded in several groups by length have the same aux as items encoded one by one."""
+    """Grouping by length gives the same aux as encoding one by one."""
     model = build()
     batch = batch_for(model, mentions=41, entities=modeling_imn._MIN_BATCH_TO_GROUP)
     for name, count in (("mention", 41), ("entity", modeling_imn._MIN_BATCH_TO_GROUP)):
         encode = model.encode_mentions if name == "mention" else model.encode_entities
         with torch.no_grad():
-            whole = encode(**side(batch, name)).aux
+            grouped = encode(**side(batch, name)).aux
             single = [encode(**{k: v[i : i + 1] for k, v in side(batch, name).items()}).aux for i in range(count)]
-        torch.testing.assert_close(whole, torch.cat(single), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(grouped, torch.cat(single), atol=1e-5, rtol=1e-5)
 
 
 def test_the_aligned_start_maps_single_tokens():
-    """Both networks start as the same map of each token alone: ReLU of an orthogonal projection."""
+    """Both networks start as the same map of single tokens, the ReLU of an orthogonal projection."""
     torch.manual_seed(0)
     wide = {"vision_config": None, "encoder_init": "aligned", "dilations": [1, 2], **DIMS, "hidden_dim": 8}
     model = ImnModel(ImnConfig(text_config=dict(BERT), **wide)).eval()
@@ -368,16 +368,16 @@ def test_the_aligned_start_maps_single_tokens():
         torch.testing.assert_close(encoder.cnn["text"].layers[1].weight[:, :, 1], torch.eye(8))
         seen = encoder.cnn["text"](others.unsqueeze(0), torch.ones(1, 5, dtype=torch.bool))[0]
         torch.testing.assert_close(seen, (others @ weight.T).clamp(min=0), atol=1e-5, rtol=1e-5)
-    there = torch.ones(2, 1, dtype=torch.bool)
+    mask = torch.ones(2, 1, dtype=torch.bool)
     with torch.no_grad():
-        mention_sequences = model.mention_encoder({"text": (token.unsqueeze(1), there)})
-        entity_sequences = model.entity_encoder({"text": (token.unsqueeze(1), there)})
-        # The same token eight times. Only taps after the first read the zeros that eq. 6 adds at the end.
-        repeated = model.mention_encoder({"text": (token.unsqueeze(1).expand(2, 8, width), there.expand(2, 8))})
+        mention_sequences = model.mention_encoder({"text": (token.unsqueeze(1), mask)})
+        entity_sequences = model.entity_encoder({"text": (token.unsqueeze(1), mask)})
+        # The token is repeated eight times. Only taps after the first read the zeros that eq. 6 adds at the end.
+        repeated = model.mention_encoder({"text": (token.unsqueeze(1).expand(2, 8, width), mask.expand(2, 8))})
     torch.testing.assert_close(mention_sequences, entity_sequences)
     torch.testing.assert_close(repeated, mention_sequences, atol=1e-5, rtol=1e-5)
     assert mention_sequences[0].sub(mention_sequences[1]).abs().max() > 0.01
-    largest = 0.1 * model.config.aux_dim**-0.5  # a tenth of PyTorch's default: co-attention is nearly uniform
+    largest = 0.1 * model.config.aux_dim**-0.5  # a tenth of PyTorch's default, so that co-attention is nearly uniform
     for direction in (model.mention_to_entity, model.entity_to_mention):
         for linear in (direction.query, direction.key):
             assert largest / 2 < linear.weight.abs().max() <= largest
@@ -387,14 +387,14 @@ def test_blocks_do_not_change_scores(monkeypatch):
     model = build()
     batch = batch_for(model, mentions=11, entities=9)
     with torch.no_grad():
-        whole = model(**batch).scores
+        expected = model(**batch).scores
         for elements, mentions in ((1, 8), (150, 1), (900, 3), (5000, 8)):
             monkeypatch.setattr(modeling_imn, "_BLOCK_ELEMENTS", {"cpu": elements})
             monkeypatch.setattr(modeling_imn, "_BLOCK_MENTIONS", mentions)
-            torch.testing.assert_close(model(**batch).scores, whole)
+            torch.testing.assert_close(model(**batch).scores, expected)
 
 
-def test_scores_are_cosines_even_of_spaces_that_cancel():
+def test_scores_stay_finite_cosines_if_spaces_cancel():
     model = build()
     aux = torch.zeros(2, 3, 6)
     aux[0, :, 0] = torch.tensor([1e4, -1e4, 0])
@@ -418,14 +418,14 @@ def test_half_precision_encodings_are_scored_in_float32():
             assert model(**batch).scores.dtype == torch.float32
 
 
-def test_posts_are_means_of_the_extractors_states():
+def test_posts_are_encoded_as_means_of_the_extractors_states():
     model = build()
     batch = posts(5, "post")
-    found = model.encode_posts(**batch)
+    encoded = model.encode_posts(**batch)
     mask, shown = batch["post_attention_mask"].bool(), batch["post_image_mask"].bool()
-    assert found["text_present"].tolist() == mask.any(1).tolist() == [True, True, True, False, True]
-    assert found["image_present"].tolist() == shown.tolist()
-    assert found["joint_present"].all()
+    assert encoded["text_present"].tolist() == mask.any(1).tolist() == [True, True, True, False, True]
+    assert encoded["image_present"].tolist() == shown.tolist()
+    assert encoded["joint_present"].all()
     with torch.no_grad():
         for i in range(5):
             text, image = np.zeros(12), np.zeros(8)
@@ -434,22 +434,22 @@ def test_posts_are_means_of_the_extractors_states():
                 text = states.mean(0)
             if shown[i]:
                 image = model.vision_model(batch["post_pixel_values"][i : i + 1]).last_hidden_state[0].mean(0)
-            np.testing.assert_allclose(found["text"][i], text, atol=1e-5)
-            np.testing.assert_allclose(found["image"][i], image, atol=1e-5)
-    assert all(tensor.isfinite().all() and not tensor.requires_grad for tensor in found.values())
-    nothing = {name: torch.zeros_like(v) for name, v in batch.items()}
-    nothing = model.encode_posts(**nothing)
-    assert all((tensor == 0).all() for tensor in nothing.values())
+            np.testing.assert_allclose(encoded["text"][i], text, atol=1e-5)
+            np.testing.assert_allclose(encoded["image"][i], image, atol=1e-5)
+    assert all(tensor.isfinite().all() and not tensor.requires_grad for tensor in encoded.values())
+    empty = {name: torch.zeros_like(v) for name, v in batch.items()}
+    empty = model.encode_posts(**empty)
+    assert all((tensor == 0).all() for tensor in empty.values())
 
 
 def test_the_joint_model_reads_text_mention_and_patches():
-    """Compared with sequences built item by item: embeddings, positions and segments."""
+    """Compares with embeddings, positions and segments built one item at a time."""
     model = build()
     batch = posts(5)
     patches = model._patches(batch["mention_pixel_values"], batch["mention_image_mask"].bool())
     mask, name_mask = batch["mention_attention_mask"].bool(), batch["mention_name_mask"].bool()
     with torch.no_grad():
-        states, there, _ = model._joint(
+        states, present, _ = model._joint(
             batch["mention_input_ids"], mask, batch["mention_name_ids"], name_mask, patches
         )
         words = model.joint_model.get_input_embeddings().weight
@@ -472,8 +472,8 @@ def test_the_joint_model_reads_text_mention_and_patches():
                 position_ids=torch.tensor([positions]),
                 token_type_ids=torch.tensor([segments]),
             ).last_hidden_state[0]
-            assert there[i].sum() == len(expected)
-            assert there[i, : len(expected)].all()
+            assert present[i].sum() == len(expected)
+            assert present[i, : len(expected)].all()
             torch.testing.assert_close(states[i, : len(expected)], expected, atol=1e-5, rtol=1e-5)
             assert (states[i, len(expected) :] == 0).all()
 
@@ -504,7 +504,7 @@ def pretraining_batch(rows=5, seed=3):
     }
 
 
-def test_pretraining_is_the_adaptive_sum_of_the_three_losses():
+def test_the_pretraining_loss_is_the_adaptive_sum_of_three_losses():
     model = build(ImnForKnowledgePreTraining, patch_mask_probability=0.4)
     batch = pretraining_batch()
     with torch.no_grad():
@@ -513,8 +513,8 @@ def test_pretraining_is_the_adaptive_sum_of_the_three_losses():
     language, patch, matching = [], [], []
     with torch.no_grad():
         for i in range(5):
-            there = batch["attention_mask"][i].bool()
-            j, length = int(batch["partners"][i]), int(there.sum())
+            present = batch["attention_mask"][i].bool()
+            j, length = int(batch["partners"][i]), int(present.sum())
             names = batch["name_ids"][i][batch["name_mask"][i].bool()]
             shown = bool(batch["image_mask"][j])
             target = model.vision_model(batch["pixel_values"][j : j + 1]).last_hidden_state
@@ -522,17 +522,17 @@ def test_pretraining_is_the_adaptive_sum_of_the_three_losses():
             patches = target.clone()
             patches[0, drawn] = 0
             states, _, _ = model._joint(
-                batch["input_ids"][i : i + 1, there],
+                batch["input_ids"][i : i + 1, present],
                 torch.ones(1, length).bool(),
                 names.unsqueeze(0) if len(names) else None,
                 torch.ones(1, len(names)).bool() if len(names) else None,
                 (patches, torch.full((1, 5), shown)),
             )
             states = states[0]
-            for place, wanted in enumerate(batch["labels"][i][there].tolist()):
-                if wanted >= 0:
+            for place, label in enumerate(batch["labels"][i][present].tolist()):
+                if label >= 0:
                     logits = model.language_head(states[place], words).double().numpy()
-                    language.append(-np.log(direct_imn.softmax(logits)[wanted]))
+                    language.append(-np.log(direct_imn.softmax(logits)[label]))
             if not shown:
                 continue
             first = length + bool(len(names))
@@ -544,16 +544,16 @@ def test_pretraining_is_the_adaptive_sum_of_the_three_losses():
             logits = model.matching_head(states[0]).double().numpy()
             matching.append(-np.log(direct_imn.softmax(logits)[int(i != j)]))
             np.testing.assert_allclose(out.logits[i], logits, atol=1e-4)
-    losses = np.array([np.mean(each) for each in (language, patch, matching)])
+    losses = np.array([np.mean(values) for values in (language, patch, matching)])
     for name, expected in zip(("language", "patch", "matching"), losses, strict=True):
         assert out.task_losses[name].item() == pytest.approx(expected, rel=1e-4)
     inverse = [1 / (3 - share**2) for share in np.exp(losses) / np.exp(losses).sum()]
-    weights = [each / sum(inverse) for each in inverse]
+    weights = [value / sum(inverse) for value in inverse]
     np.testing.assert_allclose([weight.item() for weight in out.task_weights.values()], weights, rtol=1e-4)
     assert out.loss.item() == pytest.approx(sum(w * loss for w, loss in zip(weights, losses, strict=True)), rel=1e-4)
 
 
-def test_adaptive_weights_favour_the_hard_task_and_have_no_gradient():
+def test_adaptive_weights_favour_the_harder_task_and_have_no_gradient():
     weights = pretraining_imn._adaptive_weights(torch.tensor([3.0, 1.0]))
     assert weights[0] > weights[1]
     assert weights.sum() == 1
@@ -562,13 +562,13 @@ def test_adaptive_weights_favour_the_hard_task_and_have_no_gradient():
     batch = pretraining_batch()
     out = model(**batch)
     out.loss.backward()
-    found = model.matching_head[2].bias.grad.clone()
+    gradient = model.matching_head[2].bias.grad.clone()
     model.zero_grad()
     model(**batch).task_losses["matching"].backward()
-    torch.testing.assert_close(found, out.task_weights["matching"] * model.matching_head[2].bias.grad)
+    torch.testing.assert_close(gradient, out.task_weights["matching"] * model.matching_head[2].bias.grad)
 
 
-def test_pretraining_trains_the_joint_model_alone():
+def test_pretraining_trains_only_the_joint_model():
     model = build(ImnForKnowledgePreTraining).train()
     model(**pretraining_batch()).loss.backward()
     missing = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is None}
@@ -577,7 +577,7 @@ def test_pretraining_trains_the_joint_model_alone():
     assert not model.vision_model.training
 
 
-def test_pretraining_on_words_alone():
+def test_pretraining_without_images_uses_the_language_loss_only():
     model = build(ImnForKnowledgePreTraining, vision=None, mention_modalities=[T, J])
     batch = pretraining_batch()
     batch = {k: batch[k] for k in ("input_ids", "attention_mask", "name_ids", "name_mask", "labels")}
@@ -586,9 +586,9 @@ def test_pretraining_on_words_alone():
     torch.testing.assert_close(out.loss, out.task_losses["language"])
     assert out.logits is None
     batch["labels"] = torch.full_like(batch["labels"], -100)
-    nothing = model(**batch)
-    assert nothing.loss.item() == 0
-    nothing.loss.backward()
+    unlabelled = model(**batch)
+    assert unlabelled.loss.item() == 0
+    unlabelled.loss.backward()
 
 
 def test_pretraining_needs_a_joint_model():
@@ -616,7 +616,7 @@ def test_a_pretrained_model_loads_for_linking(tmp_path):
     assert not any(info.values())
 
 
-# Saving, building, bad input
+# Saving, building and invalid inputs
 
 
 @pytest.mark.parametrize("name", [*FEW, "vit", "feature map"])
@@ -659,7 +659,7 @@ print("loaded")
     assert run.stdout.strip() == "loaded", run.stderr
 
 
-def test_a_pretraining_repository_carries_all_its_code(tmp_path):
+def test_a_pretraining_repository_contains_all_its_code(tmp_path):
     save_model_repository(build(ImnForKnowledgePreTraining, vision=None, mention_modalities=[J]), None, tmp_path)
     code = {path.name for path in tmp_path.glob("*.py")}
     assert code == {"configuration_imn.py", "modeling_imn.py", "pretraining_imn.py"}
@@ -667,7 +667,7 @@ def test_a_pretraining_repository_carries_all_its_code(tmp_path):
     assert auto_map["AutoModel"] == "pretraining_imn.ImnForKnowledgePreTraining"
 
 
-def test_from_backbones_takes_the_pretrained_weights(tmp_path):
+def test_from_backbones_copies_the_pretrained_weights(tmp_path):
     torch.manual_seed(0)
     parts = {name: build().get_submodule(f"{name}_model") for name in ("text", "vision")}
     for name, part in parts.items():
@@ -677,8 +677,8 @@ def test_from_backbones_takes_the_pretrained_weights(tmp_path):
     assert both.config.modalities == ["text", "image", "joint"]
     assert str(tmp_path) not in both.config.to_json_string()
     for ours, theirs in ((both.text_model, "text"), (both.joint_model, "text"), (both.vision_model, "vision")):
-        wanted = parts[theirs].state_dict()
-        assert all(torch.equal(value, wanted[key]) for key, value in ours.state_dict().items())
+        expected = parts[theirs].state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in ours.state_dict().items())
     alone = ImnModel.from_backbones(text=text, **DIMS)
     assert alone.config.modalities == ["text"]
     assert not hasattr(alone, "joint_model")
@@ -694,7 +694,7 @@ def test_from_backbones_takes_the_pretrained_weights(tmp_path):
         ImnModel.from_backbones()
 
 
-def test_the_default_configuration_is_the_papers():
+def test_the_default_configuration_is_that_of_the_paper():
     config = ImnConfig()
     assert (config.text_config.model_type, config.vision_config.model_type) == ("bert", "detr")
     assert config.vision_config.num_queries == 100
@@ -721,29 +721,29 @@ def test_the_default_configuration_is_the_papers():
         ({"encoder_init": "aligned", "entity_modalities": ["text"]}, ["encoder_init", "entity_modalities=['text']"]),
     ],
 )
-def test_impossible_configurations_say_why(fields, words):
+def test_impossible_configurations_are_refused(fields, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         ImnConfig(**({"text_config": dict(BERT), "vision_config": dict(DETR)} | DIMS | fields))
     assert all(word in str(error.value) for word in words)
 
 
 @pytest.mark.parametrize(
-    ("without", "words"),
+    ("name", "message"),
     [
         ("mention_input_ids", "mention_input_ids"),
         ("mention_pixel_values", "pixel_values"),
         ("entity_prototypes_joint", "entity_prototypes_joint"),
     ],
 )
-def test_missing_inputs_say_which(without, words):
+def test_the_error_names_missing_inputs(name, message):
     model = build()
     batch = batch_for(model)
-    del batch[without]
-    with pytest.raises(ValueError, match=words):
+    del batch[name]
+    with pytest.raises(ValueError, match=message):
         model(**batch)
 
 
-def test_prototypes_of_another_model_say_so():
+def test_prototypes_of_another_width_are_refused():
     model = build()
     batch = batch_for(model)
     batch["entity_prototypes_text"] = torch.zeros(3, 4, 99)
@@ -751,35 +751,35 @@ def test_prototypes_of_another_model_say_so():
         model(**batch)
 
 
-def test_a_text_beyond_the_positions_says_so():
+def test_a_text_longer_than_the_positions_is_refused():
     model = build(mention_modalities=[J])
     batch = batch_for(model) | posts(4, width=40)
     with pytest.raises(ValueError, match="max_length"):
         model(**batch)
 
 
-def test_features_read_before_give_the_same_encodings():
-    """Cached features do not depend on the batch they were computed in, as they contain no padding; also in training."""
+def test_cached_features_give_the_same_encodings_and_gradients():
+    """Cached features contain no padding, so they do not depend on the batch that they were computed in."""
     model = build()
     batch = posts(6, "mention", seed=4)
     with torch.no_grad():
-        whole = model.encode_mentions(**batch)
-        found = model.mention_features(**batch)
-        kept = {}
+        expected = model.encode_mentions(**batch)
+        features = model.mention_features(**batch)
+        cached = {}
         for name in (T, V, J):
-            states, mask = found[name], found[f"{name}_mask"]
+            states, mask = features[name], features[f"{name}_mask"]
             rows = [states[row, mask[row]] for row in (5, 3, 1)]
-            kept[f"mention_features_{name}"] = torch.nn.utils.rnn.pad_sequence(
+            cached[f"mention_features_{name}"] = torch.nn.utils.rnn.pad_sequence(
                 [*rows, torch.zeros(40, states.shape[2])], True
             )[:3]
             counts = torch.tensor([len(row) for row in rows])
-            kept[f"mention_features_{name}_mask"] = torch.arange(40) < counts[:, None]
-        for name, tensor in model.encode_mentions(**kept).items():
-            torch.testing.assert_close(tensor, whole[name][[5, 3, 1]], atol=1e-5, rtol=1e-5)
+            cached[f"mention_features_{name}_mask"] = torch.arange(40) < counts[:, None]
+        for name, tensor in model.encode_mentions(**cached).items():
+            torch.testing.assert_close(tensor, expected[name][[5, 3, 1]], atol=1e-5, rtol=1e-5)
     entities, labels = prototypes(model, 3), torch.arange(3)
     losses = []
-    for inputs in (kept, {key: tensor[[5, 3, 1]] for key, tensor in batch.items() if "pixel" not in key}):
-        if inputs is not kept:
+    for inputs in (cached, {key: tensor[[5, 3, 1]] for key, tensor in batch.items() if "pixel" not in key}):
+        if inputs is not cached:
             seen = batch["mention_image_mask"][[5, 3, 1]].bool()
             inputs["mention_pixel_values"] = batch["mention_pixel_values"][[5, 3, 1]]
             assert seen.any()
@@ -792,7 +792,7 @@ def test_features_read_before_give_the_same_encodings():
     assert losses[0].abs().max() > 0
 
 
-def test_dropout_is_for_training_alone():
+def test_dropout_applies_in_training_only():
     model, plain = build(dropout=0.4), build()
     plain.load_state_dict(model.state_dict())
     batch = batch_for(model)

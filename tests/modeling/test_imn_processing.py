@@ -1,4 +1,4 @@
-"""IMN's processor: texts, mentions, images, prototypes, and the words that pre-training masks."""
+"""Tests of IMN's processor: texts, mentions, images, prototypes, and masking for pre-training."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def words(ids):
     return " ".join(WORDS[i] for i in ids)
 
 
-def test_a_mention_is_its_text_and_its_name(processor):
+def test_a_mention_has_the_tokens_of_its_text_and_name(processor):
     batch = processor(mentions=[MENTION, MENTION | {"mention": "", "text": "bird"}])
     assert words(batch["mention_input_ids"][0]) == "[CLS] on stage taylor swift sings [SEP]"
     assert words(batch["mention_input_ids"][1]) == "[CLS] bird [SEP] [PAD] [PAD] [PAD] [PAD]"
@@ -65,7 +65,7 @@ def test_a_mention_is_its_text_and_its_name(processor):
     assert isinstance(processor, MelProcessor)
 
 
-def test_a_template_may_put_the_mention_into_the_text(tokenizer):
+def test_a_template_can_insert_the_mention_into_the_text(tokenizer):
     processor = ImnProcessor.from_parts(tokenizer, mention_template="{mention} [SEP] {text}", max_length=12)
     rows = [MENTION, MENTION | {"mention": None}, MENTION | {"mention": ""}]
     batch = processor(mentions=rows, posts=[POST | {"mention": "swift"}])
@@ -77,7 +77,7 @@ def test_a_template_may_put_the_mention_into_the_text(tokenizer):
     assert not any("image" in name or "pixel" in name for name in batch)
 
 
-def test_cutting_and_empty_texts(processor):
+def test_long_texts_are_truncated_and_empty_texts_masked(processor):
     batch = processor(mentions=[MENTION | {"text": "bird " * 3000}, MENTION | {"text": " "}, MENTION | {"text": None}])
     assert batch["mention_input_ids"].shape == (3, 9)
     assert words(batch["mention_input_ids"][0]).endswith("bird [SEP]")
@@ -98,16 +98,16 @@ def test_missing_images_are_masked(processor):
     assert batch["post_image_mask"].tolist() == [True]
 
 
-def test_batched_is_single(processor):
+def test_a_batch_equals_its_rows_one_by_one(processor):
     rows = [MENTION | {"image": picture()}, MENTION | {"text": "bird"}, MENTION | {"image": picture(5, 30)}]
     batch = processor(mentions=rows)
     for i, row in enumerate(rows):
         for name, tensor in processor(mentions=[row]).items():
-            whole = batch[name][i]
+            row_tensor = batch[name][i]
             if name.endswith(("ids", "attention_mask", "name_mask")):
-                assert (whole[tensor.shape[1] :] == 0).all()
-                whole = whole[: tensor.shape[1]]
-            torch.testing.assert_close(tensor[0], whole)
+                assert (row_tensor[tensor.shape[1] :] == 0).all()
+                row_tensor = row_tensor[: tensor.shape[1]]
+            torch.testing.assert_close(tensor[0], row_tensor)
 
 
 def test_prototypes_are_padded_to_k(processor):
@@ -136,13 +136,13 @@ def test_prototypes_are_padded_to_k(processor):
         ({"entity_id": "Q7", "prototypes": {"image": torch.full((1, 5), float("nan"))}}, "Q7: its image .* nan"),
     ],
 )
-def test_wrong_prototypes_name_the_entity(processor, row, message):
+def test_the_error_about_prototypes_names_the_entity(processor, row, message):
     good = {"entity_id": "Q1", "prototypes": {"text": torch.ones(1, 5)}}
     with pytest.raises(ValueError, match=message):
         processor(entities=[good, row])
 
 
-def test_prototypes_of_several_widths_say_so(processor):
+def test_prototypes_of_several_widths_are_refused(processor):
     rows = [{"entity_id": f"Q{d}", "prototypes": {"text": torch.ones(1, d)}} for d in (5, 6)]
     with pytest.raises(ValueError, match="5, 6"):
         processor(entities=rows)
@@ -156,11 +156,11 @@ def pretrain(processor, rows, partners=None):
 
 
 def hidden(batch):
-    """Positions of the masked words, by row."""
+    """Returns the positions of masked words in every row."""
     return [set((labels >= 0).nonzero().flatten().tolist()) for labels in batch["labels"]]
 
 
-def test_the_tokens_of_the_mention_are_hidden_and_no_others(processor):
+def test_only_tokens_of_the_mention_are_masked(processor):
     rows = [MENTION | {"mention_id": i, "image": None} for i in range(600)]
     batch = pretrain(processor, rows)
     counts = Counter(place for places in hidden(batch) for place in places)
@@ -170,7 +170,7 @@ def test_the_tokens_of_the_mention_are_hidden_and_no_others(processor):
     assert set(batch["labels"][:, 3].tolist()) == {WORDS.index("taylor"), -100}
     shown = Counter(batch["input_ids"][batch["labels"][:, 3] >= 0, 3].tolist())
     total = sum(shown.values())
-    assert abs(shown[MASK] / total - 0.8) < 0.06  # plus 1 % by chance, from the random words
+    assert abs(shown[MASK] / total - 0.8) < 0.06  # random words add 1 % by chance
     assert shown[WORDS.index("taylor")] / total == pytest.approx(0.1, abs=0.04)
     untouched = batch["labels"] < 0
     original = processor(posts=rows)["post_input_ids"]
@@ -183,13 +183,13 @@ def test_the_mention_embedding_does_not_reveal_masked_words(processor):
     assert (batch["name_mask"] == 1).all()
 
 
-def test_words_are_hidden_at_random_where_there_is_no_mention_or_no_guidance(processor, tokenizer):
+def test_random_words_are_masked_without_a_mention_or_guidance(processor, tokenizer):
     plain = ImnProcessor.from_parts(tokenizer, max_length=9, knowledge_guided=False)
     rows = [MENTION] * 600
     nowhere = [row | {"mention": "bird", "start": -1, "end": -1} for row in rows]
     unnamed = [row | {"mention": ""} for row in rows]
-    for use, each in ((plain, rows), (processor, nowhere), (processor, unnamed)):
-        batch = pretrain(use, each)
+    for masker, posts in ((plain, rows), (processor, nowhere), (processor, unnamed)):
+        batch = pretrain(masker, posts)
         counts = Counter(place for places in hidden(batch) for place in places)
         assert set(counts) == {1, 2, 3, 4, 5}  # neither [CLS] nor [SEP]
         for count in counts.values():
@@ -206,7 +206,7 @@ def test_a_mention_without_a_span_is_searched_in_the_text(processor):
     assert words(pretrain(processor, [late])["name_ids"][0]) == "swift"
 
 
-def test_masking_depends_on_seed_and_batch_only(processor, tokenizer):
+def test_masking_depends_only_on_the_seed_and_the_batch(processor, tokenizer):
     rows = [MENTION | {"image": picture()}] * 20
     first, again = pretrain(processor, rows), pretrain(processor, rows)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -244,8 +244,8 @@ def test_the_models_accept_the_output(processor):
         for i in range(3)  # the last one has no posts
     ]
     prototypes = PostPrototypes(model, processor, datasets.Dataset.from_list(posts, features=post_features()))
-    known = prototypes.attach(list(datasets.Dataset.from_list(entities, features=entity_features())))
-    batch = {**processor(mentions=rows), **processor(entities=known)}
+    attached = prototypes.attach(list(datasets.Dataset.from_list(entities, features=entity_features())))
+    batch = {**processor(mentions=rows), **processor(entities=attached)}
     assert batch["entity_prototypes_text_mask"].sum(1).tolist() == [3, 3, 1]
     assert batch["entity_prototypes_image_mask"].sum(1).tolist() == [3, 3, 0]
     with torch.no_grad():
@@ -268,7 +268,7 @@ def test_options_survive_saving(processor, tmp_path):
 
 
 def test_images_for_detr_are_squares(tokenizer, tmp_path):
-    """DETR's image processor keeps proportions and pads, so features would depend on the batch."""
+    """DETR's own image processor keeps proportions and pads, so features would depend on the batch."""
     DetrImageProcessorPil(size={"shortest_edge": 16, "longest_edge": 40}).save_pretrained(tmp_path)
     processor = ImnProcessor.from_parts(tokenizer, str(tmp_path))
     rows = [MENTION | {"image": picture(40, 10)}, MENTION | {"image": picture(10, 30)}]
@@ -278,12 +278,12 @@ def test_images_for_detr_are_squares(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"max_length": 2}, {"num_prototypes": 0}], ids=str)
-def test_impossible_options_say_why(tokenizer, options):
+def test_impossible_options_are_refused(tokenizer, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         ImnProcessor.from_parts(tokenizer, **options)
 
 
-def test_wrong_calls_say_what_to_give(processor, tokenizer):
+def test_missing_arguments_are_refused(processor, tokenizer):
     with pytest.raises(ValueError, match="mentions= and entities="):
         processor(pairs=[(MENTION, [])])
     with pytest.raises(ValueError, match="posts="):

@@ -1,4 +1,4 @@
-"""MIMIC's model: factorised scores against the printed equations, losses, switches, saving, and the laws of scoring."""
+"""Tests of MIMIC's model: factorised scores against the paper's equations, losses, variants and saving."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def build(seed=0, **fields) -> MimicModel:
     torch.manual_seed(seed)
     config = {"text_config": dict(BERT), "vision_config": dict(VIT)} | DIMS | fields
     model = MimicModel(MimicConfig(**config)).eval()
-    with torch.no_grad():  # norms start as ones and zeros, so an unused weight would go unnoticed
+    with torch.no_grad():  # the initial ones and zeros of norms would hide a weight that is not applied
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -69,7 +69,7 @@ def batch_for(model: MimicModel, **sizes) -> dict[str, torch.Tensor]:
 
 
 def features(model: MimicModel, batch: dict[str, torch.Tensor], side: str) -> list[dict]:
-    """Inputs of the units, item by item. The golden values test the encoders, so this file does not."""
+    """Returns the inputs of the units, one dict per item. `make golden` checks the encoders."""
     count = len(next(v for k, v in batch.items() if k.startswith(side)))
     text = image = None
     with torch.no_grad():
@@ -108,7 +108,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
-def test_scores_are_the_printed_equations(fields):
+def test_scores_equal_the_equations_of_the_paper(fields):
     model = build(**fields)
     batch = batch_for(model)
     with torch.no_grad():
@@ -133,36 +133,36 @@ def test_scores_are_the_printed_equations(fields):
     torch.testing.assert_close(out.scores, expected["score"], atol=2e-5, rtol=1e-5)
 
 
-def test_gradients_are_those_of_the_printed_equations():
+def test_gradients_equal_those_of_the_printed_equations():
     model = build(mask_padding=True).double()
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch_for(model).items()}
     model(**batch).scores.square().sum().backward()
     units = [n for n, _ in model.named_parameters() if n.split(".")[0] in ("tglu", "vdlu", "cmfu")]
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if n in units}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if n in units}
 
     weights = {n: p.detach().clone().requires_grad_(n in units) for n, p in model.named_parameters()}
     rows = [features(model, batch, side) for side in ("mention", "entity")]
     switches = direct_mimic.Switches(mask_padding=True)
     direct_mimic.all_scores(weights, *rows, model.config.units, switches)["score"].square().sum().backward()
     for name in units:
-        torch.testing.assert_close(found[name], weights[name].grad, atol=1e-8, rtol=1e-6, msg=name)
+        torch.testing.assert_close(gradients[name], weights[name].grad, atol=1e-8, rtol=1e-6, msg=name)
 
 
 def test_blocks_do_not_change_scores(monkeypatch):
     model = build(mask_padding=True)
     batch = batch_for(model, mentions=11, entities=9)
     with torch.no_grad():
-        whole = model(**batch).scores
+        expected = model(**batch).scores
         for elements, mentions in ((1, 8), (150, 1), (900, 3), (5000, 8)):
             monkeypatch.setattr(scoring_mimic, "_BLOCK_ELEMENTS", {"cpu": elements})
             monkeypatch.setattr(scoring_mimic, "_BLOCK_MENTIONS", mentions)
-            torch.testing.assert_close(model(**batch).scores, whole)
+            torch.testing.assert_close(model(**batch).scores, expected)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("without", ["query", "fused"])
-def test_vectors_of_the_first_stage(name, without):
-    """Inner products of the vectors equal the score if no unit lets mention and entity interact."""
+def test_inner_products_of_first_stage_vectors_equal_the_score(name, without):
+    """This holds if no unit lets mention and entity interact."""
     model = build(**VARIANTS[name])
     batch = batch_for(model, mentions=4, entities=6)
     with torch.no_grad():
@@ -176,15 +176,15 @@ def test_vectors_of_the_first_stage(name, without):
         if hasattr(model, "vdlu") and without == "query":
             mentions["vision_query"].zero_()
             entities["vision_query"].zero_()
-        found = model.query_vectors(mentions) @ model.index_vectors(entities).T
-        torch.testing.assert_close(found, model.score(mentions, entities), atol=1e-5, rtol=1e-5)
+        products = model.query_vectors(mentions) @ model.index_vectors(entities).T
+        torch.testing.assert_close(products, model.score(mentions, entities), atol=1e-5, rtol=1e-5)
         halves = {k: v.half() if v.is_floating_point() else v for k, v in entities.items()}
         assert model.index_vectors(halves).dtype == model.query_vectors(mentions).dtype == torch.float32
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_extreme_texts(masked):
-    """Keys whose powers overflow, and texts without a token, get the scores that float64 gives."""
+def test_extreme_texts_get_the_scores_of_float64(masked):
+    """Covers keys whose powers overflow, and texts without tokens."""
     model = build(mask_padding=masked, units=["text"], vision_config=None)
     batch = batch_for(model, mentions=6, entities=7)
     if masked:
@@ -206,21 +206,23 @@ def test_extreme_texts(masked):
 
 
 def texts(model, count, side, generator, spread=1.0, aligned=0.0):
-    """Encodings like those of a trained model: token vectors around one direction, texts of many lengths."""
+    """Returns encodings like those of a trained model: token vectors near one direction, in texts of many lengths."""
     dim, length = model.config.text_dim, 7
     common = torch.randn(dim, generator=generator)
     tokens = {
         name: aligned * common + spread * torch.randn(count, length, dim, generator=generator) for name in ("a", "b")
     }
-    found = {"text_global": torch.nn.functional.normalize(torch.randn(count, 24, generator=generator), dim=-1)}
+    encodings = {"text_global": torch.nn.functional.normalize(torch.randn(count, 24, generator=generator), dim=-1)}
     if side == "mention":
-        found |= {"text_keys": tokens["a"], "text_values": tokens["b"]}
+        encodings |= {"text_keys": tokens["a"], "text_values": tokens["b"]}
     else:
         query = torch.randn(count, dim, generator=generator)
-        found |= {"text_query_global": query, "text_queries": tokens["a"]}
+        encodings |= {"text_query_global": query, "text_queries": tokens["a"]}
     if model.config.mask_padding:
-        found["text_mask"] = torch.rand(count, length, generator=generator) < torch.rand(count, 1, generator=generator)
-    return found
+        encodings["text_mask"] = torch.rand(count, length, generator=generator) < torch.rand(
+            count, 1, generator=generator
+        )
+    return encodings
 
 
 TEXTS = {"random": (1.0, 0.0), "narrow": (0.1, 1.0), "one direction": (1e-4, 1.0), "sharp": (8.0, 2.0)}
@@ -244,11 +246,11 @@ def test_the_second_step_scores_all_pairs_that_reach_the_floor(fields, shape, mo
     shares = []
     for quantile in (0.5, 0.9, 0.99):
         floor = rest.quantile(quantile, dim=1, keepdim=True).expand_as(rest)
-        found = model.remaining_scores(mentions, entities, floor)
-        here = found > -torch.inf
-        torch.testing.assert_close(found[here], rest[here], atol=2e-5, rtol=2e-5)
-        assert (rest[~here] < floor[~here]).all()
-        shares.append(here.float().mean().item())
+        scores = model.remaining_scores(mentions, entities, floor)
+        scored = scores > -torch.inf
+        torch.testing.assert_close(scores[scored], rest[scored], atol=2e-5, rtol=2e-5)
+        assert (rest[~scored] < floor[~scored]).all()
+        shares.append(scored.float().mean().item())
     assert shares[2] < 1
     over = model.remaining_scores(mentions, entities, (rest.amax(1, keepdim=True) + 0.01).expand_as(rest))
     if shape == "one direction":  # only the second bound excludes all pairs
@@ -259,13 +261,13 @@ def test_the_second_step_scores_all_pairs_that_reach_the_floor(fields, shape, mo
     halves = {k: v.half() if v.is_floating_point() else v for k, v in entities.items()}
     with torch.no_grad():
         expected = model.score(mentions, halves) - model.quick_scores(mentions, halves)
-    found = model.remaining_scores(mentions, halves, expected)  # the floor is the score itself
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    scores = model.remaining_scores(mentions, halves, expected)  # the floor is the score itself
+    torch.testing.assert_close(scores, expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["published", "vision unit", "fusion unit", "global text only", "aligned"])
 @pytest.mark.parametrize("pairs", [2**16, 12])
-def test_the_two_steps_add_up_to_the_score(name, pairs, monkeypatch):
+def test_the_two_steps_sum_to_the_score(name, pairs, monkeypatch):
     monkeypatch.setattr(modeling_mimic, "_BLOCK_PAIRS", pairs)
     model = build(**VARIANTS[name])
     batch = batch_for(model, mentions=4, entities=7)
@@ -279,8 +281,8 @@ def test_the_two_steps_add_up_to_the_score(name, pairs, monkeypatch):
     assert (none == (-torch.inf if name in ("published", "aligned") else 0)).all()
 
 
-def test_laws_of_scoring():
-    """Single = batched, chunked = whole, and permuting entities permutes columns."""
+def test_batches_chunks_and_order_do_not_change_scores():
+    """Scores are the same one by one and in chunks, and permuted entities get permuted columns."""
     model = build()
     batch = batch_for(model, mentions=5, entities=8)
     with torch.no_grad():
@@ -304,7 +306,7 @@ def test_laws_of_scoring():
     assert all(len(v) == 5 for v in mentions.values())
 
 
-def test_masking_makes_padding_harmless_and_the_published_form_does_not():
+def test_padding_changes_scores_only_in_the_published_form_without_masks():
     for masked in (True, False):
         model = build(mask_padding=masked, units=["text"], vision_config=None)
         batch = batch_for(model)
@@ -316,7 +318,7 @@ def test_masking_makes_padding_harmless_and_the_published_form_does_not():
         assert encoded.text_keys.shape[1] == longer["mention_input_ids"].shape[1]
 
 
-def test_encodings_hold_projections_and_no_token_states():
+def test_encodings_contain_projections_but_no_token_states():
     model = build()
     batch = batch_for(model)
     encoded = model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")})
@@ -326,10 +328,10 @@ def test_encodings_hold_projections_and_no_token_states():
 
 
 @pytest.mark.parametrize("unit_losses", [None, ["text"], []], ids=str)
-def test_loss_is_equation_22(unit_losses):
+def test_the_loss_equals_equation_22(unit_losses):
     model = build(unit_losses=unit_losses, temperature=0.5)
     batch = batch_for(model, mentions=5, entities=4)
-    labels = torch.tensor([2, 0, 2, 3, 1])  # mentions 0 and 2 share a gold, which is a negative of neither
+    labels = torch.tensor([2, 0, 2, 3, 1])  # mentions 0 and 2 share a gold, which is a negative for neither
     out = model(**batch, labels=labels)
     terms = [out.scores] + [out.unit_scores[u] for u in (model.config.units if unit_losses is None else unit_losses)]
     expected = 0.0
@@ -341,7 +343,7 @@ def test_loss_is_equation_22(unit_losses):
 
 
 @pytest.mark.parametrize("name", ["published", "text unit", "vision unit", "aligned", "feature map"])
-def test_every_parameter_learns(name):
+def test_every_parameter_has_a_gradient(name):
     """A parameter without a gradient would break distributed training."""
     model = build(**VARIANTS[name]).train()
     model(**batch_for(model), labels=torch.tensor([0, 1, 2, 3])).loss.backward()
@@ -363,10 +365,10 @@ def test_save_and_load(name, tmp_path):
         torch.testing.assert_close(loaded.eval()(**batch).scores, model(**batch).scores, atol=1e-5, rtol=1e-5)
 
 
-def test_missing_weights_are_initialised_not_garbage(tmp_path):
+def test_missing_weights_are_initialised(tmp_path):
     model = build(local_init="aligned", global_norm="l2", units=["text"], vision_config=None)
-    kept = {k: v for k, v in model.state_dict().items() if not k.startswith("tglu")}
-    model.save_pretrained(tmp_path, state_dict=kept)
+    partial = {k: v for k, v in model.state_dict().items() if not k.startswith("tglu")}
+    model.save_pretrained(tmp_path, state_dict=partial)
     loaded = AutoModel.from_pretrained(tmp_path)
     query, key = loaded.tglu.fc_query.weight, loaded.tglu.fc_key.weight
     torch.testing.assert_close(query, key)
@@ -375,8 +377,8 @@ def test_missing_weights_are_initialised_not_garbage(tmp_path):
     torch.testing.assert_close(loaded.tglu.layer_norm.weight, torch.ones(12))
 
 
-def test_aligned_start_scores_like_a_cosine():
-    """Before training, the local score of identical texts is near one and above that of different texts."""
+def test_the_aligned_start_scores_like_a_cosine():
+    """Before training, the local score is near one for identical texts, and lower for different texts."""
     torch.manual_seed(0)
     fields = {"global_norm": "l2", "local_init": "aligned", "mask_padding": True, "text_pooling": "mean"}
     model = MimicModel(MimicConfig(text_config=dict(BERT), units=["text"], text_dim=24, **fields)).eval()
@@ -385,7 +387,7 @@ def test_aligned_start_scores_like_a_cosine():
     with torch.no_grad():
         out = model(**batch)
     assert (out.scores.argmax(1) == torch.arange(12)).all()
-    local = 2 * out.scores.diagonal() - 1  # the global half of a text with itself is a cosine of one
+    local = 2 * out.scores.diagonal() - 1  # the global half is 1, the cosine of a text with itself
     assert 0.8 < local.mean() <= 1.01
 
 
@@ -413,7 +415,7 @@ print("loaded")
     assert run.stdout.strip() == "loaded", run.stderr
 
 
-def test_from_backbones_takes_the_pretrained_weights(tmp_path):
+def test_from_backbones_copies_the_pretrained_weights(tmp_path):
     torch.manual_seed(0)
     bert = AutoModel.from_config(BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"}))
     vit = AutoModel.from_config(ViTConfig(**{k: v for k, v in VIT.items() if k != "model_type"}))
@@ -425,9 +427,9 @@ def test_from_backbones_takes_the_pretrained_weights(tmp_path):
     assert both.config.projection_dim is None
     assert str(tmp_path) not in both.config.to_json_string()
     for ours, theirs in ((both.text_model, bert), (both.vision_model, vit)):
-        wanted = theirs.state_dict()
+        expected = theirs.state_dict()
         for key, value in ours.state_dict().items():
-            torch.testing.assert_close(value, wanted[key], msg=key)
+            torch.testing.assert_close(value, expected[key], msg=key)
     text_only = MimicModel.from_backbones(text=str(tmp_path / "bert"), **DIMS)
     assert text_only.config.units == ["text"]
     assert text_only.config.vision_config is None
@@ -438,7 +440,7 @@ def test_from_backbones_takes_the_pretrained_weights(tmp_path):
             torch.testing.assert_close(value, getattr(clip, name).state_dict()[key], msg=f"{name}.{key}")
 
 
-def test_default_configuration_is_the_published_network():
+def test_the_default_configuration_is_that_of_the_published_network():
     config = MimicConfig()
     assert (config.text_config.hidden_size, config.vision_config.hidden_size, config.projection_dim) == (512, 768, 512)
     assert config.vision_config.image_size // config.vision_config.patch_size == 7
@@ -446,7 +448,7 @@ def test_default_configuration_is_the_published_network():
     assert config.units == config.unit_losses == ["text", "vision", "cross_modal"]
 
 
-def test_configuration_survives_saving(tmp_path):
+def test_the_configuration_survives_saving(tmp_path):
     config = MimicConfig(text_config=dict(BERT), units=["text"], temperature=0.05, nil_threshold=0)
     config.save_pretrained(tmp_path)
     loaded, saved = AutoConfig.from_pretrained(tmp_path).to_dict(), config.to_dict()
@@ -467,13 +469,13 @@ def test_configuration_survives_saving(tmp_path):
         ({"local_scale": 0.5}, ["local_scale", "'l2'"]),
     ],
 )
-def test_impossible_configurations_say_why(fields, words):
+def test_impossible_configurations_are_refused(fields, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         MimicConfig(**({"text_config": dict(BERT), "vision_config": dict(VIT)} | fields))
     assert all(word in str(error.value) for word in words)
 
 
-def test_missing_inputs_say_which():
+def test_the_error_names_missing_inputs():
     model = build()
     batch = batch_for(model)
     del batch["entity_pixel_values"]
@@ -493,7 +495,7 @@ def test_half_precision_encodings_are_scored_in_float32():
     torch.testing.assert_close(scores, model.score(mentions, entities).detach(), atol=0.05, rtol=0.01)
 
 
-def test_autocast_does_not_reach_the_scores():
+def test_scores_under_autocast_stay_float32():
     model = build(mask_padding=True)
     batch = batch_for(model, mentions=5, entities=8)
     with torch.no_grad():
@@ -513,17 +515,17 @@ def test_attention_implementation_reaches_the_backbones(tmp_path, implementation
 
 
 @pytest.mark.parametrize("fields", [{}, {"mask_padding": True}, {"vision_config": dict(CNN)}], ids=str)
-def test_attention_is_that_of_the_units(fields):
-    """The returned attention, put into eq. 9–10 and 15–16, gives h_t and h_o."""
+def test_the_returned_attention_is_that_of_the_units(fields):
+    """Eq. 9–10 and 15–16 with the returned attention give h_t and h_o."""
     model = build(**fields)
     batch = batch_for(model)
-    found = model.attention(**batch)
+    attention = model.attention(**batch)
     weights = {k: v.detach() for k, v in model.state_dict().items()}
     mentions, entities = features(model, batch, "mention"), features(model, batch, "entity")
     for m, mention in enumerate(mentions):
         values = torch.stack([direct_mimic.linear(x, weights, "tglu.fc_value") for x in mention["text"]["local"]])
         for n, entity in enumerate(entities):
-            context = direct_mimic.layer_norm(found["words"][m, n] @ values, weights, "tglu.layer_norm")
+            context = direct_mimic.layer_norm(attention["words"][m, n] @ values, weights, "tglu.layer_norm")
             local = direct_mimic.linear(entity["text"]["global"], weights, "tglu.fc_global") @ context
             score = (mention["text"]["global"] @ entity["text"]["global"] + local) / 2
             expected = direct_mimic.text_score(
@@ -531,7 +533,7 @@ def test_attention_is_that_of_the_units(fields):
             )
             torch.testing.assert_close(score, expected, atol=2e-5, rtol=1e-5)
     for side, rows in (("mention", mentions), ("entity", entities)):
-        for shares, row in zip(found[f"{side}_patches"], rows, strict=True):
+        for shares, row in zip(attention[f"{side}_patches"], rows, strict=True):
             text = direct_mimic.linear(row["text"]["global"], weights, "cmfu.fc_text")
             logits = torch.stack(
                 [text @ direct_mimic.linear(x, weights, "cmfu.fc_image") for x in row["image"]["local"]]
@@ -541,6 +543,6 @@ def test_attention_is_that_of_the_units(fields):
             np.testing.assert_allclose(shares.flatten(), expected[-shares.numel() :], rtol=1e-4)
 
 
-def test_attention_of_a_text_model_is_of_words_alone():
+def test_a_text_model_returns_attention_to_words_only():
     model = build(units=["text"], vision_config=None)
     assert set(model.attention(**batch_for(model))) == {"words"}

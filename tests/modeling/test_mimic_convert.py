@@ -1,4 +1,4 @@
-"""Converted weights give the scores of the published network; weights that do not fit are named in an error."""
+"""Tests of converting published weights: scores equal the published network's, and mismatched weights are errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def convert(folder, **changes):
     return convert_checkpoint(**(arguments | changes))
 
 
-def test_converted_weights_score_as_published(published):
+def test_converted_weights_give_the_published_scores(published):
     folder, weights, batch, expected = published
     converted, unused = convert(folder)
     assert converted + len(unused) == len(weights)
@@ -62,7 +62,7 @@ def test_converted_weights_score_as_published(published):
     torch.testing.assert_close(loss.reshape(1), expected["loss_first_entities_as_positives"], atol=1e-5, rtol=1e-5)
 
 
-def test_with_a_tokenizer_the_folder_evaluates_and_links(published, tmp_path_factory):
+def test_a_converted_folder_with_a_tokenizer_evaluates_and_links(published, tmp_path_factory):
     folder, _, batch, expected = published
     encoder = tmp_path_factory.mktemp("clip")
     CLIPModel(published_mimic.clip_config()).save_pretrained(encoder)
@@ -74,7 +74,7 @@ def test_with_a_tokenizer_the_folder_evaluates_and_links(published, tmp_path_fac
         torch.testing.assert_close(model(**batch).scores, expected["score"], atol=1e-5, rtol=1e-5)
 
 
-def test_training_checkpoint_prefixes_are_taken_off(published):
+def test_prefixes_of_training_checkpoints_are_removed(published):
     folder, weights, *_ = published
     save_file({f"model.{k}": v.contiguous() for k, v in weights.items()}, folder / "weights.safetensors")
     convert(folder)
@@ -95,7 +95,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("change", "word"), BAD.values(), ids=BAD.keys())
-def test_weights_that_do_not_fit_are_named_and_nothing_is_written(published, change, word):
+def test_mismatched_weights_are_named_and_nothing_is_written(published, change, word):
     folder = published[0]
     break_weights(folder, change)
     before = sorted(path.name for path in folder.iterdir())
@@ -106,7 +106,7 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_written(published, cha
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_every_key_without_a_place_is_in_the_report(published, tmp_path):
+def test_the_report_lists_every_unused_key(published, tmp_path):
     folder = published[0]
 
     def change(weights):
@@ -115,7 +115,7 @@ def test_every_key_without_a_place_is_in_the_report(published, tmp_path):
         weights["matcher.cmfu.text_fc.bias"] = torch.ones(3)
 
     break_weights(folder, change)
-    with pytest.raises(DataFormatError):  # which names the first eight
+    with pytest.raises(DataFormatError):  # the error names the first eight
         convert(folder, report=tmp_path / "keys.json")
     keys = json.loads((tmp_path / "keys.json").read_text())
     assert set(keys["unknown"]) == {f"surprise.{k}" for k in range(12)}
@@ -125,7 +125,7 @@ def test_every_key_without_a_place_is_in_the_report(published, tmp_path):
     assert keys["no_place"] == []
 
 
-def test_files_that_are_not_what_they_say(published):
+def test_invalid_files_are_refused(published):
     folder = published[0]
     with pytest.raises(DataFormatError, match="does not exist"):
         convert(folder, state_dict=folder / "none.safetensors")
@@ -154,7 +154,7 @@ def test_files_that_are_not_what_they_say(published):
         convert(folder, method="nothing")
 
 
-def test_a_full_folder_is_not_overwritten(published):
+def test_a_folder_that_is_not_empty_is_not_overwritten(published):
     folder = published[0]
     (folder / "model").mkdir()
     (folder / "model" / "mine.txt").write_text("keep")
@@ -163,7 +163,7 @@ def test_a_full_folder_is_not_overwritten(published):
     assert [path.name for path in (folder / "model").iterdir()] == ["mine.txt"]
 
 
-def test_command_line(published):
+def test_the_command_line_converts(published):
     folder = published[0]
     arguments = ["convert", "mimic", "--state-dict", str(folder / "weights.safetensors")]
     arguments += ["--config", str(folder / "config.json"), "--output", str(folder / "model")]

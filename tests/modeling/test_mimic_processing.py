@@ -1,4 +1,4 @@
-"""MIMIC's processor: templates, lengths, images, and that its options survive saving."""
+"""Tests of MIMIC's processor: templates, truncation, images and saving."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def words(ids):
     return " ".join(WORDS[i] for i in ids)
 
 
-def test_templates_are_equations_2_and_3(processor):
+def test_the_templates_are_equations_2_and_3(processor):
     batch = processor(mentions=[MENTION], entities=[ENTITY])
     assert words(batch["mention_input_ids"][0]) == "[CLS] swift [SEP] swift on stage [SEP] [PAD] [PAD]"
     assert words(batch["entity_input_ids"][0]) == "[CLS] taylor swift [SEP] singer . [SEP] [PAD] [PAD]"
@@ -54,7 +54,7 @@ def test_templates_are_equations_2_and_3(processor):
     assert isinstance(processor, MelProcessor)
 
 
-def test_padding_and_cutting(processor):
+def test_texts_are_padded_and_truncated(processor):
     long = MENTION | {"text": "bird " * 3000}
     assert processor(mentions=[long])["mention_input_ids"].shape == (1, 9)
     assert words(processor(mentions=[long])["mention_input_ids"][0]).endswith("bird [SEP]")
@@ -62,7 +62,7 @@ def test_padding_and_cutting(processor):
     assert processor(entities=[name])["entity_input_ids"].shape == (1, 9)
 
 
-def test_batched_is_single(processor):
+def test_a_batch_equals_its_rows_one_by_one(processor):
     rows = [MENTION | {"image": picture()}, MENTION | {"mention": "bird"}, MENTION | {"image": picture(5, 30)}]
     batch = processor(mentions=rows)
     for i, row in enumerate(rows):
@@ -70,7 +70,7 @@ def test_batched_is_single(processor):
             torch.testing.assert_close(tensor[0], batch[name][i])
 
 
-def test_images_are_stretched_normalised_and_zero_where_missing(processor):
+def test_images_are_stretched_and_normalised_and_missing_ones_are_zero(processor):
     pixels = processor(mentions=[MENTION | {"image": picture()}, MENTION])["mention_pixel_values"]
     mean, std = np.array(processor.image_processor.image_mean), np.array(processor.image_processor.image_std)
     expected = (np.array([200, 30, 30]) / 255 - mean) / std
@@ -79,7 +79,7 @@ def test_images_are_stretched_normalised_and_zero_where_missing(processor):
     assert pixels[1].abs().max() == 0
 
 
-def test_the_first_image_of_an_entity_counts(processor):
+def test_only_the_first_image_of_an_entity_is_used(processor):
     red, blue = picture(colour=(255, 0, 0)), picture(colour=(0, 0, 255))
     both = processor(entities=[ENTITY | {"images": [blue, red]}])["entity_pixel_values"]
     torch.testing.assert_close(both, processor(entities=[ENTITY | {"images": [blue]}])["entity_pixel_values"])
@@ -97,7 +97,7 @@ def test_a_batch_without_any_image_has_the_same_shape(tokenizer, crop):
     assert none.shape == some.shape == (1, 3, 6 if crop else 10, 6 if crop else 10)
 
 
-def test_text_only_and_image_only(tokenizer):
+def test_a_processor_of_one_modality_returns_only_its_tensors(tokenizer):
     assert set(MimicProcessor.from_parts(tokenizer)(mentions=[MENTION])) == {
         "mention_input_ids",
         "mention_attention_mask",
@@ -124,13 +124,13 @@ def test_options_survive_saving(tokenizer, tmp_path):
         torch.testing.assert_close(loaded(**rows)[name], tensor)
 
 
-def test_a_template_over_a_missing_column_says_which(tokenizer):
+def test_the_error_names_a_missing_column_of_the_template(tokenizer):
     processor = MimicProcessor.from_parts(tokenizer, mention_template="{topic}: {mention}")
     with pytest.raises(ValueError, match="topic"):
         processor(mentions=[MENTION])
 
 
-def test_missing_attributes_are_an_empty_string(processor):
+def test_missing_attributes_count_as_an_empty_string(processor):
     without = processor(entities=[ENTITY | {"attributes": None}])["entity_input_ids"]
     assert words(without[0]) == "[CLS] taylor swift [SEP] [SEP] [PAD] [PAD] [PAD] [PAD]"
     torch.testing.assert_close(without, processor(entities=[ENTITY | {"attributes": ""}])["entity_input_ids"])
@@ -144,7 +144,7 @@ def test_a_clip_backbone_gets_the_published_stretch(tokenizer, tmp_path):
     assert dict(images.size) == {"height": 16, "width": 16}
 
 
-def test_braces_in_a_text_are_only_text(processor):
+def test_braces_in_a_text_are_text(processor):
     batch = processor(mentions=[MENTION | {"text": "{name} {0} {mention.__class__}"}])
     assert words(batch["mention_input_ids"][0]).count("[UNK]") == 3
 
@@ -162,10 +162,10 @@ def test_text_spans_point_into_the_text(processor):
     for token, span in zip(words(ids).split(), spans, strict=True):
         if span is not None:
             assert row["text"][slice(*span)] == token
-    # [CLS] swift [SEP] taylor swift on [SEP]: only the three words of the text have a span
+    # The tokens are [CLS] swift [SEP] taylor swift on [SEP], and only the three words of the text have a span.
     assert [span is not None for span in spans] == [False] * 3 + [True] * 3 + [False] * 3
 
 
-def test_text_spans_without_text_in_the_template(processor):
+def test_a_template_without_text_gives_no_text_spans(processor):
     processor.mention_template = "{mention}"
     assert processor.text_spans([MENTION]) == [[None] * processor.max_length]

@@ -250,21 +250,21 @@ def test_belief_propagation_is_exact_on_trees(edges):
         assert not log_marginals[i, size:].any()
 
 
-def test_the_rest_of_the_batch_changes_no_score():
+def test_the_rest_of_the_batch_does_not_change_scores():
     """Other documents, padding and the order of mentions have no influence."""
     model, docs = build(), documents(seed=7)
     batch, labels = tensors(docs)
-    whole = model(**batch).scores.detach()
+    expected = model(**batch).scores.detach()
     first = 0
     for document in docs:
         scores = model(**tensors([document])[0]).scores.detach()
-        torch.testing.assert_close(whole[first : first + len(document), : scores.shape[1]], scores)
+        torch.testing.assert_close(expected[first : first + len(document), : scores.shape[1]], scores)
         first += len(document)
     padded = model(**tensors(docs, columns=12, extra=5)[0]).scores.detach()
-    torch.testing.assert_close(padded[:, : whole.shape[1]], whole)
+    torch.testing.assert_close(padded[:, : expected.shape[1]], expected)
     order = np.random.default_rng(0).permutation(len(labels))
     mixed = model(**tensors(docs, order=order)[0]).scores.detach()
-    torch.testing.assert_close(mixed, whole[order])
+    torch.testing.assert_close(mixed, expected[order])
 
 
 @pytest.mark.parametrize("budget", [1, 300, 2000])
@@ -304,11 +304,11 @@ def test_masked_cells_have_no_influence():
         out = model(**inputs, labels=labels)
         out.loss.backward()
         results.append((out.scores.detach(), out.loss.detach(), model.local.score.grad.clone()))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
-def test_unusual_documents():
+def test_unusual_documents_equal_loops():
     """Documents with a mention without context, without candidates, with equal candidates or without an image."""
     docs = documents(("ttv", "vv", "tv"), seed=4)
     docs[0][0].update(left=[], inside=[], right=[])

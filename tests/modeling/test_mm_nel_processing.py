@@ -179,10 +179,10 @@ def test_the_model_accepts_a_batch(processor, glove):
         (mention("Gotham", context_id="b"), candidates),
     ]
     with torch.no_grad():
-        whole = model(**processor(pairs=pairs)).scores
+        together = model(**processor(pairs=pairs)).scores
         alone = model(**processor(pairs=pairs[2:])).scores
-    torch.testing.assert_close(whole[2:], alone)
-    assert whole.isfinite().sum() == 14
+    torch.testing.assert_close(together[2:], alone)
+    assert together.isfinite().sum() == 14
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ def expected_pairs(model, batch) -> tuple[np.ndarray, np.ndarray]:
             parts = [batch[f"pair_{side}_mask"][i, j] for side in ("context", "entity")]
             with torch.no_grad():
                 if config.joint_text:
-                    whole = ids[parts[0] | parts[1]].unsqueeze(0)  # without padding
-                    states = model.text_model(input_ids=whole).last_hidden_state[0].numpy()
+                    sequence = ids[parts[0] | parts[1]].unsqueeze(0)  # without padding
+                    states = model.text_model(input_ids=sequence).last_hidden_state[0].numpy()
                     words = [states[: parts[0].sum()], states[parts[0].sum() :]]
                 else:
                     words = [model.text_model(ids[p].unsqueeze(0)).last_hidden_state[0].numpy() for p in parts]
@@ -231,13 +231,13 @@ def test_a_missing_image_has_no_influence():
     model, batch = in_double(model, batch_for(model))
     with torch.no_grad():
         out = model(**batch)
-        other = dict(batch)
+        altered = dict(batch)
         for side in ("mention", "entity"):
             present = batch[f"pair_{side}_image_mask"]
             pixels = batch[f"pair_{side}_pixel_values"].clone()
             pixels[~present] = 9.0
-            other[f"pair_{side}_pixel_values"] = pixels
-        torch.testing.assert_close(model(**other).scores, out.scores)
+            altered[f"pair_{side}_pixel_values"] = pixels
+        torch.testing.assert_close(model(**altered).scores, out.scores)
         neither = {k: v for k, v in batch.items() if "pixel" not in k}
         neither |= {k: torch.zeros_like(v) for k, v in batch.items() if "image_mask" in k}
         assert model(**neither).scores.isfinite().equal(batch["pair_mask"])
@@ -472,10 +472,10 @@ def test_ranking_jointly_ignores_the_order_of_rows_and_columns():
     scores, features, mask, contexts = contexts_for(6, [1, 3, 2])
     ranked = model.rank_jointly(scores, features, mask, contexts)
     rows, columns = torch.randperm(len(scores)), torch.randperm(4)
-    other = model.rank_jointly(
+    permuted = model.rank_jointly(
         scores[rows][:, columns], features[rows][:, columns], mask[rows][:, columns], contexts[rows] + 7
     )
-    torch.testing.assert_close(other, ranked[rows][:, columns])
+    torch.testing.assert_close(permuted, ranked[rows][:, columns])
     padded = [torch.nn.functional.pad(x, (0, 3), value=v) for x, v in ((scores, -torch.inf), (mask, False))]
     wide = torch.nn.functional.pad(features, (0, 0, 0, 3))
     torch.testing.assert_close(model.rank_jointly(padded[0], wide, padded[1], contexts)[:, :4], ranked)
@@ -539,8 +539,8 @@ def test_save_and_load(name, tmp_path):
 
 def test_missing_weights_are_initialised(tmp_path):
     model = build(**TEXT_ONLY)
-    kept = {k: v for k, v in model.state_dict().items() if not k.startswith(("similarity", "fusion"))}
-    model.save_pretrained(tmp_path, state_dict=kept)
+    partial = {k: v for k, v in model.state_dict().items() if not k.startswith(("similarity", "fusion"))}
+    model.save_pretrained(tmp_path, state_dict=partial)
     loaded = AutoModel.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.fusion.text.norm1.weight, torch.ones(12))
     assert 0 < loaded.similarity.fc_first.weight.abs().max() <= 12**-0.5

@@ -59,13 +59,13 @@ def sides(batch, m=0, c=0):
     return [words(batch["pair_input_ids"][m, c], batch[f"pair_{side}_mask"][m, c]) for side in ("context", "entity")]
 
 
-def test_the_template_and_its_split(processor):
+def test_a_pair_follows_the_template_and_splits_into_two_sides(processor):
     batch = processor(pairs=[(MENTION, [ENTITY, OTHER])])
     context = "[CLS] mention : chaplin . context : chaplin and anderson in chicago ."
     assert sides(batch) == [context, "entity : charlie chaplin . actor . [SEP]"]
     assert sides(batch, 0, 1) == [context, "entity : chaplin . british . actor . [SEP]"]
-    whole = words(batch["pair_input_ids"][0, 0], batch["pair_attention_mask"][0, 0])
-    assert whole == " ".join(sides(batch))
+    sequence = words(batch["pair_input_ids"][0, 0], batch["pair_attention_mask"][0, 0])
+    assert sequence == " ".join(sides(batch))
     assert isinstance(processor, MelProcessor)
 
 
@@ -75,7 +75,7 @@ def test_the_templates_in_the_paper(tokenizer):
     assert sides(batch) == ["[CLS] context : chaplin and anderson in chicago .", "entity : actor . [SEP]"]
 
 
-def test_shapes_masks_and_contexts(processor):
+def test_tensors_have_the_documented_shapes_and_masks(processor):
     lone = {**MENTION, "context_id": None}
     batch = processor(
         pairs=[
@@ -144,15 +144,17 @@ def test_the_mention_and_the_name_are_never_cut(before, after, surface, name, fa
     assert mention in inside
     assert inside in text
     assert entity.startswith(f"entity : {row['name']}")
-    kept = entity.removeprefix(f"entity : {row['name']}").removesuffix(" . [SEP]").removeprefix(" . ").split()
-    assert kept == row["attributes"].split()[: len(kept)]
-    if len(inside.split()) < len(text.split()) or len(kept) < facts:  # if something is cut, no token is left unused
+    facts_kept = entity.removeprefix(f"entity : {row['name']}").removesuffix(" . [SEP]").removeprefix(" . ").split()
+    assert facts_kept == row["attributes"].split()[: len(facts_kept)]
+    if len(inside.split()) < len(text.split()) or len(facts_kept) < facts:  # truncation must use all available tokens
         assert len(sequence) == length
         around, extra = len(inside.split()) - surface, length - 13 - 2 * surface - name
         assert around >= min(before + after, extra // 2)
         window = inside.split().index("chaplin")
         missing = (before - window, after - (around - window))
-        assert min(missing) == 0 or abs(window - (around - window)) <= 1  # in the middle, unless the text ends
+        assert (
+            min(missing) == 0 or abs(window - (around - window)) <= 1
+        )  # the mention is in the middle unless the text ends
 
 
 def test_a_mention_and_a_name_that_cannot_fit_are_cut(tokenizer):
@@ -201,14 +203,14 @@ def test_texts_are_tokenized_as_inside_a_sentence():
     assert " ".join(vocabulary[i] for i in ids) == expected
 
 
-def test_a_mention_outside_its_text(processor):
+def test_a_mention_outside_its_text_is_accepted(processor):
     context, _ = sides(processor(pairs=[({**MENTION, "mention": "w9", "start": -1, "end": -1}, [ENTITY])]))
     assert context == f"[CLS] mention : w9 . context : {TEXT} ."
     context, _ = sides(processor(pairs=[({**MENTION, "text": "w9 " * 200, "start": -1, "end": -1}, [ENTITY])]))
     assert re.fullmatch(r"\[CLS\] mention : chaplin \. context : (w9 )+\.", context)
 
 
-def test_empty_texts(processor):
+def test_empty_texts_are_accepted(processor):
     batch = processor(
         pairs=[({**MENTION, "text": ""}, [{"name": "chaplin", "description": None, "attributes": None}])]
     )
@@ -217,7 +219,7 @@ def test_empty_texts(processor):
     assert "[UNK]" in sides(braces)[0]
 
 
-def test_images_and_missing_images(processor):
+def test_images_are_prepared_and_missing_ones_masked(processor):
     pairs = [
         ({**MENTION, "image": picture()}, [ENTITY, {**OTHER, "images": [picture(colour=(0, 0, 255)), picture()]}]),
         (MENTION, [{**OTHER, "images": [picture(5, 30)]}]),

@@ -64,7 +64,7 @@ def build(cls=PfmelModel, seed=0, vision=True, **fields):
 
 
 def sentences(counts=(3, 1, 2), width=9, seed=0):
-    """Returns pairs of a mention and its candidates; each is the ids of a text, and image features or `None`."""
+    """Returns pairs of a mention and its candidates; each has the token ids of a text, and image features or `None`."""
     random = np.random.default_rng(seed)
 
     def text():
@@ -150,7 +150,7 @@ def test_scores_and_loss_equal_those_of_single_sequences():
     assert out.scores.dtype == torch.float32
 
 
-def test_text_only():
+def test_a_text_model_equals_single_sequences():
     model = build(vision=False)
     pairs = [((text, None), [(other, None) for other, _ in cs]) for (text, _), cs in sentences()]
     batch = {k: v for k, v in tensors(pairs).items() if "image" not in k}
@@ -166,15 +166,15 @@ def test_padding_grouping_and_order_do_not_change_scores():
     """Every pair is scored alone, and permuted candidates get permuted scores."""
     model, pairs = build(), sentences((3, 1, 2))
     with torch.no_grad():
-        whole = model(**tensors(pairs)).scores
+        expected = model(**tensors(pairs)).scores
         padded = model(**tensors(pairs, columns=5, extra=7)).scores
         single = [[model(**tensors([(m, [c])])).scores.item() for c in cs] for m, cs in pairs]
         turned = model(**tensors([(m, cs[::-1]) for m, cs in pairs])).scores
-    torch.testing.assert_close(padded[:, :3], whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(padded[:, :3], expected, atol=1e-5, rtol=1e-5)
     assert torch.isneginf(padded[:, 3:]).all()
     for m, row in enumerate(single):
-        torch.testing.assert_close(whole[m, : len(row)], torch.tensor(row), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(turned[m, : len(row)].flip(0), whole[m, : len(row)], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(expected[m, : len(row)], torch.tensor(row), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(turned[m, : len(row)].flip(0), expected[m, : len(row)], atol=1e-5, rtol=1e-5)
 
 
 def test_blocks_do_not_change_scores(monkeypatch):

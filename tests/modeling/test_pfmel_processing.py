@@ -63,16 +63,16 @@ def words(batch, *cell, name="pair_input_ids"):
     return " ".join(marks.get(k, WORDS[i]) for k, i in enumerate(ids[mask.bool()].tolist()))
 
 
-def test_the_sentences_of_linking():
-    """They are those of §3.4, "mention context. mention is" and the entity, without a screen name by its name."""
+def test_linking_sentences_are_those_of_the_paper():
+    """§3.4 has "mention context. mention is" and the entity. Without a screen name, the name identifies it."""
     batch = make()(pairs=[(MENTION, [ENTITY])])
     assert words(batch, 0, 0) == "[CLS] ana wins again . ana is [SEP] ana lima . runner . sex : female . [SEP]"
     assert batch["pair_token_type_ids"][0, 0].tolist() == [0] * 8 + [1] * 10
     assert isinstance(make(), MelProcessor)
 
 
-def test_the_sentences_of_accounts():
-    """They are those of §3.2 and §3.4, "userScreen. the username of @userScreen who lives in …"."""
+def test_account_sentences_are_those_of_the_paper():
+    """§3.2 and §3.4 have "userScreen. the username of @userScreen who lives in …"."""
     processor = make(**ACCOUNT_OPTIONS)
     expected = (
         "@ anlima . the username of @ anlima who lives in porto is ana lima and the description is runner . some recent "
@@ -189,9 +189,9 @@ def test_the_images_of_an_entity_come_with_their_count(limit):
     torch.testing.assert_close(batch["pair_entity_image_features"][0, 0], features[:limit].mean(0))
 
 
-def test_lists_of_unequal_length_contexts_and_no_candidates():
-    other = MENTION | {"context_id": "d"}
-    batch = make()(pairs=[(MENTION, [ENTITY]), (other, []), (MENTION, [ENTITY, ENTITY | {"name": "river"}])])
+def test_lists_of_candidates_are_padded_and_may_be_empty():
+    unlisted = MENTION | {"context_id": "d"}
+    batch = make()(pairs=[(MENTION, [ENTITY]), (unlisted, []), (MENTION, [ENTITY, ENTITY | {"name": "river"}])])
     assert batch["pair_mask"].tolist() == [[True, False], [False, False], [True, True]]
     assert batch["pair_context"].tolist() == [0, 1, 0]
     assert batch["pair_attention_mask"][~batch["pair_mask"]].sum() == 0
@@ -248,20 +248,20 @@ def test_the_mention_and_the_name_are_never_cut(before, after, attributes, max_l
     entity = ENTITY | {"description": "", "attributes": " ".join(attributes)}
     sequence = words(make(max_length=max_length)(pairs=[(row, [entity])]), 0, 0)
     first, second = sequence.removeprefix("[CLS] ").removesuffix(" [SEP]").split(" [SEP] ")
-    whole = f"{' '.join([*before, 'ana', *after])} . ana is", f"ana lima . {' '.join(attributes)} ."
+    full_sentences = f"{' '.join([*before, 'ana', *after])} . ana is", f"ana lima . {' '.join(attributes)} ."
     context, _, tail = first.rpartition(" . ana is")
     assert tail == ""
     assert "ana" in context.split()
     assert second.startswith("ana lima")
-    assert f" {context} " in f" {whole[0]} "
-    assert whole[1].replace(" . .", " .").startswith(second)
-    full = len(whole[0].split()) + len(whole[1].replace(" . .", " .").rstrip().split()) + 3
+    assert f" {context} " in f" {full_sentences[0]} "
+    assert full_sentences[1].replace(" . .", " .").startswith(second)
+    full = len(full_sentences[0].split()) + len(full_sentences[1].replace(" . .", " .").rstrip().split()) + 3
     if not attributes:
-        full = len(whole[0].split()) + 3 + 3
-    assert len(sequence.split()) == min(full, max_length)  # no token is left unused
+        full = len(full_sentences[0].split()) + 3 + 3
+    assert len(sequence.split()) == min(full, max_length)  # truncation must use all available tokens
 
 
-def test_a_late_name_and_a_long_mention_take_tokens_from_the_other_sentence():
+def test_a_late_name_or_long_mention_takes_tokens_from_the_other_sentence():
     long_text = MENTION | {"text": "a " * 50 + "Ana", "start": 100, "end": 103}
     sequence = words(make(max_length=30, **ACCOUNT_OPTIONS)(pairs=[(long_text, [ACCOUNT])]), 0, 0)
     first, second = sequence.split(" [SEP] ")
@@ -301,7 +301,7 @@ def examples(processor, partners):
 
 
 def test_pretraining_examples_are_those_of_the_paper():
-    """§3.3, for a post that is followed by itself and one that is followed by the other."""
+    """Covers the examples of §3.3 for a matching post and one paired with another post."""
     assert examples(make_with_images(swap_roles=False), [0, 0]) == [
         # the text of a sentence and the entity image of the next one
         (0, 0, 0, 0, "[CLS] she wins [SEP] IMG [SEP]"),
