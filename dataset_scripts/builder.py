@@ -34,7 +34,7 @@ class ReleaseConfig(datasets.BuilderConfig):
 class ReleaseBuilder(datasets.GeneratorBasedBuilder):
     """Base of all builders: opens the release and connects configurations and splits to the methods that yield rows.
 
-    A subclass sets the metadata that [`~hf_mel.building.build`] reads (`NAME`, `TITLE`, …) and implements
+    A subclass sets the metadata that [`~hf_mel.building.builders`] lists (`NAME`, `TITLE`, …) and implements
     [`~ReleaseBuilder.mentions`] and [`~ReleaseBuilder.entities`]. If it has a configuration `posts`, it also implements
     [`~ReleaseBuilder.posts`].
 

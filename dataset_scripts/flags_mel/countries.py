@@ -1,8 +1,7 @@
 """The states and territories of FlagsMEL and their facts.
 
-Ids are Wikidata's; continents and regions follow the United Nations' geoscheme. A fact that is disputed or in motion is
-left empty rather than guessed (a missing capital is legal). Languages are the official or most widely used ones, not
-all of them.
+Ids are from Wikidata. Continents and regions follow the geoscheme of the United Nations. A fact that is disputed or
+changing is empty; a capital may be missing. Languages are the official or most widely used ones, not all of them.
 """
 
 from __future__ import annotations
@@ -12,19 +11,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Country:
-    """One state or territory.
+    """A state or territory.
 
     Args:
         qid (`str`): Wikidata id.
-        name (`str`): English name, without a disambiguator: two entities may share it.
-        aliases (`tuple[str, ...]`): Further names.
-        family (`str`): The short name it shares with others ("Congo"), or empty.
-        people (`str`): What its people are called, plural ("Congolese"); shared inside a family.
-        capital, continent, region, currency (`str`): One value each; empty where unsure.
+        name (`str`): English name. Two entities may share it.
+        aliases (`tuple[str, ...]`): Other names.
+        family (`str`): Short name that several countries share ("Congo"), or empty.
+        people (`str`): Name of its people, in the plural ("Congolese").
+        capital, continent, region, currency (`str`): Facts, empty if unsure.
         languages (`tuple[str, ...]`): At least one.
         form (`str`): `"republic"`, `"kingdom"`, `"territory"`, …
-        islands (`bool`): Whether "the islands" can mean it.
-        in_kb (`bool`): False for those kept out on purpose, whose mentions are NIL.
+        islands (`bool`): Whether "the islands" can mean the country.
+        in_kb (`bool`): Whether the knowledge base has the country. If not, its mentions are NIL.
     """
 
     qid: str
@@ -43,7 +42,7 @@ class Country:
 
     @property
     def attributes(self) -> str:
-        """The facts as one text, "Key: value. Key: value."; keys without a value are left out."""
+        """The facts as "Key: value. Key: value.", without empty values."""
         facts = {
             "Capital": self.capital,
             "Continent": self.continent,
@@ -57,9 +56,9 @@ class Country:
 
     @property
     def description(self) -> str:
-        """One line, as Wikidata's descriptions are."""
-        where = self.region if self.region[-1] != "n" else f"the {self.region}"
-        return f"{'island ' if self.islands else ''}{self.form} in {where}"
+        """One line in the style of Wikidata's descriptions."""
+        region = self.region if self.region[-1] != "n" else f"the {self.region}"
+        return f"{'island ' if self.islands else ''}{self.form} in {region}"
 
 
 # qid | name | aliases | family | people | capital | continent | region | currency | languages | form | islands
@@ -195,7 +194,7 @@ Q709|Marshall Islands|Republic of the Marshall Islands||Marshallese|Majuro|Ocean
 Q685|Solomon Islands|||Solomon Islanders|Honiara|Oceania|Melanesia|Solomon Islands dollar|English|country|islands
 """
 
-# Kept out of the knowledge base on purpose: the gold of their mentions is NIL.
+# Countries that are not in the knowledge base: the gold of their mentions is NIL.
 _OUTSIDE = """
 Q26|Northern Ireland||Ireland|Irish|Belfast|Europe|Northern Europe|pound sterling|English; Irish|country|
 Q219|Bulgaria|Republic of Bulgaria||Bulgarians|Sofia|Europe|Eastern Europe|euro|Bulgarian|republic|
@@ -236,7 +235,7 @@ def _parse(table: str, in_kb: bool) -> list[Country]:
     return countries
 
 
-#: Every state and territory, those of the knowledge base first.
+#: All states and territories, those of the knowledge base first.
 COUNTRIES: tuple[Country, ...] = (*_parse(_KNOWLEDGE_BASE, True), *_parse(_OUTSIDE, False))
 
 BY_QID: dict[str, Country] = {country.qid: country for country in COUNTRIES}

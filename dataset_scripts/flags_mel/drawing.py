@@ -1,8 +1,8 @@
-"""Flags from geometry: bands, crosses, discs, triangles, stars, crescents, drawn on a unit-high canvas.
+"""Draws flags from bands, crosses, discs, triangles, stars and crescents.
 
-A flag is drawn once as a map of palette indices; colours come last. So the same drawing gives the clean picture of the
-knowledge base (each flag's own shades) and the cloth of the photographs (ten basic colours, because a camera and the
-weather do not keep shades). Two flags whose basic colours agree everywhere are look-alikes in a photograph.
+A flag is drawn once, as a map of shades. The shades are then coloured in two ways: with their official colours for the
+knowledge base, and with a few basic colours for photographs, because a camera and the weather change shades. Two flags
+with the same basic colours everywhere look alike in a photograph.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import cos, hypot, pi, sin
 import numpy as np
 from PIL import Image, ImageDraw
 
-# A shade: its RGB and the basic colour a photograph shows.
+#: Name of a shade → its RGB, and its basic colour in a photograph.
 _SHADES: dict[str, tuple[tuple[int, int, int], str]] = {
     "white": ((255, 255, 255), "white"),
     "black": ((0, 0, 0), "black"),
@@ -34,7 +34,7 @@ _SHADES: dict[str, tuple[tuple[int, int, int], str]] = {
     "sky": ((108, 180, 232), "sky"),
     "aqua": ((0, 172, 199), "sky"),
     "azure": ((45, 145, 220), "sky"),
-    "cyan": ((0, 161, 222), "blue"),  # Luxembourg's: in a photograph nobody tells it from the Dutch blue
+    "cyan": ((0, 161, 222), "blue"),  # of Luxembourg; in a photograph it equals the Dutch blue
     "blue": ((0, 56, 168), "blue"),
     "royal": ((16, 78, 196), "blue"),
     "navy": ((0, 32, 91), "blue"),
@@ -44,7 +44,7 @@ _SHADES: dict[str, tuple[tuple[int, int, int], str]] = {
 }
 _INDEX = {name: i for i, name in enumerate(_SHADES)}
 
-#: The basic colours of a photograph.
+#: The basic colours of photographs, as RGB.
 BASIC_COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (240, 240, 238),
     "black": (30, 29, 32),
@@ -60,7 +60,7 @@ BASIC_COLOURS: dict[str, tuple[int, int, int]] = {
 }
 _BASIC_INDEX = {name: i for i, name in enumerate(BASIC_COLOURS)}
 
-_OWN_PALETTE = [value for rgb, _ in _SHADES.values() for value in rgb]
+_OFFICIAL_PALETTE = [value for rgb, _ in _SHADES.values() for value in rgb]
 _PHOTO_PALETTE = [value for _, basic in _SHADES.values() for value in BASIC_COLOURS[basic]]
 _TO_BASIC = np.array([_BASIC_INDEX[basic] for _, basic in _SHADES.values()], dtype=np.uint8)
 
@@ -68,11 +68,14 @@ Point = tuple[float, float]
 
 
 class Canvas:
-    """A drawing of height 1 and width `ratio`; x grows to the fly, y downwards.
+    """A drawing of height 1 and width `ratio`, as a map of shades. x grows towards the fly, y downwards.
 
     Args:
         ratio (`float`): Width over height.
-        height (`int`): Pixels drawn for height 1.
+        height (`int`): Height in pixels.
+
+    Attributes:
+        image (`PIL.Image.Image`): The index of the shade of each pixel (mode L).
     """
 
     def __init__(self, ratio: float, height: int):
@@ -84,31 +87,31 @@ class Canvas:
         return [value * self.scale for value in (x - radius, y - radius, x + radius, y + radius)]
 
     def polygon(self, points: Sequence[Point], colour: str) -> None:
-        """A filled polygon."""
+        """Fills a polygon."""
         self._draw.polygon([(x * self.scale, y * self.scale) for x, y in points], fill=_INDEX[colour])
 
     def rect(self, x0: float, y0: float, x1: float, y1: float, colour: str) -> None:
-        """A filled rectangle from (x0, y0) to (x1, y1)."""
+        """Fills the rectangle from (x0, y0) to (x1, y1)."""
         scaled = [round(value * self.scale) for value in (x0, y0, x1, y1)]
         self._draw.rectangle((scaled[0], scaled[1], scaled[2] - 1, scaled[3] - 1), fill=_INDEX[colour])
 
     def disc(self, x: float, y: float, radius: float, colour: str) -> None:
-        """A filled circle."""
+        """Fills a circle."""
         self._draw.ellipse(self._box(x, y, radius), fill=_INDEX[colour])
 
     def ring(self, x: float, y: float, radius: float, width: float, colour: str) -> None:
-        """A circle drawn as a line of `width`, inside `radius`."""
+        """Draws a circle as a line of `width`, inside `radius`."""
         self._draw.ellipse(self._box(x, y, radius), outline=_INDEX[colour], width=max(1, round(width * self.scale)))
 
     def line(self, start: Point, end: Point, width: float, colour: str) -> None:
-        """A straight band of `width` with square ends."""
+        """Draws a straight band of `width` with square ends."""
         (x0, y0), (x1, y1) = start, end
         length = hypot(x1 - x0, y1 - y0)
         dx, dy = (y1 - y0) / length * width / 2, (x0 - x1) / length * width / 2
         self.polygon([(x0 + dx, y0 + dy), (x1 + dx, y1 + dy), (x1 - dx, y1 - dy), (x0 - dx, y0 - dy)], colour)
 
     def star(self, x: float, y: float, radius: float, colour: str, points: int = 5, turn: float = 0.0, inner=0.382):
-        """A star; `turn` in degrees clockwise from one ray up, `inner` the inner radius over the outer."""
+        """Fills a star. `turn`: degrees clockwise from one ray upwards. `inner`: inner radius over outer radius."""
         outline = []
         for i in range(2 * points):
             angle = pi * i / points + turn * pi / 180
@@ -117,7 +120,7 @@ class Canvas:
         self.polygon(outline, colour)
 
     def crescent(self, x: float, y: float, radius: float, shift: Point, inner: float, colour: str) -> None:
-        """A disc less the disc of radius `inner` whose centre is `shift`ed from its own."""
+        """Fills a disc except for a disc of radius `inner`, whose centre is moved by `shift`."""
         mask = Image.new("1", self.image.size)
         pen = ImageDraw.Draw(mask)
         pen.ellipse(self._box(x, y, radius), fill=1)
@@ -125,10 +128,11 @@ class Canvas:
         self.image.paste(_INDEX[colour], mask=mask)
 
     def half_disc(self, x: float, y: float, radius: float, start: float, colour: str) -> None:
-        """The half of a disc that begins `start` degrees clockwise from the right."""
+        """Fills the half of a disc that begins `start` degrees clockwise from the right."""
         self._draw.pieslice(self._box(x, y, radius), start, start + 180, fill=_INDEX[colour])
 
 
+#: A part of a flag: a function that draws it on a canvas.
 Part = Callable[[Canvas], None]
 
 
@@ -138,7 +142,7 @@ def _bounds(weights: Sequence[float]) -> list[float]:
 
 
 def horizontal(colours: str, weights: Sequence[float] | None = None) -> Part:
-    """Bands from top to bottom."""
+    """Returns horizontal bands, from top to bottom."""
     names = colours.split()
     bounds = _bounds(weights or [1] * len(names))
 
@@ -150,7 +154,7 @@ def horizontal(colours: str, weights: Sequence[float] | None = None) -> Part:
 
 
 def vertical(colours: str, weights: Sequence[float] | None = None) -> Part:
-    """Bands from the hoist to the fly."""
+    """Returns vertical bands, from the hoist to the fly."""
     names = colours.split()
     bounds = _bounds(weights or [1] * len(names))
 
@@ -162,7 +166,7 @@ def vertical(colours: str, weights: Sequence[float] | None = None) -> Part:
 
 
 def cross(colour: str, x0: float, x1: float, y0: float, y1: float) -> Part:
-    """A cross over the whole flag: x0..x1 in widths, y0..y1 in heights."""
+    """Returns a cross over the whole flag, from x0 to x1 in widths and from y0 to y1 in heights."""
 
     def draw(c: Canvas) -> None:
         c.rect(x0 * c.ratio, 0, x1 * c.ratio, 1, colour)
@@ -172,29 +176,29 @@ def cross(colour: str, x0: float, x1: float, y0: float, y1: float) -> Part:
 
 
 def nordic(colour: str, units: tuple[float, float], xs: Point, ys: Point) -> Part:
-    """A Nordic cross in the units of a flag's construction sheet: `units` = (width, height)."""
+    """Returns a Nordic cross in the units of the construction sheet, in which the flag has the size `units`."""
     return cross(colour, xs[0] / units[0], xs[1] / units[0], ys[0] / units[1], ys[1] / units[1])
 
 
 def hoist(colour: str, apex: float) -> Part:
-    """A triangle on the hoist with its apex at x = `apex` (in heights)."""
+    """Returns a triangle on the hoist with its apex at x = `apex`, in heights."""
     return lambda c: c.polygon([(0, 0), (apex, 0.5), (0, 1)], colour)
 
 
 def disc(x: float, y: float, radius: float, colour: str) -> Part:
-    """[`Canvas.disc`]."""
+    """Returns [`Canvas.disc`] as a part."""
     return lambda c: c.disc(x, y, radius, colour)
 
 
 def star(
     x: float, y: float, radius: float, colour: str, points: int = 5, turn: float = 0.0, inner: float = 0.382
 ) -> Part:
-    """[`Canvas.star`]."""
+    """Returns [`Canvas.star`] as a part."""
     return lambda c: c.star(x, y, radius, colour, points, turn, inner)
 
 
 def stars(places: Sequence[tuple[float, float, float]], colour: str) -> Part:
-    """Upright stars at (x, y, radius)."""
+    """Returns upright stars at (x, y, radius)."""
 
     def draw(c: Canvas) -> None:
         for x, y, radius in places:
@@ -204,33 +208,33 @@ def stars(places: Sequence[tuple[float, float, float]], colour: str) -> Part:
 
 
 def crescent(x: float, y: float, radius: float, shift: Point, inner: float, colour: str) -> Part:
-    """[`Canvas.crescent`]."""
+    """Returns [`Canvas.crescent`] as a part."""
     return lambda c: c.crescent(x, y, radius, shift, inner, colour)
 
 
 def half_disc(x: float, y: float, radius: float, start: float, colour: str) -> Part:
-    """[`Canvas.half_disc`]."""
+    """Returns [`Canvas.half_disc`] as a part."""
     return lambda c: c.half_disc(x, y, radius, start, colour)
 
 
 def rect(x0: float, y0: float, x1: float, y1: float, colour: str) -> Part:
-    """[`Canvas.rect`]."""
+    """Returns [`Canvas.rect`] as a part."""
     return lambda c: c.rect(x0, y0, x1, y1, colour)
 
 
 def polygon(colour: str, *points: Point) -> Part:
-    """[`Canvas.polygon`]."""
+    """Returns [`Canvas.polygon`] as a part."""
     return lambda c: c.polygon(points, colour)
 
 
 def star_ring(x: float, y: float, radius: float, count: int, size: float, colour: str, turn: float = 0.0) -> Part:
-    """`count` upright stars of radius `size` on a circle."""
+    """Returns `count` upright stars of radius `size` on a circle."""
     angles = [2 * pi * i / count + turn * pi / 180 for i in range(count)]
     return stars([(x + radius * sin(a), y - radius * cos(a), size) for a in angles], colour)
 
 
 def serrated(field: str, base: float, tip: float, points: int) -> Part:
-    """A white hoist that ends in `points` teeth from x = `base` to x = `tip`."""
+    """Returns a white hoist with `points` teeth from x = `base` to x = `tip`, on a `field`."""
 
     def draw(c: Canvas) -> None:
         outline: list[Point] = [(0, 0)]
@@ -244,13 +248,13 @@ def serrated(field: str, base: float, tip: float, points: int) -> Part:
 
 
 def band(rising: bool, width: float, colour: str) -> Part:
-    """A band from corner to corner: from the lower hoist to the upper fly if `rising`, else the other way."""
-    start, end = (2, -1) if rising else (-1, 2)  # past the corners, so that the ends do not show
+    """Returns a diagonal band: to the upper fly if `rising`, else to the lower fly."""
+    start, end = (2, -1) if rising else (-1, 2)  # beyond the corners, so that the ends are hidden
     return lambda c: c.line((-c.ratio, start), (2 * c.ratio, end), width, colour)
 
 
 def saltire(width: float, colour: str) -> Part:
-    """Two bands from corner to corner."""
+    """Returns both diagonal bands."""
 
     def draw(c: Canvas) -> None:
         band(True, width, colour)(c)
@@ -260,7 +264,7 @@ def saltire(width: float, colour: str) -> Part:
 
 
 def pentagram(x: float, y: float, radius: float, width: float, colour: str) -> Part:
-    """A five-pointed star of lines."""
+    """Returns a five-pointed star of lines."""
 
     def draw(c: Canvas) -> None:
         tips = [(x + radius * sin(4 * pi * i / 5), y - radius * cos(4 * pi * i / 5)) for i in range(5)]
@@ -271,12 +275,12 @@ def pentagram(x: float, y: float, radius: float, width: float, colour: str) -> P
 
 
 def paint(shades: Image.Image, basic: bool = False) -> Image.Image:
-    """A map of shades in the flag's own colours, or in the basic colours of a photograph."""
+    """Colours a map of shades with the official colours, or with the basic colours of photographs."""
     picture = shades.copy()
-    picture.putpalette(_PHOTO_PALETTE if basic else _OWN_PALETTE)
+    picture.putpalette(_PHOTO_PALETTE if basic else _OFFICIAL_PALETTE)
     return picture.convert("RGB")
 
 
 def basic_colours(shades: np.ndarray) -> np.ndarray:
-    """The index of the basic colour of every point of a map of shades: `uint8`, same shape."""
+    """Returns the index of the basic colour of each point of a map of shades: `uint8`, same shape."""
     return _TO_BASIC[shades]

@@ -1,7 +1,7 @@
-"""The flags of FlagsMEL, and which of them a photograph does not tell apart.
+"""The flags of FlagsMEL, drawn from geometry.
 
-Civil flags are drawn where the state flag differs by a coat of arms only (Ecuador, Peru, Costa Rica, Haiti, the
-Dominican Republic, Bolivia); emblems that geometry cannot draw are simplified.
+If the state flag differs from the civil flag by a coat of arms only, the civil flag is drawn (Ecuador, Peru, Costa Rica,
+Haiti, the Dominican Republic, Bolivia). Emblems that geometry cannot draw are simplified.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from .drawing import (
     Canvas,
     Part,
     band,
-    basic_colours,
     crescent,
     cross,
     disc,
@@ -36,17 +35,27 @@ from .drawing import (
     vertical,
 )
 
-#: Height of a clean flag in pixels; drawn three times as high, then averaged.
+#: Height of a clean flag in pixels. It is drawn three times as high and then averaged.
 FLAG_HEIGHT = 120
 _OVERSAMPLING = 3
 
-#: Size (width, height) of the cloth a photograph shows: every flag is stretched to 3:2.
+#: Size (width, height) of the flag in a photograph. Every flag is stretched to 3:2.
 CLOTH_SIZE = (120, 80)
 
-# The drawings that take more than one shape.
+#: The visible part of a flag in a photograph, in widths and heights of the flag: (left, right, top, bottom). The rest is
+#: outside the frame.
+CROPS: dict[str, tuple[float, float, float, float]] = {
+    "full": (0.0, 1.0, 0.0, 1.0),
+    "hoist": (0.0, 0.45, 0.0, 1.0),
+    "fly": (0.55, 1.0, 0.0, 1.0),
+    "upper": (0.0, 1.0, 0.0, 0.5),
+    "lower": (0.0, 1.0, 0.5, 1.0),
+}
+
+# Flags that need more than the parts in `drawing`.
 
 
-def _swiss(c: Canvas) -> None:
+def _switzerland(c: Canvas) -> None:
     c.rect(13 / 32, 6 / 32, 19 / 32, 26 / 32, "white")
     c.rect(6 / 32, 13 / 32, 26 / 32, 19 / 32, "white")
 
@@ -59,7 +68,7 @@ def _greece(c: Canvas) -> None:
     c.rect(0, 2 / 9, 5 / 9, 3 / 9, "white")
 
 
-def _macedonia(c: Canvas) -> None:
+def _north_macedonia(c: Canvas) -> None:
     x, y, w = c.ratio / 2, 0.5, c.ratio
     for base in (
         [(0, 0.4), (0, 0.6)],
@@ -90,7 +99,7 @@ def _south_korea(c: Canvas) -> None:
     dx, dy = radius / 2 * cos(slope * pi / 180), radius / 2 * sin(slope * pi / 180)
     c.disc(x - dx, y - dy, radius / 2, "red")
     c.disc(x + dx, y + dy, radius / 2, "royal")
-    # Three bars at each corner, across the diagonal; 0 = broken.
+    # Three bars at each corner, across the diagonal. 0 is a broken bar.
     for sx, sy, bars in ((-1, -1, (1, 1, 1)), (1, -1, (0, 1, 0)), (-1, 1, (1, 0, 1)), (1, 1, (0, 0, 0))):
         ux, uy = sx * 0.832, sy * 0.555  # outwards
         for i, whole in enumerate(bars):
@@ -124,7 +133,7 @@ def _philippines(c: Canvas) -> None:
         c.star(x, y, 0.055, "yellow", turn=turn)
 
 
-def _drc(c: Canvas) -> None:
+def _dr_congo(c: Canvas) -> None:
     w = c.ratio
     c.polygon([(0, 1), (0, 0.66), (0.88, 0), (w, 0), (w, 0.34), (w - 0.88, 1)], "yellow")
     c.polygon([(0, 1), (0, 0.72), (0.96, 0), (w, 0), (w, 0.28), (w - 0.96, 1)], "red")
@@ -163,7 +172,7 @@ def _south_africa(c: Canvas) -> None:
     w = c.ratio
     c.rect(0, 0, w, 0.5, "scarlet")
     c.rect(0, 0.5, w, 1, "navy")
-    # The Y, widest first: white edge, green, and inside the hoist yellow around black.
+    # The Y from back to front: white edge, green, and at the hoist yellow around black.
     for half, name in ((1 / 6, "white"), (0.1, "green")):
         c.rect(0.6, 0.5 - half, w, 0.5 + half, name)
         c.line((-0.375, -0.25), (0.75, 0.5), 2 * half, name)
@@ -201,7 +210,7 @@ def _dominica(c: Canvas) -> None:
         c.rect(0.85 + 0.1 * i, 0, 0.95 + 0.1 * i, 1, name)
     for i, name in enumerate(("yellow", "black", "white")):
         c.rect(0, 0.35 + 0.1 * i, 2, 0.45 + 0.1 * i, name)
-    for i, name in enumerate(("yellow", "black", "white")):  # the upright lies over the level one
+    for i, name in enumerate(("yellow", "black", "white")):  # the vertical bar covers the horizontal one
         c.rect(0.85 + 0.1 * i, 0, 0.95 + 0.1 * i, 0.35, name)
     c.disc(1, 0.5, 0.28, "red")
     star_ring(1, 0.5, 0.225, 10, 0.045, "leaf")(c)
@@ -298,7 +307,7 @@ def _liberia(c: Canvas) -> None:
     c.star(2.5 / 11, 2.6 / 11, 0.16, "white")
 
 
-def _papua(c: Canvas) -> None:
+def _papua_new_guinea(c: Canvas) -> None:
     w = c.ratio
     c.polygon([(0, 0), (w, 0), (w, 1)], "red")
     c.polygon([(0, 0), (w, 1), (0, 1)], "black")
@@ -340,7 +349,7 @@ def _american_samoa(c: Canvas) -> None:
     c.polygon([(1.36, 0.68), (1.62, 0.74), (1.6, 0.78), (1.34, 0.72)], "yellow")
 
 
-def _marshall(c: Canvas) -> None:
+def _marshall_islands(c: Canvas) -> None:
     w = c.ratio
     c.polygon([(0, 0.98), (w, 0.03), (w, 0.24)], "orange")
     c.polygon([(0, 0.98), (w, 0.24), (w, 0.45)], "white")
@@ -375,9 +384,9 @@ def _flag(ratio: float, *parts: Part) -> tuple[float, tuple[Part, ...]]:
     return ratio, parts
 
 
-_PR = 3**0.5 / 2  # height of an equilateral triangle on the hoist
+_EQUILATERAL = 3**0.5 / 2  # apex of an equilateral triangle on the hoist
 
-#: Width over height, and the parts from back to front.
+#: Wikidata id → width over height, and the parts from back to front.
 FLAGS: dict[str, tuple[float, tuple[Part, ...]]] = {
     # Europe
     "Q142": _flag(1.5, vertical("blue white red")),
@@ -388,7 +397,7 @@ FLAGS: dict[str, tuple[float, tuple[Part, ...]]] = {
     "Q55": _flag(1.5, horizontal("crimson white blue")),
     "Q32": _flag(5 / 3, horizontal("scarlet white cyan")),
     "Q40": _flag(1.5, horizontal("red white red")),
-    "Q39": _flag(1, horizontal("scarlet"), _swiss),
+    "Q39": _flag(1, horizontal("scarlet"), _switzerland),
     "Q35": _flag(37 / 28, horizontal("red"), nordic("white", (37, 28), (12, 16), (12, 16))),
     "Q34": _flag(1.6, horizontal("blue"), nordic("yellow", (16, 10), (5, 7), (4, 6))),
     "Q20": _flag(
@@ -437,7 +446,7 @@ FLAGS: dict[str, tuple[float, tuple[Part, ...]]] = {
         horizontal("blue"),
         saltire(0.2, "white"),
     ),
-    "Q221": _flag(2, horizontal("red"), _macedonia),
+    "Q221": _flag(2, horizontal("red"), _north_macedonia),
     # Asia
     "Q399": _flag(2, horizontal("red blue orange")),
     "Q230": _flag(1.5, horizontal("white"), cross("red", 0.4333, 0.5667, 0.4, 0.6), _georgia),
@@ -515,7 +524,7 @@ FLAGS: dict[str, tuple[float, tuple[Part, ...]]] = {
     "Q657": _flag(1.5, vertical("navy gold crimson")),
     "Q1008": _flag(1.5, vertical("orange white green")),
     "Q1000": _flag(4 / 3, horizontal("leaf yellow royal")),
-    "Q974": _flag(4 / 3, horizontal("azure"), _drc),
+    "Q974": _flag(4 / 3, horizontal("azure"), _dr_congo),
     "Q971": _flag(
         1.5,
         polygon("green", (0, 0), (1.5, 0), (0, 1)),
@@ -567,7 +576,7 @@ FLAGS: dict[str, tuple[float, tuple[Part, ...]]] = {
         crescent(0.75, 0.42, 0.29, (0, -0.085), 0.29, "yellow"),
         star(0.75, 0.36, 0.1, "yellow"),
     ),
-    "Q977": _flag(1.5, horizontal("sky leaf"), hoist("white", _PR), star(0.28, 0.5, 0.135, "scarlet")),
+    "Q977": _flag(1.5, horizontal("sky leaf"), hoist("white", _EQUILATERAL), star(0.28, 0.5, 0.135, "scarlet")),
     "Q929": _flag(
         1.5,
         horizontal("blue white leaf yellow"),
@@ -589,7 +598,7 @@ FLAGS: dict[str, tuple[float, tuple[Part, ...]]] = {
     "Q970": _flag(
         5 / 3,
         horizontal("lemon white red royal"),
-        hoist("leaf", _PR),
+        hoist("leaf", _EQUILATERAL),
         crescent(0.24, 0.5, 0.19, (0.08, 0), 0.175, "white"),
         stars([(0.34, 0.38, 0.04), (0.34, 0.46, 0.04), (0.34, 0.54, 0.04), (0.34, 0.62, 0.04)], "white"),
     ),
@@ -608,8 +617,12 @@ FLAGS: dict[str, tuple[float, tuple[Part, ...]]] = {
         1.5, horizontal("green white crimson white green", [2, 1, 4, 1, 2]), star(0.75, 0.51, 0.18, "yellow")
     ),
     "Q734": _flag(5 / 3, horizontal("green"), _guyana),
-    "Q241": _flag(2, horizontal("navy white navy white navy"), hoist("red", _PR), star(0.29, 0.5, 0.165, "white")),
-    "Q1183": _flag(1.5, horizontal("red white red white red"), hoist("blue", _PR), star(0.29, 0.5, 0.17, "white")),
+    "Q241": _flag(
+        2, horizontal("navy white navy white navy"), hoist("red", _EQUILATERAL), star(0.29, 0.5, 0.165, "white")
+    ),
+    "Q1183": _flag(
+        1.5, horizontal("red white red white red"), hoist("blue", _EQUILATERAL), star(0.29, 0.5, 0.17, "white")
+    ),
     "Q804": _flag(1.5, _panama),
     "Q783": _flag(
         2,
@@ -619,7 +632,7 @@ FLAGS: dict[str, tuple[float, tuple[Part, ...]]] = {
         ),
     ),
     "Q800": _flag(5 / 3, horizontal("blue white red white blue", [1, 1, 2, 1, 1])),
-    "Q778": _flag(2, horizontal("aqua yellow aqua"), hoist("black", _PR)),
+    "Q778": _flag(2, horizontal("aqua yellow aqua"), hoist("black", _EQUILATERAL)),
     "Q784": _flag(2, horizontal("green"), _dominica),
     "Q786": _flag(1.5, _dominican_republic),
     "Q754": _flag(5 / 3, horizontal("red"), band(False, 0.32, "white"), band(False, 0.21, "black")),
@@ -662,7 +675,7 @@ FLAGS: dict[str, tuple[float, tuple[Part, ...]]] = {
     "Q1454": _flag(1.5, horizontal("crimson white"), _north_carolina),
     "Q1456": _flag(1.5, horizontal("navy"), _south_carolina),
     # Oceania
-    "Q691": _flag(4 / 3, _papua),
+    "Q691": _flag(4 / 3, _papua_new_guinea),
     "Q683": _flag(
         2,
         horizontal("red"),
@@ -681,7 +694,7 @@ FLAGS: dict[str, tuple[float, tuple[Part, ...]]] = {
         rect(0.345, 0.08, 0.485, 0.42, "red"),
         rect(0.245, 0.18, 0.585, 0.32, "red"),
     ),
-    "Q709": _flag(1.9, horizontal("blue"), _marshall),
+    "Q709": _flag(1.9, horizontal("blue"), _marshall_islands),
     "Q685": _flag(
         2,
         polygon("royal", (0, 0), (2, 0), (0, 1)),
@@ -696,19 +709,10 @@ FLAGS: dict[str, tuple[float, tuple[Part, ...]]] = {
     ),
 }
 
-#: Flags that no photograph tells apart, each pair up to the side it is seen from (cloth has two).
-LOOK_ALIKES: tuple[frozenset[str], ...] = (
-    frozenset({"Q657", "Q218"}),  # Chad, Romania
-    frozenset({"Q252", "Q235"}),  # Indonesia, Monaco
-    frozenset({"Q27", "Q1008"}),  # Ireland, Ivory Coast
-    frozenset({"Q55", "Q32"}),  # Netherlands, Luxembourg
-    frozenset({"Q1006", "Q912"}),  # Guinea, Mali
-    frozenset({"Q739", "Q736"}),  # Colombia, Ecuador's civil flag
-)
-
 
 @cache
-def _shades(qid: str) -> Image.Image:
+def shade_map(qid: str) -> Image.Image:
+    """Draws a flag as a map of shades (see [`Canvas`]). The result is cached."""
     ratio, parts = FLAGS[qid]
     canvas = Canvas(ratio, FLAG_HEIGHT * _OVERSAMPLING)
     for part in parts:
@@ -717,87 +721,10 @@ def _shades(qid: str) -> Image.Image:
 
 
 def clean_flag(qid: str) -> Image.Image:
-    """The flag in its own colours and proportions, `FLAG_HEIGHT` pixels high."""
-    return paint(_shades(qid)).reduce(_OVERSAMPLING)
+    """Draws a flag in its official colours and proportions, `FLAG_HEIGHT` pixels high."""
+    return paint(shade_map(qid)).reduce(_OVERSAMPLING)
 
 
 def cloth(qid: str) -> np.ndarray:
-    """The flag in basic colours, stretched to `CLOTH_SIZE`: `uint8` [height, width, 3]."""
-    return np.asarray(paint(_shades(qid), basic=True).resize(CLOTH_SIZE, Image.Resampling.BOX))
-
-
-def basic_map(qid: str) -> np.ndarray:
-    """The index of the basic colour at each point of the cloth: `uint8` [height, width]."""
-    width, height = CLOTH_SIZE
-    shades = np.asarray(_shades(qid))
-    rows = ((np.arange(height) + 0.5) * shades.shape[0] / height).astype(int)
-    columns = ((np.arange(width) + 0.5) * shades.shape[1] / width).astype(int)
-    return basic_colours(shades[np.ix_(rows, columns)])
-
-
-#: The part of the flag inside the frame, in widths and heights of the flag: (left, right, top, bottom).
-#: What is cut off lies beyond the edge of the picture.
-CROPS: dict[str, tuple[float, float, float, float]] = {
-    "full": (0.0, 1.0, 0.0, 1.0),
-    "hoist": (0.0, 0.45, 0.0, 1.0),
-    "fly": (0.55, 1.0, 0.0, 1.0),
-    "upper": (0.0, 1.0, 0.0, 0.5),
-    "lower": (0.0, 1.0, 0.5, 1.0),
-}
-
-# Share of its area on which one view differs from another. Below the first, nobody tells them apart (rounding at the
-# edges of bands); from the second on anybody does; between them lies the tip of a star cut off by the frame.
-_SAME, _DIFFERENT = 0.004, 0.02
-# A view with hardly more than one colour could be of nearly any flag.
-_PLAIN = 0.85
-
-
-@cache
-def _views(crop: str) -> np.ndarray:
-    """The view of every flag, in the order of [`FLAGS`]; the hoist and the fly from their outer edge inwards."""
-    left, right, top, bottom = CROPS[crop]
-    width, height = CLOTH_SIZE
-    rows, columns = (
-        slice(round(top * height), round(bottom * height)),
-        slice(round(left * width), round(right * width)),
-    )
-    views = np.stack([basic_map(qid)[rows, columns] for qid in FLAGS])
-    return views[:, :, ::-1] if crop == "fly" else views
-
-
-def _differing(views: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Share of the area on which each view differs from each other one: [views, others]."""
-    return np.stack([(view != others).mean(axis=(1, 2)) for view in views])
-
-
-@cache
-def _differences(crop: str) -> np.ndarray:
-    """The least difference between any two flags over the sides and crops a photograph does not tell apart."""
-    views = _views(crop)
-    if crop in ("hoist", "fly"):  # an outer edge is an outer edge, and the cloth has two sides
-        return np.minimum(_differing(views, _views("hoist")), _differing(views, _views("fly")))
-    return np.minimum(_differing(views, views), _differing(views, views[:, :, ::-1]))
-
-
-def difference(qid: str, other: str) -> float:
-    """Share of the area on which two whole flags differ in their basic colours, on whichever side they agree more."""
-    order = list(FLAGS)
-    return float(_differences("full")[order.index(qid), order.index(other)])
-
-
-def picture_set(qid: str, crop: str, doubtful: bool = True) -> frozenset[str]:
-    """The flags that a photograph of this crop can show, the one asked for included.
-
-    The crop of a flag of one colour (or nearly) gives the empty set: such a picture is not worth taking.
-
-    Args:
-        qid (`str`): Wikidata id of the flag in front of the camera.
-        crop (`str`): A key of [`CROPS`].
-        doubtful (`bool`): Whether flags that a sharp eye rules out belong to it.
-    """
-    order = list(FLAGS)
-    row = order.index(qid)
-    view = _views(crop)[row]
-    if np.bincount(view.ravel()).max() > _PLAIN * view.size:
-        return frozenset()
-    return frozenset(order[i] for i in np.flatnonzero(_differences(crop)[row] < (_DIFFERENT if doubtful else _SAME)))
+    """Draws a flag in basic colours, stretched to `CLOTH_SIZE`: `uint8` of shape `[height, width, 3]`."""
+    return np.asarray(paint(shade_map(qid), basic=True).resize(CLOTH_SIZE, Image.Resampling.BOX))

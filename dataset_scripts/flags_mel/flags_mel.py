@@ -18,9 +18,11 @@ from hf_mel.schema import NIL, NO_SPAN
 
 from .countries import BY_QID, COUNTRIES
 
-# For flags.py: `datasets` 3 copies only the modules that the script itself imports (and reads no comment beside them).
+# For flags.py and planning.py: `datasets` 3 copies only the modules that the script itself imports (and reads no comment
+# beside them).
 from .drawing import BASIC_COLOURS as BASIC_COLOURS
 from .flags import clean_flag
+from .look_alikes import picture_set as picture_set
 from .photo import Shot, photographs
 from .planning import SPLIT_SIZES, plan_documents, plan_mentions, plan_posts
 from .sentences import mention_type

@@ -1,7 +1,6 @@
-"""Photograph-like pictures of flags: cloth that waves, is seen at an angle or in part, under some light, before a scene.
+"""Draws photograph-like pictures of flags: waving cloth at an angle, whole or in part, in varying light before a scene.
 
-All pictures of a chunk are computed together in numpy; every operation works on each picture alone, so a picture
-depends on its own [`Shot`] only.
+numpy computes a chunk of pictures together. No operation mixes pictures, so a picture depends on its [`Shot`] only.
 """
 
 from __future__ import annotations
@@ -19,20 +18,22 @@ from .flags import CLOTH_SIZE, CROPS, cloth
 #: Size (width, height) of a photograph in pixels.
 PHOTO_SIZE = (96, 72)
 
-_CHUNK = 16  # pictures whose arrays fit the processor's cache together
-_MARGIN = 24  # scenes are larger than the frame, which falls anywhere inside
+#: Number of pictures to compute together. Their arrays fit into the processor's cache.
+_CHUNK = 16
+#: A scene is this many pixels larger than the frame, whose position in it is random.
+_MARGIN = 24
 
 
 @dataclass(frozen=True)
 class Shot:
-    """What a photograph depends on.
+    """Everything that a photograph depends on.
 
     Args:
-        seed (`int`): Of the angle, the wind, the light, the scene.
-        flag (`str` or `None`): Wikidata id of the flag; `None` shows the scene alone.
+        seed (`int`): Seed of the angle, the wind, the light and the scene.
+        flag (`str`, *optional*): Wikidata id of the flag. Without a flag, the photograph shows the scene alone.
         crop (`str`): A key of [`CROPS`].
         mirrored (`bool`): The flag is seen from behind.
-        calm (`bool`): A still flag before a white wall, as in a catalogue.
+        calm (`bool`): The flag hangs still before a white wall, as in a catalogue.
     """
 
     seed: int
@@ -43,7 +44,7 @@ class Shot:
 
 
 def _noise_field(rng: np.random.Generator, height: int, width: int, cell: int) -> np.ndarray:
-    """Smooth noise in [0, 1]: random values on a grid of `cell` pixels, interpolated."""
+    """Returns smooth noise in [0, 1] of shape `[height, width]`: random values every `cell` pixels, interpolated."""
     grid = rng.random((height // cell + 2, width // cell + 2)).astype(np.float32)
     return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -56,7 +57,7 @@ def _sky(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _crowd(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Rows of people in a stand: heads over shirts, darker towards the back."""
+    """Draws rows of people in a stand, darker towards the back."""
     step = 6
     picture = np.full((height, width, 3), rng.uniform(45, 75, 3))
     for row, y in enumerate(range(0, height, step)):
@@ -70,7 +71,7 @@ def _crowd(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _pitch(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A stand above, mown grass below."""
+    """Draws a stand above a mown pitch."""
     picture = _crowd(rng, height, width)
     horizon = int(height * rng.uniform(0.4, 0.55))
     stripes = (np.arange(width) // 14 % 2)[None, :, None]
@@ -114,7 +115,7 @@ def _sea(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _night(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A street at night: lamps out of focus."""
+    """Draws a street at night with lamps out of focus."""
     picture = (
         np.full((height, width, 3), rng.uniform(18, 50, 3)) + _noise_field(rng, height, width, 20)[..., None] * 40
     )
@@ -134,7 +135,7 @@ _SCENES: tuple[Callable[[np.random.Generator, int, int], np.ndarray], ...] = (
 
 @cache
 def _scenes() -> np.ndarray:
-    """All scenes, larger than a frame, and a white wall last: `float32` [scenes, height, width, 3]."""
+    """Draws all scenes, and a white wall as the last one: `float32` of shape `[scenes, height, width, 3]`."""
     width, height = PHOTO_SIZE[0] + _MARGIN, PHOTO_SIZE[1] + _MARGIN
     rng = np.random.default_rng(20)
     scenes = [scene(rng, height, width) for scene in _SCENES]
@@ -144,7 +145,7 @@ def _scenes() -> np.ndarray:
 
 @cache
 def _grain() -> np.ndarray:
-    """Sensor noise, larger than a frame: `float32` [height, width, 3]."""
+    """Draws sensor noise that is larger than a frame: `float32` of shape `[height, width, 3]`."""
     rng = np.random.default_rng(21)
     return rng.standard_normal((PHOTO_SIZE[1] + 64, PHOTO_SIZE[0] + 64, 3), dtype=np.float32)
 
@@ -154,8 +155,9 @@ def _cloth(qid: str) -> np.ndarray:
     return cloth(qid).reshape(-1, 3).astype(np.float32)
 
 
-# By crop: the corners it puts beyond the frame, along which axis, and whether beyond its far side.
-_CUT = {
+#: Crop → numbers of the corners outside the frame, the axis along which they are outside, and whether they are beyond
+#: its far end.
+_HIDDEN_CORNERS = {
     "fly": ([0, 3], 0, False),
     "hoist": ([1, 2], 0, True),
     "upper": ([2, 3], 1, True),
@@ -164,12 +166,12 @@ _CUT = {
 
 
 def _corners(crops: Sequence[str], draws: np.ndarray, calm: np.ndarray) -> np.ndarray:
-    """The corners of the visible part in pixels, clockwise from the upper left: [pictures, 4, 2].
+    """Returns the corners of the visible part in pixels, clockwise from the upper left: `[pictures, 4, 2]`.
 
     Args:
-        crops: One name a picture.
-        draws: Uniform numbers in [0, 1): [pictures, 13 or more].
-        calm: [pictures], bool.
+        crops (sequence of `str`): Crop of each picture.
+        draws (`[pictures, 13 or more]`): Uniform random numbers in [0, 1).
+        calm (`[pictures]`, bool): Whether a flag hangs still.
     """
     width, height = PHOTO_SIZE
     w = width * (0.62 + 0.24 * draws[:, 0])
@@ -177,29 +179,31 @@ def _corners(crops: Sequence[str], draws: np.ndarray, calm: np.ndarray) -> np.nd
     x, y = (width - w) * (0.15 + 0.7 * draws[:, 2]), (height - h) * (0.15 + 0.7 * draws[:, 3])
     box = np.stack([x, y, x + w, y + h], axis=1)
     for i, crop in enumerate(crops):
-        if crop in _CUT:
-            _, axis, far = _CUT[crop]
+        if crop in _HIDDEN_CORNERS:
+            _, axis, far = _HIDDEN_CORNERS[crop]
             size, inside = PHOTO_SIZE[axis], 0.55 + 0.25 * draws[i, 2]
             box[i, [axis, axis + 2]] = (size * (1 - inside), size + 3) if far else (-3, size * inside)
 
-    cut = np.array([crop in _CUT for crop in crops])
+    cut = np.array([crop in _HIDDEN_CORNERS for crop in crops])
     strength = np.where(calm, 0.15, np.where(cut, 0.5, 1.0))[:, None, None]
     corners = box[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
     corners += strength * 9 * (draws[:, 4:12].reshape(-1, 4, 2) - 0.5)
     offset = corners - corners.mean(axis=1, keepdims=True)
-    corners += strength * 0.36 * (draws[:, 12, None, None] - 0.5) * offset[..., ::-1] * (-1, 1)  # a small turn
+    corners += strength * 0.36 * (draws[:, 12, None, None] - 0.5) * offset[..., ::-1] * (-1, 1)  # a small rotation
     for i, crop in enumerate(crops):
-        if crop in _CUT:  # beyond the frame whatever the angle, farther than a wave reaches, but little is wasted
-            hidden, axis, far = _CUT[crop]
+        if crop in _HIDDEN_CORNERS:
+            # Outside the frame at any angle and farther than a wave moves the edge, but no more than that.
+            hidden, axis, far = _HIDDEN_CORNERS[crop]
             low, high = (PHOTO_SIZE[axis] + 2, PHOTO_SIZE[axis] + 4) if far else (-4, -2)
             corners[i, hidden, axis] = np.clip(corners[i, hidden, axis], low, high)
     return corners
 
 
 def _to_unit_square(corners: np.ndarray) -> np.ndarray:
-    """The projective maps that take the corners to those of the unit square: [pictures, 3, 3].
+    """Returns the projective maps from the corners to the unit square: `[pictures, 3, 3]`.
 
-    Square to quadrilateral in closed form (Heckbert 1989, section 2.2.3), then the adjugate, its inverse up to scale.
+    The map from the square to a quadrilateral has a closed form (Heckbert 1989, section 2.2.3). Its adjugate is its
+    inverse up to scale.
     """
     (x0, y0), (x1, y1), (x2, y2), (x3, y3) = (corners[:, i].T for i in range(4))
     sx, sy = x0 - x1 + x2 - x3, y0 - y1 + y2 - y3
@@ -217,12 +221,12 @@ def _to_unit_square(corners: np.ndarray) -> np.ndarray:
 
 
 def _per_picture(draws: np.ndarray, column: int, low: float, high: float, axes: int = 2) -> np.ndarray:
-    """A number in [low, high) for each picture, to multiply arrays with `axes` more axes."""
+    """Scales a column of `draws` to [low, high), and appends `axes` axes of size 1: `[pictures, 1, …]`."""
     return (low + (high - low) * draws[:, column]).reshape(-1, *[1] * axes)
 
 
-def _hang(shots: Sequence[Shot], draws: np.ndarray, calm: np.ndarray, scene: np.ndarray) -> np.ndarray:
-    """The scenes with each shot's flag before them: `float32` [pictures, height, width, 3]."""
+def _add_flags(shots: Sequence[Shot], draws: np.ndarray, calm: np.ndarray, scene: np.ndarray) -> np.ndarray:
+    """Draws the flag of each shot before its scene: `float32` of shape `[pictures, height, width, 3]`."""
     width, height = PHOTO_SIZE
     corners = _corners([shot.crop for shot in shots], draws, calm)
     matrix = _to_unit_square(corners.astype(np.float64)).astype(np.float32)[..., None, None]
@@ -231,19 +235,19 @@ def _hang(shots: Sequence[Shot], draws: np.ndarray, calm: np.ndarray, scene: np.
     s = (matrix[:, 0, 0] * x + matrix[:, 0, 1] * y + matrix[:, 0, 2]) / depth
     t = (matrix[:, 1, 0] * x + matrix[:, 1, 1] * y + matrix[:, 1, 2]) / depth
 
-    # Wind: waves run along the flag, stronger away from the side it is held at. That side is drawn apart from hoist
-    # and fly, and so is the pole: neither may tell on which side of the cloth the camera stands.
-    cut = np.array([shot.crop in _CUT for shot in shots])[:, None, None]
-    still = np.where(calm, np.float32(0.3), np.float32(1))[:, None, None]
+    # Waves run along the flag and grow with the distance from the side at which the flag is held. This side and the pole
+    # are random, because they must not reveal which side of the cloth is visible.
+    cut = np.array([shot.crop in _HIDDEN_CORNERS for shot in shots])[:, None, None]
+    calmness = np.where(calm, np.float32(0.3), np.float32(1))[:, None, None]
     from_held = np.where(draws[:, 30, None, None] < 0.5, s, 1 - s)
     turns = _per_picture(draws, 31, 0.7, 1.9) * s + _per_picture(draws, 32, -0.15, 0.15) * t
     phase = 2 * np.pi * (turns + _per_picture(draws, 33, 0, 1))
-    loose = np.where(cut, np.float32(0.6), np.clip(0.3 + from_held, 0, 1.2)) * still
+    loose = np.where(cut, np.float32(0.6), np.clip(0.3 + from_held, 0, 1.2)) * calmness
     t = t + _per_picture(draws, 34, 0.01, 0.055) * loose * np.sin(phase)
     folds = np.cos(phase + _per_picture(draws, 36, -0.6, 0.6))
     shade = 1 + _per_picture(draws, 35, 0.06, 0.26) * loose * folds
 
-    # How much of a pixel the cloth covers, from its distance to the edge.
+    # The share of a pixel that the cloth covers follows from the distance to the edge.
     spans = np.abs(corners[:, 2] - corners[:, 0]).astype(np.float32)[..., None, None]
     edge = np.minimum(np.minimum(s, 1 - s) * spans[:, 0], np.minimum(t, 1 - t) * spans[:, 1])
     cover = np.clip(edge + 0.5, 0, 1)
@@ -261,14 +265,14 @@ def _hang(shots: Sequence[Shot], draws: np.ndarray, calm: np.ndarray, scene: np.
         (beside > -3.2) & (beside < 0) & (t > -0.12) & ~cut & ~calm[:, None, None] & (draws[:, 37, None, None] < 0.5)
     )
     scene = np.where(pole[..., None], (135 + 20 * (beside + 3.2))[..., None], scene)
-    hung = scene + cover[..., None] * (fabric - scene)
+    picture = scene + cover[..., None] * (fabric - scene)
     behind = np.array([shot.mirrored for shot in shots])
-    hung[behind] = hung[behind, :, ::-1]
-    return hung
+    picture[behind] = picture[behind, :, ::-1]
+    return picture
 
 
 def _photograph(shots: Sequence[Shot]) -> np.ndarray:
-    """`uint8` [pictures, height, width, 3]."""
+    """Draws photographs: `uint8` of shape `[pictures, height, width, 3]`."""
     width, height = PHOTO_SIZE
     draws = np.stack([np.random.default_rng(shot.seed).random(38) for shot in shots]).astype(np.float32)
     calm = np.array([shot.calm for shot in shots])
@@ -279,11 +283,13 @@ def _photograph(shots: Sequence[Shot]) -> np.ndarray:
         top, left = (draws[i, 17:19] * _MARGIN).astype(int)
         part = scenes[scene, top : top + height, left : left + width]
         picture[i] = part[:, ::-1] if draws[i, 19] < 0.5 else part
-    shown = [i for i, shot in enumerate(shots) if shot.flag is not None]
-    if shown:
-        picture[shown] = _hang([shots[i] for i in shown], draws[shown], calm[shown], picture[shown])
+    with_flag = [i for i, shot in enumerate(shots) if shot.flag is not None]
+    if with_flag:
+        picture[with_flag] = _add_flags(
+            [shots[i] for i in with_flag], draws[with_flag], calm[with_flag], picture[with_flag]
+        )
 
-    # The lens, then the light: exposure, its colour, a gradient across the frame, haze; then the sensor.
+    # Blur of the lens; then exposure, colour of the light, a gradient across the frame and haze; then sensor noise.
     still = calm[:, None, None, None]
     soften = np.where(still, np.float32(0.07), _per_picture(draws, 20, 0.05, 0.3, axes=3))
     for axis in (1, 2):
@@ -301,7 +307,7 @@ def _photograph(shots: Sequence[Shot]) -> np.ndarray:
 
 
 def photographs(shots: Sequence[Shot]) -> Iterator[bytes]:
-    """JPEG files, one a shot, in order."""
+    """Yields a JPEG file for each shot, in order."""
     for start in range(0, len(shots), _CHUNK):
         for picture in _photograph(shots[start : start + _CHUNK]):
             file = BytesIO()

@@ -1,12 +1,12 @@
-"""Who is mentioned where: the plan of every context, from a seed, before any picture is taken.
+"""Plans the contexts, documents and posts from a seed, before any picture is drawn.
 
-Two sets decide the stratum of a mention. The *text set* holds the states and territories that the surface and the facts
-in the sentences leave open; the *picture set* those whose flags look like this in the photograph. Both are taken over
-the whole world of the data set, inside the knowledge base or not:
+Two sets decide the stratum of a mention. The *text set* has the states and territories that match the surface and the
+facts in the sentences. The *picture set* has those that match the flag in the photograph. Both sets include states and
+territories outside the knowledge base.
 
-- `text`: the text set is the gold alone, the picture shows no flag (or there is none);
-- `image`: the picture set is the gold alone, the sentences give no fact;
-- `both`: each set has two members or more, and the gold is the only one in both.
+- `text`: the text set is the gold alone. The photograph shows no flag, or is missing.
+- `image`: the picture set is the gold alone. The sentences give no fact.
+- `both`: each set has at least two members, and the gold is the only one in both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from functools import cache
 from random import Random
 
 from .countries import BY_QID, COUNTRIES, Country
-from .flags import CROPS, FLAGS, difference, picture_set
+from .flags import CROPS, FLAGS
+from .look_alikes import difference, picture_set
 from .photo import Shot
 from .sentences import (
     ASIDES,
@@ -39,19 +40,19 @@ from .sentences import (
 SPLIT_SIZES = {"train": 2400, "validation": 400, "test": 800}
 #: Share of the mentions per stratum.
 STRATA = {"text": 0.25, "image": 0.25, "both": 0.5}
-#: Share of contexts whose gold is outside the knowledge base.
+#: Share of contexts with a gold outside the knowledge base.
 NIL_SHARE = 0.05
-#: Share of the other contexts of validation and test whose gold never occurs in train.
+#: Share of the other contexts of validation and test with a gold that never occurs in train.
 UNSEEN_SHARE = 0.22
 #: Share of the knowledge base that never occurs in train.
 _HELD_OUT_SHARE = 0.18
-#: A flag alone decides if every other one differs on this share of its area at least.
+#: A flag identifies its entity if every other flag differs on at least this share of the area.
 _CLEARLY_DIFFERENT = 0.04
 
-#: Contexts of a document, and how many of them at most are about one state or territory before the next one's turn.
-_DOCUMENT_SIZES, _SUBJECT_SIZES = (4, 5, 6), (2, 3)
+#: Possible numbers of contexts in a document, and of consecutive contexts about one state or territory.
+_DOCUMENT_SIZES, _CONTEXTS_PER_SUBJECT = (4, 5, 6), (2, 3)
 
-#: Share of the golds of `text` and `image` that are drawn among those with namesakes ("Congo", "the Dominicans").
+#: Share of the golds of `text` and `image` that are drawn from entities with namesakes ("Congo", "the Dominicans").
 _NAMESAKE_SHARE = 0.35
 
 _FACTS_OF_TEXT = (
@@ -78,12 +79,13 @@ _FACTS_OF_BOTH = (
     ("language", "currency"),
 )
 
+#: (key, value) pairs.
 Facts = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class PlannedMention:
-    """A mention in a context: its surface where it stands, the id of what it means, inside the KB or not."""
+    """A mention in a context: its offsets, its surface, and the id of its gold, inside the knowledge base or not."""
 
     start: int
     end: int
@@ -93,7 +95,7 @@ class PlannedMention:
 
 @dataclass(frozen=True)
 class Context:
-    """A text with one to three mentions and at most one photograph."""
+    """Sentences with one to three mentions, and at most one photograph."""
 
     stratum: str
     topic: str
@@ -104,7 +106,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Post:
-    """A text with or without a photograph about one state or territory."""
+    """A post about one state or territory, with or without a photograph."""
 
     qid: str
     text: str
@@ -112,7 +114,7 @@ class Post:
 
 
 def values(country: Country, key: str) -> tuple[str, ...]:
-    """The values of a fact: `"capital"`, `"currency"`, `"language"`, `"continent"` or `"region"`."""
+    """Returns the values of a fact: `"capital"`, `"currency"`, `"language"`, `"continent"` or `"region"`."""
     if key == "language":
         return country.languages
     value: str = getattr(country, key)
@@ -120,19 +122,22 @@ def values(country: Country, key: str) -> tuple[str, ...]:
 
 
 @cache
-def _having(key: str, value: str) -> frozenset[str]:
+def _with_fact(key: str, value: str) -> frozenset[str]:
     return frozenset(country.qid for country in COUNTRIES if value in values(country, key))
 
 
 @cache
 def text_set(surface: str, facts: Facts) -> frozenset[str]:
-    """What a surface can mean, given facts as (key, value) pairs."""
-    return MEANINGS[surface].intersection(*(_having(key, value) for key, value in facts))
+    """Returns the ids that a surface can mean, given facts."""
+    return MEANINGS[surface].intersection(*(_with_fact(key, value) for key, value in facts))
 
 
 @cache
 def _groups() -> tuple[tuple[str, ...], ...]:
-    """Countries of the KB that share a name, a people or a look belong together: train has all of a group or none."""
+    """Groups the countries of the knowledge base that share a name, a people or a look.
+
+    A group is in train as a whole or not at all.
+    """
     group = {country.qid: {country.qid} for country in COUNTRIES}
     sets = [MEANINGS[s] for c in COUNTRIES for s in surfaces(c)["family"]]
     sets += [picture_set(qid, "full") for qid in FLAGS]
@@ -142,12 +147,15 @@ def _groups() -> tuple[tuple[str, ...], ...]:
             group[qid] = union
     order = {country.qid: i for i, country in enumerate(COUNTRIES)}
     unique = {min(members, key=order.__getitem__): members for members in group.values()}
-    kept = (tuple(sorted((q for q in g if BY_QID[q].in_kb), key=order.__getitem__)) for g in unique.values())
-    return tuple(members for members in kept if members)
+    in_kb = (
+        tuple(sorted((qid for qid in members if BY_QID[qid].in_kb), key=order.__getitem__))
+        for members in unique.values()
+    )
+    return tuple(members for members in in_kb if members)
 
 
 def held_out(seed: int) -> frozenset[str]:
-    """The entities that are never a gold in train: three groups of namesakes or look-alikes, the rest single ones."""
+    """Returns the entities that are never a gold in train: three groups of namesakes or look-alikes, and single ones."""
     rng = Random(f"held out {seed}")
     groups = list(_groups())
     rng.shuffle(groups)
@@ -162,46 +170,48 @@ def held_out(seed: int) -> frozenset[str]:
 @cache
 def _decisive_flags() -> frozenset[str]:
     return frozenset(
-        q for q in FLAGS if all(difference(q, other) >= _CLEARLY_DIFFERENT for other in FLAGS if other != q)
+        qid for qid in FLAGS if all(difference(qid, other) >= _CLEARLY_DIFFERENT for other in FLAGS if other != qid)
     )
 
 
-Options = dict[str, tuple[tuple[str, Facts], ...]]  # by kind of surface: (surface, facts)
+#: Kind of surface → (surface, facts) pairs.
+Options = dict[str, tuple[tuple[str, Facts], ...]]
 
 
 @cache
 def _text_options(qid: str, aside: bool = False) -> Options:
-    """The surfaces and facts after which the text leaves this country alone.
+    """Returns the surfaces and facts that identify a country without a photograph.
 
     Args:
-        qid (`str`): Wikidata id.
-        aside (`bool`): One fact that fits beside the mention, and no surface that can mean anyone.
+        qid (`str`): Wikidata id of the country.
+        aside (`bool`): Use one fact, which fits beside the mention, and no generic surface.
     """
     options: dict[str, list[tuple[str, Facts]]] = {}
-    for kind, of_kind in surfaces(BY_QID[qid]).items():
+    for kind, surfaces_of_kind in surfaces(BY_QID[qid]).items():
         if aside and kind == "generic":
             continue
-        for surface in of_kind:
+        for surface in surfaces_of_kind:
             for facts in _fact_choices(BY_QID[qid], _FACTS_OF_ASIDE if aside else _FACTS_OF_TEXT):
                 if text_set(surface, facts) == {qid}:
                     options.setdefault(kind, []).append((surface, facts))
-    return {kind: tuple(found) for kind, found in options.items()}
+    return {kind: tuple(pairs) for kind, pairs in options.items()}
 
 
-def _fact_choices(country: Country, keys_of: Sequence[tuple[str, ...]]) -> Iterable[Facts]:
-    for keys in keys_of:
-        chosen: list[Facts] = [()]
+def _fact_choices(country: Country, key_choices: Sequence[tuple[str, ...]]) -> Iterable[Facts]:
+    """Yields the facts of a country for each choice of keys, once for each combination of values."""
+    for keys in key_choices:
+        choices: list[Facts] = [()]
         for key in keys:
-            chosen = [(*facts, (key, value)) for facts in chosen for value in values(country, key)]
-        yield from chosen
+            choices = [(*facts, (key, value)) for facts in choices for value in values(country, key)]
+        yield from choices
 
 
 @cache
 def _joint_options() -> dict[str, dict[str, Options]]:
-    """By gold, crop and kind of surface: the (surface, facts) that decide together with the picture, and only together.
+    """Returns the options of stratum `both` by gold and crop: they identify the gold only together with the photograph.
 
-    Each of the two sets must hold a second country that can be a gold of this stratum. Otherwise a model could learn
-    from train that of two look-alikes only one is ever asked for.
+    The text set and the picture set must each contain a second country that can be a gold of this stratum. Otherwise a
+    model could learn from train that only one of two look-alikes is ever a gold.
     """
     golds = frozenset(FLAGS)
     while True:
@@ -216,24 +226,24 @@ def _joint_options_among(qid: str, golds: frozenset[str]) -> dict[str, Options]:
     country = BY_QID[qid]
     by_crop: dict[str, Options] = {}
     for crop in CROPS:
-        looks = picture_set(qid, crop)
+        look_alikes = picture_set(qid, crop)
         if len(picture_set(qid, crop, doubtful=False) & golds) < 2:
             continue
         options: dict[str, list[tuple[str, Facts]]] = {}
-        for kind, of_kind in surfaces(country).items():
-            for surface in of_kind:
+        for kind, surfaces_of_kind in surfaces(country).items():
+            for surface in surfaces_of_kind:
                 for facts in _fact_choices(country, _FACTS_OF_BOTH):
-                    open_to = text_set(surface, facts)
-                    if len(open_to & golds) > 1 and open_to & looks == {qid}:
+                    meanings = text_set(surface, facts)
+                    if len(meanings & golds) > 1 and meanings & look_alikes == {qid}:
                         options.setdefault(kind, []).append((surface, facts))
         if options:
-            by_crop[crop] = {kind: tuple(found) for kind, found in options.items()}
+            by_crop[crop] = {kind: tuple(pairs) for kind, pairs in options.items()}
     return by_crop
 
 
 @cache
-def _candidates_for(stratum: str) -> frozenset[str]:
-    """The countries that can be the gold of a mention of this stratum."""
+def _possible_golds(stratum: str) -> frozenset[str]:
+    """Returns the countries that can be the gold of a mention of this stratum."""
     if stratum == "text":
         return frozenset(country.qid for country in COUNTRIES if _text_options(country.qid))
     if stratum == "image":
@@ -241,23 +251,26 @@ def _candidates_for(stratum: str) -> frozenset[str]:
     return frozenset(_joint_options())
 
 
-class _Writer:
-    """Puts sentences together and keeps the offsets of the mentions."""
+class _ContextWriter:
+    """Joins sentences to one string and records the offsets of the mentions."""
 
     def __init__(self) -> None:
         self.text = ""
         self.mentions: list[PlannedMention] = []
 
     def add(self, sentence: str) -> None:
+        """Appends a sentence."""
         self.text += (" " if self.text else "") + sentence
 
     def add_mention(self, template: str, surface: str, qid: str) -> None:
+        """Appends a sentence with the mention in place of `{m}`."""
         before, _, after = template.partition("{m}")
         self.add(before.rstrip())
         self.place(surface, qid)
         self.text += after
 
     def place(self, surface: str, qid: str) -> None:
+        """Appends a mention, capitalised at the start of a sentence."""
         if self.text and not self.text.endswith(" "):
             self.text += " "
         written = surface if self.text and self.text[-2:] != ". " else surface[0].upper() + surface[1:]
@@ -267,6 +280,8 @@ class _Writer:
 
 
 class _Planner:
+    """Draws the contexts of one split."""
+
     def __init__(self, seed: int, split: str):
         self.rng = Random(f"{split} {seed}")
         self.split = split
@@ -274,40 +289,45 @@ class _Planner:
         in_kb = frozenset(country.qid for country in COUNTRIES if country.in_kb)
         pools = {"seen": in_kb - self.unseen, "unseen": self.unseen, "nil": frozenset(BY_QID) - in_kb}
         self.pools = {
-            (stratum, name): sorted(_candidates_for(stratum) & pool)
+            (stratum, name): sorted(_possible_golds(stratum) & pool)
             for stratum in STRATA
             for name, pool in pools.items()
         }
 
     def gold(self, stratum: str) -> str:
+        """Draws a gold: outside the knowledge base, unseen in train, or seen."""
         pool = "seen"
         if self.rng.random() < NIL_SHARE:
             pool = "nil"
         elif self.split != "train" and self.rng.random() < UNSEEN_SHARE:
             pool = "unseen"
-        golds = self.pools[stratum, pool] or self.pools[stratum, "seen"]  # a rare seed holds out no look-alike
+        golds = self.pools[stratum, pool] or self.pools[stratum, "seen"]  # some rare seeds hold out no look-alike
         if stratum != "both" and self.rng.random() < _NAMESAKE_SHARE:
             golds = [qid for qid in golds if surfaces(BY_QID[qid])["family"]] or golds
         return self.rng.choice(golds)
 
     def generic(self) -> str:
+        """Draws a surface that can mean any country."""
         if self.split != "train" and self.rng.random() < 0.2:
             return self.rng.choice(UNSEEN_GENERIC)
         return self.rng.choice(GENERIC)
 
     def option(self, options: Options) -> tuple[str, Facts]:
+        """Draws a surface and facts."""
         kind = "family" if "family" in options and self.rng.random() < 0.6 else self.rng.choice(sorted(options))
         surface, facts = self.rng.choice(options[kind])
         return (self.generic() if kind == "generic" else surface), facts
 
     def seed(self) -> int:
+        """Draws the seed of a photograph."""
         return self.rng.getrandbits(48)
 
     def scene(self) -> Shot | None:
+        """Draws a photograph without a flag, or none."""
         return Shot(self.seed()) if self.rng.random() < 0.55 else None
 
     def context(self, stratum: str, mentions: int) -> Context:
-        """One context with at most this many mentions."""
+        """Draws a context with at most this many mentions."""
         rng = self.rng
         if stratum == "text" and mentions > 1 and rng.random() < 0.5:
             return self.together(mentions)
@@ -333,19 +353,19 @@ class _Planner:
         if rng.random() < 0.5:
             clues.append(rng.choice(FILLERS))
         rng.shuffle(clues)
-        writer = _Writer()
+        writer = _ContextWriter()
         if clues and rng.random() < 0.3:
             writer.add(clues.pop())
         writer.add_mention(rng.choice(LEADS[topic]), surface, qid)
         for clue in clues:
             writer.add(clue)
-        later = zip(rng.sample(FOLLOW_UPS, mentions - 1), rng.sample(LATER, mentions - 1), strict=True)
-        for template, surface in later:
+        follow_ups = zip(rng.sample(FOLLOW_UPS, mentions - 1), rng.sample(LATER, mentions - 1), strict=True)
+        for template, surface in follow_ups:
             writer.add_mention(template, surface, qid)
         return Context(stratum, topic, writer.text, tuple(writer.mentions), shot)
 
     def together(self, mentions: int) -> Context:
-        """Mentions of different golds in one sentence, each with a surface and a fact of its own."""
+        """Draws a sentence with mentions of different golds, each with another surface and fact."""
         rng = self.rng
         chosen: list[tuple[str, str, Facts]] = []
         while len(chosen) < mentions:
@@ -356,13 +376,13 @@ class _Planner:
             surface, facts = self.option(options)
             if all(not MEANINGS[surface] & MEANINGS[other] for other, _, _ in chosen):
                 chosen.append((surface, qid, facts))
-        writer = _Writer()
+        writer = _ContextWriter()
         if rng.random() < 0.4:
             writer.add(rng.choice(FILLERS))
         template = rng.choice(TOGETHER[mentions])
         for i, (surface, qid, ((key, value),)) in enumerate(chosen):
-            between, _, template = template.partition(f"{{{i}}}")
-            writer.text += between
+            before, _, template = template.partition(f"{{{i}}}")
+            writer.text += before
             writer.place(surface, qid)
             writer.text += " " + rng.choice(ASIDES[key]).format(v=value)
         writer.text += template
@@ -370,57 +390,57 @@ class _Planner:
 
 
 def plan_mentions(seed: int, split: str) -> list[Context]:
-    """The contexts of a split, `SPLIT_SIZES[split]` mentions in all."""
+    """Plans the contexts of a split, with `SPLIT_SIZES[split]` mentions in total."""
     planner = _Planner(seed, split)
     size = SPLIT_SIZES[split]
-    left = {stratum: round(size * share) for stratum, share in STRATA.items()}
+    remaining = {stratum: round(size * share) for stratum, share in STRATA.items()}
     contexts = []
-    while any(left.values()):
-        stratum = max(left, key=lambda name: (left[name] / STRATA[name], name))
-        mentions = min(planner.rng.choices((1, 2, 3), (0.6, 0.28, 0.12))[0], left[stratum])
+    while any(remaining.values()):
+        stratum = max(remaining, key=lambda name: (remaining[name] / STRATA[name], name))
+        mentions = min(planner.rng.choices((1, 2, 3), (0.6, 0.28, 0.12))[0], remaining[stratum])
         context = planner.context(stratum, mentions)
-        left[stratum] -= len(context.mentions)
+        remaining[stratum] -= len(context.mentions)
         contexts.append(context)
     planner.rng.shuffle(contexts)
     return contexts
 
 
 def plan_documents(seed: int, split: str) -> list[list[int]]:
-    """The contexts of each document, as numbers in `plan_mentions(seed, split)`; every context is in one document.
+    """Plans the documents of a split, each as the numbers of its contexts in `plan_mentions(seed, split)`.
 
-    A document holds four to six contexts (the last one of a split what is left): two or three about one state or
-    territory, as long as there are so many, then about the next. So sentences and photographs of a document are about
-    the same ones, some that tell them and some that leave them open.
+    Every context is in one document. A document has four to six contexts (the last document of a split may have fewer):
+    up to two or three about one state or territory, then about the next. So its sentences and photographs share their
+    subjects, and some of them identify a subject that others leave ambiguous.
     """
     rng = Random(f"documents {split} {seed}")
     contexts = plan_mentions(seed, split)
-    about: dict[str, list[int]] = {}
+    contexts_about: dict[str, list[int]] = {}
     for number, context in enumerate(contexts):
         for qid in dict.fromkeys(mention.qid for mention in context.mentions):
-            about.setdefault(qid, []).append(number)
-    left = dict.fromkeys(range(len(contexts)))
+            contexts_about.setdefault(qid, []).append(number)
+    remaining = dict.fromkeys(range(len(contexts)))
     documents: list[list[int]] = []
-    while left:
+    while remaining:
         document: list[int] = []
         size = rng.choice(_DOCUMENT_SIZES)
-        while left and len(document) < size:
-            subject = contexts[next(iter(left))].mentions[0].qid
-            others = [number for number in about[subject] if number in left]
-            chosen = others[: min(rng.choice(_SUBJECT_SIZES), size - len(document))]
+        while remaining and len(document) < size:
+            subject = contexts[next(iter(remaining))].mentions[0].qid
+            unused = [number for number in contexts_about[subject] if number in remaining]
+            chosen = unused[: min(rng.choice(_CONTEXTS_PER_SUBJECT), size - len(document))]
             document += chosen
             for number in chosen:
-                del left[number]
+                del remaining[number]
         documents.append(sorted(document))
     return documents
 
 
 def plan_posts(seed: int) -> list[Post]:
-    """Four to eight posts about every entity of the knowledge base."""
+    """Plans four to eight posts about every entity of the knowledge base."""
     rng = Random(f"posts {seed}")
     posts = []
     for number, country in enumerate(country for country in COUNTRIES if country.in_kb):
         templates = [template for template in POSTS if country.capital or "{capital}" not in template]
-        # How many is the same for every seed, so that the number of rows is.
+        # The number of posts is the same for every seed.
         for template in rng.sample(templates, 4 + number % 5):
             text = template.format(
                 name=country.name,

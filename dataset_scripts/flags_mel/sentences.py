@@ -1,6 +1,6 @@
-"""The words of FlagsMEL: templates of sentences, and the ambiguous surfaces with what each can mean.
+"""The words of FlagsMEL: templates of sentences, and ambiguous surfaces with their meanings.
 
-Sentences are in the past tense with no pronoun for the mention, so that a name, a people and a nominal all fit.
+Sentences are in the past tense and have no pronoun for the mention, so that a name, a people and a nominal all fit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from functools import cache
 
 from .countries import COUNTRIES, Country
 
-#: Nominals that can mean anyone, for a first mention.
+#: Nominals that can mean any country, for a first mention.
 GENERIC = (
     "the hosts",
     "the visitors",
@@ -19,9 +19,9 @@ GENERIC = (
     "the champions",
     "the organisers",
 )
-#: The same, kept for validation and test.
+#: More of these nominals, for validation and test only.
 UNSEEN_GENERIC = ("the underdogs", "the travellers", "the neighbours")
-#: Nominals that can take up any mention before them.
+#: Nominals for a later mention of the same country.
 LATER = ("the side", "the team", "the party", "the group", "the delegation", "the contingent")
 
 _REGION_PEOPLE = {
@@ -44,17 +44,18 @@ _REGION_PEOPLE = {
     "Polynesia": "the Polynesians",
 }
 _CONTINENT_PEOPLE = {"Africa": "the Africans", "Europe": "the Europeans", "Asia": "the Asians"}
-#: Peoples whose name two or more share.
-_SHARED_PEOPLE = {c.people for c in COUNTRIES if sum(d.people == c.people for d in COUNTRIES) > 1}
+#: Names of peoples that two or more countries share.
+_SHARED_PEOPLE = {
+    country.people for country in COUNTRIES if sum(other.people == country.people for other in COUNTRIES) > 1
+}
 
 
 @cache
 def surfaces(country: Country) -> dict[str, tuple[str, ...]]:
-    """Every surface that can mean this country, by kind.
+    """Returns all surfaces that can mean a country, by kind.
 
-    Returns:
-        `family` (a shared name, a shared people), `form` ("the kingdom", "the islands"), `people` ("the Africans") and
-        `generic` (see [`GENERIC`]; the unseen ones are not listed).
+    The kinds are `family` (a shared name or a shared people), `form` ("the kingdom", "the islands"), `people` ("the
+    Africans") and `generic` ([`GENERIC`], without [`UNSEEN_GENERIC`]).
     """
     family: tuple[str, ...] = (country.family,) if country.family else ()
     if country.people in _SHARED_PEOPLE:
@@ -70,30 +71,30 @@ def surfaces(country: Country) -> dict[str, tuple[str, ...]]:
 
 def _meanings() -> dict[str, frozenset[str]]:
     meanings: dict[str, set[str]] = {
-        surface: {c.qid for c in COUNTRIES} for surface in (*GENERIC, *UNSEEN_GENERIC, *LATER)
+        surface: {country.qid for country in COUNTRIES} for surface in (*GENERIC, *UNSEEN_GENERIC, *LATER)
     }
     for country in COUNTRIES:
-        for of_kind in surfaces(country).values():
-            for surface in of_kind:
+        for surfaces_of_kind in surfaces(country).values():
+            for surface in surfaces_of_kind:
                 meanings.setdefault(surface, set()).add(country.qid)
     return {surface: frozenset(qids) for surface, qids in meanings.items()}
 
 
-#: What each surface can mean: the ids of all states and territories it fits, inside the knowledge base or not.
+#: Surface → ids of all states and territories that it can mean, inside the knowledge base or not.
 MEANINGS: dict[str, frozenset[str]] = _meanings()
 
 
-_PEOPLES = {f"the {c.people}" for c in COUNTRIES} | {*_REGION_PEOPLE.values(), *_CONTINENT_PEOPLE.values()}
+_PEOPLES = {f"the {country.people}" for country in COUNTRIES} | {*_REGION_PEOPLE.values(), *_CONTINENT_PEOPLE.values()}
 
 
 def mention_type(surface: str) -> str:
-    """`"name"`, `"demonym"` or `"nominal"`."""
+    """Returns the type of a surface: `"name"`, `"demonym"` or `"nominal"`."""
     if not surface.startswith("the "):
         return "name"
     return "demonym" if surface in _PEOPLES else "nominal"
 
 
-#: Leading sentences by topic; `{m}` is the mention.
+#: First sentences by topic. `{m}` is the mention.
 LEADS: dict[str, tuple[str, ...]] = {
     "sport": (
         "{m} walked out first and saved the applause for later.",
@@ -140,7 +141,7 @@ LEADS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-#: Later sentences about the same mention.
+#: Sentences for a later mention of the same country.
 FOLLOW_UPS = (
     "By then {m} had stopped counting the cameras.",
     "Later {m} posed for photographs.",
@@ -155,7 +156,7 @@ FOLLOW_UPS = (
     "Someone had saved a table for {m}.",
 )
 
-#: Sentences about nothing in particular.
+#: Sentences without information about the gold.
 FILLERS = (
     "The evening was mild.",
     "It had rained all morning.",
@@ -167,7 +168,7 @@ FILLERS = (
     "There was tea for everyone.",
 )
 
-#: Sentences that give one fact `{v}` of the gold away, by fact.
+#: Sentences that reveal one fact `{v}` about the gold, by fact.
 CLUES: dict[str, tuple[str, ...]] = {
     "capital": (
         "In {v}, the capital, people followed it on the radio.",
@@ -207,11 +208,11 @@ CLUES: dict[str, tuple[str, ...]] = {
 
 
 def in_a_sentence(value: str) -> str:
-    """A fact as it stands in a sentence: one of them takes an article."""
+    """Returns the value of a fact with the article that it needs in a sentence."""
     return "the Caribbean" if value == "Caribbean" else value
 
 
-#: Sentences with two or three mentions of different golds, each followed by its own fact.
+#: Sentences with two or three mentions of different golds, each of which is followed by a fact.
 TOGETHER: dict[int, tuple[str, ...]] = {
     2: (
         "{0} drew with {1} after extra time.",
@@ -227,14 +228,14 @@ TOGETHER: dict[int, tuple[str, ...]] = {
     ),
 }
 
-#: The fact inside such a sentence, after its mention.
+#: Words for the fact after a mention in such a sentence.
 ASIDES: dict[str, tuple[str, ...]] = {
     "capital": ("(capital {v})", "(governed from {v})", "(flying home to {v})"),
     "currency": ("(where the {v} is the currency)", "(currency {v})"),
     "language": ("(speaking {v})", "(where they speak {v})"),
 }
 
-#: Posts about a state or territory; `{name}` and its facts.
+#: Posts about a state or territory, with placeholders for its name and facts.
 POSTS = (
     "Good morning from {capital}!",
     "Flag day in {name}: the whole street is out.",

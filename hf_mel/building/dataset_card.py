@@ -1,22 +1,22 @@
-"""The card of a data set: metadata that the Hub and `load_dataset` read, then the body from the builder's template."""
+"""The card of a data set: metadata for the Hub and `load_dataset`, and a body from the builder's template."""
 
 from __future__ import annotations
 
 import importlib
 import string
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 
 from hf_mel.building.markdown import markdown_table
+from hf_mel.building.report import BuildReport
 
-if TYPE_CHECKING:
-    from hf_mel.building.report import BuildReport
-
-_LEAKS = {
+#: Leaks in the order of the tables: key of a leakage count → its words, and the key of the count it is a share of (by
+#: default all mentions of the split).
+_LEAKS: dict[str, tuple[str, str | None]] = {
     "gold_in_train": ("gold occurs in train", "with_gold"),
     "text_in_train": ("text occurs in train", None),
     "image_in_train": ("image occurs in train", "with_image"),
@@ -26,14 +26,14 @@ _LEAKS = {
 
 
 def dataset_card(builder_class: Any, infos: dict[str, datasets.DatasetInfo], report: BuildReport) -> str:
-    """README.md of a built data set.
+    """Returns the README.md of a built data set.
 
     Args:
-        builder_class (`type`): The builder; `README.template.md` beside it is the body, with these placeholders, all
-            optional: `$title`, `$name`, `$homepage`, `$citation`, `$download`, `$redistribution`, `$layout`,
-            `$options`, `$counts`, `$schema`, `$problems`, `$leakage`, `$raw_files`.
+        builder_class (`type`): The builder. `README.template.md` beside its module is the body of the card. Its
+            placeholders are `$title`, `$name`, `$homepage`, `$citation`, `$download`, `$redistribution`, `$layout`,
+            `$options`, `$counts`, `$schema`, `$problems`, `$leakage` and `$raw_files`, all optional.
         infos (`dict[str, datasets.DatasetInfo]`): Features and sizes of each configuration.
-        report ([`~hf_mel.building.report.BuildReport`]): What was found.
+        report ([`~hf_mel.building.report.BuildReport`]): Report of the build.
     """
     data = DatasetCardData(
         pretty_name=builder_class.TITLE,
@@ -42,7 +42,7 @@ def dataset_card(builder_class: Any, infos: dict[str, datasets.DatasetInfo], rep
         task_categories=["text-retrieval"],
         task_ids=["entity-linking-retrieval"],
         tags=["entity-linking", "multimodal", "knowledge-base"],
-        size_categories=_size_category(sum(n for splits in report.counts.values() for n in splits.values())),
+        size_categories=_size_category(sum(sum(splits.values()) for splits in report.counts.values())),
     )
     datasets.info.DatasetInfosDict(infos).to_dataset_card_data(data)
     MetadataConfigs(
@@ -69,7 +69,9 @@ def dataset_card(builder_class: Any, infos: dict[str, datasets.DatasetInfo], rep
         schema=_schema_tables(infos),
         problems=_problems_table(report),
         leakage=_leakage_table(report),
-        raw_files=markdown_table(["file", "sha256"], [[f, f"`{h}`"] for f, h in sorted(report.raw_sha256.items())]),
+        raw_files=markdown_table(
+            ["file", "sha256"], [[file, f"`{digest}`"] for file, digest in sorted(report.raw_sha256.items())]
+        ),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n"
 
@@ -81,46 +83,47 @@ def _size_category(rows: int) -> str:
 
 def _redistribution(builder_class: Any) -> str:
     if not builder_class.REDISTRIBUTION:
-        return f"This copy may be passed on under its licence, `{builder_class.LICENSE}`."
-    return f"Do not pass this copy on: {builder_class.REDISTRIBUTION.rstrip('.')}."
+        return f"You may redistribute this copy under its licence, `{builder_class.LICENSE}`."
+    return f"Do not redistribute this copy: {builder_class.REDISTRIBUTION.rstrip('.')}."
 
 
 def _options(report: BuildReport) -> str:
     if not report.options:
         return "Images are stored exactly as released."
-    listed = ", ".join(f"`{key}={value}`" for key, value in report.options.items())
+    options = ", ".join(f"`{key}={value}`" for key, value in report.options.items())
     images = "" if "resize" in report.options else " Images are stored exactly as released."
-    return f"Built with {listed}.{images}"
+    return f"Built with {options}.{images}"
 
 
 def _counts_table(report: BuildReport) -> str:
     header = ["configuration", "split", "rows", "images", "rows without image"]
-    official = any(n is not None for splits in report.official.values() for n in splits.values())
+    has_official = any(count is not None for splits in report.official.values() for count in splits.values())
     rows = []
     for config, splits in report.counts.items():
-        for split, n in splits.items():
+        for split, count in splits.items():
             images = report.images[config][split]
-            rows.append([config, split, f"{n:,}", f"{images['images']:,}", f"{images['rows_without']:,}"])
-            if official:
+            rows.append([config, split, f"{count:,}", f"{images['images']:,}", f"{images['rows_without']:,}"])
+            if has_official:
                 expected = report.official.get(config, {}).get(split)
                 rows[-1].append("unknown" if expected is None else f"{expected:,}")
-    table = markdown_table(header + ["official rows"] * official, rows)
-    # Also what keeps `datasets` from giving the cached rows of an earlier build: it tells folders apart by their card.
+    table = markdown_table(header + ["official rows"] * has_official, rows)
+    # The cache of `datasets` distinguishes folders by their cards. The digest keeps it from returning rows of an earlier
+    # build.
     return f"{table}\n\nsha256 of all Parquet files together: `{report.data_sha256}`"
 
 
 def _schema_tables(infos: dict[str, datasets.DatasetInfo]) -> str:
     parts = []
     for config, info in infos.items():
-        rows = [[f"`{column}`", _type_name(kind)] for column, kind in info.features.items()]
+        rows = [[f"`{column}`", _type_name(feature)] for column, feature in info.features.items()]
         parts.append(f"**{config}**\n\n{markdown_table(['column', 'type'], rows)}")
     return "\n\n".join(parts)
 
 
-def _type_name(kind: Any) -> str:
-    if (item := getattr(kind, "feature", None)) is not None:
+def _type_name(feature: Any) -> str:
+    if (item := getattr(feature, "feature", None)) is not None:
         return f"list of {_type_name(item)}"
-    return "image" if isinstance(kind, datasets.Image) else kind.dtype
+    return "image" if isinstance(feature, datasets.Image) else feature.dtype
 
 
 def _problems_table(report: BuildReport) -> str:
@@ -128,19 +131,23 @@ def _problems_table(report: BuildReport) -> str:
         [kind.replace("_", " "), f"{len(entries):,}", f"{entries[0][0]}, row {entries[0][1]}"]
         for kind, entries in sorted(report.problems.items())
     ]
-    rows += [[kind.replace("_", " "), f"{n:,}", ""] for kind, n in report.duplicates.items() if n]
+    rows += [[kind.replace("_", " "), f"{count:,}", ""] for kind, count in report.duplicates.items() if count]
     return markdown_table(["kind", "count", "first"], rows)
 
 
 def leakage_rows(leakage: dict[str, dict[str, dict[str, int]]], counts: dict[str, dict[str, int]]) -> list[list[str]]:
-    """Configuration, split, what is shared, and how many mentions share it of how many that could; only what is found."""
+    """Returns a row of words for each kind of leakage in each split: configuration, split, kind, and share of mentions.
+
+    Args:
+        leakage, counts (`dict`): As in [`~hf_mel.building.report.CheckReport`].
+    """
     rows = []
     for config, splits in leakage.items():
-        for split, found in splits.items():
-            for key, (name, of) in _LEAKS.items():
-                if n := found.get(key, 0):
-                    total = found[of] if of else counts[config][split]
-                    rows.append([config, split, name, f"{n:,} of {total:,} ({n / total:.1%})"])
+        for split, values in splits.items():
+            for key, (words, total_key) in _LEAKS.items():
+                if count := values.get(key, 0):
+                    total = values[total_key] if total_key else counts[config][split]
+                    rows.append([config, split, words, f"{count:,} of {total:,} ({count / total:.1%})"])
     return rows
 
 

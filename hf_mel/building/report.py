@@ -1,4 +1,4 @@
-"""hf_mel.building.report."""
+"""Reports on data sets: counts, problems and leakage."""
 
 from __future__ import annotations
 
@@ -16,37 +16,43 @@ from hf_mel.errors import (
     UnknownEntityError,
 )
 
-#: Problems with which a data set cannot be used; all others are warnings.
+#: Kinds of problems that make a data set unusable, the most serious first, each with its error and the message, which is
+#: filled with the problem's detail. All other kinds are warnings.
 FATAL: dict[str, tuple[type[MelError], str]] = {
-    "unreadable": (DataFormatError, "cannot be read ({})."),
-    "no_knowledge_base": (KnowledgeBaseError, "there is no configuration 'entities' with rows in a split 'kb'."),
-    "wrong_schema": (DataFormatError, "does not have the columns of the schema: {}."),
-    "rows_not_as_in_card": (DataFormatError, "the card says {}."),
-    "empty_split": (DataFormatError, "the split is empty."),
-    "null_value": (DataFormatError, "{} is null."),
-    "duplicate_id": (DuplicateIdError, "the id {!r} occurs twice."),
-    "wrong_span": (SpanError, "{}."),
-    "priors_unlike_candidates": (DataFormatError, "{}."),
-    "gold_not_in_kb": (UnknownEntityError, "the gold {!r} is not in the knowledge base."),
+    "unreadable": (DataFormatError, "The file cannot be read ({})."),
+    "no_knowledge_base": (
+        KnowledgeBaseError,
+        "The data set has no configuration 'entities' with rows in a split 'kb'.",
+    ),
+    "wrong_schema": (DataFormatError, "The columns do not match the schema ({})."),
+    "rows_not_as_in_card": (DataFormatError, "The number of rows differs from the card ({})."),
+    "empty_split": (DataFormatError, "The split is empty."),
+    "null_value": (DataFormatError, "The column {!r} is null in this row."),
+    "duplicate_id": (DuplicateIdError, "The id {!r} occurs twice."),
+    "wrong_span": (SpanError, "The offsets are wrong ({})."),
+    "priors_unlike_candidates": (DataFormatError, "Candidates and priors do not match ({})."),
+    "gold_not_in_kb": (UnknownEntityError, "The gold entity {!r} is not in the knowledge base."),
     "broken_image": (ImageError, "{}"),
 }
 
 
 @dataclass(kw_only=True)
 class CheckReport:
-    """What was found in a data set.
+    """Result of checking a data set.
 
     Args:
-        dataset (`str`): Its name, folder or Hub id.
-        counts (`dict[str, dict[str, int]]`): Rows by configuration and split.
-        images (`dict[str, dict[str, dict[str, int]]]`): By configuration and split: `images`, and `rows_without`.
-        duplicates (`dict[str, int]`): `entities_sharing_their_text`: entities whose name, description and attributes
-            another one has too; `mention_images_in_kb`: rows of `mentions` whose image is, byte for byte, in the KB.
-        leakage (`dict[str, dict[str, dict[str, int]]]`): By configuration of mentions and split, numbers of mentions:
-            `with_gold` (in the KB), `with_image`; of those whose gold, text or image occurs in train
-            (`gold_in_train`, `text_in_train`, `image_in_train`; not for train itself); of those whose image is, byte
-            for byte, one of the KB (`image_in_kb`) or even of its own gold (`image_of_gold`).
-        problems (`dict[str, list[tuple[str, str, str]]]`): By kind: (file, row, detail).
+        dataset (`str`): Name of the data set, its folder or its Hub id.
+        counts (`dict[str, dict[str, int]]`): Number of rows by configuration and split.
+        images (`dict[str, dict[str, dict[str, int]]]`): By configuration and split: the number of `images`, and of rows
+            without an image (`rows_without`).
+        duplicates (`dict[str, int]`): `entities_sharing_their_text`: entities that have the name, description and
+            attributes of another entity. `mention_images_in_kb`: mentions with an image that is, byte for byte, in the
+            knowledge base.
+        leakage (`dict[str, dict[str, dict[str, int]]]`): Numbers of mentions by configuration of mentions and split:
+            with a gold entity (`with_gold`), with an image (`with_image`); with a gold entity, text or image that occurs
+            in train (`gold_in_train`, `text_in_train`, `image_in_train`; absent for train); with an image that is, byte
+            for byte, in the knowledge base (`image_in_kb`), or an image of the gold entity (`image_of_gold`).
+        problems (`dict[str, list[tuple[str, str, str]]]`): (file, row, detail) of each problem, by kind.
     """
 
     dataset: str
@@ -57,23 +63,27 @@ class CheckReport:
     problems: dict[str, list[tuple[str, str, str]]] = field(default_factory=dict)
 
     def problem(self, kind: str, file: str, row: str, detail: str = "") -> None:
-        """Lists one more problem."""
+        """Adds a problem."""
         self.problems.setdefault(kind, []).append((file, row, detail))
 
     @property
     def fatal(self) -> list[str]:
-        """The kinds of problems found that make the data set unusable, gravest first."""
+        """Kinds of problems in this report that make the data set unusable, the most serious first."""
         return [kind for kind in FATAL if kind in self.problems]
 
     def raise_fatal(self, remedy: str) -> None:
-        """Raises the typed error of the gravest problem, if there is one that makes the data set unusable."""
+        """Raises the error of the most serious problem that makes the data set unusable, if it has one.
+
+        Args:
+            remedy (`str`): Advice to append to the message.
+        """
         for kind in self.fatal:
             error, message = FATAL[kind]
             file, row, detail = self.problems[kind][0]
             raise error(message.format(detail), file=file, row=row or None, remedy=remedy)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: problems counted, their entries [row, detail] by file."""
+        """Returns the report as JSON values. Each kind of problem has a `count` and, by file, `entries` [row, detail]."""
         problems: dict[str, Any] = {}
         for kind, entries in sorted(self.problems.items()):
             files: dict[str, list[list[str]]] = {}
@@ -92,16 +102,18 @@ class CheckReport:
 
 @dataclass(kw_only=True)
 class BuildReport(CheckReport):
-    """What a build wrote; `report.json` holds the same. Beside what [`~hf_mel.building.report.CheckReport`] has:
+    """Result of building a data set, saved as `report.json`. Extends [`~hf_mel.building.report.CheckReport`].
 
     Args:
-        layout (`str` or `None`): The raw layout found on disk.
-        output (`Path`): The folder written (not in `report.json`).
-        license, redistribution (`str`): The builder's; the data may be passed on if the second is empty.
-        options (`dict[str, Any]`): What was set for this build: seed, resize, options of the builder.
-        official (`dict[str, dict[str, int or None]]`): The official number of rows, `None` where nobody knows it.
-        raw_sha256 (`dict[str, str]`): Digest of each raw file read.
-        data_sha256 (`str` or `None`): One digest of all Parquet files written, that of
+        output (`Path`): Folder that was written (not saved).
+        layout (`str`, *optional*): Layout of the raw files.
+        license, redistribution (`str`): As the builder states them. An empty `redistribution` means that the built data
+            may be passed on.
+        options (`dict[str, Any]`): Settings of this build: seed, resize, and options of the builder.
+        official (`dict[str, dict[str, int or None]]`): Official number of rows by configuration and split, `None` if
+            unknown.
+        raw_sha256 (`dict[str, str]`): Digest of each raw file that was read.
+        data_sha256 (`str`, *optional*): One digest of all Parquet files, as in
             [`~hf_mel.data.loading.dataset_version`].
     """
 
@@ -115,17 +127,17 @@ class BuildReport(CheckReport):
     data_sha256: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As in `report.json`: problems counted, their entries [row, detail] by file."""
-        found = super().to_dict()
+        """Returns the content of `report.json`."""
+        checks = super().to_dict()
         return {
-            "dataset": found.pop("dataset"),
+            "dataset": checks.pop("dataset"),
             "layout": self.layout,
             "license": self.license,
             "redistribution": self.redistribution,
             "options": self.options,
-            "counts": found.pop("counts"),
+            "counts": checks.pop("counts"),
             "official": self.official,
             "raw_sha256": dict(sorted(self.raw_sha256.items())),
             "data_sha256": self.data_sha256,
-            **found,
+            **checks,
         }

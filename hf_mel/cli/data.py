@@ -1,4 +1,4 @@
-"""`hf-mel data`: raw releases → data-set folders, and what is wrong with a data set."""
+"""`hf-mel data`: builds, checks and lists data sets."""
 
 from __future__ import annotations
 
@@ -11,55 +11,65 @@ if TYPE_CHECKING:
     from hf_mel.building.report import CheckReport
 
 app = typer.Typer(
-    help="Build data sets from their raw releases, check any data set, and list those that can be built.",
+    help="Build data sets from their raw releases, check any data set, and list the data sets that can be built.\n\n"
+    "A data set is a folder of Parquet files: [b]mentions[/b] to link, and the [b]entities[/b] of a knowledge base.",
     no_args_is_help=True,
 )
 
 
 @app.command()
 def build(
-    name: Annotated[str, typer.Argument(help="The data set; [b]hf-mel data list[/b] shows them all.")],
-    output: Annotated[Path, typer.Option(help="The folder to write. An earlier build in it is replaced.")],
+    name: Annotated[str, typer.Argument(help="The data set. [b]hf-mel data list[/b] shows all names.")],
+    output: Annotated[
+        Path, typer.Option(help="The folder to write. An earlier build of the same data set is replaced.")
+    ],
     raw_dir: Annotated[
         Path | None, typer.Option(help="The folder of the released files, for data sets built from a release.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="The folder of the mention images, if it is not in the raw folder.")
+        Path | None, typer.Option(help="The folder of the mention images, if it is not inside the raw folder.")
     ] = None,
     entity_images: Annotated[
-        Path | None, typer.Option(help="The folder of the entity images, if it is not in the raw folder.")
+        Path | None, typer.Option(help="The folder of the entity images, if it is not inside the raw folder.")
     ] = None,
     allow_count_mismatch: Annotated[
-        bool, typer.Option("--allow-count-mismatch", help="Build although rows are missing or too many.")
+        bool,
+        typer.Option("--allow-count-mismatch", help="Build even if the number of rows differs from the official one."),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output folder whatever it holds.")
+        bool, typer.Option("--overwrite", help="Replace the output folder, whatever it contains.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="For data sets that are generated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The random seed, for data sets that are generated.")] = None,
     resize: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=1, help="Scale images down to N pixels on the longest side. Default: as released."
+            metavar="N",
+            min=1,
+            help="Scale images down to N pixels on the longest side. By default they stay as released.",
         ),
     ] = None,
     mentions: Annotated[
-        Path | None, typer.Option(help="For data of your own: the file of mentions, one row each.")
+        Path | None, typer.Option(help="The file of your own mentions, one per row. Only for [b]jsonl[/b].")
     ] = None,
     entities: Annotated[
-        Path | None, typer.Option(help="For data of your own: the file of entities, one row each.")
+        Path | None, typer.Option(help="The file of your own entities, one per row. Only for [b]jsonl[/b].")
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="An option of this data set's own; may be given several times."),
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="An option of this data set. [b]hf-mel data list[/b] shows the keys. Can be repeated.",
+        ),
     ] = None,
 ) -> None:
-    """Build a data set into a folder of Parquet files that the Hub and [b]datasets[/b] read as they are.
+    """Build a data set into a folder of Parquet files, which the Hub and [b]datasets[/b] can read.
 
-    What the release lacks (images, sentences, golds) is listed in report.json.
+    The folder also has a card (README.md) and a report (report.json), which lists every row that was left out and every
+    image, sentence or gold entity that the release lacks.
 
     If a split does not have its official number of rows, nothing is written.
 
-    If it is interrupted, the same command goes on where it was.
+    If you interrupt a build, the same command continues it.
 
     Examples:
 
@@ -79,33 +89,35 @@ def build(
     from rich.console import Console
 
     from hf_mel.building.build import build_dataset
+    from hf_mel.cli.printing import show_logs
 
     try:
-        report = build_dataset(
-            name,
-            output=output,
-            raw_dir=raw_dir,
-            images=images,
-            entity_images=entity_images,
-            allow_count_mismatch=allow_count_mismatch,
-            overwrite=overwrite,
-            seed=seed,
-            resize=resize,
-            config_options=options,
-        )
+        with show_logs():
+            report = build_dataset(
+                name,
+                output=output,
+                raw_dir=raw_dir,
+                images=images,
+                entity_images=entity_images,
+                allow_count_mismatch=allow_count_mismatch,
+                overwrite=overwrite,
+                seed=seed,
+                resize=resize,
+                config_options=options,
+            )
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on where it was.")
+        print("\nInterrupted. The same command continues the build.")
         raise typer.Exit(130) from None
     console = Console()
     layout = f" from the {report.layout} layout" if report.layout else ""
     _print_report(console, report, f"{report.dataset}{layout}", report.official)
     if report.redistribution:
-        console.print(f"Not to be passed on: {report.redistribution.rstrip('.')}.", markup=False, highlight=False)
+        console.print(f"Do not redistribute it: {report.redistribution.rstrip('.')}.", markup=False, highlight=False)
     folder = str(report.output)
     console.print(
-        f"\nWritten to {folder} (card: README.md, cases: report.json). Next:\n"
+        f"\nWritten to {folder} (card: README.md, all problems: report.json). What to type next:\n"
         f'  in Python        load_dataset("{folder}"), load_dataset("{folder}", "entities")\n'
-        "  train a model    hf-mel train RECIPE   (a YAML file that names this folder as its data set)\n"
+        f"  train a model    hf-mel train RECIPE --set data.dataset={folder} --output RUN\n"
         f"  use its entities hf-mel kb build RUN --dataset {folder} --output KB",
         markup=False,
         highlight=False,
@@ -116,12 +128,14 @@ def build(
 @app.command()
 def check(
     dataset: Annotated[str, typer.Argument(help="A data-set folder, or a data set on the Hub.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, for one on the Hub.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything found, with each case, as JSON.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a data set on the Hub.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the whole report as JSON, with every problem.")
+    ] = False,
 ) -> None:
-    """Look for what is wrong with a data set, whoever built it, and for what its splits and images give away.
+    """Check any data set for errors, and for leakage between its splits and its knowledge base.
 
-    Every row is read and every image decoded. Exit status 1 if the data set cannot be used as it is.
+    Every row is read and every image is decoded. The exit status is 1 if the data set is unusable.
 
     Examples:
 
@@ -141,27 +155,29 @@ def check(
     else:
         console = Console()
         _print_report(console, report, dataset)
-        warnings = sum(len(entries) for kind, entries in report.problems.items() if kind not in report.fatal)
+        num_warnings = sum(len(entries) for kind, entries in report.problems.items() if kind not in report.fatal)
         if report.fatal:
-            verdict = f"[bold red]Cannot be used as it is:[/] {', '.join(map(_words, report.fatal))}."
+            verdict = f"[bold red]This data set is unusable:[/] {', '.join(map(_words, report.fatal))}."
         else:
-            verdict = "[bold green]Can be used.[/]" + (f" {warnings:,} warnings." if warnings else "")
-        console.print(verdict + (" Each case: --json." if report.problems else ""))
+            verdict = "[bold green]This data set can be used.[/]"
+            if num_warnings:
+                verdict += f" {num_warnings:,} {'warning' if num_warnings == 1 else 'warnings'}."
+        console.print(verdict + (" --json lists every problem." if report.problems else ""))
     if report.fatal:
         raise typer.Exit(1)
 
 
 @app.command(name="list")
 def list_datasets(
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
 ) -> None:
-    """List the data sets that can be built: task, language, size, licence, what to fetch, options."""
+    """List the data sets that can be built, with task, language, size, licence, files to fetch, and options."""
     from hf_mel.building.builders import builder_options, find_builder, known_datasets
 
-    found = []
+    entries = []
     for name in known_datasets():
         builder: Any = find_builder(name)
-        found.append(
+        entries.append(
             {
                 "name": name,
                 "title": builder.TITLE,
@@ -178,7 +194,7 @@ def list_datasets(
     if as_json:
         import json
 
-        print(json.dumps(found, indent=2))
+        print(json.dumps(entries, indent=2))
         return
 
     from rich.console import Console
@@ -187,7 +203,7 @@ def list_datasets(
     from rich.text import Text
 
     console = Console()
-    for entry in found:
+    for entry in entries:
         console.print(Text.assemble((entry["name"], "bold"), f"  {entry['title']}: {_sentence(entry['task'])}"))
         table = Table.grid(padding=(0, 1))
         table.add_column(style="dim", width=9)
@@ -195,33 +211,40 @@ def list_datasets(
         languages = ", ".join(entry["languages"]) or "any"
         table.add_row("language", languages)
         table.add_row("size", Text("\n".join(_sizes(entry["official_counts"]))))
-        table.add_row("licence", entry["license"] + (", not to be passed on" if entry["redistribution"] else ""))
+        table.add_row("licence", entry["license"] + (", do not redistribute" if entry["redistribution"] else ""))
         table.add_row("to fetch", Text(_sentence(entry["download"] or "nothing")))
         if entry["options"]:
             table.add_row("options", Text("\n".join(f"--option {key}=…" for key in entry["options"])))
         console.print(Padding(table, (0, 0, 1, 2)))
 
 
-def _sizes(counts: dict[str, Any]) -> list[str]:
-    """One line for each layout: mentions and entities, as far as known."""
-    if "entities" in counts or not counts:
-        return [_size(counts)]
-    return [f"{layout}: {_size(of_layout)}" for layout, of_layout in counts.items()]
+def _sizes(official_counts: dict[str, Any]) -> list[str]:
+    """One line of known row counts for each layout of a release."""
+    if "entities" in official_counts or not official_counts:
+        return [_size(official_counts)]
+    return [f"{layout}: {_size(counts)}" for layout, counts in official_counts.items()]
 
 
 def _size(counts: dict[str, Any]) -> str:
     parts = []
     for config, splits in counts.items():
-        rows = list(splits.values())
-        if rows and None not in rows:
-            listed = f" ({', '.join(f'{n:,} {split}' for split, n in splits.items())})" if len(rows) > 1 else ""
-            parts.append(f"{sum(rows):,} {config}{listed}")
+        if splits and None not in splits.values():
+            per_split = ", ".join(f"{count:,} {split}" for split, count in splits.items())
+            parts.append(f"{sum(splits.values()):,} {config}" + (f" ({per_split})" if len(splits) > 1 else ""))
     return "; ".join(parts) or "unknown"
 
 
 def _print_report(
     console: Any, report: CheckReport, title: str, official: dict[str, dict[str, int | None]] | None = None
 ) -> None:
+    """Prints counts, problems and leakage as tables.
+
+    Args:
+        console (`rich.console.Console`): The console to print to.
+        report ([`~hf_mel.building.report.CheckReport`]): The report.
+        title (`str`): Title of the first table.
+        official (`dict`, *optional*): Official numbers of rows, by configuration and split.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -234,10 +257,9 @@ def _print_report(
         for split, rows in splits.items():
             images = report.images[config][split]
             expected = (official or {}).get(config, {}).get(split)
-            known = ["?" if expected is None else f"{expected:,}"] if official else []
-            counts.add_row(
-                Text(config), split, f"{rows:,}", *known, f"{images['images']:,}", f"{images['rows_without']:,}"
-            )
+            cells = ["?" if expected is None else f"{expected:,}"] if official else []
+            cells += [f"{images['images']:,}", f"{images['rows_without']:,}"]
+            counts.add_row(Text(config), split, f"{rows:,}", *cells)
     console.print(counts)
     problems = Table("problem", title="problems")
     problems.add_column("count", justify="right")
@@ -246,16 +268,16 @@ def _print_report(
         file, row, _ = entries[0]
         first = Text(f"{file}, row {row}" if row else file)
         problems.add_row(Text(_words(kind), "bold red" if kind in report.fatal else ""), f"{len(entries):,}", first)
-    for kind, n in report.duplicates.items():
-        if n:
-            problems.add_row(_words(kind), f"{n:,}")
+    for kind, count in report.duplicates.items():
+        if count:
+            problems.add_row(_words(kind), f"{count:,}")
     if problems.row_count:
         console.print(problems)
-    if leaks := leakage_rows(report.leakage, report.counts):
+    if leakage := leakage_rows(report.leakage, report.counts):
         table = Table("configuration", "split", "mentions whose", title="leakage")
         table.add_column("count", justify="right")
-        for leak in leaks:
-            table.add_row(*map(Text, leak))
+        for row_of_words in leakage:
+            table.add_row(*map(Text, row_of_words))
         console.print(table)
 
 

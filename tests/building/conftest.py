@@ -3,6 +3,6 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    """Nothing a test loads stays in the developer's cache of `datasets`."""
+def _temporary_cache(tmp_path, monkeypatch):
+    """Keeps the cache of `datasets` in a temporary folder, so that tests leave the developer's cache alone."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")

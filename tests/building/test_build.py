@@ -14,8 +14,7 @@ from datasets import load_dataset
 from typer.testing import CliRunner
 
 import hf_mel.dataset_scripts
-from hf_mel.building import build as building
-from hf_mel.building import writer
+from hf_mel.building import embedding, writer
 from hf_mel.building.build import build_dataset
 from hf_mel.building.builders import find_builder, known_datasets
 from hf_mel.building.checks import check_dataset
@@ -30,6 +29,7 @@ from hf_mel.errors import (
     SpanError,
     UnknownDatasetError,
 )
+from hf_mel.files import building_folder
 from hf_mel.schema import entity_features, mention_features
 from tests.data.test_images import huge, photo
 from tests.dataset_scripts.fixtures import NAMES, picture, write_cleaned, write_ghmfc, write_json, write_melbench
@@ -44,7 +44,7 @@ def raw(tmp_path):
 
 @pytest.fixture
 def wikimel(monkeypatch):
-    """The builder, told that the small release is the official one."""
+    """Makes the counts of the small release the official ones."""
     monkeypatch.setattr(WikiMel, "OFFICIAL_COUNTS", {"melbench": COUNTS})
 
 
@@ -206,7 +206,7 @@ def test_gold_outside_the_kb_is_left_out_and_listed(raw, tmp_path, wikimel):
     assert load_dataset(str(tmp_path / "out"))["test"]["mention_id"] == ["105-1"]
 
 
-def test_official_counts_are_of_the_layout_found(tmp_path):
+def test_official_counts_depend_on_the_layout(tmp_path):
     with pytest.raises(CountMismatchError, match=r"entities/kb: expected 17,805 rows, found 40") as caught:
         build_dataset("richpediamel", output=tmp_path / "out", raw_dir=write_ghmfc(tmp_path / "raw", test=False))
     assert "mentions/test" not in str(caught.value)
@@ -231,7 +231,7 @@ def test_failure_leaves_nothing_behind(raw, tmp_path, wikimel):
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["wikimel"]
 
 
-def test_what_is_not_ours_is_not_replaced(raw, tmp_path, wikimel, monkeypatch):
+def test_other_folders_are_not_replaced(raw, tmp_path, wikimel, monkeypatch):
     out = tmp_path / "precious"
     out.mkdir()
     build_dataset("wikimel", output=out, raw_dir=raw)  # an empty folder is fine
@@ -255,7 +255,7 @@ def test_what_is_not_ours_is_not_replaced(raw, tmp_path, wikimel, monkeypatch):
         build_dataset("wikimel", output=file / "out", raw_dir=raw)
 
 
-def test_a_failed_swap_puts_the_earlier_build_back(raw, tmp_path, wikimel, monkeypatch):
+def test_a_failed_rename_restores_the_earlier_build(raw, tmp_path, wikimel, monkeypatch):
     out = tmp_path / "data" / "wikimel"
     build_dataset("wikimel", output=out, raw_dir=raw)
     before, rename = files_of(out), Path.rename
@@ -283,14 +283,14 @@ def test_large_splits_go_to_several_files_in_order(raw, tmp_path, wikimel, monke
     assert train[4]["image"].size == (24, 16)
 
 
-def test_unknown_data_set_lists_the_known():
-    with pytest.raises(UnknownDatasetError, match=r"no builder is named 'wikimell'.*wikimel"):
+def test_an_unknown_name_lists_the_data_sets():
+    with pytest.raises(UnknownDatasetError, match=r"No builder is named 'wikimell'.*wikimel"):
         build_dataset("wikimell", output="nowhere")
     assert {"wikimel", "richpediamel"} <= set(known_datasets())
     assert "release" not in known_datasets()
 
 
-def test_raw_folder_is_asked_for(tmp_path):
+def test_the_raw_folder_is_required(tmp_path):
     with pytest.raises(DataFormatError, match="--raw-dir"):
         build_dataset("wikimel", output=tmp_path / "out")
     with pytest.raises(MelError, match="takes no seed"):
@@ -353,7 +353,7 @@ BUILDER_CLASS = Toy
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """A builder nobody has heard of, found because it lies where builders lie; returns its rows."""
+    """Adds a builder to the folder in which the pipeline looks for builders, and yields its rows."""
     package = tmp_path / "scripts" / "toy"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -370,7 +370,7 @@ def toy(tmp_path, monkeypatch):
 def test_a_builder_of_three_configurations_is_found_and_built(toy, tmp_path):
     path = tmp_path / "stored.png"
     path.write_bytes(picture("red", form="PNG"))
-    toy["posts"][0]["image"] = str(path)  # a builder may give a path; the bytes are embedded all the same
+    toy["posts"][0]["image"] = str(path)  # the bytes are embedded even if the builder gives a path
     report = build_dataset("toy", output=tmp_path / "out")
     assert report.counts == {"mentions": {"test": 1}, "entities": {"kb": 1}, "posts": {"kb": 1}}
     assert report.problems == {"candidate_not_in_kb": [("mentions/test", "m", "E9")]}
@@ -401,12 +401,12 @@ def test_empty_kb_and_empty_split(toy, tmp_path):
 
 def test_wrong_offsets_are_an_error(toy, tmp_path):
     toy["mentions"][0]["start"] = 1
-    with pytest.raises(SpanError, match="'ne' stands at 1:3"):
+    with pytest.raises(SpanError, match="characters 1:3 are 'ne'"):
         build_dataset("toy", output=tmp_path / "out")
 
 
-def many(toy, tmp_path):
-    """Rows with images in several files, some left out, some broken, some by path."""
+def add_many_rows(toy, tmp_path):
+    """Gives the toy builder enough rows for several files, some of which are left out or have broken images."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for k in range(4):
@@ -432,7 +432,7 @@ def many(toy, tmp_path):
 def small_files(monkeypatch):
     monkeypatch.setattr(writer, "_GROUP_ROWS", 2)
     monkeypatch.setattr(writer, "_FILE_BYTES", 1)
-    monkeypatch.setattr(writer, "_ROWS_PER_CORE", 0)
+    monkeypatch.setattr(embedding, "_ROWS_PER_CORE", 0)
 
 
 def module_of(name):
@@ -442,8 +442,8 @@ def module_of(name):
 @pytest.mark.parametrize(
     ("config", "row"), [("entities", 0), ("entities", 3), ("mentions", 0), ("mentions", 20), ("posts", 0)]
 )
-def test_an_interrupted_build_goes_on_to_the_same_bytes(toy, tmp_path, small_files, monkeypatch, config, row):
-    many(toy, tmp_path)
+def test_an_interrupted_build_continues_to_the_same_bytes(toy, tmp_path, small_files, monkeypatch, config, row):
+    add_many_rows(toy, tmp_path)
     whole = build_dataset("toy", output=tmp_path / "whole", allow_count_mismatch=True)
     monkeypatch.setitem(module_of("toy").INTERRUPT, config, row)
     with pytest.raises(KeyboardInterrupt):
@@ -454,20 +454,20 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(toy, tmp_path, small_fil
     assert bool(finished) is ((config, row) != ("entities", 0))
     module_of("toy").INTERRUPT.clear()
     decoded = []
-    verify = building.verify_image
-    monkeypatch.setattr(building, "verify_image", lambda data: decoded.append(data) or verify(data))
+    verify = embedding.verify_image
+    monkeypatch.setattr(embedding, "verify_image", lambda data: decoded.append(data) or verify(data))
     report = build_dataset("toy", output=tmp_path / "out", allow_count_mismatch=True)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert report.to_dict() == whole.to_dict()
     assert not stage.exists()
     if config == "posts":
-        assert not decoded  # nothing that was finished is done again
+        assert not decoded  # finished files are not built again
     if (config, row) == ("mentions", 20):
         assert not any(data in decoded for data in (photo(size=(8, 8 + k)) for k in range(6)))
 
 
-def test_rows_left_out_and_images_that_cannot_be_used_are_listed_in_order(toy, tmp_path, small_files):
-    many(toy, tmp_path)
+def test_left_out_rows_and_unusable_images_are_listed_in_order(toy, tmp_path, small_files):
+    add_many_rows(toy, tmp_path)
     report = build_dataset("toy", output=tmp_path / "out", allow_count_mismatch=True)
     assert report.counts["mentions"]["test"] == 20
     problems = {kind: [row for _, row, _ in entries] for kind, entries in report.problems.items()}
@@ -484,8 +484,8 @@ def test_rows_left_out_and_images_that_cannot_be_used_are_listed_in_order(toy, t
 
 
 @pytest.mark.parametrize("change", ["option", "raw", "code"])
-def test_an_interrupted_build_of_something_else_is_not_continued(toy, tmp_path, small_files, monkeypatch, change):
-    many(toy, tmp_path)
+def test_an_interrupted_build_is_not_continued_after_a_change(toy, tmp_path, small_files, monkeypatch, change):
+    add_many_rows(toy, tmp_path)
     raw = tmp_path / "raw.txt"
     raw.write_text("1")
     monkeypatch.setitem(module_of("toy").INTERRUPT, "mentions", 20)
@@ -505,20 +505,20 @@ def test_an_interrupted_build_of_something_else_is_not_continued(toy, tmp_path, 
     assert set(load_dataset(str(tmp_path / "out"), "entities")["kb"]["name"]) == {"Other"}
 
 
-def test_two_builds_into_one_place_are_refused(toy, tmp_path):
-    with building._staging(tmp_path / "out", "other"):
+def test_two_builds_into_one_folder_are_refused(toy, tmp_path):
+    with building_folder(tmp_path / "out", "other"):
         with pytest.raises(MelError, match="is being built by another process"):
             build_dataset("toy", output=tmp_path / "out")
-        assert (tmp_path / ".out.building").is_dir()  # that of the first
+        assert (tmp_path / ".out.building").is_dir()  # the folder of the first build
     assert not (tmp_path / ".out.building").exists()
     build_dataset("toy", output=tmp_path / "out")
 
 
-def test_a_killed_build_is_never_finished_and_goes_on(raw, tmp_path):
+def test_a_killed_build_leaves_no_output_and_can_be_continued(raw, tmp_path):
     script = """
         import os, sys
         import hf_mel.building.build as building
-        building._check = lambda *_: os.kill(os.getpid(), 9)
+        building._check_staged_files = lambda *_: os.kill(os.getpid(), 9)
         building.build_dataset("wikimel", output=sys.argv[1], raw_dir=sys.argv[2], allow_count_mismatch=True)
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "out"), str(raw)]
@@ -530,10 +530,10 @@ def test_a_killed_build_is_never_finished_and_goes_on(raw, tmp_path):
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
-def test_options_are_those_of_the_builder_and_in_the_report(toy, tmp_path):
+def test_options_of_the_builder_are_reported(toy, tmp_path):
     report = build_dataset("toy", output=tmp_path / "out", config_options={"colour": "red"}, resize=9)
     assert report.to_dict()["options"] == {"resize": 9, "colour": "red"}
-    with pytest.raises(MelError, match=r"no option 'color'\. It has colour\."):
+    with pytest.raises(MelError, match=r"no option 'color'\. Choose from: colour\."):
         build_dataset("toy", output=tmp_path / "out", config_options={"color": "red"})
     with pytest.raises(MelError, match="scaled to 0 pixels"):
         build_dataset("toy", output=tmp_path / "out", resize=0)
@@ -551,14 +551,14 @@ def test_resized_images(toy, tmp_path):
     assert files_of(tmp_path / "out") == first
 
 
-def test_a_build_is_checked_as_its_folder_is(raw, tmp_path, wikimel):
+def test_a_build_has_the_checks_of_its_folder(raw, tmp_path, wikimel):
     (raw / "entity_images").mkdir()
     (raw / "entity_images" / "Q904.jpg").write_bytes((raw / "mention_images" / "104.jpg").read_bytes())
     report = build_dataset("wikimel", output=tmp_path / "out", raw_dir=raw)
-    found = check_dataset(tmp_path / "out")
-    assert (found.counts, found.images) == (report.counts, report.images)
-    assert (found.duplicates, found.leakage) == (report.duplicates, report.leakage)
-    assert found.problems == {kind: report.problems[kind] for kind in ("mention_not_in_text", "mention_not_located")}
+    checks = check_dataset(tmp_path / "out")
+    assert (checks.counts, checks.images) == (report.counts, report.images)
+    assert (checks.duplicates, checks.leakage) == (report.duplicates, report.leakage)
+    assert checks.problems == {kind: report.problems[kind] for kind in ("mention_not_in_text", "mention_not_located")}
     assert report.leakage["mentions"]["validation"] == {
         **{"with_gold": 2, "with_image": 2, "gold_in_train": 0, "text_in_train": 0, "image_in_train": 0},
         **{"image_in_kb": 2, "image_of_gold": 2},

@@ -1,4 +1,4 @@
-"""The checks against plain loops over the rows, on random small data sets and on each way of being wrong."""
+"""Tests of the checks: plain loops over random small data sets, and one data set for each kind of problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_mel.building.checks import IdSet, check_dataset, check_tables
+from hf_mel.building.checks import check_dataset, check_tables
+from hf_mel.building.id_set import IdSet
 from hf_mel.building.report import FATAL, CheckReport
 from hf_mel.errors import DataFormatError, DuplicateIdError, KnowledgeBaseError, UnknownDatasetError
 from hf_mel.schema import NIL, entity_features, mention_features, post_features
@@ -45,7 +46,7 @@ def post(post_id, entity_id="E1", **columns):
 
 
 def checked(data, size=3, features=FEATURES):
-    """The report on `{config: {split: rows}}`, read `size` rows at a time."""
+    """Returns the report on `{config: {split: rows}}`, read `size` rows at a time."""
 
     def reader(config, rows):
         kind = features.get(config) or features["mentions"]
@@ -91,7 +92,7 @@ def random_data(seed):
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_what_is_found_is_what_plain_loops_find(seed):
+def test_the_report_equals_that_of_plain_loops(seed):
     data = random_data(seed)
     report = checked(data, size=1 + seed % 4)
     kb = data["entities"]["kb"]
@@ -122,11 +123,11 @@ def test_what_is_found_is_what_plain_loops_find(seed):
     texts = Counter((row["name"], row["description"]) for row in kb)
     assert report.duplicates == {
         "entities_sharing_their_text": sum(n for n in texts.values() if n > 1),
-        "mention_images_in_kb": sum(found["image_in_kb"] for found in report.leakage["mentions"].values()),
+        "mention_images_in_kb": sum(leakage["image_in_kb"] for leakage in report.leakage["mentions"].values()),
     }
     rows = [row for rows in data["mentions"].values() for row in rows]
-    strange = Counter(c for row in rows for c in row["candidates"] if c not in ids and c != NIL)
-    assert Counter(case[2] for case in report.problems.get("candidate_not_in_kb", [])) == strange
+    outside_kb = Counter(c for row in rows for c in row["candidates"] if c not in ids and c != NIL)
+    assert Counter(case[2] for case in report.problems.get("candidate_not_in_kb", [])) == outside_kb
     assert report.counts == {c: {s: len(rows) for s, rows in splits.items()} for c, splits in data.items()}
 
 
@@ -145,7 +146,7 @@ CASES = {
     ),
     "wrong_span": (
         small({"test": [mention("a", start=1)]}),
-        ("mentions/test", "a", "'ne' stands at 1:3, not the mention 'One'"),
+        ("mentions/test", "a", "characters 1:3 are 'ne', the mention is 'One'"),
     ),
     "null_value": (small({"test": [mention("a", text=None)]}), ("mentions/test", "a", "text")),
     "empty_split": (small({"test": [mention("a")], "train": []}), ("mentions/train", "", "")),
@@ -158,13 +159,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_what_makes_a_data_set_unusable(kind):
+def test_problems_that_make_a_data_set_unusable(kind):
     data, (file, row, detail) = CASES[kind]
     report = checked(data)
     assert report.fatal == [kind]
-    [found] = report.problems[kind]
-    assert found[:2] == (file, row)
-    assert found[2].startswith(detail)
+    [problem] = report.problems[kind]
+    assert problem[:2] == (file, row)
+    assert problem[2].startswith(detail)
     error, _ = FATAL[kind]
     with pytest.raises(error, match=r"Do this\.$") as caught:
         report.raise_fatal("Do this.")
@@ -172,11 +173,11 @@ def test_what_makes_a_data_set_unusable(kind):
     assert report.to_dict()["problems"][kind]["count"] == 1
 
 
-def test_what_only_warns():
-    nowhere = {"start": -1, "end": -1}
+def test_problems_that_are_warnings():
+    no_span = {"start": -1, "end": -1}
     rows = [
-        mention("absent", text="Two.", **nowhere),
-        mention("elsewhere", **nowhere),
+        mention("absent", text="Two.", **no_span),
+        mention("elsewhere", **no_span),
         mention("candidate", candidates=["E1", "E7", NIL]),
     ]
     report = checked(small({"test": rows}))
@@ -188,7 +189,7 @@ def test_what_only_warns():
     assert report.fatal == []
 
 
-def test_a_thing_in_a_picture_needs_no_place_in_the_text_and_priors_stand_beside_candidates():
+def test_a_visual_mention_needs_no_span_and_candidates_need_a_prior_each():
     features = mention_features(
         modality=datasets.Value("string"),
         candidate_priors=[datasets.Value("float32")],
@@ -203,12 +204,12 @@ def test_a_thing_in_a_picture_needs_no_place_in_the_text_and_priors_stand_beside
     report = checked(small({"test": rows}), features={**FEATURES, "mentions": features})
     assert report.problems == {
         "mention_not_in_text": [("mentions/test", "read", "One")],
-        "priors_unlike_candidates": [("mentions/test", "odd", "there are 1 candidates and 2 candidate_priors")],
+        "priors_unlike_candidates": [("mentions/test", "odd", "candidates: 1, candidate_priors: 2")],
     }
     assert report.fatal == ["priors_unlike_candidates"]
 
 
-def test_further_configurations_of_mentions_are_compared_with_the_train_split_there_is():
+def test_other_configurations_are_compared_with_their_train_split_or_that_of_mentions():
     data = small({"train": [mention("a", text="One a."), mention("b", text="One b.")]})
     data["elsewhere"] = {"test": [mention("a", text="One b.")]}
     data["own_train"] = {"train": [mention("c", text="One c.")], "test": [mention("d", text="One b.")]}
@@ -222,20 +223,20 @@ def test_ids_of_the_knowledge_base_and_of_posts_are_unique_too():
     report = checked({**small(entities=[entity("E1"), entity("E1")]), "posts": {"kb": [post("p"), post("p", "E5")]}})
     assert report.problems["duplicate_id"] == [("entities/kb", "E1", "E1"), ("posts/kb", "p", "p")]
     assert report.problems["gold_not_in_kb"] == [("posts/kb", "p", "E5")]
-    with pytest.raises(DuplicateIdError, match=r"entities/kb, row E1: the id 'E1' occurs twice\."):
+    with pytest.raises(DuplicateIdError, match=r"entities/kb, row E1: The id 'E1' occurs twice\."):
         report.raise_fatal("")
 
 
 @given(st.lists(st.text(max_size=3)), st.lists(st.text(max_size=3)))
 @settings(max_examples=60, deadline=None)
-def test_a_set_of_hashes_holds_what_a_set_holds(texts, asked):
+def test_an_id_set_contains_what_a_set_contains(texts, asked):
     ids = IdSet(array("q", map(hash, texts)))
-    assert ids.holds([hash(text) for text in asked]).tolist() == [text in set(texts) for text in asked]
+    assert ids.contains_hashes([hash(text) for text in asked]).tolist() == [text in set(texts) for text in asked]
     assert [text in ids for text in asked] == [text in set(texts) for text in asked]
 
 
 def write_folder(folder, data, types=None):
-    """A repository nobody of us built: Parquet and a card that names the configurations."""
+    """Writes a repository that hf_mel did not build: Parquet files, and a card that lists the configurations."""
     lines = ["---", "configs:"]
     for config, splits in data.items():
         lines += [f"- config_name: {config}", "  data_files:"]
@@ -252,37 +253,37 @@ def write_folder(folder, data, types=None):
     return folder
 
 
-def test_a_folder_is_checked_as_its_tables_are(tmp_path):
+def test_a_folder_has_the_checks_of_its_tables(tmp_path):
     data = random_data(7)
     report = checked(data)
-    found = check_dataset(write_folder(tmp_path / "theirs", data))
-    assert found.to_dict() == {**report.to_dict(), "dataset": str(tmp_path / "theirs")}
+    checks = check_dataset(write_folder(tmp_path / "theirs", data))
+    assert checks.to_dict() == {**report.to_dict(), "dataset": str(tmp_path / "theirs")}
     wider = {"text": pa.large_string(), "start": pa.int64(), "candidates": pa.large_list(pa.large_string())}
-    assert check_dataset(write_folder(tmp_path / "wider", data, wider)).problems == found.problems
+    assert check_dataset(write_folder(tmp_path / "wider", data, wider)).problems == checks.problems
 
 
-def test_columns_of_another_kind_or_missing(tmp_path):
+def test_missing_columns_and_columns_of_another_type(tmp_path):
     folder = write_folder(tmp_path / "theirs", small())
     rows = pq.read_table(folder / "mentions" / "test.parquet")
     pq.write_table(rows.drop_columns(["start", "topic"]), folder / "mentions" / "test.parquet")
     report = check_dataset(folder)
     assert report.fatal == ["wrong_schema"]
-    assert report.problems["wrong_schema"][0][2].startswith("it lacks start, topic and has mention_id,")
+    assert report.problems["wrong_schema"][0][2].startswith("missing: start, topic; found: mention_id,")
     pq.write_table(rows.set_column(4, "start", pa.array(["0"])), folder / "mentions" / "test.parquet")
     assert check_dataset(folder).problems["wrong_schema"] == [("mentions/test", "", "start is string")]
     with pytest.raises(
-        DataFormatError, match="mentions/test: does not have the columns of the schema: start is string"
+        DataFormatError, match=r"mentions/test: The columns do not match the schema \(start is string\)\."
     ):
         check_dataset(folder).raise_fatal("")
 
 
-def test_a_card_that_counts_otherwise_cannot_be_loaded(tmp_path):
+def test_a_card_with_another_number_of_rows_is_fatal(tmp_path):
     folder = write_folder(tmp_path / "theirs", small())
     card = (folder / "README.md").read_text()
     info = "dataset_info:\n- config_name: mentions\n  splits:\n  - name: test\n    num_bytes: 1\n    num_examples: 2\n"
     (folder / "README.md").write_text(card.replace("---\n# Theirs", info + "---\n# Theirs"))
     report = check_dataset(folder)
-    assert report.problems == {"rows_not_as_in_card": [("mentions/test", "", "2 rows, the files have 1")]}
+    assert report.problems == {"rows_not_as_in_card": [("mentions/test", "", "card: 2, files: 1")]}
     assert report.fatal == ["rows_not_as_in_card"]
 
 
@@ -301,18 +302,18 @@ def test_damaged_files_and_other_formats(tmp_path):
         check_dataset(write_folder(tmp_path / "no_kb", {"mentions": small()["mentions"]})).raise_fatal("")
 
 
-def test_images_that_are_paths_are_not_part_of_a_data_set():
+def test_images_stored_as_paths_are_broken():
     row = mention("a")
     row["image"] = {"bytes": None, "path": "a.jpg"}
     assert checked(small({"test": [row]})).problems == {
-        "broken_image": [("mentions/test", "a", "the image is a path, and not part of the data set.")]
+        "broken_image": [("mentions/test", "a", "The image is stored as a path, so it is not part of the data set.")]
     }
 
 
-def test_hashes_of_images_are_of_their_bytes():
+def test_images_are_compared_by_their_bytes():
     rows = [mention(f"m{k}", data=data) for k, data in enumerate([PICTURES[0], PICTURES[1], PICTURES[0]])]
     report = checked(
         {"mentions": {"train": rows[:1], "test": rows[1:]}, **{"entities": {"kb": [entity("E1")]}}}, size=2
     )
     assert report.leakage["mentions"]["test"]["image_in_train"] == 1
-    assert np.sum([found["with_image"] for found in report.leakage["mentions"].values()]) == 3
+    assert np.sum([leakage["with_image"] for leakage in report.leakage["mentions"].values()]) == 3

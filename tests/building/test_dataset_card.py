@@ -1,4 +1,4 @@
-"""A whole card, written out."""
+"""The rendered card of a small data set, compared as a whole."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ sha256 of all Parquet files together: `{data}`
 | mentions | validation | image is one of its gold | 2 of 2 (100.0%) |
 | mentions | test | gold occurs in train | 2 of 2 (100.0%) |
 ## Licence
-Do not pass this copy on: the photographers were not asked.
+Do not redistribute this copy: the photographers were not asked.
 ## Files
 | file | sha256 |
 | --- | --- |
@@ -196,7 +196,7 @@ Do not pass this copy on: the photographers were not asked.
 
 @pytest.fixture
 def card(tmp_path, monkeypatch):
-    """The card of a small WikiMEL, and its folders."""
+    """Builds a small WikiMEL. Returns its card, the raw folder and the built folder."""
     raw, out = write_melbench(tmp_path / "raw"), tmp_path / "out"
     write_json(raw / "qid2ne.json", {"Q901": "A", "Q902": "A", "Q903": "Berta von Holm", "Q904": "José Brun"})
     write_json(raw / "qid2abs.json", {"Q901": "Sex: .", "Q902": "Sex: .", "Q903": "", "Q904": ""})
@@ -239,7 +239,7 @@ def test_a_whole_card(card):
 
 
 @pytest.mark.parametrize("name", known_datasets())
-def test_every_template_says_what_a_card_must(name):
+def test_every_template_has_the_required_placeholders(name):
     builder = find_builder(name)
     text = (
         Path(str(__import__(builder.__module__, fromlist=["_"]).__file__)).with_name("README.template.md").read_text()

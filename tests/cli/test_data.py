@@ -55,51 +55,51 @@ print([name for name in ("torch", "transformers") if name in sys.modules])
 def test_check_of_a_good_data_set(run, tmp_path):
     done = run("check", write_folder(tmp_path / "good", small()))
     assert done.exit_code == 0
-    assert "Can be used." in done.output
+    assert "This data set can be used." in done.output
     assert "warning" not in done.output
 
 
 def test_check_warns_with_exit_status_0(run, tmp_path):
-    rows = [mention("[/b]", text="Two.", start=-1, end=-1), mention("m")]  # an id is not markup
+    rows = [mention("[/b]", text="Two.", start=-1, end=-1), mention("m")]  # an id in square brackets is not markup
     folder = write_folder(tmp_path / "data", small({"train": [mention("t")], "test": rows}))
     done = run("check", folder)
     assert done.exit_code == 0
     assert "mention not in text" in done.output
     assert "row [/b]" in done.output
-    assert "2 of 2 (100.0%)" in done.output  # golds of test that occur in train
-    assert "1 of 2 (50.0%)" in done.output  # texts
-    assert "1 warnings" in done.output
+    assert "2 of 2 (100.0%)" in done.output  # test mentions with a gold that occurs in train
+    assert "1 of 2 (50.0%)" in done.output  # with a text that occurs in train
+    assert "1 warning." in done.output
     assert max(map(len, done.output.splitlines())) <= 80
 
 
-def test_check_fails_with_exit_status_1_and_says_why(run, tmp_path):
+def test_check_fails_with_exit_status_1_and_the_reasons(run, tmp_path):
     data = small({"test": [mention("a", "E9"), mention("a")]}, [entity("E1")])
     folder = write_folder(tmp_path / "data", data)
     done = run("check", folder)
     assert done.exit_code == 1
-    assert "Cannot be used as it is: duplicate id, gold not in kb." in " ".join(done.output.split())
+    assert "This data set is unusable: duplicate id, gold not in kb." in " ".join(done.output.split())
     as_json = run("check", folder, "--json")
     assert as_json.exit_code == 1
-    found = json.loads(as_json.stdout)
-    assert found["usable"] is False
-    assert found["fatal"] == ["duplicate_id", "gold_not_in_kb"]
-    assert found["problems"]["gold_not_in_kb"] == {"count": 1, "entries": {"mentions/test": [["a", "E9"]]}}
+    report = json.loads(as_json.stdout)
+    assert report["usable"] is False
+    assert report["fatal"] == ["duplicate_id", "gold_not_in_kb"]
+    assert report["problems"]["gold_not_in_kb"] == {"count": 1, "entries": {"mentions/test": [["a", "E9"]]}}
 
 
-def test_options_of_a_builder_and_files_of_ones_own_are_passed_on(run, tmp_path, monkeypatch):
-    asked = {}
+def test_options_of_a_builder_and_files_of_your_own_are_passed_on(run, tmp_path, monkeypatch):
+    received = {}
 
     def build_dataset(name, **arguments):
-        asked.update(arguments, name=name)
+        received.update(arguments, name=name)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(building, "build_dataset", build_dataset)
     words = ["build", "jsonl", "--output", tmp_path / "out", "--resize", 64, "--mentions", "m.jsonl"]
     done = run(*words, "--entities", "e.csv", "--option", "posts=p=1.csv", "--option", "split=test")
     assert done.exit_code == 130
-    assert "goes on where it was" in done.output
-    assert asked["resize"] == 64
-    assert asked["config_options"] == {
+    assert "The same command continues the build." in done.output
+    assert received["resize"] == 64
+    assert received["config_options"] == {
         "mentions": "m.jsonl",
         "entities": "e.csv",
         "posts": "p=1.csv",

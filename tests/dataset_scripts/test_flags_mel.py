@@ -18,8 +18,9 @@ from PIL import Image
 
 from hf_mel.dataset_scripts.flags_mel import photo
 from hf_mel.dataset_scripts.flags_mel.countries import BY_QID, COUNTRIES
-from hf_mel.dataset_scripts.flags_mel.flags import CROPS, FLAGS, LOOK_ALIKES, clean_flag, cloth, picture_set
+from hf_mel.dataset_scripts.flags_mel.flags import CROPS, FLAGS, clean_flag, cloth
 from hf_mel.dataset_scripts.flags_mel.flags_mel import BUILDER_CLASS, FlagsMel
+from hf_mel.dataset_scripts.flags_mel.look_alikes import LOOK_ALIKES, picture_set
 from hf_mel.dataset_scripts.flags_mel.photo import PHOTO_SIZE, Shot, photographs
 from hf_mel.dataset_scripts.flags_mel.planning import held_out, plan_documents, plan_mentions, plan_posts
 from hf_mel.dataset_scripts.flags_mel.sentences import LATER, MEANINGS, UNSEEN_GENERIC
@@ -40,7 +41,7 @@ def rows_of(config, split, tmp_path, **options):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The four configurations as `datasets` prepares them, images as bytes."""
+    """Returns the four configurations as `datasets` prepares them."""
     cache = tmp_path_factory.mktemp("flags_mel")
     tables = {}
     for config in ("mentions", "documents", "entities", "posts"):
@@ -51,7 +52,7 @@ def built(tmp_path_factory):
 
 
 def cells(table, column):
-    """A column as stored: images as dicts of bytes."""
+    """Returns a column without decoding its images."""
     return table.with_format("arrow")[:][column].to_pylist()
 
 
@@ -120,7 +121,7 @@ def test_images(built):
         by_context = defaultdict(set)
         for image, context in zip(images, contexts, strict=True):
             by_context[context].add(image and image["bytes"])
-        assert all(len(found) == 1 for found in by_context.values())
+        assert all(len(contents) == 1 for contents in by_context.values())
     decoded = Image.open(BytesIO(next(image for image in images if image)["bytes"]))
     assert decoded.size == PHOTO_SIZE
     assert decoded.mode == "RGB"
@@ -148,33 +149,33 @@ def test_documents_hold_every_mention_and_every_photograph_of_a_flag_once(built,
     assert set(textual) == {mention["mention_id"] for mention in mentions}
     photographs_of = {}
     for mention in mentions:
-        found = textual[mention["mention_id"]]
-        assert {**mention, "image": None} == {key: value for key, value in found.items() if key in mention}
+        row = textual[mention["mention_id"]]
+        assert {**mention, "image": None} == {key: value for key, value in row.items() if key in mention}
         if mention["stratum"] != "text":
             photographs_of[f"{mention['context_id']}-v"] = mention
     assert set(visual) == set(photographs_of)
     for mention_id, row in visual.items():
-        of = photographs_of[mention_id]
-        assert row["image"] == of["image"] is not None
-        assert (row["entity_id"], row["stratum"]) == (of["entity_id"], of["stratum"])
+        mention = photographs_of[mention_id]
+        assert row["image"] == mention["image"] is not None
+        assert (row["entity_id"], row["stratum"]) == (mention["entity_id"], mention["stratum"])
         assert (row["text"], row["mention"], row["start"], row["end"]) == ("", "", -1, -1)
         assert row["context_id"] == mention_id
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_documents_are_of_four_to_six_contexts_about_the_same(built, split):
+def test_documents_have_four_to_six_contexts_about_the_same_entities(built, split):
     documents = defaultdict(list)
     for row in built["documents"][split].remove_columns("image"):
         documents[row["document_id"]].append(row)
     sizes = [len({row["context_id"] for row in rows if row["modality"] == "text"}) for rows in documents.values()]
     assert set(sizes[:-1]) == {4, 5, 6}
     assert 1 <= sizes[-1] <= 6
-    # A context is in one document, and a document's rows stand together.
+    # A context is in one document, and the rows of a document are consecutive.
     ids = built["documents"][split]["document_id"]
     assert len(documents) == 1 + sum(one != other for one, other in pairwise(ids))
     contexts = [context for rows in documents.values() for context in {row["context_id"] for row in rows}]
     assert len(contexts) == len(set(contexts))
-    shared = [  # golds that both a sentence without a picture of its own and a photograph of the document are about
+    shared = [  # whether a photograph in the document has the gold of a sentence without a photograph
         bool(
             {row["entity_id"] for row in rows if row["stratum"] == "text"}
             & {row["entity_id"] for row in rows if row["modality"] == "image"}
@@ -196,12 +197,12 @@ def test_documents_of_any_seed_hold_every_context_once(seed, split):
     assert all(4 <= len(document) <= 6 for document in documents[:-1])
 
 
-def test_documents_are_built_where_they_are_asked_for():
+def test_documents_are_built_only_on_request():
     names = [config.name for config in FlagsMel.BUILDER_CONFIGS]
-    for asked in ({"documents": True}, {"documents": "true"}):
-        assert FlagsMel.configs_in(None, asked) == names
-    for not_asked in ({}, {"documents": False}, {"documents": "false"}):
-        assert FlagsMel.configs_in(None, not_asked) == ["mentions", "entities", "posts"]
+    for options in ({"documents": True}, {"documents": "true"}):
+        assert FlagsMel.configs_in(None, options) == names
+    for options in ({}, {"documents": False}, {"documents": "false"}):
+        assert FlagsMel.configs_in(None, options) == ["mentions", "entities", "posts"]
     with pytest.raises(MelError, match="neither true nor false"):
         FlagsMel.configs_in(None, {"documents": "yes"})
 
@@ -244,20 +245,20 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
 
 def test_another_seed_gives_other_texts_and_pictures_of_the_same_entities(tmp_path):
     first, other = rows_of("mentions", "validation", tmp_path), rows_of("mentions", "validation", tmp_path, seed=1)
-    assert {row["text"] for row in first}.isdisjoint({row["text"] for row in other} - _short(other))
+    assert {row["text"] for row in first}.isdisjoint({row["text"] for row in other} - _short_texts(other))
     images = [{row["image"]["bytes"] for row in rows if row["image"]} for rows in (first, other)]
     assert images[0].isdisjoint(images[1])
     assert rows_of("entities", "kb", tmp_path) == rows_of("entities", "kb", tmp_path, seed=1)
 
 
-def _short(rows):
-    """Texts of one sentence, which two seeds may share."""
+def _short_texts(rows):
+    """Returns the texts of one sentence, which two seeds may share."""
     return {row["text"] for row in rows if len(re.findall(r"\.(?: |$)", row["text"])) <= 2}
 
 
 def test_the_plan_does_not_depend_on_the_order_of_sets():
     code = (
-        "import sys; sys.argv = ['hf-mel']\n"  # as the console script, which imports no torch
+        "import sys; sys.argv = ['hf-mel']\n"  # like the console script, which does not import torch
         "from hf_mel.dataset_scripts.flags_mel.planning import plan_mentions\n"
         "print(plan_mentions(0, 'validation'))"
     )
@@ -282,7 +283,7 @@ def test_a_picture_does_not_depend_on_its_neighbours():
     assert list(photographs(shots)) == [next(photographs([shot])) for shot in shots]
 
 
-# The oracle: what a perfect reader of the text, or of flags, could still confuse
+# Oracle: the entities that a perfect reader of the text, or of the flags, cannot distinguish
 
 _VALUES: dict[str, set[str]] = defaultdict(set)
 for _country in COUNTRIES:
@@ -297,7 +298,7 @@ _SURFACES = {surface.lower(): qids for surface, qids in MEANINGS.items()}
 
 @cache
 def read_facts(text):
-    """All states and territories that have every fact whose words stand in the text (longest words first)."""
+    """Returns the states and territories that match every fact in the text (longest values first)."""
     left = frozenset(BY_QID)
     for value in _ANY_VALUE.findall(text):
         left &= _VALUES[value]
@@ -305,13 +306,13 @@ def read_facts(text):
 
 
 def text_set(context, mention):
-    """What a reader of the text alone cannot tell apart: from the words, not from the generator's plan."""
+    """Returns the entities that match the words of a text, without looking at the generator's plan."""
     mentions = sorted(context.mentions, key=lambda m: m.start)
     blanked = context.text
     for m in mentions:
         blanked = blanked[: m.start] + "#" * (m.end - m.start) + blanked[m.end :]
     together = len({m.qid for m in mentions}) > 1
-    if together:  # each mention has the words up to the next one
+    if together:  # the words up to the next mention belong to this one
         rest = [m.start for m in mentions if m.start > mention.start]
         blanked = blanked[mention.end : rest[0] if rest else None]
     left = read_facts(blanked)
@@ -321,7 +322,7 @@ def text_set(context, mention):
 
 
 def _views(qid):
-    """Everything a frame can hold of a flag, from either side: crop → pictures; an outer edge is put to the left."""
+    """Returns all views of a flag by crop, from either side of the cloth. The outer edge is on the left."""
     flag = cloth(qid).astype(int)
     height, width = flag.shape[:2]
     views = {"hoist": flag[:, : width * 45 // 100], "fly": flag[:, width - width * 45 // 100 :][:, ::-1], "full": flag}
@@ -333,28 +334,28 @@ def _views(qid):
 _ALL_VIEWS = {qid: _views(qid) for qid in FLAGS}
 
 
-def looks(qid, crop, tolerance):
-    """The flags of which a photograph can be the same as one of this crop of this flag, from their pixels."""
-    [own, *_] = _ALL_VIEWS[qid][crop]
+def look_alikes(qid, crop, tolerance):
+    """Returns the flags with a view that equals this crop, compared by pixels."""
+    [front, *_] = _ALL_VIEWS[qid][crop]
     kind = "outer" if crop in ("hoist", "fly") else crop
     return {
         other
         for other, views in _ALL_VIEWS.items()
-        if any(np.abs(view - own).mean() < tolerance for view in views[kind])
+        if any(np.abs(view - front).mean() < tolerance for view in views[kind])
     }
 
 
-# What a sharp eye cannot tell apart, for the bounds; what a dull one may confuse, for "the two together decide".
-_SHARP, _DULL = (
-    {(qid, crop): frozenset(looks(qid, crop, tolerance)) for qid in FLAGS for crop in CROPS}
+# Look-alikes with a small tolerance, for the bounds, and with a large one, to test that text and image together decide.
+_STRICT, _LENIENT = (
+    {(qid, crop): frozenset(look_alikes(qid, crop, tolerance)) for qid in FLAGS for crop in CROPS}
     for tolerance in (0.3, 1.4)
 )
 
 
-def image_set(context, known=_SHARP):
+def image_set(context, look_alikes_of=_STRICT):
     if context.shot is None or context.shot.flag is None:
         return frozenset(BY_QID)
-    return known[context.shot.flag, context.shot.crop]
+    return look_alikes_of[context.shot.flag, context.shot.crop]
 
 
 @cache
@@ -364,7 +365,7 @@ def mentions_of(seed, split):
 
 @cache
 def sets_of(seed, split):
-    """The text set and the image set of every mention."""
+    """Returns the text set and the image set of every mention."""
     return [(text_set(context, mention), image_set(context)) for context, mention in mentions_of(seed, split)]
 
 
@@ -373,7 +374,7 @@ def sets_of(seed, split):
 def test_each_stratum_is_decided_by_what_it_says(seed, split):
     for (context, mention), (by_text, by_image) in zip(mentions_of(seed, split), sets_of(seed, split), strict=True):
         assert by_text & by_image == {mention.qid}, context
-        assert by_text & image_set(context, _DULL) == {mention.qid}, context
+        assert by_text & image_set(context, _LENIENT) == {mention.qid}, context
         if context.stratum == "text":
             assert by_text == {mention.qid}, context
             assert context.shot is None or context.shot.flag is None
@@ -394,10 +395,10 @@ def test_strata_proportions(seed, split):
 
 
 def guesses(seed):
-    """Expected H@1 by (modality, stratum) on test, of the best guess inside the set a single modality leaves open.
+    """Returns the expected H@1 on test by (modality, stratum), for the best guess from the set of one modality.
 
-    Two guessers: one takes any member of the set; the other, for each set, the member that was most often the gold
-    in train mentions with exactly this set (ties: the gold counts as found). The better of the two is the bound.
+    One guesser takes any member of the set. The other takes the member that was most often the gold of train mentions
+    with the same set (on a tie, the gold). The better of the two is the bound.
     """
     bounds = {}
     for i, modality in enumerate(("text", "image")):
@@ -405,8 +406,8 @@ def guesses(seed):
         seen = Counter((left, m.qid) for left, (_, m) in zip(train, mentions_of(seed, "train"), strict=True))
         by_stratum = defaultdict(list)
         for left, (context, mention) in zip(test, mentions_of(seed, "test"), strict=True):
-            most = max(seen[left, qid] for qid in left)
-            by_stratum[context.stratum].append((1 / len(left), float(0 < most == seen[left, mention.qid])))
+            highest = max(seen[left, qid] for qid in left)
+            by_stratum[context.stratum].append((1 / len(left), float(0 < highest == seen[left, mention.qid])))
         for stratum, scores in by_stratum.items():
             bounds[modality, stratum] = float(np.max(np.mean(scores, axis=0)))
         bounds[modality, "all"] = float(np.max(np.mean([s for v in by_stratum.values() for s in v], axis=0)))
@@ -482,7 +483,7 @@ def test_qids_are_unique_and_well_formed():
     qids = [country.qid for country in COUNTRIES]
     assert len(set(qids)) == len(qids)
     assert all(re.fullmatch(r"Q[1-9]\d*", qid) for qid in qids)
-    assert set(FLAGS) == set(qids) - {"Q26"}  # Northern Ireland has no flag of its own
+    assert set(FLAGS) == set(qids) - {"Q26"}  # Northern Ireland has no official flag
 
 
 def test_known_ids():
@@ -531,12 +532,12 @@ def test_ambiguous_surfaces_are_ambiguous():
 
 
 def test_flags_differ_unless_declared_look_alikes():
-    """From the cloth's pixels; from either side."""
+    """Compares the pixels of both sides of the cloth."""
     order = list(FLAGS)
     cloths = np.stack([cloth(qid)[::2] for qid in order]).astype(np.int16)
     same = set()
-    for qid, own in zip(order, cloths, strict=True):
-        for side in (own, own[:, ::-1]):
+    for qid, front in zip(order, cloths, strict=True):
+        for side in (front, front[:, ::-1]):
             for i in np.flatnonzero(np.abs(cloths - side).mean(axis=(1, 2, 3)) < 1):
                 same.add(frozenset({qid, order[i]}))
     same -= {frozenset({qid}) for qid in order}
@@ -544,7 +545,7 @@ def test_flags_differ_unless_declared_look_alikes():
 
 
 def test_clean_flags_of_look_alikes_keep_their_shades():
-    """Some pairs of the knowledge base differ by shade or proportion only, and do differ."""
+    """Pairs of the knowledge base differ at least by shade or proportion."""
     for pair in LOOK_ALIKES:
         first, second = (clean_flag(qid) for qid in sorted(pair))
         assert first.size != second.size or np.asarray(first).tolist() != np.asarray(second).tolist()
@@ -611,7 +612,7 @@ def test_look_alikes_give_the_same_photograph():
 @pytest.mark.parametrize("crop", [crop for crop in CROPS if crop != "full"])
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_a_photograph_shows_nothing_beyond_its_crop(crop, mirrored, monkeypatch):
-    """Whatever the hidden part of the cloth looks like, the photograph is the same; the visible part shows."""
+    """The photograph depends on the visible part of the cloth, and not on the hidden part."""
     height, width = cloth("Q142").shape[:2]
     left, right, top, bottom = CROPS[crop]
     visible = (slice(round(top * height), round(bottom * height)), slice(round(left * width), round(right * width)))
@@ -631,7 +632,8 @@ def test_a_photograph_shows_nothing_beyond_its_crop(crop, mirrored, monkeypatch)
 def test_a_mirrored_photograph_is_the_flag_from_behind(crop):
     draws, scene = np.random.default_rng(1).random((1, 38)), np.full((1, *PHOTO_SIZE[::-1], 3), 90, np.float32)
     front, behind = (
-        photo._hang([Shot(0, "Q142", crop, mirrored)], draws, np.array([False]), scene) for mirrored in (False, True)
+        photo._add_flags([Shot(0, "Q142", crop, mirrored)], draws, np.array([False]), scene)
+        for mirrored in (False, True)
     )
     assert np.array_equal(behind, front[:, :, ::-1])
     assert not np.array_equal(behind, front)
@@ -640,7 +642,7 @@ def test_a_mirrored_photograph_is_the_flag_from_behind(crop):
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**48 - 1))
 def test_a_whole_flag_lies_in_the_frame(seed):
-    """At least nine tenths of it."""
+    """At least nine tenths of the flag are visible."""
     corners = photo._corners(["full"], np.random.default_rng(seed).random((1, 38)), np.array([False]))[0]
     s, t = (grid.ravel()[:, None] for grid in np.meshgrid(np.linspace(0, 1, 21), np.linspace(0, 1, 21)))
     upper, lower = (1 - s) * corners[0] + s * corners[1], (1 - s) * corners[3] + s * corners[2]
@@ -657,20 +659,20 @@ def test_projection_takes_corners_to_the_unit_square(shifts):
     np.testing.assert_allclose(places[:, :2] / places[:, 2:], [[0, 0], [1, 0], [1, 1], [0, 1]], atol=1e-6)
 
 
-def test_a_flag_can_be_told_from_its_photograph():
-    """A plain reader (mean colour of a 4 by 3 grid, nearest cloth) finds most whole flags: the picture shows them."""
-    order = [qid for qid in FLAGS if len(_SHARP[qid, "full"]) == 1]
+def test_a_flag_is_recognisable_in_its_photograph():
+    """The nearest cloth by the mean colours of a 6 × 4 grid is the right one for most whole flags."""
+    order = [qid for qid in FLAGS if len(_STRICT[qid, "full"]) == 1]
     grid = (6, 4)
 
     def signature(picture):
         small = np.asarray(picture.resize(grid, Image.Resampling.BOX), dtype=float)
         return small / small.mean()
 
-    known = np.stack([signature(Image.fromarray(cloth(qid))) for qid in order])
-    found = []
+    signatures = np.stack([signature(Image.fromarray(cloth(qid))) for qid in order])
+    hits = []
     for i, picture in enumerate(photographs([Shot(1000 + i, qid) for i, qid in enumerate(order)])):
         width, height = PHOTO_SIZE
         middle = Image.open(BytesIO(picture)).crop((width * 0.2, height * 0.2, width * 0.8, height * 0.8))
-        distance = np.abs(known - signature(middle)).mean(axis=(1, 2, 3))
-        found.append(i in np.argsort(distance)[:5])
-    assert np.mean(found) > 0.6
+        distance = np.abs(signatures - signature(middle)).mean(axis=(1, 2, 3))
+        hits.append(i in np.argsort(distance)[:5])
+    assert np.mean(hits) > 0.6
