@@ -29,7 +29,7 @@ _WATCHED = ("transformers.", "hf_mel.modeling.")
 
 
 class _Entry(NamedTuple):
-    """A class of a method, and the Auto class that shall find it."""
+    """A class of a method, and the Auto class that looks it up."""
 
     auto_class: str
     method: str

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, and sha256 digests of files."""
+"""Atomic writes of files and folders, working folders of interrupted builds, and sha256 digests of files."""
 
 from __future__ import annotations
 
@@ -113,7 +113,9 @@ def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterato
                 raise filelock.Timeout(lock.lock_file)
         except filelock.Timeout:
             raise MelError(
-                "This is being built by another process.", file=target, remedy="Wait for it, or choose another output."
+                "The output is being built by another process.",
+                file=target,
+                remedy="Wait for it, or choose another output.",
             ) from None
         keep = False
         try:
@@ -137,7 +139,9 @@ def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterato
             lock.release()
     except OSError as error:
         raise MelError(
-            f"This cannot be built ({error}).", file=target, remedy="Check the paths, permissions and free disk space."
+            f"The output cannot be built ({error}).",
+            file=target,
+            remedy="Check the paths, permissions and free disk space.",
         ) from error
 
 

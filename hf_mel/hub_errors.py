@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import huggingface_hub
 from huggingface_hub import errors
+from huggingface_hub.utils import validate_repo_id
 
 from hf_mel.errors import HubError
 
@@ -23,7 +24,7 @@ def check_repo_id(repo_id: str) -> str:
         HubError: The id is malformed.
     """
     try:
-        huggingface_hub.utils.validate_repo_id(repo_id)
+        validate_repo_id(repo_id)
     except errors.HFValidationError as error:
         raise HubError(
             f"{repo_id!r} is not a repository id.",

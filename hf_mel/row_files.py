@@ -62,7 +62,9 @@ def read_rows(
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise DataFormatError(
-            f"The file is none of {', '.join(ROW_SUFFIXES)}.", file=path, remedy="Convert it to one of these formats."
+            f"The suffix {path.suffix!r} is not one of {', '.join(ROW_SUFFIXES)}.",
+            file=path,
+            remedy="Convert the file to one of these formats.",
         )
     try:
         data = path.read_bytes()

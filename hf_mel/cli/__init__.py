@@ -23,9 +23,9 @@ from hf_mel.errors import MelError
 
 app = typer.Typer(
     name="hf-mel",
-    help="Multimodal entity linking: from raw releases to a linked mention.\n\n"
-    "The usual way: [b]data build[/b] → [b]train[/b] → [b]evaluate[/b] → [b]kb build[/b] → [b]link[/b] → [b]publish[/b]. "
-    "To see all of it at once on the embedded data set: [b]demo[/b].",
+    help="Multimodal entity linking, from raw data sets to linked mentions.\n\n"
+    "The usual order: [b]data build[/b] → [b]train[/b] → [b]evaluate[/b] → [b]kb build[/b] → [b]link[/b] → [b]publish[/b]. "
+    "[b]demo[/b] does all of it once, on a small data set that it generates.",
     rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -58,6 +58,6 @@ def main(app: typer.Typer = app) -> None:
     except MelError as error:
         from rich.console import Console
 
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]", end=" ")
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/]", end=" ")
         print(error, file=sys.stderr)
         sys.exit(1)

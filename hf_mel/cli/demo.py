@@ -1,4 +1,4 @@
-"""`hf-mel demo`: the whole way on the embedded data set, from nothing to a linked mention."""
+"""`hf-mel demo`: every step on a generated data set, from building it to a linked mention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNITS = {"text": "text", "vision": "picture", "cross_modal": "fused"}
 
 
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where data/, runs/ and kb/ go.")] = Path("."),
+    folder: Annotated[Path, typer.Option(help="The folder in which data/, runs/ and kb/ are created.")] = Path("."),
 ) -> None:
     """Build FlagsMEL, train a small MIMIC on it, evaluate it, build its knowledge base, link a mention.
 
@@ -117,7 +117,7 @@ def demo(
 
 
 def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version: dict) -> dict[str, Any]:
-    """Results with all units of the model, then with each unit alone, from one pass of the encoders."""
+    """Returns results with all units of the model, then with each unit alone, from one pass of the encoders."""
     from hf_mel.evaluation.full_evaluator import FullEvaluator
     from hf_mel.inference.encode import encode_rows
     from hf_mel.inference.encodings import slice_encodings
@@ -125,13 +125,13 @@ def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version:
     from hf_mel.inference.inputs import ModelInputs
 
     inputs = ModelInputs(model, processor)
-    known = EncodedEntities(list(entities["entity_id"]), encode_rows(inputs, entities, "entities"))
+    ranked_entities = EncodedEntities(list(entities["entity_id"]), encode_rows(inputs, entities, "entities"))
     encoded = encode_rows(inputs, mentions, "mentions")
-    units = model.unit_scores(slice_encodings(encoded, slice(1)), slice_encodings(known.tensors, slice(1)))
+    units = model.unit_scores(slice_encodings(encoded, slice(1)), slice_encodings(ranked_entities.tensors, slice(1)))
     results = {}
     for name, chosen in {"all units": None, **{unit: [unit] for unit in units}}.items():
         evaluator = FullEvaluator(
-            known,
+            ranked_entities,
             units=chosen,
             strata=["stratum"],
             nil_threshold=getattr(model.config, "nil_threshold", None) if chosen is None else None,
@@ -143,12 +143,12 @@ def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version:
 
 
 def _unit_of(result: dict[str, Any]) -> str:
-    """Name of the only unit that a result was ranked by."""
+    """Returns the name of the only unit by which a result was ranked."""
     return f"{result['units'][0]} unit"
 
 
 def _accuracy_table(overall: dict[str, Any], single_units: list[dict[str, Any]]) -> Table:
-    """A row for all mentions and one for each stratum, with H@1 of every unit alone beside the whole model."""
+    """Returns a table of all mentions and of each stratum, with H@1 of every unit alone beside the whole model."""
     from rich.table import Table
 
     from hf_mel.evaluation.tables import display_value
@@ -160,7 +160,7 @@ def _accuracy_table(overall: dict[str, Any], single_units: list[dict[str, Any]])
 
     def add(label: str, metrics: dict[str, Any], metrics_of_units: list[dict[str, Any]]) -> None:
         values = [display_value(name, metrics[name]) for name in ("hits@1", "hits@3", "mrr")]
-        values += [display_value("hits@1", each["hits@1"]) for each in metrics_of_units]
+        values += [display_value("hits@1", unit_metrics["hits@1"]) for unit_metrics in metrics_of_units]
         table.add_row(label, f"{metrics['num_ranked']:,}", *values)
 
     add("all", overall["metrics"], [result["metrics"] for result in single_units])
@@ -171,7 +171,7 @@ def _accuracy_table(overall: dict[str, Any], single_units: list[dict[str, Any]])
 
 
 def _candidates_table(result: Any, mention: str) -> Table:
-    """The best candidates of one mention, with their scores."""
+    """Returns a table of the best candidates of one mention, with their scores."""
     from rich.table import Table
 
     units = list(result.candidates[0].unit_scores)

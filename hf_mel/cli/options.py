@@ -17,7 +17,7 @@ TrustRemoteCode = Annotated[
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="Where to compute, for instance cpu or cuda:1. Default: a GPU if there is one.")
+    str | None, typer.Option(help="Where to compute, for instance cpu or cuda:1. Default: a GPU if available.")
 ]
 MentionConfig = Annotated[str, typer.Option(help="Configuration of the mentions, for a data set with several.")]
 Split = Annotated[str, typer.Option(help="Split of the mentions: train, validation or test.")]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_mel.cli.printing import print_plain
+
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
@@ -53,7 +55,9 @@ def model(
     repo: _Repo,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Hub id of the data set it was trained on, if that was a local build."),
+        typer.Option(
+            help="Hub id of the data set the model was trained on, if it was trained on a local build of it."
+        ),
     ] = None,
     dataset_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of that data set.")] = None,
     yes: _Yes = False,
@@ -173,11 +177,11 @@ def _publish(publication: Publication, yes: bool, private: bool, gated: Any, mes
     url = publication.url(api.endpoint)
     if yes:
         commit, comparison = publish(publication, private=private, gated=gated, message=message, api=api)
-        _show(publication, url, comparison, private, gated)
+        _print_changes(publication, url, comparison, private, gated)
         if commit is None:
-            _print(f"Nothing to change: {url} already holds these files.")
+            print_plain(f"Nothing to change: {url} already holds these files.")
         else:
-            _print(f"Published in one commit, {commit[:12]}: {url}")
+            print_plain(f"Published in one commit, {commit[:12]}: {url}")
         return
     try:
         comparison = compare(publication, api=api)
@@ -185,12 +189,12 @@ def _publish(publication: Publication, yes: bool, private: bool, gated: Any, mes
     except HubError as error:
         comparison = Comparison([Change(path, "new", publication.size(path)) for path in sorted(publication.files)])
         status = f"Not compared with the repository: {error}"
-    _show(publication, url, comparison, private, gated)
-    _print(status)
+    _print_changes(publication, url, comparison, private, gated)
+    print_plain(status)
     if comparison.is_empty and comparison.exists:
-        _print("Nothing would change.")
+        print_plain("Nothing would change.")
     else:
-        _print("This was a dry run: nothing was uploaded. Add --yes to publish.")
+        print_plain("This was a dry run: nothing was uploaded. Add --yes to publish.")
 
 
 def _account(api: HfApi) -> str:
@@ -208,7 +212,9 @@ def _account(api: HfApi) -> str:
         return f"unknown ({error.message})"
 
 
-def _show(publication: Publication, url: str, comparison: Comparison, private: bool, gated: str | None) -> None:
+def _print_changes(
+    publication: Publication, url: str, comparison: Comparison, private: bool, gated: str | None
+) -> None:
     from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
@@ -216,7 +222,7 @@ def _show(publication: Publication, url: str, comparison: Comparison, private: b
 
     changed = [change for change in comparison.changes if change.what != "unchanged"]
     unchanged = [change for change in comparison.changes if change.what == "unchanged"]
-    _print(f"{publication.kind} → {url}")
+    print_plain(f"{publication.kind} → {url}")
     table = Table()
     table.add_column("")
     table.add_column("file", overflow="fold")
@@ -227,14 +233,14 @@ def _show(publication: Publication, url: str, comparison: Comparison, private: b
         table.add_row("unchanged", _count(unchanged), decimal(sum(change.size for change in unchanged)))
     Console().print(table)
     uploads = [change for change in changed if change.what != "deleted"]
-    _print(
+    print_plain(
         f"{_count(uploads)}, {decimal(comparison.upload_bytes)}, to upload; {_visibility(comparison, private, gated)}."
     )
-    _print(f"Licence: {publication.license or 'none named'}.")
+    print_plain(f"Licence: {publication.license or 'none named'}.")
     for name, reason in publication.left_out.items():
-        _print(f"Left out: {name} ({reason}).")
+        print_plain(f"Left out: {name} ({reason}).")
     for note in publication.notes:
-        _print(f"Note: {note}")
+        print_plain(f"Note: {note}")
 
 
 def _visibility(comparison: Comparison, private: bool, gated: str | None) -> str:
@@ -255,9 +261,3 @@ def _visibility(comparison: Comparison, private: bool, gated: str | None) -> str
 
 def _count(changes: list[Any]) -> str:
     return f"{len(changes):,} {'file' if len(changes) == 1 else 'files'}"
-
-
-def _print(text: str) -> None:
-    from rich.console import Console
-
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)

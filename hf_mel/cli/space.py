@@ -46,7 +46,9 @@ def space(
     from hf_mel.errors import MissingExtraError
 
     if find_spec("gradio") is None:
-        raise MissingExtraError("The Space needs Gradio.", remedy="Run: pip install 'hf_mel[space]'")
+        raise MissingExtraError(
+            "The Space needs Gradio, which is not installed.", remedy='Run pip install "hf_mel[space]".'
+        )
     if model is None or kb is None:
         model, kb = _matching_pair(model, kb)
     models: dict[str, str | dict[str, str]] = {
@@ -66,7 +68,7 @@ def space(
 
 
 def _matching_pair(model: str | None, kb: str | None) -> tuple[str, str]:
-    """The first model of runs/ and the first knowledge base of kb/ that it built; one of the two may be given."""
+    """Returns the first model of runs/ and the first knowledge base of kb/ that it built; either may be given."""
     from hf_mel.errors import KnowledgeBaseError, MelError
     from hf_mel.linking.linker import EntityLinker
 
@@ -85,5 +87,5 @@ def _matching_pair(model: str | None, kb: str | None) -> tuple[str, str]:
 
 
 def _display_name(source: str) -> str:
-    """The last part of a folder or Hub id."""
+    """Returns the last part of a folder or Hub id."""
     return source.rstrip("/").rsplit("/", 1)[-1]

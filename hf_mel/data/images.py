@@ -131,7 +131,7 @@ def _open_undecoded(source: ImageSource, file: str | PathLike[str] | None, row: 
 
 def _image_error(error: Exception, source: Any, file: str | PathLike[str] | None, row: int | str | None) -> ImageError:
     if isinstance(error, FileNotFoundError):
-        message, remedy = "The image file does not exist.", "Check the path. It is relative to the file that names it."
+        message, remedy = "The image file does not exist.", "Check its path."
     elif isinstance(error, Image.UnidentifiedImageError):
         message, remedy = "The file is not an image that PIL can read.", "Replace it, or leave the image out."
     elif isinstance(error, Image.DecompressionBombError):

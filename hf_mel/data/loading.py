@@ -11,7 +11,8 @@ from typing import Any
 import datasets
 import huggingface_hub
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from tqdm.auto import tqdm
 
 from hf_mel.data.images import verify_image
@@ -164,12 +165,12 @@ def _check_source(source: str, revision: str | None) -> None:
             )
     elif Path(source).exists():
         raise UnknownDatasetError(
-            "This is a file, not a data set.", file=source, remedy="Give the folder that contains the data set."
+            "The path is a file, not a data set.", file=source, remedy="Give the folder that contains the data set."
         )
     else:
         try:
-            huggingface_hub.utils.validate_repo_id(source)
-        except huggingface_hub.errors.HFValidationError as error:
+            validate_repo_id(source)
+        except HFValidationError as error:
             raise _not_found_error(source, None) from error
 
 

@@ -14,7 +14,7 @@ from hf_mel.errors import UnknownSplitError
 from hf_mel.schema import NIL, NO_SPAN, Row, mention_features
 
 #: Column of posts made from mentions: the text of the mention before its surface form was removed.
-SOURCE = "source_text"
+SOURCE_TEXT = "source_text"
 
 
 def posts_of(
@@ -36,7 +36,7 @@ def posts_of(
         train_split (`str`): The training split.
 
     Returns:
-        `datasets.Dataset` of P posts (columns: [`~hf_mel.schema.post_features`], and [`SOURCE`] if they are captions), or
+        `datasets.Dataset` of P posts (columns: [`~hf_mel.schema.post_features`], and [`SOURCE_TEXT`] if they are captions), or
         `None`.
 
     Raises:
@@ -68,7 +68,7 @@ def captions_as_posts(mentions: datasets.Dataset) -> datasets.Dataset:
 
     Returns:
         `datasets.Dataset` of up to M posts: `post_id` (the mention's id), `entity_id`, `text`, `image` and
-        [`SOURCE`].
+        [`SOURCE_TEXT`].
     """
     texts, kept = [], []
     lazy = LazyRows(mentions.select_columns(["mention_id", "image"]))
@@ -79,7 +79,7 @@ def captions_as_posts(mentions: datasets.Dataset) -> datasets.Dataset:
         if row["entity_id"] != NIL and (texts[-1] or lazy[number].undecoded("image") is not None):
             kept.append(number)
     posts = mentions.select_columns(["mention_id", "entity_id", "image"]).rename_column("mention_id", "post_id")
-    posts = posts.add_column("text", texts).add_column(SOURCE, columns["text"])
+    posts = posts.add_column("text", texts).add_column(SOURCE_TEXT, columns["text"])
     return posts if len(kept) == len(posts) else posts.select(kept)
 
 

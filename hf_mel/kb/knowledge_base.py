@@ -43,23 +43,13 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from hf_mel.data.images import open_image
-from hf_mel.errors import (
-    DuplicateIdError,
-    HubError,
-    KnowledgeBaseError,
-    UnknownEntityError,
-)
+from hf_mel.errors import DuplicateIdError, HubError, KnowledgeBaseError, UnknownEntityError
 from hf_mel.files import building_folder, file_sha256, replace_folder, write_errors
 from hf_mel.hub_errors import hub_errors
 from hf_mel.inference.encode import encode_batches
 from hf_mel.inference.encodings import as_float, concat_encodings, num_rows, slice_encodings
 from hf_mel.inference.execution import evaluation_mode
-from hf_mel.inference.fingerprint import (
-    describe_model,
-    describe_processor,
-    model_difference,
-    processor_difference,
-)
+from hf_mel.inference.fingerprint import describe_model, describe_processor, model_difference, processor_difference
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.kb.entities import TEXT_COLUMNS, EntitiesLike, check_ids, columns_to_store, content_sha256, open_entities
 from hf_mel.kb.manifest import DTYPES, FORMAT, MANIFEST_NAME, VERSION, damage_error, read_manifest, write_manifest
@@ -160,7 +150,7 @@ class KnowledgeBase:
             [`KnowledgeBase`] of N entities in the given order.
 
         Raises:
-            KnowledgeBaseError: The source has no entities; `output` is something else than a knowledge base; the model
+            KnowledgeBaseError: The source has no entities; `output` is something other than a knowledge base; the model
                 is no retriever; encodings are not finite in `dtype`, or change shape between batches.
             MelError: Another process builds into `output`.
             DuplicateIdError: An id occurs twice.
@@ -178,13 +168,13 @@ class KnowledgeBase:
         check_ids(source, name)
         inputs = ModelInputs.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
         prototypes = inputs.prototypes
-        made_by = {
+        fingerprints = {
             "model": describe_model(model),
             "processor": describe_processor(processor, posts=prototypes is not None),
         }
         posts_sha256 = None if prototypes is None or prototypes.posts is None else content_sha256(prototypes.posts)
         fingerprint = json.dumps(
-            {**made_by, "dtype": dtype, "entities": content_sha256(source), "posts": posts_sha256}, sort_keys=True
+            {**fingerprints, "dtype": dtype, "entities": content_sha256(source), "posts": posts_sha256}, sort_keys=True
         )
         with building_folder(target, fingerprint) as stage:
             work = stage / "kb"
@@ -203,7 +193,7 @@ class KnowledgeBase:
                 {
                     "format": FORMAT,
                     "version": VERSION,
-                    **made_by,
+                    **fingerprints,
                     "dtype": dtype,
                     "encodings": writer.layout,
                     "shards": shards,
@@ -260,9 +250,9 @@ class KnowledgeBase:
                     )
             except HubError as error:
                 raise HubError(
-                    f"No such folder exists here. On the Hub: {error.message}",
+                    f"The folder does not exist. As a repository on the Hub: {error.message}",
                     file=source,
-                    remedy=error.remedy,
+                    remedy=f"Check the path. {error.remedy}",
                 ) from None
             kb = cls(folder)
             kb._hub_id = source
@@ -294,7 +284,7 @@ class KnowledgeBase:
             [`KnowledgeBase`]: The copy.
 
         Raises:
-            KnowledgeBaseError: `path` is something else than a knowledge base or cannot be written, or this knowledge
+            KnowledgeBaseError: `path` is something other than a knowledge base or cannot be written, or this knowledge
                 base is damaged.
         """
         target = Path(path)
@@ -417,7 +407,7 @@ class KnowledgeBase:
                 f"The {culprit} given is not the one that built this knowledge base ({built_by['name']}{revision}): "
                 f"{difference}.",
                 file=self.path,
-                remedy="Use that one, or build the knowledge base again: hf-mel kb build.",
+                remedy="Use the one that built it, or build the knowledge base again: hf-mel kb build.",
             )
 
     def check_writable(self) -> None:
@@ -428,7 +418,7 @@ class KnowledgeBase:
         """
         if self._hub_id is not None:
             raise KnowledgeBaseError(
-                "A knowledge base downloaded from the Hub is not changed in the cache.",
+                "The knowledge base is in the Hub cache, which is read-only.",
                 file=self._hub_id,
                 remedy="Copy it with kb.save(FOLDER), and change the copy.",
             )
@@ -708,7 +698,7 @@ def _encode(
     """Encodes entities batch by batch and passes encodings and rows to `writer`."""
     if not isinstance(inputs.model, Retriever):
         raise KnowledgeBaseError(
-            f"{type(inputs.model).__name__} does not encode entities by themselves.",
+            f"{type(inputs.model).__name__} cannot encode entities without a mention.",
             remedy="Give a retriever; a reranker only orders the candidates that a retriever found.",
         )
     schema = entity_schema()

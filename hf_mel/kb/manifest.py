@@ -66,7 +66,9 @@ def read_manifest(folder: Path) -> tuple[str, dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise KnowledgeBaseError(
-            f"There is no knowledge base here (no {MANIFEST_NAME}).",
+            f"The folder holds no knowledge base: it has no {MANIFEST_NAME}."
+            if folder.is_dir()
+            else "The path is not an existing folder.",
             file=folder,
             remedy="Check the path, or build one: hf-mel kb build MODEL --dataset … --output …",
         ) from error

@@ -68,7 +68,7 @@ class ShardWriter:
         for path in sorted(notes.glob("*.json")):
             note = json.loads(path.read_text(encoding="utf-8"))
             entries = [note["shard"][part] for part in ("encodings", "entities")]
-            # Files are missing if the process ended after the final rename, or if somebody deleted them.
+            # Files are missing if the process ended after the final rename, or if someone deleted them.
             all_complete = all_complete and all(
                 _file_size(self.folder / entry["file"]) == entry["bytes"] for entry in entries
             )

@@ -263,9 +263,8 @@ class CoAttention(nn.Module):
 
     def __init__(self, config: ImnConfig):
         super().__init__()
-        linear = (
-            _SmallLinear if config.encoder_init == "aligned" else nn.Linear
-        )  # small: nearly uniform attention at first
+        # Small weights make the attention nearly uniform at first.
+        linear = _SmallLinear if config.encoder_init == "aligned" else nn.Linear
         self.query = linear(config.aux_dim, config.aux_dim, bias=False)
         self.key = linear(config.aux_dim, config.aux_dim)
 

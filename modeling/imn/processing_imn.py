@@ -197,7 +197,7 @@ class ImnProcessor(ProcessorMixin):
             name = row.get("entity_id", place)
             if "prototypes" not in row:
                 raise ValueError(
-                    f"entity {name}: the row has no prototypes. IMN reads an entity as vectors chosen from its posts. "
+                    f"The entity {name!r} has no prototypes. IMN reads an entity as vectors chosen from its posts. "
                     "Compute them with the model's encode_posts and pass them as row['prototypes'], modality → tensor "
                     "[k, d]."
                 )
@@ -205,11 +205,11 @@ class ImnProcessor(ProcessorMixin):
             for modality, vectors in entities[-1].items():
                 if vectors.dim() != 2 or len(vectors) > self.num_prototypes:
                     raise ValueError(
-                        f"entity {name}: {modality} prototypes of shape {tuple(vectors.shape)} are not up to "
-                        f"{self.num_prototypes} vectors [k, d]."
+                        f"The {modality} prototypes of the entity {name!r} have the shape {tuple(vectors.shape)}. Pass "
+                        f"[k, d] with up to {self.num_prototypes} vectors."
                     )
                 if not vectors.isfinite().all():
-                    raise ValueError(f"entity {name}: its {modality} prototypes contain nan or infinity.")
+                    raise ValueError(f"The {modality} prototypes of the entity {name!r} contain nan or infinity.")
         tensors: dict[str, torch.Tensor] = {}
         for modality in dict.fromkeys(modality for prototypes in entities for modality in prototypes):
             widths = {prototypes[modality].shape[1] for prototypes in entities if modality in prototypes}

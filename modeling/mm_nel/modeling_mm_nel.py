@@ -164,9 +164,8 @@ class Relations(nn.Module):
         _, n, s, _ = entities.shape
         flat = entities.flatten(1, 2)
         total = None
-        for k, relation in enumerate(
-            self.entity
-        ):  # one relation at a time, to hold n²·S² numbers and not K times as many
+        # One relation at a time, to hold n²·S² numbers and not K times as many.
+        for k, relation in enumerate(self.entity):
             scores = ((flat * relation) @ flat.transpose(1, 2)).view(-1, n, s, n, s).transpose(2, 3)
             scores = scores * alpha[:, k, :, :, None, None]
             total = scores if total is None else total + scores

@@ -147,8 +147,8 @@ class MEncoder(nn.Module):
     """M-Encoder layer of MKGformer (Chen et al., SIGIR 2022), which the paper compares with MCM.
 
     Prefix-guided interaction: image tokens attend to themselves and to the keys and values of the text.
-    Correlation-aware
-    fusion: each word adds the image tokens that are most similar to it to the hidden layer of its feed-forward layer.
+    Correlation-aware fusion: each word adds the image tokens that are most similar to it to the hidden layer of its
+    feed-forward layer.
     """
 
     def __init__(self, config: MmelConfig):

@@ -121,9 +121,7 @@ class PfmelPreTrainedModel(PreTrainedModel):
         vision_model = None
         if vision is not None:
             vision_model = AutoModel.from_pretrained(vision)
-            vision_model = getattr(
-                vision_model, "vision_model", vision_model
-            )  # of a CLIP model, only the image encoder
+            vision_model = getattr(vision_model, "vision_model", vision_model)  # the image half of a CLIP
             config.setdefault("vision_config", _portable_config(vision_model.config))
         model = cls(PfmelConfig(**config))
         if head is None:  # the head is initialised, so it is not one of the pretrained parts
@@ -209,7 +207,8 @@ class PfmelPreTrainedModel(PreTrainedModel):
 
         Args:
             input_ids, attention_mask, token_type_ids ([S, L]): The sequences. The id at the position of an image is
-            ignored. image_positions ([S, 2]): Positions of the images of mention and entity; -1 for none.
+                ignored.
+            image_positions ([S, 2]): Positions of the images of mention and entity; -1 for none.
             images: For mention and entity, the image embeddings [S, hidden], or `None`.
         """
         block = _BLOCK_SEQUENCES[attention_mask.device.type == "cuda"]

@@ -247,7 +247,7 @@ def test_a_file_of_entities_in_an_unknown_format_is_refused(tmp_path, model):
     path = tmp_path / "e.ndjson"
     path.write_text('{"id": "a", "name": "Ada"}\n')
     for name in (path, tmp_path / "missing.tsv"):
-        with pytest.raises(DataFormatError, match=r"none of \.jsonl, \.json, \.csv, \.tsv|cannot be read"):
+        with pytest.raises(DataFormatError, match=r"not one of \.jsonl, \.json, \.csv, \.tsv|cannot be read"):
             run("kb", "build", model, "--entities", name, "--output", tmp_path / "kb")
     assert not (tmp_path / "kb").exists()
 

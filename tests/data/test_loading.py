@@ -272,7 +272,7 @@ OK = '{"id": "E1", "name": "n"}\n'
         ('[{"id": "E1", "name": "n"}, 3]', ".json", DataFormatError, 2, "not a JSON object"),
         ("id\tnamee\n", ".tsv", DataFormatError, 1, "Did you mean 'name'"),
         ("id\tname\nE1\tn\tm\n", ".tsv", DataFormatError, 2, "2 fields"),
-        (OK, ".txt", DataFormatError, None, "none of .jsonl, .json, .csv, .tsv"),
+        (OK, ".txt", DataFormatError, None, "not one of .jsonl, .json, .csv, .tsv"),
     ],
 )
 def test_invalid_files_are_errors_that_name_the_line(read_entities, content, suffix, error, row, message):

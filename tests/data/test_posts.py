@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hf_mel.data.lazy_rows import LazyRows
-from hf_mel.data.posts import SOURCE, captions_as_posts, entity_as_post, posts_as_mentions, posts_of
+from hf_mel.data.posts import SOURCE_TEXT, captions_as_posts, entity_as_post, posts_as_mentions, posts_of
 from hf_mel.errors import UnknownSplitError
 from hf_mel.schema import entity_features, mention_features, post_features
 from tests.toy import toy_entities, toy_mentions, write_toy_dataset
@@ -35,9 +35,9 @@ def test_a_caption_loses_only_its_mention():
     )
     assert posts["post_id"][:] == ["m0", "m1", "m2", "m4"]
     assert posts["text"][:] == ["Swift met .", "met Swift.", "He left.", ""]
-    assert posts[SOURCE][:] == ["Swift met  Swift.", "Swift met Swift.", "He left.", "Swift"]
+    assert posts[SOURCE_TEXT][:] == ["Swift met  Swift.", "Swift met Swift.", "He left.", "Swift"]
     assert [row["image"] is None for row in posts] == [True, True, True, False]
-    assert set(posts.column_names) == {*post_features(), SOURCE}
+    assert set(posts.column_names) == {*post_features(), SOURCE_TEXT}
 
 
 def test_all_mentions_except_nil_give_posts():
@@ -102,7 +102,7 @@ def write(folder, posts=None):
 def test_posts_come_from_the_posts_configuration_or_from_captions(tmp_path):
     with_posts = write(tmp_path / "with_posts", toy_posts())
     assert posts_of(with_posts)["post_id"][:] == toy_posts()["post_id"][:]
-    assert SOURCE in posts_of(with_posts, "train").column_names
+    assert SOURCE_TEXT in posts_of(with_posts, "train").column_names
     assert posts_of(with_posts, "none") is None
 
     captions = write(tmp_path / "captions")

@@ -95,7 +95,7 @@ print(json.dumps(report))
     assert report["copy"] == 10
     assert "has no revision 'v9'" in report["revision"]
     assert "does not exist, or is private" in report["missing"]
-    assert "no knowledge base here" in report["folder"]
+    assert "is not an existing folder" in report["folder"]
     assert report["cached"] == 11
     assert "not completely in the cache" in report["not cached"]
     assert "HF_HOME" in report["not cached"]

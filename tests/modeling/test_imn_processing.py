@@ -127,13 +127,16 @@ def test_prototypes_are_padded_to_k(processor):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"entity_id": "Q7", "name": "x"}, "entity Q7: the row has no prototypes"),
+        ({"entity_id": "Q7", "name": "x"}, "The entity 'Q7' has no prototypes"),
         (
             {"entity_id": "Q7", "prototypes": {"text": torch.ones(4, 5)}},
-            r"entity Q7: text prototypes of shape \(4, 5\)",
+            r"text prototypes of the entity 'Q7' have the shape \(4, 5\)",
         ),
-        ({"entity_id": "Q7", "prototypes": {"text": torch.ones(5)}}, "entity Q7"),
-        ({"entity_id": "Q7", "prototypes": {"image": torch.full((1, 5), float("nan"))}}, "Q7: its image .* nan"),
+        ({"entity_id": "Q7", "prototypes": {"text": torch.ones(5)}}, "entity 'Q7'"),
+        (
+            {"entity_id": "Q7", "prototypes": {"image": torch.full((1, 5), float("nan"))}},
+            "image prototypes of the entity 'Q7' contain nan",
+        ),
     ],
 )
 def test_the_error_about_prototypes_names_the_entity(processor, row, message):

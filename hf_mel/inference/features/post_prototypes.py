@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_mel.data.lazy_rows import LazyRows
-from hf_mel.data.posts import SOURCE, entity_as_post
+from hf_mel.data.posts import SOURCE_TEXT, entity_as_post
 from hf_mel.errors import DataFormatError, RecipeError
 from hf_mel.inference.execution import evaluation_mode, to_model
 from hf_mel.inference.features.pagerank import SELECTIONS, check_features, random_posts, select_posts
@@ -166,7 +166,7 @@ class PostPrototypes(RowFeatures):
     def _digests(self) -> np.ndarray:
         """Digests of the texts of each post, [P, 1 or 2]: the text of the post and, for a caption, the text of its mention."""
         assert self.posts is not None
-        columns = [self.posts[column] for column in ("text", SOURCE) if column in self.posts.column_names]
+        columns = [self.posts[column] for column in ("text", SOURCE_TEXT) if column in self.posts.column_names]
         return np.array([[_digest(text) for text in column] for column in columns], dtype=np.uint64).T
 
     def _chunks(self, rows: list[int], ids: Sequence[str]) -> Iterator[list[int]]:

@@ -61,10 +61,10 @@ def build_index(
     _check_kind(kind)
     if kind == "exact":
         raise KnowledgeBaseError(
-            "'exact' is not an index that is built.", remedy="Open it directly: it scores every entity."
+            "The index 'exact' is never built, because it scores every entity.", remedy="Open it without a build."
         )
     if uri is not None and kind != "milvus":
-        raise KnowledgeBaseError(f"The index {kind!r} has no server.", remedy="Leave the uri out, or build 'milvus'.")
+        raise KnowledgeBaseError(f"The index {kind!r} has no server.", remedy="Omit the URI, or build 'milvus'.")
     if kind == "milvus":
         from hf_mel.kb.indexes.milvus import MilvusIndex
 
@@ -114,6 +114,4 @@ def _check_kind(kind: str) -> None:
             remedy="Build 'faiss-pq' or 'faiss-flat' instead: hf-mel kb index KB --model MODEL --kind faiss-pq",
         )
     if kind not in KINDS:
-        raise KnowledgeBaseError(
-            f"There is no index of the kind {kind!r}.", remedy=f"Choose one of {', '.join(KINDS)}."
-        )
+        raise KnowledgeBaseError(f"The index kind {kind!r} is unknown.", remedy=f"Choose one of {', '.join(KINDS)}.")

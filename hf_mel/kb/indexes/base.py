@@ -78,7 +78,7 @@ class Index(ABC):
             [`~hf_mel.inference.ranking.RankingResult`] with `top_scores` and `top_rows`.
 
         Raises:
-            KnowledgeBaseError: The index cannot rank by `units`, or does not fit the knowledge base any more.
+            KnowledgeBaseError: The index cannot rank by `units`, or no longer fits the knowledge base.
         """
 
 
@@ -171,7 +171,7 @@ class VectorIndex(Index):
         check_gives_vectors(model)
         self._check_covers()
         if not record.fits(kb, model):
-            raise stale_index_error(kb, self.kind, "it holds other vectors than this model gives now")
+            raise stale_index_error(kb, self.kind, "its vectors differ from those that this model gives")
 
     @abstractmethod
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
@@ -186,7 +186,7 @@ class VectorIndex(Index):
             raise KnowledgeBaseError(
                 f"The index {self.kind!r} finds candidates by all units, not by {', '.join(units)} alone.",
                 file=self.kb.path,
-                remedy="Use the index 'exact' for that.",
+                remedy="Use the index 'exact'.",
             )
         num_mentions, num_results = num_rows(mentions), min(top_k, len(self.kb))
         if max(self.first_stage, top_k) >= len(self.kb):
@@ -242,8 +242,8 @@ def check_gives_vectors(model: Any) -> None:
     """
     if not isinstance(model, IndexVectors):
         raise KnowledgeBaseError(
-            f"{type(model).__name__} gives no vectors for a first stage (query_vectors, index_vectors).",
-            remedy="Use the index 'exact', which needs none.",
+            f"{type(model).__name__} has no vectors for an index (query_vectors, index_vectors).",
+            remedy="Use the index 'exact', which needs no vectors.",
         )
 
 

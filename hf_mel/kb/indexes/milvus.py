@@ -87,13 +87,13 @@ class MilvusIndex(VectorIndex):
         check_gives_vectors(model)
         if uri is not None and (parts := urlsplit(uri)).scheme not in ("http", "https", "tcp", "unix"):
             raise KnowledgeBaseError(
-                f"{parts.scheme or uri!r} is no address of a Milvus server.",
+                f"{parts.scheme or uri!r} is not the address of a Milvus server.",
                 remedy="Give an address such as http://HOST:19530.",
             )
         if uri is not None and "@" in uri:
             raise KnowledgeBaseError(
-                "The address of a Milvus server is stored in the knowledge base, and this one has a password in it.",
-                remedy="Give it without, and the token in the environment variable MILVUS_TOKEN.",
+                "The address of the Milvus server contains a password, and addresses are stored in the knowledge base.",
+                remedy="Remove the password, and set the environment variable MILVUS_TOKEN instead.",
             )
         address = uri or str(kb.path / _FILE)
         record = create_record(kb, model, _KIND)
@@ -137,7 +137,7 @@ class MilvusIndex(VectorIndex):
                 f"Milvus returns {_MAX_RESULTS:,} candidates at most, and {k:,} are needed, of which "
                 f"{num_removed:,} for removed entities.",
                 file=self.kb.path,
-                remedy="Ask for fewer, or make a copy without the removed ones (kb.save) and build its index.",
+                remedy="Ask for fewer candidates, or make a copy without removed entities (kb.save) and build its index.",
             )
         result = np.full((len(queries), k), -1, dtype=np.int64)
         with _milvus_errors(self._address):
@@ -184,10 +184,10 @@ def _milvus_errors(address: str) -> Iterator[None]:
     except pymilvus.exceptions.MilvusException as error:
         is_server = "://" in address
         raise KnowledgeBaseError(
-            f"Milvus at {address} does not answer as expected ({' '.join(str(error.message).split())[:200]}).",
-            remedy="Check that the server runs and can be reached, and MILVUS_TOKEN if it wants one; then repeat."
+            f"Milvus at {address} reports an error ({' '.join(str(error.message).split())[:200]}).",
+            remedy="Check the server, the network and, if the server needs a token, MILVUS_TOKEN. Then repeat."
             if is_server
-            else "Check that no other process has the file open and that the disk has room; then repeat.",
+            else "Check that no other process has the file open and that the disk has room. Then repeat.",
         ) from error
 
 
