@@ -544,7 +544,7 @@ def test_an_unreachable_server_or_invalid_address_is_refused(kb, monkeypatch):
     before = files(kb.path)
     for uri, message in (
         ("http://127.0.0.1:1", "127.0.0.1:1 reports an error.*Check the server"),
-        ("localhost", "no address of a Milvus server"),
+        ("localhost", "not the address of a Milvus server"),
         ("http://root:secret@127.0.0.1:1", "contains a password.*MILVUS_TOKEN"),
     ):
         with pytest.raises(KnowledgeBaseError, match=message) as error:
