@@ -1,13 +1,13 @@
-"""All benchmarks one after another, then their tables and plot: what `make bench` runs.
+"""Runs all benchmarks, then prints their tables and draws the plot. `make bench` calls this.
 
-    python -m benchmarks                            # sizes for two cores, about 20 minutes
-    python -m benchmarks --only growth,latency      # some; what was trained and built before is used again
-    python -m benchmarks --full                     # all sizes, a million entities too: hours, 40 GB of scratch space
-    python -m benchmarks --model runs/mimic-text_wikimel --dataset data/wikimel   # and that run, ranking and latency
+    python -m benchmarks                            # small sizes: about 20 minutes on two cores
+    python -m benchmarks --only growth,latency      # some benchmarks; trained models and built indexes are reused
+    python -m benchmarks --full                     # all sizes up to a million entities: hours, 40 GB of scratch space
+    python -m benchmarks --model runs/mimic-text_wikimel --dataset data/wikimel   # also ranking and latency of this run
     python -m benchmarks --device cuda --dtype bfloat16 --output results-gpu
 
-Each writes its own JSON as soon as it is done, so that a run which was stopped goes on with `--only`. Results go to
-`benchmarks/results`, which is committed.
+Each benchmark writes a JSON file as soon as it is finished, so you can continue an interrupted run with `--only`. The
+files are written to `benchmarks/results`, which is committed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 
 from benchmarks import harness, summary
 
-#: Arguments of each benchmark: of a short run, and of a full one.
+#: Arguments of each benchmark, for a short run and for a full one.
 SHORT: dict[str, list[str]] = {
     "ranking": ["--mentions", "8"],
     "growth": ["--sizes", "10000,50000,110000", "--mentions-sizes", "16,64,128"],
@@ -37,34 +37,38 @@ FULL: dict[str, list[str]] = {
 
 
 def commands(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
-    """(name, arguments after `python -m`) of what is to run, in order."""
+    """Returns (name, arguments after `python -m`) of each benchmark to run, in order.
+
+    Raises:
+        SystemExit: A name in `--only` is unknown.
+    """
     shared = ["--repeats", str(args.repeats), "--device", args.device, "--dtype", args.dtype]
     shared += ["--scratch", str(args.scratch), "--output", str(args.output)]
     shared += ["--threads", str(args.threads)] if args.threads else []
     sizes = FULL if args.full else SHORT
-    wanted = args.only.split(",") if args.only else list(sizes)
-    if unknown := [name for name in wanted if name not in sizes]:
-        raise SystemExit(f"There is no benchmark {', '.join(unknown)}; there are {', '.join(sizes)}.")
-    found = [(name, [f"benchmarks.{name}", *sizes[name], *shared]) for name in wanted]
-    if args.full and "ranking" in wanted:
-        found.append(("ranking, random weights", ["benchmarks.ranking", "--steps", "0", "--sizes", "10000", *shared]))
+    chosen = args.only.split(",") if args.only else list(sizes)
+    if unknown := [name for name in chosen if name not in sizes]:
+        raise SystemExit(f"Unknown benchmark: {', '.join(unknown)}. Choose from: {', '.join(sizes)}.")
+    runs = [(name, [f"benchmarks.{name}", *sizes[name], *shared]) for name in chosen]
+    if args.full and "ranking" in chosen:
+        runs.append(("ranking, random weights", ["benchmarks.ranking", "--steps", "0", "--sizes", "10000", *shared]))
     if args.model:
         run = ["--model", args.model, "--dataset", args.dataset]
         for name in ("ranking", "latency"):
-            if name in wanted:
-                found.append((f"{name} of {args.model}", [f"benchmarks.{name}", *sizes[name], *run, *shared]))
-    return found
+            if name in chosen:
+                runs.append((f"{name} of {args.model}", [f"benchmarks.{name}", *sizes[name], *run, *shared]))
+    return runs
 
 
 def main() -> int:
     parser = harness.parser(__doc__)
-    parser.add_argument("--full", action="store_true", help="all sizes")
-    parser.add_argument("--only", help=f"some of {', '.join(SHORT)}")
-    parser.add_argument("--model", help="a MIMIC run folder to measure as well")
-    parser.add_argument("--dataset", help="its data-set folder")
+    parser.add_argument("--full", action="store_true", help="run all sizes, up to a million entities")
+    parser.add_argument("--only", metavar="NAMES", help=f"run only these, separated by commas: {', '.join(SHORT)}")
+    parser.add_argument("--model", help="folder of a MIMIC run; ranking and latency measure it, too")
+    parser.add_argument("--dataset", help="data-set folder of that run")
     args = parser.parse_args()
     if bool(args.model) != bool(args.dataset):
-        parser.error("--model and --dataset belong together.")
+        parser.error("--model and --dataset must be given together.")
     args.scratch, args.output = args.scratch.resolve(), args.output.resolve()
     failed = []
     for name, command in commands(args):
@@ -77,7 +81,7 @@ def main() -> int:
     if (args.output / "ranking.json").exists():
         summary.plot(args.output, args.output / "ranking.png")
     if failed:
-        harness.say(f"[red]failed: {', '.join(failed)}")
+        harness.say(f"[red]Failed: {', '.join(failed)}.")
     return int(bool(failed))
 
 

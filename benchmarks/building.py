@@ -1,9 +1,9 @@
-"""Building a knowledge base: entities per second, beside what the encoders alone would take.
+"""Benchmark of building a knowledge base: entities per second, compared with the encoders alone.
 
-The floor is the two encoders' own forward passes over tensors that are there already; the library reads rows, opens
-images, tokenises, encodes what scoring needs, checks it and writes it. Both see the same entities with the same batch
-size. Speed does not depend on weights, so these are random: MIMIC with CLIP ViT-B/32's encoders by default (text at 40
-tokens, 224 × 224 pixels), on texts and PNG images generated here.
+The floor is the time of the two encoders' forward passes over prepared tensors. The library also reads rows, opens
+images, tokenises, computes the encodings for scoring, checks them and writes them. Both process the same entities with
+the same batch size. Speed does not depend on the weights, so they are random. The model is MIMIC, by default with the
+encoders of CLIP ViT-B/32 (40 tokens, 224 × 224 pixels). Texts and PNG images are generated.
 
     python -m benchmarks.building
     python -m benchmarks.building --entities 64 --encoders small
@@ -36,14 +36,19 @@ LENGTH = 40
 
 def arguments() -> argparse.ArgumentParser:
     parser = harness.parser(__doc__)
-    parser.add_argument("--entities", type=int, default=96)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--encoders", choices=["clip", "small"], default="clip", help="small: 6 layers of 384 and 192")
+    parser.add_argument("--entities", type=int, default=96, help="number of entities")
+    parser.add_argument("--batch-size", type=int, default=32, help="entities to encode at a time")
+    parser.add_argument(
+        "--encoders",
+        choices=["clip", "small"],
+        default="clip",
+        help="CLIP ViT-B/32, or small ones: text 6 layers of width 384, images 12 layers of width 192",
+    )
     return parser
 
 
 def encoder_configs(kind: str) -> dict[str, Any]:
-    """Configurations of the encoders and the joint space: CLIP ViT-B/32, or small ones of the same tensor sizes."""
+    """Returns the fields of a configuration for the encoders: CLIP ViT-B/32, or small ones with as many tokens."""
     if kind == "clip":
         text = {"model_type": "clip_text_model", "max_position_embeddings": 77}
         vision = {"model_type": "clip_vision_model", "image_size": 224, "patch_size": 32}
@@ -55,8 +60,8 @@ def encoder_configs(kind: str) -> dict[str, Any]:
     return {"text_config": text, "vision_config": vision, "text_pooling": "mean"}
 
 
-def rows(count: int, seed: int = 0) -> datasets.Dataset:
-    """Entities with a name, 20 to 40 words of attributes and a 256 × 256 PNG."""
+def generated_entities(count: int, seed: int = 0) -> datasets.Dataset:
+    """Generates entities with a name, 20 to 40 words of attributes and a 256 × 256 PNG image."""
     generator, noise = random.Random(seed), np.random.default_rng(seed)
     syllables = ["ka", "ro", "mi", "tel", "an", "sor", "ve", "lu", "den", "pi"]
     columns: dict[str, list] = {name: [] for name in entity_features()}
@@ -74,10 +79,10 @@ def rows(count: int, seed: int = 0) -> datasets.Dataset:
 
 
 def model_and_processor(encoders: str, texts: list[str]) -> tuple[MimicModel, MimicProcessor]:
-    """MIMIC with random weights, and a processor with a tokenizer of these texts."""
+    """Returns MIMIC with random weights, and a processor whose tokenizer is trained on `texts`."""
     tokenizer = train_wordpiece(texts, vocab_size=2000)
     configs = encoder_configs(encoders)
-    if encoders == "clip":  # the tokens that CLIP's pooling looks for
+    if encoders == "clip":  # CLIP pools at the end token
         special = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
         configs["text_config"] |= {**special, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
@@ -87,14 +92,14 @@ def model_and_processor(encoders: str, texts: list[str]) -> tuple[MimicModel, Mi
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Library and floor as one record."""
+    """Times the library and the floor, and returns the result."""
     harness.start(args)
-    entities = rows(args.entities)
+    entities = generated_entities(args.entities)
     model, processor = model_and_processor(args.encoders, entities["attributes"])
     model = model.to(args.device, getattr(torch, args.dtype))
-    described = harness.machine(args.device, model.dtype)
-    plain = [entities[row] for row in range(len(entities))]
-    inputs = dict(processor(entities=plain).items())
+    machine = harness.machine(args.device, model.dtype)
+    rows = [entities[row] for row in range(len(entities))]
+    inputs = dict(processor(entities=rows).items())
     batches = [
         {
             name: tensor[first : first + args.batch_size].to(
@@ -134,7 +139,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "encoders_alone": harness.summary(seconds["encoders alone"]),
         "repeats": args.repeats,
         "device": args.device,
-        "machine": described,
+        "machine": machine,
     }
 
 

@@ -1,11 +1,11 @@
-"""MIMIC's equations as the paper prints them, evaluated pair by pair through broadcasting: what the library is timed against.
+"""MIMIC's equations as in the paper, evaluated for all pairs by broadcasting. The benchmarks compare the library with it.
 
-Every pair gets its own attention map [M, N, L, L] (eq. 9), its own context [M, N, L, d_t] (eq. 10) and its own gated
-vectors [M, N, d_v] (eq. 12–14). What is kept of an entity is what a plain evaluation keeps: the encoders' outputs at
-the width of the units' inputs (at the paper's sizes 2 + 80 + 0.4 + 18.75 KiB in float32, 103,552 bytes). Nothing here
-is slowed down on purpose: it is the plain way to write it down with PyTorch's own operators.
+Every pair has an attention map [M, N, L, L] (eq. 9), a context [M, N, L, d_t] (eq. 10) and gated vectors [M, N, d_v]
+(eq. 12–14). The cache of an entity is that of a plain evaluation: the outputs of the encoders at the width of the units'
+inputs (at the paper's sizes 2 + 80 + 0.4 + 18.75 KiB in float32, 103,552 bytes). This is a straightforward PyTorch
+implementation, and nothing in it is slow on purpose.
 
-Compare with golden values of the published network:
+To compare it with golden values of the published network:
 
     python -m benchmarks.direct_mimic FOLDER
 """
@@ -29,10 +29,10 @@ Features = dict[str, torch.Tensor]
 
 
 class DirectMimic:
-    """The scores of a trained [`MimicModel`], computed without its scoring code.
+    """Computes the scores of a trained [`MimicModel`] without its scoring code.
 
     Args:
-        model ([`MimicModel`]): Weights, configuration and encoders; its image encoder is a ViT or CLIP's.
+        model ([`MimicModel`]): Weights, configuration and encoders. The image encoder is a ViT or CLIP's.
     """
 
     def __init__(self, model: Any):
@@ -40,11 +40,11 @@ class DirectMimic:
         self.weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """The map `name` over the last axis."""
+        """Applies the linear layer `name` to the last axis."""
         return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 
     def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """The LayerNorm `name` over the last axis."""
+        """Applies the LayerNorm `name` to the last axis."""
         return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 
     @torch.inference_mode()
@@ -54,11 +54,11 @@ class DirectMimic:
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
     ) -> Features:
-        """What is cached of B mentions or entities.
+        """Computes the tensors to cache for B mentions or entities.
 
         Returns:
             `dict`: `text_global` [B, d_T], `text_tokens` [B, L, d_T], `image_global` [B, d_v], `image_patches`
-            [B, n, d_v] and, with `config.mask_padding`, `mask` [B, L]; without what the model has no unit for.
+            [B, n, d_v] and, with `config.mask_padding`, `mask` [B, L]. Tensors that no unit needs are absent.
         """
         cached: Features = {}
         if hasattr(self.model, "text_model"):
@@ -87,14 +87,14 @@ class DirectMimic:
 
     @torch.inference_mode()
     def unit_scores(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> Features:
-        """Eq. 4–6 by unit name, each [M, N]."""
+        """Computes the scores of each unit (eq. 4–6), by name, of shape `[M, N]`."""
         mentions, entities = self._normed(mentions), self._normed(entities)
         units = {"text": self._text, "vision": self._vision, "cross_modal": self._cross_modal}
         return {unit: units[unit](mentions, entities) for unit in self.config.units}
 
     @torch.inference_mode()
     def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Eq. 7: [M, N]."""
+        """Computes the scores (eq. 7), of shape `[M, N]`."""
         return torch.stack(list(self.unit_scores(mentions, entities).values())).mean(0)
 
     def _normed(self, features: Mapping[str, torch.Tensor]) -> Features:
@@ -131,7 +131,7 @@ class DirectMimic:
             pooled = context.mean(2)
         pooled = self.norm("tglu.layer_norm", pooled)  # h_t of eq. 10: [M, N, d_t]
         target = self.linear("tglu.fc_global", entities["text_global"])
-        if self.config.global_norm == "l2":  # h_t has length √d_t, and the half its weight
+        if self.config.global_norm == "l2":  # h_t has length √d_t, and this half its weight
             target = F.normalize(target, dim=-1) * self.config.local_scale / dim**0.5
         return (global_to_global + (target[None] * pooled).sum(-1)) / 2
 
@@ -141,7 +141,7 @@ class DirectMimic:
         return (e2m.T + m2e) / 2
 
     def _dual(self, name: str, queries: Features, targets: Features) -> torch.Tensor:
-        """DUAL_A2B (eq. 11–14) of A queries and B targets: [A, B]."""
+        """Computes DUAL_A2B (eq. 11–14) of A queries and B targets, of shape `[A, B]`."""
         query = self.linear(f"{name}.fc_global", queries["image_global"])[:, None]  # [A, 1, d_v]
         key = self.linear(f"{name}.fc_global", targets["image_global"])[None]
         pooled = self.linear(f"{name}.fc_local", targets["image_patches"]).mean(1)[None]
@@ -156,7 +156,7 @@ class DirectMimic:
         return self._fuse(mentions) @ self._fuse(entities).T  # eq. 19
 
     def _fuse(self, features: Features) -> torch.Tensor:
-        """Eq. 15–18: [B, d_c]."""
+        """Computes the fused vectors (eq. 15–18), of shape `[B, d_c]`."""
         text = self.linear("cmfu.fc_text", features["text_global"])
         patches = self.linear("cmfu.fc_image", features["image_patches"])
         share = (text[:, None] * patches).sum(-1).softmax(-1)
@@ -171,19 +171,22 @@ def rank_directly(
     entities: Mapping[str, torch.Tensor],
     block: tuple[int, int] = BLOCK,
 ) -> torch.Tensor:
-    """Scores [M, N], block by block as the published evaluation goes through them."""
+    """Computes the scores `[M, N]` block by block, in the order of the published evaluation."""
     count, total = (len(next(iter(side.values()))) for side in (mentions, entities))
     scores = torch.empty(count, total, device=next(iter(mentions.values())).device)
     for first in range(0, count, block[0]):
-        some = {name: tensor[first : first + block[0]] for name, tensor in mentions.items()}
+        rows = {name: tensor[first : first + block[0]] for name, tensor in mentions.items()}
         for start in range(0, total, block[1]):
             part = {name: tensor[start : start + block[1]] for name, tensor in entities.items()}
-            scores[first : first + block[0], start : start + block[1]] = direct.score(some, part)
+            scores[first : first + block[0], start : start + block[1]] = direct.score(rows, part)
     return scores
 
 
 def golden_differences(folder: Path) -> dict[str, float]:
-    """Largest absolute difference to each golden score of the published network (see `tests.modeling.check_golden`)."""
+    """Returns the largest absolute difference from each golden score of the published network.
+
+    See `tests.modeling.check_golden`.
+    """
     from safetensors.torch import load_file
     from transformers import AutoModel
 
@@ -198,14 +201,18 @@ def golden_differences(folder: Path) -> dict[str, float]:
     mentions, entities = (
         direct.features(**{name: io[f"{side}_{name}"] for name in inputs}) for side in ("mention", "entity")
     )
-    found = {f"{unit}_score": scores for unit, scores in direct.unit_scores(mentions, entities).items()}
-    found["score"] = direct.score(mentions, entities)
-    return {name: (value - io[name]).abs().max().item() for name, value in found.items()}
+    computed = {f"{unit}_score": scores for unit, scores in direct.unit_scores(mentions, entities).items()}
+    computed["score"] = direct.score(mentions, entities)
+    return {name: (value - io[name]).abs().max().item() for name, value in computed.items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("golden", type=Path, help="folder with config.json, state_dict.safetensors and io.safetensors")
+    parser.add_argument(
+        "golden",
+        type=Path,
+        help="folder of golden values, with config.json, state_dict.safetensors and io.safetensors",
+    )
     differences = golden_differences(parser.parse_args().golden)
     for name, value in differences.items():
         print(f"{name:20s} {value:.1e}  {'ok' if value <= 1e-5 else 'DIFFERS'}")

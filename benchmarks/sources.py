@@ -1,15 +1,15 @@
-"""Knowledge bases of any size for the benchmarks: generated people, or a trained run's encodings resampled.
+"""Knowledge bases of any size for the benchmarks, from generated people or from the resampled encodings of a run.
 
-[`Generated`] needs nothing but this package. N people have a name (one of 500 given names, one of 3,000 family names,
-both with Zipf frequencies, so that names are shared), 6 to 33 words of attributes and a picture; a mention has the
-family name, half the time the given name too, 12 to 32 words of which three in ten are the gold's, and a noisy version
-of the gold's picture (somebody else's in three of ten). MIMIC is trained on them from scratch at the paper's sizes
-behind its encoders: 40 tokens, 50 patches, text 512 wide, units 96 wide. The encoders themselves are small (embeddings
-with positions; a one-layer ViT 64 wide), since ranking never runs them. All N encodings come from that model.
+[`Generated`] needs no download. Each of N people has a name, 6 to 33 words of attributes and a picture. Given names (500)
+and family names (3,000) have Zipf frequencies, so people share names. A mention has the family name, in half of the cases
+the given name, and 12 to 32 words, three in ten of them from the gold. Its picture is a noisy version of the gold's
+picture, or of another person's in three of ten cases. MIMIC is trained on these mentions from scratch, at the paper's
+sizes after the encoders: 40 tokens, 50 patches, text of width 512, units of width 96. The encoders are small (embeddings
+with positions, and a one-layer ViT of width 64), because ranking does not run them. The model computes all N encodings.
 
-[`Resampled`] takes a run folder and its data set: the first rows are the real entities, and every further one is a copy
-of a real one with Gaussian noise of `NOISE` times each dimension's standard deviation, brought back to the lengths of
-the vectors it was made of.
+[`Resampled`] takes a run and its data set. The first rows are the real entities. Each further row is a copy of a real
+entity with Gaussian noise of `NOISE` times the standard deviation of each dimension, scaled back to the norms of the
+original vectors.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.modeling.mimic import MimicConfig, MimicModel
 from hf_mel.schema import entity_features
 
-#: The sizes of the paper's runs on CLIP ViT-B/32, and the small encoders that give tensors of these sizes.
+#: Sizes of the paper's runs on CLIP ViT-B/32, and of small encoders with outputs of the same shapes.
 PAPER = {"length": 40, "text_width": 512, "unit_width": 96, "image_size": 56, "patch_size": 8, "vision_width": 64}
 
-#: Of [`Resampled`], relative to the standard deviation of each dimension.
+#: Noise of [`Resampled`], relative to the standard deviation of each dimension.
 NOISE = 0.2
 
-#: Encodings, what they were encoded from (without the prefix `mention_`), gold rows.
+#: Encodings of mentions, the inputs of the encoders (without the prefix `mention_`), and gold rows.
 Mentions: TypeAlias = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]
 
-_BLOCK = 10_000  # people are drawn in blocks of their own seed, so that a smaller world is the start of a larger one
+#: People are drawn in blocks of this size with a seed for each block. So a small world is the start of a larger one.
+_BLOCK = 10_000
 _GIVEN, _FAMILY, _WORDS = 500, 3000, 4000
 _PAD, _START, _END, _UNNAMED = 0, 1, 2, 3
 _FIRST_GIVEN = 4
@@ -59,7 +60,7 @@ _LOOKS = 16
 
 
 def _zipf(size: int, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Numbers below `size`, the k-th with a frequency in proportion to 1 / (k + 10)."""
+    """Draws numbers below `size`. The probability of k is proportional to 1 / (k + 10)."""
     weights = 1 / torch.arange(10, size + 10, dtype=torch.float64)
     edges = weights.cumsum(0) / weights.sum()
     drawn = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -67,12 +68,16 @@ def _zipf(size: int, shape: tuple[int, ...], generator: torch.Generator) -> torc
 
 
 class People:
-    """N generated people: `tokens` [N, length] (int16) and `looks` [N, 16].
+    """N generated people.
 
     Args:
-        size (`int`): N.
-        seed (`int`): Of the generator.
-        sizes (`dict`): As [`PAPER`].
+        size (`int`): Number of people, N.
+        seed (`int`): Random seed.
+        sizes (`dict`): Sizes of texts and pictures, as in [`PAPER`].
+
+    Attributes:
+        tokens (`torch.Tensor` of shape `[N, length]`, int16): Names and attributes.
+        looks (`torch.Tensor` of shape `[N, 16]`): Coefficients of the pictures.
     """
 
     def __init__(self, size: int, seed: int = 0, sizes: dict[str, int] = PAPER):
@@ -100,33 +105,33 @@ class People:
 
     @staticmethod
     def _text(given, family, words, counts) -> torch.Tensor:
-        """[CLS] given family [SEP] words [SEP], padded."""
-        places = torch.arange(words.shape[1])
-        words = torch.where(places < counts, words, torch.where(places == counts, _END, _PAD))
+        """Joins parts to "[CLS] given family [SEP] words [SEP]", with padding."""
+        positions = torch.arange(words.shape[1])
+        words = torch.where(positions < counts, words, torch.where(positions == counts, _END, _PAD))
         ends = torch.full_like(given, _END)
         return torch.cat([torch.full_like(given, _START), given, family, ends, words], 1)
 
     def entity_inputs(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` [n, length] and `pixel_values` [n, 3, H, W] of these people."""
+        """Returns `input_ids`, `attention_mask` [n, length] and `pixel_values` [n, 3, H, W] of these people."""
         return self._inputs(self.tokens[rows].long(), self.looks[rows])
 
     def mention_inputs(self, golds: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
-        """The same of one mention of each of these people."""
+        """Returns the same tensors for one mention of each of these people."""
         generator = torch.Generator().manual_seed(self.seed * 7919 + seed)
         count, length = len(golds), self.sizes["length"]
-        known = self.tokens[golds].long()
+        gold_tokens = self.tokens[golds].long()
         chance = torch.rand(count, 1, generator=generator)
-        given = torch.where(chance < 0.5, known[:, 1:2], _UNNAMED)
+        given = torch.where(chance < 0.5, gold_tokens[:, 1:2], _UNNAMED)
         words = _FIRST_WORD + _zipf(_WORDS, (count, length - 4), generator)
-        told = 4 + torch.randint(0, 6, (count, length - 4), generator=generator)
-        is_told = torch.rand(count, length - 4, generator=generator) < 0.3
-        words = torch.where(is_told, known.gather(1, told), words)
+        copied_positions = 4 + torch.randint(0, 6, (count, length - 4), generator=generator)
+        is_copied = torch.rand(count, length - 4, generator=generator) < 0.3
+        words = torch.where(is_copied, gold_tokens.gather(1, copied_positions), words)
         counts = torch.randint(min(12, length - 8), length - 7, (count, 1), generator=generator)
         others = torch.randint(len(self), (count,), generator=generator)
-        astray = torch.rand(count, generator=generator) < 0.3
-        looks = self.looks[torch.where(astray, others, golds)]
+        is_other = torch.rand(count, generator=generator) < 0.3
+        looks = self.looks[torch.where(is_other, others, golds)]
         looks = looks + 0.5 * torch.randn(looks.shape, generator=generator)
-        return self._inputs(self._text(given, known[:, 2:3], words, counts), looks)
+        return self._inputs(self._text(given, gold_tokens[:, 2:3], words, counts), looks)
 
     def _inputs(self, tokens: torch.Tensor, looks: torch.Tensor) -> dict[str, torch.Tensor]:
         side = self.sizes["image_size"]
@@ -134,8 +139,8 @@ class People:
         return {"input_ids": tokens, "attention_mask": (tokens != _PAD).long(), "pixel_values": pixels}
 
 
-def mimic(sizes: dict[str, int] = PAPER, **options: Any) -> MimicModel:
-    """An untrained MIMIC as published behind small encoders; see [`PAPER`]."""
+def untrained_mimic(sizes: dict[str, int] = PAPER, **options: Any) -> MimicModel:
+    """Returns an untrained MIMIC as published, with small encoders (see [`PAPER`])."""
     text = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=sizes["text_width"],
@@ -171,7 +176,7 @@ def mimic(sizes: dict[str, int] = PAPER, **options: Any) -> MimicModel:
 
 
 def train(model: MimicModel, people: People, steps: int, batch_size: int = 64, seed: int = 0) -> list[float]:
-    """Trains all of `model` on mentions of `people`, in-batch negatives, and returns the losses (eq. 22)."""
+    """Trains all weights of a model on mentions of `people` with in-batch negatives. Returns the losses (eq. 22)."""
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
@@ -189,13 +194,13 @@ def train(model: MimicModel, people: People, steps: int, batch_size: int = 64, s
         schedule.step()
         losses.append(loss.item())
         if step % 50 == 49:
-            say(f"training, step {step + 1} of {steps}: loss {sum(losses[-50:]) / 50:.3f}")
+            say(f"training step {step + 1} of {steps}: loss {sum(losses[-50:]) / 50:.3f}")
     model.eval()
     return losses
 
 
 class _RowProcessor:
-    """Makes tensors of rows whose ids are Q0, Q1, …: what a knowledge base is built with."""
+    """Processor that turns rows with the ids Q0, Q1, … into tensors, by row number."""
 
     def __init__(self, inputs: Any):
         self._inputs = inputs
@@ -206,12 +211,12 @@ class _RowProcessor:
 
 
 class Source:
-    """A trained model, mentions with golds, and knowledge bases of any size in a scratch folder.
+    """Base of the sources: a model, mentions with golds, and knowledge bases of any size in a scratch folder.
 
     Attributes:
-        name (`str`), description (`str`): For results.
-        model: The retriever, in eval mode.
-        num_real (`int`, *optional*): Entities beyond this number are resampled.
+        name (`str`), description (`str`): Words for the results.
+        model ([`~hf_mel.protocols.Retriever`]): The retriever, in eval mode.
+        num_real (`int`, *optional*): Number of real entities. Rows beyond it are resampled.
     """
 
     name: str
@@ -222,15 +227,15 @@ class Source:
         self.scratch, self.model = scratch, model
 
     def mentions(self, count: int) -> Mentions:
-        """Encodings, the inputs they were made of, and gold rows of up to `count` mentions."""
+        """Returns the encodings, encoder inputs and gold rows of up to `count` mentions."""
         raise NotImplementedError
 
     def entity_inputs(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the encoders take of (real) entities, without the prefix `entity_`."""
+        """Returns the encoder inputs of (real) entities, without the prefix `entity_`."""
         raise NotImplementedError
 
     def knowledge_base(self, size: int, dtype: str = "bfloat16") -> KnowledgeBase:
-        """Of the first `size` entities; built when it is asked for the first time."""
+        """Returns the knowledge base of the first `size` entities. The first call builds it."""
         folder = self.scratch / f"kb-{size}-{dtype}"
         model, processor = self.builder(size)
         try:
@@ -249,19 +254,19 @@ class Source:
         )
 
     def builder(self, size: int) -> tuple[Any, Any]:
-        """Model and processor that encode entities by row."""
+        """Returns a model and a processor that encode entities by row number."""
         raise NotImplementedError
 
 
 class Generated(Source):
-    """See the module.
+    """Generated people and a MIMIC that is trained on them (see the module).
 
     Args:
-        scratch (`Path`): Where the model and knowledge bases are kept.
-        size (`int`): The most entities that will be asked for.
-        steps (`int`): Of training, batches of 64; 0 leaves the weights random.
-        sizes (`dict`): As [`PAPER`].
-        mask_padding (`bool`): The option of MIMIC; the published network has none.
+        scratch (`Path`): Folder of the model and the knowledge bases.
+        size (`int`): Largest number of entities of a knowledge base.
+        steps (`int`): Training steps with batches of 64. 0 keeps random weights.
+        sizes (`dict`): Sizes of texts, pictures and model, as in [`PAPER`].
+        mask_padding (`bool`): Option of MIMIC, which the published network does not have.
     """
 
     def __init__(
@@ -276,60 +281,60 @@ class Generated(Source):
         self.name = "generated" + (", random weights" if not steps else "") + (", masked" if mask_padding else "")
         scratch = scratch / self.name.replace(", ", "-").replace(" ", "-")
         self.people = People(max(size, 1000), sizes=sizes)
-        wanted = {"steps": steps, "sizes": sizes, "mask_padding": mask_padding}
+        settings = {"steps": steps, "sizes": sizes, "mask_padding": mask_padding}
         note = scratch / "training.json"
-        if not note.exists() or json.loads(note.read_text())["settings"] != wanted:
+        if not note.exists() or json.loads(note.read_text())["settings"] != settings:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
             torch.manual_seed(0)
-            model, trained_on = mimic(sizes, mask_padding=mask_padding), People(2 * _BLOCK, sizes=sizes)
+            model, people = untrained_mimic(sizes, mask_padding=mask_padding), People(2 * _BLOCK, sizes=sizes)
             begin = time.perf_counter()
-            losses = train(model, trained_on, steps) if steps else []
+            losses = train(model, people, steps) if steps else []
             model.save_pretrained(scratch / "model")
-            record = {"settings": wanted, "seconds": round(time.perf_counter() - begin), "losses": losses[::20]}
+            record = {"settings": settings, "seconds": round(time.perf_counter() - begin), "losses": losses[::20]}
             note.write_text(json.dumps(record))
         super().__init__(scratch, MimicModel.from_pretrained(scratch / "model").eval())
         trained = f"trained for {steps} steps of 64 mentions" if steps else "with random weights"
         self.description = f"generated people, MIMIC at the paper's sizes {trained}"
 
     def mentions(self, count: int) -> Mentions:
-        """See [`Source`]."""
+        """As in [`Source`]."""
         generator = torch.Generator().manual_seed(1)
-        golds = torch.randint(1000, (count,), generator=generator)  # in every knowledge base, however small
+        golds = torch.randint(1000, (count,), generator=generator)  # even the smallest knowledge base has them
         inputs = self.people.mention_inputs(golds, seed=0)
         with torch.inference_mode():
-            named = {f"mention_{name}": x for name, x in inputs.items()}
-            encoded = self.model.encode_mentions(**to_model(self.model, named))
+            arguments = {f"mention_{name}": x for name, x in inputs.items()}
+            encoded = self.model.encode_mentions(**to_model(self.model, arguments))
         return {name: x.to("cpu").clone() for name, x in encoded.items()}, inputs, golds
 
     def entity_inputs(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """See [`Source`]."""
+        """As in [`Source`]."""
         return self.people.entity_inputs(rows)
 
     def builder(self, size: int) -> tuple[Any, Any]:
-        """See [`Source`]."""
+        """As in [`Source`]."""
         return self.model, _RowProcessor(self.people.entity_inputs)
 
     def quality(self, mentions: int = 256, size: int = 10_000) -> dict[str, float]:
-        """Shares of golds that are first, and among the first ten, of the first `size` people."""
+        """Returns H@1 and H@10 of mentions ranked against the first `size` people."""
         encoded, _, golds = self.mentions(mentions)
         ranked = rank(self.model, encoded, self.knowledge_base(size), gold_rows=golds)
         return {f"hits@{k}": (ranked.best_rank <= k).double().mean().item() for k in (1, 10)} | {"entities": size}
 
 
 class Resampled(Source):
-    """See the module.
+    """A run, its data set, and resampled copies of its entities (see the module).
 
     Args:
-        scratch (`Path`): Where knowledge bases are kept.
+        scratch (`Path`): Folder of the knowledge bases.
         run (`str`): Run folder of a retriever.
         dataset (`str`): Folder of its data set.
-        size (`int`): The fewest entities that will be asked for: the golds are among them.
-        split (`str`): Where mentions come from.
+        size (`int`): Smallest number of entities of a knowledge base. Only mentions with a gold among them are used.
+        split (`str`): Split of the mentions.
     """
 
     def __init__(self, scratch: Path, run: str, dataset: str, size: int = 2**62, split: str = "test"):
-        self.least = size
+        self.min_size = size
         model, self.processor = load_retriever(run)
         self.name = Path(run).resolve().name
         version = str(dataset_version(dataset).get("sha256", ""))[:8]
@@ -344,23 +349,23 @@ class Resampled(Source):
         self._real: dict[str, torch.Tensor] | None = None
 
     def mentions(self, count: int) -> Mentions:
-        """See [`Source`]."""
+        """As in [`Source`]."""
         row_of = {entity_id: row for row, entity_id in enumerate(self.entities["entity_id"])}
         golds = [row_of.get(entity_id, -1) for entity_id in self._mentions["entity_id"]]
-        kept = [row for row, gold in enumerate(golds) if 0 <= gold < self.least][:count]
-        chosen = self._mentions.select(kept)
+        selected = [row for row, gold in enumerate(golds) if 0 <= gold < self.min_size][:count]
+        chosen = self._mentions.select(selected)
         encoded = encode_rows(ModelInputs(self.model, self.processor), chosen, "mentions")
         inputs = self.processor(mentions=[chosen[row] for row in range(len(chosen))])
         inputs = {name.removeprefix("mention_"): tensor for name, tensor in inputs.items()}
-        return encoded, inputs, torch.tensor([golds[row] for row in kept])
+        return encoded, inputs, torch.tensor([golds[row] for row in selected])
 
     def entity_inputs(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """See [`Source`]."""
-        made = self.processor(entities=[self.entities[int(row)] for row in rows])
-        return {name.removeprefix("entity_"): tensor for name, tensor in made.items()}
+        """As in [`Source`]."""
+        inputs = self.processor(entities=[self.entities[int(row)] for row in rows])
+        return {name.removeprefix("entity_"): tensor for name, tensor in inputs.items()}
 
     def builder(self, size: int) -> tuple[Any, Any]:
-        """See [`Source`]."""
+        """As in [`Source`]."""
         if self._real is None:
             folder = self.scratch / "real"
             try:
@@ -373,27 +378,27 @@ class Resampled(Source):
             self._deviation = {
                 name: tensor.flatten(0, -2).std(0) for name, tensor in self._real.items() if tensor.is_floating_point()
             }
-        return _Lookup(self.model, self.resample), _RowProcessor(lambda rows: {"rows": rows})
+        return _LookupModel(self.model, self.resample), _RowProcessor(lambda rows: {"rows": rows})
 
     def resample(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encodings of these rows, real or copied with noise."""
+        """Returns the encodings of rows: real ones, and copies with noise."""
         assert self._real is not None
         rows = rows.cpu()
-        copied = torch.arange(self.num_real).roll(1)[rows % self.num_real].where(rows >= self.num_real, rows)
-        encoded = slice_encodings(self._real, copied)
-        made = rows >= self.num_real
+        originals = torch.arange(self.num_real).roll(1)[rows % self.num_real].where(rows >= self.num_real, rows)
+        encoded = slice_encodings(self._real, originals)
+        is_copy = rows >= self.num_real
         generator = torch.Generator().manual_seed(int(rows[0]))
         for name, deviation in self._deviation.items():
             tensor = encoded[name]
             noise = torch.randn(tensor.shape, generator=generator) * deviation * NOISE
-            moved = tensor + noise
-            moved = moved * (tensor.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp(min=1e-6))
-            encoded[name] = torch.where(made.view(-1, *[1] * (tensor.dim() - 1)), moved, tensor)
+            noisy = tensor + noise
+            noisy = noisy * (tensor.norm(dim=-1, keepdim=True) / noisy.norm(dim=-1, keepdim=True).clamp(min=1e-6))
+            encoded[name] = torch.where(is_copy.view(-1, *[1] * (tensor.dim() - 1)), noisy, tensor)
         return encoded
 
 
-class _Lookup:
-    """A model whose encodings of entities are looked up; what identifies it is the model's."""
+class _LookupModel:
+    """Wraps a model and looks up the encodings of entities. It has the fingerprint of the model."""
 
     def __init__(self, model: Any, encode: Any):
         self._model, self._encode = model, encode
@@ -417,9 +422,16 @@ class _Lookup:
 def open_source(
     scratch: Path | str, sizes: Sequence[int], run: str | None = None, dataset: str | None = None, steps: int = 400
 ) -> Source:
-    """[`Resampled`] with a run and a data set, otherwise [`Generated`]; for knowledge bases of these sizes."""
+    """Opens [`Resampled`] if a run and a data set are given, otherwise [`Generated`].
+
+    Args:
+        scratch (`Path` or `str`): Folder of models and knowledge bases.
+        sizes (sequence of `int`): Numbers of entities of the knowledge bases.
+        run, dataset (`str`, *optional*): Run folder and data-set folder of [`Resampled`].
+        steps (`int`): Training steps of [`Generated`].
+    """
     if (run is None) != (dataset is None):
-        raise SystemExit("--model and --dataset belong together.")
+        raise SystemExit("--model and --dataset must be given together.")
     if run is not None and dataset is not None:
         return Resampled(Path(scratch), run, dataset, min(sizes))
     return Generated(Path(scratch), max(sizes), steps=steps)

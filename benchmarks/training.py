@@ -1,10 +1,11 @@
-"""Training: mentions per second of `MelTrainer`, beside a plain loop over the same encoders, batch 128.
+"""Benchmark of training: mentions per second of `MelTrainer`, compared with a plain loop over the same encoders.
 
-Both get the same mentions and entities with texts and PNG images, prepare them with the same tokenizer and image
-processor, and take AdamW steps on both encoders. The plain loop scores a pair by the inner product of pooled texts plus
-that of pooled images; the library trains MIMIC: three units, four losses, clipping, schedule. MIMIC's pair scoring, forward
-and backward over 128 × 128 pairs, is also timed alone. Weights are random, which speed does not see; the encoders are
-small by default (text 6 layers of 384, images 12 layers of 192, 50 patches), `--encoders clip` takes CLIP ViT-B/32's.
+Both read the same mentions and entities with texts and PNG images, prepare them with the same tokenizer and image
+processor, and take AdamW steps on both encoders. The plain loop scores a pair by the inner products of pooled texts and of
+pooled images. The library trains MIMIC, with three units, four losses, gradient clipping and a schedule. MIMIC's pair
+scoring, forward and backward over 128 × 128 pairs, is also timed alone. Weights are random, because they do not affect
+the speed. The encoders are small by default (text 6 layers of width 384, images 12 layers of width 192, 50 patches).
+`--encoders clip` uses those of CLIP ViT-B/32.
 
     python -m benchmarks.training
     python -m benchmarks.training --batch-size 16 --repeats 3
@@ -28,7 +29,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from benchmarks import harness
-from benchmarks.building import model_and_processor, rows
+from benchmarks.building import generated_entities, model_and_processor
 from hf_mel.schema import mention_features
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.trainer import MelTrainer
@@ -36,27 +37,29 @@ from hf_mel.training.trainer import MelTrainer
 
 def arguments() -> argparse.ArgumentParser:
     parser = harness.parser(__doc__)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=2, help="of one repeat, at least 2; the first is not counted")
-    parser.add_argument("--encoders", choices=["clip", "small"], default="small")
+    parser.add_argument("--batch-size", type=int, default=128, help="mentions per batch")
+    parser.add_argument("--steps", type=int, default=2, help="steps of one repeat, at least 2; the first is not timed")
+    parser.add_argument("--encoders", choices=["clip", "small"], default="small", help="see above")
     return parser
 
 
 def mentions_of(entities: datasets.Dataset) -> datasets.Dataset:
-    """One mention per entity: its name in the words of its attributes, and its image."""
-    stored = entities.with_format("arrow")[:].to_pydict()
+    """Returns a mention of each entity: its name before the words of its attributes, and its image."""
+    columns_of_entities = entities.with_format("arrow")[:].to_pydict()
     columns: dict[str, list] = {name: [] for name in mention_features()}
-    for row, (entity_id, name) in enumerate(zip(stored["entity_id"], stored["name"], strict=True)):
+    for row, (entity_id, name) in enumerate(
+        zip(columns_of_entities["entity_id"], columns_of_entities["name"], strict=True)
+    ):
         values = {
             "mention_id": f"m{row}",
             "context_id": f"c{row}",
-            "text": f"{name} {stored['attributes'][row]}",
+            "text": f"{name} {columns_of_entities['attributes'][row]}",
             "mention": name,
             "start": 0,
             "end": len(name),
             "mention_type": "",
             "topic": "",
-            "image": stored["images"][row][0],
+            "image": columns_of_entities["images"][row][0],
             "entity_id": entity_id,
             "candidates": [],
         }
@@ -65,8 +68,8 @@ def mentions_of(entities: datasets.Dataset) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=mention_features())
 
 
-class _Clock(TrainerCallback):
-    """Notes when each step ends."""
+class _StepClock(TrainerCallback):
+    """Records the time at the end of each step."""
 
     def __init__(self, device: str):
         self.device, self.ends = device, []
@@ -78,8 +81,8 @@ class _Clock(TrainerCallback):
 
 
 def library_steps(args: argparse.Namespace, model: Any, processor: Any, mentions: Any, entities: Any) -> list[float]:
-    """Seconds of each step after the first, data preparation included."""
-    clock = _Clock(args.device)
+    """Trains with the library. Returns the seconds of each step after the first, including data preparation."""
+    clock = _StepClock(args.device)
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         options = MelTrainingArguments(
             output_dir=folder,
@@ -102,7 +105,7 @@ def library_steps(args: argparse.Namespace, model: Any, processor: Any, mentions
 
 
 def plain_steps(args: argparse.Namespace, model: Any, processor: Any, mentions: Any, entities: Any) -> list[float]:
-    """The same of a loop that is written out, over the model's encoders alone."""
+    """Trains the encoders alone in a plain loop. Returns the same seconds."""
     encoders = torch.nn.ModuleList([model.text_model, model.vision_model])
     optimizer = torch.optim.AdamW(encoders.parameters(), lr=1e-5)
     half = args.dtype != "float32"
@@ -137,15 +140,15 @@ def plain_steps(args: argparse.Namespace, model: Any, processor: Any, mentions: 
     return [after - before for before, after in pairwise(ends)]
 
 
-def scoring(model: Any, processor: Any, mentions: Any, entities: Any, batch_size: int):
-    """A function that scores all pairs of a batch, forward and backward, from encodings that are there."""
+def pair_scoring(model: Any, processor: Any, mentions: Any, entities: Any, batch_size: int):
+    """Returns a function that scores all pairs of a batch, forward and backward, from precomputed encodings."""
     with torch.no_grad():
         sides = []
         for kind, data in (("mentions", mentions), ("entities", entities)):
             inputs = processor(**{kind: [data[row] for row in range(batch_size)]})
             encode = model.encode_mentions if kind == "mentions" else model.encode_entities
-            found = encode(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
-            sides.append({k: v.detach() for k, v in found.items()})
+            encodings = encode(**{name: tensor.to(model.device) for name, tensor in inputs.items()})
+            sides.append({k: v.detach() for k, v in encodings.items()})
     for side in sides:
         for tensor in side.values():
             if tensor.is_floating_point():
@@ -161,15 +164,15 @@ def scoring(model: Any, processor: Any, mentions: Any, entities: Any, batch_size
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Library, plain loop and the scoring of pairs as one record."""
+    """Times the library, the plain loop and the pair scoring, and returns the result."""
     harness.start(args)
     logging.set_verbosity_error()
-    # The library prepares a batch while it is asked for the one before: one more, or the last step would prepare none.
-    entities = rows(args.batch_size * (args.steps + 1))
+    # The library prepares the next batch during a step. With one more batch, the last step prepares one, too.
+    entities = generated_entities(args.batch_size * (args.steps + 1))
     mentions = mentions_of(entities)
     model, processor = model_and_processor(args.encoders, entities["attributes"])
     model.to(args.device)
-    described = harness.machine(args.device)
+    machine = harness.machine(args.device)
     steps: dict[str, list[float]] = {"library": [], "plain loop": []}
     data = (args, model, processor, mentions, entities)
     cases = {
@@ -177,9 +180,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "plain loop": lambda: steps["plain loop"].append(statistics.median(plain_steps(*data))),
     }
     harness.interleaved(cases, args.repeats, device=args.device, progress=harness.say, warm_up=False)
-    score = scoring(model, processor, mentions, entities, args.batch_size)
+    score = pair_scoring(model, processor, mentions, entities, args.batch_size)
     pair_seconds = harness.interleaved({"pair scoring": score}, args.repeats, device=args.device)["pair scoring"]
-    medians = {name: statistics.median(taken) for name, taken in steps.items()}
+    medians = {name: statistics.median(times) for name, times in steps.items()}
     return {
         "model": f"MIMIC, {'CLIP ViT-B/32' if args.encoders == 'clip' else 'small'} encoders, random weights",
         "batch_size": args.batch_size,
@@ -193,7 +196,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "pair_scoring": harness.summary(pair_seconds),
         "repeats": args.repeats,
         "device": args.device,
-        "machine": described,
+        "machine": machine,
     }
 
 

@@ -75,7 +75,7 @@ def difference(qid: str, other: str) -> float:
 def picture_set(qid: str, crop: str, doubtful: bool = True) -> frozenset[str]:
     """Returns the flags that a photograph of this crop can show, including the one that is photographed.
 
-    A crop that has (nearly) one colour gives the empty set: such a photograph is not used.
+    A crop that has (nearly) one colour gives the empty set, so no photograph shows it.
 
     Args:
         qid (`str`): Wikidata id of the photographed flag.

@@ -71,7 +71,7 @@ def build_dataset(
         raw_dir, images, entity_images (`str` or `os.PathLike`, *optional*): Folders of the raw files, of the mention
             images and of the entity images, for builders that read a release.
         allow_count_mismatch (`bool`): Build even if the number of rows differs from the official one.
-        overwrite (`bool`): Replace `output` whatever it contains.
+        overwrite (`bool`): Replace `output` even if it contains other files.
         seed (`int`, *optional*): Random seed, for builders that generate their data.
         resize (`int`, *optional*): Scale images down to at most this many pixels on the longest side
             ([`~hf_mel.data.images.resize_image`]).
@@ -123,7 +123,7 @@ def build_dataset(
         notes: dict[str, dict[str, Any]] = {}
         entity_ids = IdSet()
         with image_threads() as threads:
-            # The knowledge base comes first, because rows with a gold entity outside of it are left out.
+            # The knowledge base comes first, because rows are left out if it lacks their gold entity.
             for config in sorted(configs, key=lambda config: config != "entities"):
                 notes[config] = _write_config(builders[config], config, stage, entity_ids, threads, resize)
                 if config == "entities":
@@ -171,7 +171,9 @@ def _builder_arguments(
         if key not in available:
             raise MelError(
                 f"The builder {name!r} has no option {key!r}.",
-                remedy=f"Choose from: {', '.join(available)}." if available else "Leave it out: there are no options.",
+                remedy=f"Choose from: {', '.join(available)}."
+                if available
+                else "Leave it out, because this builder has no options.",
             )
         fields[key] = value
     return fields

@@ -37,7 +37,7 @@ def build(
         typer.Option("--allow-count-mismatch", help="Build even if the number of rows differs from the official one."),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output folder, whatever it contains.")
+        bool, typer.Option("--overwrite", help="Replace the output folder even if it contains other files.")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="The random seed, for data sets that are generated.")] = None,
     resize: Annotated[
@@ -64,8 +64,7 @@ def build(
 ) -> None:
     """Build a data set into a folder of Parquet files, which the Hub and [b]datasets[/b] can read.
 
-    The folder also has a card (README.md) and a report (report.json), which lists every row that was left out and every
-    image, sentence or gold entity that the release lacks.
+    It also has a card (README.md) and a list of everything that is missing or was left out (report.json).
 
     If a split does not have its official number of rows, nothing is written.
 

@@ -1,4 +1,4 @@
-"""The direct form that the benchmarks compare with computes MIMIC's scores."""
+"""Tests that the direct form of the benchmarks computes MIMIC's scores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model(**options) -> MimicModel:
     sizes = {"text_dim": 6, "vision_dim": 10, "fusion_dim": 4}
     made = MimicModel(MimicConfig(text_config=text, vision_config=vision, text_pooling="mean", **sizes, **options))
     with torch.no_grad():
-        for parameter in made.parameters():  # LayerNorms start as the identity, which would hide them
+        for parameter in made.parameters():  # LayerNorms start as the identity, which would hide a missing one
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return made.eval()
 
@@ -60,7 +60,7 @@ def encoded(made: MimicModel, mentions: dict, entities: dict):
     ],
     ids=["published", "joint space", "masked", "cosines", "global alone"],
 )
-def test_direct_scores_are_the_models(options):
+def test_direct_scores_equal_those_of_the_model(options):
     made = model(**options)
     mentions, entities = inputs(4, 1), inputs(6, 2)
     direct = DirectMimic(made)
@@ -72,8 +72,8 @@ def test_direct_scores_are_the_models(options):
         torch.testing.assert_close(units[unit], expected[unit], rtol=1e-4, atol=2e-5)
 
 
-def test_direct_scores_are_those_of_loops_over_tokens():
-    """Against the tests' oracle too, so that a mistake shared with the model's formulas would show."""
+def test_direct_scores_equal_those_of_loops_over_tokens():
+    """Compares with the oracle of the model tests, in case the model and the direct form share a mistake."""
     made = model()
     direct = DirectMimic(made)
     sides = [direct.features(**inputs(3, 1)), direct.features(**inputs(4, 2))]
@@ -104,8 +104,8 @@ def test_blocks_do_not_change_scores():
     torch.testing.assert_close(rank_directly(direct, mentions, entities, (2, 4)), whole)
 
 
-def test_what_is_cached_at_the_papers_sizes():
-    """103,552 bytes per entity: two global vectors, 40 tokens of 512 and 50 patches of 96."""
+def test_the_cache_has_the_papers_size():
+    """Two global vectors, 40 tokens of width 512 and 50 patches of width 96 are 103,552 bytes per entity."""
     made = model(projection_dim=9)
     cached = DirectMimic(made).features(**inputs(2, 1))
     assert {name: tuple(tensor.shape[1:]) for name, tensor in cached.items()} == {

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: known data in, brute force beside."""
+"""Tests of the shared measurements, with known data and brute force."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def test_exponent_is_the_least_squares_slope():
     assert harness.exponent(x.tolist(), y.tolist()) == pytest.approx(slope)
 
 
-def test_recall_is_the_share_found():
+def test_recall_is_the_share_of_retrieved_rows():
     generator = random.Random(0)
-    found = [generator.sample(range(30), 12) for _ in range(7)]
+    retrieved = [generator.sample(range(30), 12) for _ in range(7)]
     exact = [generator.sample(range(30), 5) for _ in range(7)]
-    expected = sum(len(set(f) & set(e)) for f, e in zip(found, exact, strict=True)) / (7 * 5)
-    assert harness.recall(torch.tensor(found), torch.tensor(exact)) == pytest.approx(expected)
+    expected = sum(len(set(f) & set(e)) for f, e in zip(retrieved, exact, strict=True)) / (7 * 5)
+    assert harness.recall(torch.tensor(retrieved), torch.tensor(exact)) == pytest.approx(expected)
     assert harness.recall(torch.tensor(exact), torch.tensor(exact)) == 1
 
 
@@ -45,25 +45,25 @@ def test_repeats_are_interleaved_after_one_warm_up():
     assert harness.summary([3.0, 1.0, 2.0, 9.0, 2.5]) == {"median_s": 2.5, "min_s": 1.0, "max_s": 9.0}
 
 
-def test_interleaved_counts_what_runs_and_nothing_else():
+def test_interleaved_times_the_calls():
     seconds = harness.interleaved({"sleep": lambda: time.sleep(0.02)}, 2)["sleep"]
     assert all(taken >= 0.02 for taken in seconds)
 
 
 def allocate(megabytes: int) -> dict[str, int]:
-    """Called in a child: holds so much memory for a moment."""
+    """Allocates and frees memory. Called in a child process."""
     with harness.memory() as used:
         block = torch.ones(megabytes * 2**18)
         del block
     return used
 
 
-def test_memory_of_a_child_is_what_it_allocates_at_its_peak():
+def test_peak_memory_of_a_child_is_measured():
     used = harness.in_child("tests.benchmarks.test_harness:allocate", {"megabytes": 200})
     assert used["peak_bytes"] == pytest.approx(200 * 2**20, rel=0.05)
 
 
-def test_a_child_that_fails_says_why(monkeypatch):
+def test_the_error_of_a_failed_child_has_its_output(monkeypatch):
     ended = subprocess.CompletedProcess([], -9, "", "Killed")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: ended)
     with pytest.raises(RuntimeError, match=r"a:b ended with -9: Killed"):

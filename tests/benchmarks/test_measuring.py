@@ -1,4 +1,4 @@
-"""Ranking, latency and summary on a world of a few dozen: what they report is what was measured."""
+"""Tests of the benchmarks of ranking and latency, and of the summary, on a small source."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import __main__ as everything
+from benchmarks import __main__ as all_benchmarks
 from benchmarks import harness, latency, ranking, sources, summary
 from hf_mel.kb.indexes import open_index
 from tests.benchmarks.test_sources import SIZES
@@ -20,35 +20,39 @@ def generated(tmp_path_factory) -> sources.Generated:
 
 
 def test_the_library_agrees_with_the_direct_form(generated):
-    found = ranking.agreement(generated, generated.knowledge_base(1000, dtype="float32"), "cpu", [6, 1000])
-    assert found["mentions"] == 6
+    comparison = ranking.compare_with_direct(
+        generated, generated.knowledge_base(1000, dtype="float32"), "cpu", [6, 1000]
+    )
+    assert comparison["mentions"] == 6
     for form in ranking.FORMS:
-        assert found[form]["same_gold_rank"] == 1
-        assert found[form]["same_first"] == 1
-        assert found[form]["largest_score_difference"] < 1e-4
+        assert comparison[form]["same_gold_rank"] == 1
+        assert comparison[form]["same_first"] == 1
+        assert comparison[form]["largest_score_difference"] < 1e-4
 
 
-def test_disagreement_shows(generated, monkeypatch):
-    shift = torch.linspace(0, 1e3, 1000)  # makes the last entities best, whatever the units say
+def test_a_difference_from_the_direct_form_is_reported(generated, monkeypatch):
+    shift = torch.linspace(0, 1e3, 1000)  # makes the last entities best at any unit scores
     score = ranking.DirectMimic.score
     monkeypatch.setattr(ranking.DirectMimic, "score", lambda self, m, e: score(self, m, e) + shift)
-    found = ranking.agreement(generated, generated.knowledge_base(1000, dtype="float32"), "cpu", [6, 1000])
-    assert found["whole"]["same_first"] < 1
-    assert found["whole"]["largest_score_difference"] > 1
+    comparison = ranking.compare_with_direct(
+        generated, generated.knowledge_base(1000, dtype="float32"), "cpu", [6, 1000]
+    )
+    assert comparison["whole"]["same_first"] < 1
+    assert comparison["whole"]["largest_score_difference"] > 1
 
 
-def test_pairs_in_full_are_counted(generated):
+def test_pairs_scored_in_full_are_counted(generated):
     encoded, _, golds = generated.mentions(5)
-    counting = ranking._Counting(generated.model)
-    result = ranking.ranked(counting, encoded, generated.knowledge_base(1000), golds, prune=True)
+    counter = ranking.PairCounter(generated.model)
+    result = ranking.rank_mentions(counter, encoded, generated.knowledge_base(1000), golds, prune=True)
     assert torch.equal(
         result.best_rank,
-        ranking.ranked(generated.model, encoded, generated.knowledge_base(1000), golds, prune=False).best_rank,
+        ranking.rank_mentions(generated.model, encoded, generated.knowledge_base(1000), golds, prune=False).best_rank,
     )
-    assert 0 < counting.pairs <= 5 * 1000 + 5 * 20 + 5 * 5  # at most every pair, the first k and the golds
+    assert 0 < counter.pairs <= 5 * 1000 + 5 * 20 + 5 * 5  # at most all pairs, the first k and the golds
 
 
-def test_latency_of_the_exact_ranking_misses_nothing(generated):
+def test_the_exact_ranking_has_a_recall_of_one(generated):
     kb = generated.knowledge_base(1000)
     rows, left_out = latency.measure(generated, kb, ["exact"], mentions=6, exact_mentions=4, first_stage=100, rounds=3)
     assert left_out == []
@@ -57,20 +61,20 @@ def test_latency_of_the_exact_ranking_misses_nothing(generated):
     assert 0 < rows[0]["p50_s"] <= rows[0]["p95_s"]
 
 
-def test_latency_of_an_index_that_finds_half(generated, monkeypatch):
-    """An index that gives every second of the exact ranking's first 64 has a recall of one half."""
+def test_an_index_that_retrieves_half_has_a_recall_of_one_half(generated, monkeypatch):
+    """The index retrieves every second of the best 64 entities."""
     kb = generated.knowledge_base(1000)
     encoded, _, _ = generated.mentions(4)
     exact = open_index(kb, "exact", generated.model)
     best = exact.find(encoded, 64).top_rows
 
     class Half:
-        def find(self, one, k):
-            result = exact.find(one, k)
+        def find(self, mention, k):
+            result = exact.find(mention, k)
             result.top_rows[:, 1::2] = -1
             return result
 
-    monkeypatch.setattr(latency, "built", lambda *args: 3.0)
+    monkeypatch.setattr(latency, "build_once", lambda *args: 3.0)
     monkeypatch.setattr(
         latency,
         "open_index",
@@ -109,9 +113,9 @@ def test_tables_and_plot(tmp_path):
         for size in (10_000, 50_000)
         for form in ranking.FORMS
     ]
-    found = record(rows) | {"mentions": 32, "hits@1": {"10000": 0.8}, "direct": direct, "floor": floor}
-    found["agreement_with_direct"] = {"whole": same, "pruned": same, "stored_as": "bfloat16"}
-    harness.write(tmp_path, "ranking", found)
+    result = record(rows) | {"mentions": 32, "hits@1": {"10000": 0.8}, "direct": direct, "floor": floor}
+    result["agreement_with_direct"] = {"whole": same, "pruned": same, "stored_as": "bfloat16"}
+    harness.write(tmp_path, "ranking", result)
     training = record([]) | {"model": "a model", "batch_size": 128, "dtype": "float32", "share_of_plain_loop": 0.93}
     training |= {"mentions_per_second": 18.6, "plain_mentions_per_second": 20.0, "share_of_pair_scoring": 0.021}
     harness.write(tmp_path, "training", training)
@@ -131,27 +135,27 @@ def test_tables_go_between_the_markers(tmp_path):
     page = tmp_path / "benchmarks.md"
     page.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
     for _ in range(2):
-        summary.put_into(page, "| new |\n\n")
+        summary.replace_block(page, "| new |\n\n")
         assert page.read_text() == f"before\n{summary.BEGIN}\n| new |\n{summary.END}\nafter\n"
     page.write_text("nothing")
     with pytest.raises(ValueError, match="needs"):
-        summary.put_into(page, "x")
+        summary.replace_block(page, "x")
     assert page.read_text() == "nothing"
 
 
 def test_a_short_and_a_full_run(tmp_path):
-    """Every command that `make bench` runs is one that its benchmark understands."""
+    """Each benchmark parses the arguments that `make bench` gives it."""
     parser = harness.parser("")
     for option in ("--full", "--only", "--model", "--dataset"):
         parser.add_argument(option, **({"action": "store_true"} if option == "--full" else {}))
     given = ["--model", "runs/x", "--dataset", "data/x", "--repeats", "7"]
     for options in (given, [*given, "--full"]):
         names = []
-        for name, (module, *words) in everything.commands(parser.parse_args(options)):
+        for name, (module, *words) in all_benchmarks.commands(parser.parse_args(options)):
             benchmark = importlib.import_module(module)
             assert benchmark.arguments().parse_args(words).repeats == 7
             names.append(name)
         assert names[:5] == ["ranking", "growth", "latency", "building", "training"]
         assert len(names) == (8 if "--full" in options else 7)
-    with pytest.raises(SystemExit, match="There is no benchmark speed"):
-        everything.commands(parser.parse_args(["--only", "speed"]))
+    with pytest.raises(SystemExit, match="Unknown benchmark: speed"):
+        all_benchmarks.commands(parser.parse_args(["--only", "speed"]))

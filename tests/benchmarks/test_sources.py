@@ -1,4 +1,4 @@
-"""The synthetic knowledge bases are what their descriptions say."""
+"""Tests of the generated and resampled knowledge bases."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_mentions_share_names_and_words_with_their_golds():
     assert 60 < given.sum() < 140
     assert (mentions[~given, 1] == sources._UNNAMED).all()
     words = mentions[:, 4:]
-    told = (words[:, :, None] == entities[:, None, 4:10]).any(-1) & (words >= sources._FIRST_WORD)
-    strangers = (words[:, :, None] == entities.roll(1, 0)[:, None, 4:10]).any(-1) & (words >= sources._FIRST_WORD)
-    assert told.sum() > 3 * strangers.sum()
+    copied = (words[:, :, None] == entities[:, None, 4:10]).any(-1) & (words >= sources._FIRST_WORD)
+    by_chance = (words[:, :, None] == entities.roll(1, 0)[:, None, 4:10]).any(-1) & (words >= sources._FIRST_WORD)
+    assert copied.sum() > 3 * by_chance.sum()
 
 
 def test_texts_are_padded_at_their_end():
@@ -45,7 +45,7 @@ def test_texts_are_padded_at_their_end():
     assert (torch.arange(SIZES["length"]) < lengths[:, None]).long().equal(inputs["attention_mask"])
 
 
-def test_a_knowledge_base_holds_the_models_encodings(generated):
+def test_a_knowledge_base_has_the_encodings_of_the_model(generated):
     kb = generated.knowledge_base(30, dtype="float32")
     with torch.no_grad():
         inputs = generated.entity_inputs(torch.tensor([3, 29]))
@@ -64,7 +64,7 @@ def test_the_trained_model_is_kept(generated):
 
 
 def test_operations_per_pair_at_the_papers_sizes():
-    """Counted by hand: 40 × 40 × 96 multiplications and additions of QKᵀ are nearly all."""
+    """Counted by hand. The 40 × 40 × 96 multiplications and additions of QKᵀ dominate."""
     entities = {
         "text_global": torch.zeros(1, 512),
         "text_queries": torch.zeros(1, 40, 96),
