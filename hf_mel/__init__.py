@@ -15,8 +15,8 @@ from hf_mel.auto import register_methods
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hf_mel.data.entity_files import check_entity_file as check_entity_file
     from hf_mel.data.images import open_image as open_image
-    from hf_mel.data.loading import check_entity_file as check_entity_file
     from hf_mel.errors import KnowledgeBaseError as KnowledgeBaseError
     from hf_mel.errors import MelError as MelError
     from hf_mel.inference.checkpoints import load_reranker as load_reranker
@@ -35,7 +35,7 @@ _EXPORTS = {
     "MelError": "hf_mel.errors",
     "MelTrainer": "hf_mel.training.trainer",
     "MelTrainingArguments": "hf_mel.training.arguments",
-    "check_entity_file": "hf_mel.data.loading",
+    "check_entity_file": "hf_mel.data.entity_files",
     "load_reranker": "hf_mel.inference.checkpoints",
     "load_retriever": "hf_mel.inference.checkpoints",
     "open_image": "hf_mel.data.images",

@@ -83,6 +83,8 @@ def link(
     single = {"text": text, "mention": surfaces[0], "image": image, "start": start, "end": end}
     if input is None and text is None:
         raise typer.BadParameter("Give a text and a mention, or a file of mentions with --input.", param_hint="--text")
+    if text is not None and mention is None and start is None and end is None:
+        raise typer.BadParameter("Give the mention, or its --start and --end.", param_hint="--mention")
     if input is not None and any(value is not None for value in single.values()):
         raise typer.BadParameter("Give one mention or a file of them, not both.", param_hint="--input")
     if (input is None) != (output is None):
@@ -146,7 +148,8 @@ def _read_mentions(path: Path) -> list[tuple[int, dict[str, Any], dict[str, Any]
     for line, row in read_rows(path):
         mention = {column: cell for column, cell in row.items() if not (is_table and cell == "")}
         for column in ("text", "mention", "image"):
-            text_cell(path, line, mention, column)
+            is_required = column == "text" and row.get("modality") != "image"
+            text_cell(path, line, mention, column, is_required)
         for column in mention.keys() & {"start", "end"}:
             row[column] = mention[column] = int_cell(path, line, mention, column)
         mention["image"] = path.parent / mention["image"] if mention.get("image") else None

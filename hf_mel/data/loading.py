@@ -1,4 +1,4 @@
-"""Loading of data sets in the schema of hf_mel from a folder or the Hub, and of files of entities."""
+"""Loading of data sets in the schema of hf_mel from a folder or the Hub, and checks of what was loaded."""
 
 from __future__ import annotations
 
@@ -13,21 +13,16 @@ import huggingface_hub
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from tqdm.auto import tqdm
 
-from hf_mel.data.images import verify_image
 from hf_mel.errors import (
     DataFormatError,
     DuplicateIdError,
-    ImageError,
     KnowledgeBaseError,
-    MelError,
     UnknownDatasetError,
     UnknownEntityError,
     UnknownSplitError,
 )
 from hf_mel.files import files_sha256, parquet_sha256
-from hf_mel.row_files import ENTITY_COLUMNS, entity_row, read_rows, texts_cell
 from hf_mel.schema import NIL, entity_features, mention_features, post_features
 
 
@@ -260,108 +255,3 @@ def check_golds(
                 row=number,
                 remedy=f"Add the entity to the knowledge base, or set the gold to {NIL!r}.",
             )
-
-
-def read_entity_file(path: str | os.PathLike[str]) -> datasets.Dataset:
-    """Reads a user's entities from a JSONL, JSON, CSV or TSV file (UTF-8, with or without BOM, any line ends).
-
-    The columns `id` (or `entity_id`) and `name` are required. `description`, `attributes`, `aliases` and `image` (or
-    `images`, paths relative to the file) are optional. Several aliases or images are a JSON list, or are separated by
-    "|". Every image is decoded once, so that a damaged one is reported now and not in the middle of a run.
-
-    Args:
-        path (`str` or `os.PathLike`): A .jsonl, .json, .csv or .tsv file.
-
-    Returns:
-        `datasets.Dataset` of N entities (columns: [`~hf_mel.schema.entity_features`]). Images stay on disk and decode
-        to PIL on access.
-
-    Raises:
-        DataFormatError: As in [`~hf_mel.row_files.read_rows`] and [`~hf_mel.row_files.entity_row`]; names the line.
-        DuplicateIdError: An id occurs twice.
-        ImageError: An image is missing, damaged, too large, or not an image.
-        KnowledgeBaseError: The file has no rows.
-    """
-    path = Path(path)
-    lines: dict[str, int] = {}
-    records = tqdm(read_rows(path, ENTITY_COLUMNS), desc=f"Reading {path.name}", unit=" entities", delay=1)
-    rows = [_checked_entity(path, line, record, lines) for line, record in records]
-    if not rows:
-        raise _no_entities_error(path)
-    undecoded = [
-        {**row, "images": [{"path": str(image.absolute()), "bytes": None} for image in row["images"]]} for row in rows
-    ]
-    return datasets.Dataset.from_list(undecoded, features=entity_features())
-
-
-def check_entity_file(
-    path: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None
-) -> tuple[int, list[MelError]]:
-    """Collects all problems of a file of entities, where [`read_entity_file`] stops at the first.
-
-    Args:
-        path (`str` or `os.PathLike`): A .jsonl, .json, .csv or .tsv file, as in [`read_entity_file`].
-        image_folder (`str` or `os.PathLike`, *optional*): Images outside of this folder are errors too. Set it for
-            uploaded files, whose authors must not read other files of this machine.
-
-    Returns:
-        `tuple[int, list[MelError]]`: The number of rows that were read, and the errors in their order. Reading ends at
-        a row that cannot be parsed.
-    """
-    path = Path(path)
-    lines: dict[str, int] = {}
-    problems: list[MelError] = []
-    count = 0
-    records = read_rows(path, ENTITY_COLUMNS)
-    while True:
-        try:
-            line, record = next(records)
-            count += 1
-        except StopIteration:
-            break
-        except MelError as error:
-            problems.append(error)
-            break
-        try:
-            if image_folder is not None:
-                _check_inside(path, line, record, Path(image_folder))
-            _checked_entity(path, line, record, lines)
-        except MelError as error:
-            problems.append(error)
-    return count, problems if count or problems else [_no_entities_error(path)]
-
-
-def _check_inside(path: Path, line: int, record: Mapping[str, Any], folder: Path) -> None:
-    """Raises an [`~hf_mel.errors.ImageError`] for an image outside of `folder`, before it is opened."""
-    for name in texts_cell(path, line, record, "image"):
-        # Joining an absolute name discards the folder, and resolving follows links and "..".
-        if "\0" in name or not (path.parent / name).resolve().is_relative_to(folder.resolve()):
-            raise ImageError(
-                f"The image {name!r} is outside of the folder of images.",
-                file=path,
-                row=line,
-                remedy="Give a path inside of it.",
-            )
-
-
-def _checked_entity(path: Path, line: int, record: Mapping[str, Any], lines: dict[str, int]) -> dict[str, Any]:
-    """Checks and converts one row; `lines` maps the ids of earlier rows to their lines and is updated."""
-    row = entity_row(path, line, record)
-    if row["entity_id"] in lines:
-        raise DuplicateIdError(
-            f"The id {row['entity_id']!r} is also that of line {lines[row['entity_id']]}.",
-            file=path,
-            row=line,
-            remedy="Keep one of the two rows.",
-        )
-    lines[row["entity_id"]] = line
-    for image in row["images"]:
-        try:
-            verify_image(image)
-        except ImageError as error:
-            raise ImageError(f"{image}: {error.message}", file=path, row=line, remedy=error.remedy) from error
-    return row
-
-
-def _no_entities_error(path: Path) -> KnowledgeBaseError:
-    return KnowledgeBaseError("The file holds no entities.", file=path, remedy="Add at least one row.")

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 
 import datasets
 
-from hf_mel.data.loading import load_entities, read_entity_file
+from hf_mel.data.entity_files import read_entity_file
+from hf_mel.data.loading import load_entities
 from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError
 from hf_mel.row_files import ROW_SUFFIXES
 from hf_mel.schema import NIL, entity_features
@@ -32,7 +33,7 @@ def open_entities(entities: EntitiesLike) -> tuple[datasets.Dataset, str | None]
     Raises:
         KnowledgeBaseError: The source has no entities.
         DataFormatError: A column is missing.
-        MelError: As in [`~hf_mel.data.loading.load_entities`] and [`~hf_mel.data.loading.read_entity_file`].
+        MelError: As in [`~hf_mel.data.loading.load_entities`] and [`~hf_mel.data.entity_files.read_entity_file`].
     """
     if isinstance(entities, datasets.Dataset):
         rows, name = entities.with_format(None), None

@@ -133,7 +133,7 @@ class KnowledgeBase:
 
         Args:
             entities ([`EntitiesLike`]): The folder or Hub id of a data set, a .jsonl, .json, .csv or .tsv file of your
-                own entities ([`~hf_mel.data.loading.read_entity_file`]), or a `datasets.Dataset` with the columns of
+                own entities ([`~hf_mel.data.entity_files.read_entity_file`]), or a `datasets.Dataset` with the columns of
                 [`~hf_mel.schema.entity_features`].
             model ([`~hf_mel.protocols.Retriever`]): The model that encodes the entities, in eval mode.
             processor ([`~hf_mel.protocols.MelProcessor`]): Its processor, which must pad all batches to one length.
@@ -342,10 +342,10 @@ class KnowledgeBase:
         existing = [entity_id for entity_id in ids if entity_id in self._row_by_id]
         if existing and not replace:
             raise DuplicateIdError(
-                f"The knowledge base has {existing[0]!r} already"
+                f"The knowledge base already has the id {existing[0]!r}"
                 + (f" (and {len(existing) - 1} more of these)." if len(existing) > 1 else "."),
                 file=name,
-                remedy="Remove it first, leave it out, or replace it (replace=True, --replace).",
+                remedy="Remove the entity first, omit it, or replace it (replace=True, --replace).",
             )
         replaced = self._active[[self._row_by_id[entity_id] for entity_id in existing]]
         work = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.path))

@@ -277,7 +277,7 @@ def test_the_last_entity_cannot_be_removed():
 
 def test_adding_an_existing_entity_is_an_error_that_names_it():
     kb = build(WORLD.select(range(5)))
-    with pytest.raises(DuplicateIdError, match=r"'Q5' already \(and 1 more"):
+    with pytest.raises(DuplicateIdError, match=r"already has the id 'Q5' \(and 1 more"):
         kb.add(WORLD.select([7, 4, 2]), MODEL, PROCESSOR, progress=False)
     assert_holds(kb, list(WORLD.select(range(5))))
 

@@ -1,0 +1,222 @@
+"""Tests of files of entities."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from hf_mel.data.entity_files import check_entity_file, read_entity_file
+from hf_mel.errors import (
+    DataFormatError,
+    DuplicateIdError,
+    ImageError,
+    KnowledgeBaseError,
+)
+from hf_mel.schema import entity_features
+from tests.data.test_images import huge, photo
+from tests.dataset_scripts.fixtures import picture
+
+
+@pytest.fixture
+def read_entities(tmp_path):
+    """Returns a function that writes a file of entities next to an image, and reads it."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_bytes(picture("red"))
+
+    def read(content, suffix=".jsonl"):
+        path = tmp_path / f"entities{suffix}"
+        if isinstance(content, list):
+            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return read_entity_file(path)
+
+    return read
+
+
+FULL = {
+    "entity_id": "E1",
+    "name": "Ada, Countess",
+    "description": "d\u2028e",
+    "attributes": "Sex: female.",
+    "aliases": ["Ada", "A. F."],
+}
+
+
+def test_entities_are_read_from_jsonl(read_entities):
+    rows = read_entities([{**FULL, "images": ["pictures/a.jpg"]}, {"id": 7, "name": "Seven", "description": None}])
+    assert rows.features == entity_features()
+    first = rows[0]
+    assert first.pop("images")[0].size == (24, 16)
+    assert first == FULL
+    assert rows[1] == {
+        "entity_id": "7",
+        "name": "Seven",
+        "description": "",
+        "attributes": "",
+        "aliases": [],
+        "images": [],
+    }
+
+
+def test_csv_gives_the_same_rows(read_entities):
+    text = 'id,name,description,attributes,aliases,image\nE1,"Ada, Countess",d\u2028e,Sex: female.,Ada| A. F.,'
+    rows = read_entities(f"{text}pictures/a.jpg|pictures/a.jpg\n7,Seven,,,,\n", ".csv")
+    first = rows[0]
+    assert [image.size for image in first.pop("images")] == [(24, 16)] * 2
+    assert first == FULL
+    assert rows[1]["entity_id"] == "7"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_bom_and_windows_line_ends_are_accepted(read_entities, suffix):
+    lines = {
+        ".jsonl": ['{"id": "E1", "name": "n"}', "", '{"id": "E2", "name": "m"}'],
+        ".csv": ["id,name", "E1,n", "E2,m"],
+    }
+    rows = read_entities(b"\xef\xbb\xbf" + "\r\n".join(lines[suffix]).encode(), suffix)
+    assert [(row["entity_id"], row["name"]) for row in rows] == [("E1", "n"), ("E2", "m")]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_very_long_texts_are_read_whole(read_entities, suffix):
+    name, text = "n" * 10_000, "d" * 200_000
+    content = [{"id": "E", "name": name, "description": text}] if suffix == ".jsonl" else None
+    rows = read_entities(content or f"id,name,description\nE,{name},{text}\n", suffix)
+    assert (rows[0]["name"], rows[0]["description"]) == (name, text)
+
+
+def test_line_ends_in_quoted_csv_fields_are_kept(read_entities):
+    rows = read_entities('id,name,description\nE1,n,"two\nlines"\nE2,m,\n', ".csv")
+    assert [row["description"] for row in rows] == ["two\nlines", ""]
+
+
+OK = '{"id": "E1", "name": "n"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "error", "row", "message"),
+    [
+        (OK + "\n{broken", ".jsonl", DataFormatError, 3, "is not JSON"),
+        (OK + "[1]", ".jsonl", DataFormatError, 2, "not a JSON object"),
+        (OK + '{"id": "E2"}', ".jsonl", DataFormatError, 2, "no 'name'"),
+        (OK + '{"id": "E2", "name": "  "}', ".jsonl", DataFormatError, 2, "no 'name'"),
+        (OK + '{"name": "n"}', ".jsonl", DataFormatError, 2, "no 'id'"),
+        (OK + '{"id": "E2", "name": 5}', ".jsonl", DataFormatError, 2, "'name' is 5"),
+        (OK + '{"id": true, "name": "n"}', ".jsonl", DataFormatError, 2, "'id' is True"),
+        (OK + '{"id": "NIL", "name": "n"}', ".jsonl", DataFormatError, 2, "reserved for mentions"),
+        (OK + '{"id": "E2", "name": "n", "aliases": [1]}', ".jsonl", DataFormatError, 2, "'aliases'"),
+        (OK + '{"id": "E2", "name": "n", "image_path": "x"}', ".jsonl", DataFormatError, 2, "'image_path'"),
+        (OK + '{"id": "E2", "entity_id": "E2", "name": "n"}', ".jsonl", DataFormatError, 2, "'entity_id' twice"),
+        (OK + OK, ".jsonl", DuplicateIdError, 2, "that of line 1"),
+        (
+            OK + '{"id": "E2", "name": "n", "image": "gone.jpg"}',
+            ".jsonl",
+            ImageError,
+            2,
+            "image file .* does not exist",
+        ),
+        (
+            OK + '{"id": "E2", "name": "n", "image": "pictures"}',
+            ".jsonl",
+            ImageError,
+            2,
+            "image file .* does not exist",
+        ),
+        ("", ".jsonl", KnowledgeBaseError, None, "no entities"),
+        ("\n\n", ".jsonl", KnowledgeBaseError, None, "no entities"),
+        ("", ".csv", KnowledgeBaseError, None, "no entities"),
+        ("id,name\n", ".csv", KnowledgeBaseError, None, "no entities"),
+        ("id,nam\nE,n\n", ".csv", DataFormatError, 1, "'nam'"),
+        ("id,id,name\nE,E,n\n", ".csv", DataFormatError, 1, "'id' twice"),
+        ("id,name\nE1,n\nE2,n,more\n", ".csv", DataFormatError, 3, "2 fields"),
+        ("id,name\nE1,n\nE2\n", ".csv", DataFormatError, 3, "2 fields"),
+        ('id,name\nE1,"n\n', ".csv", DataFormatError, 2, "is not CSV"),
+        ("id,name\nE1,\n", ".csv", DataFormatError, 2, "no 'name'"),
+        (b"\xff\xfe", ".jsonl", DataFormatError, 1, "UTF-8"),
+        (b"[1,\n\xff", ".json", DataFormatError, 2, "UTF-8"),
+        (OK + '{"id": "E2", "name": "\\ud800"}', ".jsonl", DataFormatError, 2, "surrogate"),
+        (OK + '{"id": "E2", "name": "n", "aliases": NaN}', ".jsonl", DataFormatError, 2, "NaN"),
+        (OK + '{"id": 1' + "0" * 5000 + ", ", ".jsonl", DataFormatError, 2, "is not JSON"),
+        ("{}", ".json", DataFormatError, None, "not a list"),
+        ('[{"id": "E1", "name": "n"}, 3]', ".json", DataFormatError, 2, "not a JSON object"),
+        ("id\tnamee\n", ".tsv", DataFormatError, 1, "Did you mean 'name'"),
+        ("id\tname\nE1\tn\tm\n", ".tsv", DataFormatError, 2, "2 fields"),
+        (OK, ".txt", DataFormatError, None, "not one of .jsonl, .json, .csv, .tsv"),
+    ],
+)
+def test_invalid_files_are_errors_that_name_the_line(read_entities, content, suffix, error, row, message):
+    with pytest.raises(error, match=message) as caught:
+        read_entities(content, suffix)
+    assert caught.value.row == row
+    assert caught.value.file is not None
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(DataFormatError, match="cannot be read"):
+        read_entity_file(tmp_path / "typo.csv")
+
+
+@pytest.mark.parametrize("content", [photo()[:900], b"<html>", huge()])
+def test_invalid_images_are_errors_that_name_the_line(read_entities, tmp_path, content):
+    (tmp_path / "pictures" / "bad.jpg").write_bytes(content)
+    with pytest.raises(ImageError, match=r"bad\.jpg") as caught:
+        read_entities([{"id": "E1", "name": "n"}, {"id": "E2", "name": "n", "image": "pictures/bad.jpg"}])
+    assert caught.value.row == 2
+
+
+def test_a_file_of_entities_is_checked_row_by_row(tmp_path):
+    """Errors come in the order of rows. Of two rows with the same id, the later one is an error."""
+    (tmp_path / "given").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "given" / "a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    rows = [
+        {"id": "1", "name": "Ada", "image": "a.png"},
+        {"id": "2"},
+        {"id": "1", "name": "Ada again"},
+        {"id": "3", "name": "Bo", "image": "../secret.png"},
+        {"id": "4", "name": "Cy", "image": str(tmp_path / "secret.png")},
+        {"id": "5", "name": "Di", "image": "b.png"},
+        {"id": "6", "name": "Ed"},
+    ]
+    path = tmp_path / "given" / "entities.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    count, problems = check_entity_file(path, image_folder=path.parent)
+    assert count == len(rows)
+    assert [(type(problem), problem.row) for problem in problems] == [
+        (DataFormatError, 2),
+        (DuplicateIdError, 3),
+        (ImageError, 4),
+        (ImageError, 5),
+        (ImageError, 6),
+    ]
+    assert "outside" in str(problems[2])
+    assert "outside" in str(problems[3])
+    # Without `image_folder`, images may be anywhere.
+    assert [problem.row for problem in check_entity_file(path)[1]] == [2, 3, 6]
+
+
+@pytest.mark.parametrize(("text", "row"), [('{"id": "1", "name": "a"}\n{"id": "2", ', 2), ("", None)])
+def test_checking_stops_at_a_row_that_cannot_be_parsed(tmp_path, text, row):
+    path = tmp_path / "entities.jsonl"
+    path.write_text(text)
+    _, problems = check_entity_file(path)
+    assert [problem.row for problem in problems] == [row]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".jsonl", '{"id": 1, "name": "Ada"}\n{"id": "2"}\n'),
+        (".json", '[{"id": 1, "name": "Ada"}, {"id": "2"}]'),
+        (".csv", "id,name\n1,Ada\n2,\n"),
+        (".tsv", "id\tname\n1\tAda\n2\t\n"),
+    ],
+)
+def test_every_format_of_entities_is_checked(tmp_path, suffix, content):
+    path = tmp_path / f"entities{suffix}"
+    path.write_text(content)
+    count, problems = check_entity_file(path)
+    assert count == 2
+    assert [problem.row for problem in problems] == [3 if suffix in (".csv", ".tsv") else 2]
