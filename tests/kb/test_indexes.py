@@ -556,7 +556,7 @@ def test_an_unreachable_server_or_invalid_address_is_refused(kb, monkeypatch):
     path = kb.path / "index-milvus.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"store": record["store"] | {"uri": "http://127.0.0.1:1"}}))
-    with pytest.raises(KnowledgeBaseError, match="reports an error.*Check the server"):
+    with pytest.raises(KnowledgeBaseError, match=r"reports an error.*Check the server"):
         open_index(kb, "milvus", MODEL)
     assert_finds(build(kb, "milvus"), kb)
 
