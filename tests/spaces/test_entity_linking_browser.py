@@ -181,7 +181,7 @@ def test_an_uploaded_photo_is_used(page, tmp_path):
     ask(page, "The hosts waved.", "The hosts")
     page.locator("#photo").get_by_role("button", name=re.compile("clear|remove", re.I)).first.click()
     press(page, "Link")
-    expect(page.locator("#answer .mel-note").first).to_contain_text("none was given")
+    expect(page.locator("#answer .mel-note").first).to_contain_text("The mention has no image")
     page.locator("#photo input[type=file]").first.set_input_files(str(tmp_path / "photo.png"))
     expect(page.locator("#photo img").first).to_be_visible()
     press(page, "Link")
