@@ -242,7 +242,7 @@ def test_files_that_are_not_there(raw, tmp_path):
         rows_of("entities", mentions=files["mentions"])
     with pytest.raises(DataFormatError, match="cannot be read"):
         rows_of("mentions", **{**files, "mentions": tmp_path / "typo.jsonl"})
-    with pytest.raises(DataFormatError, match=r"is none of \.jsonl, \.json, \.csv, \.tsv"):
+    with pytest.raises(DataFormatError, match=r"is not one of \.jsonl, \.json, \.csv, \.tsv"):
         rows_of("mentions", **{**files, "mentions": raw / "pictures/a.jpg"})
     with pytest.raises(DataFormatError, match="holds no file of mentions"):
         rows_of("mentions", **{**files, "mentions": raw / "pictures"})
