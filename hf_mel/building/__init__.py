@@ -5,8 +5,9 @@ Names load on first use, so that `hf-mel --help` does not import `datasets` and 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hf_mel.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from hf_mel.building.build import build_dataset as build_dataset
@@ -27,8 +28,4 @@ _EXPORTS = {
 
 __all__ = [*_EXPORTS]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(__name__, _EXPORTS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from hf_mel.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from hf_mel.candidates.lists import CandidateLists as CandidateLists
@@ -17,20 +18,16 @@ if TYPE_CHECKING:
 
 #: Public name → its module, imported on first use of the name, because they import torch or datasets.
 _EXPORTS = {
-    "CandidateLists": "lists",
-    "document_candidates": "sources",
-    "make_candidates": "make",
-    "name_candidates": "sources",
-    "prior_candidates": "sources",
-    "release_candidates": "sources",
-    "retriever_candidates": "make",
-    "union_candidates": "sources",
+    "CandidateLists": "hf_mel.candidates.lists",
+    "document_candidates": "hf_mel.candidates.sources",
+    "make_candidates": "hf_mel.candidates.make",
+    "name_candidates": "hf_mel.candidates.sources",
+    "prior_candidates": "hf_mel.candidates.sources",
+    "release_candidates": "hf_mel.candidates.sources",
+    "retriever_candidates": "hf_mel.candidates.make",
+    "union_candidates": "hf_mel.candidates.sources",
 }
 
 __all__ = [*_EXPORTS]
 
-
-def __getattr__(name: str):
-    if name in _EXPORTS:
-        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(__name__, _EXPORTS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from hf_mel.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator as CandidateEvaluator
@@ -21,24 +22,20 @@ if TYPE_CHECKING:
 
 #: Public name → its module, imported on first use of the name, because some modules import torch.
 _EXPORTS = {
-    "CandidateEvaluator": "candidate_evaluator",
-    "CandidateResult": "candidate_evaluator",
-    "FullEvaluator": "full_evaluator",
-    "FullResult": "full_evaluator",
-    "NilThreshold": "nil",
-    "calibrate_nil_threshold": "nil",
-    "comparison_table": "tables",
-    "orders_table": "tables",
-    "results_table": "tables",
-    "strata_of": "strata",
-    "write_records": "tables",
-    "write_results": "tables",
+    "CandidateEvaluator": "hf_mel.evaluation.candidate_evaluator",
+    "CandidateResult": "hf_mel.evaluation.candidate_evaluator",
+    "FullEvaluator": "hf_mel.evaluation.full_evaluator",
+    "FullResult": "hf_mel.evaluation.full_evaluator",
+    "NilThreshold": "hf_mel.evaluation.nil",
+    "calibrate_nil_threshold": "hf_mel.evaluation.nil",
+    "comparison_table": "hf_mel.evaluation.tables",
+    "orders_table": "hf_mel.evaluation.tables",
+    "results_table": "hf_mel.evaluation.tables",
+    "strata_of": "hf_mel.evaluation.strata",
+    "write_records": "hf_mel.evaluation.tables",
+    "write_results": "hf_mel.evaluation.tables",
 }
 
 __all__ = [*_EXPORTS]
 
-
-def __getattr__(name: str):
-    if name in _EXPORTS:
-        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(__name__, _EXPORTS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from hf_mel.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from hf_mel.inference.checkpoints import load_reranker as load_reranker
@@ -20,23 +21,19 @@ if TYPE_CHECKING:
 
 #: Public name → its module, imported on first use of the name, because all of them import torch.
 _EXPORTS = {
-    "EncodedEntities": "entity_sources",
-    "EntitySource": "entity_sources",
-    "ModelInputs": "inputs",
-    "PairScores": "reranking",
-    "RankingResult": "ranking",
-    "encode_batches": "encode",
-    "encode_rows": "encode",
-    "load_reranker": "checkpoints",
-    "load_retriever": "checkpoints",
-    "rank": "ranking",
-    "score_pairs": "reranking",
+    "EncodedEntities": "hf_mel.inference.entity_sources",
+    "EntitySource": "hf_mel.inference.entity_sources",
+    "ModelInputs": "hf_mel.inference.inputs",
+    "PairScores": "hf_mel.inference.reranking",
+    "RankingResult": "hf_mel.inference.ranking",
+    "encode_batches": "hf_mel.inference.encode",
+    "encode_rows": "hf_mel.inference.encode",
+    "load_reranker": "hf_mel.inference.checkpoints",
+    "load_retriever": "hf_mel.inference.checkpoints",
+    "rank": "hf_mel.inference.ranking",
+    "score_pairs": "hf_mel.inference.reranking",
 }
 
 __all__ = [*_EXPORTS]
 
-
-def __getattr__(name: str):
-    if name in _EXPORTS:
-        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(__name__, _EXPORTS)

@@ -5,8 +5,9 @@ Names load on first use, so that the command line can import light modules of th
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from hf_mel.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from hf_mel.kb.indexes import KINDS, build_index, open_index
@@ -21,8 +22,4 @@ _EXPORTS = {
 
 __all__ = ["KINDS", "KnowledgeBase", "build_index", "open_index"]
 
-
-def __getattr__(name: str):
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(__name__, _EXPORTS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from hf_mel.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from hf_mel.linking.explaining import Explanation as Explanation
@@ -14,17 +15,13 @@ if TYPE_CHECKING:
 
 #: Public name → its module, imported on first use of the name, because both modules import torch.
 _EXPORTS = {
-    "Candidate": "linker",
-    "EntityLinker": "linker",
-    "Explanation": "explaining",
-    "LinkResult": "linker",
-    "explain": "explaining",
+    "Candidate": "hf_mel.linking.linker",
+    "EntityLinker": "hf_mel.linking.linker",
+    "Explanation": "hf_mel.linking.explaining",
+    "LinkResult": "hf_mel.linking.linker",
+    "explain": "hf_mel.linking.explaining",
 }
 
 __all__ = [*_EXPORTS]
 
-
-def __getattr__(name: str):
-    if name in _EXPORTS:
-        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(__name__, _EXPORTS)
