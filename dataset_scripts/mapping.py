@@ -20,7 +20,7 @@ from hf_mel.dataset_scripts.builder import ReleaseConfig, mention_row
 from hf_mel.dataset_scripts.image_files import images_by_id, read_images
 from hf_mel.dataset_scripts.release import Release
 from hf_mel.dataset_scripts.spans import locate
-from hf_mel.errors import DataFormatError, DuplicateIdError
+from hf_mel.errors import DataFormatError
 from hf_mel.schema import NIL
 
 #: Types that a value may have: a string; an id (a string or a whole number); a list; an id or a list.
@@ -276,8 +276,8 @@ def read_splits(release: Release, file: str = "splits.json") -> dict[str, str]:
         DuplicateIdError: An id is in two splits, or twice in one.
     """
     path = release.root / file
-    split_of: dict[str, str] = {}
     lists = release.read_json(file, dict)
+    ids_of: dict[str, list[Any]] = {}
     for split, names in SPLIT_NAMES.items():
         ids = next((lists[name] for name in names if name in lists), None)
         if not isinstance(ids, list):
@@ -287,17 +287,8 @@ def read_splits(release: Release, file: str = "splits.json") -> dict[str, str]:
                 file=path,
                 remedy="Give each split a list of ids.",
             )
-        for value in ids:
-            sample_id = release.identifier(file, split, value)
-            if sample_id in split_of:
-                raise DuplicateIdError(
-                    f"The id is in {split_of[sample_id]} and in {split}.",
-                    file=path,
-                    row=sample_id,
-                    remedy="Remove it from one of them.",
-                )
-            split_of[sample_id] = split
-    return split_of
+        ids_of[split] = ids
+    return release.splits_by_id(file, ids_of)
 
 
 @dataclass

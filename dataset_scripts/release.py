@@ -7,7 +7,7 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -245,6 +245,31 @@ class Release(ReleaseLog):
                 row=row,
             )
         return str(value).strip()
+
+    def splits_by_id(self, name: str, lists: Mapping[str, Iterable[Any]]) -> dict[str, str]:
+        """Returns the split of each id, in the order of the lists.
+
+        Args:
+            name (`str`): The file of the lists, for errors.
+            lists (mapping of `str` to iterable): Split → its ids.
+
+        Raises:
+            DataFormatError: A value is not an id.
+            DuplicateIdError: An id is in two splits, or twice in one.
+        """
+        split_of: dict[str, str] = {}
+        for split, values in lists.items():
+            for value in values:
+                sample_id = self.identifier(name, split, value)
+                if sample_id in split_of:
+                    raise DuplicateIdError(
+                        f"The id is in {split_of[sample_id]} and in {split}.",
+                        file=self.root / name,
+                        row=sample_id,
+                        remedy="Remove it from one of them.",
+                    )
+                split_of[sample_id] = split
+        return split_of
 
     def gold(self, name: str, row: str | int, value: Any) -> str:
         """Returns the id of a gold entity, or [`NIL`] for null and each of [`NIL_SPELLINGS`]."""

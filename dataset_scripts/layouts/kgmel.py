@@ -40,18 +40,7 @@ def mentions(
     split = _SPLITS[split]
     mapping, splits = _read_mapping(release, "ids_split_mappings.json", dataset, dict)
     splits = release.check_record(mapping, dataset, splits, {split: list})
-    split_of: dict[str, str] = {}
-    for part, ids in splits.items():
-        for value in ids if isinstance(ids, list) else []:
-            sample_id = release.identifier(mapping, part, value)
-            if sample_id in split_of:
-                raise DuplicateIdError(
-                    f"The id is in the splits {split_of[sample_id]} and {part}.",
-                    file=release.root / mapping,
-                    row=sample_id,
-                    remedy="Remove it from one of them.",
-                )
-            split_of[sample_id] = part
+    split_of = release.splits_by_id(mapping, {part: ids for part, ids in splits.items() if isinstance(ids, list)})
     blank_file, blank_ids = _read_mapping(release, "ids_blank_image.json", dataset, list)
     blank = {release.identifier(blank_file, dataset, value) for value in blank_ids}
     folder = release.find_folder(
