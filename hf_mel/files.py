@@ -39,6 +39,24 @@ def parquet_sha256(folder: str | os.PathLike[str]) -> str | None:
     return files_sha256(digests) if digests else None
 
 
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yields the path of a temporary file beside `path`, which replaces `path` if the block succeeds.
+
+    Missing folders are created. After an error the temporary file is deleted, and an existing file is left unchanged.
+
+    Raises:
+        OSError: A folder or file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(path: str | os.PathLike[str], parts: Iterable[str]) -> None:
     """Writes a UTF-8 text file atomically: to a temporary file beside it, which is then renamed.
 
@@ -48,15 +66,9 @@ def write_text(path: str | os.PathLike[str], parts: Iterable[str]) -> None:
         MelError: The file cannot be written. An existing file is left unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(parts)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replace_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
     except OSError as error:
         raise MelError(
             f"The file cannot be written ({error}).", file=path, remedy="Choose another location."

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_mel.errors import DataFormatError, MelError, UnknownEntityError
+from hf_mel.files import replace_file
 from hf_mel.schema import NIL
 
 #: The source of [`CandidateLists`] whose scores are p(e|m).
@@ -161,14 +162,9 @@ class CandidateLists:
         for source, scores in self.scores.items():
             columns[_SCORE_PREFIX + source] = pa.array(scores, pa.list_(pa.float32()))
         table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(self.setting).encode()})
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with replace_file(path) as temporary:
                 pq.write_table(table, temporary)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
         except OSError as error:
             raise MelError(
                 f"The candidates cannot be written ({error}).", file=path, remedy="Choose another path."
