@@ -62,6 +62,40 @@ class LazyRow(Mapping[str, Any]):
         return open_image(image, row=self._values[key] if key else None)
 
 
+def with_rgb_images(row: Row) -> Row:
+    """Returns a view of a row whose images are RGB as [`~hf_mel.data.images.open_image`] gives them.
+
+    Rows of a [`LazyRows`] are so already. Other rows hold whatever their owner put there: `datasets` decodes a 16-bit
+    scan to a mode that processors would turn all white.
+    """
+    return row if isinstance(row, LazyRow) else _RowInRgb(row)
+
+
+class _RowInRgb(Mapping[str, Any]):
+    """View of a row that opens `image` and `images` on access."""
+
+    def __init__(self, row: Row):
+        self._row = row
+
+    def __getitem__(self, column: str) -> Any:
+        value = self._row[column]
+        if column == "image":
+            return None if value is None else self._open(value)
+        if column == "images":
+            return [self._open(image) for image in value or () if image is not None]
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def _open(self, image: Any) -> Any:
+        ids = (self._row[name] for name in ("mention_id", "post_id", "entity_id") if name in self._row)
+        return open_image(image, row=next(ids, None))
+
+
 class LazyRows(Dataset):
     """Map-style dataset of [`LazyRow`]s, for a `DataLoader`.
 

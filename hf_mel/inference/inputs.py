@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import torch
 
+from hf_mel.data.lazy_rows import with_rgb_images
 from hf_mel.data.posts import posts_of
 from hf_mel.errors import UnknownSplitError
 from hf_mel.inference.execution import to_model
@@ -132,11 +133,12 @@ class ModelInputs:
         return inputs
 
     def mention_rows(self, mentions: Sequence[Row]) -> list[Row]:
-        """Returns mention rows with their cached features attached, for the processor.
+        """Returns mention rows with RGB images and their cached features attached, for the processor.
 
         Raises:
             `KeyError`: Mention features are cached, but not those of one of these mentions.
         """
+        mentions = [with_rgb_images(mention) for mention in mentions]
         if self.mention_features is not None:
             mentions = self.mention_features.attach(mentions)
         if self.image_features is not None:
@@ -144,13 +146,14 @@ class ModelInputs:
         return list(mentions)
 
     def entity_rows(self, entities: Sequence[Row], without: Collection[str] = ()) -> list[Row]:
-        """Returns entity rows with their prototypes or cached image features attached, for the processor.
+        """Returns entity rows with RGB images and their prototypes or cached image features attached, for the processor.
 
         Args:
             entities (sequence of rows): N entities.
             without (collection of `str`): Texts whose posts are left out of the prototypes, see
                 [`~hf_mel.inference.features.post_prototypes.PostPrototypes.attach`].
         """
+        entities = [with_rgb_images(entity) for entity in entities]
         if self.prototypes is not None:
             entities = self.prototypes.attach(entities, without)
         if self.image_features is not None:

@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_mel.data.examples import example_groups
-from hf_mel.data.lazy_rows import LazyRow, LazyRows, with_prior
+from hf_mel.data.lazy_rows import LazyRow, LazyRows, with_prior, with_rgb_images
 from hf_mel.errors import ScoreError, UnknownEntityError
 from hf_mel.inference.execution import evaluation_mode, model_device
 from hf_mel.inference.features.image_features import ImageFeatures
@@ -149,7 +149,7 @@ def _row_reader(rows: datasets.Dataset | Sequence[Row], limit: int | None) -> Ca
     `limit` images.
     """
     if not isinstance(rows, datasets.Dataset):
-        return lambda numbers: [rows[i] for i in numbers]
+        return lambda numbers: [with_rgb_images(rows[i]) for i in numbers]
     lazy = LazyRows(rows)
 
     def read(numbers: list[int]) -> list[LazyRow]:

@@ -267,7 +267,7 @@ class EntityLinker:
                 `document_id`.
             text, mention, start, end, image (*optional*): A single mention, in place of `mentions`. `mention` is the surface
                 form in `text`. Its first occurrence is linked, unless `start` and `end` (characters, end exclusive) give
-                another one. `image` is a path, bytes, or a PIL image.
+                another one. `image` is a path, bytes, a PIL image or a NumPy array.
             top_k (`int`): Number of candidates to return. A smaller knowledge base gives fewer.
             units (sequence of `str`, *optional*): Interaction units of the model. The score is the mean of theirs. No
                 mention is NIL then, because the threshold applies to the score of all units. Requires the index "exact".
