@@ -81,6 +81,10 @@ class KnowledgeBaseError(MelError, ValueError):
     """A knowledge base is empty, damaged, or was built by another model."""
 
 
+class LockedError(MelError, RuntimeError):
+    """Another process is writing to the same folder."""
+
+
 class RecipeError(MelError, ValueError):
     """A recipe or a model configuration cannot be used as written."""
 

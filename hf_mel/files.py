@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 from safetensors import SafetensorError
 
 from hf_mel.errors import KnowledgeBaseError, MelError
+from hf_mel.locks import writer_lock
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -48,7 +48,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: A folder or file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
@@ -101,7 +101,7 @@ def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterato
 
     The caller records finished parts in files below `notes/` and can rely on them after an interruption. The folder is
     deleted when the block succeeds or raises an error. It is kept when the process is interrupted and `notes/` is not
-    empty. A lock admits one process at a time.
+    empty. A lock beside it, `.NAME.lock`, admits one process at a time.
 
     Args:
         target (`str` or `os.PathLike`): The file or folder that is built.
@@ -111,44 +111,39 @@ def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterato
         `Path`: The working folder.
 
     Raises:
-        MelError: Another process is building the same target, or the folder cannot be written.
+        LockedError: Another process is building the same target.
+        MelError: The folder cannot be written.
     """
     target = Path(target)
     stage = target.with_name(f".{target.name}.building")
     try:
-        stage.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(stage / "lock", timeout=0)
-        try:
-            lock.acquire()
-            # Another process may have deleted the folder between opening the lock file and locking it.
-            if not Path(lock.lock_file).exists():
-                raise filelock.Timeout(lock.lock_file)
-        except filelock.Timeout:
-            raise MelError(
-                "The output is being built by another process.",
-                file=target,
-                remedy="Wait for it, or choose another output.",
-            ) from None
-        keep = False
-        try:
-            fingerprint_file = stage / "fingerprint"
-            is_same = fingerprint_file.is_file() and fingerprint_file.read_text(encoding="utf-8") == fingerprint
-            # `ready` marks a build that was interrupted just before its final rename.
-            if not is_same or (stage / "ready").exists():
-                for entry in stage.iterdir():
-                    if entry.is_dir():
-                        shutil.rmtree(entry)
-                write_text(fingerprint_file, [fingerprint])
-            yield stage
-        except Exception:
-            raise
-        except BaseException:  # KeyboardInterrupt, SystemExit
-            keep = any((stage / "notes").glob("*"))
-            raise
-        finally:
-            if not keep:
-                shutil.rmtree(stage, ignore_errors=True)
-            lock.release()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with writer_lock(
+            target.with_name(f".{target.name}.lock"),
+            busy="The output is being built",
+            remedy="Wait for it, or choose another output.",
+            target=target,
+        ):
+            keep = False
+            try:
+                stage.mkdir(exist_ok=True)
+                fingerprint_file = stage / "fingerprint"
+                is_same = fingerprint_file.is_file() and fingerprint_file.read_text(encoding="utf-8") == fingerprint
+                # `ready` marks a build that was interrupted just before its final rename.
+                if not is_same or (stage / "ready").exists():
+                    for entry in stage.iterdir():
+                        if entry.is_dir():
+                            shutil.rmtree(entry)
+                    write_text(fingerprint_file, [fingerprint])
+                yield stage
+            except Exception:
+                raise
+            except BaseException:  # KeyboardInterrupt, SystemExit
+                keep = any((stage / "notes").glob("*"))
+                raise
+            finally:
+                if not keep:
+                    shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
         raise MelError(
             f"The output cannot be built ({error}).",

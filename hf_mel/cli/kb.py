@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Build the knowledge base to which a model links, and add or remove entities.\n\n"
-    "A knowledge base is a folder of encoded entities. Only the model that built it can use it.",
+    "A knowledge base is a folder of encoded entities. Only the model that built it can use it. One process at a time "
+    "changes it, and any number may read it meanwhile.",
     no_args_is_help=True,
 )
 
@@ -29,6 +30,10 @@ _ENTITIES_HELP = (
 _Folder = Annotated[Path, typer.Argument(help="The folder of the knowledge base.")]
 _Model = Annotated[str, typer.Option(help="The model that built it: a run folder, a model folder, or one on the Hub.")]
 _BatchSize = Annotated[int, typer.Option(min=1, help="Entities to encode at a time.")]
+_Wait = Annotated[
+    float,
+    typer.Option(min=0, help="Seconds to wait if another process is changing the knowledge base."),
+]
 _Kind = Annotated[
     BuiltKind,
     typer.Option(
@@ -109,6 +114,7 @@ def add(
         bool, typer.Option("--replace", help="Replace entities whose id exists, instead of reporting an error.")
     ] = False,
     batch_size: _BatchSize = 64,
+    wait: _Wait = 0,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
@@ -124,8 +130,11 @@ def add(
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
     opened = KnowledgeBase(kb)
-    retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
-    count = opened.add(entities, retriever, processor, replace=replace, batch_size=batch_size)
+    with opened.writing(wait=wait):
+        retriever, processor = load_retriever(
+            model, revision=revision, device=device, trust_remote_code=trust_remote_code
+        )
+        count = opened.add(entities, retriever, processor, replace=replace, batch_size=batch_size)
     print_plain(f"Added {_count_entities(count)} to {kb}, which now has {len(opened):,}.")
 
 
@@ -133,6 +142,7 @@ def add(
 def remove(
     kb: _Folder,
     ids: Annotated[list[str], typer.Argument(help="The ids of the entities.")],
+    wait: _Wait = 0,
 ) -> None:
     """Remove entities. They are no longer ranked, and can be added again.
 
@@ -144,7 +154,8 @@ def remove(
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
     opened = KnowledgeBase(kb)
-    count = opened.remove(ids)
+    with opened.writing(wait=wait):
+        count = opened.remove(ids)
     print_plain(f"Removed {_count_entities(count)} from {kb}, which now has {len(opened):,}.")
 
 
@@ -160,6 +171,7 @@ def index(
             "in the folder of the knowledge base."
         ),
     ] = None,
+    wait: _Wait = 0,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
@@ -184,8 +196,11 @@ def index(
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
     opened = KnowledgeBase(kb)
-    retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
-    build_index(opened, kind, retriever, processor, uri=uri)
+    with opened.writing(wait=wait):
+        retriever, processor = load_retriever(
+            model, revision=revision, device=device, trust_remote_code=trust_remote_code
+        )
+        build_index(opened, kind, retriever, processor, uri=uri)
     print_plain(
         f"The index {kind} of {kb} covers its {_count_entities(len(opened))}.\n"
         f'Next: hf-mel link {model} --kb {kb} --index {kind} --text "…" --mention "…"\n'

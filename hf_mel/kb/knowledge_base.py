@@ -9,8 +9,10 @@ A knowledge base is a folder:
   only.
 - `index-….json` and the files it names, if an index was built: see [`~hf_mel.kb.indexes.base`].
 
-Files never change once `kb.json` names them. Adding entities writes another shard, and removing them marks rows. Both
-take effect when a new `kb.json` is renamed into place, so that readers and crashes see either the old or the new state.
+Files never change once `kb.json` names them, and their names are not used again. Adding entities writes another shard,
+removing them marks rows, and a new build writes new shards. All take effect when a new `kb.json` is renamed into place, so
+that readers and crashes see either the old or the new state. A knowledge base maps all its files when it is opened, so it
+keeps its state when another process changes the folder. Writers hold the lock `.writer.lock`.
 
 A *row* is the position of an entity among those that are not removed. A *physical row* is a position in the shards,
 removed entities included. It never changes when entities are added or removed, so indexes use it.
@@ -25,9 +27,10 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,10 +39,8 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from hf_mel.data.images import open_image
@@ -54,14 +55,14 @@ from hf_mel.inference.inputs import ModelInputs
 from hf_mel.kb.entities import TEXT_COLUMNS, EntitiesLike, check_ids, columns_to_store, content_sha256, open_entities
 from hf_mel.kb.manifest import DTYPES, FORMAT, MANIFEST_NAME, VERSION, damage_error, read_manifest, write_manifest
 from hf_mel.kb.shards import (
+    EntityTable,
     ShardWriter,
     check_finite,
-    check_parquet,
-    decode_table,
     entity_schema,
     group_by_block,
-    read_errors,
+    map_encodings,
 )
+from hf_mel.locks import writer_lock
 from hf_mel.protocols import MelProcessor, Retriever, knows_posts
 
 logger = logging.getLogger(__name__)
@@ -83,9 +84,12 @@ class KnowledgeBase:
     ```
 
     [`~KnowledgeBase.build`] creates a knowledge base and [`~KnowledgeBase.from_pretrained`] opens one. `add` and
-    `remove` change the folder at once and atomically, so there is nothing to save afterwards. A folder has one writer
-    at a time (a second one is refused) and any number of readers. Encodings stay on disk and are memory-mapped, shard
-    by shard, when they are first read.
+    `remove` change the folder at once and atomically, so there is nothing to save afterwards. Encodings stay on disk and
+    are memory-mapped.
+
+    A folder has any number of readers, which keep the state that they opened, and one writer at a time. A second writer
+    is refused with a [`~hf_mel.errors.LockedError`], or waits in [`~KnowledgeBase.writing`]. A writer first reads the
+    current state of the folder, so no change undoes that of another process.
 
     Args:
         path (`str` or `os.PathLike`): The folder of a knowledge base.
@@ -97,20 +101,49 @@ class KnowledgeBase:
     def __init__(self, path: str | os.PathLike[str]):
         self._temporary: tempfile.TemporaryDirectory | None = None  # keeps a temporary folder alive
         self._hub_id: str | None = None  # Hub id if the folder is the shared Hub cache (then read-only)
+        self._writer: tuple[int, int] | None = None  # process and thread that hold the lock
+        self._encodings: list[dict[str, torch.Tensor]] = []
+        self._tables: list[EntityTable] = []
+        self._files: list[tuple[str, str]] = []  # name and sha256 of the encodings of each mapped shard
         self.path = Path(path)
         self._reload()
 
     def _reload(self) -> None:
-        self._manifest_text, self._manifest = read_manifest(self.path)
+        """Opens the current state of the folder."""
+        attempted = _manifest_text(self.path)
+        while True:
+            try:
+                self._manifest_text, self._manifest = read_manifest(self.path)
+                self._map_shards()
+                break
+            except KnowledgeBaseError:
+                # Another process may have replaced the files since we read their names.
+                text = _manifest_text(self.path)
+                if text == attempted:
+                    raise
+                attempted = text
         sizes = [shard["rows"] for shard in self._manifest["shards"]]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         is_active = np.ones(self._starts[-1], dtype=bool)
         is_active[self._manifest["removed"]] = False
         self._active = np.flatnonzero(is_active)  # physical row of each row
-        self._shard_tensors: dict[int, dict[str, torch.Tensor]] = {}
-        self._parquet_files: dict[int, tuple[pq.ParquetFile, np.ndarray]] = {}
         for name in ("entity_ids", "_row_by_id", "_row_by_physical"):
             self.__dict__.pop(name, None)
+
+    def _map_shards(self) -> None:
+        """Maps the files of all shards. Those that were mapped before are kept."""
+        mapped = dict(zip(self._files, zip(self._encodings, self._tables, strict=True), strict=True))
+        files, encodings, tables = [], [], []
+        for shard in self._manifest["shards"]:
+            key = (shard["encodings"]["file"], shard["encodings"]["sha256"])
+            tensors, table = mapped.get(key) or (
+                map_encodings(self.path / key[0], shard["rows"], self._manifest["encodings"]),
+                EntityTable(self.path / shard["entities"]["file"], shard["rows"]),
+            )
+            files.append(key)
+            encodings.append(tensors)
+            tables.append(table)
+        self._files, self._encodings, self._tables = files, encodings, tables
 
     @classmethod
     def build(
@@ -137,8 +170,8 @@ class KnowledgeBase:
                 [`~hf_mel.schema.entity_features`].
             model ([`~hf_mel.protocols.Retriever`]): The model that encodes the entities, in eval mode.
             processor ([`~hf_mel.protocols.MelProcessor`]): Its processor, which must pad all batches to one length.
-            output (`str` or `os.PathLike`, *optional*): The folder. An existing knowledge base is replaced. Default: a
-                temporary folder that is deleted with the object.
+            output (`str` or `os.PathLike`, *optional*): The folder. An existing knowledge base is replaced, and cannot be
+                changed by others until then. Default: a temporary folder that is deleted with the object.
             posts (`str` or `datasets.Dataset`, *optional*): The posts about the entities, for a post-based model; see
                 [`~hf_mel.inference.inputs.ModelInputs.from_data`].
             batch_size (`int`): Entities per forward pass.
@@ -152,7 +185,7 @@ class KnowledgeBase:
         Raises:
             KnowledgeBaseError: The source has no entities; `output` is something other than a knowledge base; the model
                 is no retriever; encodings are not finite in `dtype`, or change shape between batches.
-            MelError: Another process builds into `output`.
+            LockedError: Another process builds into `output`, or changes the knowledge base there.
             DuplicateIdError: An id occurs twice.
             DataFormatError: Columns or ids are missing.
             ImageError: An image is missing or damaged.
@@ -162,8 +195,7 @@ class KnowledgeBase:
                 f"dtype={dtype!r} is not supported.", remedy=f"Choose one of {', '.join(DTYPES)}."
             )
         temporary = tempfile.TemporaryDirectory(prefix="hf_mel-kb-") if output is None else None
-        target = Path(temporary.name, "kb") if temporary else Path(os.fspath(output))  # type: ignore[arg-type]
-        _check_target(target)
+        target = _writable_target(Path(temporary.name, "kb") if temporary else Path(os.fspath(output)))  # type: ignore[arg-type]
         source, name = open_entities(entities)
         check_ids(source, name)
         inputs = ModelInputs.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
@@ -176,7 +208,7 @@ class KnowledgeBase:
         fingerprint = json.dumps(
             {**fingerprints, "dtype": dtype, "entities": content_sha256(source), "posts": posts_sha256}, sort_keys=True
         )
-        with building_folder(target, fingerprint) as stage:
+        with building_folder(target, fingerprint) as stage, _lock_existing(target):
             work = stage / "kb"
             work.mkdir(exist_ok=True)
             writer = ShardWriter(work, 0, dtype, notes=stage / "notes")
@@ -200,8 +232,7 @@ class KnowledgeBase:
                     "removed": [],
                 },
             )
-            with write_errors(target):
-                replace_folder(work, target)
+            _install(work, target)
         kb = cls(target)
         kb._temporary = temporary
         return kb
@@ -286,26 +317,24 @@ class KnowledgeBase:
         Raises:
             KnowledgeBaseError: `path` is something other than a knowledge base or cannot be written, or this knowledge
                 base is damaged.
+            LockedError: Another process changes the knowledge base at `path`.
         """
-        target = Path(path)
-        _check_target(target)
+        target = _writable_target(Path(path))
         in_place = target.resolve() == self.path.resolve()
-        if in_place:
-            self._check_unchanged()
-        with (
-            _staging_folder(target) as work,
-            tqdm(total=len(self), desc="Saving", unit="row", delay=1, disable=not progress) as bar,
-        ):
-            writer = ShardWriter(work, 0, self.dtype)
-            for first, encodings in self.iter_chunks(1024, as_stored=True):
-                rows = np.arange(first, first + num_rows(encodings))
-                writer.add(encodings, self._read_table(rows, [*TEXT_COLUMNS, "images"]))
-                bar.update(len(rows))
-            write_manifest(work, self._manifest | {"shards": writer.close(), "removed": []})
+        with self.writing() if in_place else _lock_existing(target):
+            with (
+                _temporary_folder(target) as work,
+                tqdm(total=len(self), desc="Saving", unit="row", delay=1, disable=not progress) as bar,
+            ):
+                writer = ShardWriter(work, 0, self.dtype)
+                for first, encodings in self.iter_chunks(1024, as_stored=True):
+                    rows = np.arange(first, first + num_rows(encodings))
+                    writer.add(encodings, self._read_table(rows, [*TEXT_COLUMNS, "images"]))
+                    bar.update(len(rows))
+                write_manifest(work, self._manifest | {"shards": writer.close(), "removed": []})
+                _install(work, target)
             if in_place:
-                self._check_unchanged()
-        if in_place:
-            self._reload()
+                self._reload()
         return KnowledgeBase(target)
 
     def add(
@@ -330,36 +359,37 @@ class KnowledgeBase:
             `int`: The number of added entities.
 
         Raises:
-            KnowledgeBaseError: Another model or processor built this knowledge base, the folder changed since it was
-                opened, or it is the Hub cache.
+            KnowledgeBaseError: Another model or processor built this knowledge base, or it is the Hub cache.
+            LockedError: Another process changes the folder.
             DuplicateIdError: An id exists already, or occurs twice.
             DataFormatError, ImageError: As in [`~KnowledgeBase.build`].
         """
-        self.check_writable()
-        self.check_made_by(model, processor)
-        source, name = open_entities(entities)
-        ids = check_ids(source, name)
-        existing = [entity_id for entity_id in ids if entity_id in self._row_by_id]
-        if existing and not replace:
-            raise DuplicateIdError(
-                f"The knowledge base already has the id {existing[0]!r}"
-                + (f" (and {len(existing) - 1} more of these)." if len(existing) > 1 else "."),
-                file=name,
-                remedy="Remove the entity first, omit it, or replace it (replace=True, --replace).",
-            )
-        replaced = self._active[[self._row_by_id[entity_id] for entity_id in existing]]
-        work = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.path))
-        try:
-            writer = ShardWriter(work, len(self._manifest["shards"]), self.dtype, self._manifest["encodings"])
-            inputs = ModelInputs.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
-            _encode(source, name, inputs, writer, batch_size, progress)
-            shards = writer.close()
-            self._check_unchanged()
-            for entry in (shard[part] for shard in shards for part in ("encodings", "entities")):
-                os.replace(work / entry["file"], self.path / entry["file"])
-            self._commit({"shards": self._manifest["shards"] + shards}, replaced)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        with self.writing():
+            self.check_made_by(model, processor)
+            source, name = open_entities(entities)
+            ids = check_ids(source, name)
+            existing = [entity_id for entity_id in ids if entity_id in self._row_by_id]
+            if existing and not replace:
+                raise DuplicateIdError(
+                    f"The knowledge base already has the id {existing[0]!r}"
+                    + (f" (and {len(existing) - 1} more of these)." if len(existing) > 1 else "."),
+                    file=name,
+                    remedy="Remove the entity first, omit it, or replace it (replace=True, --replace).",
+                )
+            replaced = self._active[[self._row_by_id[entity_id] for entity_id in existing]]
+            with write_errors(self.path):
+                _delete_others(self.path, self._manifest, ("encodings-", "entities-", ".adding-"))
+                work = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.path))
+            try:
+                writer = ShardWriter(work, _next_shard(self.path), self.dtype, self._manifest["encodings"])
+                inputs = ModelInputs.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
+                _encode(source, name, inputs, writer, batch_size, progress)
+                shards = writer.close()
+                for entry in (shard[part] for shard in shards for part in ("encodings", "entities")):
+                    os.replace(work / entry["file"], self.path / entry["file"])
+                self._commit({"shards": self._manifest["shards"] + shards}, replaced)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
         return len(ids)
 
     def remove(self, ids: Sequence[str]) -> int:
@@ -375,17 +405,52 @@ class KnowledgeBase:
 
         Raises:
             UnknownEntityError: An id is not in the knowledge base. Nothing is removed.
-            KnowledgeBaseError: No entity would remain, the folder changed since it was opened, or it is the Hub cache.
+            KnowledgeBaseError: No entity would remain, or it is the Hub cache.
+            LockedError: Another process changes the folder.
+        """
+        with self.writing():
+            rows = sorted({self.row_of(entity_id) for entity_id in ([ids] if isinstance(ids, str) else ids)})
+            if len(rows) == len(self):
+                raise KnowledgeBaseError(
+                    "The removal would leave no entities.", file=self.path, remedy="Delete the folder instead."
+                )
+            self._commit({}, self._active[rows])
+        return len(rows)
+
+    @contextmanager
+    def writing(self, *, wait: float = 0.0) -> Iterator[None]:
+        """Holds the folder for several changes, or waits until another process has made its own.
+
+        The object first reads the current state of the folder. `add`, `remove`, `save` and
+        [`~hf_mel.kb.indexes.build_index`] do this themselves, without waiting.
+
+        ```python
+        >>> with kb.writing(wait=60):  # doctest: +SKIP
+        ...     kb.remove(["Q42"])
+        ...     kb.add("mine.jsonl", model, processor)
+        ```
+
+        Args:
+            wait (`float`): Seconds to wait for another writer.
+
+        Raises:
+            LockedError: Another process changes the folder, after the wait; names it, and since when.
+            KnowledgeBaseError: It is the Hub cache, or the folder holds no knowledge base anymore.
+            MelError: The folder is read-only.
         """
         self.check_writable()
-        rows = sorted({self.row_of(entity_id) for entity_id in ([ids] if isinstance(ids, str) else ids)})
-        if len(rows) == len(self):
-            raise KnowledgeBaseError(
-                "The removal would leave no entities.", file=self.path, remedy="Delete the folder instead."
-            )
-        self._check_unchanged()
-        self._commit({}, self._active[rows])
-        return len(rows)
+        writer = (os.getpid(), threading.get_ident())
+        if self._writer == writer:
+            yield
+            return
+        with _lock(self.path, wait):
+            if _manifest_text(self.path) != self._manifest_text:
+                self._reload()
+            self._writer = writer
+            try:
+                yield
+            finally:
+                self._writer = None
 
     def check_made_by(self, model: Any, processor: MelProcessor) -> None:
         """Checks that this model and processor would produce the encodings of this knowledge base.
@@ -438,11 +503,8 @@ class KnowledgeBase:
     def entity_ids(self) -> list[str]:
         """The id of every row, [N]."""
         ids: list[str] = []
-        for shard in range(len(self._manifest["shards"])):
-            path = self._file(shard, "entities")
-            with read_errors(path):
-                table = self._open_parquet(shard)[0].read(columns=["entity_id"])
-                ids += decode_table(table, path).column(0).to_pylist()
+        for table in self._tables:
+            ids += table.read_column("entity_id")
         return ids if len(ids) == len(self) else [ids[physical] for physical in self._active]
 
     @cached_property
@@ -568,7 +630,7 @@ class KnowledgeBase:
         parts, positions = [], []
         for shard, at in group_by_block(physical, self._starts):
             local = physical[at] - self._starts[shard]
-            tensors = self._open_encodings(shard)
+            tensors = self._encodings[shard]
             is_contiguous = local[-1] - local[0] + 1 == len(local) and (np.diff(local) == 1).all()
             if is_contiguous:  # a slice is a view of the mapped file, an index tensor makes a copy
                 parts.append(slice_encodings(tensors, slice(int(local[0]), int(local[-1]) + 1)))
@@ -576,7 +638,7 @@ class KnowledgeBase:
                 parts.append(slice_encodings(tensors, torch.from_numpy(local)))
             positions.append(at)
         if not parts:
-            return slice_encodings(self._open_encodings(0), slice(0, 0))
+            return slice_encodings(self._encodings[0], slice(0, 0))
         order = np.concatenate(positions)
         joined = parts[0] if len(parts) == 1 else concat_encodings(parts)
         return joined if (np.diff(order) > 0).all() else slice_encodings(joined, torch.from_numpy(np.argsort(order)))
@@ -585,58 +647,11 @@ class KnowledgeBase:
         physical = self._active[rows]
         parts, positions = [entity_schema().empty_table().select(columns)], []
         for shard, at in group_by_block(physical, self._starts):
-            local = physical[at] - self._starts[shard]
-            path = self._file(shard, "entities")
-            with read_errors(path):
-                file, starts = self._open_parquet(shard)
-                for group, inside in group_by_block(local, starts):
-                    # Decoding a row group of texts takes less time than starting threads.
-                    table = file.read_row_group(group, columns=columns, use_threads=False).select(columns)
-                    taken = table.take(pa.array(local[inside] - starts[group]))
-                    parts.append(decode_table(taken, path))
-                    positions.append(at[inside])
+            for table, inside in self._tables[shard].read(physical[at] - self._starts[shard], columns):
+                parts.append(table)
+                positions.append(at[inside])
         order = np.argsort(np.concatenate(positions)) if positions else np.array([], dtype=np.int64)
         return pa.concat_tables(parts).take(pa.array(order))
-
-    def _file(self, shard: int, part: str) -> Path:
-        return self.path / self._manifest["shards"][shard][part]["file"]
-
-    def _open_encodings(self, shard: int) -> dict[str, torch.Tensor]:
-        if shard not in self._shard_tensors:
-            path, rows = self._file(shard, "encodings"), self._manifest["shards"][shard]["rows"]
-            with read_errors(path), safe_open(path, framework="pt") as file:
-                # Memory-mapped: pages are read on use, and the system drops them when memory is short.
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            layout = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
-            expected = self._manifest["encodings"]
-            if layout != {name: (spec["dtype"], [rows, *spec["shape"]]) for name, spec in expected.items()}:
-                raise damage_error(path, f"its tensors do not match {MANIFEST_NAME}")
-            self._shard_tensors[shard] = tensors
-        return self._shard_tensors[shard]
-
-    def _open_parquet(self, shard: int) -> tuple[pq.ParquetFile, np.ndarray]:
-        """Opens the entities of a shard; returns the file and the first row of each row group."""
-        if shard not in self._parquet_files:
-            path = self._file(shard, "entities")
-            with read_errors(path):
-                file = pq.ParquetFile(path, memory_map=True)
-                check_parquet(file, path)
-                # Read as dictionaries, a string that occurs a million times is held once: see decode_table.
-                columns = [file.schema.column(number).path for number in range(len(file.schema))]
-                file = pq.ParquetFile(path, memory_map=True, metadata=file.metadata, read_dictionary=columns)
-            if file.metadata.num_rows != self._manifest["shards"][shard]["rows"]:
-                raise damage_error(path, f"its {file.metadata.num_rows} rows do not match {MANIFEST_NAME}")
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            self._parquet_files[shard] = file, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        return self._parquet_files[shard]
-
-    def _check_unchanged(self) -> None:
-        if read_manifest(self.path)[0] != self._manifest_text:
-            raise KnowledgeBaseError(
-                "The knowledge base was changed by another process since it was opened.",
-                file=self.path,
-                remedy="Open it again and repeat.",
-            )
 
     def _commit(self, changes: dict[str, Any], removed: np.ndarray) -> None:
         all_removed = sorted({*self._manifest["removed"], *removed.tolist()})
@@ -718,25 +733,86 @@ def _encode(
             first += len(ids)
 
 
-def _check_target(target: Path) -> None:
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise KnowledgeBaseError("This path exists and is not a folder.", file=target, remedy="Choose another output.")
+def _writable_target(path: Path) -> Path:
+    """Returns the folder that a new knowledge base at `path` is written to: `path`, or the folder that it links to."""
+    target = path.resolve() if path.is_symlink() else path
+    if target.exists() and not target.is_dir():
+        raise KnowledgeBaseError("This path exists and is not a folder.", file=path, remedy="Choose another output.")
     if target.exists() and any(target.iterdir()) and not (target / MANIFEST_NAME).is_file():
         raise KnowledgeBaseError(
-            "The folder is not empty and holds no knowledge base.", file=target, remedy="Choose another output."
+            "The folder is not empty and holds no knowledge base.", file=path, remedy="Choose another output."
         )
+    return target
+
+
+def _manifest_text(folder: Path) -> str | None:
+    try:
+        return (folder / MANIFEST_NAME).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _next_shard(folder: Path) -> int:
+    """Returns a number that no shard of the knowledge base has had. Removed shards had lower ones."""
+    names = (re.fullmatch(r"(?:encodings|entities)-(\d+)\.\w+", path.name, re.ASCII) for path in folder.iterdir())
+    return 1 + max((int(name[1]) for name in names if name), default=-1)
+
+
+def _delete_others(folder: Path, manifest: Mapping[str, Any], prefixes: tuple[str, ...]) -> None:
+    """Deletes entries whose names start with a prefix and that the manifest does not name."""
+    names = {shard[part]["file"] for shard in manifest["shards"] for part in ("encodings", "entities")}
+    for path in folder.iterdir():
+        if path.name.startswith(prefixes) and path.name not in names:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _lock(folder: Path, wait: float = 0.0) -> AbstractContextManager[None]:
+    """Returns the lock that a writer of a knowledge base holds."""
+    return writer_lock(
+        folder / ".writer.lock",
+        busy="The knowledge base is being changed",
+        remedy="Repeat this later, or wait for the other process: --wait SECONDS, or kb.writing(wait=SECONDS).",
+        target=folder,
+        wait=wait,
+    )
+
+
+def _lock_existing(target: Path) -> AbstractContextManager[None]:
+    """Returns the lock of the knowledge base that is about to be replaced, if there is one."""
+    return _lock(target) if (target / MANIFEST_NAME).is_file() else nullcontext()
 
 
 @contextmanager
-def _staging_folder(target: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `target`. It replaces `target` if the block succeeds, and is deleted if not."""
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    """Yields a folder beside `target`, which is deleted after the block unless it was renamed."""
     with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        work.chmod(0o755)  # mkdtemp makes it private
     try:
         yield work
-        with write_errors(target):
-            work.chmod(0o755)  # mkdtemp makes it private
-            replace_folder(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _install(work: Path, target: Path) -> None:
+    """Moves the finished knowledge base `work` to `target`. The caller holds the lock of one that it replaces.
+
+    An existing folder stays, and gets new files under names that it does not have. It is thus never without a knowledge
+    base, and open readers keep theirs. Indexes of the old one are deleted.
+    """
+    with write_errors(target):
+        if not (target / MANIFEST_NAME).is_file():
+            replace_folder(work, target)
+            return
+        _, manifest = read_manifest(work)
+        for number, shard in enumerate(manifest["shards"], start=_next_shard(target)):
+            for part in ("encodings", "entities"):
+                name = re.sub(r"\d+", f"{number:05d}", shard[part]["file"])
+                os.replace(work / shard[part]["file"], target / name)
+                shard[part]["file"] = name
+        write_manifest(target, manifest)
+        _delete_others(target, manifest, ("encodings-", "entities-", "index-", ".index-"))

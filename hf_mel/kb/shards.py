@@ -1,6 +1,6 @@
 """Shards of a knowledge base: pairs of a safetensors file of encodings and a Parquet file of entity rows.
 
-[`ShardWriter`] writes them. The other functions read Parquet files that may come from an untrusted source.
+[`ShardWriter`] writes them. The other functions read files that may come from an untrusted source.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hf_mel.errors import KnowledgeBaseError
 from hf_mel.files import fsync_and_describe, write_errors, write_text
 from hf_mel.inference.encodings import concat_encodings, row_bytes
-from hf_mel.kb.manifest import damage_error
+from hf_mel.kb.manifest import MANIFEST_NAME, damage_error
 from hf_mel.schema import entity_features
 
 #: A shard is closed when its encodings reach this size, which bounds the memory of a build.
@@ -205,6 +205,88 @@ def _layout_text(layout: Mapping[str, Any]) -> str:
 
 def _file_size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
+
+
+def map_encodings(path: Path, rows: int, layout: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Maps the encodings of a shard into memory. They stay readable when the file is deleted.
+
+    Args:
+        path (`Path`): The safetensors file.
+        rows (`int`): The number of rows in the manifest.
+        layout (mapping): Encoding name → dtype and shape of one row in the manifest.
+
+    Raises:
+        KnowledgeBaseError: The file cannot be read, or is not as the manifest says.
+    """
+    with read_errors(path), safe_open(path, framework="pt") as file:
+        # Pages are read on use, and the system drops them when memory is short.
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    actual = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
+    if actual != {name: (spec["dtype"], [rows, *spec["shape"]]) for name, spec in layout.items()}:
+        raise damage_error(path, f"its tensors do not match {MANIFEST_NAME}")
+    return tensors
+
+
+class EntityTable:
+    """The entities of a shard, mapped into memory. They stay readable when the file is deleted.
+
+    Args:
+        path (`Path`): The Parquet file.
+        rows (`int`): The number of rows in the manifest.
+
+    Raises:
+        KnowledgeBaseError: The file cannot be read. Its content is checked when rows are read.
+    """
+
+    def __init__(self, path: Path, rows: int):
+        self.path, self.num_rows = path, rows
+        with read_errors(path), pa.memory_map(str(path)) as file:
+            self._bytes = file.read_buffer()  # keeps the mapping, and needs no open file
+
+    @cached_property
+    def _parquet(self) -> tuple[pq.ParquetFile, np.ndarray]:
+        """The opened file, and the first row of each row group."""
+        file = pq.ParquetFile(pa.BufferReader(self._bytes))
+        check_parquet(file, self.path)
+        # Read as dictionaries, a string that occurs a million times is held once: see decode_table.
+        columns = [file.schema.column(number).path for number in range(len(file.schema))]
+        file = pq.ParquetFile(pa.BufferReader(self._bytes), metadata=file.metadata, read_dictionary=columns)
+        if file.metadata.num_rows != self.num_rows:
+            raise damage_error(self.path, f"its {file.metadata.num_rows} rows do not match {MANIFEST_NAME}")
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        return file, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+    def read(self, rows: np.ndarray, columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
+        """Reads rows of the shard.
+
+        Args:
+            rows (integers [R]): Rows of the shard, in any order.
+            columns (`list[str]`): The columns to read.
+
+        Yields:
+            `tuple[pyarrow.Table, np.ndarray]`: Rows of one row group, and their positions in `rows`.
+
+        Raises:
+            KnowledgeBaseError: The file is damaged.
+        """
+        with read_errors(self.path):
+            file, starts = self._parquet
+            for group, positions in group_by_block(rows, starts):
+                # Decoding a row group of texts takes less time than starting threads.
+                table = file.read_row_group(group, columns=columns, use_threads=False).select(columns)
+                taken = table.take(pa.array(rows[positions] - starts[group]))
+                yield decode_table(taken, self.path), positions
+
+    def read_column(self, column: str) -> list[Any]:
+        """Reads one column of all rows.
+
+        Raises:
+            KnowledgeBaseError: The file is damaged.
+        """
+        with read_errors(self.path):
+            file, _ = self._parquet
+            table = file.read(columns=[column])
+            return decode_table(table, self.path).column(0).to_pylist()
 
 
 def check_parquet(file: pq.ParquetFile, path: Path) -> None:

@@ -507,7 +507,7 @@ def test_an_interrupted_build_is_not_continued_after_a_change(toy, tmp_path, sma
 
 def test_two_builds_into_one_folder_are_refused(toy, tmp_path):
     with building_folder(tmp_path / "out", "other"):
-        with pytest.raises(MelError, match="is being built by another process"):
+        with pytest.raises(MelError, match="is being built already"):
             build_dataset("toy", output=tmp_path / "out")
         assert (tmp_path / ".out.building").is_dir()  # the folder of the first build
     assert not (tmp_path / ".out.building").exists()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import threading
+from pathlib import Path
 
 import pytest
 import typer
@@ -12,9 +14,10 @@ from typer.testing import CliRunner
 
 from hf_mel.cli import kb
 from hf_mel.cli.link import link
-from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError, SpanError
+from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError, LockedError, SpanError
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
+from tests.processes import lock_holder
 from tests.toy import ToyProcessor, register, toy_entities, toy_model, write_toy_dataset
 
 MODEL, PROCESSOR = toy_model(), ToyProcessor()
@@ -86,6 +89,23 @@ def test_an_index_is_built_used_measured_and_listed(tmp_path, model):
     with pytest.raises(KnowledgeBaseError, match="no index 'milvus'"):
         run("link", model, "--kb", folder, *mention, "--index", "milvus")
     run("kb", "index", folder, "--model", model, "--kind", "exact", ok=False)
+
+
+def test_a_command_is_refused_while_another_process_changes_the_knowledge_base_or_waits(tmp_path, base):
+    pytest.importorskip("faiss")
+    (tmp_path / "more.jsonl").write_text('{"id": "c", "name": "Cleo"}\n')
+    commands = [
+        ("add", base, "--model", "unread", "--entities", tmp_path / "more.jsonl"),
+        ("remove", base, "Q1"),
+        ("index", base, "--model", "unread"),
+    ]
+    with lock_holder(Path(base, ".writer.lock")) as process:
+        for command in commands:  # before a model is loaded
+            with pytest.raises(LockedError, match=f"by process {process.pid} on this host"):
+                run("kb", *command)
+        threading.Timer(0.2, process.stdin.close).start()
+        run("kb", "remove", base, "Q1", "--wait", 60)
+    assert "Q1" not in KnowledgeBase(base)
 
 
 def test_a_knowledge_base_is_built_from_exactly_one_source(tmp_path, model):

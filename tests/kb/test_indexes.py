@@ -502,7 +502,7 @@ def test_a_build_resumes_from_the_files_of_a_killed_process(kb, tmp_path):
 @pytest.mark.usefixtures("_in_eights")
 def test_only_one_process_builds_an_index(kb):
     def second():
-        with pytest.raises(MelError, match="being built by another process"):
+        with pytest.raises(MelError, match="being built already"):
             build(kb, "faiss-flat")
 
     build(kb, "faiss-flat", model=counting(200, second))

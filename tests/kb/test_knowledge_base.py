@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import datasets
@@ -22,12 +27,15 @@ from hf_mel.errors import (
     DuplicateIdError,
     ImageError,
     KnowledgeBaseError,
+    LockedError,
     MelError,
     UnknownEntityError,
 )
-from hf_mel.kb import shards
+from hf_mel.kb import build_index, knowledge_base, open_index, shards
+from hf_mel.kb.indexes import base as indexes_base
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.schema import entity_features
+from tests.processes import lock_holder
 from tests.toy import ToyProcessor, ToyRetriever, toy_entities, toy_model
 
 MODEL, PROCESSOR = toy_model(), ToyProcessor()
@@ -282,26 +290,191 @@ def test_adding_an_existing_entity_is_an_error_that_names_it():
     assert_holds(kb, list(WORLD.select(range(5))))
 
 
-def test_a_change_to_an_outdated_knowledge_base_is_refused(tmp_path):
+def test_a_change_through_an_older_object_keeps_the_changes_of_others(tmp_path):
     kb = build(WORLD.select(range(5)), tmp_path / "kb")
-    other = KnowledgeBase.from_pretrained(tmp_path / "kb")
-    other.remove(["Q1"])
-    for change in (
-        lambda: kb.remove(["Q2"]),
-        lambda: kb.add(WORLD.select([9]), MODEL, PROCESSOR, progress=False),
-    ):
-        with pytest.raises(KnowledgeBaseError, match="changed by another process"):
-            change()
-    assert_holds(KnowledgeBase.from_pretrained(tmp_path / "kb", verify=True), list(WORLD.select(range(1, 5))))
+    older = [KnowledgeBase.from_pretrained(tmp_path / "kb") for _ in range(3)]
+    kb.remove(["Q1"])
+    older[0].add(WORLD.select([9]), MODEL, PROCESSOR, progress=False)
+    older[1].remove(["Q2"])
+    with pytest.raises(UnknownEntityError, match="'Q1'"):
+        older[2].remove(["Q1"])
+    with pytest.raises(DuplicateIdError, match="'Q10'"):
+        kb.add(WORLD.select([9]), MODEL, PROCESSOR, progress=False)
+    older[2].save(tmp_path / "kb", progress=False)
+    kb.remove(["Q3"])
+    rows = list(WORLD.select([3, 4, 9]))
+    assert_holds(kb, rows)
+    assert_holds(KnowledgeBase.from_pretrained(tmp_path / "kb", verify=True), rows)
+
+
+def test_a_change_after_a_build_by_another_model_is_refused(tmp_path):
+    kb = build(WORLD.select(range(5)), tmp_path / "kb")
+    other = toy_model(seed=1)
+    build(WORLD.select(range(5)), tmp_path / "kb", model=other)
+    with pytest.raises(KnowledgeBaseError, match="not the one that built"):
+        kb.add(WORLD.select([9]), MODEL, PROCESSOR, progress=False)
+
+
+SMALL = build(WORLD.select(range(3)))
+CHANGES = {
+    "add": lambda kb: kb.add(WORLD.select([9]), MODEL, PROCESSOR, progress=False),
+    "remove": lambda kb: kb.remove(["Q2"]),
+    "save": lambda kb: kb.save(kb.path, progress=False),
+    "save over": lambda kb: SMALL.save(kb.path, progress=False),
+    "build over": lambda kb: build(WORLD, kb.path),
+    "index": lambda kb: build_index(kb, "faiss-flat", MODEL, PROCESSOR, progress=False),
+}
+
+
+def test_every_change_is_refused_while_another_process_writes(tmp_path):
+    kb = build(WORLD.select(range(5)), tmp_path / "kb")
+    before = files(kb.path)
+    with lock_holder(kb.path / ".writer.lock") as process:
+        for change in CHANGES.values():
+            with pytest.raises(LockedError, match=f"being changed already, by process {process.pid} .*--wait"):
+                change(kb)
+        assert_holds(KnowledgeBase.from_pretrained(kb.path, verify=True), list(WORLD.select(range(5))))
+        assert {name: text for name, text in files(kb.path).items() if name != ".writer.lock"} == before
+        threading.Timer(0.2, process.stdin.close).start()
+        with kb.writing(wait=60):
+            kb.remove(["Q2"])
+    assert kb.entity_ids == ["Q1", "Q3", "Q4", "Q5"]
+
+
+@pytest.mark.parametrize("first", CHANGES)
+def test_a_change_within_another_is_refused_and_the_first_completes(tmp_path, monkeypatch, first):
+    """The second change comes between the check of the first and the moment at which it takes effect."""
+    build(WORLD.select(range(5)), tmp_path / "kb")
+    kb, other = KnowledgeBase(tmp_path / "kb"), KnowledgeBase(tmp_path / "kb")
+    place, name = (indexes_base, "write_text") if first == "index" else (knowledge_base, "write_manifest")
+    real, refused = getattr(place, name), []
+
+    def late(*given):
+        monkeypatch.undo()
+        for change in CHANGES.values():
+            with pytest.raises(LockedError):
+                change(other)
+            refused.append(change)
+        real(*given)
+
+    monkeypatch.setattr(place, name, late)
+    CHANGES[first](kb)
+    assert len(refused) == len(CHANGES)
+    ids = {"add": [0, 1, 2, 3, 4, 9], "remove": [0, 2, 3, 4], "save over": [0, 1, 2], "build over": range(30)}
+    rows = list(WORLD.select(ids.get(first, range(5))))
+    assert_holds(KnowledgeBase.from_pretrained(tmp_path / "kb", verify=True), rows)
+
+
+REMOVE = """
+import sys
+from hf_mel.kb.knowledge_base import KnowledgeBase
+kb = KnowledgeBase(sys.argv[1])
+print("opened", flush=True)
+for number in range(2, 31, 3):
+    with kb.writing(wait=120):
+        kb.remove([f"Q{number}"])
+"""
+
+
+def test_processes_that_remove_entities_at_once_lose_no_removal(tmp_path):
+    kb = build(WORLD, tmp_path / "kb")
+    command = [sys.executable, "-c", REMOVE, str(kb.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "opened\n"
+        for number in range(3, 31, 3):
+            with kb.writing(wait=120):
+                kb.remove([f"Q{number}"])
+    assert process.returncode == 0
+    rows = list(WORLD.select(range(0, 30, 3)))
+    assert_holds(KnowledgeBase.from_pretrained(tmp_path / "kb", verify=True), rows)
 
 
 def test_an_open_reader_keeps_its_contents_while_others_write(tmp_path):
     kb = build(WORLD, tmp_path / "kb")
-    reader = KnowledgeBase.from_pretrained(tmp_path / "kb")
+    reader, unread = (KnowledgeBase.from_pretrained(tmp_path / "kb") for _ in range(2))
     content(reader)
     kb.remove(["Q1"])
     kb.save(tmp_path / "kb", progress=False)
     assert_holds(reader, list(WORLD))
+    changed = WORLD.map(lambda row: {"attributes": row["attributes"] + "!"})
+    build(changed, tmp_path / "kb", model=MODEL)
+    assert_holds(unread, list(WORLD))
+    assert_holds(KnowledgeBase(tmp_path / "kb"), list(changed))
+
+
+def test_a_reader_finds_the_old_or_the_new_state_at_every_moment_of_a_build(tmp_path, monkeypatch, small_shards):
+    old, new = WORLD.select(range(10)), WORLD.select(range(10, 30))
+    build(old, tmp_path / "kb")
+    seen, replace, unlink = [], os.replace, Path.unlink
+
+    def look():
+        reader = KnowledgeBase(tmp_path / "kb")
+        rows = list(old if len(reader) == 10 else new)
+        assert_holds(reader, rows)
+        seen.append(len(rows))
+
+    def looking(act):
+        def look_and_act(*given, **options):
+            look()
+            act(*given, **options)
+            look()
+
+        return look_and_act
+
+    monkeypatch.setattr(os, "replace", looking(replace))
+    monkeypatch.setattr(Path, "rename", looking(Path.rename))
+    monkeypatch.setattr(Path, "unlink", looking(unlink))
+    build(new, tmp_path / "kb")
+    assert seen == sorted(seen)
+    assert set(seen) == {10, 20}
+
+
+def test_a_reader_that_meets_a_change_while_it_opens_sees_the_new_state(tmp_path, monkeypatch):
+    build(WORLD.select(range(10)), tmp_path / "kb")
+    real, changes = knowledge_base.map_encodings, []
+
+    def late(*given):
+        if not changes:
+            changes.append(1)
+            build(WORLD.select(range(20)), tmp_path / "kb")
+        return real(*given)
+
+    monkeypatch.setattr(knowledge_base, "map_encodings", late)
+    assert_holds(KnowledgeBase(tmp_path / "kb"), list(WORLD.select(range(20))))
+
+
+def test_reading_writes_nothing_and_a_read_only_folder_is_an_error_for_writers(tmp_path, monkeypatch):
+    kb = build(WORLD, tmp_path / "kb")
+    build_index(kb, "faiss-flat", MODEL, PROCESSOR, progress=False)
+    times = [path.stat().st_mtime_ns for path in (kb.path, *sorted(kb.path.iterdir()))]
+
+    def refuse(path, flags, *rest):
+        raise OSError(errno.EROFS, "Read-only file system", path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    reader = KnowledgeBase(kb.path)
+    assert_holds(reader, list(WORLD))
+    open_index(reader, "faiss-flat", MODEL)
+    for name, change in CHANGES.items():
+        if name != "build over":  # which needs a temporary folder first
+            with pytest.raises(MelError, match="Read-only file system"):
+                change(reader)
+    monkeypatch.undo()
+    assert [path.stat().st_mtime_ns for path in (kb.path, *sorted(kb.path.iterdir()))] == times
+
+
+def test_a_link_to_a_folder_is_written_through(tmp_path):
+    build(WORLD.select(range(3)), tmp_path / "kb")
+    (tmp_path / "link").symlink_to(tmp_path / "kb")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").symlink_to(tmp_path / "empty")
+    for link in ("link", "other"):
+        build(WORLD, tmp_path / link)
+        assert (tmp_path / link).is_symlink()
+        assert_holds(KnowledgeBase(tmp_path / link), list(WORLD))
+    assert_holds(KnowledgeBase(tmp_path / "kb"), list(WORLD))
+    assert sorted(os.listdir(tmp_path)) == ["empty", "kb", "link", "other"]
 
 
 # Failures
@@ -414,7 +587,7 @@ def test_an_interrupted_build_with_other_inputs_is_not_resumed(tmp_path, small_s
 
 def test_only_one_process_builds_a_folder(tmp_path, small_shards):
     def second():
-        with pytest.raises(MelError, match="being built by another process"):
+        with pytest.raises(MelError, match="being built already"):
             build(WORLD, tmp_path / "kb")
 
     assert_holds(build(WORLD, tmp_path / "kb", processor=Interrupted("Q13", second)), list(WORLD))
@@ -566,9 +739,8 @@ def test_a_file_of_the_right_size_with_wrong_content_is_an_error_when_read(tmp_p
     else:
         pq.write_table(pq.read_table(path).slice(0, 7), path)
     edit_manifest(kb.path, lambda m: m["shards"][0][part].update(bytes=path.stat().st_size))
-    kb = KnowledgeBase.from_pretrained(tmp_path / "kb")
     with pytest.raises(KnowledgeBaseError, match=rf"{name}: The knowledge base is damaged"):
-        content(kb)
+        content(KnowledgeBase.from_pretrained(tmp_path / "kb"))
 
 
 @pytest.mark.parametrize(

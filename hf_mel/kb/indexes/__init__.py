@@ -54,10 +54,8 @@ def build_index(
         KnowledgeBaseError: The kind is unknown, another model built the knowledge base, the model returns no vectors,
             the disk is full, or the server cannot be reached. An existing index is left unchanged.
         MissingExtraError: The package of the index is not installed.
-        MelError: Another process is building this index.
+        LockedError: Another process changes the knowledge base.
     """
-    kb.check_writable()
-    kb.check_made_by(model, processor)
     _check_kind(kind)
     if kind == "exact":
         raise KnowledgeBaseError(
@@ -65,13 +63,15 @@ def build_index(
         )
     if uri is not None and kind != "milvus":
         raise KnowledgeBaseError(f"The index {kind!r} has no server.", remedy="Omit the URI, or build 'milvus'.")
-    if kind == "milvus":
-        from hf_mel.kb.indexes.milvus import MilvusIndex
+    with kb.writing():
+        kb.check_made_by(model, processor)
+        if kind == "milvus":
+            from hf_mel.kb.indexes.milvus import MilvusIndex
 
-        return MilvusIndex.build(kb, model, uri=uri, progress=progress)
-    from hf_mel.kb.indexes.faiss import FaissIndex
+            return MilvusIndex.build(kb, model, uri=uri, progress=progress)
+        from hf_mel.kb.indexes.faiss import FaissIndex
 
-    return FaissIndex.build(kb, model, kind, progress=progress)
+        return FaissIndex.build(kb, model, kind, progress=progress)
 
 
 def open_index(kb: KnowledgeBase, kind: str, model: Any, *, first_stage: int | None = None) -> Index:
@@ -96,15 +96,23 @@ def open_index(kb: KnowledgeBase, kind: str, model: Any, *, first_stage: int | N
     _check_kind(kind)
     if kind == "exact":
         return ExactIndex(kb, model)
-    record = read_record(kb.path, kind)
     first_stage = FIRST_STAGE if first_stage is None else first_stage
-    if kind == "milvus":
-        from hf_mel.kb.indexes.milvus import MilvusIndex
+    record = read_record(kb.path, kind)
+    while True:
+        try:
+            if kind == "milvus":
+                from hf_mel.kb.indexes.milvus import MilvusIndex
 
-        return MilvusIndex(kb, model, record, first_stage)
-    from hf_mel.kb.indexes.faiss import FaissIndex
+                return MilvusIndex(kb, model, record, first_stage)
+            from hf_mel.kb.indexes.faiss import FaissIndex
 
-    return FaissIndex(kb, model, record, first_stage)
+            return FaissIndex(kb, model, record, first_stage)
+        except KnowledgeBaseError:
+            # Another process may have replaced the index since we read its record.
+            current = read_record(kb.path, kind)
+            if current == record:
+                raise
+            record = current
 
 
 def _check_kind(kind: str) -> None:
