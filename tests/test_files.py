@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import pytest
 
@@ -29,6 +30,20 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         write_text(path, parts())
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
     assert path.read_text() == "old"
+
+
+def test_two_writers_of_one_file_leave_the_whole_text_of_one(tmp_path):
+    """Threads share a process id, and so may processes of two hosts that share a file system."""
+    path = tmp_path / "results.json"
+
+    def parts():
+        yield "first "
+        write_text(path, ["second"])
+        yield "writer"
+
+    write_text(path, parts())
+    assert path.read_text() == "first writer"
+    assert os.listdir(tmp_path) == ["results.json"]
 
 
 def test_a_path_that_cannot_be_written_is_an_error(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import PartialState
@@ -10,7 +11,7 @@ from accelerate import PartialState
 from hf_mel.training.linking import run_linking
 from hf_mel.training.pretraining import run_pretraining
 from hf_mel.training.recipe import Recipe
-from hf_mel.training.run_folder import RUNS, RunFolder, quiet_transformers
+from hf_mel.training.run_folder import RESULTS, RUNS, RunFolder, quiet_transformers, run_lock
 
 
 def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, resume: bool = False) -> Path:
@@ -31,14 +32,18 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
 
     Raises:
         RecipeError: the recipe is not usable as written, or the folder contains another run.
+        LockedError: another process trains into the folder.
         MelError: the data set, the knowledge base or the model is not usable.
     """
-    folder = RunFolder(RUNS / recipe.name if output is None else Path(output), recipe, resume)
-    if folder.is_finished:
-        return folder.path
-    with quiet_transformers():
-        finished = run_pretraining(folder) if recipe.task == "pretraining" else run_linking(folder)
-        if finished is not None:
-            folder.write(finished)
-        PartialState().wait_for_everyone()
+    path = RUNS / recipe.name if output is None else Path(output)
+    is_finished = resume and (path / RESULTS).exists()  # then nothing is written
+    with nullcontext() if is_finished else run_lock(path):
+        folder = RunFolder(path, recipe, resume)
+        if folder.is_finished:
+            return folder.path
+        with quiet_transformers():
+            finished = run_pretraining(folder) if recipe.task == "pretraining" else run_linking(folder)
+            if finished is not None:
+                folder.write(finished)
+            PartialState().wait_for_everyone()
     return folder.path

@@ -16,12 +16,13 @@ import transformers
 import yaml
 from transformers import Trainer
 
-from hf_mel.errors import MissingExtraError, RecipeError
+from hf_mel.errors import MelError, MissingExtraError, RecipeError
 from hf_mel.evaluation.evaluator import device_name, software_versions
 from hf_mel.evaluation.tables import write_results
 from hf_mel.files import write_text
 from hf_mel.hub.model_cards import model_card
 from hf_mel.hub.saving import save_model_repository
+from hf_mel.locks import writer_lock
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.plot import plot_training
 from hf_mel.training.recipe import Recipe
@@ -38,6 +39,7 @@ LOG = "training_log.json"
 PLOT = "training.png"
 CARD = "README.md"
 CHECKPOINTS = "checkpoints"
+_LOCK = ".writer.lock"
 
 #: The Trainer writes this file last, so a checkpoint without it is incomplete.
 _CHECKPOINT_STATE = "trainer_state.json"
@@ -90,7 +92,7 @@ class RunFolder:
         self.arguments = training_arguments(recipe, path / CHECKPOINTS)
         self.recipe = _with_bf16(recipe, bool(self.arguments.bf16))
         self.checkpoint: Path | None = None
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and any(entry.name != _LOCK for entry in path.iterdir()):
             self._check_contents(recorded, resume)
 
     def _check_contents(self, recorded: dict[str, Any] | None, resume: bool) -> None:
@@ -170,6 +172,41 @@ class RunFolder:
         write_text(self.path / CARD, [model_card(results)])
         write_results(results, self.path / RESULTS)
         shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def run_lock(path: Path) -> Iterator[None]:
+    """Keeps other runs out of a run folder, which is created if needed. Of several devices, the first holds the lock.
+
+    Args:
+        path (`Path`): The run folder.
+
+    Raises:
+        LockedError: another process trains into the folder.
+        MelError: the folder cannot be created or written.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    is_new = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MelError(
+            f"The run folder cannot be created ({error}).", file=path, remedy="Choose another --output."
+        ) from error
+    try:
+        with writer_lock(
+            path / _LOCK,
+            busy="A model is being trained into the folder",
+            remedy="Wait for it, or choose another --output.",
+            target=path,
+        ):
+            yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # only if nothing was written
 
 
 def training_arguments(recipe: Recipe, output_dir: str | os.PathLike[str]) -> MelTrainingArguments:

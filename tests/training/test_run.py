@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions
-from hf_mel.errors import MissingExtraError, RecipeError
+from hf_mel.errors import LockedError, MissingExtraError, RecipeError
 from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.training import run_folder
@@ -25,6 +25,7 @@ from hf_mel.training.recipe import Recipe
 from hf_mel.training.run import run_recipe
 from hf_mel.training.run_folder import training_arguments
 from hf_mel.training.trainer import MelTrainer
+from tests.processes import lock_holder
 from tests.training.toy_run import recipe_dict, write_dataset
 
 
@@ -208,6 +209,34 @@ def test_resuming_with_another_recipe_names_what_differs(dataset, finished):
     content["model"]["config"]["text_dim"] = 16
     with pytest.raises(RecipeError, match=r"other values of model.config.text_dim, training.num_train_epochs\."):
         run_recipe(Recipe.from_dict(content), finished, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_into_which_another_process_trains_is_refused(dataset, tmp_path, monkeypatch, resume):
+    recipe = Recipe.from_dict(recipe_dict(dataset))
+    (tmp_path / "tiny").mkdir()
+    with lock_holder(tmp_path / "tiny/.writer.lock") as process, pytest.raises(LockedError, match=f"{process.pid}"):
+        run_recipe(recipe, tmp_path / "tiny", resume=resume)
+    assert list((tmp_path / "tiny").iterdir()) == []
+    training_step, refused = MelTrainer.training_step, []
+
+    def training(self, *args, **kwargs):
+        if not refused:
+            with pytest.raises(LockedError):
+                run_recipe(recipe, tmp_path / "tiny", resume=resume)
+            refused.append(1)
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(MelTrainer, "training_step", training)
+    run_recipe(recipe, tmp_path / "tiny", resume=resume)
+    assert refused
+    assert not (tmp_path / "tiny/.writer.lock").exists()
+
+
+def test_a_recipe_that_cannot_be_used_leaves_no_folder(dataset, tmp_path):
+    with pytest.raises(RecipeError):
+        run_recipe(Recipe.from_dict(recipe_dict(dataset, no_such_argument=1)), tmp_path / "tiny")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_starts_over(dataset, tmp_path):
