@@ -34,6 +34,8 @@ from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.protocols import knows_posts
 
 SOURCES = ("name", "prior", "retriever", "release", "document")
+#: How names are compared, so that lists that an earlier version cached are made again.
+_NAMES = "case and accents folded"
 
 
 def default_cache() -> Path:
@@ -100,11 +102,11 @@ def make_candidates(
     steps = {
         "name": _Step(
             lambda: name_candidates(mentions, entities, k=k, scorer=scorer, progress=progress),
-            lambda: {"scorer": scorer},
+            lambda: {"scorer": scorer, "names": _NAMES},
         ),
         "prior": _Step(
             lambda: prior_candidates(mentions, training, k=k),  # type: ignore[arg-type]
-            lambda: {"training": _digest(training)},  # type: ignore[arg-type]
+            lambda: {"training": _digest(training), "names": _NAMES},  # type: ignore[arg-type]
         ),
         "release": _Step(lambda: release_candidates(mentions, k=k)),
         # The digest of texts does not cover images, the fingerprints of `datasets` do.

@@ -13,6 +13,7 @@ import numpy as np
 from rapidfuzz import distance, fuzz, process
 from tqdm.auto import tqdm
 
+from hf_mel.candidates.folding import fold_name
 from hf_mel.candidates.lists import PRIOR, CandidateLists
 from hf_mel.data.examples import example_groups
 from hf_mel.errors import DataFormatError
@@ -51,7 +52,8 @@ def name_candidates(
 ) -> CandidateLists:
     """Returns the entities whose name or alias is most similar to the surface form.
 
-    The score of an entity is that of its most similar name. The composite of MMEL (§4.1: longest common subsequence,
+    Case and accents do not count ([`~hf_mel.candidates.folding.fold_name`]). The score of an entity is that of its most
+    similar name or alias. An entity with score 0 is no candidate, so a list may be shorter than `k`, or empty. The composite of MMEL (§4.1: longest common subsequence,
     common prefix, normalised edit distance) is the mean of the three, each in [0, 1]; the paper does not say how it
     combines them. Equal scores are ordered by a digest of the entity id, so that neither the order of the knowledge base
     nor the gold decides which entity is cut off. A mention without a surface form (a visual mention) has no candidates.
@@ -59,7 +61,7 @@ def name_candidates(
     Args:
         mentions (`datasets.Dataset`): M mentions.
         entities (`datasets.Dataset`): N entities.
-        k (`int`): Candidates per mention; N if N is smaller.
+        k (`int`): Maximal number of candidates per mention.
         scorer (`str`): One of [`SCORERS`].
         progress (`bool`): Whether to show a progress bar.
 
@@ -72,9 +74,10 @@ def name_candidates(
     ids = list(entities["entity_id"])
     order = sorted(range(len(ids)), key=lambda row: _digest(ids[row]))  # the order of equal scores
     names_of = [[name, *(aliases or ())] for name, aliases in zip(entities["name"], entities["aliases"], strict=True)]
-    names = [name for row in order for name in names_of[row]]
+    names = [fold_name(name) for row in order for name in names_of[row]]
     starts = np.cumsum([0, *(len(names_of[row]) for row in order)])[:-1]
-    surfaces = sorted(set(mentions["mention"]) - {""})
+    folded_mentions = [fold_name(surface) for surface in mentions["mention"]]
+    surfaces = sorted(set(folded_mentions) - {""})
     by_surface: dict[str, tuple[list[str], list[float]]] = {}
     step = max(1, _CHUNK_SCORES // max(1, len(names)))
     with tqdm(total=len(surfaces), desc="Comparing names", unit="name", delay=1, disable=not progress) as bar:
@@ -87,9 +90,10 @@ def name_candidates(
             best = np.maximum.reduceat(scores, starts, axis=1)
             columns = _top_columns(best, k)
             for surface, row, top in zip(chunk, best, columns, strict=True):
+                top = top[row[top] > 0]
                 by_surface[surface] = [ids[order[column]] for column in top], row[top].tolist()
             bar.update(len(chunk))
-    lists = [by_surface[surface] if surface else ([], []) for surface in mentions["mention"]]
+    lists = [by_surface[surface] if surface else ([], []) for surface in folded_mentions]
     return CandidateLists(
         list(mentions["mention_id"]),
         [entity_ids for entity_ids, _ in lists],
@@ -102,7 +106,8 @@ def prior_candidates(mentions: datasets.Dataset, training: datasets.Dataset, *, 
     """Returns the entities that the surface form means in training, with p(e|m), their fraction of its occurrences.
 
     A mention that is itself in training does not count for its own list. NIL counts as an occurrence, but is not a
-    candidate. Surface forms are compared case folded. Equal priors are ordered by a digest of the entity id. A mention
+    candidate. Case and accents of surface forms do not count
+    ([`~hf_mel.candidates.folding.fold_name`]). Equal priors are ordered by a digest of the entity id. A mention
     without a surface form (a visual mention) has no candidates and does not count.
 
     Args:
@@ -120,12 +125,12 @@ def prior_candidates(mentions: datasets.Dataset, training: datasets.Dataset, *, 
         training["mention_id"], training["mention"], training["entity_id"], strict=True
     ):
         if surface:
-            counts_by_surface[surface.casefold()][gold] += 1
+            counts_by_surface[fold_name(surface)][gold] += 1
             training_golds[mention_id] = gold
     lists: list[list[str]] = []
     scores: list[list[float]] = []
     for mention_id, surface in zip(mentions["mention_id"], mentions["mention"], strict=True):
-        counts = Counter(counts_by_surface.get(surface.casefold(), {}))
+        counts = Counter(counts_by_surface.get(fold_name(surface), {}))
         if mention_id in training_golds:
             counts[training_golds[mention_id]] -= 1
         total = sum(counts.values())
