@@ -33,7 +33,9 @@ from hf_mel.inference.ranking import rank
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.protocols import knows_posts
 
-SOURCES = ("name", "prior", "retriever", "release", "document")
+#: Sources that find candidates.
+_FIRST_SOURCES = ("name", "prior", "retriever", "release")
+SOURCES = (*_FIRST_SOURCES, "document")
 #: How names are compared, so that lists that an earlier version cached are made again.
 _NAMES = "case and accents folded"
 
@@ -189,7 +191,7 @@ def check_source(source: str, *, k: int, scorer: str, retriever: Any) -> None:
         if name not in SOURCES:
             raise RecipeError(
                 f"Candidates cannot come from {name!r}.",
-                remedy=f"Give sources of {', '.join(SOURCES)}, joined by '+'.",
+                remedy=f"Give one of {', '.join(_FIRST_SOURCES)}, or several joined by '+'; '+document' may end them.",
             )
     if len(set(sources)) < len(sources):
         raise RecipeError(f"{source!r} names a source twice.", remedy="Name each source once.")
@@ -247,7 +249,7 @@ def retriever_candidates(
 
 @dataclass
 class _Step:
-    """How one source makes its lists.
+    """One source: the function that makes its lists, and what they depend on.
 
     Args:
         make (`Callable`): Makes the lists.

@@ -1,4 +1,4 @@
-"""How a model is run: on which device, in which dtype, in which mode."""
+"""Device, dtype and mode of a model."""
 
 from __future__ import annotations
 

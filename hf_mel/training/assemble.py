@@ -161,8 +161,8 @@ def _config_class(recipe: Recipe, kind: str, key: str) -> Any:
 
 def _check_config(recipe: Recipe, config_class: Any, values: Mapping[str, Any], section: str) -> None:
     """Checks the fields of a configuration. Its class would accept any keyword and keep it as an attribute."""
-    known = set(inspect.signature(config_class).parameters) | set(getattr(config_class, "attribute_map", {}))
-    recipe.check_keys(section, values, known - {"kwargs"} | {"model_type"})
+    fields = set(inspect.signature(config_class).parameters) | set(getattr(config_class, "attribute_map", {}))
+    recipe.check_keys(section, values, fields - {"kwargs"} | {"model_type"})
     for key, value in values.items():
         if isinstance(value, Mapping) and "model_type" in value:
             inner = _config_class(recipe, str(value["model_type"]), f"{section}.{key}.model_type")

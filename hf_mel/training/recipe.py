@@ -215,9 +215,9 @@ class Recipe:
         """Returns an error that names this recipe's file."""
         return RecipeError(message, file=self.source, remedy=remedy)
 
-    def check_keys(self, section: str, keys: Iterable[str], known: Iterable[str]) -> None:
-        """Raises a [`RecipeError`] if a key of `section` is unknown; the message suggests the most similar known key."""
-        _check_keys(keys, dict.fromkeys(known), section, self.source)
+    def check_keys(self, section: str, keys: Iterable[str], allowed: Iterable[str]) -> None:
+        """Raises a [`RecipeError`] if a key of `section` is not allowed; the message suggests the most similar allowed key."""
+        _check_keys(keys, dict.fromkeys(allowed), section, self.source)
 
     def _check(self) -> None:
         model = self.model
@@ -406,12 +406,12 @@ def _build_section(section: Any, content: Any, name: str, file: str | None) -> A
     return section(**values)
 
 
-def _check_keys(keys: Iterable[str], known: Iterable[str], section: str, file: str | None) -> None:
-    known = list(known)
+def _check_keys(keys: Iterable[str], allowed: Iterable[str], section: str, file: str | None) -> None:
+    allowed = list(allowed)
     for key in keys:
-        if key not in known:
-            similar = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            remedy = f"Did you mean {similar[0]!r}?" if similar else f"Known keys: {', '.join(sorted(known))}."
+        if key not in allowed:
+            similar = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5)
+            remedy = f"Did you mean {similar[0]!r}?" if similar else f"Known keys: {', '.join(sorted(allowed))}."
             full_key = f"{section}.{key}" if section else str(key)
             raise RecipeError(f"The recipe has an unknown key {full_key!r}.", file=file, remedy=remedy)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from hf_mel.training.linking import run_linking
+from hf_mel.training.linking_run import run_linking
 from hf_mel.training.pretraining import run_pretraining
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run_folder import RESULTS, RUNS, RunFolder, quiet_transformers, run_lock

@@ -219,11 +219,11 @@ def training_arguments(recipe: Recipe, output_dir: str | os.PathLike[str]) -> Me
     Raises:
         RecipeError: an argument is unknown or has a value of the wrong type.
     """
-    known = {item.name: item for item in dataclasses.fields(MelTrainingArguments) if item.init}
-    known.pop("output_dir")
-    recipe.check_keys("training", recipe.training, known)
+    fields = {field.name: field for field in dataclasses.fields(MelTrainingArguments) if field.init}
+    fields.pop("output_dir")
+    recipe.check_keys("training", recipe.training, fields)
     for key, value in recipe.training.items():
-        default, expected = known[key].default, None
+        default, expected = fields[key].default, None
         if key == "bf16":
             expected = None if value == "auto" or isinstance(value, bool) else "true, false or 'auto'"
         elif isinstance(default, bool):
