@@ -23,40 +23,40 @@ from tests.toy_documents import toy_documents
 ENTITIES, MENTIONS = toy_entities(12), toy_mentions(8)
 
 
-def test_a_retriever_gives_what_it_scores_highest():
+def test_candidates_of_a_retriever_are_its_highest_scores():
     model, processor = toy_model(), ToyProcessor()
-    found = retriever_candidates(ModelInputs(model, processor), MENTIONS, ENTITIES, k=4)
+    lists = retriever_candidates(ModelInputs(model, processor), MENTIONS, ENTITIES, k=4)
     with torch.no_grad():
         scores = model.score(
             model.encode_mentions(**processor(mentions=list(MENTIONS))),
             model.encode_entities(**processor(entities=list(ENTITIES))),
         )
     best = scores.sort(descending=True, dim=1)
-    assert found.entity_ids == [[f"Q{row + 1}" for row in rows] for rows in best.indices[:, :4].tolist()]
-    torch.testing.assert_close(torch.tensor(found.scores["retriever"]), best.values[:, :4])
-    assert found.setting["retriever"]["type"] == "toy_retriever"
+    assert lists.entity_ids == [[f"Q{row + 1}" for row in rows] for rows in best.indices[:, :4].tolist()]
+    torch.testing.assert_close(torch.tensor(lists.scores["retriever"]), best.values[:, :4])
+    assert lists.setting["retriever"]["type"] == "toy_retriever"
     assert len(retriever_candidates(ModelInputs(model, processor), MENTIONS.select([]), ENTITIES, k=4)) == 0
 
 
-def test_sources_join_and_are_made_once(tmp_path, monkeypatch):
+def test_joined_sources_are_made_once_and_cached(tmp_path, monkeypatch):
     register()
     toy_model().save_pretrained(tmp_path / "run")
     ToyProcessor().save_pretrained(tmp_path / "run")
     options = {"k": 5, "training": MENTIONS, "retriever": tmp_path / "run", "device": "cpu"}
     options["cache_dir"] = tmp_path / "cache"
-    found = make_candidates("name+prior+retriever", MENTIONS, ENTITIES, **options)
+    first = make_candidates("name+prior+retriever", MENTIONS, ENTITIES, **options)
     parts = [
         name_candidates(MENTIONS, ENTITIES, k=5),
         prior_candidates(MENTIONS, MENTIONS, k=5),
         retriever_candidates(ModelInputs(toy_model(), ToyProcessor()), MENTIONS, ENTITIES, k=5),
     ]
-    assert found.entity_ids == union_candidates(parts, k=5).entity_ids
-    kept = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
-    assert sorted(kept) == ["kb", "name", "prior", "retriever"]
+    assert first.entity_ids == union_candidates(parts, k=5).entity_ids
+    cached_kinds = [path.name.split("-")[0] for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+    assert sorted(cached_kinds) == ["kb", "name", "prior", "retriever"]
     for name in ("name_candidates", "prior_candidates", "retriever_candidates"):
         monkeypatch.setattr(module, name, None)  # so that making one again would fail
     again = make_candidates("name+prior+retriever", MENTIONS, ENTITIES, **options)
-    assert again.entity_ids == found.entity_ids
+    assert again.entity_ids == first.entity_ids
     for changed in ({"k": 4}, {"scorer": "ratio"}):
         with pytest.raises(TypeError):
             make_candidates("name", MENTIONS, ENTITIES, **{**options, **changed})
@@ -77,10 +77,10 @@ def test_entities_are_encoded_once_for_all_splits(tmp_path, monkeypatch):
     build = KnowledgeBase.build
     monkeypatch.setattr(KnowledgeBase, "build", lambda *given, **kwargs: built.append(1) or build(*given, **kwargs))
     for some in (range(3), range(3, 8)):
-        found = make_candidates("retriever", MENTIONS.select(some), ENTITIES, **cached)
+        candidates = make_candidates("retriever", MENTIONS.select(some), ENTITIES, **cached)
         expected = make_candidates("retriever", MENTIONS.select(some), ENTITIES, **options)
-        assert found.entity_ids == expected.entity_ids
-        for row, wanted in zip(found.scores["retriever"], expected.scores["retriever"], strict=True):
+        assert candidates.entity_ids == expected.entity_ids
+        for row, wanted in zip(candidates.scores["retriever"], expected.scores["retriever"], strict=True):
             assert row == pytest.approx(wanted)
     assert len(built) == 1
     make_candidates("retriever", MENTIONS, ENTITIES.select(range(6)), **cached)
@@ -125,33 +125,33 @@ def test_processes_that_start_together_share_one_encoding(tmp_path, monkeypatch)
         ("prior", {}, "training split"),
     ],
 )
-def test_what_cannot_be_made_is_said_first(source, options, message):
+def test_wrong_sources_and_options_are_refused_before_any_work(source, options, message):
     with pytest.raises(RecipeError, match=message):
         make_candidates(source, MENTIONS, ENTITIES, **options)
 
 
-def test_documents_share_out_what_the_other_sources_find():
+def test_mentions_without_candidates_get_those_of_their_document():
     documents = toy_documents(12)
-    own = make_candidates("name", documents, ENTITIES, k=4)
-    found = make_candidates("name+document", documents, ENTITIES, k=4)
+    by_name = make_candidates("name", documents, ENTITIES, k=4)
+    shared = make_candidates("name+document", documents, ENTITIES, k=4)
     for i, modality in enumerate(documents["modality"]):
-        assert bool(own.entity_ids[i]) == (modality == "text")
+        assert bool(by_name.entity_ids[i]) == (modality == "text")
         if modality == "text":
-            assert found.entity_ids[i] == own.entity_ids[i]
+            assert shared.entity_ids[i] == by_name.entity_ids[i]
         else:
-            of_document = {e for j in range(12) if j % 3 == i % 3 for e in own.entity_ids[j]}
-            assert len(found.entity_ids[i]) == 4
-            assert set(found.entity_ids[i]) <= of_document
-    assert set(found.scores) == {"name", "document"}
+            of_document = {e for j in range(12) if j % 3 == i % 3 for e in by_name.entity_ids[j]}
+            assert len(shared.entity_ids[i]) == 4
+            assert set(shared.entity_ids[i]) <= of_document
+    assert set(shared.scores) == {"name", "document"}
 
 
-def test_released_candidates_beside_others():
+def test_released_candidates_join_others_but_not_other_priors():
     rows = [{**row, "candidates": ["Q3", "Q1"], "candidate_priors": [0.2, 0.7]} for row in MENTIONS.to_list()]
     features = mention_features(stratum=datasets.Value("string"), candidate_priors=[datasets.Value("float64")])
     mentions = datasets.Dataset.from_list(rows, features=features)
-    found = make_candidates("release+name", mentions, ENTITIES, k=3)
-    assert [each[0] for each in found.entity_ids] == ["Q1"] * 8
-    assert all(own.items() >= {"Q1": 0.7}.items() for own in found.priors.values())
+    candidates = make_candidates("release+name", mentions, ENTITIES, k=3)
+    assert [ids[0] for ids in candidates.entity_ids] == ["Q1"] * 8
+    assert all(priors.items() >= {"Q1": 0.7}.items() for priors in candidates.priors.values())
     with pytest.raises(RecipeError, match="The release ships priors"):
         make_candidates("release+prior", mentions, ENTITIES, k=3, training=MENTIONS)
     with pytest.raises(RecipeError, match="shares the candidates"):

@@ -89,10 +89,10 @@ def composite(a: str, b: str) -> float:
 def test_the_composite_is_that_of_every_pair_by_hand(surfaces, names, k, chunk):
     before, module._CHUNK_SCORES = module._CHUNK_SCORES, chunk
     try:
-        found = name_candidates(mentions_of(surfaces), entities_of(names), k=k, scorer="composite")
+        candidates = name_candidates(mentions_of(surfaces), entities_of(names), k=k, scorer="composite")
     finally:
         module._CHUNK_SCORES = before
-    for surface, listed, scores in zip(surfaces, found.entity_ids, found.scores["name"], strict=True):
+    for surface, listed, scores in zip(surfaces, candidates.entity_ids, candidates.scores["name"], strict=True):
         expected = {f"Q{i}": max(composite(surface, name) for name in each) for i, each in enumerate(names)}
         expected = {entity_id: score for entity_id, score in expected.items() if score > 0}
         assert len(set(listed)) == len(listed) == min(k, len(expected))
@@ -180,9 +180,9 @@ def test_every_scorer_finds_the_same_name(scorer):
 def test_the_prior_is_the_share_of_uses_without_the_mention_itself(uses, surfaces, within):
     training = mentions_of([surface for surface, _ in uses], [gold for _, gold in uses], prefix="t")
     mentions = training if within else mentions_of(surfaces)
-    found = prior_candidates(mentions, training, k=2)
+    candidates = prior_candidates(mentions, training, k=2)
     for i, (surface, listed, scores) in enumerate(
-        zip(mentions["mention"], found.entity_ids, found.scores["prior"], strict=True)
+        zip(mentions["mention"], candidates.entity_ids, candidates.scores["prior"], strict=True)
     ):
         others = [use for j, use in enumerate(uses) if not (within and i == j)]
         counts = Counter(gold for name, gold in others if name.lower() == surface.lower())
@@ -196,7 +196,7 @@ def make(ids, source="name", scores=None, **setting) -> CandidateLists:
     return CandidateLists([f"m{i}" for i in range(len(ids))], ids, {source: scores}, {"source": source, **setting})
 
 
-def test_a_union_takes_turns_and_tells_who_gave_what():
+def test_a_union_takes_turns_and_keeps_the_scores_of_each_source():
     one, other = make([["Q1", "Q2", "Q3"], []]), make([["Q2", "Q9"], ["Q4"]], "prior")
     union = union_candidates([one, other], k=3)
     assert union.entity_ids == [["Q1", "Q2", "Q9"], ["Q4"]]
@@ -215,7 +215,7 @@ def test_recall_counts_golds_among_the_first_k():
     assert math.isnan(make([["Q1"]]).recall([NIL], [1])["recall@1"])
 
 
-def test_a_file_holds_all_of_it(tmp_path):
+def test_candidate_lists_survive_writing_and_reading(tmp_path):
     union = union_candidates([make([["Q1"], []], scorer="WRatio"), make([["Q2"], []], "prior")], k=3)
     union.save(tmp_path / "deep/lists.parquet")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["lists.parquet"]
@@ -226,11 +226,11 @@ def test_a_file_holds_all_of_it(tmp_path):
         union.setting,
     )
     for source, scores in union.scores.items():
-        for found, expected in zip(loaded.scores[source], scores, strict=True):
-            np.testing.assert_equal(found, expected)
+        for values, expected in zip(loaded.scores[source], scores, strict=True):
+            np.testing.assert_equal(values, expected)
 
 
-def test_what_is_no_file_of_candidates(tmp_path):
+def test_files_without_candidates_are_refused(tmp_path):
     (tmp_path / "text.parquet").write_text("no")
     datasets.Dataset.from_dict({"mention_id": ["m"]}).to_parquet(tmp_path / "other.parquet")
     for name in ("text.parquet", "other.parquet", "none.parquet"):
@@ -240,7 +240,7 @@ def test_what_is_no_file_of_candidates(tmp_path):
         make([["Q1"]]).save(tmp_path / "text.parquet" / "x.parquet")
 
 
-def test_lists_in_the_order_of_other_mentions_and_their_rows():
+def test_lists_follow_the_order_of_given_mentions_and_become_rows():
     lists = make([["Q1"], ["Q2"], ["Q3", "Q0"]])
     picked = lists.for_mentions(mentions_of(["a"] * 3).select([2, 0]))
     assert picked.entity_ids == [["Q3", "Q0"], ["Q1"]]
@@ -253,7 +253,7 @@ def test_lists_in_the_order_of_other_mentions_and_their_rows():
         lists.rows(["Q1"])
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_are_refused():
     entities, mentions = entities_of([["a"]]), mentions_of(["a"])
     with pytest.raises(ValueError, match="scorer must be one of WRatio"):
         name_candidates(mentions, entities, scorer="soundex")
@@ -271,7 +271,7 @@ def test_a_visual_mention_has_no_name_and_no_prior():
     assert prior_candidates(mentions, mentions, k=5).entity_ids == [["Q0"], [], ["Q0"]]
 
 
-def test_priors_are_those_that_a_source_gave():
+def test_priors_hold_only_candidates_with_a_prior():
     lists = CandidateLists(["a", "b"], [["Q1", "Q2"], []], {"prior": [[0.25, math.nan], []], "name": [[9, 8], []]})
     assert lists.priors == {"a": {"Q1": 0.25}, "b": {}}
     assert lists.for_mentions(mentions_of(["x"], prefix="a").map(lambda row: {"mention_id": "a"})).priors == {
@@ -297,8 +297,8 @@ def test_released_candidates_come_best_first_with_their_priors(pairs):
     listed = [[f"Q{entity}" for entity, _ in each] for each in pairs]
     if not any(listed):
         return
-    found = release_candidates(shipped(listed, [[prior / 4 for _, prior in each] for each in pairs]), k=3)
-    for ids, priors, each in zip(found.entity_ids, found.scores["prior"], pairs, strict=True):
+    candidates = release_candidates(shipped(listed, [[prior / 4 for _, prior in each] for each in pairs]), k=3)
+    for ids, priors, each in zip(candidates.entity_ids, candidates.scores["prior"], pairs, strict=True):
         best = {}
         for entity, prior in each:
             best[f"Q{entity}"] = max(best.get(f"Q{entity}", 0), prior / 4)
@@ -308,10 +308,10 @@ def test_released_candidates_come_best_first_with_their_priors(pairs):
 
 
 def test_released_candidates_without_priors_keep_their_order():
-    found = release_candidates(shipped([["Q2", "Q1", "Q2"], []], [[], []]), k=2)
-    assert found.entity_ids == [["Q2", "Q1"], []]
-    assert list(found.scores) == ["release"]
-    assert found.priors is None
+    candidates = release_candidates(shipped([["Q2", "Q1", "Q2"], []], [[], []]), k=2)
+    assert candidates.entity_ids == [["Q2", "Q1"], []]
+    assert list(candidates.scores) == ["release"]
+    assert candidates.priors is None
     assert release_candidates(shipped([["Q2", "Q1"]]), k=1).entity_ids == [["Q2"]]
     some = release_candidates(shipped([["Q2", "Q1"], ["Q3"]], [[0.25, 0.75], []]))
     assert (some.entity_ids, some.scores) == ([["Q1", "Q2"], ["Q3"]], {"prior": [[0.75, 0.25], [0.0]]})
@@ -326,7 +326,7 @@ def test_released_candidates_without_priors_keep_their_order():
         ([[], []], None, "ships no candidates"),
     ],
 )
-def test_wrong_released_candidates(listed, priors, message):
+def test_wrong_priors_of_a_release_name_the_mention(listed, priors, message):
     with pytest.raises(DataFormatError, match=message):
         release_candidates(shipped(listed, priors))
 
@@ -338,15 +338,15 @@ def test_a_mention_without_candidates_gets_those_of_its_document(listed, k):
     names = [f"d{i % 2}" for i in range(len(listed))]
     mentions = mentions_of(["x"] * len(listed)).add_column("document_id", names)
     lists = CandidateLists(list(mentions["mention_id"]), listed, {"name": [[1.0] * len(each) for each in listed]})
-    found = document_candidates(mentions, lists, k=k)
-    for i, own in enumerate(listed):
-        if own:
-            assert found.entity_ids[i] == []
+    shared = document_candidates(mentions, lists, k=k)
+    for i, ids in enumerate(listed):
+        if ids:
+            assert shared.entity_ids[i] == []
             continue
         votes = Counter()
         for j, each in enumerate(listed):
             for place, entity_id in enumerate(each):
                 votes[entity_id] += (1 / (place + 1)) * (names[i] == names[j])
         best = sorted((score for score in votes.values() if score), reverse=True)[:k]
-        assert found.scores["document"][i] == pytest.approx(best)
-        assert [votes[entity_id] for entity_id in found.entity_ids[i]] == pytest.approx(best)
+        assert shared.scores["document"][i] == pytest.approx(best)
+        assert [votes[entity_id] for entity_id in shared.entity_ids[i]] == pytest.approx(best)

@@ -22,7 +22,7 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def test_model_and_processor(folder):
+def test_a_folder_loads_as_a_float32_model_in_evaluation_mode_and_its_processor(folder):
     model, processor = load_retriever(folder, device="cpu")
     assert isinstance(model, ToyRetriever)
     assert isinstance(processor, ToyProcessor)
@@ -33,14 +33,14 @@ def test_model_and_processor(folder):
     assert torch.equal(model.mention_text.weight, expected)
 
 
-def test_no_such_model(tmp_path):
+def test_a_name_without_a_model_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in (tmp_path / "empty", tmp_path / "typo", "nobody/nothing", "no spaces allowed"):
         with pytest.raises(UnknownModelError, match="cannot be loaded"):
             load_retriever(name)
 
 
-def test_incomplete_weights(folder):
+def test_missing_weights_are_refused_by_name(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["mention_text.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -48,25 +48,25 @@ def test_incomplete_weights(folder):
         load_retriever(folder)
 
 
-def test_damaged_weights(folder):
+def test_a_damaged_weight_file_is_refused(folder):
     (folder / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UnknownModelError, match="cannot be loaded"):
         load_retriever(folder)
 
 
-def test_a_hostile_configuration(folder):
+def test_a_configuration_with_a_wrong_type_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dim": "many"}))
     with pytest.raises(UnknownModelError, match="cannot be loaded"):
         load_retriever(folder)
 
 
-def test_a_device_that_is_not_there(folder):
+def test_an_unknown_device_is_refused_by_name(folder):
     with pytest.raises(UnknownModelError, match="'nowhere'"):
         load_retriever(folder, device="nowhere")
 
 
-def test_not_a_retriever(tmp_path):
+def test_a_model_that_is_no_retriever_is_refused(tmp_path):
     from transformers import BertConfig, BertModel
 
     sizes = {
@@ -82,7 +82,7 @@ def test_not_a_retriever(tmp_path):
         load_retriever(tmp_path)
 
 
-def test_a_tokenizer_is_not_a_processor(folder, monkeypatch):
+def test_a_tokenizer_in_place_of_a_processor_is_refused(folder, monkeypatch):
     def tokenizer(text):
         raise AssertionError
 

@@ -8,7 +8,7 @@ from hf_mel.inference.inputs import ModelInputs
 from tests.toy import ToyEncodings, ToyProcessor, toy_entities, toy_mentions, toy_model
 
 
-def test_slice_and_concat_are_inverse():
+def test_concatenated_slices_equal_the_whole():
     encodings = {"a": torch.arange(12).view(6, 2), "b": torch.arange(6)}
     parts = [slice_encodings(encodings, slice(0, 1)), slice_encodings(encodings, slice(1, 6))]
     joined = concat_encodings(parts)
@@ -16,7 +16,7 @@ def test_slice_and_concat_are_inverse():
     assert all(torch.equal(joined[name], encodings[name]) for name in encodings)
 
 
-def test_slice_by_row_numbers():
+def test_a_slice_by_row_numbers_has_these_rows_in_their_order():
     encodings = {"a": torch.arange(12).view(6, 2)}
     assert slice_encodings(encodings, [4, 0])["a"].tolist() == [[8, 9], [0, 1]]
     assert slice_encodings(encodings, torch.tensor([4]))["a"].tolist() == [[8, 9]]
@@ -30,7 +30,7 @@ def test_model_outputs_become_plain_dicts_without_absent_fields():
         assert list(plain) == ["text"]
 
 
-def test_sizes():
+def test_rows_and_bytes_are_counted_and_unequal_lengths_are_refused():
     assert num_rows({"a": torch.zeros(3, 2), "b": torch.zeros(3)}) == 3
     assert row_bytes({"a": torch.zeros(3, 2, 5), "b": torch.zeros(3, dtype=torch.int64)}) == 10 * 4 + 8
     with pytest.raises(ValueError, match="'a': 3, 'b': 2"):
@@ -50,7 +50,7 @@ def test_parts_that_do_not_fit_are_named():
 
 @pytest.mark.parametrize(("kind", "rows"), [("mentions", toy_mentions(7)), ("entities", toy_entities(7))])
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 50])
-def test_batches_do_not_matter(kind, rows, batch_size):
+def test_encodings_do_not_depend_on_the_batch_size(kind, rows, batch_size):
     model, processor = toy_model(), ToyProcessor()
     encode = model.encode_mentions if kind == "mentions" else model.encode_entities
     with torch.no_grad():
@@ -66,19 +66,19 @@ def test_half_precision_models_store_float32():
     assert {tensor.dtype for tensor in encodings.values()} == {torch.float32}
 
 
-def test_encoding_does_not_leak_its_mode():
+def test_encoding_leaves_gradients_enabled_for_the_caller():
     batches = encode_batches(ModelInputs(toy_model(), ToyProcessor()), toy_entities(4), "entities", batch_size=2)
     next(batches)
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
 
 
-def test_nothing_to_encode():
+def test_no_rows_to_encode_are_refused():
     with pytest.raises(ValueError, match="no entities"):
         encode_rows(ModelInputs(toy_model(), ToyProcessor()), toy_entities(3).select([]), "entities")
 
 
-def test_shapes_that_change_between_batches():
+def test_encodings_that_change_shape_between_batches_are_refused():
     class Growing(ToyProcessor):
         def __call__(self, **rows):
             return {"entity_x": torch.ones(1, len(rows["entities"][0]["name"]))}

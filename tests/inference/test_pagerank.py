@@ -54,18 +54,20 @@ def test_pagerank_is_that_of_networkx(damping):
     torch.testing.assert_close(scores.sum(1), torch.ones(len(sizes), dtype=torch.float64))
 
 
-def test_pagerank_of_holes_and_of_nothing():
+def test_pagerank_ignores_masked_vertices_and_is_zero_without_any():
     """Vertices may be missing anywhere, and a graph may have none."""
     weights = torch.rand(1, 5, 5, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True, False, True, True, False]])
-    there = [0, 2, 3]
+    vertices = [0, 2, 3]
     scores = pagerank(weights, mask)
-    assert scores[0, there].tolist() == pytest.approx(graph_scores(weights[0][there][:, there], 0.85), abs=1e-9)
+    assert scores[0, vertices].tolist() == pytest.approx(
+        graph_scores(weights[0][vertices][:, vertices], 0.85), abs=1e-9
+    )
     assert pagerank(weights, torch.zeros(1, 5, dtype=torch.bool)).tolist() == [[0.0] * 5]
 
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
-def test_weights_that_are_no_weights(weight):
+def test_negative_and_infinite_weights_are_refused(weight):
     weights = torch.ones(1, 2, 2)
     weights[0, 0, 1] = weight
     with pytest.raises(ValueError, match="finite and at least 0"):
@@ -73,7 +75,7 @@ def test_weights_that_are_no_weights(weight):
     assert pagerank(weights, torch.tensor([[True, False]])).tolist() == [[1.0, 0.0]]  # not a vertex
 
 
-def test_damping_of_one_never_settles():
+def test_a_damping_of_one_is_refused():
     with pytest.raises(ValueError, match="damping=1"):
         pagerank(torch.ones(1, 2, 2), damping=1)
 
@@ -93,7 +95,7 @@ def test_graphs_have_no_negative_edges_and_no_loops():
 
 
 @pytest.mark.parametrize("graph_bytes", [1, 32 * 36 * 3, 2**28])
-def test_choice_is_the_plain_one(graph_bytes):
+def test_chosen_posts_are_those_of_the_definition(graph_bytes):
     """Whatever is computed together; 0, 1 and many posts; interleaved rows."""
     features = torch.randn(40, 5, generator=torch.Generator().manual_seed(3))
     groups = [[0, 2, 4, 6, 8, 10], [], [1], [3, 5, 7, 9, 11, 13, 15], [39, 38, 37], list(range(12, 30, 3)), []]
@@ -102,14 +104,14 @@ def test_choice_is_the_plain_one(graph_bytes):
     assert [len(each) for each in chosen] == [4, 0, 1, 4, 3, 4, 0]
 
 
-def test_choice_follows_the_posts_when_they_change_places():
+def test_chosen_posts_do_not_depend_on_the_order_of_the_posts():
     features = torch.randn(12, 6, generator=torch.Generator().manual_seed(4))
     order = torch.randperm(12, generator=torch.Generator().manual_seed(5)).tolist()
     straight = select_posts(features, [list(range(12))], 5)[0]
     assert select_posts(features, [order], 5)[0] == straight
 
 
-def test_equal_posts_come_in_their_order():
+def test_equally_central_posts_keep_their_order():
     same = torch.tensor([[0.3, 0.4]]).repeat(6, 1)
     assert select_posts(same, [[4, 1, 5, 0]], 3) == [[4, 1, 5]]
     # Rounding of encoders: the same up to a few last bits.
@@ -121,7 +123,7 @@ def test_equal_posts_come_in_their_order():
     assert select_posts(many, [range(499, -1, -1)], 20) == [list(range(499, 479, -1))]
 
 
-def test_the_odd_one_out_is_last():
+def test_a_post_unlike_the_others_comes_last():
     features = torch.tensor([[-1.0, 0.0], [1.0, 0.1], [1.0, 0.0], [1.0, -0.1]])
     chosen = select_posts(features, [[0, 1, 2, 3]], 4)[0]
     assert chosen[0] == 2
@@ -129,7 +131,7 @@ def test_the_odd_one_out_is_last():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_features_that_are_no_numbers_name_their_post(value):
+def test_features_that_are_not_finite_name_their_post(value):
     features = torch.ones(3, 2)
     features[1, 0] = value
     with pytest.raises(ScoreError, match="row post-7: The features of the post"):
@@ -138,7 +140,7 @@ def test_features_that_are_no_numbers_name_their_post(value):
         select_posts(features, [[0]], 2)
 
 
-def test_none_are_too_few():
+def test_zero_posts_to_choose_are_refused():
     with pytest.raises(ValueError, match="k=0"):
         select_posts(torch.ones(1, 2), [[0]], 0)
 

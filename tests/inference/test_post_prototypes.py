@@ -22,8 +22,8 @@ ENTITIES = toy_entities(14)  # Q13 and Q14 have no posts, nor have Q6 and Q12
 
 def features(model, posts: list[dict], modality: str) -> torch.Tensor:
     with torch.no_grad():
-        each = [model.encode_posts(**ToyPostsProcessor()(posts=[post])) for post in posts]
-    return torch.cat([found[modality] for found in each])
+        encodings = [model.encode_posts(**ToyPostsProcessor()(posts=[post])) for post in posts]
+    return torch.cat([encoded[modality] for encoded in encodings])
 
 
 def itself(entity: dict) -> dict:
@@ -59,7 +59,7 @@ def test_prototypes_are_those_of_the_definition(kept):
     assert sizes >= {(3, 3), (3, 2), (1, 1), (1, 0)}
 
 
-def test_one_by_one_is_all_at_once():
+def test_prototypes_of_one_entity_equal_those_computed_together():
     model, rows = toy_posts_model(), list(ENTITIES)
     prototypes = PostPrototypes(model, ToyPostsProcessor(), toy_posts())
     together = prototypes.attach(rows)
@@ -68,7 +68,7 @@ def test_one_by_one_is_all_at_once():
             torch.testing.assert_close(vectors, same["prototypes"][modality])
 
 
-def test_kept_prototypes_are_not_encoded_again(monkeypatch):
+def test_precomputed_prototypes_are_not_encoded_again(monkeypatch):
     monkeypatch.setattr("hf_mel.inference.features.post_prototypes._CHUNK_POSTS", 7)
     model = toy_posts_model()
     prototypes = PostPrototypes(model, ToyPostsProcessor(), toy_posts())
@@ -79,14 +79,14 @@ def test_kept_prototypes_are_not_encoded_again(monkeypatch):
     assert model.posts_seen == len(toy_posts()) + len(ENTITIES)
 
 
-def test_the_mode_of_the_model_stays():
+def test_prototypes_leave_the_model_in_its_mode():
     model = toy_posts_model().train()
     PostPrototypes(model, ToyPostsProcessor()).attach(list(ENTITIES)[:1])
     assert model.training
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_own_texts_are_left_out(kept):
+def test_hidden_texts_are_no_prototypes(kept):
     """No prototype is a post whose text is hidden; a hidden one makes room for the next; the last one for the entity."""
     model, posts = toy_posts_model(), list(toy_posts())
     prototypes = PostPrototypes(model, ToyPostsProcessor(), toy_posts())
@@ -96,67 +96,72 @@ def test_own_texts_are_left_out(kept):
         entity = ENTITIES[number]
         mine = [post for post in posts if post["entity_id"] == entity["entity_id"]]
         for hidden in mine:
-            found = prototypes.attach([entity], without=[hidden["text"], "something else"])[0]["prototypes"]["text"]
-            own = features(model, [hidden], "text")
-            assert not torch.isclose(found, own / own.norm(), atol=1e-5).all(1).any()
-            left = [post for post in mine if post is not hidden] or [itself(entity)]
-            assert len(found) == min(len(left), 3)
-            if len(left) == 1:
-                torch.testing.assert_close(found, features(model, left, "text") / features(model, left, "text").norm())
+            vectors = prototypes.attach([entity], without=[hidden["text"], "something else"])[0]["prototypes"]["text"]
+            hidden_vector = features(model, [hidden], "text")
+            assert not torch.isclose(vectors, hidden_vector / hidden_vector.norm(), atol=1e-5).all(1).any()
+            remaining = [post for post in mine if post is not hidden] or [itself(entity)]
+            assert len(vectors) == min(len(remaining), 3)
+            if len(remaining) == 1:
+                torch.testing.assert_close(
+                    vectors, features(model, remaining, "text") / features(model, remaining, "text").norm()
+                )
 
 
-def test_captions_are_left_out_by_the_text_of_their_mention():
+def test_the_caption_of_a_hidden_mention_is_no_prototype():
     model, mentions = toy_posts_model(), toy_mentions(24)
     prototypes = PostPrototypes(model, ToyPostsProcessor(), captions_as_posts(mentions))
     prototypes.precompute(ENTITIES)
     for mention in mentions:
         entity = next(row for row in ENTITIES if row["entity_id"] == mention["entity_id"])
         bare = mention["text"].replace(f"{mention['mention']} ", "", 1)
-        own = features(model, [{"text": bare, "image": None}], "text")
+        caption = features(model, [{"text": bare, "image": None}], "text")
         with_it, without = (
             prototypes.attach([entity], without=hidden)[0]["prototypes"]["text"] for hidden in ((), [mention["text"]])
         )
-        assert torch.isclose(with_it, own / own.norm(), atol=1e-5).all(1).any()
-        assert not torch.isclose(without, own / own.norm(), atol=1e-5).all(1).any()
+        assert torch.isclose(with_it, caption / caption.norm(), atol=1e-5).all(1).any()
+        assert not torch.isclose(without, caption / caption.norm(), atol=1e-5).all(1).any()
 
 
-def test_equal_posts_are_the_first_of_them():
+def test_of_equal_posts_the_first_are_prototypes():
     same = {"entity_id": "Q1", "text": "again", "image": None}
     posts = datasets.Dataset.from_list([{"post_id": f"p{k}", **same} for k in range(6)], features=post_features())
     model = toy_posts_model()
     prototypes = PostPrototypes(model, ToyPostsProcessor(), posts)
     prototypes.precompute(ENTITIES)
-    found = prototypes.attach([ENTITIES[0]])[0]["prototypes"]
-    assert found["text"].shape == (3, 16)
-    assert found["image"].shape == (0, 3)
-    torch.testing.assert_close(found["text"][0], found["text"][2])
+    prototypes_of_first = prototypes.attach([ENTITIES[0]])[0]["prototypes"]
+    assert prototypes_of_first["text"].shape == (3, 16)
+    assert prototypes_of_first["image"].shape == (0, 3)
+    torch.testing.assert_close(prototypes_of_first["text"][0], prototypes_of_first["text"][2])
     assert prototypes.support_set(ENTITIES)["post_id"][:] == ["p0", "p1", "p2"]
 
 
-def test_an_entity_with_nothing_at_all():
+def test_an_entity_without_posts_texts_and_images_has_no_prototypes():
     bare = {"entity_id": "Q0", "name": "", "description": "", "attributes": "", "aliases": [], "images": []}
-    found = PostPrototypes(toy_posts_model(), ToyPostsProcessor()).attach([bare])[0]["prototypes"]
-    assert {name: tuple(vectors.shape) for name, vectors in found.items()} == {"text": (0, 16), "image": (0, 3)}
+    vectors_by_modality = PostPrototypes(toy_posts_model(), ToyPostsProcessor()).attach([bare])[0]["prototypes"]
+    assert {name: tuple(vectors.shape) for name, vectors in vectors_by_modality.items()} == {
+        "text": (0, 16),
+        "image": (0, 3),
+    }
 
 
-def test_posts_that_lack_everything_leave_the_entity():
+def test_an_entity_whose_posts_are_empty_represents_itself():
     """A post that is empty for this model counts as none."""
     posts = datasets.Dataset.from_list(
         [{"post_id": "p", "entity_id": "Q2", "text": "", "image": None}], features=post_features()
     )
     model = toy_posts_model()
-    found = PostPrototypes(model, ToyPostsProcessor(), posts).attach([ENTITIES[1]])[0]["prototypes"]
-    torch.testing.assert_close(found["text"], plain(model, [], ENTITIES[1], "text"))
+    vectors_by_modality = PostPrototypes(model, ToyPostsProcessor(), posts).attach([ENTITIES[1]])[0]["prototypes"]
+    torch.testing.assert_close(vectors_by_modality["text"], plain(model, [], ENTITIES[1], "text"))
 
 
-def test_features_of_what_is_not_there_do_not_matter(monkeypatch):
+def test_features_of_absent_images_are_ignored(monkeypatch):
     model = toy_posts_model()
     expected = PostPrototypes(model, ToyPostsProcessor(), toy_posts()).attach(list(ENTITIES))
     encode = model.encode_posts
 
     def careless(**inputs):
-        found = encode(**inputs)
-        return found | {"image": found["image"].masked_fill(~found["image_present"][:, None], torch.nan)}
+        encoded = encode(**inputs)
+        return encoded | {"image": encoded["image"].masked_fill(~encoded["image_present"][:, None], torch.nan)}
 
     monkeypatch.setattr(model, "encode_posts", careless)
     for row, same in zip(
@@ -168,39 +173,41 @@ def test_features_of_what_is_not_there_do_not_matter(monkeypatch):
 def test_random_choice_is_the_same_in_every_run():
     model = toy_posts_model()
     model.config.prototype_selection = "random"
-    posts, found = toy_posts(), []
+    posts, runs = toy_posts(), []
     for batch_size in (1, 64):
         prototypes = PostPrototypes(model, ToyPostsProcessor(), posts, batch_size=batch_size)
         prototypes.precompute(ENTITIES)
-        found.append([row["prototypes"]["text"] for row in prototypes.attach(list(ENTITIES))])
-        for k, vectors in enumerate(found[-1]):
+        runs.append([row["prototypes"]["text"] for row in prototypes.attach(list(ENTITIES))])
+        for k, vectors in enumerate(runs[-1]):
             mine = [post for post in posts if post["entity_id"] == f"Q{k + 1}"]
             if mine:
                 order = random_posts(f"Q{k + 1}", range(len(mine)), len(mine))
                 expected = features(model, [mine[place] for place in order[:3]], "text")
                 torch.testing.assert_close(vectors, expected / expected.norm(dim=1, keepdim=True))
-    for first, second in zip(*found, strict=True):
+    for first, second in zip(*runs, strict=True):
         torch.testing.assert_close(first, second)
     model.config.prototype_selection = "pagerank"
     by_rank = PostPrototypes(model, ToyPostsProcessor(), posts).attach(list(ENTITIES))
-    assert any(not torch.equal(a, row["prototypes"]["text"]) for a, row in zip(found[0], by_rank, strict=True))
+    assert any(not torch.equal(a, row["prototypes"]["text"]) for a, row in zip(runs[0], by_rank, strict=True))
     model.config.prototype_selection = "best"
     with pytest.raises(RecipeError, match="'best' is not one of pagerank, random"):
         PostPrototypes(model, ToyPostsProcessor())
 
 
-def test_the_entity_itself_may_come_first():
+def test_with_entity_prototype_the_entity_comes_before_its_posts():
     model, posts = toy_posts_model(), list(toy_posts())
     model.config.entity_prototype = True
     rows = PostPrototypes(model, ToyPostsProcessor(), toy_posts()).attach(list(ENTITIES))
     for row, entity in zip(rows, ENTITIES, strict=True):
-        own = plain(model, [], entity, "text")
+        entity_vector = plain(model, [], entity, "text")
         others = plain(model, posts, entity, "text", k=2)
         has_posts = any(post["entity_id"] == entity["entity_id"] for post in posts)
-        torch.testing.assert_close(row["prototypes"]["text"], torch.cat([own, others]) if has_posts else own)
+        torch.testing.assert_close(
+            row["prototypes"]["text"], torch.cat([entity_vector, others]) if has_posts else entity_vector
+        )
 
 
-def test_the_support_set():
+def test_the_support_set_holds_the_chosen_posts_of_all_entities():
     model, posts = toy_posts_model(), toy_posts()
     prototypes = PostPrototypes(model, ToyPostsProcessor(), posts)
     prototypes.precompute(ENTITIES)
@@ -208,10 +215,10 @@ def test_the_support_set():
     for entity in ENTITIES:
         mine = [post for post in posts if post["entity_id"] == entity["entity_id"]]
         for modality in ("text", "image"):
-            there = [post for post in mine if modality == "text" or post["image"] is not None]
-            if there:
-                chosen = select_posts(features(model, there, modality), [range(len(there))], 3)[0]
-                expected |= {there[place]["post_id"] for place in chosen}
+            usable = [post for post in mine if modality == "text" or post["image"] is not None]
+            if usable:
+                chosen = select_posts(features(model, usable, modality), [range(len(usable))], 3)[0]
+                expected |= {usable[place]["post_id"] for place in chosen}
     assert prototypes.support_set(ENTITIES)["post_id"][:] == [i for i in posts["post_id"] if i in expected]
     assert len(expected) < len(posts)
     without = PostPrototypes(model, ToyPostsProcessor())
@@ -220,7 +227,7 @@ def test_the_support_set():
         without.support_set(ENTITIES)
 
 
-def test_features_that_are_no_numbers_name_the_post():
+def test_features_that_are_nan_name_the_post():
     model = copy.deepcopy(toy_posts_model())
     with torch.no_grad():
         model.characters.weight[1 + ord("z") % 96] = torch.nan
@@ -238,6 +245,6 @@ def test_a_damaged_image_names_the_post():
         PostPrototypes(toy_posts_model(), ToyPostsProcessor(), posts).attach([ENTITIES[0]])
 
 
-def test_other_models_have_none():
+def test_only_models_with_posts_have_prototypes():
     assert PostPrototypes.for_model(toy_model(), ToyProcessor(), toy_posts()) is None
     assert PostPrototypes.for_model(toy_posts_model(), ToyPostsProcessor()) is not None

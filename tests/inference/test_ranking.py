@@ -111,7 +111,7 @@ class TwoSteps:
 
 @settings(max_examples=200, deadline=None)
 @given(matrices, budgets, st.integers(1, 12), st.booleans(), st.data())
-def test_leaving_out_what_cannot_matter_changes_nothing(scores, budget, k, cautious, data):
+def test_skipping_pairs_below_the_floor_changes_no_rank(scores, budget, k, cautious, data):
     count, size = scores.shape
     golds = data.draw(st.none() | st.lists(st.integers(-1, size - 1), min_size=count, max_size=count))
     quick = data.draw(hnp.arrays(np.int64, scores.shape, elements=st.integers(-3, 3)))
@@ -122,12 +122,12 @@ def test_leaving_out_what_cannot_matter_changes_nothing(scores, budget, k, cauti
     assert result.top_rows.tolist() == top
     assert result.top_scores.tolist() == [[row[i] for i in rows] for row, rows in zip(scores, top, strict=True)]
     if golds is not None:
-        known = [gold >= 0 for gold in golds]
-        assert result.best_rank.tolist() == [rank * here for rank, here in zip(best, known, strict=True)]
-        assert result.worst_rank.tolist() == [rank * here for rank, here in zip(worst, known, strict=True)]
+        has_gold = [gold >= 0 for gold in golds]
+        assert result.best_rank.tolist() == [rank * counts for rank, counts in zip(best, has_gold, strict=True)]
+        assert result.worst_rank.tolist() == [rank * counts for rank, counts in zip(worst, has_gold, strict=True)]
 
 
-def test_most_pairs_are_left_out():
+def test_most_pairs_below_the_floor_are_skipped():
     generator = torch.Generator().manual_seed(0)
     mentions = {name: torch.randn(9, 8, generator=generator) for name in "xy"}
     entities = {name: torch.randn(5_000, 8, generator=generator) for name in "xy"}
@@ -142,7 +142,7 @@ def test_most_pairs_are_left_out():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("part", ["x", "y"])
-def test_a_part_that_cannot_be_ranked_is_named(value, part):
+def test_a_partial_score_that_is_not_finite_is_named(value, part):
     mentions, entities = {name: torch.ones(5, 1) for name in "xy"}, {name: torch.ones(7, 1) for name in "xy"}
     entities[part][4] = value
     with pytest.raises(ScoreError, match="mention 0 and entity row 4"):
@@ -151,7 +151,7 @@ def test_a_part_that_cannot_be_ranked_is_named(value, part):
         rank(TwoSteps(cautious=False), mentions, source(entities), gold_rows=[-1, -1, 0, 4, -1], top_k=2)
 
 
-def test_real_numbers_in_chunks_of_any_shape():
+def test_random_scores_in_chunks_of_any_shape_equal_brute_force():
     generator = torch.Generator().manual_seed(0)
     mentions = {"x": torch.randn(23, 16, generator=generator)}
     entities = torch.randn(211, 16, generator=generator)
@@ -199,14 +199,14 @@ def test_ties_as_the_metric_defines_them():
     assert result.worst_rank.tolist() == worst.tolist()
 
 
-def test_constant_scorer():
+def test_equal_scores_of_all_entities_give_ranks_from_first_to_last():
     result = rank(DotProduct(), *table(np.zeros((4, 9))), gold_rows=[0, 3, 8, 8], top_k=3, byte_budget=900)
     assert result.best_rank.tolist() == [1] * 4
     assert result.worst_rank.tolist() == [9] * 4
     assert result.top_rows.tolist() == [[0, 1, 2]] * 4
 
 
-def test_mentions_without_a_gold():
+def test_a_mention_without_a_gold_has_no_rank():
     result = rank(DotProduct(), *table([[3, 2, 1], [1, 2, 3]]), gold_rows=[-1, 0])
     assert result.best_rank.tolist() == result.worst_rank.tolist() == [0, 3]
     assert torch.isnan(result.gold_score).tolist() == [True, False]
@@ -214,7 +214,7 @@ def test_mentions_without_a_gold():
     assert without.gold_score is without.best_rank is without.worst_rank is None
 
 
-def test_smallest_inputs():
+def test_one_entity_and_no_mentions_are_ranked():
     one = rank(DotProduct(), *table([[5]]), gold_rows=[0], top_k=10)
     assert (one.top_scores.tolist(), one.top_rows.tolist()) == ([[5]], [[0]])
     assert one.best_rank.tolist() == one.worst_rank.tolist() == [1]
@@ -239,7 +239,7 @@ def test_a_score_that_cannot_be_ranked_is_named(value, budget):
         rank(None, mentions, source(entities), byte_budget=budget, score=look_up)
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_are_refused():
     mentions, entities = table([[1, 2], [2, 1]])
     with pytest.raises(ValueError, match="top_k"):
         rank(DotProduct(), mentions, entities, top_k=0)
@@ -255,7 +255,7 @@ def test_wrong_arguments():
         EncodedEntities(["a", "b", "c"], {"x": torch.zeros(2, 2)})
 
 
-def test_chunks_with_a_gap():
+def test_a_missing_chunk_of_entities_is_an_error():
     class Gap(EncodedEntities):
         def iter_chunks(self, chunk_size, **options):
             chunks = list(super().iter_chunks(1, **options))
@@ -278,7 +278,7 @@ def test_blocks_stay_within_the_budget(budget):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_does_not_grow_with_the_batches():
+def test_memory_does_not_grow_with_the_number_of_batches():
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -322,24 +322,24 @@ from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
 
 processes = PartialState(cpu=True)
 data = torch.load(sys.argv[1])
-found = []
+results = []
 for size in (1, 2, 37):
     entities = source({name: tensor[:size] for name, tensor in data["entities"].items()})
     part = EntityPart(entities, part_of_process(size, processes))
     golds = [min(gold, size - 1) for gold in data["golds"]]
-    found.append(vars(rank(TwoSteps(True), data["mentions"], part, gold_rows=golds, top_k=6, processes=processes)))
+    results.append(vars(rank(TwoSteps(True), data["mentions"], part, gold_rows=golds, top_k=6, processes=processes)))
 mentions, entities = toy_mentions(20, entities=12, nil_every=5), toy_entities(15)
 model, processor = toy_model(), ToyProcessor()
 for kb in (entities, KnowledgeBase.from_pretrained(sys.argv[2])):
     result = FullEvaluator(kb, progress=False)(ModelInputs(model, processor), mentions, processes=processes)
-    found.append(vars(result.ranking) | {"metrics": result.metrics})
+    results.append(vars(result.ranking) | {"metrics": result.metrics})
 data["entities"]["x"][30] = float("nan")  # of the second process
 part = EntityPart(source(data["entities"]), part_of_process(37, processes))
 try:
     rank(TwoSteps(True), data["mentions"], part, processes=processes)
 except ScoreError as error:
-    found.append(str(error))
-torch.save(found, f"{sys.argv[3]}{processes.process_index}.pt")
+    results.append(str(error))
+torch.save(results, f"{sys.argv[3]}{processes.process_index}.pt")
 processes.destroy_process_group()
 """
 
@@ -357,7 +357,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
     root = Path(__file__).parents[2]
     subprocess.run(
-        [*command, str(tmp_path / "data.pt"), str(tmp_path / "kb"), str(tmp_path / "found")],
+        [*command, str(tmp_path / "data.pt"), str(tmp_path / "kb"), str(tmp_path / "results")],
         check=True,
         env={**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""},
         timeout=600,
@@ -366,17 +366,17 @@ def test_two_processes_find_what_one_finds(tmp_path):
         ModelInputs(model, processor), toy_mentions(20, entities=12, nil_every=5)
     )
     for process in range(2):
-        *ranked, error = torch.load(tmp_path / f"found{process}.pt", weights_only=False)
+        *ranked, error = torch.load(tmp_path / f"results{process}.pt", weights_only=False)
         assert "entity row 30 is nan" in error
-        for size, found in zip((1, 2, 37), ranked[:3], strict=True):
+        for size, result_of_process in zip((1, 2, 37), ranked[:3], strict=True):
             whole = source({name: tensor[:size] for name, tensor in entities.items()})
-            own = [min(gold, size - 1) for gold in golds]
-            for name, column in vars(rank(TwoSteps(True), mentions, whole, gold_rows=own, top_k=6)).items():
-                torch.testing.assert_close(found[name], column, rtol=0, atol=0, equal_nan=True)
-        for found in ranked[3:]:
-            assert found["metrics"] == result.metrics
+            rows = [min(gold, size - 1) for gold in golds]
+            for name, column in vars(rank(TwoSteps(True), mentions, whole, gold_rows=rows, top_k=6)).items():
+                torch.testing.assert_close(result_of_process[name], column, rtol=0, atol=0, equal_nan=True)
+        for result_of_process in ranked[3:]:
+            assert result_of_process["metrics"] == result.metrics
             for name, column in vars(result.ranking).items():
-                torch.testing.assert_close(found[name], column, equal_nan=True)
+                torch.testing.assert_close(result_of_process[name], column, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -384,11 +384,11 @@ def test_scores_of_another_type_are_ranked_as_float32(dtype):
     generator = torch.Generator().manual_seed(3)
     mentions = {"x": torch.randn(5, 4, generator=generator)}
     entities = {"x": torch.randn(9, 4, generator=generator)}
-    found = rank(
+    result = rank(
         None, mentions, source(entities), gold_rows=[0, 3, -1, 8, 2], score=lambda m, e: (m["x"] @ e["x"].T).to(dtype)
     )
     scores = (mentions["x"] @ entities["x"].T).to(dtype).float()
-    torch.testing.assert_close(found.top_scores, scores.sort(descending=True, dim=1).values)
+    torch.testing.assert_close(result.top_scores, scores.sort(descending=True, dim=1).values)
     halves = {name: tensor.half() for name, tensor in entities.items()}
     in_float = rank(None, mentions, source(halves), score=lambda m, e: m["x"] @ e["x"].T)
     torch.testing.assert_close(

@@ -45,7 +45,7 @@ def expected(model, lists, width: int) -> np.ndarray:
     return scores
 
 
-def test_the_toy_is_a_reranker():
+def test_the_toy_reranker_satisfies_the_protocol():
     assert isinstance(toy_reranker(), Reranker)
 
 
@@ -53,27 +53,27 @@ def test_the_toy_is_a_reranker():
 @given(LISTS, st.integers(1, 9))
 def test_sorted_batches_score_as_one_pair_at_a_time(lists, batch_size):
     model = toy_reranker()
-    found = score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists, batch_size=batch_size).scores
+    scores = score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists, batch_size=batch_size).scores
     width = max(map(len, lists))
-    assert found.shape == (10, width)
-    np.testing.assert_allclose(found.numpy(), expected(model, lists, width), atol=1e-5)
+    assert scores.shape == (10, width)
+    np.testing.assert_allclose(scores.numpy(), expected(model, lists, width), atol=1e-5)
 
 
 @settings(max_examples=15, deadline=None)
 @given(LISTS, st.randoms())
 def test_the_order_of_the_candidates_changes_no_score(lists, random):
     shuffled = [random.sample(rows, len(rows)) for rows in lists]
-    model, found = toy_reranker(), []
+    model, scores_by_row = toy_reranker(), []
     for some in (lists, shuffled):
         masks = [
             torch.tensor([[c < len(rows) for c in range(max(map(len, some)))] for rows in some], dtype=torch.bool)
         ]
         result = score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, some, joint_masks=masks, batch_size=5)
         for scores in (result.scores, result.joint[0]):
-            found.append(
+            scores_by_row.append(
                 [dict(zip(rows, each, strict=False)) for rows, each in zip(some, scores.tolist(), strict=True)]
             )
-    for first, second in zip(found[:2], found[2:], strict=True):
+    for first, second in zip(scores_by_row[:2], scores_by_row[2:], strict=True):
         for one, other in zip(first, second, strict=True):
             assert one == pytest.approx(other, abs=1e-5)
 
@@ -86,15 +86,17 @@ def test_dependent_pairs_are_scored_by_whole_examples(unit, batch_size):
     model = toy_reranker(unit=unit, independent=False)
     # The context's share would tell a batch of one mention of it from one of two.
     mentions = MENTIONS if unit == "context" else MENTIONS.map(lambda row: {"context_id": row["mention_id"]})
-    found = score_pairs(ModelInputs(model, PROCESSOR), mentions, ENTITIES, lists, batch_size=batch_size).scores.numpy()
+    scores = score_pairs(
+        ModelInputs(model, PROCESSOR), mentions, ENTITIES, lists, batch_size=batch_size
+    ).scores.numpy()
     plain = expected(model, lists, 3)
     means = {i: np.mean(plain[i, : len(rows)]) for i, rows in enumerate(lists) if rows}
     for i, rows in enumerate(lists):
         same = [j for j in means if mentions[j]["context_id"] == mentions[i]["context_id"]]
         for c in range(len(rows)):
             taken = means[i] + np.mean([means[j] for j in same]) / 2
-            assert found[i, c] == pytest.approx(plain[i, c] - taken, abs=1e-5)
-        assert np.isneginf(found[i, len(rows) :]).all()
+            assert scores[i, c] == pytest.approx(plain[i, c] - taken, abs=1e-5)
+        assert np.isneginf(scores[i, len(rows) :]).all()
 
 
 @pytest.mark.parametrize("chunk", [1, 12, 8192])
@@ -112,11 +114,11 @@ def test_joint_ranking_sees_whole_contexts_and_only_what_its_mask_allows(monkeyp
         for i, rows in enumerate(lists)
         for c, row in enumerate(rows)
     }
-    for mask, found in zip((whole, part), result.joint, strict=True):
+    for mask, scores in zip((whole, part), result.joint, strict=True):
         for i in range(10):
             for c in range(4):
                 if not mask[i, c]:
-                    assert found[i, c] == -torch.inf
+                    assert scores[i, c] == -torch.inf
                     continue
                 score, vector = pairs[i, c]
                 others = [
@@ -124,7 +126,7 @@ def test_joint_ranking_sees_whole_contexts_and_only_what_its_mask_allows(monkeyp
                     for (j, d) in pairs
                     if j != i and mask[j, d] and MENTIONS[j]["context_id"] == MENTIONS[i]["context_id"]
                 ]
-                assert found[i, c].item() == pytest.approx(score + (max(others) if others else 0), abs=1e-5)
+                assert scores[i, c].item() == pytest.approx(score + (max(others) if others else 0), abs=1e-5)
 
 
 def test_every_image_is_encoded_once(monkeypatch):
@@ -162,7 +164,7 @@ def test_a_processor_that_reads_several_images_gets_the_features_of_all(monkeypa
     encode = model.encode_images
     monkeypatch.setattr(model, "encode_images", lambda pixels: seen.extend(pixels) or encode(pixels))
     lists = [[(3 * i + c) % 12 for c in range(5)] for i in range(10)]
-    found = score_pairs(ModelInputs(model, Several()), mentions, entities, lists, batch_size=4).scores
+    scores = score_pairs(ModelInputs(model, Several()), mentions, entities, lists, batch_size=4).scores
     assert len(seen) == len({tuple(pixel.flatten().tolist()) for pixel in seen})
     for i, listed in enumerate(lists):
         for c, row in enumerate(listed):
@@ -172,7 +174,7 @@ def test_a_processor_that_reads_several_images_gets_the_features_of_all(monkeypa
             weight, mention = model.vision.weight.detach().double().numpy(), MENTIONS[i]["image"]
             colour = np.zeros(3) if mention is None else np.asarray(mention, dtype=float).mean((0, 1)) / 255
             expected = base + ((weight @ colour) ** 2).sum() - ((weight @ (colour - mean / 255)) ** 2).sum()
-            assert found[i, c].item() == pytest.approx(expected, abs=1e-5)
+            assert scores[i, c].item() == pytest.approx(expected, abs=1e-5)
 
     images = ImageFeatures(model, Several())
     images.precompute(datasets.Dataset.from_list(rows, features=ENTITIES.features))
@@ -199,12 +201,12 @@ def test_a_processor_that_sees_no_images_gets_no_features():
     score_pairs(ModelInputs(toy_reranker(), Blind()), MENTIONS, ENTITIES, [[1]] * 10)
 
 
-def test_no_candidates_and_no_mentions():
+def test_mentions_without_candidates_and_no_mentions_give_empty_scores():
     assert score_pairs(ModelInputs(toy_reranker(), PROCESSOR), MENTIONS, ENTITIES, [[]] * 10).scores.shape == (10, 0)
     assert score_pairs(ModelInputs(toy_reranker(), PROCESSOR), [], ENTITIES, []).scores.shape == (0, 0)
 
 
-def test_the_mode_is_left_as_it_was():
+def test_scoring_leaves_the_model_in_its_mode():
     model = toy_reranker().train()
     score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, [[1]] * 10)
     assert model.training
@@ -245,7 +247,7 @@ def test_documents_together_score_as_each_alone(monkeypatch, batch_size, chunk):
     lists = [[(3 * i + c) % 12 for c in range(i % 5)] for i in range(12)]
     priors = [[prior_of(i, row) for row in each] for i, each in enumerate(lists)]
     model = toy_document_reranker()
-    found = score_pairs(
+    together = score_pairs(
         ModelInputs(model, DOCUMENT_PROCESSOR), mentions, ENTITIES, lists, priors=priors, batch_size=batch_size
     ).scores
     for name in set(names):
@@ -257,12 +259,12 @@ def test_documents_together_score_as_each_alone(monkeypatch, batch_size, chunk):
             [lists[i] for i in members],
             priors=[priors[i] for i in members],
         ).scores
-        torch.testing.assert_close(found[members, : alone.shape[1]], alone, atol=1e-5, rtol=1e-5)
-        assert (found[members, alone.shape[1] :] == -torch.inf).all()
+        torch.testing.assert_close(together[members, : alone.shape[1]], alone, atol=1e-5, rtol=1e-5)
+        assert (together[members, alone.shape[1] :] == -torch.inf).all()
     # The document counts: linked one by one, its mentions score otherwise.
     single = mentions.map(lambda row: {"document_id": row["mention_id"]}, load_from_cache_file=False)
     apart = score_pairs(ModelInputs(model, DOCUMENT_PROCESSOR), single, ENTITIES, lists, priors=priors).scores
-    assert not torch.allclose(apart[apart.isfinite()], found[found.isfinite()])
+    assert not torch.allclose(apart[apart.isfinite()], together[together.isfinite()])
 
 
 @settings(max_examples=20, deadline=None)
@@ -270,14 +272,16 @@ def test_documents_together_score_as_each_alone(monkeypatch, batch_size, chunk):
 def test_priors_follow_their_candidates_in_any_order(lists, random, independent):
     lists = [*lists, [], []]
     shuffled = [random.sample(rows, len(rows)) for rows in lists]
-    model, found = toy_reranker(unit="document", independent=independent), []
+    model, scores_by_row = toy_reranker(unit="document", independent=independent), []
     for some in (lists, shuffled):
         priors = [[prior_of(i, row) for row in rows] for i, rows in enumerate(some)]
         scores = score_pairs(
             ModelInputs(model, DOCUMENT_PROCESSOR), DOCUMENTS, ENTITIES, some, priors=priors, batch_size=7
         ).scores
-        found.append([dict(zip(rows, each, strict=False)) for rows, each in zip(some, scores.tolist(), strict=True)])
-    for one, other in zip(*found, strict=True):
+        scores_by_row.append(
+            [dict(zip(rows, each, strict=False)) for rows, each in zip(some, scores.tolist(), strict=True)]
+        )
+    for one, other in zip(*scores_by_row, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
 
 
@@ -291,7 +295,7 @@ def test_a_prior_changes_the_score_of_its_candidate():
     assert (scores[1] != scores[2]).all(0).tolist() == [False, True, False]
 
 
-def test_wrong_documents_and_priors():
+def test_missing_priors_and_long_documents_are_refused():
     lists = [[1, 2]] * 12
     with pytest.raises(ValueError, match="one prior per candidate"):
         score_pairs(ModelInputs(toy_reranker(), DOCUMENT_PROCESSOR), DOCUMENTS, ENTITIES, lists, priors=[[0.5]] * 12)
@@ -303,7 +307,7 @@ def test_wrong_documents_and_priors():
     score_pairs(ModelInputs(model, DOCUMENT_PROCESSOR), DOCUMENTS, ENTITIES, lists)
 
 
-def test_images_of_visual_mentions_alone_are_seen():
+def test_a_processor_that_reads_images_of_visual_mentions_alone_counts_as_seeing_images():
     class OfVisual(ToyPairProcessor):
         def _colour(self, row, column):
             return torch.zeros(3) if column == "images" or row["modality"] == "text" else super()._colour(row, column)

@@ -49,10 +49,10 @@ def batch(spy, examples, epoch=0, **options):
 )
 def test_each_mention_has_its_gold_and_negatives_of_its_list_first(rows, negatives, seed, epoch):
     spy, examples = Spy(), Examples(MENTIONS, "mention").__getitems__(rows)
-    found = batch(spy, examples, epoch, num_negatives=negatives, seed=seed)
+    tensors = batch(spy, examples, epoch, num_negatives=negatives, seed=seed)
     golds = {mention["mention_id"]: mention["entity_id"] for mention in MENTIONS}
     assert [mention for mention, _ in ids(spy)] == [f"m{row}" for row in rows]
-    for (mention, listed), label in zip(ids(spy), found["labels"].tolist(), strict=True):
+    for (mention, listed), label in zip(ids(spy), tensors["labels"].tolist(), strict=True):
         gold = golds[mention]
         assert listed[label] == gold
         assert len(set(listed)) == len(listed) == 1 + min(negatives, 11)
@@ -106,15 +106,15 @@ def test_a_context_gives_two_mentions_and_a_single_mention_twice():
     assert len(examples) == 16
     for epoch in range(40):
         spy = Spy()
-        found = batch(spy, examples.__getitems__(range(16)), epoch, unit="context", mentions_per_example=2)
+        tensors = batch(spy, examples.__getitems__(range(16)), epoch, unit="context", mentions_per_example=2)
         listed = ids(spy)
         assert len(listed) == 32
-        assert found["labels"].shape == (32,)
+        assert tensors["labels"].shape == (32,)
         golds = {mention["mention_id"]: mention["entity_id"] for mention in mentions}
         for k in range(0, 32, 2):
             (one, first), (other, second) = listed[k : k + 2]
-            assert golds[one] == first[found["labels"][k]]
-            assert golds[other] == second[found["labels"][k + 1]]
+            assert golds[one] == first[tensors["labels"][k]]
+            assert golds[other] == second[tensors["labels"][k + 1]]
             if k == 0:
                 assert one != other
                 pairs[one, other] += 1
@@ -135,10 +135,10 @@ def test_a_document_gives_all_its_mentions():
 def test_a_tiny_knowledge_base_gives_fewer_negatives():
     spy = Spy()
     collator = PairCollator(ModelInputs(None, spy), ENTITIES.select([0, 1]), {}, num_negatives=5)
-    found = collator(Examples(MENTIONS, "mention").__getitems__([0]))
+    tensors = collator(Examples(MENTIONS, "mention").__getitems__([0]))
     ((_, listed),) = ids(spy)
     assert sorted(listed) == ["Q1", "Q2"]
-    assert listed[found["labels"].item()] == "Q1"
+    assert listed[tensors["labels"].item()] == "Q1"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_processor_that_reads_several_images_gets_them_all():
     assert [image.getpixel((0, 0))[0] for image in entity["images"]] == [0, 10, 20, 30]
 
 
-def test_the_batch_trains_a_reranker():
+def test_the_loss_of_a_batch_is_cross_entropy_over_each_list():
     examples = Examples(MENTIONS, "context").__getitems__(range(4))
     made = batch(ToyPairProcessor(), examples, unit="context", mentions_per_example=2, num_negatives=2)
     output = toy_reranker(unit="context")(**made)
@@ -196,12 +196,12 @@ PRIORS = {m: {each: (1 + place) / 8 for place, each in enumerate(listed[1:])} fo
 @pytest.mark.parametrize("negatives", [1, 3, 11])
 def test_each_mention_of_a_document_has_a_separate_list(negatives):
     spy = Spy()
-    found = PairCollator(ModelInputs(None, spy), ENTITIES, LISTS, num_negatives=negatives, unit="document")(
+    tensors = PairCollator(ModelInputs(None, spy), ENTITIES, LISTS, num_negatives=negatives, unit="document")(
         Examples(DOCUMENTS, "document").__getitems__([0, 3])
     )
     golds = dict(zip(DOCUMENTS["mention_id"], DOCUMENTS["entity_id"], strict=True))
     assert [mention for mention, _ in ids(spy)] == [f"m{i}" for i in (0, 5, 10, 15, 3, 8, 13, 18)]
-    for (mention, listed), label in zip(ids(spy), found["labels"].tolist(), strict=True):
+    for (mention, listed), label in zip(ids(spy), tensors["labels"].tolist(), strict=True):
         others = set(LISTS[mention]) - {golds[mention]}
         assert listed[label] == golds[mention]
         assert len(set(listed)) == len(listed) == 1 + negatives

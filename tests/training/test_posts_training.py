@@ -135,11 +135,11 @@ def test_a_knowledge_base_with_captions_as_posts_and_without_posts(tmp_path):
         posts: KnowledgeBase.build(folder, model, processor, posts=posts, progress=False).encodings(range(12))["text"]
         for posts in ("auto", "train", "test", "none")
     }
-    own = encode_rows(ModelInputs(model, processor), toy_entities(), "entities")["text"]
+    without_posts = encode_rows(ModelInputs(model, processor), toy_entities(), "entities")["text"]
     assert torch.equal(built["auto"], built["train"])
-    torch.testing.assert_close(built["none"], own)
+    torch.testing.assert_close(built["none"], without_posts)
     for posts in ("train", "test"):
-        assert (built[posts] - own).abs().max() > 0.01
+        assert (built[posts] - without_posts).abs().max() > 0.01
     assert (built["train"] - built["test"]).abs().max() > 0.01
     with pytest.raises(UnknownSplitError, match="'nowhere'"):
         KnowledgeBase.build(folder, model, processor, posts="nowhere", progress=False)
@@ -191,7 +191,7 @@ def recipe(start, dataset, name, **more) -> Recipe:
     return Recipe.from_dict({"name": name, "model": model, "data": data, "training": training, **more})
 
 
-def test_knowledge_then_task(start, tmp_path):
+def test_the_linking_stage_continues_from_the_knowledge_stage(start, tmp_path):
     """The knowledge stage trains on prototype posts as mentions without a surface. The linking stage continues from it."""
     dataset = write(tmp_path / "data", toy_posts())
     knowledge = run_recipe(
@@ -244,8 +244,8 @@ class Reading(ToyPostsRetriever):
 
     def encode_mentions(self, mention_features_text=None, mention_features_text_mask=None, **inputs):
         if mention_features_text is None:
-            found = self.mention_features(**inputs)
-            mention_features_text, mention_features_text_mask = found["text"], found["text_mask"]
+            features = self.mention_features(**inputs)
+            mention_features_text, mention_features_text_mask = features["text"], features["text_mask"]
         mask = mention_features_text_mask[..., None]
         mean = (mention_features_text * mask).sum(1) / mask.sum(1).clamp(min=1)
         return ToyEncodings(text=self.mention_text(mean), vision=torch.zeros(len(mean), 16))
@@ -302,10 +302,10 @@ def test_other_texts_and_other_images_have_separate_features(monkeypatch):
     assert model.read == 14
     with torch.no_grad():
         expected = model.encode_mentions(**processor(mentions=list(others)))["text"]
-        found = model.encode_mentions(**processor(mentions=features.attach(LazyRows(others).__getitems__([0, 4]))))[
+        vectors = model.encode_mentions(**processor(mentions=features.attach(LazyRows(others).__getitems__([0, 4]))))[
             "text"
         ]
-    torch.testing.assert_close(found, expected[[0, 4]], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(vectors, expected[[0, 4]], atol=1e-3, rtol=1e-3)
     with pytest.raises(KeyError):
         features.attach(LazyRows(toy_mentions(9)).__getitems__([8]))
 
@@ -324,9 +324,9 @@ def test_features_that_exceed_the_cache_are_computed_again(monkeypatch, caplog):
 def test_features_that_are_not_finite_name_the_mention():
     class Broken(Reading):
         def mention_features(self, **inputs):
-            found = super().mention_features(**inputs)
-            found["text"][1] = torch.nan
-            return found
+            features = super().mention_features(**inputs)
+            features["text"][1] = torch.nan
+            return features
 
     with pytest.raises(ScoreError, match="m4"):
         MentionFeatures(Broken(toy_posts_model().config), ReadingProcessor()).precompute(

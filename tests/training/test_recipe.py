@@ -27,7 +27,7 @@ def load(tmp_path, text: str, *overrides: str) -> Recipe:
     return Recipe.load(file, overrides)
 
 
-def test_defaults_and_round_trip(tmp_path):
+def test_a_recipe_with_its_defaults_survives_writing_and_reading(tmp_path):
     recipe = load(tmp_path, MINIMAL)
     assert (recipe.data.train_split, recipe.data.validation_split) == ("train", "validation")
     assert recipe.training == {}

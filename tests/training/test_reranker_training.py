@@ -15,7 +15,7 @@ from hf_mel.evaluation.candidate_evaluator import END_TO_END, CandidateEvaluator
 from hf_mel.inference.checkpoints import load_reranker
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.schema import NIL
-from hf_mel.training import linking
+from hf_mel.training import linking_run
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.collators import Examples, PairCollator
 from hf_mel.training.recipe import Recipe
@@ -31,11 +31,11 @@ ENTITIES, TRAIN, VALIDATION = toy_entities(12), toy_mentions(16), toy_mentions(1
 
 def lists(mentions, missing: int = 0) -> CandidateLists:
     """Returns five candidates per mention, with the gold except for the first `missing` mentions."""
-    found = []
+    candidates = []
     for i, gold in enumerate(mentions["entity_id"]):
         row = int(gold[1:]) - 1
-        found.append([f"Q{1 + (row + c) % 12}" for c in range(i < missing, 5 + (i < missing))])
-    return CandidateLists(list(mentions["mention_id"]), found, {}, {"source": "made up"})
+        candidates.append([f"Q{1 + (row + c) % 12}" for c in range(i < missing, 5 + (i < missing))])
+    return CandidateLists(list(mentions["mention_id"]), candidates, {}, {"source": "made up"})
 
 
 def trainer(tmp_path, model=None, **arguments) -> MelTrainer:
@@ -94,8 +94,8 @@ def test_steps_of_two_epochs_are_plain_gradient_steps(tmp_path, unit):
             with torch.no_grad():
                 for parameter in start.parameters():
                     parameter -= 0.1 * parameter.grad
-    for (name, expected), found in zip(start.named_parameters(), trained.model.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, msg=name)
+    for (name, expected), actual in zip(start.named_parameters(), trained.model.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, msg=name)
 
 
 def test_training_learns_and_ends_with_the_best_checkpoint(tmp_path):
@@ -170,7 +170,7 @@ def test_arguments_are_checked(wrong):
 def base(tmp_path, monkeypatch):
     """A recipe that continues a saved model on a small data set, with the candidate cache in tmp_path."""
     register()
-    monkeypatch.setattr(linking, "default_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(linking_run, "default_cache", lambda: tmp_path / "cache")
     toy_reranker().save_pretrained(tmp_path / "start")
     ToyPairProcessor().save_pretrained(tmp_path / "start")
     return {
@@ -243,9 +243,11 @@ DOCUMENTS = toy_documents(16, nil_every=7)
 
 def with_priors(mentions, prior=0.25) -> CandidateLists:
     """Returns five candidates with priors per mention, some with the gold. The last mention has no candidates."""
-    found = [[f"Q{1 + (3 * i + c) % 12}" for c in range(5 * (i + 1 < len(mentions)))] for i in range(len(mentions))]
-    scores = [[prior * (1 + c) / 2 for c in range(len(each))] for each in found]
-    return CandidateLists(list(mentions["mention_id"]), found, {"prior": scores}, {"source": "made up"})
+    candidates = [
+        [f"Q{1 + (3 * i + c) % 12}" for c in range(5 * (i + 1 < len(mentions)))] for i in range(len(mentions))
+    ]
+    scores = [[prior * (1 + c) / 2 for c in range(len(ids))] for ids in candidates]
+    return CandidateLists(list(mentions["mention_id"]), candidates, {"prior": scores}, {"source": "made up"})
 
 
 def document_trainer(tmp_path, model=None, lists=None, **arguments) -> MelTrainer:
@@ -268,7 +270,7 @@ def test_a_document_model_trains_on_whole_documents_with_their_priors(tmp_path):
     options = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
     trained = document_trainer(tmp_path, copy.deepcopy(start), **options)
     trained.train()
-    known = DOCUMENTS.select([i for i, gold in enumerate(DOCUMENTS["entity_id"]) if gold != NIL])
+    with_gold = DOCUMENTS.select([i for i, gold in enumerate(DOCUMENTS["entity_id"]) if gold != NIL])
     collator = PairCollator(
         ModelInputs(None, ToyDocumentProcessor()),
         ENTITIES,
@@ -277,7 +279,9 @@ def test_a_document_model_trains_on_whole_documents_with_their_priors(tmp_path):
         num_negatives=4,
         unit="document",
     )
-    examples = [[known[i] for i in range(len(known)) if known[i]["document_id"] == f"d{k}"] for k in range(4)]
+    examples = [
+        [with_gold[i] for i in range(len(with_gold)) if with_gold[i]["document_id"] == f"d{k}"] for k in range(4)
+    ]
     sampler = GroupingSampler(range(4))
     for epoch in range(2):
         sampler.set_epoch(epoch)
@@ -288,8 +292,8 @@ def test_a_document_model_trains_on_whole_documents_with_their_priors(tmp_path):
             with torch.no_grad():
                 for parameter in start.parameters():
                     parameter -= 0.1 * parameter.grad
-    for (name, expected), found in zip(start.named_parameters(), trained.model.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, msg=name)
+    for (name, expected), actual in zip(start.named_parameters(), trained.model.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, msg=name)
 
 
 def test_documents_are_evaluated_whole(tmp_path):

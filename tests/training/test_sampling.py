@@ -99,7 +99,7 @@ def test_each_grouping_gives_its_sampler():
     assert len({tuple(order) for order in orders.values()}) == 3
 
 
-def test_wrong_groupings_raise():
+def test_unknown_groupings_are_refused():
     with pytest.raises(ValueError, match="'name' is not one of none, surface, namesakes"):
         grouping_sampler(toy_mentions(3), "name", 2, 0)
     with pytest.raises(ValueError, match="2 labels for 3 keys"):

@@ -109,18 +109,18 @@ class Named(ToyRetriever):
         self.out_norm = nn.LayerNorm(config.dim)
 
 
-def test_learning_rates_and_weight_decay_by_parameter(tmp_path):
+def test_each_parameter_has_the_learning_rate_and_weight_decay_of_its_part(tmp_path):
     model = Named(toy_model().config)
     built = trainer(tmp_path, model, weight_decay=0.1, learning_rate=1e-3, head_learning_rate=1e-2)
     optimizer = built.create_optimizer()
     assert built.create_optimizer() is optimizer
-    found = {}
+    settings = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             (name,) = (name for name, other in model.named_parameters() if other is parameter)
-            assert name not in found
-            found[name] = (group["lr"], group["weight_decay"])
-    assert found == {
+            assert name not in settings
+            settings[name] = (group["lr"], group["weight_decay"])
+    assert settings == {
         "characters.weight": (1e-3, 0.1),
         "mention_text.weight": (1e-2, 0.1),
         "mention_text.bias": (1e-2, 0.0),
