@@ -85,8 +85,20 @@ class Retriever(Protocol):
         ...
 
     def unit_scores(self, mentions: Encodings, entities: Encodings) -> dict[str, Any]:
-        """Returns the scores [M, N] of every interaction unit by name; `score` is their mean. Empty if there is one."""
+        """Returns the scores [M, N] of every interaction unit by name. Empty if there is one.
+
+        The row of a mention that lacks what a unit reads (its image) may be nan. `score` is the mean of the others.
+        """
         ...
+
+
+def leaves_out_missing_images(model: Any) -> bool | None:
+    """Returns whether a missing image has no share in the model's scores (its attribute of this name).
+
+    If `True`, the scores of a mention without an image are those of its text, and no entity gains by having no image. If
+    `False`, the scores include those of a blank picture. `None`: the model does not say.
+    """
+    return getattr(model, "leaves_out_missing_images", None)
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from hf_mel.errors import KnowledgeBaseError, RecipeError, ScoreError, UnknownEn
 from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
 from hf_mel.inference.entity_sources import EntitySource
 from hf_mel.inference.execution import model_device
-from hf_mel.protocols import Encodings, TwoStepScores
+from hf_mel.protocols import Encodings, TwoStepScores, leaves_out_missing_images
 
 ScoreFunction = Callable[[Encodings, Encodings], torch.Tensor]
 
@@ -316,7 +316,8 @@ class _RankingState:
 def score_of_units(model: Any, units: Sequence[str]) -> ScoreFunction:
     """Returns a score function that is the mean of some of the model's interaction units.
 
-    The function raises [`~hf_mel.errors.RecipeError`] if the model has no such unit.
+    As in the model's score, units that a mention lacks (nan) are left out. If it lacks all of them, its scores are 0, so
+    that all entities tie. The function raises [`~hf_mel.errors.RecipeError`] if the model has no such unit.
     """
 
     def score(mentions: Encodings, entities: Encodings) -> torch.Tensor:
@@ -327,7 +328,11 @@ def score_of_units(model: Any, units: Sequence[str]) -> ScoreFunction:
                 f"The model has no unit {', '.join(map(repr, missing))}.",
                 remedy=f"It has {', '.join(scores) or 'no units apart from its score'}.",
             )
-        return torch.stack([scores[unit] for unit in units]).mean(0)
+        chosen = torch.stack([scores[unit] for unit in units])
+        if not leaves_out_missing_images(model):
+            return chosen.mean(0)
+        lacking = chosen.isnan().all(-1, keepdim=True)
+        return chosen.masked_fill(lacking, 0).sum(0) / (~lacking).sum(0).clamp(min=1)
 
     return score
 

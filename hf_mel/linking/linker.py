@@ -24,7 +24,7 @@ from hf_mel.inference.reranking import score_pairs
 from hf_mel.kb.indexes import open_index
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.explaining import Explanation, explain
-from hf_mel.protocols import MelProcessor, knows_posts, ranks_jointly
+from hf_mel.protocols import MelProcessor, knows_posts, leaves_out_missing_images, ranks_jointly
 from hf_mel.schema import NIL, NO_SPAN
 
 #: A mention to link. A textual mention has a `text`, its position as `mention`, as `start` and `end`, or as all three, and
@@ -45,8 +45,8 @@ class Candidate:
         rank (`int`): Position among the candidates, from 1.
         entity_id, name, description, attributes (`str`): Columns of the entity.
         score (`float`): Score of the model, higher is better.
-        unit_scores (`dict[str, float]`): Scores of the model's interaction units, whose mean is `score`. Empty for a model
-            with a single unit.
+        unit_scores (`dict[str, float]`): Scores of the model's interaction units, whose mean is `score`. Units that read
+            what the mention lacks, such as its image, are left out. Empty for a model with a single unit.
         reranker_score (`float`, *optional*): Score of the reranker, by which the first `rerank_k` candidates are sorted.
             `None` for later candidates, and without a reranker.
     """
@@ -408,7 +408,7 @@ class EntityLinker:
         entity_rows = mention.entity_rows[:top_k]
         entity_encodings = to_device(self.kb.encodings(entity_rows), model_device(self.model))
         unit_scores = self.model.unit_scores(encodings, entity_encodings)
-        units = {unit: scores[0].tolist() for unit, scores in unit_scores.items()}
+        units = {unit: scores[0].tolist() for unit, scores in unit_scores.items() if not scores.isnan().all()}
         candidates = [
             Candidate(
                 rank=k + 1,
@@ -423,7 +423,7 @@ class EntityLinker:
         warnings = []
         sees_images = self._sees_images or self._reranker_sees_images
         if mention.row["image"] is None and sees_images:
-            warnings.append("The mention has no image, so only the text decides.")
+            warnings.append(self._missing_image_warning())
         if mention.row["image"] is not None and not sees_images:
             warnings.append("The image was not used, because the model reads only text.")
         return LinkResult(
@@ -436,6 +436,13 @@ class EntityLinker:
             candidates=candidates,
             warnings=warnings,
         )
+
+    def _missing_image_warning(self) -> str:
+        models = [self.model, *([] if self.reranker is None else [self.reranker])]
+        left_out = [leaves_out_missing_images(model) for model in models]
+        if False in left_out:
+            return "The mention has no image. The model reads a blank picture in its place, and its scores count."
+        return "The mention has no image" + (", so only the text decides." if all(left_out) else ".")
 
     def explain(self, mention: MentionLike, entity_id: str) -> Explanation | None:
         """Explains the score of a mention and an entity by the model's attention.

@@ -58,6 +58,15 @@ class MimicConfig(PreTrainedConfig):
             Initialisation of TGLU's query, key, value and global map: `"default"` is random, as in the published
             network. `"aligned"` is one shared orthogonal projection, so that eq. 9–10 start as a soft token match; it
             needs local and global features of the same width.
+        missing_images (`str`, *optional*, defaults to `"zeros"`):
+            Treatment of a missing image. `"zeros"` encodes a picture of zeros, as the published network does, and its
+            scores count. `"absent"` leaves it out: a mention without an image is scored by its text unit alone, and an
+            entity without one has learned image features in the two other units, so that its scores can be compared with
+            those of entities that have one. `"absent"` also leaves out the text of a mention that has none, and needs
+            the masks of a processor with `modality_masks=True`.
+        image_dropout (`int` or `float`, *optional*, defaults to 0.0):
+            Probability that training treats an image as missing, which teaches the learned image features. Only with
+            `missing_images="absent"`.
         nil_threshold (`int` or `float`, *optional*):
             A mention whose best score is below it is predicted NIL. Set by calibration on a validation split with NIL
             mentions. Default: never NIL.
@@ -86,6 +95,8 @@ class MimicConfig(PreTrainedConfig):
     query_norm: bool = True
     mask_padding: bool = False
     local_init: str = "default"
+    missing_images: str = "zeros"
+    image_dropout: int | float = 0.0
     nil_threshold: int | float | None = None
 
     def __post_init__(self, **kwargs):
@@ -109,6 +120,7 @@ class MimicConfig(PreTrainedConfig):
         choose("global_norm", "layer_norm", "l2")
         choose("gate", "scalar", "vector")
         choose("local_init", "default", "aligned")
+        choose("missing_images", "zeros", "absent")
         if not self.units or set(self.units) - set(UNITS) or len(set(self.units)) != len(self.units):
             raise ValueError(
                 f"units={self.units!r} must be one or more of {', '.join(map(repr, UNITS))}, without repetition."
@@ -130,6 +142,10 @@ class MimicConfig(PreTrainedConfig):
                 )
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive.")
+        if not 0 <= self.image_dropout < 1:
+            raise ValueError(f"image_dropout={self.image_dropout} must be at least 0 and below 1.")
+        if self.image_dropout and self.missing_images != "absent":
+            raise ValueError(f"image_dropout={self.image_dropout} needs missing_images='absent'.")
         if self.local_scale != 1 and self.global_norm != "l2":
             raise ValueError(f"local_scale={self.local_scale} needs global_norm='l2'.")
 

@@ -31,6 +31,8 @@ from .scoring_mimic import (
 _BLOCK_PAIRS = 2**16
 #: Attribute of the model that holds each unit.
 _UNIT_MODULES = {"text": "tglu", "vision": "vdlu", "cross_modal": "cmfu"}
+#: Encodings that say which mentions have the modalities of a unit.
+_UNIT_MASKS = {"text": ("has_text",), "vision": ("has_image",), "cross_modal": ("has_text", "has_image")}
 
 
 @dataclass
@@ -44,6 +46,8 @@ class MimicMentionEncodings(ModelOutput):
         vision_query, vision_pooled, vision_key (`torch.Tensor` [M, d_v]): v_A^G as query of mention-to-entity, and
             pooled patches and v_B^G as target of entity-to-mention (eq. 11–14).
         cross_modal (`torch.Tensor` [M, d_c]): h_m of eq. 18.
+        has_text, has_image (`torch.Tensor` [M]): True for a mention that has the modality. Only with
+            `config.missing_images="absent"`; `has_text` only in a model that reads images, too.
     """
 
     text_global: torch.Tensor | None = None
@@ -54,6 +58,8 @@ class MimicMentionEncodings(ModelOutput):
     vision_pooled: torch.Tensor | None = None
     vision_key: torch.Tensor | None = None
     cross_modal: torch.Tensor | None = None
+    has_text: torch.Tensor | None = None
+    has_image: torch.Tensor | None = None
 
 
 @dataclass
@@ -87,7 +93,8 @@ class MimicOutput(ModelOutput):
     Args:
         loss (`torch.Tensor` [], *optional*): Eq. 22. Returned if `labels` are given.
         scores (`torch.Tensor` [M, N]): Eq. 7. Higher is better.
-        unit_scores (`dict[str, torch.Tensor]`): Eq. 4–6, unit name → scores [M, N].
+        unit_scores (`dict[str, torch.Tensor]`): Eq. 4–6, unit name → scores [M, N]; nan for a mention that lacks the
+            unit's modality.
     """
 
     loss: torch.Tensor | None = None
@@ -97,6 +104,25 @@ class MimicOutput(ModelOutput):
 
 class _AlignedLinear(nn.Linear):
     """Linear map without a bias at first, whose weight starts as one orthogonal matrix for all maps of its shape."""
+
+
+class _MissingImage(nn.Module):
+    """Learned features in place of those of a missing image: v^G, and the one patch that all patches equal."""
+
+    def __init__(self, dim: int, has_global: bool):
+        super().__init__()
+        self.patch = nn.Parameter(torch.zeros(dim))
+        if has_global:
+            self.whole = nn.Parameter(torch.zeros(dim))
+
+    def forward(
+        self, image_global: torch.Tensor | None, image_local: torch.Tensor, present: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Replaces the features [B, d_v] and [B, n, d_v] of the images that `present` [B] says are missing."""
+        image_local = torch.where(present[:, None, None], image_local, self.patch.to(image_local))
+        if image_global is not None:
+            image_global = torch.where(present[:, None], image_global, self.whole.to(image_global))
+        return image_global, image_local
 
 
 class TGLU(nn.Module):
@@ -328,6 +354,9 @@ class MimicPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, _MissingImage):
+            for vector in module.parameters():
+                init.zeros_(vector)
 
 
 class MimicModel(MimicPreTrainedModel):
@@ -372,6 +401,8 @@ class MimicModel(MimicPreTrainedModel):
                 self.visual_projection = nn.Linear(patch_dim, config.projection_dim, bias=False)
             self.image_local_fc = nn.Linear(patch_dim, config.vision_dim)
             self.image_local_norm = nn.LayerNorm(config.vision_dim)
+            if config.missing_images == "absent":
+                self.missing_image = _MissingImage(config.vision_dim, "vision" in units)
 
         if "text" in units:
             if config.text_local:
@@ -425,6 +456,11 @@ class MimicModel(MimicPreTrainedModel):
                 target.load_state_dict({k: v for k, v in part.state_dict().items() if k in target_keys})
         return model
 
+    @property
+    def leaves_out_missing_images(self) -> bool:
+        """Whether a missing image is absent from the score, as [`hf_mel.protocols.leaves_out_missing_images`] asks."""
+        return self.config.missing_images == "absent" or not hasattr(self, "vision_model")
+
     def _text_features(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
         """t^G [B, d_T] and T^L [B, L, d] (§3.2.2)."""
         output = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
@@ -462,9 +498,12 @@ class MimicModel(MimicPreTrainedModel):
             pooled = F.normalize(self.visual_projection(pooled), dim=-1)
         return self.image_global_norm(self.image_global_fc(pooled)), patches
 
-    def _encode(self, side: str, input_ids, attention_mask, pixel_values) -> dict[str, torch.Tensor]:
+    def _encode(
+        self, side: str, input_ids, attention_mask, pixel_values, image_mask, text_mask=None
+    ) -> dict[str, torch.Tensor]:
         """Encodings of `side`, "mention" or "entity"; see [`~MimicModel.encode_mentions`]."""
         encoded: dict[str, torch.Tensor] = {}
+        absent = self.config.missing_images == "absent"
         if hasattr(self, "text_model"):
             if input_ids is None:
                 raise ValueError(f"{side}_input_ids is missing. Pass it, as this model reads text.")
@@ -481,6 +520,15 @@ class MimicModel(MimicPreTrainedModel):
             if pixel_values is None:
                 raise ValueError(f"{side}_pixel_values is missing. Pass it, as this model reads images.")
             image_global, image_local = self._image_features(pixel_values)
+            if absent:
+                present = self._present(f"{side}_image_mask", image_mask)
+                if self.training and self.config.image_dropout:
+                    present = present & (torch.rand(present.shape, device=present.device) >= self.config.image_dropout)
+                image_global, image_local = self.missing_image(image_global, image_local, present)
+                if side == "mention":
+                    encoded["has_image"] = present
+        if absent and side == "mention" and hasattr(self, "text_model") and hasattr(self, "vision_model"):
+            encoded["has_text"] = self._present("mention_text_mask", text_mask)
         if hasattr(self, "tglu"):
             if self.config.text_local:
                 text_local = self.text_local_norm(text_local)
@@ -493,15 +541,40 @@ class MimicModel(MimicPreTrainedModel):
             encoded["cross_modal"] = self.cmfu.fuse(text_global, image_local)
         return encoded
 
+    @staticmethod
+    def _present(name: str, mask: torch.Tensor | None) -> torch.Tensor:
+        if mask is None:
+            raise ValueError(
+                f"{name} is missing. Pass it, or build the processor with modality_masks=True: this model leaves missing "
+                "images and texts out (missing_images='absent')."
+            )
+        return mask.bool()
+
     def encode_mentions(
         self,
         mention_input_ids: torch.LongTensor | None = None,
         mention_attention_mask: torch.Tensor | None = None,
         mention_pixel_values: torch.Tensor | None = None,
+        mention_image_mask: torch.Tensor | None = None,
+        mention_text_mask: torch.Tensor | None = None,
     ) -> MimicMentionEncodings:
-        """Encodes M mentions: `input_ids` and `attention_mask` [M, L], `pixel_values` [M, 3, H, W]."""
+        """Encodes M mentions.
+
+        Args:
+            mention_input_ids, mention_attention_mask (`torch.Tensor` [M, L]): The texts.
+            mention_pixel_values (`torch.Tensor` [M, 3, H, W]): The images.
+            mention_image_mask, mention_text_mask (`torch.Tensor` [M]): True for a mention that has an image or a text.
+                Needed with `config.missing_images="absent"`, otherwise ignored.
+        """
         return MimicMentionEncodings(
-            **self._encode("mention", mention_input_ids, mention_attention_mask, mention_pixel_values)
+            **self._encode(
+                "mention",
+                mention_input_ids,
+                mention_attention_mask,
+                mention_pixel_values,
+                mention_image_mask,
+                mention_text_mask,
+            )
         )
 
     def encode_entities(
@@ -509,10 +582,11 @@ class MimicModel(MimicPreTrainedModel):
         entity_input_ids: torch.LongTensor | None = None,
         entity_attention_mask: torch.Tensor | None = None,
         entity_pixel_values: torch.Tensor | None = None,
+        entity_image_mask: torch.Tensor | None = None,
     ) -> MimicEntityEncodings:
-        """Encodes N entities: `input_ids` and `attention_mask` [N, L], `pixel_values` [N, 3, H, W]."""
+        """Encodes N entities: `input_ids` and `attention_mask` [N, L], `pixel_values` [N, 3, H, W], `image_mask` [N]."""
         return MimicEntityEncodings(
-            **self._encode("entity", entity_input_ids, entity_attention_mask, entity_pixel_values)
+            **self._encode("entity", entity_input_ids, entity_attention_mask, entity_pixel_values, entity_image_mask)
         )
 
     def unit_scores(
@@ -520,30 +594,62 @@ class MimicModel(MimicPreTrainedModel):
     ) -> dict[str, torch.Tensor]:
         """S_T, S_V, S_C (eq. 4–6) of every pair, unit name → [M, N], for the model's units.
 
-        Scores are float32 even under autocast: half precision has too few digits for ranking, and VDLU's expansion
+        The scores of a mention that lacks a unit's modality are nan (`config.missing_images="absent"`). Scores are float32 even under autocast: half precision has too few digits for ranking, and VDLU's expansion
         subtracts nearly equal terms.
         """
+        scores = self._all_unit_scores(mentions, entities)
+        return {
+            unit: scores[unit] if present is None else scores[unit].masked_fill(~present[:, None], torch.nan)
+            for unit, present in self._units_present(mentions).items()
+        }
+
+    def _all_unit_scores(
+        self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Scores [M, N] of every unit, also for mentions that lack its modality."""
         mentions, entities = _to_float32(mentions), _to_float32(entities)
         with torch.autocast(self.device.type, enabled=False):
             return {unit: getattr(self, _UNIT_MODULES[unit])(mentions, entities) for unit in self.config.units or ()}
 
+    def _units_present(self, mentions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+        """Which mentions have the modalities of each unit: unit name → [M] (bool), `None` if all have them."""
+        masks = {}
+        for unit in self.config.units or ():
+            present = [mask for name in _UNIT_MASKS[unit] if (mask := mentions.get(name)) is not None]
+            masks[unit] = torch.stack(present).bool().all(0) if present else None
+        return masks
+
+    def _unit_weights(self, mentions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | float]:
+        """Weight of each unit in the mean of eq. 7: unit name → [M], or one number if all mentions have all units.
+
+        A mention with no unit at all has weights of 0, so that its scores are equal.
+        """
+        present = self._units_present(mentions)
+        masks = [mask for mask in present.values() if mask is not None]
+        if not masks:
+            return dict.fromkeys(present, 1 / len(present))
+        counts = {unit: masks[0].new_ones(len(masks[0])) if mask is None else mask for unit, mask in present.items()}
+        total = torch.stack(list(counts.values())).sum(0).clamp(min=1)
+        return {unit: count / total for unit, count in counts.items()}
+
     def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """S [M, N] (eq. 7), the mean of the units' scores."""
-        return _mean_of_units(self.unit_scores(mentions, entities))
+        """S [M, N] (eq. 7), the mean of the scores of the units whose modalities the mention has."""
+        return _weighted_sum(self._all_unit_scores(mentions, entities), self._unit_weights(mentions))
 
     @torch.no_grad()
     def quick_scores(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """S [M, N] (eq. 7) without TGLU's local half: the part that takes only products of per-item vectors."""
         mentions, entities = _to_float32(mentions), _to_float32(entities, without="text_queries")
-        units = [getattr(self, _UNIT_MODULES[unit]) for unit in self.config.units or ()]
+        units = {unit: getattr(self, _UNIT_MODULES[unit]) for unit in self.config.units or ()}
+        weights = self._unit_weights(mentions)
         m, n = (len(next(iter(side.values()))) for side in (mentions, entities))
         step = max(1, _BLOCK_PAIRS // max(1, m)) if self.device.type == "cpu" else max(1, n)
         columns = []
         with torch.autocast(self.device.type, enabled=False):
             for first in range(0, max(1, n), step):
                 part = {name: tensor[first : first + step] for name, tensor in entities.items()}
-                scores = [getattr(unit, "quick_scores", unit)(mentions, part) for unit in units]
-                columns.append(sum(scores[1:], scores[0]) / len(scores))
+                scores = {name: getattr(unit, "quick_scores", unit)(mentions, part) for name, unit in units.items()}
+                columns.append(_weighted_sum(scores, weights))
         return torch.cat(columns, 1)
 
     @torch.no_grad()
@@ -557,13 +663,19 @@ class MimicModel(MimicPreTrainedModel):
             entities ([`MimicEntityEncodings`]): Of N entities; half precision is read as stored.
             floor (`torch.Tensor` [M, N]): A pair whose remaining score is surely below it gets -inf.
         """
-        units = self.config.units or ()
-        if "text" not in units or not self.config.text_local:
+        if "text" not in (self.config.units or ()) or not self.config.text_local:
             return torch.zeros_like(floor)
-        scale = 2 * len(units)  # eq. 4 and 7
+        weight = self._unit_weights(mentions)["text"] / 2  # eq. 4 and 7
         mentions, entities = _to_float32(mentions), {**entities, **_to_float32(entities, without="text_queries")}
+        if isinstance(weight, torch.Tensor):
+            weight = weight[:, None]
+            without_text = weight == 0
+            floor = torch.where(without_text, torch.inf, floor / weight.masked_fill(without_text, 1))
+        else:
+            without_text, floor = None, floor / weight
         with torch.autocast(self.device.type, enabled=False):
-            return global_to_local_scores_above(mentions, entities, floor * scale, self.tglu.layer_norm) / scale
+            scores = global_to_local_scores_above(mentions, entities, floor, self.tglu.layer_norm)
+        return scores * weight if without_text is None else torch.where(without_text, 0, scores * weight)
 
     @torch.no_grad()
     def query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -588,7 +700,9 @@ class MimicModel(MimicPreTrainedModel):
                     parts.append(torch.cat([targets, queries], -1) / 2)  # eq. 5
                 else:
                     parts.append(mentions["cross_modal"])
-        return torch.cat(parts, -1) / len(parts)  # eq. 7
+            weights = self._unit_weights(mentions).values()  # eq. 7
+            parts = [part * _column(weight) for part, weight in zip(parts, weights, strict=True)]
+        return torch.cat(parts, -1)
 
     @torch.no_grad()
     def index_vectors(self, entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -618,6 +732,7 @@ class MimicModel(MimicPreTrainedModel):
         entity_input_ids: torch.LongTensor | None = None,
         entity_attention_mask: torch.Tensor | None = None,
         entity_pixel_values: torch.Tensor | None = None,
+        **masks: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Attention weights of the units, for M mentions and N entities.
 
@@ -630,8 +745,18 @@ class MimicModel(MimicPreTrainedModel):
         """
         weights: dict[str, torch.Tensor] = {}
         if hasattr(self, "tglu") and self.config.text_local:
-            mentions = self.encode_mentions(mention_input_ids, mention_attention_mask, mention_pixel_values)
-            entities = self.encode_entities(entity_input_ids, entity_attention_mask, entity_pixel_values)
+            mentions = self.encode_mentions(
+                mention_input_ids,
+                mention_attention_mask,
+                mention_pixel_values,
+                **{name: mask for name, mask in masks.items() if name.startswith("mention")},
+            )
+            entities = self.encode_entities(
+                entity_input_ids,
+                entity_attention_mask,
+                entity_pixel_values,
+                **{name: mask for name, mask in masks.items() if name.startswith("entity")},
+            )
             weights["words"] = mention_attention(mentions, entities)
         if hasattr(self, "cmfu"):
             sides = {
@@ -655,6 +780,9 @@ class MimicModel(MimicPreTrainedModel):
         entity_attention_mask: torch.Tensor | None = None,
         entity_pixel_values: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        mention_image_mask: torch.Tensor | None = None,
+        mention_text_mask: torch.Tensor | None = None,
+        entity_image_mask: torch.Tensor | None = None,
     ) -> MimicOutput:
         """Scores M mentions against N entities and, given labels, computes the loss.
 
@@ -665,22 +793,51 @@ class MimicModel(MimicPreTrainedModel):
             entity_input_ids, entity_attention_mask, entity_pixel_values: The same of the entities.
             labels (`torch.LongTensor` [M], *optional*): Column of each mention's gold among the N entities. All other
                 columns are negatives, so every entity may have one column only.
+            mention_image_mask, mention_text_mask (`torch.Tensor` [M]), entity_image_mask (`torch.Tensor` [N],
+                *optional*): See [`~MimicModel.encode_mentions`]. The loss of a unit is over the mentions that have its
+                modalities.
         """
-        mentions = self.encode_mentions(mention_input_ids, mention_attention_mask, mention_pixel_values)
-        entities = self.encode_entities(entity_input_ids, entity_attention_mask, entity_pixel_values)
-        unit_scores = self.unit_scores(mentions, entities)
-        scores = _mean_of_units(unit_scores)
+        mentions = self.encode_mentions(
+            mention_input_ids, mention_attention_mask, mention_pixel_values, mention_image_mask, mention_text_mask
+        )
+        entities = self.encode_entities(
+            entity_input_ids, entity_attention_mask, entity_pixel_values, entity_image_mask
+        )
+        unit_scores = self._all_unit_scores(mentions, entities)
+        present = self._units_present(mentions)
+        scores = _weighted_sum(unit_scores, self._unit_weights(mentions))
         loss = None
         if labels is not None:
-            terms = [scores, *(unit_scores[unit] for unit in self.config.unit_losses or ())]
-            losses = [F.cross_entropy(term / self.config.temperature, labels) for term in terms]  # eq. 20–21
+            terms = [(scores, None), *((unit_scores[unit], present[unit]) for unit in self.config.unit_losses or ())]
+            losses = [self._contrastive_loss(term, labels, mask) for term, mask in terms]  # eq. 20–21
             loss = torch.stack(losses).sum()  # eq. 22
+        unit_scores = {
+            unit: score if present[unit] is None else score.detach().masked_fill(~present[unit][:, None], torch.nan)
+            for unit, score in unit_scores.items()
+        }
         return MimicOutput(loss=loss, scores=scores, unit_scores=unit_scores)
 
+    def _contrastive_loss(
+        self, scores: torch.Tensor, labels: torch.LongTensor, present: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Eq. 20–21: cross entropy over the columns, averaged over the mentions that `present` [M] selects."""
+        if present is None:
+            return F.cross_entropy(scores / self.config.temperature, labels)
+        losses = F.cross_entropy(scores / self.config.temperature, labels, reduction="none")
+        return (losses * present).sum() / present.sum().clamp(min=1)
 
-def _mean_of_units(unit_scores: dict[str, torch.Tensor]) -> torch.Tensor:
-    first, *others = unit_scores.values()
-    return sum(others, first) / len(unit_scores)
+
+def _weighted_sum(scores: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor | float]) -> torch.Tensor:
+    """Sum [M, N] of the units' scores [M, N] with weights [M], or one weight for all mentions."""
+    if all(isinstance(weight, float) for weight in weights.values()):  # all equal; dividing once rounds once
+        first, *others = scores.values()
+        return sum(others, first) / len(scores)
+    first, *others = (score * _column(weights[unit]) for unit, score in scores.items())
+    return sum(others, first)
+
+
+def _column(weight: torch.Tensor | float) -> torch.Tensor | float:
+    return weight[:, None] if isinstance(weight, torch.Tensor) else weight
 
 
 def _to_float32(encodings: Mapping[str, torch.Tensor], without: str | None = None) -> dict[str, torch.Tensor]:

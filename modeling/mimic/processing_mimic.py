@@ -35,6 +35,9 @@ class MimicProcessor(ProcessorMixin):
         entity_template (`str`, *optional*): Text of an entity (eq. 2). Fields in braces are columns of its row.
         use_images (`bool`, *optional*, defaults to `True`): Whether to return images.
         use_text (`bool`, *optional*, defaults to `True`): Whether to return text.
+        modality_masks (`bool`, *optional*, defaults to `False`): Whether to return which mentions have an image and a
+            text, and which entities have an image. A model with `missing_images="absent"` needs it, and
+            [`MimicProcessor.from_parts`] sets it if there are images. The published network does not know which images are missing.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class MimicProcessor(ProcessorMixin):
         entity_template="{name} [SEP] {attributes}",
         use_images=True,
         use_text=True,
+        modality_masks=False,
     ):
         super().__init__(image_processor, tokenizer)
         self.max_length = max_length
@@ -53,6 +57,7 @@ class MimicProcessor(ProcessorMixin):
         self.entity_template = entity_template
         self.use_images = use_images
         self.use_text = use_text
+        self.modality_masks = modality_masks
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> MimicProcessor:
@@ -92,6 +97,7 @@ class MimicProcessor(ProcessorMixin):
             image_processor = CLIPImageProcessorPil(**settings)
         if vision is None:
             options.setdefault("use_images", False)
+        options.setdefault("modality_masks", vision is not None)
         return cls(image_processor, tokenizer, **options)
 
     def __call__(
@@ -109,7 +115,8 @@ class MimicProcessor(ProcessorMixin):
 
         Returns:
             `BatchFeature` of tensors: `mention_input_ids`, `mention_attention_mask` [M, L], `mention_pixel_values`
-            [M, 3, H, W] (zeros for a missing image), and the same as `entity_*`.
+            [M, 3, H, W] (zeros for a missing image), and the same as `entity_*`. With `modality_masks`, also
+            `mention_image_mask`, `mention_text_mask` [M] and `entity_image_mask` [N] (bool).
 
         Raises:
             `ValueError`: `pairs` is given, or a row lacks a column of its template.
@@ -142,8 +149,13 @@ class MimicProcessor(ProcessorMixin):
             )
             tensors[f"{side}_input_ids"] = encoded["input_ids"]
             tensors[f"{side}_attention_mask"] = encoded["attention_mask"]
+            if self.modality_masks and side == "mention":
+                filled = [any((row.get(column) or "").strip() for column in ("text", "mention")) for row in rows]
+                tensors["mention_text_mask"] = torch.tensor(filled, dtype=torch.bool)
         if self.use_images:
             tensors[f"{side}_pixel_values"] = self._pixels(images)
+            if self.modality_masks:
+                tensors[f"{side}_image_mask"] = torch.tensor([image is not None for image in images], dtype=torch.bool)
         return tensors
 
     def text_spans(self, mentions: Sequence[Mapping[str, Any]]) -> list[list[tuple[int, int] | None]]:

@@ -237,8 +237,37 @@ def test_an_image_changes_scores_and_may_be_a_path_bytes_or_a_pil_image(linker, 
         assert result.warnings == []
         assert result.best.unit_scores["vision"] != 0
     assert without.best.unit_scores["vision"] == 0
-    assert len(without.warnings) == 1
-    assert "only the text decides" in without.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "warning"),
+    [
+        (None, "The mention has no image."),
+        (True, "The mention has no image, so only the text decides."),
+        (False, "The mention has no image. The model reads a blank picture in its place, and its scores count."),
+    ],
+)
+def test_a_warning_says_what_a_missing_image_does(linker, monkeypatch, left_out, warning):
+    monkeypatch.setattr(linker.model, "leaves_out_missing_images", left_out, raising=False)
+    assert linker(text="Entity c", mention="Entity c").warnings == [warning]
+
+
+def test_a_unit_that_the_mention_lacks_has_no_score(linker, monkeypatch):
+    units = linker.model.unit_scores
+
+    def without_vision(mentions, entities):
+        return units(mentions, entities) | {
+            "vision": torch.full((len(mentions["text"]), len(entities["text"])), torch.nan)
+        }
+
+    def text_score(mentions, entities):
+        return units(mentions, entities)["text"]
+
+    monkeypatch.setattr(linker.model, "unit_scores", without_vision)
+    monkeypatch.setattr(linker.model, "score", text_score)
+    result = linker(text="Entity c", mention="Entity c")
+    assert all("vision" not in candidate.unit_scores for candidate in result.candidates)
+    assert set(result.best.unit_scores) == {"text"}
 
 
 def test_an_image_that_a_text_model_ignores_gives_a_warning():

@@ -103,7 +103,19 @@ def test_a_processor_of_one_modality_returns_only_its_tensors(tokenizer):
         "mention_attention_mask",
     }
     images = MimicProcessor.from_parts(tokenizer, {"size": {"height": 8, "width": 8}}, use_text=False)
-    assert set(images(mentions=[MENTION])) == {"mention_pixel_values"}
+    assert set(images(mentions=[MENTION])) == {"mention_pixel_values", "mention_image_mask"}
+
+
+def test_masks_tell_which_rows_have_an_image_and_a_text(processor):
+    mentions = [MENTION | {"image": picture()}, MENTION, MENTION | {"text": " ", "mention": "", "image": picture()}]
+    batch = processor(mentions=mentions, entities=[ENTITY, ENTITY | {"images": [picture()]}])
+    assert batch["mention_image_mask"].tolist() == [True, False, True]
+    assert batch["mention_text_mask"].tolist() == [True, True, False]
+    assert batch["entity_image_mask"].tolist() == [False, True]
+    published = MimicProcessor(processor.image_processor, processor.tokenizer)
+    assert set(published(mentions=mentions, entities=[ENTITY])) == {
+        f"{side}_{name}" for side in ("mention", "entity") for name in ("input_ids", "attention_mask", "pixel_values")
+    }
 
 
 def test_options_survive_saving(tokenizer, tmp_path):
