@@ -597,11 +597,7 @@ class MimicModel(MimicPreTrainedModel):
         The scores of a mention that lacks a unit's modality are nan (`config.missing_images="absent"`). Scores are float32 even under autocast: half precision has too few digits for ranking, and VDLU's expansion
         subtracts nearly equal terms.
         """
-        scores = self._all_unit_scores(mentions, entities)
-        return {
-            unit: scores[unit] if present is None else scores[unit].masked_fill(~present[:, None], torch.nan)
-            for unit, present in self._units_present(mentions).items()
-        }
+        return _nan_where_absent(self._all_unit_scores(mentions, entities), self._units_present(mentions))
 
     def _all_unit_scores(
         self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]
@@ -811,11 +807,7 @@ class MimicModel(MimicPreTrainedModel):
             terms = [(scores, None), *((unit_scores[unit], present[unit]) for unit in self.config.unit_losses or ())]
             losses = [self._contrastive_loss(term, labels, mask) for term, mask in terms]  # eq. 20–21
             loss = torch.stack(losses).sum()  # eq. 22
-        unit_scores = {
-            unit: score if present[unit] is None else score.detach().masked_fill(~present[unit][:, None], torch.nan)
-            for unit, score in unit_scores.items()
-        }
-        return MimicOutput(loss=loss, scores=scores, unit_scores=unit_scores)
+        return MimicOutput(loss=loss, scores=scores, unit_scores=_nan_where_absent(unit_scores, present))
 
     def _contrastive_loss(
         self, scores: torch.Tensor, labels: torch.LongTensor, present: torch.Tensor | None
@@ -825,6 +817,14 @@ class MimicModel(MimicPreTrainedModel):
             return F.cross_entropy(scores / self.config.temperature, labels)
         losses = F.cross_entropy(scores / self.config.temperature, labels, reduction="none")
         return (losses * present).sum() / present.sum().clamp(min=1)
+
+
+def _nan_where_absent(
+    scores: Mapping[str, torch.Tensor], present: Mapping[str, torch.Tensor | None]
+) -> dict[str, torch.Tensor]:
+    """Unit scores [M, N] with nan in the rows of mentions that lack the unit, which `present` [M] says."""
+    masks = ((unit, score, present[unit]) for unit, score in scores.items())
+    return {unit: s if mask is None else s.masked_fill(~mask[:, None], torch.nan) for unit, s, mask in masks}
 
 
 def _weighted_sum(scores: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor | float]) -> torch.Tensor:

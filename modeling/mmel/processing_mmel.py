@@ -90,7 +90,6 @@ class MmelProcessor(ProcessorMixin):
                 return cls.from_parts(tokenizer, {"size": {"height": size, "width": size}}, **options)
         return cls.from_parts(tokenizer, vision, **options)
 
-    # Copied from modeling/mimic/processing_mimic.py
     @classmethod
     def from_parts(cls, tokenizer, vision: str | Mapping[str, Any] | None = None, **options) -> MmelProcessor:
         """Builds a processor around a tokenizer.
