@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from filelock import FileLock
 
 from hf_mel.candidates.lists import CandidateLists
 from hf_mel.candidates.sources import (
@@ -31,6 +31,7 @@ from hf_mel.inference.fingerprint import describe_model, describe_processor
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.ranking import rank
 from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.locks import writer_lock
 from hf_mel.protocols import knows_posts
 
 #: Sources that find candidates.
@@ -268,7 +269,8 @@ def _cached_entities(
     parts = [fingerprint, *_fingerprints(entities, _posts(inputs))]
     path = folder / f"kb-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # of several processes one encodes, the others read
+    # Of several processes one encodes, and the others wait and read.
+    with writer_lock(path.with_suffix(".lock"), wait=math.inf, busy="", remedy="", target=path):
         try:
             kb = KnowledgeBase(path)
             kb.check_made_by(inputs.model, inputs.processor)
