@@ -39,6 +39,11 @@ def parquet_sha256(folder: str | os.PathLike[str]) -> str | None:
     return files_sha256(digests) if digests else None
 
 
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Returns an absolute path for pyarrow, which takes a relative one with a colon (`a:b/c`) for an address."""
+    return Path(path).absolute()
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Yields the path of a temporary file beside `path`, which replaces `path` if the block succeeds.

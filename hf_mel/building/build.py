@@ -95,8 +95,8 @@ def build_dataset(
         raise MelError(f"Images cannot be scaled to {resize} pixels.", remedy="Set resize to at least 1.")
     if builder_class.NEEDS_RAW and raw_dir is None:
         raise DataFormatError(
-            f"{name!r} is built from its released files, but no folder was given.",
-            remedy=f"Pass the folder as raw_dir (--raw-dir). To fetch: {builder_class.DOWNLOAD}",
+            f"{name!r} is built from the files of its release, but their folder was not given.",
+            remedy=f"Give the folder as raw_dir (--raw-dir). It needs: {builder_class.DOWNLOAD}",
         )
     target = Path(output)
     _check_replaceable(target, name, overwrite, [raw_dir, images, entity_images])
@@ -119,6 +119,7 @@ def build_dataset(
     with building_folder(target, fingerprint) as stage, tempfile.TemporaryDirectory() as cache:
         if num_rows := _num_staged_rows(stage):
             logger.info("%s: an interrupted build continues after %s rows.", target, f"{num_rows:,}")
+        _keep_local_paths(builder_class)
         builders = {config: builder_class(config_name=config, cache_dir=cache, **options) for config in configs}
         notes: dict[str, dict[str, Any]] = {}
         entity_ids = IdSet()
@@ -177,6 +178,16 @@ def _builder_arguments(
             )
         fields[key] = value
     return fields
+
+
+def _keep_local_paths(builder_class: Any) -> None:
+    """Keeps `datasets` from replacing `open`, `Path` and `os.path` in the modules of a builder by versions for addresses.
+
+    "::" in the name of a folder would separate two addresses then. A builder only reads files of this machine.
+    """
+    for base in builder_class.__mro__:
+        if issubclass(base, datasets.DatasetBuilder) and not base.__module__.startswith("datasets."):
+            sys.modules[base.__module__]._patched_for_streaming = True  # type: ignore[attr-defined]
 
 
 def _write_config(
@@ -331,14 +342,15 @@ def _check_replaceable(target: Path, name: str, overwrite: bool, sources: list[A
     if overwrite or not target.exists() or not any(target.iterdir()):
         return
     try:
-        earlier = json.loads((target / _REPORT_FILE).read_text(encoding="utf-8"))["dataset"]
+        built_dataset = json.loads((target / _REPORT_FILE).read_text(encoding="utf-8"))["dataset"]
     except (OSError, ValueError, KeyError, TypeError):
-        earlier = None
-    if earlier != name:
+        built_dataset = None
+    if built_dataset != name:
+        content = "other files" if built_dataset is None else f"the data set {built_dataset!r}"
         raise DataFormatError(
-            f"This folder is not empty and not an earlier build of {name}.",
+            f"The folder holds {content}; only an earlier build of {name!r} would be replaced.",
             file=target,
-            remedy="Choose another output, or replace the folder with overwrite (--overwrite).",
+            remedy="Choose another output. To delete the content, add overwrite=True (--overwrite).",
         )
 
 

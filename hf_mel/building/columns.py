@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hf_mel.files import local_path
 from hf_mel.schema import entity_features, mention_features, post_features
 
 #: Id column of each kind of rows. The first of them that a configuration has decides its kind.
@@ -31,7 +33,7 @@ def kind_of(columns: Iterable[str]) -> str | None:
 
 def read_parquet(file: Any, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """Yields the rows of a Parquet file in tables of at most 1,000 rows. An empty file gives one empty table."""
-    parquet = pq.ParquetFile(file)
+    parquet = pq.ParquetFile(local_path(file) if isinstance(file, Path) else file)
     if parquet.metadata.num_rows == 0:
         yield parquet.read(columns=columns)
     for batch in parquet.iter_batches(batch_size=_ROWS_PER_READ, columns=columns):

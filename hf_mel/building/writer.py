@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_mel.files import write_text
+from hf_mel.files import local_path, write_text
 
 #: Limits on a row group, in rows and in bytes of images. Small groups let readers page through images.
 _GROUP_ROWS = 1_000
@@ -100,7 +100,7 @@ class SplitWriter:
         if self._parquet is None:
             path = staged_file(self.stage, self.config, self.split, len(self.notes))
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._parquet = pq.ParquetWriter(path, self.schema, compression="zstd")
+            self._parquet = pq.ParquetWriter(local_path(path), self.schema, compression="zstd")
         self._parquet.write_table(table)
         self._note["bytes"] += table.nbytes
         self._group, self._group_bytes = [], 0

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_mel.errors import DataFormatError, MelError, UnknownEntityError
-from hf_mel.files import replace_file
+from hf_mel.files import local_path, replace_file
 from hf_mel.schema import NIL
 
 #: The source of [`CandidateLists`] whose scores are p(e|m).
@@ -164,7 +164,7 @@ class CandidateLists:
         table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(self.setting).encode()})
         try:
             with replace_file(path) as temporary:
-                pq.write_table(table, temporary)
+                pq.write_table(table, local_path(temporary))
         except OSError as error:
             raise MelError(
                 f"The candidates cannot be written ({error}).", file=path, remedy="Choose another path."
@@ -178,7 +178,7 @@ class CandidateLists:
             DataFormatError: The file does not exist, or holds no candidates.
         """
         try:
-            table = pq.ParquetFile(path).read()
+            table = pq.ParquetFile(local_path(path)).read()
         except (OSError, pa.ArrowException) as error:
             raise DataFormatError(
                 f"The file of candidates cannot be read ({error}).",

@@ -38,7 +38,7 @@ def convert(
 
     converted, unused = convert_checkpoint(method, state_dict, config, output, tokenizer, report)
     console = Console()
-    console.print(f"{converted} tensors converted to [b]{output}[/b].")
+    console.print(f"{converted} tensors converted to {output}.", markup=False, soft_wrap=True)
     if unused:
         console.print(f"Left out because no score uses them: {', '.join(unused)}.")
     if tokenizer is None:

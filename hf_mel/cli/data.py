@@ -85,10 +85,14 @@ def build(
             raise typer.BadParameter(f"{item!r} is not KEY=VALUE.", param_hint="--option")
         options[key] = value
 
+    import json
+    import shlex
+
     from rich.console import Console
 
     from hf_mel.building.build import build_dataset
     from hf_mel.cli.printing import show_logs
+    from hf_mel.data.folder_copies import is_literal
 
     try:
         with show_logs():
@@ -113,11 +117,15 @@ def build(
     if report.redistribution:
         console.print(f"Do not redistribute it: {report.redistribution.rstrip('.')}.", markup=False, highlight=False)
     folder = str(report.output)
+    quoted, in_python = shlex.quote(folder), json.dumps(folder, ensure_ascii=False)
+    load = f'load_dataset({in_python}), load_dataset({in_python}, "entities")'
+    if not is_literal(report.output):  # load_dataset would look for the names that match it
+        load = f'hf_mel.data.load_mentions({in_python}, "train"), hf_mel.data.load_entities({in_python})'
     console.print(
         f"\nWritten to {folder} (card: README.md, all problems: report.json). What to type next:\n"
-        f'  in Python        load_dataset("{folder}"), load_dataset("{folder}", "entities")\n'
-        f"  train a model    hf-mel train RECIPE --set data.dataset={folder} --output RUN\n"
-        f"  use its entities hf-mel kb build RUN --dataset {folder} --output KB",
+        f"  in Python:         {load}\n"
+        f"  train a model:     hf-mel train RECIPE --set data.dataset={quoted} --output RUN\n"
+        f"  use its entities:  hf-mel kb build RUN --dataset {quoted} --output KB",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -156,7 +164,7 @@ def check(
         _print_report(console, report, dataset)
         num_warnings = sum(len(entries) for kind, entries in report.problems.items() if kind not in report.fatal)
         if report.fatal:
-            verdict = f"[bold red]This data set is unusable:[/] {', '.join(map(_words, report.fatal))}."
+            verdict = f"[bold red]This data set is unusable:[/] {', '.join(map(_problem_words, report.fatal))}."
         else:
             verdict = "[bold green]This data set can be used.[/]"
             if num_warnings:
@@ -266,10 +274,12 @@ def _print_report(
     for kind, entries in sorted(report.problems.items()):
         file, row, _ = entries[0]
         first = Text(f"{file}, row {row}" if row else file)
-        problems.add_row(Text(_words(kind), "bold red" if kind in report.fatal else ""), f"{len(entries):,}", first)
+        problems.add_row(
+            Text(_problem_words(kind), "bold red" if kind in report.fatal else ""), f"{len(entries):,}", first
+        )
     for kind, count in report.duplicates.items():
         if count:
-            problems.add_row(_words(kind), f"{count:,}")
+            problems.add_row(_problem_words(kind), f"{count:,}")
     if problems.row_count:
         console.print(problems)
     if leakage := leakage_rows(report.leakage, report.counts):
@@ -280,7 +290,7 @@ def _print_report(
         console.print(table)
 
 
-def _words(kind: str) -> str:
+def _problem_words(kind: str) -> str:
     return kind.replace("_", " ")
 
 

@@ -287,15 +287,16 @@ def _print_info(kb: KnowledgeBase) -> None:
     from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
+    from rich.text import Text
 
     info = kb.info()
     model = info["model"]
     num_rows = info["entities"] + info["removed"]
-    table = Table(title=str(info["path"]), show_header=False)
+    table = Table(title=Text(str(info["path"])), show_header=False)
     removed = f", and {info['removed']:,} removed" if info["removed"] else ""
     table.add_row("entities", f"{info['entities']:,}{removed}")
     revision = f", revision {model['revision']}" if model["revision"] else ""
-    table.add_row("built by", f"{model['name']} ({model['type']}{revision})")
+    table.add_row("built by", Text(f"{model['name']} ({model['type']}{revision})"))
     table.add_row("weights", f"sha256 {model['weights'][:16]}…")
     table.add_row(
         "encodings",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_mel.data.folder_copies import FolderCopy
 from hf_mel.errors import (
     DataFormatError,
     DuplicateIdError,
@@ -41,7 +41,7 @@ def load_mentions(
         `datasets.Dataset` of M rows; images decode to PIL on access.
 
     Raises:
-        UnknownDatasetError: The name is neither a folder nor an accessible data set on the Hub.
+        UnknownDatasetError: The name is no folder, and no data set on the Hub that can be read.
         UnknownSplitError: The data set has no such configuration or split; the message lists those it has.
         DataFormatError: Columns of the schema are missing.
     """
@@ -81,15 +81,17 @@ def _load(
 ) -> datasets.Dataset:
     source = os.fspath(dataset)
     _check_source(source, revision)
+    copy = FolderCopy.open(source) if Path(source).is_dir() else None
+    options = _loading_options(source, revision, copy)
     try:
-        splits = datasets.load_dataset(source, config, revision=revision, cache_dir=_cache_folder(source))
+        splits = datasets.load_dataset(name=config, **options)
     except (DatasetNotFoundError, DataFilesNotFoundError, ConnectionError) as error:
-        raise _not_found_error(source, error) from error
+        raise _not_found_error(source, error, copy) from error
     except Exception as error:  # missing configuration, damaged Parquet or full disk: no common base class
         try:
-            configs = datasets.get_dataset_config_names(source, revision=revision)
+            configs = datasets.get_dataset_config_names(options["path"], revision=revision)
         except Exception:
-            raise _not_found_error(source, error) from error
+            raise _not_found_error(source, error, copy) from error
         if config not in configs:
             raise UnknownSplitError(
                 f"The data set has no configuration {config!r}; it has {', '.join(map(repr, configs))}.",
@@ -97,8 +99,12 @@ def _load(
                 remedy="Give a data set that `hf-mel data build` wrote.",
             ) from error
         raise DataFormatError(
-            f"The configuration {config!r} cannot be read ({error}).", file=source, remedy="Build it again."
+            f"The configuration {config!r} cannot be read ({_reason(error, source, copy)}).",
+            file=source,
+            remedy="Build it again.",
         ) from error
+    if copy is not None:
+        copy.delete_earlier()
     if split not in splits:
         raise UnknownSplitError(
             f"The configuration {config!r} has no split {split!r}; it has {', '.join(map(repr, splits))}.",
@@ -116,21 +122,11 @@ def _load(
     return rows
 
 
-def _cache_folder(source: str) -> str | None:
-    """Returns a cache folder that depends on the path and content of a data-set folder, `None` for the Hub.
-
-    `datasets` identifies folders by name and card only. With one cache, a folder that was built again, or another one
-    of the same name, would return the rows of the first.
-    """
-    root = Path(source)
-    if not root.is_dir():
-        return None
-    digest = hashlib.sha256(str(root.resolve()).encode())
-    for path in sorted(root.rglob("*")):
-        if path.is_file():
-            state = path.stat()
-            digest.update(f"{path.relative_to(root)} {state.st_size} {state.st_mtime_ns}\n".encode())
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{digest.hexdigest()[:16]}")
+def _loading_options(source: str, revision: str | None, copy: FolderCopy | None) -> dict[str, Any]:
+    """Returns the arguments of `load_dataset` for a data set on the Hub, or for a folder by its copy."""
+    if copy is None:
+        return {"path": source, "revision": revision}
+    return {"path": copy.source, "cache_dir": str(copy.place)}
 
 
 def open_repository(
@@ -145,11 +141,13 @@ def open_repository(
     """
     source = os.fspath(dataset)
     _check_source(source, revision)
+    copy = FolderCopy.open(source) if Path(source).is_dir() else None
+    options = _loading_options(source, revision, copy)
     try:
-        configs = datasets.get_dataset_config_names(source, revision=revision)
-        return {config: datasets.load_dataset_builder(source, config, revision=revision) for config in configs}
+        configs = datasets.get_dataset_config_names(options["path"], revision=revision)
+        return {config: datasets.load_dataset_builder(name=config, **options) for config in configs}
     except Exception as error:  # missing repository, damaged card or no network: no common base class
-        raise _not_found_error(source, error) from error
+        raise _not_found_error(source, error, copy) from error
 
 
 def _check_source(source: str, revision: str | None) -> None:
@@ -169,16 +167,35 @@ def _check_source(source: str, revision: str | None) -> None:
             raise _not_found_error(source, None) from error
 
 
-def _not_found_error(source: str, error: Exception | None) -> UnknownDatasetError:
+def _not_found_error(source: str, error: Exception | None, copy: FolderCopy | None = None) -> UnknownDatasetError:
     if Path(source).is_dir():
         return UnknownDatasetError(
-            f"The folder holds no data set ({error}).", file=source, remedy="Run `hf-mel data build`."
+            f"The folder holds no data set ({_reason(error, source, copy)}).",
+            file=source,
+            remedy="Run `hf-mel data build`.",
         )
-    reason = f" that can be reached ({type(error).__name__}: {error})" if error is not None else ""
+    if error is None:
+        problem = "it cannot be the name of a data set on the Hub"
+        remedy = "Check the path, or give a Hub id: OWNER/NAME."
+    elif isinstance(error, ConnectionError):
+        problem = f"the Hub cannot be reached to look for a data set of this name ({error})"
+        remedy = "Check the path. If it is a Hub id, check the network and whether HF_HUB_OFFLINE is set."
+    elif isinstance(error, (DatasetNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)):
+        problem = f"the Hub has no data set of this name that you may read ({error})"
+        remedy = "Check the path or the Hub id. For a private or gated data set, run `hf auth login`."
+    else:
+        problem = f"what the Hub has under this name is not a data set that can be read ({error})"
+        remedy = "Check the path or the Hub id."
     return UnknownDatasetError(
-        f"{source!r} is neither a folder nor a data set on the Hub{reason}.",
-        remedy="Check the path or the Hub id, or build a folder with `hf-mel data build`.",
+        f"No folder has this name, and {problem}.",
+        file=source,
+        remedy=f"{remedy} `hf-mel data build` builds a folder.",
     )
+
+
+def _reason(error: Exception | None, source: str, copy: FolderCopy | None) -> str:
+    """Returns the message of an error of `datasets`, with the user's path in place of that of the copy."""
+    return str(error) if copy is None else str(error).replace(copy.source, source)
 
 
 def dataset_version(dataset: str | os.PathLike[str], revision: str | None = None) -> dict[str, str | None]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from hf_mel.files import write_text
 
@@ -42,7 +43,7 @@ def results_table(results: Mapping[str, Any], title: str | None = None) -> Table
     if lists := results.get("candidates"):
         against = f"up to {lists['k']} candidates each, end to end"
     title = title or f"{results['num_mentions']:,} mentions against {against} (ties {results['ties']}{units})"
-    table = Table("mentions", title=title)
+    table = Table("mentions", title=Text(title))
     table.add_column("in KB", justify="right")
     # The candidate protocol links every mention, so its only decision metric is F1, which becomes a column. The full
     # protocol has five, which would squeeze the other columns in a terminal of 80 characters. They go into the caption.
@@ -58,14 +59,14 @@ def results_table(results: Mapping[str, Any], title: str | None = None) -> Table
     if decisions:
         table.caption = f"All mentions, NIL below {results['nil_threshold']:.4g}: {', '.join(decisions)}"
 
-    def add_row(label: str, metrics: Mapping[str, Any]) -> None:
+    def add_row(label: Text, metrics: Mapping[str, Any]) -> None:
         table.add_row(label, f"{metrics['num_ranked']:,}", *(display_value(name, metrics[name]) for name in columns))
 
-    add_row("[b]all[/b]", overall)
+    add_row(Text("all", "bold"), overall)
     for stratification, groups in results["strata"].items():
         table.add_section()
         for group, metrics in groups.items():
-            add_row(f"{stratification}: {group}", metrics)
+            add_row(Text(f"{stratification}: {group}"), metrics)  # a name in brackets is not markup
     return table
 
 
@@ -104,12 +105,12 @@ def comparison_table(rows: Mapping[str, Mapping[str, Any]], title: str | None = 
         rows (`Mapping[str, Mapping]`): Name → metrics, all with the keys of the first.
         title (`str`, *optional*): Title of the table.
     """
-    table = Table("", title=title)
+    table = Table("", title=None if title is None else Text(title))
     columns = _shown_metrics(next(iter(rows.values()), {}))
     for name in columns:
         table.add_column(display_name(name), justify="right")
     for label, metrics in rows.items():
-        table.add_row(label, *(display_value(name, metrics[name]) for name in columns))
+        table.add_row(Text(label), *(display_value(name, metrics[name]) for name in columns))
     return table
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hf_mel.errors import KnowledgeBaseError
-from hf_mel.files import fsync_and_describe, write_errors, write_text
+from hf_mel.files import fsync_and_describe, local_path, write_errors, write_text
 from hf_mel.inference.encodings import concat_encodings, row_bytes
 from hf_mel.kb.manifest import MANIFEST_NAME, damage_error
 from hf_mel.schema import entity_features
@@ -130,7 +130,7 @@ class ShardWriter:
         path = self._path("entities", "parquet")
         with write_errors(path):
             if self._parquet is None:
-                self._parquet = pq.ParquetWriter(path, self._tables[0].schema, compression="zstd")
+                self._parquet = pq.ParquetWriter(local_path(path), self._tables[0].schema, compression="zstd")
             table = pa.concat_tables(self._tables)
             self._parquet.write_table(table, row_group_size=table.num_rows)
         self._tables = []

@@ -237,7 +237,7 @@ def test_other_folders_are_not_replaced(raw, tmp_path, wikimel, monkeypatch):
     build_dataset("wikimel", output=out, raw_dir=raw)  # an empty folder is fine
     (out / "report.json").write_text('{"dataset": "another"}')
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(DataFormatError, match="not an earlier build of wikimel"):
+    with pytest.raises(DataFormatError, match="holds the data set 'another'; only an earlier build of 'wikimel'"):
         build_dataset("wikimel", output=out, raw_dir=raw)
     assert (out / "thesis.tex").read_text() == "years of work"
     build_dataset("wikimel", output=out, raw_dir=raw, overwrite=True)

@@ -296,7 +296,7 @@ def test_damaged_files_and_other_formats(tmp_path):
     (tmp_path / "json" / "test.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(DataFormatError, match="not stored as Parquet"):
         check_dataset(tmp_path / "json")
-    with pytest.raises(UnknownDatasetError, match="neither a folder"):
+    with pytest.raises(UnknownDatasetError, match="No folder has this name"):
         check_dataset(tmp_path / "nothing")
     with pytest.raises(KnowledgeBaseError, match="no configuration 'entities'"):
         check_dataset(write_folder(tmp_path / "no_kb", {"mentions": small()["mentions"]})).raise_fatal("")

@@ -10,8 +10,14 @@ from typer.testing import CliRunner
 
 from hf_mel.building import build as building
 from hf_mel.building.builders import known_datasets
+from hf_mel.candidates.lists import CandidateLists
 from hf_mel.cli.data import app
+from hf_mel.data.loading import load_mentions
+from hf_mel.hub.publish.dataset_repo import dataset_publication
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from tests.building.test_checks import entity, mention, small, write_folder
+from tests.data.test_images import photo
+from tests.toy import ToyProcessor, toy_model
 
 
 @pytest.fixture
@@ -109,3 +115,32 @@ def test_options_of_a_builder_and_files_of_your_own_are_passed_on(run, tmp_path,
         done = run(*words, "--option", wrong)
         assert done.exit_code == 2
         assert "is not KEY=VALUE" in done.output
+
+
+@pytest.mark.parametrize(("raw", "out"), [("in", "out[1]"), ("zip::[in]", "a::*{b}")])
+def test_files_and_folders_of_any_name_are_built_checked_and_encoded(run, tmp_path, monkeypatch, raw, out):
+    (tmp_path / raw).mkdir()
+    monkeypatch.chdir(tmp_path)
+    picture = photo("PNG")
+    for name, content in (
+        ("e.jsonl", '{"id": "Q1", "name": "Ghana", "image": "flag[1].png"}\n{"id": "Q2", "name": "Togo"}'),
+        ("m.jsonl", '{"text": "in Ghana", "mention": "Ghana", "entity_id": "Q1", "split": "train"}'),
+    ):
+        (tmp_path / raw / name).write_text(content)
+    (tmp_path / raw / "flag[1].png").write_bytes(picture)
+    done = run("build", "jsonl", "--mentions", f"{raw}/m.jsonl", "--entities", f"{raw}/e.jsonl", "--output", out)
+    assert done.exit_code == 0, done.output
+    assert f'load_mentions("{out}", "train")' in done.output
+    assert f"hf-mel kb build RUN --dataset '{out}' --output KB" in done.output
+    assert run("check", out).exit_code == 0
+    # A folder that the name would match as a pattern has other rows.
+    write_folder(tmp_path / "out1", small({"train": [mention("other")]}))
+    assert load_mentions(out, "train")["mention"] == ["Ghana"]
+    kb = KnowledgeBase.build(out, toy_model(), ToyProcessor(), output=f"kb{out}", progress=False)
+    assert KnowledgeBase(f"kb{out}").entity_ids == kb.entity_ids == ["Q1", "Q2"]
+    assert kb.image(0).size == (64, 48)
+    lists = CandidateLists(["m"], [["Q1"]], {}, {"source": "name"})
+    lists.save(f"lists{out}/train.parquet")
+    assert CandidateLists.load(f"lists{out}/train.parquet").entity_ids == [["Q1"]]
+    publication = dataset_publication(out, "me/data", i_hold_the_rights=True)
+    assert {"entities/kb-00000-of-00001.parquet", "mentions/train-00000-of-00001.parquet"} < set(publication.files)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from types import SimpleNamespace
 
 import datasets
+import filelock
 import huggingface_hub
 import pytest
 
 from hf_mel.building.build import build_dataset
+from hf_mel.building.checks import check_dataset
 from hf_mel.data.loading import (
     check_golds,
     dataset_version,
@@ -54,9 +57,10 @@ def test_an_unknown_split_or_configuration_is_an_error(folder):
 
 def test_an_unknown_data_set_is_an_error(tmp_path, folder):
     for name in (tmp_path / "typo", "no spaces allowed"):
-        with pytest.raises(UnknownDatasetError, match="neither a folder"):
+        with pytest.raises(UnknownDatasetError, match=r"No folder has this name, and .*OWNER/NAME") as caught:
             load_mentions(name, "test")
-    with pytest.raises(UnknownDatasetError, match="neither a folder"):  # cannot be reached offline
+        assert caught.value.file == str(name)
+    with pytest.raises(UnknownDatasetError, match=r"^nobody/has-this: .*Hub cannot be reached.*HF_HUB_OFFLINE is set"):
         load_mentions("nobody/has-this", "test")
     with pytest.raises(UnknownDatasetError, match="holds no data set"):
         load_mentions(tmp_path, "test")
@@ -148,3 +152,109 @@ def test_a_folder_of_the_same_name_or_built_again_does_not_load_cached_rows(tmp_
         write_toy_dataset(tmp_path / place / "data", toy_entities(), train=toy_mentions(20, nil_every=period))
         golds.append(list(load_mentions(tmp_path / place / "data", "train")["entity_id"]).count(NIL))
     assert golds == [0, 20 // 6, 20 // 4]
+
+
+def write_folder(folder, count):
+    """Writes a data set with `count` mentions. It is renamed, because `to_parquet` takes some names for addresses."""
+    plain = write_toy_dataset(folder.parent / "plain", toy_entities(), train=toy_mentions(count))
+    if folder.exists():
+        shutil.rmtree(folder)
+    return plain.rename(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "matching"),
+    [
+        ("out[1]", "out1"),
+        ("out*", "outer"),
+        ("ou?", "out"),
+        ("[!a]", "b"),
+        ("{a,b}", "a"),
+        ("100% #1 'new'", "100"),
+        ("zip::a", "zip"),
+        ("~root", "root"),
+        ("https:", "http"),
+        ("csv", "json"),
+    ],
+)
+def test_the_path_of_a_folder_is_never_a_pattern_or_an_address(tmp_path, monkeypatch, name, matching):
+    write_folder(tmp_path / matching, 9)  # what the pattern would find
+    folder = write_folder(tmp_path / name, 4)
+    monkeypatch.chdir(tmp_path)
+    for path in (folder, name):
+        assert len(load_mentions(path, "train")) == 4
+        assert len(load_entities(path)) == 12
+        report = check_dataset(path)
+        assert report.counts["mentions"] == {"train": 4}
+        assert not report.fatal
+    assert len(load_mentions(matching, "train")) == 9
+    with pytest.raises(UnknownSplitError, match="no split 'test'"):
+        load_mentions(name, "test")
+    (folder / "mentions" / "train.parquet").write_bytes(b"damaged")
+    with pytest.raises(DataFormatError, match="cannot be read") as caught:
+        load_mentions(name, "train")
+    assert "hf_cache" not in str(caught.value)  # the user's path is shown, not that of the links
+
+
+def test_a_folder_below_one_with_a_pattern_in_its_name_loads_from_the_cache_the_second_time(tmp_path):
+    folder = write_folder(tmp_path / "x[1]", 5).rename(tmp_path / "y[1]")
+    load_mentions(folder, "train")
+    cache = tmp_path / "hf_cache"
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}
+    load_mentions(folder, "train")
+    assert before == {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}
+    assert len(before) == 1
+
+
+def copies(cache):
+    return {path for path in (cache / "hf_mel").glob("*/*") if path.is_dir()}
+
+
+def test_a_folder_has_one_copy_in_the_cache_of_its_present_state(tmp_path):
+    cache = tmp_path / "hf_cache"
+    other = write_folder(tmp_path / "b" / "data", 3)
+    assert len(load_mentions(other, "train")) == 3
+    (of_other,) = copies(cache)
+    stranger = of_other.parent / "notes"
+    stranger.mkdir()
+    rows = []
+    for count in (5, 6, 7):
+        folder = write_folder(tmp_path / "a" / "data", count)
+        rows.append(load_mentions(folder, "train"))
+        load_entities(folder)
+        assert [len(table) for table in rows] == [5, 6, 7][: len(rows)]
+        assert len(copies(cache)) == 3  # of this folder, of the other, and what is not ours
+    assert rows[0][4]["mention_id"] == "m4"  # rows that are in use can still be read
+    assert {of_other, stranger} < copies(cache)
+    assert len(load_mentions(other, "train")) == 3
+
+
+def test_a_copy_that_another_process_reads_is_kept_until_it_ends(tmp_path):
+    cache, folder = tmp_path / "hf_cache", write_folder(tmp_path / "data", 5)
+    load_mentions(folder, "train")
+    (first,) = copies(cache)
+    # Locks of one process exclude each other, too, so this stands for another process.
+    reader = filelock.FileLock(first / "readers" / "other.lock")
+    reader.acquire()
+    for count in (6, 7):
+        write_folder(folder, count)
+        assert len(load_mentions(folder, "train")) == count
+        assert first in copies(cache)
+        assert len(copies(cache)) == 2
+    assert [path.name for path in first.rglob("*.arrow")] == ["data-train.arrow"]
+    reader.release()
+    write_folder(folder, 8)
+    load_mentions(folder, "train")
+    assert len(copies(cache)) == 1
+    assert first not in copies(cache)
+
+
+def test_an_interrupted_deletion_is_finished(tmp_path):
+    folder = write_folder(tmp_path / "data", 5)
+    load_mentions(folder, "train")
+    (place,) = copies(tmp_path / "hf_cache")
+    left = place.with_name("0123456789abcdef.old")
+    left.mkdir()
+    (left / "data-train.arrow").write_bytes(b"x")
+    load_entities(folder)
+    assert copies(tmp_path / "hf_cache") == {place}

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_mel.errors import PublishError
+from hf_mel.files import local_path
 from hf_mel.hub.publish.publication import (
     Content,
     Publication,
@@ -52,7 +53,7 @@ def dataset_publication(
         )
     for name in parquet_files:
         try:
-            pq.ParquetFile(folder / name).close()
+            pq.ParquetFile(local_path(folder / name)).close()
         except (pa.ArrowException, OSError) as error:
             raise PublishError(
                 f"The file is not a Parquet file ({error}).", file=name, remedy="Build the data set again."
