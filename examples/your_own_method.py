@@ -52,7 +52,8 @@ class WordsProcessor(ProcessorMixin):
         if mentions is not None:
             batch["mention_ids"] = self._ids([f"{row['mention']} {row['text']}" for row in mentions])
         if entities is not None:
-            batch["entity_ids"] = self._ids([f"{row['name']} {row['attributes']}" for row in entities])
+            columns = ([row["name"], *row["aliases"], row["description"], row["attributes"]] for row in entities)
+            batch["entity_ids"] = self._ids([" ".join(texts) for texts in columns])
         return BatchFeature(batch)
 
 

@@ -43,6 +43,14 @@ def images_per_entity(processor: Any) -> int | None:
     return getattr(processor, "max_entity_images", 1)
 
 
+def post_columns(processor: Any) -> tuple[str, ...]:
+    """Returns the columns of an entity that make the text of the post about itself, for [`KnowsPosts`].
+
+    These are the processor's `entity_columns`, by default name, description and attributes.
+    """
+    return tuple(getattr(processor, "entity_columns", ("name", "description", "attributes")))
+
+
 @runtime_checkable
 class OpensImages(Protocol):
     """A processor that makes pixel values of images apart from rows, for [`EncodesImages`]."""
@@ -59,6 +67,31 @@ class LocatesTokens(Protocol):
     def text_spans(self, mentions: Sequence[Row]) -> list[list[tuple[int, int] | None]]:
         """Returns, for each of M mentions, the (start, end) characters of its L tokens; `None` for a special token."""
         ...
+
+
+@runtime_checkable
+class LimitsTexts(Protocol):
+    """A processor that reads a limited number of tokens of a text, and tells how many it leaves out.
+
+    Optional attribute: `length_options` (see [`length_options`]).
+    """
+
+    def num_left_out(
+        self,
+        mentions: Sequence[Row] | None = None,
+        entities: Sequence[Row] | None = None,
+        pairs: Sequence[tuple[Row, Sequence[Row]]] | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Returns the number of tokens that are left out, for each of M mentions, N entities or all candidates of
+        `pairs`. The arguments are those of [`MelProcessor`], of which one is given.
+        """
+        ...
+
+
+def length_options(processor: Any) -> tuple[str, ...]:
+    """Returns the names of the options that limit a processor's texts: its `length_options`, by default `max_length`."""
+    return tuple(getattr(processor, "length_options", ("max_length",)))
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -105,12 +105,15 @@ def posts_as_mentions(posts: datasets.Dataset) -> datasets.Dataset:
     return rows
 
 
-def entity_as_post(entity: Row) -> Row:
-    """Turns an entity into a post about itself: "name. description. attributes." and its first image.
+def entity_as_post(entity: Row, columns: Sequence[str] = ("name", "description", "attributes")) -> Row:
+    """Turns an entity into a post about itself: its columns as sentences, "name. description. attributes.", and its
+    first image.
 
-    The image is decoded on access.
+    The image is decoded on access. The items of a list, such as `aliases`, are joined by commas.
     """
-    parts = [str(entity.get(part) or "").strip() for part in ("name", "description", "attributes")]
+    values = [entity.get(column) or "" for column in columns]
+    texts = [value if isinstance(value, str) else ", ".join(filter(None, value)) for value in values]
+    parts = [text.strip() for text in texts]
     text = " ".join(part if part.endswith((".", "!", "?", "。")) else f"{part}." for part in parts if part)
     return _EntityPost({"post_id": entity["entity_id"], "entity_id": entity["entity_id"], "text": text}, entity)
 

@@ -34,7 +34,7 @@ def convert_checkpoint(
 
     Args:
         method (`str`): Name of the method: a folder of `modeling/` with a module `convert_<method>.py` that defines
-            `convert_config` and `convert_state_dict`.
+            `convert_config` and `convert_state_dict`, and optionally `PROCESSOR_OPTIONS`.
         state_dict (`str` or `os.PathLike`): The published weights, a safetensors file or a PyTorch checkpoint. Only
             tensors and plain containers are unpickled; anything else is refused.
         config (`str` or `os.PathLike`): The published configuration, a JSON file.
@@ -103,7 +103,7 @@ def convert_checkpoint(
     if tokenizer is not None:
         try:
             processor_class: Any = PROCESSOR_MAPPING[type(model_config)]
-            processor = processor_class.from_backbones(tokenizer)
+            processor = processor_class.from_backbones(tokenizer, **getattr(module, "PROCESSOR_OPTIONS", {}))
         except (OSError, ValueError) as error:
             raise MelError(
                 f"The tokenizer {tokenizer!r} cannot be loaded ({error}).", remedy="Check --tokenizer."

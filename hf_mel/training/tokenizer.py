@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterable, Iterator
 
 import datasets
@@ -17,6 +18,10 @@ _SPECIAL = {
 }
 
 
+#: Punctuation that every tokenizer knows, also if its texts have none: marks around mentions, and texts to come.
+_PUNCTUATION = [*string.punctuation, "«", "»"]
+
+
 def train_wordpiece(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedTokenizerFast:
     """Trains a lower-casing, BERT-style WordPiece tokenizer ("[CLS] text [SEP]").
 
@@ -24,7 +29,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedT
 
     Args:
         texts (iterable of `str`): Texts to train on.
-        vocab_size (`int`): Maximum size of the vocabulary, including the five special tokens ([PAD] is 0).
+        vocab_size (`int`): Maximum size of the vocabulary, including the five special tokens ([PAD] is 0). Every single
+            character of the texts and all punctuation are in it, also if they are more.
 
     Returns:
         `PreTrainedTokenizerFast`: the tokenizer.
@@ -40,7 +46,10 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedT
     learner.train_from_iterator(
         texts,
         trainers.WordPieceTrainer(
-            vocab_size=vocab_size, special_tokens=[*_SPECIAL.values(), *inner], show_progress=False
+            vocab_size=vocab_size,
+            special_tokens=[*_SPECIAL.values(), *inner],
+            initial_alphabet=_PUNCTUATION,
+            show_progress=False,
         ),
     )
     # The returned tokenizer is a new one, because inner characters are special tokens of the first.

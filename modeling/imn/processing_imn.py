@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
@@ -22,6 +24,36 @@ _MENTION_MASKING, _WORD_MASKING = 0.85, 0.15
 _MAX_NAME_LENGTH = 16
 
 
+# Copied from modeling/mimic/processing_mimic.py
+@dataclass
+class _MentionText:
+    """A filled mention template, and the places of the row's text and of the marked mention in it.
+
+    Args:
+        filled (`str`): The filled template.
+        start, end (`int`): Characters of the row's text, marks included.
+        mention (`tuple[int, int]`): Characters of the mention with its marks.
+        marks (`tuple[int, int]`): Numbers of characters of the marks.
+    """
+
+    filled: str
+    start: int
+    end: int
+    mention: tuple[int, int]
+    marks: tuple[int, int]
+
+    def span(self, left: int, right: int) -> tuple[int, int] | None:
+        """Characters of the row's text that are at `left` to `right` in the filled template; `None` if none are."""
+
+        def place_in_text(place: int) -> int:
+            opening, closing = self.marks
+            inside = min(max(place - self.mention[0], 0), opening)
+            return place - self.start - inside - min(max(place - self.mention[1] + closing, 0), closing)
+
+        span = place_in_text(left), place_in_text(right)
+        return span if self.start <= left and right <= self.end and span[0] < span[1] else None
+
+
 class ImnProcessor(ProcessorMixin):
     r"""
     Turns rows of `mentions`, `posts` and `entities` into the inputs of an [`ImnModel`], and posts into those of an
@@ -36,17 +68,23 @@ class ImnProcessor(ProcessorMixin):
     Args:
         image_processor: An image processor, which determines normalisation and the one size of all images.
         tokenizer: A fast tokenizer with [CLS], [SEP] and, for pre-training, [MASK].
-        max_length (`int`, *optional*, defaults to 64): Maximal number of tokens per text. Longer texts are truncated,
+        max_length (`int`, *optional*, defaults to 64): Maximal number of tokens per text. Longer texts lose tokens,
             shorter ones are padded to the longest of the batch.
-        mention_template (`str`, *optional*): Text of a mention. Fields in braces are columns of its row. The default is
-            the paper's, the text p_t alone. Use `"{mention} [SEP] {text}"` if texts have several mentions. A row without
-            a mention is encoded as its text in any case.
+        mention_template (`str`, *optional*): Text of a mention. Fields in braces are columns of its row. `{window}` is
+            the text of the row with the mention between `mention_marks`; if that is too long, the tokens farthest from
+            the mention are left out. `{text}`, as in the paper, is the text p_t without marks, and is cut at its end.
+            Use `"{mention} [SEP] {window}"` if texts have several mentions. A row without a mention is encoded as its
+            text in any case.
         use_images (`bool`, *optional*, defaults to `True`): Whether to return images.
         num_prototypes (`int`, *optional*, defaults to 10): k, as in the model's configuration.
         knowledge_guided (`bool`, *optional*, defaults to `True`): Whether pre-training masks the tokens of the mention,
             with probability 0.85, instead of any word, with probability 0.15 (Table 4, "- Knowledge Guided"). Words are
             masked at random in any case in a post whose text does not contain the mention.
         mask_seed (`int`, *optional*, defaults to 0): Seed of masking.
+        mention_marks (`list[str]`, *optional*): The marks before and after the mention in `{window}`. `None` marks
+            nothing; [`ImnProcessor.from_parts`] sets "«" and "»".
+        entity_columns (`list[str]`, *optional*): Columns of an entity that make the text of the post about itself, in
+            order; [`ImnProcessor.from_parts`] adds "aliases". The library reads this.
     """
 
     def __init__(
@@ -54,11 +92,13 @@ class ImnProcessor(ProcessorMixin):
         image_processor=None,
         tokenizer=None,
         max_length=64,
-        mention_template="{text}",
+        mention_template="{window}",
         use_images=True,
         num_prototypes=10,
         knowledge_guided=True,
         mask_seed=0,
+        mention_marks=None,
+        entity_columns=("name", "description", "attributes"),
     ):
         super().__init__(image_processor, tokenizer)
         if max_length < 3:
@@ -71,6 +111,8 @@ class ImnProcessor(ProcessorMixin):
         self.num_prototypes = num_prototypes
         self.knowledge_guided = knowledge_guided
         self.mask_seed = mask_seed
+        self.mention_marks = None if mention_marks is None else list(mention_marks)
+        self.entity_columns = list(entity_columns)
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> ImnProcessor:
@@ -110,6 +152,8 @@ class ImnProcessor(ProcessorMixin):
             image_processor = CLIPImageProcessorPil(**settings)
         if vision is None:
             options.setdefault("use_images", False)
+        options.setdefault("mention_marks", ["«", "»"])
+        options.setdefault("entity_columns", ["name", "aliases", "description", "attributes"])
         return cls(image_processor, tokenizer, **options)
 
     def __call__(
@@ -163,11 +207,12 @@ class ImnProcessor(ProcessorMixin):
     def _posts(self, side: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Tensors of mentions or posts; `side` is "mention" or "post"."""
         is_mention = [side == "mention" and bool((row.get("mention") or "").strip()) for row in rows]
-        texts = [
-            self._fill_template(self.mention_template if named else "{text}", row)
-            for row, named in zip(rows, is_mention, strict=True)
-        ]
-        encoded = self._encode(texts)
+        encoded = self._encode(
+            [
+                self._mention_text(row) if named else _post_text(row["text"] or "")
+                for row, named in zip(rows, is_mention, strict=True)
+            ]
+        )
         tensors = {f"{side}_{name}": self._padded(encoded[name]) for name in ("input_ids", "attention_mask")}
         names = [self._pieces(row["mention"]) if named else [] for row, named in zip(rows, is_mention, strict=True)]
         return tensors | self._names(f"{side}_", names) | self._images(f"{side}_", rows)
@@ -231,11 +276,14 @@ class ImnProcessor(ProcessorMixin):
         # Seeded by the batch: a resumed run repeats the masking, and a text in another batch is masked differently.
         key = repr((self.mask_seed, texts, mentions, list(partners))).encode()
         draw = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
-        encoded = self._encode(texts)
+        spans = [
+            _mention_span(row, text) if mention.strip() else (0, 0)
+            for row, text, mention in zip(posts, texts, mentions, strict=True)
+        ]
+        encoded = self._encode([_post_text(text, span) for text, span in zip(texts, spans, strict=True)])
         ids, names, labels = [], [], []
-        for row, text, mention, tokens, offsets, special, used in zip(
-            posts,
-            texts,
+        for (start, end), mention, tokens, offsets, special, used in zip(
+            spans,
             mentions,
             encoded["input_ids"],
             encoded["offset_mapping"],
@@ -243,7 +291,6 @@ class ImnProcessor(ProcessorMixin):
             encoded["attention_mask"],
             strict=True,
         ):
-            start, end = self._mention_span(row, text, mention)
             words = [k for k, is_special in enumerate(special) if used[k] and not is_special]
             inside = [k for k in words if offsets[k][0] < end and offsets[k][1] > start]
             guided = self.knowledge_guided and inside
@@ -280,32 +327,33 @@ class ImnProcessor(ProcessorMixin):
             return self.tokenizer.mask_token_id
         return int(word * len(self.tokenizer)) if kind < 0.9 else token
 
-    @staticmethod
-    def _mention_span(row: Mapping[str, Any], text: str, mention: str) -> tuple[int, int]:
-        """Span of the mention in the text: as in the row, otherwise its first occurrence, otherwise empty."""
-        start, end = row.get("start", -1), row.get("end", -1)
-        if not mention.strip():
-            return 0, 0
-        if not 0 <= start < end <= len(text):
-            start = text.lower().find(mention.lower())
-            start, end = (start, start + len(mention)) if start >= 0 else (0, 0)
-        return start, end
-
-    def _encode(self, texts: list[str]) -> Mapping[str, list[list[Any]]]:
+    def _encode(self, texts: list[_MentionText]) -> dict[str, list[list[Any]]]:
         """Tokenizes texts without padding. The attention mask of an empty text is zeros."""
-        encoded = dict(
-            self.tokenizer(
-                texts,
-                max_length=self.max_length,
-                truncation=True,
-                return_offsets_mapping=True,
-                return_special_tokens_mask=True,
-            )
+        names = ("input_ids", "offset_mapping", "special_tokens_mask")
+        encoded = self.tokenizer(
+            [text.filled for text in texts],
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
         )
-        encoded["attention_mask"] = [
-            [int(bool(text.strip()))] * len(ids) for text, ids in zip(texts, encoded["input_ids"], strict=True)
-        ]
-        return encoded
+        result: dict[str, list[list[Any]]] = {name: [] for name in (*names, "attention_mask")}
+        for number, text in enumerate(texts):
+            window = (text.start, text.end) if "{window}" in self.mention_template else (0, 0)
+            columns = {name: encoded[name][number] for name in names}
+            kept = _kept_tokens(
+                columns["offset_mapping"], columns["special_tokens_mask"], self.max_length, window, text.mention
+            )
+            for name, values in columns.items():
+                result[name].append([values[k] for k in kept])
+            result["attention_mask"].append([int(bool(text.filled.strip()))] * len(kept))
+        return result
+
+    def num_left_out(self, mentions=None, entities=None, pairs=None, posts=None) -> list[int]:
+        """Returns how many tokens of each text exceed `max_length`. The arguments are those of `__call__`."""
+        texts = [self._mention_text(row).filled for row in mentions or ()]
+        texts += [row["text"] or "" for row in posts or ()]
+        lengths = map(len, self.tokenizer(texts, verbose=False)["input_ids"] if texts else ())
+        return [max(length - self.max_length, 0) for length in lengths]
 
     def _pieces(self, mention: str) -> list[int]:
         return self.tokenizer(mention, add_special_tokens=False)["input_ids"][:_MAX_NAME_LENGTH]
@@ -337,9 +385,22 @@ class ImnProcessor(ProcessorMixin):
         return tensors
 
     # Copied from modeling/mimic/processing_mimic.py
+    def _mention_text(self, row: Mapping[str, Any]) -> _MentionText:
+        """Fills the mention template."""
+        field = "{window}" if "{window}" in self.mention_template else "{text}"
+        before, field, after = self.mention_template.partition(field)
+        before, after = (self._fill_template(part, row) for part in (before, after))
+        text = (row["text"] or "") if field else ""
+        span, marks = _mention_span(row, text), self.mention_marks if field == "{window}" else None
+        marked, (start, end) = _with_marks(text, span, marks)
+        lengths = (len(marks[0]) + 1, len(marks[1]) + 1) if marks and marked != text else (0, 0)
+        first = len(before)
+        return _MentionText(before + marked + after, first, first + len(marked), (first + start, first + end), lengths)
+
+    # Copied from modeling/mimic/processing_mimic.py
     @staticmethod
     def _fill_template(template: str, row: Mapping[str, Any]) -> str:
-        """Fills the fields of a template with the columns of a row; `None` becomes an empty string."""
+        """Fills the fields of a template with the columns of a row: `None` as an empty string, a list with commas."""
         columns = [name for _, name, _, _ in Formatter().parse(template) if name]
         try:
             values = {name: row[name] for name in columns}
@@ -347,7 +408,70 @@ class ImnProcessor(ProcessorMixin):
             raise ValueError(
                 f"The template {template!r} needs the column {error}, but the row has {', '.join(row)}."
             ) from None
-        return template.format_map({name: "" if value is None else value for name, value in values.items()})
+        for name, value in values.items():
+            values[name] = "" if value is None else value
+            if isinstance(value, list | tuple):
+                values[name] = ", ".join(str(item) for item in value if item)
+        return template.format_map(values)
+
+
+def _post_text(text: str, mention: tuple[int, int] = (0, 0)) -> _MentionText:
+    """A text without a template and marks. `mention` are its characters that should be kept if it is too long."""
+    return _MentionText(text, 0, len(text), mention, (0, 0))
+
+
+# Copied from modeling/mimic/processing_mimic.py
+def _mention_span(row: Mapping[str, Any], text: str) -> tuple[int, int]:
+    """Returns where the mention stands in the text: at `start` and `end`, or else where it occurs first; (0, 0) if not."""
+    start, end, name = row.get("start"), row.get("end"), row.get("mention") or ""
+    if start is not None and end is not None and 0 <= start < end <= len(text):
+        return start, end
+    first = re.search(re.escape(name), text, re.IGNORECASE) if name.strip() else None
+    return first.span() if first else (0, 0)
+
+
+# Copied from modeling/mimic/processing_mimic.py
+def _with_marks(text: str, span: tuple[int, int], marks: Sequence[str] | None) -> tuple[str, tuple[int, int]]:
+    """Puts marks around the mention at `span`, and returns the text and the span of the mention with its marks."""
+    start, end = span
+    if not marks or start == end:
+        return text, span
+    marked = f"{marks[0]} {text[start:end]} {marks[1]}"
+    return f"{text[:start]}{marked}{text[end:]}", (start, start + len(marked))
+
+
+# Copied from modeling/mimic/processing_mimic.py
+def _kept_tokens(offsets, special, limit: int, window: tuple[int, int], mention: tuple[int, int]) -> list[int]:
+    """Numbers of the tokens of a text that are kept, at most `limit`.
+
+    Tokens in the window that are farthest from the mention are left out first, then the last ones. Special tokens stay.
+
+    Args:
+        offsets, special: First and last character of each token, and whether it is a special token.
+        limit: Number of tokens.
+        window, mention: Characters of the window and of the mention, end exclusive.
+    """
+    surplus = len(offsets) - limit
+    if surplus <= 0:
+        return list(range(len(offsets)))
+    body = [k for k, is_special in enumerate(special) if not is_special]
+    inside, named = (
+        [k for k in body if offsets[k][0] < end and offsets[k][1] > start] for start, end in (window, mention)
+    )
+    start, stop = (inside.index(named[0]), inside.index(named[-1]) + 1) if inside and named else (0, 0)
+    width = max(len(inside) - surplus, 0)
+    first = _window_start(len(inside), start, stop, width)
+    left_out = {*inside[:first], *inside[first + width :]}
+    body = [k for k in body if k not in left_out]
+    left_out.update(body[len(body) - surplus + len(left_out) :])
+    return [k for k in range(len(offsets)) if k not in left_out]
+
+
+# Copied from modeling/mmel/processing_mmel.py
+def _window_start(length: int, start: int, stop: int, size: int) -> int:
+    """Returns the start of a window of `size` of `length` tokens, with `start` to `stop` in its middle if possible."""
+    first = start - (size - (stop - start)) // 2
+    return max(0, min(first, length - size, start))
 
 
 __all__ = ["ImnProcessor"]

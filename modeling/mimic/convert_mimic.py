@@ -30,6 +30,14 @@ _PREFIXES = (
 )
 _VDLU_PARTS = {"cls_fc": "fc_global", "tokens_fc": "fc_local", "gate_fc": "fc_gate"}
 
+#: Options of the processor of the published network, which reads eq. 2 and 3 as they are printed.
+PROCESSOR_OPTIONS = {
+    "mention_template": "{mention} [SEP] {text}",
+    "entity_template": "{name} [SEP] {attributes}",
+    "mention_marks": None,
+    "modality_masks": False,
+}
+
 #: Weights of a checkpoint that no score uses: a LayerNorm that is never called, CLIP's temperature, and the position
 #: ids that older versions of transformers saved.
 _UNUSED = re.compile(r"matcher\.cmfu\.context_layer_norm\.|.*\.logit_scale$|.*\.position_ids$")
@@ -97,4 +105,4 @@ def convert_config(published: Mapping[str, Any]) -> MimicConfig:
     )
 
 
-__all__ = ["convert_config", "convert_state_dict"]
+__all__ = ["PROCESSOR_OPTIONS", "convert_config", "convert_state_dict"]

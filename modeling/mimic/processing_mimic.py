@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import ChainMap, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
@@ -17,6 +20,35 @@ from transformers import (
 )
 
 
+@dataclass
+class _MentionText:
+    """A filled mention template, and the places of the row's text and of the marked mention in it.
+
+    Args:
+        filled (`str`): The filled template.
+        start, end (`int`): Characters of the row's text, marks included.
+        mention (`tuple[int, int]`): Characters of the mention with its marks.
+        marks (`tuple[int, int]`): Numbers of characters of the marks.
+    """
+
+    filled: str
+    start: int
+    end: int
+    mention: tuple[int, int]
+    marks: tuple[int, int]
+
+    def span(self, left: int, right: int) -> tuple[int, int] | None:
+        """Characters of the row's text that are at `left` to `right` in the filled template; `None` if none are."""
+
+        def place_in_text(place: int) -> int:
+            opening, closing = self.marks
+            inside = min(max(place - self.mention[0], 0), opening)
+            return place - self.start - inside - min(max(place - self.mention[1] + closing, 0), closing)
+
+        span = place_in_text(left), place_in_text(right)
+        return span if self.start <= left and right <= self.end and span[0] < span[1] else None
+
+
 class MimicProcessor(ProcessorMixin):
     r"""
     Turns rows of `mentions` and `entities` into the inputs of a [`MimicModel`].
@@ -28,16 +60,23 @@ class MimicProcessor(ProcessorMixin):
     Args:
         image_processor: An image processor, which determines size, cropping and normalisation.
         tokenizer: A tokenizer.
-        max_length (`int`, *optional*, defaults to 40): Tokens per text. Longer texts are truncated. Shorter ones are
+        max_length (`int`, *optional*, defaults to 40): Tokens per text. Longer texts lose tokens. Shorter ones are
             padded to this length, because the published network attends to padding, and so that all batches of
             encodings have one shape.
         mention_template (`str`, *optional*): Text of a mention (eq. 3). Fields in braces are columns of its row.
-        entity_template (`str`, *optional*): Text of an entity (eq. 2). Fields in braces are columns of its row.
+            `{window}` is the text of the row with the mention between `mention_marks`; if that is too long, the tokens
+            farthest from the mention are left out. `{text}` is the text without marks, and is cut at its end; the
+            published network reads "{mention} [SEP] {text}".
+        entity_template (`str` or `list[str]`, *optional*): Text of an entity (eq. 2). Fields in braces are columns of
+            its row. A list holds parts, which are joined by " [SEP] "; a part whose columns are empty is left out. The
+            published network reads "{name} [SEP] {attributes}".
         use_images (`bool`, *optional*, defaults to `True`): Whether to return images.
         use_text (`bool`, *optional*, defaults to `True`): Whether to return text.
         modality_masks (`bool`, *optional*, defaults to `False`): Whether to return which mentions have an image and a
             text, and which entities have an image. A model with `missing_images="absent"` needs it, and
             [`MimicProcessor.from_parts`] sets it if there are images. The published network does not know which images are missing.
+        mention_marks (`list[str]`, *optional*): The marks before and after the mention in `{window}`. `None` marks
+            nothing; [`MimicProcessor.from_parts`] sets "«" and "»".
     """
 
     def __init__(
@@ -45,19 +84,21 @@ class MimicProcessor(ProcessorMixin):
         image_processor=None,
         tokenizer=None,
         max_length=40,
-        mention_template="{mention} [SEP] {text}",
-        entity_template="{name} [SEP] {attributes}",
+        mention_template="{mention} [SEP] {window}",
+        entity_template=("{name}", "{aliases}", "{description}", "{attributes}"),
         use_images=True,
         use_text=True,
         modality_masks=False,
+        mention_marks=None,
     ):
         super().__init__(image_processor, tokenizer)
         self.max_length = max_length
         self.mention_template = mention_template
-        self.entity_template = entity_template
+        self.entity_template = entity_template if isinstance(entity_template, str) else list(entity_template)
         self.use_images = use_images
         self.use_text = use_text
         self.modality_masks = modality_masks
+        self.mention_marks = None if mention_marks is None else list(mention_marks)
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> MimicProcessor:
@@ -98,6 +139,7 @@ class MimicProcessor(ProcessorMixin):
         if vision is None:
             options.setdefault("use_images", False)
         options.setdefault("modality_masks", vision is not None)
+        options.setdefault("mention_marks", ["«", "»"])
         return cls(image_processor, tokenizer, **options)
 
     def __call__(
@@ -109,8 +151,10 @@ class MimicProcessor(ProcessorMixin):
         """Prepares mentions and entities.
 
         Args:
-            mentions (M rows, *optional*): Rows with `mention`, `text` and `image` (a PIL image or `None`).
-            entities (N rows, *optional*): Rows with `name`, `attributes` and `images`, of which the first is used.
+            mentions (M rows, *optional*): Rows with `mention`, `text` and `image` (a PIL image or `None`). The mention
+                stands at `start` and `end` of the text, or else where its words occur first.
+            entities (N rows, *optional*): Rows with `name`, `aliases`, `description`, `attributes` and `images`, of
+                which the first is used.
             pairs: Not supported by a retriever.
 
         Returns:
@@ -119,7 +163,8 @@ class MimicProcessor(ProcessorMixin):
             `mention_image_mask`, `mention_text_mask` [M] and `entity_image_mask` [N] (bool).
 
         Raises:
-            `ValueError`: `pairs` is given, or a row lacks a column of its template.
+            `ValueError`: `pairs` is given, a row lacks a column of its template, or `{window}` is used with a tokenizer
+                that gives no offsets.
         """
         if pairs is not None:
             raise ValueError(
@@ -128,25 +173,23 @@ class MimicProcessor(ProcessorMixin):
         batch: dict[str, torch.Tensor] = {}
         if mentions is not None:
             images = [row.get("image") for row in mentions]
-            batch |= self._side("mention", mentions, self.mention_template, images)
+            batch |= self._side("mention", mentions, images)
         if entities is not None:
             images = [next(iter(row.get("images") or ()), None) for row in entities]
-            batch |= self._side("entity", entities, self.entity_template, images)
+            batch |= self._side("entity", entities, images)
         return BatchFeature(batch)
 
-    def _side(self, side: str, rows, template: str, images: list) -> dict[str, torch.Tensor]:
+    def _side(self, side: str, rows, images: list) -> dict[str, torch.Tensor]:
         """Tensors of `side`, "mention" or "entity"."""
         tensors: dict[str, torch.Tensor] = {}
         if self.use_text:
-            texts = [self._fill_template(template, row) for row in rows]
-            encoded = self.tokenizer(
-                texts,
-                max_length=self.max_length,
-                padding="max_length",
-                truncation=True,
-                return_attention_mask=True,
-                return_tensors="pt",
-            )
+            options = {"max_length": self.max_length, "padding": "max_length", "return_tensors": "pt"}
+            if side == "mention" and "{window}" in self.mention_template:
+                encoded = self.tokenizer.pad({"input_ids": [ids for ids, _ in self._windows(rows)]}, **options)
+            else:
+                encoded = self.tokenizer(
+                    self._texts(side, rows), truncation=True, return_attention_mask=True, **options
+                )
             tensors[f"{side}_input_ids"] = encoded["input_ids"]
             tensors[f"{side}_attention_mask"] = encoded["attention_mask"]
             if self.modality_masks and side == "mention":
@@ -158,37 +201,79 @@ class MimicProcessor(ProcessorMixin):
                 tensors[f"{side}_image_mask"] = torch.tensor([image is not None for image in images], dtype=torch.bool)
         return tensors
 
+    def _texts(self, side: str, rows) -> list[str]:
+        """Filled templates of `side`, "mention" or "entity"."""
+        if side == "mention":
+            return [self._mention_text(row).filled for row in rows]
+        return [self._entity_text(row) for row in rows]
+
+    def num_left_out(self, mentions=None, entities=None, pairs=None) -> list[int]:
+        """Returns how many tokens of each text exceed `max_length`. The arguments are those of `__call__`."""
+        side, rows = ("entity", entities) if mentions is None else ("mention", mentions)
+        if not rows or not self.use_text:
+            return [0] * len(rows or ())
+        lengths = map(len, self.tokenizer(self._texts(side, rows), verbose=False)["input_ids"])
+        return [max(length - self.max_length, 0) for length in lengths]
+
     def text_spans(self, mentions: Sequence[Mapping[str, Any]]) -> list[list[tuple[int, int] | None]]:
         """Locates the L tokens of each of M mentions in the `text` of its row.
 
         Returns:
             M lists of L spans (start, end) in characters of `text`, end exclusive. The span is `None` for special
-            tokens, padding and tokens of other parts of the template.
+            tokens, padding, marks and tokens of other parts of the template.
 
         Raises:
             `ValueError`: The tokenizer gives no offsets.
         """
+        return [spans + [None] * (self.max_length - len(spans)) for _, spans in self._windows(mentions)]
+
+    def _windows(self, rows) -> list[tuple[list[int], list[tuple[int, int] | None]]]:
+        """Up to `max_length` tokens of each mention, and the span of each token in the `text` of its row.
+
+        If there are more, those of `{window}` that are farthest from the mention are left out, then the last ones.
+        """
         if not self.tokenizer.is_fast:
             raise ValueError(f"{type(self.tokenizer).__name__} gives no token offsets. Use a fast tokenizer.")
-        before, text_field, _ = self.mention_template.partition("{text}")
-        spans = []
-        for row in mentions:
-            filled = self._fill_template(self.mention_template, row)
-            start = len(self._fill_template(before, row)) if text_field else len(filled)
-            end = start + len(row["text"]) if text_field else start
-            offsets = self.tokenizer(
-                filled,
-                max_length=self.max_length,
-                padding="max_length",
-                truncation=True,
-                return_offsets_mapping=True,
-            )["offset_mapping"]
-            spans.append([(a - start, b - start) if start <= a < b <= end else None for a, b in offsets])
-        return spans
+        if not rows:
+            return []
+        texts = [self._mention_text(row) for row in rows]
+        encoded = self.tokenizer(
+            [text.filled for text in texts],
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
+        columns = (encoded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
+        windows = []
+        for text, ids, offsets, special in zip(texts, *columns, strict=True):
+            window = (text.start, text.end) if "{window}" in self.mention_template else (0, 0)
+            kept = _kept_tokens(offsets, special, self.max_length, window, text.mention)
+            windows.append(([ids[k] for k in kept], [text.span(*offsets[k]) for k in kept]))
+        return windows
+
+    def _mention_text(self, row: Mapping[str, Any]) -> _MentionText:
+        """Fills the mention template."""
+        field = "{window}" if "{window}" in self.mention_template else "{text}"
+        before, field, after = self.mention_template.partition(field)
+        before, after = (self._fill_template(part, row) for part in (before, after))
+        text = (row["text"] or "") if field else ""
+        span, marks = _mention_span(row, text), self.mention_marks if field == "{window}" else None
+        marked, (start, end) = _with_marks(text, span, marks)
+        lengths = (len(marks[0]) + 1, len(marks[1]) + 1) if marks and marked != text else (0, 0)
+        first = len(before)
+        return _MentionText(before + marked + after, first, first + len(marked), (first + start, first + end), lengths)
+
+    def _entity_text(self, row: Mapping[str, Any]) -> str:
+        """Fills the entity template. Of a list, parts that no column of the row fills are left out."""
+        if isinstance(self.entity_template, str):
+            return self._fill_template(self.entity_template, row)
+        row = ChainMap(row, dict.fromkeys(("aliases", "description", "attributes"), ""))  # type: ignore[arg-type]
+        filled = ((self._fill_template(part, row), part.format_map(defaultdict(str))) for part in self.entity_template)
+        return " [SEP] ".join(text for text, empty in filled if text.split() != empty.split())
 
     @staticmethod
     def _fill_template(template: str, row: Mapping[str, Any]) -> str:
-        """Fills the fields of a template with the columns of a row; `None` becomes an empty string."""
+        """Fills the fields of a template with the columns of a row: `None` as an empty string, a list with commas."""
         columns = [name for _, name, _, _ in Formatter().parse(template) if name]
         try:
             values = {name: row[name] for name in columns}
@@ -196,7 +281,11 @@ class MimicProcessor(ProcessorMixin):
             raise ValueError(
                 f"The template {template!r} needs the column {error}, but the row has {', '.join(row)}."
             ) from None
-        return template.format_map({name: "" if value is None else value for name, value in values.items()})
+        for name, value in values.items():
+            values[name] = "" if value is None else value
+            if isinstance(value, list | tuple):
+                values[name] = ", ".join(str(item) for item in value if item)
+        return template.format_map(values)
 
     def _pixels(self, images: list) -> torch.Tensor:
         """Pixel values [B, 3, H, W] of PIL images, zeros where the image is `None`."""
@@ -212,6 +301,57 @@ class MimicProcessor(ProcessorMixin):
         if present:
             out[[i for i, image in enumerate(images) if image is not None]] = pixels
         return out
+
+
+def _mention_span(row: Mapping[str, Any], text: str) -> tuple[int, int]:
+    """Returns where the mention stands in the text: at `start` and `end`, or else where it occurs first; (0, 0) if not."""
+    start, end, name = row.get("start"), row.get("end"), row.get("mention") or ""
+    if start is not None and end is not None and 0 <= start < end <= len(text):
+        return start, end
+    first = re.search(re.escape(name), text, re.IGNORECASE) if name.strip() else None
+    return first.span() if first else (0, 0)
+
+
+def _with_marks(text: str, span: tuple[int, int], marks: Sequence[str] | None) -> tuple[str, tuple[int, int]]:
+    """Puts marks around the mention at `span`, and returns the text and the span of the mention with its marks."""
+    start, end = span
+    if not marks or start == end:
+        return text, span
+    marked = f"{marks[0]} {text[start:end]} {marks[1]}"
+    return f"{text[:start]}{marked}{text[end:]}", (start, start + len(marked))
+
+
+def _kept_tokens(offsets, special, limit: int, window: tuple[int, int], mention: tuple[int, int]) -> list[int]:
+    """Numbers of the tokens of a text that are kept, at most `limit`.
+
+    Tokens in the window that are farthest from the mention are left out first, then the last ones. Special tokens stay.
+
+    Args:
+        offsets, special: First and last character of each token, and whether it is a special token.
+        limit: Number of tokens.
+        window, mention: Characters of the window and of the mention, end exclusive.
+    """
+    surplus = len(offsets) - limit
+    if surplus <= 0:
+        return list(range(len(offsets)))
+    body = [k for k, is_special in enumerate(special) if not is_special]
+    inside, named = (
+        [k for k in body if offsets[k][0] < end and offsets[k][1] > start] for start, end in (window, mention)
+    )
+    start, stop = (inside.index(named[0]), inside.index(named[-1]) + 1) if inside and named else (0, 0)
+    width = max(len(inside) - surplus, 0)
+    first = _window_start(len(inside), start, stop, width)
+    left_out = {*inside[:first], *inside[first + width :]}
+    body = [k for k in body if k not in left_out]
+    left_out.update(body[len(body) - surplus + len(left_out) :])
+    return [k for k in range(len(offsets)) if k not in left_out]
+
+
+# Copied from modeling/mmel/processing_mmel.py
+def _window_start(length: int, start: int, stop: int, size: int) -> int:
+    """Returns the start of a window of `size` of `length` tokens, with `start` to `stop` in its middle if possible."""
+    first = start - (size - (stop - start)) // 2
+    return max(0, min(first, length - size, start))
 
 
 __all__ = ["MimicProcessor"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,17 +41,28 @@ class MmNelProcessor(ProcessorMixin):
         tokenizer: Fast tokenizer whose ids are the rows of the model's table of word vectors.
         context_words (`int`, *optional*, defaults to 100): Number of context words, half of them on each side of the
             mention.
-        entity_words (`int`, *optional*, defaults to 64): Number of words of an entity's description and attributes.
-            Its name is not limited.
+        entity_words (`int`, *optional*, defaults to 64): Number of words of an entity's `fact_columns`. Its name is
+            not limited.
         use_images (`bool`, *optional*, defaults to `True`): Whether to prepare images.
+        fact_columns (`list[str]`, *optional*): Columns of an entity that are read in addition to its name, in order;
+            [`MmNelProcessor.from_parts`] adds "aliases".
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, context_words=100, entity_words=64, use_images=True):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        context_words=100,
+        entity_words=64,
+        use_images=True,
+        fact_columns=("description", "attributes"),
+    ):
         for name, value in (("context_words", context_words), ("entity_words", entity_words)):
             if value < 0:
                 raise ValueError(f"{name}={value} must not be negative.")
         super().__init__(image_processor, tokenizer)
         self.context_words, self.entity_words, self.use_images = context_words, entity_words, use_images
+        self.fact_columns = list(fact_columns)
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> MmNelProcessor:
@@ -89,6 +101,7 @@ class MmNelProcessor(ProcessorMixin):
             image_processor = CLIPImageProcessorPil(**settings)
         if vision is None:
             options.setdefault("use_images", False)
+        options.setdefault("fact_columns", ["aliases", "description", "attributes"])
         return cls(image_processor, tokenizer, **options)
 
     def __call__(
@@ -142,7 +155,7 @@ class MmNelProcessor(ProcessorMixin):
         entity_numbers: dict[Any, int] = {}
         for m, candidates in enumerate(lists):
             for c, row in enumerate(candidates):
-                key = row.get("entity_id") or (row.get("name"), row.get("description"), row.get("attributes"))
+                key = row.get("entity_id") or (row.get("name"), self._facts(row))
                 entity[m, c] = entity_numbers.setdefault(key, len(entity_numbers))
                 entity_rows.setdefault(key, row)
                 prior[m, c] = self._prior(row, rows[m])
@@ -152,12 +165,7 @@ class MmNelProcessor(ProcessorMixin):
         context = [documents.setdefault(self._document(row, m), len(documents)) for m, row in enumerate(rows)]
         words, spans = self._context_words(rows, visual)
         names = self._word_ids([str(row.get("name") or "") for row in entity_rows.values()])
-        facts = self._word_ids(
-            [
-                " ".join(str(row.get(column) or "") for column in ("description", "attributes"))
-                for row in entity_rows.values()
-            ]
-        )
+        facts = self._word_ids([self._facts(row) for row in entity_rows.values()])
         batch = {
             "pair_mask": mask,
             "pair_context": torch.tensor(context, dtype=torch.int64),
@@ -177,6 +185,11 @@ class MmNelProcessor(ProcessorMixin):
     def images(self, images: Sequence[Any]) -> torch.Tensor:
         """Returns the pixel values [I, 3, H, W] of I PIL images."""
         return self.image_processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+
+    def _facts(self, row: Mapping[str, Any]) -> str:
+        """Returns the texts of an entity in addition to its name."""
+        values = [row.get(column) or "" for column in self.fact_columns]
+        return " ".join(value if isinstance(value, str) else ", ".join(filter(None, value)) for value in values)
 
     @staticmethod
     def _document(row: Mapping[str, Any], place: int) -> Any:
@@ -223,21 +236,34 @@ class MmNelProcessor(ProcessorMixin):
                 spans.append((0, 0))
                 continue
             text, surface = str(row["text"] or ""), str(row.get("mention") or "")
-            start, end = row.get("start", -1), row.get("end", -1)
-            if start is None or end is None or not 0 <= start < end <= len(text):
-                start = text.lower().find(surface.lower()) if surface else -1
-                end = start + len(surface)
+            start, end = _mention_span(row, text)
             ids, starts, ends = encoded[text]
-            if start < 0:  # the mention is not in the text, so the beginning of the text is its context
+            if start == end:  # the mention is not in the text, so the beginning of the text is its context
                 mention_ids, first, last = surface_ids[surface], 0, 0
             else:
                 first, last = bisect_right(ends, start), bisect_left(starts, end)
                 mention_ids = ids[first:last]
             left = ids[max(0, first - half) : first]
-            right = ids[last : last + (self.context_words if start < 0 else half)]
+            right = ids[last : last + (self.context_words if start == end else half)]
             words.append([*left, *mention_ids, *right])
             spans.append((len(left), len(left) + len(mention_ids)))
         return words, spans
+
+    #: Options that limit the words of a text.
+    length_options = ("context_words", "entity_words")
+
+    def num_left_out(self, mentions=None, entities=None, pairs=()) -> list[int]:
+        """Returns how many words of each pair are left out: of each mention's candidates."""
+        rows = [mention for mention, _ in pairs]
+        visual = [self._modality(row) == "image" for row in rows]
+        contexts = self._word_ids(["" if v else str(row["text"] or "") for row, v in zip(rows, visual, strict=True)])
+        windows, _ = self._context_words(rows, visual)
+        facts = iter(self._word_ids([self._facts(row) for _, candidates in pairs for row in candidates]))
+        return [
+            max(len(context) - len(window), 0) + max(len(next(facts)) - self.entity_words, 0)
+            for context, window, (_, candidates) in zip(contexts, windows, pairs, strict=True)
+            for _ in candidates
+        ]
 
     def _words_with_offsets(self, texts: list[str]) -> list[tuple[list[int], list[int], list[int]]]:
         """Returns the words of each text that have a vector: their ids, and where they start and end in the text."""
@@ -301,6 +327,16 @@ def _padded(rows: list[list[int]]) -> torch.Tensor:
     for row, ids in enumerate(rows):
         out[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
     return out
+
+
+# Copied from modeling/mimic/processing_mimic.py
+def _mention_span(row: Mapping[str, Any], text: str) -> tuple[int, int]:
+    """Returns where the mention stands in the text: at `start` and `end`, or else where it occurs first; (0, 0) if not."""
+    start, end, name = row.get("start"), row.get("end"), row.get("mention") or ""
+    if start is not None and end is not None and 0 <= start < end <= len(text):
+        return start, end
+    first = re.search(re.escape(name), text, re.IGNORECASE) if name.strip() else None
+    return first.span() if first else (0, 0)
 
 
 __all__ = ["MmNelProcessor"]

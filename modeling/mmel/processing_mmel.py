@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,12 @@ from transformers import (
 
 #: Context templates: the words before the mention, between mention and context, and after the context.
 _CONTEXT_TEMPLATES = {"mention_context": ("Mention:", ". Context:", "."), "context": ("", "Context:", ".")}
-_ENTITY_TEMPLATES = ("name_attributes", "attributes")
+#: Entity templates: the columns that are read, in order.
+_ENTITY_TEMPLATES = {
+    "all": ("name", "aliases", "description", "attributes"),
+    "name_attributes": ("name", "description", "attributes"),
+    "attributes": ("attributes",),
+}
 
 
 class MmelProcessor(ProcessorMixin):
@@ -43,9 +49,12 @@ class MmelProcessor(ProcessorMixin):
         context_template (`str`, *optional*, defaults to `"mention_context"`): `"mention_context"` names the mention
             before the context, as the published network does. `"context"` is the template of the paper, "Context: x.
             Entity: y.", in which all mentions of a context read the same.
-        entity_template (`str`, *optional*, defaults to `"name_attributes"`): `"name_attributes"` reads name,
-            description and attributes of an entity; `"attributes"` reads attributes only, as in the paper.
+        entity_template (`str`, *optional*, defaults to `"all"`): `"all"` reads name, aliases, description and
+            attributes of an entity, `"name_attributes"` the same without aliases, and `"attributes"` attributes only,
+            as in the paper.
         use_images (`bool`, *optional*, defaults to `True`): Whether to prepare images.
+        mention_marks (`list[str]`, *optional*): The marks before and after the mention in its context. `None` marks
+            nothing, as in the paper; [`MmelProcessor.from_parts`] sets "«" and "»".
     """
 
     def __init__(
@@ -54,12 +63,13 @@ class MmelProcessor(ProcessorMixin):
         tokenizer=None,
         max_length=128,
         context_template="mention_context",
-        entity_template="name_attributes",
+        entity_template="all",
         use_images=True,
+        mention_marks=None,
     ):
         for name, value, allowed in (
             ("context_template", context_template, tuple(_CONTEXT_TEMPLATES)),
-            ("entity_template", entity_template, _ENTITY_TEMPLATES),
+            ("entity_template", entity_template, tuple(_ENTITY_TEMPLATES)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
@@ -68,6 +78,7 @@ class MmelProcessor(ProcessorMixin):
         self.context_template = context_template
         self.entity_template = entity_template
         self.use_images = use_images
+        self.mention_marks = None if mention_marks is None else list(mention_marks)
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> MmelProcessor:
@@ -109,6 +120,7 @@ class MmelProcessor(ProcessorMixin):
             image_processor = CLIPImageProcessorPil(**settings)
         if vision is None:
             options.setdefault("use_images", False)
+        options.setdefault("mention_marks", ["«", "»"])
         return cls(image_processor, tokenizer, **options)
 
     def __call__(
@@ -168,32 +180,15 @@ class MmelProcessor(ProcessorMixin):
 
     # ---- text
 
-    def _text_tensors(self, pairs, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Fills the template for each pair, and returns the tokens with their masks."""
-        cls_token = [i for i in (self.tokenizer.cls_token_id,) if i is not None]
-        sep_token = [i for i in (self.tokenizer.sep_token_id,) if i is not None]
-        head, middle, end, entity_head = self._token_ids([*_CONTEXT_TEMPLATES[self.context_template], "Entity:"])
-        space = self.max_length - len(cls_token + head + middle + end + entity_head + end + sep_token)
-        if space < 6:
-            raise ValueError(
-                f"max_length={self.max_length} leaves {space} tokens for the texts. Give at least {6 - space} more."
-            )
-        surfaces = self._token_ids([str(mention["mention"]) if head else "" for mention, _ in pairs])
-        texts = self._tokens_with_span([mention for mention, _ in pairs])
-        distinct = {self._entity_texts(row): None for _, candidates in pairs for row in candidates}
-        names = self._token_ids([name for name, _ in distinct])
-        facts = self._token_ids([rest for _, rest in distinct])
-        entities = dict(zip(distinct, zip(names, facts, strict=True), strict=True))
+    def num_left_out(self, mentions=None, entities=None, pairs=()) -> list[int]:
+        """Returns how many tokens of each pair are left out, because of `max_length`: of each mention's candidates."""
+        return [left_out for _, _, left_out in self._sequences(pairs)]
 
-        sequences, lengths = [], []
-        for (_, candidates), surface, (text, start, stop) in zip(pairs, surfaces, texts, strict=True):
-            for row in candidates:
-                name, fact = entities[self._entity_texts(row)]
-                s, x, n, f = self._allot_tokens(space, len(surface), (len(text), stop - start), len(name), len(fact))
-                first = _window_start(len(text), start, stop, x)
-                context = cls_token + head + surface[:s] + middle + text[first : first + x] + end
-                sequences.append(torch.tensor(context + entity_head + name[:n] + fact[:f] + end + sep_token))
-                lengths.append(len(context))
+    def _text_tensors(self, pairs, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the tokens of each pair with their masks."""
+        parts = [(context, entity) for context, entity, _ in self._sequences(pairs)]
+        sequences = [torch.tensor(context + entity) for context, entity in parts]
+        lengths = [len(context) for context, _ in parts]
         width = max(map(len, sequences), default=1)
         pad = self.tokenizer.pad_token_id or 0
         ids = torch.full((*mask.shape, width), pad, dtype=torch.int64)
@@ -210,12 +205,40 @@ class MmelProcessor(ProcessorMixin):
             "pair_entity_mask": (position >= context_length) & (position < length),
         }
 
+    def _sequences(self, pairs) -> Iterator[tuple[list[int], list[int], int]]:
+        """Fills the template for each pair: yields tokens of context and entity, and the number of those left out."""
+        cls_token = [i for i in (self.tokenizer.cls_token_id,) if i is not None]
+        sep_token = [i for i in (self.tokenizer.sep_token_id,) if i is not None]
+        head, middle, end, entity_head = self._token_ids([*_CONTEXT_TEMPLATES[self.context_template], "Entity:"])
+        space = self.max_length - len(cls_token + head + middle + end + entity_head + end + sep_token)
+        if space < 6:
+            raise ValueError(
+                f"max_length={self.max_length} leaves {space} tokens for the texts. Give at least {6 - space} more."
+            )
+        surfaces = self._token_ids([str(mention["mention"]) if head else "" for mention, _ in pairs])
+        texts = self._tokens_with_span([mention for mention, _ in pairs])
+        distinct = {self._entity_texts(row): None for _, candidates in pairs for row in candidates}
+        names = self._token_ids([name for name, _ in distinct])
+        facts = self._token_ids([rest for _, rest in distinct])
+        entities = dict(zip(distinct, zip(names, facts, strict=True), strict=True))
+
+        for (_, candidates), surface, (text, start, stop) in zip(pairs, surfaces, texts, strict=True):
+            for row in candidates:
+                name, fact = entities[self._entity_texts(row)]
+                s, x, n, f = self._allot_tokens(space, len(surface), (len(text), stop - start), len(name), len(fact))
+                first = _window_start(len(text), start, stop, x)
+                context = cls_token + head + surface[:s] + middle + text[first : first + x] + end
+                entity = entity_head + name[:n] + fact[:f] + end + sep_token
+                yield context, entity, len(surface) + len(text) + len(name) + len(fact) - s - x - n - f
+
     def _entity_texts(self, row: Mapping[str, Any]) -> tuple[str, str]:
         """Returns the name, which is cut last, and the facts, which lose their end first."""
-        attributes = str(row.get("attributes") or "")
-        if self.entity_template == "attributes":
-            return "", attributes
-        rest = [text for text in (str(row.get("description") or ""), attributes) if text]
+        columns = _ENTITY_TEMPLATES[self.entity_template]
+        if columns == ("attributes",):
+            return "", str(row.get("attributes") or "")
+        values = [row.get(column) or "" for column in columns[1:]]
+        texts = [value if isinstance(value, str) else ", ".join(filter(None, value)) for value in values]
+        rest = [text for text in texts if text]
         return str(row["name"] or ""), ". " + ". ".join(rest) if rest else ""
 
     def _token_ids(self, texts: list[str]) -> list[list[int]]:
@@ -227,23 +250,19 @@ class MmelProcessor(ProcessorMixin):
 
     def _tokens_with_span(self, mentions) -> list[tuple[list[int], int, int]]:
         """Returns the tokens of each context, and the span of the mention in them; (0, 0) if it is not there."""
-        texts = [str(mention["text"] or "") for mention in mentions]
+        texts, places = [], []
+        for mention in mentions:
+            text = str(mention["text"] or "")
+            marked, place = _with_marks(text, _mention_span(mention, text), self.mention_marks)
+            texts.append(" " + marked)
+            places.append(place)
         if not texts:
             return []
-        encoded = self.tokenizer(
-            [" " + text for text in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         spans = []
-        for mention, text, ids, offsets in zip(
-            mentions, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            surface = str(mention["mention"] or "")
-            start, stop = mention.get("start", -1), mention.get("end", -1)
-            if start is None or start < 0 or stop is None:
-                start = text.lower().find(surface.lower()) if surface else -1
-                stop = start + len(surface)
+        for (start, stop), ids, offsets in zip(places, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             # Offsets are larger by one, because of the space before the text.
-            inside = [i for i, (a, b) in enumerate(offsets) if start >= 0 and b > start + 1 and a < stop + 1]
+            inside = [i for i, (a, b) in enumerate(offsets) if start < stop and b > start + 1 and a < stop + 1]
             spans.append((ids, inside[0], inside[-1] + 1) if inside else (ids, 0, 0))
         return spans
 
@@ -311,6 +330,26 @@ class MmelProcessor(ProcessorMixin):
         size = getattr(self.image_processor, "crop_size", None) if self.image_processor.do_center_crop else None
         size = size or self.image_processor.size
         return 3, size["height"], size["width"]
+
+
+# Copied from modeling/mimic/processing_mimic.py
+def _mention_span(row: Mapping[str, Any], text: str) -> tuple[int, int]:
+    """Returns where the mention stands in the text: at `start` and `end`, or else where it occurs first; (0, 0) if not."""
+    start, end, name = row.get("start"), row.get("end"), row.get("mention") or ""
+    if start is not None and end is not None and 0 <= start < end <= len(text):
+        return start, end
+    first = re.search(re.escape(name), text, re.IGNORECASE) if name.strip() else None
+    return first.span() if first else (0, 0)
+
+
+# Copied from modeling/mimic/processing_mimic.py
+def _with_marks(text: str, span: tuple[int, int], marks: Sequence[str] | None) -> tuple[str, tuple[int, int]]:
+    """Puts marks around the mention at `span`, and returns the text and the span of the mention with its marks."""
+    start, end = span
+    if not marks or start == end:
+        return text, span
+    marked = f"{marks[0]} {text[start:end]} {marks[1]}"
+    return f"{text[:start]}{marked}{text[end:]}", (start, start + len(marked))
 
 
 def _window_start(length: int, start: int, stop: int, size: int) -> int:

@@ -29,6 +29,8 @@ ACCOUNT_OPTIONS: dict[str, Any] = {
 
 #: Number of posts in the context of an account.
 _RECENT_POSTS = 3
+#: Columns that the row of an entity may lack.
+_OPTIONAL_COLUMNS = ("aliases", "description", "attributes")
 #: Forms of the pre-training examples of each task: see `form_ids` of [`PfmelForPreTraining.forward`].
 _FORMS = {"mixed": (0, 1), "text": (2,), "multimodal": (3,)}
 
@@ -87,7 +89,8 @@ class PfmelProcessor(ProcessorMixin):
         mention_tail (`str`, *optional*): Template that follows a context when linking (§3.4). It can use the columns
             of the mention.
         entity_template (`str`, *optional*): Template of the entity context (§3.2). It can use the columns of the
-            entity. The default is name, description and attributes as sentences. For accounts see `ACCOUNT_OPTIONS`.
+            entity. The default is name, aliases, description and attributes as sentences, of which a row may lack all
+            but the name. For accounts see `ACCOUNT_OPTIONS`.
         entity_lead (`str`, *optional*): Template before the entity context when linking (§3.4).
         missing (`str`, *optional*): Replacement for an empty column; "NA" in the paper. Empty sentences are dropped.
         max_words (`dict`, *optional*): Maximum number of words by column; for a list, of each item.
@@ -98,6 +101,8 @@ class PfmelProcessor(ProcessorMixin):
             all, or "text" without images.
         swap_roles (`bool`, *optional*, defaults to `True`): Whether pre-training repeats each example with its
             sentences swapped.
+        mention_marks (`list[str]`, *optional*): The marks before and after the mention in its context when linking.
+            `None` marks nothing, as in the paper; [`PfmelProcessor.from_parts`] sets "«" and "»".
     """
 
     def __init__(
@@ -106,7 +111,7 @@ class PfmelProcessor(ProcessorMixin):
         tokenizer=None,
         max_length=300,
         mention_tail=". {mention} is",
-        entity_template="{name}. {description}. {attributes}.",
+        entity_template="{name}. {aliases}. {description}. {attributes}.",
         entity_lead="",
         missing="",
         max_words=None,
@@ -114,6 +119,7 @@ class PfmelProcessor(ProcessorMixin):
         max_entity_images=None,
         pretraining_tasks=None,
         swap_roles=True,
+        mention_marks=None,
     ):
         super().__init__(image_processor, tokenizer)
         if pretraining_tasks is None:
@@ -148,6 +154,7 @@ class PfmelProcessor(ProcessorMixin):
         self.max_entity_images = max_entity_images
         self.pretraining_tasks = list(pretraining_tasks)
         self.swap_roles = swap_roles
+        self.mention_marks = None if mention_marks is None else list(mention_marks)
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> PfmelProcessor:
@@ -181,6 +188,7 @@ class PfmelProcessor(ProcessorMixin):
             image_processor = CLIPImageProcessorPil(**settings)
         if vision is None:
             options.setdefault("use_images", False)
+        options.setdefault("mention_marks", ["«", "»"])
         return cls(image_processor, tokenizer, **options)
 
     def __call__(
@@ -254,20 +262,31 @@ class PfmelProcessor(ProcessorMixin):
             for name, values in tensors.items():
                 batch[name] = values.new_zeros(*mask.shape, *values.shape[1:])
                 batch[name][mask] = values
-        first = self._post_texts(mentions, self.mention_tail)
-        second = self._entity_texts(candidates, self.entity_lead)
         sequences = [
             (
-                _Sentence(first[row], 0 if mention_shown[row] else None),
-                _Sentence(second[cell], 1 if entity_shown[cell] else None),
+                _Sentence(first, 0 if mention_shown[row] else None),
+                _Sentence(second, 1 if entity_shown[cell] else None),
             )
-            for cell, (row, _) in enumerate(cells)
+            for cell, ((row, _), (first, second)) in enumerate(zip(cells, self._linking_texts(pairs), strict=True))
         ]
         for name, values in self._sequence_tensors(sequences).items():
             padded = values.new_full((*mask.shape, *values.shape[1:]), self._padding_values[name])
             padded[mask] = values
             batch[f"pair_{name}"] = padded
         return BatchFeature(batch)
+
+    def _linking_texts(self, pairs) -> list[tuple[_Text, _Text]]:
+        """Returns the two texts of each pair of a mention and a candidate."""
+        first = self._post_texts([mention for mention, _ in pairs], self.mention_tail, self.mention_marks)
+        second = iter(self._entity_texts([row for _, rows in pairs for row in rows], self.entity_lead))
+        return [(text, next(second)) for text, (_, rows) in zip(first, pairs, strict=True) for _ in rows]
+
+    def num_left_out(self, mentions=None, entities=None, pairs=()) -> list[int]:
+        """Returns how many tokens of each pair are left out, because of `max_length`: of each mention's candidates."""
+        return [
+            len(first.ids) + len(second.ids) - sum(self._allot_tokens(first, second))
+            for first, second in self._linking_texts(pairs)
+        ]
 
     def _pretraining_batch(self, posts, entities, partners) -> BatchFeature:
         """Returns the arguments of [`PfmelForPreTraining.forward`]."""
@@ -356,21 +375,19 @@ class PfmelProcessor(ProcessorMixin):
         share = min(max(min(a, max(half, total - b)), at_least), at_most)
         return share, total - share
 
-    def _post_texts(self, rows, tail: str) -> list[_Text]:
-        """Returns the text of each mention or post, followed by the filled `tail` (§3.4)."""
+    def _post_texts(self, rows, tail: str, marks: Sequence[str] | None = None) -> list[_Text]:
+        """Returns the text of each mention or post, the mention between `marks`, followed by the filled `tail` (§3.4)."""
         texts, endings, spans = [], [], []
         for row in rows:
-            text, mention = row["text"] or "", row.get("mention") or ""
-            start, end = row.get("start", -1), row.get("end", -1)
-            if not 0 <= start < end <= len(text):
-                start = text.lower().find(mention.lower())
-                start, end = (start, start + len(mention)) if start >= 0 else (0, 0)
+            text = row["text"] or ""
+            start, end = _mention_span(row, text)
             ending = self._fill_template(tail, row)[0]
             if ending.startswith("."):
                 text = text.rstrip().removesuffix(".")
-            texts.append(text)
+            marked, span = _with_marks(text, (start, min(end, len(text))), marks)
+            texts.append(marked)
             endings.append(ending)
-            spans.append((start, end))
+            spans.append(span)
         tails = self._tokenize(endings)[0]
         out = []
         for ids, offsets, tail_ids, (start, end) in zip(*self._tokenize(texts), tails, spans, strict=True):
@@ -401,12 +418,12 @@ class PfmelProcessor(ProcessorMixin):
             text = self._append(text, literal) if place else literal
             if column is None:
                 continue
-            if column not in row:
+            if column not in row and column not in _OPTIONAL_COLUMNS:
                 raise ValueError(
                     f"The template {template!r} needs the column {column!r}, but the row has {', '.join(row)}. Add "
                     "the column, or change the template."
                 )
-            value = self._column_text(column, row[column])
+            value = self._column_text(column, row.get(column))
             text = self._append(text, value)
             if column == "name" and not name_end:
                 name_end = len(text)
@@ -420,6 +437,8 @@ class PfmelProcessor(ProcessorMixin):
             if column == "screen_name" and text:
                 text = "@" + text.removeprefix("@")
             return text or self.missing
+        if column != "recent_posts":
+            return ", ".join(self._column_text(column, item) for item in value if item) or self.missing
         items = [self._column_text(column, item) for item in [*value, *[None] * _RECENT_POSTS][:_RECENT_POSTS]]
         return f"{', '.join(items[:-1])} and {items[-1]}"
 
@@ -468,6 +487,26 @@ class PfmelProcessor(ProcessorMixin):
         if is_image.shape[1] == 1:
             return {f"{side}_pixel_values": out[:, 0]}, (counts > 0).tolist()
         return {f"{side}_pixel_values": out, f"{side}_image_counts": counts}, (counts > 0).tolist()
+
+
+# Copied from modeling/mimic/processing_mimic.py
+def _mention_span(row: Mapping[str, Any], text: str) -> tuple[int, int]:
+    """Returns where the mention stands in the text: at `start` and `end`, or else where it occurs first; (0, 0) if not."""
+    start, end, name = row.get("start"), row.get("end"), row.get("mention") or ""
+    if start is not None and end is not None and 0 <= start < end <= len(text):
+        return start, end
+    first = re.search(re.escape(name), text, re.IGNORECASE) if name.strip() else None
+    return first.span() if first else (0, 0)
+
+
+# Copied from modeling/mimic/processing_mimic.py
+def _with_marks(text: str, span: tuple[int, int], marks: Sequence[str] | None) -> tuple[str, tuple[int, int]]:
+    """Puts marks around the mention at `span`, and returns the text and the span of the mention with its marks."""
+    start, end = span
+    if not marks or start == end:
+        return text, span
+    marked = f"{marks[0]} {text[start:end]} {marks[1]}"
+    return f"{text[:start]}{marked}{text[end:]}", (start, start + len(marked))
 
 
 __all__ = ["ACCOUNT_OPTIONS", "PfmelProcessor"]

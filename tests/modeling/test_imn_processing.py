@@ -38,7 +38,8 @@ def tokenizer():
 
 @pytest.fixture
 def processor(tokenizer):
-    return ImnProcessor.from_parts(tokenizer, {"size": {"height": 8, "width": 8}}, max_length=9, num_prototypes=3)
+    options = {"max_length": 9, "num_prototypes": 3, "mention_template": "{text}"}
+    return ImnProcessor.from_parts(tokenizer, {"size": {"height": 8, "width": 8}}, **options)
 
 
 def picture(width=12, height=6, colour=(200, 30, 30)):

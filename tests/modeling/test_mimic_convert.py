@@ -70,6 +70,9 @@ def test_a_converted_folder_with_a_tokenizer_evaluates_and_links(published, tmp_
     convert(folder, tokenizer=str(encoder))
     model, processor = load_retriever(folder / "model")
     assert dict(processor.image_processor.size) == {"height": 16, "width": 16}
+    # The published network reads eq. 2 and 3 as they are printed.
+    assert (processor.mention_template, processor.mention_marks) == ("{mention} [SEP] {text}", None)
+    assert processor.entity_template == "{name} [SEP] {attributes}"
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).scores, expected["score"], atol=1e-5, rtol=1e-5)
 

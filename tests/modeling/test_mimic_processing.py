@@ -31,7 +31,8 @@ def tokenizer():
 
 @pytest.fixture
 def processor(tokenizer):
-    return MimicProcessor.from_parts(tokenizer, {"size": {"height": 8, "width": 8}}, max_length=9)
+    options = {"mention_template": "{mention} [SEP] {text}", "entity_template": "{name} [SEP] {attributes}"}
+    return MimicProcessor.from_parts(tokenizer, {"size": {"height": 8, "width": 8}}, max_length=9, **options)
 
 
 def picture(width=12, height=6, colour=(200, 30, 30)):
@@ -125,6 +126,7 @@ def test_options_survive_saving(tokenizer, tmp_path):
         "entity_template": "{name} {attributes}",
         "use_images": True,
         "use_text": True,
+        "mention_marks": ["(", ")"],
     }
     processor = MimicProcessor.from_parts(tokenizer, {"size": {"height": 8, "width": 8}}, **options)
     processor.save_pretrained(tmp_path)
@@ -181,3 +183,59 @@ def test_text_spans_point_into_the_text(processor):
 def test_a_template_without_text_gives_no_text_spans(processor):
     processor.mention_template = "{mention}"
     assert processor.text_spans([MENTION]) == [[None] * processor.max_length]
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        ({"attributes": "singer ."}, "taylor swift [SEP] singer ."),  # as before, where only attributes are filled
+        ({"aliases": ["swift", "", "bird"], "description": "singer"}, "taylor swift [SEP] swift, bird [SEP] singer"),
+        ({"aliases": [], "description": " ", "attributes": None}, "taylor swift"),
+        ({"name": None, "description": "singer"}, "singer"),
+        ({"aliases": None, "description": "on", "attributes": "stage"}, "taylor swift [SEP] on [SEP] stage"),
+    ],
+)
+def test_empty_columns_of_an_entity_leave_nothing(tokenizer, columns, text):
+    processor = MimicProcessor.from_parts(tokenizer)
+    row = {"entity_id": "Q1", "name": "taylor swift"} | columns
+    encoded = tokenizer(text, padding="max_length", max_length=40)["input_ids"]
+    assert processor(entities=[row])["entity_input_ids"][0].tolist() == encoded
+
+
+def test_parts_of_an_entity_template_may_have_words(tokenizer):
+    processor = MimicProcessor.from_parts(tokenizer, entity_template=["on {name}", "stage {aliases} ."], max_length=9)
+    with_alias, without = processor(entities=[ENTITY | {"aliases": ["bird"]}, ENTITY])["entity_input_ids"]
+    assert words(with_alias) == "[CLS] on taylor swift [SEP] stage bird . [SEP]"
+    assert words(without) == "[CLS] on taylor swift [SEP] [PAD] [PAD] [PAD] [PAD]"
+    with pytest.raises(ValueError, match="nmae"):
+        MimicProcessor.from_parts(tokenizer, entity_template=["{nmae}"])(entities=[ENTITY])
+
+
+@pytest.mark.parametrize("marks", [None, ["«", "»"], ["[[", "]"]])
+@pytest.mark.parametrize("place", [0, 3, 12, 19])
+@pytest.mark.parametrize("template", ["{mention} [SEP] {window}", "{window}", "on {window} stage", "bird {text}"])
+def test_text_spans_point_into_windows(tokenizer, marks, place, template):
+    """Each token with a span is that part of the text, and every token of the text that is read has one."""
+    parts = ["on", "stage", "bird", "taylor"] * 5
+    parts[place] = "swift"
+    text = " ".join(parts)
+    start = text.index("swift")
+    row = {"mention": "swift", "text": text, "start": start, "end": start + 5}
+    processor = MimicProcessor.from_parts(tokenizer, mention_template=template, mention_marks=marks, max_length=12)
+    (spans,) = processor.text_spans([row])
+    (ids,) = processor(mentions=[row])["mention_input_ids"]
+    assert len(spans) == len(ids) == 12
+    for token, span in zip(words(ids).split(), spans, strict=True):
+        assert span is None or text[slice(*span)] == token
+    located = [span for span in spans if span is not None]
+    assert located == sorted(located)
+    others = {"{mention} [SEP] {window}": 4, "{window}": 2, "on {window} stage": 4, "bird {text}": 3}[template]
+    assert len(located) == 12 - others - (2 if marks and "{window}" in template else 0)
+    assert ((start, start + 5) in located) == ("{window}" in template or place < 9)
+
+
+def test_a_window_needs_offsets(processor, monkeypatch):
+    processor.mention_template = "{window}"
+    monkeypatch.setattr(type(processor.tokenizer), "is_fast", False)
+    with pytest.raises(ValueError, match="offsets"):
+        processor(mentions=[MENTION])

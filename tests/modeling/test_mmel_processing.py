@@ -39,7 +39,8 @@ def tokenizer():
 
 @pytest.fixture
 def processor(tokenizer):
-    return MmelProcessor.from_parts(tokenizer, {"size": {"height": 8, "width": 8}}, max_length=40)
+    size = {"size": {"height": 8, "width": 8}}
+    return MmelProcessor.from_parts(tokenizer, size, max_length=40, mention_marks=None)
 
 
 def picture(width=12, height=6, colour=(200, 30, 30)):
@@ -70,7 +71,9 @@ def test_a_pair_follows_the_template_and_splits_into_two_sides(processor):
 
 
 def test_the_templates_in_the_paper(tokenizer):
-    printed = MmelProcessor.from_parts(tokenizer, context_template="context", entity_template="attributes")
+    printed = MmelProcessor.from_parts(
+        tokenizer, context_template="context", entity_template="attributes", mention_marks=None
+    )
     batch = printed(pairs=[(MENTION, [OTHER])])
     assert sides(batch) == ["[CLS] context : chaplin and anderson in chicago .", "entity : actor . [SEP]"]
 
@@ -128,7 +131,7 @@ def test_a_batch_equals_its_pairs_one_by_one(processor):
     located=st.booleans(),
 )
 def test_the_mention_and_the_name_are_never_cut(before, after, surface, name, facts, length, located):
-    processor = MmelProcessor.from_parts(make_tokenizer(), max_length=length)
+    processor = MmelProcessor.from_parts(make_tokenizer(), max_length=length, mention_marks=None)
     mention = " ".join(["chaplin", "anderson", "and", "in"][:surface])
     left, right = [f"w{i}" for i in range(before)], [f"w{i}" for i in range(after)]
     text = " ".join([*left, mention, *right])
@@ -170,7 +173,9 @@ def test_a_mention_and_a_name_that_cannot_fit_are_cut(tokenizer):
 def test_a_mention_too_long_to_fit_keeps_its_beginning(tokenizer):
     surface = " ".join(f"w{i}" for i in range(40))
     mention = {**MENTION, "mention": surface, "text": f"anderson and {surface}", "start": 13, "end": 13 + len(surface)}
-    context, _ = sides(MmelProcessor.from_parts(tokenizer, max_length=30)(pairs=[(mention, [ENTITY])]))
+    context, _ = sides(
+        MmelProcessor.from_parts(tokenizer, max_length=30, mention_marks=None)(pairs=[(mention, [ENTITY])])
+    )
     named, _, inside = context.removeprefix("[CLS] mention : ").removesuffix(" .").partition(" . context : ")
     assert len(named.split()) > 3
     assert surface.startswith(named)
@@ -179,7 +184,7 @@ def test_a_mention_too_long_to_fit_keeps_its_beginning(tokenizer):
 
 def test_the_span_of_a_mention_has_its_tokens_only(tokenizer):
     """Neighbouring tokens are left out. A mention without a span is searched in any case."""
-    processor = MmelProcessor.from_parts(tokenizer)
+    processor = MmelProcessor.from_parts(tokenizer, mention_marks=None)
     for text, surface in (("w1.chaplin.w2", "chaplin"), ("(W1 CHAPLIN)", "w1 chaplin"), ("chaplin", "chaplin")):
         start = text.lower().index(surface)
         for place in ((start, start + len(surface)), (-1, -1), (None, None)):
@@ -196,7 +201,9 @@ def test_texts_are_tokenized_as_inside_a_sentence():
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep")}
-    processor = MmelProcessor.from_parts(PreTrainedTokenizerFast(tokenizer_object=backend, **names))
+    processor = MmelProcessor.from_parts(
+        PreTrainedTokenizerFast(tokenizer_object=backend, **names), mention_marks=None
+    )
     mention = {**MENTION, "mention": "chaplin", "text": "chaplin", "start": 0, "end": 7}
     ids = processor(pairs=[(mention, [{**ENTITY, "name": "charlie"}])])["pair_input_ids"][0, 0].tolist()
     expected = "[CLS] ĠMention : Ġchaplin . ĠContext : Ġchaplin . ĠEntity : Ġcharlie . Ġactor . [SEP]"

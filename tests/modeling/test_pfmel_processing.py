@@ -34,7 +34,7 @@ def make_tokenizer():
 
 
 def make(vision=None, **options):
-    return PfmelProcessor.from_parts(make_tokenizer(), vision, **options)
+    return PfmelProcessor.from_parts(make_tokenizer(), vision, **{"mention_marks": None, **options})
 
 
 def make_with_images(**options):

@@ -51,8 +51,8 @@ VARIANTS = [
     ("mmel_wikimel", "", {"processor.entity_template": "attributes"}),
     (
         "mmel_wikimel",
-        "processor.options.entity_template=name_attributes",
-        {"processor.entity_template": "name_attributes"},
+        "processor.options.entity_template=all",
+        {"processor.entity_template": "all"},
     ),
     ("mmel_wikimel", "processor.options.context_template=context", {"processor.context_template": "context"}),
     ("mmel_flags", "processor.options.entity_template=attributes", {"processor.entity_template": "attributes"}),

@@ -100,4 +100,4 @@ def _mention_key(row: Row) -> tuple:
     """Returns the cache key of a mention: everything the model reads, because two splits may use the same id."""
     image = row.undecoded("image") if isinstance(row, LazyRow) and "image" in row else None
     image_hash = None if image is None else hash(image.get("bytes") or image.get("path"))
-    return row["mention_id"], row["text"], row["mention"], image_hash
+    return row["mention_id"], row["text"], row["mention"], row.get("start"), row.get("end"), image_hash

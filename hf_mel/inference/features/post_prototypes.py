@@ -20,7 +20,8 @@ from hf_mel.errors import DataFormatError, RecipeError
 from hf_mel.inference.execution import evaluation_mode, to_model
 from hf_mel.inference.features.pagerank import SELECTIONS, check_features, random_posts, select_posts
 from hf_mel.inference.features.row_features import RowFeatures, with_column
-from hf_mel.protocols import MelProcessor, knows_posts
+from hf_mel.inference.left_out import LeftOutTexts
+from hf_mel.protocols import MelProcessor, knows_posts, post_columns
 from hf_mel.schema import Row
 
 #: Posts whose features are in memory at a time while prototypes are precomputed.
@@ -50,8 +51,8 @@ class PostPrototypes(RowFeatures):
 
     In every modality of `model.encode_posts`, the prototypes of an entity are the features, of length 1, of the k posts
     with the highest PageRank among its posts that have the modality (k is `model.num_prototypes`). An entity with fewer
-    posts has fewer prototypes. An entity without posts is a post about itself, made of its name, description,
-    attributes and first image.
+    posts has fewer prototypes. An entity without posts is a post about itself, made of its name and other columns
+    ([`~hf_mel.protocols.post_columns`]) and its first image.
 
     Two optional fields of the model's configuration change the selection:
 
@@ -77,6 +78,8 @@ class PostPrototypes(RowFeatures):
         config = getattr(model, "config", None)
         self.posts, self.batch_size = posts, batch_size
         self.num_prototypes: int = model.num_prototypes
+        self.entity_columns = post_columns(processor)
+        self.left_out = LeftOutTexts(processor)
         self.selection: str = getattr(config, "prototype_selection", None) or SELECTIONS[0]
         self.with_entity: bool = bool(getattr(config, "entity_prototype", None))
         if self.selection not in SELECTIONS:
@@ -104,6 +107,7 @@ class PostPrototypes(RowFeatures):
         with tqdm(total=total, desc="Encoding posts", unit="post", delay=1, disable=not progress) as bar:
             for chunk in self._chunks(missing, ids):
                 self._cache |= self._select(lazy.__getitems__(chunk), spare=True, bar=bar)
+        self.left_out.warn("posts")
 
     def attach(self, entities: Sequence[Row], without: Collection[str] = ()) -> list[Row]:
         """Returns the rows, each with `prototypes`: modality → tensor [k', d] with k' at most k, the best first.
@@ -211,7 +215,7 @@ class PostPrototypes(RowFeatures):
             numbers += posts
         rows: list[Row] = [
             *(self._lazy_posts.__getitems__(numbers) if numbers else ()),
-            *map(entity_as_post, entities),
+            *(entity_as_post(entity, self.entity_columns) for entity in entities),
         ]
         names, count = [str(row["post_id"]) for row in rows], self._num_post_prototypes + spare
         result: dict[str, dict[str, _SelectedPosts]] = {entity_id: {} for entity_id in ids}
@@ -246,7 +250,9 @@ class PostPrototypes(RowFeatures):
         with evaluation_mode(self.model):
             for first in range(0, len(order), self.batch_size):
                 batch = order[first : first + self.batch_size]
-                inputs = to_model(self.model, self.processor(posts=[posts[number] for number in batch]))
+                rows = [posts[number] for number in batch]
+                self.left_out.add("posts", rows)
+                inputs = to_model(self.model, self.processor(posts=rows))
                 with torch.no_grad():
                     encoded = self.model.encode_posts(**inputs)
                 for name, tensor in encoded.items():

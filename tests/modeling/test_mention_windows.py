@@ -1,0 +1,209 @@
+"""Tests that every method reads the text around a mention, knows which occurrence is meant, and reads all of an entity."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+import hf_mel  # noqa: F401 (registers the methods)
+from hf_mel.data.posts import entity_as_post
+from hf_mel.inference.probe import unread_columns, unread_columns_in_pairs
+from hf_mel.modeling.imn import ImnProcessor
+from hf_mel.modeling.mimic import MimicProcessor
+from hf_mel.modeling.mm_nel import MmNelProcessor
+from hf_mel.modeling.mmel import MmelProcessor
+from hf_mel.modeling.pfmel import PfmelProcessor
+from hf_mel.protocols import LimitsTexts, post_columns
+from hf_mel.training.tokenizer import train_wordpiece
+
+TEXTS = [
+    "the mayor spoke at noon while rain fell on Accra and Tokyo",
+    "Georgia is a state",
+    "加纳首都阿克拉",
+    "أكرا مدينة",
+]
+ENTITY = {
+    "entity_id": "Q1",
+    "name": "Accra",
+    "aliases": ["Ankara", "Akkra"],
+    "description": "capital of Ghana",
+    "attributes": "Country: Ghana.",
+    "images": [],
+}
+LIMITS = {
+    MimicProcessor: {"max_length": 40},
+    ImnProcessor: {"max_length": 40},
+    MmelProcessor: {"max_length": 50},
+    PfmelProcessor: {"max_length": 50},
+    MmNelProcessor: {"context_words": 30},
+}
+METHODS = pytest.mark.parametrize("method", LIMITS)
+#: MM-nel reads bags of words, so an occurrence differs from another by its window only.
+MARKING_METHODS = pytest.mark.parametrize("method", [method for method in LIMITS if method is not MmNelProcessor])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    extra = ["Ankara Akkra capital of Ghana", "Country: Ghana. Mention Context Entity is", "wort " * 3, "İstanbul"]
+    return train_wordpiece([*TEXTS, *extra], 600)
+
+
+def make(method, tokenizer, **options):
+    return method.from_parts(tokenizer, **(LIMITS[method] | options))
+
+
+def reads(processor, text, mention, start=-1, end=-1):
+    """The words that a processor reads of a mention."""
+    row = {"mention": mention, "text": text, "start": start, "end": end, "image": None}
+    if isinstance(processor, MimicProcessor | ImnProcessor):
+        ids = processor(mentions=[row])["mention_input_ids"][0]
+    else:
+        batch = processor(pairs=[(row, [ENTITY])])
+        ids = batch["pair_word_ids"][0] if "pair_word_ids" in batch else batch["pair_input_ids"][0, 0]
+    return " ".join(processor.tokenizer.convert_ids_to_tokens(ids[ids > 0].tolist())).replace(" ##", "")
+
+
+def tensors_of_entity(processor, entity):
+    if isinstance(processor, MimicProcessor):
+        return processor(entities=[entity])
+    if isinstance(processor, ImnProcessor):
+        return processor(posts=[entity_as_post(entity, post_columns(processor))])
+    return processor(pairs=[({"mention": "A", "text": "A", "start": 0, "end": 1}, [entity])])
+
+
+@METHODS
+def test_the_words_beside_a_late_mention_are_read(tokenizer, method):
+    processor = make(method, tokenizer)
+    filler = "the mayor spoke at noon while rain fell " * 20
+    accra, tokyo = (f"{filler}in {city} Georgia" for city in ("Accra", "Tokyo"))
+    start = len(filler) + len("in Accra ")
+    read = [reads(processor, text, "Georgia", start, start + len("Georgia")) for text in (accra, tokyo)]
+    contexts = [text.partition("entity : ")[0].partition("is [SEP]")[0] for text in read]  # without a candidate
+    assert [("accra" in text, "tokyo" in text) for text in contexts] == [(True, False), (False, True)]
+
+
+@METHODS
+def test_another_occurrence_has_another_window(tokenizer, method):
+    processor = make(method, tokenizer)
+    text = "Georgia tokyo " + "the rain fell " * 30 + "Georgia state"
+    second = text.rindex("Georgia")
+    first_window = reads(processor, text, "Georgia", 0, 7)
+    assert reads(processor, text, "Georgia") == first_window  # without offsets, the first occurrence counts
+    second_window = reads(processor, text, "Georgia", second, second + 7)
+    assert [("tokyo" in text, "state" in text) for text in (first_window, second_window)] == [(1, 0), (0, 1)]
+
+
+@MARKING_METHODS
+def test_the_occurrence_is_marked_in_a_text_that_fits(tokenizer, method):
+    processor = make(method, tokenizer)
+    text = "Georgia is not Georgia"
+    assert "« georgia » is not georgia" in reads(processor, text, "Georgia", 0, 7)
+    assert "georgia is not « georgia »" in reads(processor, text, "Georgia", 15, 22)
+    assert "«" not in reads(processor, text, "Tokyo")  # a mention that is not in its text
+
+
+@METHODS
+@pytest.mark.parametrize(
+    ("text", "mention"),
+    [
+        ("加纳首都阿克拉" * 30 + "东京" + "加纳首都" * 30, "东京"),
+        ("أكرا مدينة " * 30 + "طوكيو " + "مدينة " * 60, "طوكيو"),
+        ("Tokyo " + "rain " * 100, "Tokyo"),
+        ("rain " * 100 + "Tokyo", "Tokyo"),
+        ("İ" * 50 + " rain" * 50 + " Tokyo", "tokyo"),  # lower() makes two characters of this letter
+    ],
+    ids=["Chinese", "Arabic", "first", "last", "Turkish"],
+)
+def test_the_mention_is_always_in_the_window(method, text, mention):
+    tokenizer = train_wordpiece([text, *TEXTS, "Mention Context Entity . :"], 300)
+    processor = make(method, tokenizer)
+    tokens = " ".join(tokenizer.tokenize(mention))
+    read = " ".join(tokenizer.tokenize(reads(processor, text, mention)))
+    # MIMIC and the rerankers also name the mention apart from its text.
+    named = {MimicProcessor: 1, MmelProcessor: 1, PfmelProcessor: 1}
+    assert read.count(tokens) >= 1 + named.get(method, 0)
+    if method is not MmNelProcessor:
+        assert f"« {tokens} »" in read
+
+
+@METHODS
+def test_a_mention_longer_than_the_window_fits(tokenizer, method):
+    processor = make(method, tokenizer)
+    mention = "Georgia " * 80
+    for text in (mention, f"rain fell {mention} rain"):
+        row = {"mention": mention, "text": text, "start": text.index(mention), "end": text.index(mention) + 640}
+        assert "georgia" in reads(processor, **row)
+        if method is not MmNelProcessor:  # MM-nel never cuts a mention
+            ids = processor.tokenizer(reads(processor, **row), add_special_tokens=False)["input_ids"]
+            assert len(ids) <= processor.max_length
+
+
+@METHODS
+def test_every_column_of_an_entity_is_read(tokenizer, method):
+    processor = make(method, tokenizer, **({"max_length": 90} if "max_length" in LIMITS[method] else {}))
+    columns = ["name", "aliases", "description", "attributes"]
+    if isinstance(processor, MimicProcessor | ImnProcessor):
+        assert unread_columns(processor, columns, posts=isinstance(processor, ImnProcessor)) == []
+    else:
+        assert unread_columns_in_pairs(processor, columns) == []
+    bare = {name: ENTITY[name] for name in ("entity_id", "name")}
+    empty = bare | {"aliases": [], "description": None, "attributes": ""}
+    for name, tensor in tensors_of_entity(processor, bare).items():
+        assert torch.equal(tensor, tensors_of_entity(processor, empty)[name])
+
+
+@METHODS
+def test_a_processor_saved_before_reads_what_it_read(tokenizer, method, tmp_path):
+    """Old folders have no fields for marks and columns, and their templates are saved."""
+    make(method, tokenizer).save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    config = json.loads(path.read_text())
+    for field in ("mention_marks", "entity_columns", "fact_columns"):
+        config.pop(field, None)
+    old = {
+        MimicProcessor: {"mention_template": "{mention} [SEP] {text}", "entity_template": "{name} [SEP] {attributes}"},
+        ImnProcessor: {"mention_template": "{text}"},
+        MmelProcessor: {"entity_template": "name_attributes"},
+        PfmelProcessor: {"entity_template": "{name}. {description}. {attributes}."},
+        MmNelProcessor: {},
+    }[method]
+    path.write_text(json.dumps(config | old))
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(processor, method)
+    expected = {
+        MimicProcessor: "[CLS] georgia [SEP] rain in georgia [SEP]",
+        ImnProcessor: "[CLS] rain in georgia [SEP]",
+        MmelProcessor: "[CLS] mention : georgia . context : rain in georgia . entity : accra",
+        PfmelProcessor: "[CLS] rain in georgia . georgia is [SEP] accra . capital of ghana . country : ghana . [SEP]",
+        MmNelProcessor: "rain in georgia",
+    }[method]
+    assert reads(processor, "rain in Georgia", "Georgia").startswith(expected)
+    other = ENTITY | {"aliases": []}
+    for name, tensor in tensors_of_entity(processor, ENTITY).items():
+        assert torch.equal(tensor, tensors_of_entity(processor, other)[name])
+
+
+@METHODS
+def test_a_processor_tells_how_much_it_leaves_out(tokenizer, method):
+    processor = make(method, tokenizer)
+    assert isinstance(processor, LimitsTexts)
+    rows = [
+        {"mention": "Accra", "text": text, "start": -1, "end": -1}
+        for text in ("rain in Accra", "rain fell " * 20 + "in Accra")
+    ]
+    if isinstance(processor, MimicProcessor | ImnProcessor):
+        short, long = processor.num_left_out(mentions=rows)
+        one, same = rows[1], rows[1] | {"text": "rain " + rows[1]["text"]}
+        assert processor.num_left_out(mentions=[one, same]) == [long, long + 1]
+        texts = {"posts": [{"text": "rain"}, {"text": "rain " * 50}]}
+        if isinstance(processor, MimicProcessor):
+            texts = {"entities": [ENTITY, ENTITY | {"attributes": "rain " * 50}]}
+        counts = processor.num_left_out(**texts)
+        assert counts[0] == 0 < counts[1]
+    else:
+        short, long, also_long = processor.num_left_out(pairs=[(rows[0], [ENTITY]), (rows[1], [ENTITY, ENTITY])])
+        assert long == also_long
+    assert short == 0 < long
