@@ -24,6 +24,8 @@ def encode_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Encodes the rows of a data set batch by batch. Images are decoded one batch at a time, and only if they are used.
 
+    At the end, a warning says how many rows have more text than the processor reads.
+
     Args:
         inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A retriever and its processor. The caller sets the model's
             mode (see [`~hf_mel.inference.execution.evaluation_mode`]).
@@ -45,6 +47,7 @@ def encode_batches(
     with tqdm(total=len(rows), desc=f"Encoding {kind}", unit="row", delay=1, disable=not progress) as bar:
         for first in range(0, len(rows), batch_size):
             batch = _read_rows(rows, kind, range(first, min(first + batch_size, len(rows))))
+            inputs.left_out.add(kind, batch)
             tensors = prepare(batch)
             # Entered per batch: a generator that stays inside would switch the mode for its caller too.
             with torch.inference_mode():
@@ -54,6 +57,9 @@ def encode_batches(
                 }
             yield encodings
             bar.update(len(batch))
+    inputs.left_out.warn(kind)
+    if kind == "entities" and inputs.prototypes is not None:
+        inputs.prototypes.left_out.warn("posts")
 
 
 def encode_rows(

@@ -17,6 +17,7 @@ from hf_mel.inference.execution import to_model
 from hf_mel.inference.features.image_features import ImageFeatures
 from hf_mel.inference.features.mention_features import MentionFeatures
 from hf_mel.inference.features.post_prototypes import PostPrototypes
+from hf_mel.inference.left_out import LeftOutTexts
 from hf_mel.protocols import image_features_are_fixed, knows_posts
 from hf_mel.row_files import ROW_SUFFIXES
 from hf_mel.schema import Row
@@ -42,6 +43,7 @@ class ModelInputs:
         mention_features ([`~hf_mel.inference.features.mention_features.MentionFeatures`], *optional*),
         image_features ([`~hf_mel.inference.features.image_features.ImageFeatures`], *optional*): Set by
             [`ModelInputs.precompute`] for a model with a frozen mention or image encoder.
+        left_out ([`~hf_mel.inference.left_out.LeftOutTexts`]): Counts the texts that are too long for the processor.
     """
 
     def __init__(self, model: Any, processor: Any, posts: datasets.Dataset | None = None):
@@ -49,6 +51,7 @@ class ModelInputs:
         self.prototypes = PostPrototypes.for_model(model, processor, posts)
         self.mention_features: MentionFeatures | None = None
         self.image_features: ImageFeatures | None = None
+        self.left_out = LeftOutTexts(processor)
 
     @classmethod
     def from_data(

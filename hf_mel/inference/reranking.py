@@ -121,6 +121,7 @@ def score_pairs(
                     joint[numbers] = _joint_scores(model, result.scores[numbers], features, mask[numbers], contexts)
             if images is not None and inputs.image_features is None:
                 images.forget_mentions()
+    inputs.left_out.warn("pairs")
     return result
 
 
@@ -209,6 +210,7 @@ def _score_independent(
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         rows = [(pairs.mentions[i], [pairs.candidate(i, c)]) for _, i, c, _ in batch]
+        inputs.left_out.add("pairs", rows)
         model_output = inputs.model(**inputs.pairs(rows))
         scores = model_output["scores"][:, 0].float().cpu()
         _check_scores(scores, [(pairs.mentions[i], pairs.entities[j]) for _, i, _, j in batch])
@@ -236,6 +238,7 @@ def _score_examples(
     )
     for batch in _example_batches(examples, candidates, batch_size):
         rows = [(pairs.mentions[i], [pairs.candidate(i, c) for c in range(len(candidates[i]))]) for i in batch]
+        inputs.left_out.add("pairs", rows)
         model_output = inputs.model(**inputs.pairs(rows))
         scores, vectors = model_output["scores"].float().cpu(), model_output.get("features")
         for k, (i, (mention, entities)) in enumerate(zip(batch, rows, strict=True)):

@@ -52,6 +52,7 @@ from hf_mel.inference.encodings import as_float, concat_encodings, num_rows, sli
 from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.fingerprint import describe_model, describe_processor, model_difference, processor_difference
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.probe import unread_columns
 from hf_mel.kb.entities import TEXT_COLUMNS, EntitiesLike, check_ids, columns_to_store, content_sha256, open_entities
 from hf_mel.kb.manifest import DTYPES, FORMAT, MANIFEST_NAME, VERSION, damage_error, read_manifest, write_manifest
 from hf_mel.kb.shards import (
@@ -716,6 +717,7 @@ def _encode(
             f"{type(inputs.model).__name__} cannot encode entities without a mention.",
             remedy="Give a retriever; a reranker only orders the candidates that a retriever found.",
         )
+    _warn_of_unread_columns(source, inputs)
     schema = entity_schema()
     undecoded = source.with_format("arrow")  # the plain format would decode every image
     first = 0
@@ -731,6 +733,22 @@ def _encode(
             check_finite(encodings, writer.dtype, ids, name)
             writer.add(encodings, pa.Table.from_pydict(columns, schema=schema))
             first += len(ids)
+
+
+def _warn_of_unread_columns(source: datasets.Dataset, inputs: ModelInputs) -> None:
+    """Logs which text columns have values that the processor does not read, because users see them beside results."""
+    filled = [
+        column
+        for column in ("aliases", "description", "attributes")
+        if column in source.column_names and any(any(value or ()) for value in source[column])
+    ]
+    if unread := unread_columns(inputs.processor, filled, posts=knows_posts(inputs.model)):
+        logger.warning(
+            "%s does not read all columns that the entities fill. These change no score: %s. To use them, train a model "
+            "whose processor reads them.",
+            type(inputs.processor).__name__,
+            ", ".join(unread),
+        )
 
 
 def _writable_target(path: Path) -> Path:

@@ -24,7 +24,14 @@ from hf_mel.inference.reranking import score_pairs
 from hf_mel.kb.indexes import open_index
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.explaining import Explanation, explain
-from hf_mel.protocols import MelProcessor, knows_posts, leaves_out_missing_images, ranks_jointly
+from hf_mel.protocols import (
+    LimitsTexts,
+    LocatesTokens,
+    MelProcessor,
+    knows_posts,
+    leaves_out_missing_images,
+    ranks_jointly,
+)
 from hf_mel.schema import NIL, NO_SPAN
 
 #: A mention to link. A textual mention has a `text`, its position as `mention`, as `start` and `end`, or as all three, and
@@ -171,6 +178,7 @@ class EntityLinker:
         self.reranker, self.reranker_processor, self.rerank_k = reranker, reranker_processor, rerank_k
         self.model, self.processor = model, processor
         self._inputs = ModelInputs(model, processor)
+        self._reranker_inputs = ModelInputs(reranker, reranker_processor)
         self.kb = kb if isinstance(kb, KnowledgeBase) else KnowledgeBase.from_pretrained(kb)
         self.kb.check_made_by(model, processor)
         self.index = open_index(self.kb, index, model, first_stage=first_stage)
@@ -379,7 +387,7 @@ class EntityLinker:
         mask = torch.ones(len(candidates), max(map(len, candidates)), dtype=torch.bool)
         joint = ranks_jointly(self.reranker)
         scored = score_pairs(
-            ModelInputs(self.reranker, self.reranker_processor),
+            self._reranker_inputs,
             rows,
             entities,
             [[position_of[row] for row in entity_rows] for entity_rows in candidates],
@@ -426,6 +434,7 @@ class EntityLinker:
             warnings.append(self._missing_image_warning())
         if mention.row["image"] is not None and not sees_images:
             warnings.append("The image was not used, because the model reads only text.")
+        warnings += self._left_out_warnings(mention.row)
         return LinkResult(
             mention=mention.row["mention"],
             start=mention.row["start"],
@@ -443,6 +452,18 @@ class EntityLinker:
         if False in left_out:
             return "The mention has no image. The model reads a blank picture in its place, and its scores count."
         return "The mention has no image" + (", so only the text decides." if all(left_out) else ".")
+
+    def _left_out_warnings(self, row: dict[str, Any]) -> list[str]:
+        """Returns a sentence if the retriever does not read the whole text of a mention."""
+        if not isinstance(self.processor, LimitsTexts) or not any(self.processor.num_left_out(mentions=[row])):
+            return []
+        if isinstance(self.processor, LocatesTokens) and 0 <= row["start"] < row["end"]:
+            read = [span for span in self.processor.text_spans([row])[0] if span is not None]
+            if not any(start < row["end"] and end > row["start"] for start, end in read):
+                return [
+                    "The text is longer than the model reads, and the mention stands in the part that it left out."
+                ]
+        return ["The text is longer than the model reads, so a part of it was left out."]
 
     def explain(self, mention: MentionLike, entity_id: str) -> Explanation | None:
         """Explains the score of a mention and an entity by the model's attention.

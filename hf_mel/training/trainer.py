@@ -144,6 +144,8 @@ class MelTrainer(BaseTrainer):
         self.inputs.precompute(entities=entities, mentions=self.mentions, progress=self.shows_progress)
         if self.reranks:
             self.inputs.precompute(mentions=eval_dataset, progress=self.shows_progress)
+        if self.mentions is not None and self.is_world_process_zero():
+            self._warn_of_left_out_texts(self.mentions)
 
     def evaluate(  # type: ignore[override]
         self,
@@ -200,6 +202,17 @@ class MelTrainer(BaseTrainer):
             stacklevel=2,
         )
         return self.evaluate_detailed(mentions, **options)
+
+    def _warn_of_left_out_texts(self, mentions: datasets.Dataset) -> None:
+        """Logs how many texts the processor does not read to their end. A reranker reads a mention with its gold."""
+        left_out = self.inputs.left_out
+        if not self.reranks:
+            left_out.add_dataset("mentions", mentions)
+            left_out.add_dataset("entities", self.entities)
+        else:
+            left_out.add_gold_pairs(mentions, self.entities)
+        for kind in ("mentions", "entities", "pairs"):
+            left_out.warn(kind)
 
     def _evaluate_inputs(
         self, inputs: ModelInputs, mentions: datasets.Dataset, **options: Any
