@@ -296,12 +296,20 @@ class KnowledgeBase:
         """Reads every file and compares its sha256 with the manifest. Sizes are already compared on opening.
 
         Raises:
-            KnowledgeBaseError: The content of a file has changed.
+            KnowledgeBaseError: The content of a file has changed, or another process replaced the files.
         """
         entries = [shard[part] for shard in self._manifest["shards"] for part in ("encodings", "entities")]
         for entry in tqdm(entries, desc="Verifying", unit="file", delay=1):
-            if file_sha256(self.path / entry["file"]) != entry["sha256"]:
-                raise damage_error(self.path / entry["file"], "its content is not what was written")
+            path = self.path / entry["file"]
+            if path.exists() and file_sha256(path) == entry["sha256"]:
+                continue
+            if _manifest_text(self.path) != self._manifest_text:
+                raise KnowledgeBaseError(
+                    "The knowledge base was changed by another process since it was opened.",
+                    file=self.path,
+                    remedy="Open it again, and repeat.",
+                )
+            raise damage_error(path, "its content is not what was written" if path.exists() else "the file is missing")
 
     def save(self, path: str | os.PathLike[str], *, progress: bool = True) -> KnowledgeBase:
         """Writes a compact copy, without removed entities and with merged shards. It appears only when complete.

@@ -726,6 +726,17 @@ def test_verify_detects_a_changed_byte(tmp_path, name):
         KnowledgeBase.from_pretrained(tmp_path / "kb", verify=True)
 
 
+def test_verify_tells_replaced_files_from_damaged_ones(tmp_path):
+    kb = build(WORLD, tmp_path / "kb")
+    build(WORLD, tmp_path / "kb")
+    with pytest.raises(KnowledgeBaseError, match="changed by another process since it was opened"):
+        kb.verify()
+    kb = KnowledgeBase(tmp_path / "kb")
+    (tmp_path / "kb" / kb.files()[1]).unlink()
+    with pytest.raises(KnowledgeBaseError, match="damaged: the file is missing"):
+        kb.verify()
+
+
 @pytest.mark.parametrize("part", ["encodings", "entities"])
 @pytest.mark.parametrize("damage", ["noise", "others"])
 def test_a_file_of_the_right_size_with_wrong_content_is_an_error_when_read(tmp_path, part, damage):
