@@ -13,9 +13,9 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from hf_mel.errors import DataFormatError, ImageError
 from hf_mel.schema import NIL
@@ -34,10 +34,15 @@ ENTITY_COLUMNS = {
     "images": "image",
 }
 _LIST_SEPARATOR = "|"
+#: Takes the error of a row: raises it, or notes it so that reading goes on.
+_BadRow: TypeAlias = Callable[[DataFormatError], None]
 
 
 def read_rows(
-    path: str | os.PathLike[str], columns: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    columns: Mapping[str, str] | None = None,
+    *,
+    bad_rows: list[DataFormatError] | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Reads the rows of a UTF-8 file, with or without byte-order mark and with any line ends.
 
@@ -48,6 +53,9 @@ def read_rows(
         path (`str` or `os.PathLike`): A file with one of the [`ROW_SUFFIXES`], in upper or lower case.
         columns (mapping of `str` to `str`, *optional*): Every accepted column name → its key in the rows. Other columns
             are errors. Default: all columns are accepted and keep their names.
+        bad_rows (`list[DataFormatError]`, *optional*): Receives the error of each row that cannot be parsed, and reading
+            goes on with the next row. Default: the first of these errors is raised. Errors of the whole file, such as
+            a header with an unknown column, are always raised.
 
     Yields:
         `tuple[int, dict]`: The line on which the row ends (in a .json file the number of the row), counted from 1, and
@@ -79,7 +87,12 @@ def read_rows(
         raise DataFormatError(
             f"The file is not UTF-8 text ({error}).", file=path, row=line, remedy="Save it as UTF-8."
         ) from error
-    yield from readers[suffix](path, text, columns)
+    bad_row = _raise if bad_rows is None else bad_rows.append
+    yield from readers[suffix](path, text, columns, bad_row)
+
+
+def _raise(error: DataFormatError) -> None:
+    raise error
 
 
 def parse_json(text: str, *, file: str | os.PathLike[str], row: int | str | None = None) -> Any:
@@ -114,17 +127,27 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number in JSON")
 
 
-def _jsonl_rows(path: Path, text: str, columns: Mapping[str, str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl_rows(
+    path: Path, text: str, columns: Mapping[str, str] | None, bad_row: _BadRow
+) -> Iterator[tuple[int, dict[str, Any]]]:
     # Not splitlines, which also splits at characters that JSON allows inside a string (U+2028, form feed).
     for line, content in enumerate(text.split("\n"), start=1):
-        if content.strip():
+        if not content.strip():
+            continue
+        try:
             value = parse_json(content, file=path, row=line)
             if "\\u" in content:
                 _check_encodable(path, line, value)
-            yield line, _rename_keys(path, line, value, columns)
+            row = _rename_keys(path, line, value, columns)
+        except DataFormatError as error:
+            bad_row(error)
+            continue
+        yield line, row
 
 
-def _json_rows(path: Path, text: str, columns: Mapping[str, str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(
+    path: Path, text: str, columns: Mapping[str, str] | None, bad_row: _BadRow
+) -> Iterator[tuple[int, dict[str, Any]]]:
     if not text.strip():
         return
     rows = parse_json(text, file=path)
@@ -132,10 +155,15 @@ def _json_rows(path: Path, text: str, columns: Mapping[str, str] | None) -> Iter
         raise DataFormatError(
             "The file is not a list of rows.", file=path, remedy="Write [{…}, {…}], or one object a line as .jsonl."
         )
-    for number, row in enumerate(rows, start=1):
-        if "\\u" in text:
-            _check_encodable(path, number, row)
-        yield number, _rename_keys(path, number, row, columns)
+    for number, value in enumerate(rows, start=1):
+        try:
+            if "\\u" in text:
+                _check_encodable(path, number, value)
+            row = _rename_keys(path, number, value, columns)
+        except DataFormatError as error:
+            bad_row(error)
+            continue
+        yield number, row
 
 
 def _check_encodable(path: Path, line: int, value: Any) -> None:
@@ -159,33 +187,54 @@ def _rename_keys(path: Path, line: int, value: Any, columns: Mapping[str, str] |
     return dict(zip(_column_keys(path, line, list(value), columns), value.values(), strict=True))
 
 
-def _table_rows(path: Path, text: str, columns: Mapping[str, str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _table_rows(
+    path: Path, text: str, columns: Mapping[str, str] | None, bad_row: _BadRow
+) -> Iterator[tuple[int, dict[str, Any]]]:
     limit = csv.field_size_limit(max(len(text), 1))  # the default refuses fields over 131,072 characters
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    keys: list[str] | None = None
     try:
-        keys: list[str] | None = None
-        for record in reader:
+        while True:
+            first_line = reader.line_num + 1
+            try:
+                record = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                error_of_row = _unquoted_error(path, first_line, reader.line_num, error)
+                if keys is None:
+                    raise error_of_row from error
+                bad_row(error_of_row)
+                continue
             if not record:
                 continue
             if keys is None:
                 keys = _column_keys(path, reader.line_num, record, columns)
-            elif len(record) != len(keys):
-                raise DataFormatError(
-                    f"The row has {len(record)} fields, not the {len(keys)} fields of the header.",
-                    file=path,
-                    row=reader.line_num,
-                    remedy=f"Quote fields that contain {'tabs' if delimiter != ',' else 'commas'} or line ends.",
-                )
-            else:
+            elif len(record) == len(keys):
                 yield reader.line_num, dict(zip(keys, record, strict=True))
-    except csv.Error as error:
-        kind = path.suffix[1:].upper()
-        raise DataFormatError(
-            f"The row is not {kind} ({error}).", file=path, row=reader.line_num, remedy="Check the quotation marks."
-        ) from error
+            else:
+                bad_row(
+                    DataFormatError(
+                        f"The row has {len(record)} fields, not the {len(keys)} fields of the header.",
+                        file=path,
+                        row=reader.line_num,
+                        remedy=f"Quote fields that contain {'tabs' if delimiter != ',' else 'commas'} or line ends.",
+                    )
+                )
     finally:
         csv.field_size_limit(limit)
+
+
+def _unquoted_error(path: Path, first_line: int, line: int, error: csv.Error) -> DataFormatError:
+    """Returns the error of a row with misplaced quotation marks, which was read from `first_line` to `line`."""
+    begin = "" if first_line == line else f" It begins on line {first_line}."
+    return DataFormatError(
+        f"The row is not {path.suffix[1:].upper()} ({error}).{begin}",
+        file=path,
+        row=line,
+        remedy="Check the quotation marks.",
+    )
 
 
 def _column_keys(path: Path, line: int, names: list[str], columns: Mapping[str, str] | None) -> list[str]:

@@ -41,6 +41,48 @@ def test_a_repeated_column_is_an_error(tmp_path, suffix, content, line):
     assert caught.value.row == line
 
 
+@pytest.mark.parametrize(
+    ("suffix", "content", "good", "bad"),
+    [
+        (".jsonl", '{"a": 1}\n{"a": \n[2]\n{"a": 3, "a": 3}\n{"a": "\\ud800"}\n{"a": 6}\n', [1, 6], [2, 3, 4, 5]),
+        (".json", '[{"a": 1}, 2, {"a": 3, "a": 3}, {"a": "\\ud800"}, {"a": 5}]', [1, 5], [2, 3, 4]),
+        (".csv", 'a,b\n2,x\n3\n4,x,y\n5,"x" y\n6,x\n', [2, 6], [3, 4, 5]),
+        # The quotation mark on line 3 is closed by the one on line 4, so that both lines are one row.
+        (".csv", 'a,b\n2,x\n3,"x\n4,"x"\n5,x\n6,"x', [2, 5], [4, 6]),
+        (".tsv", "a\tb\n2\tx\n3\n4\tx\n", [2, 4], [3]),
+    ],
+)
+def test_reading_goes_on_after_a_bad_row(tmp_path, suffix, content, good, bad):
+    """All good rows are read and every bad row is named; without a list, the first bad row ends the reading."""
+    path = tmp_path / f"rows{suffix}"
+    path.write_text(content)
+    bad_rows = []
+    assert [(line, int(row["a"])) for line, row in read_rows(path, bad_rows=bad_rows)] == [(n, n) for n in good]
+    assert [(error.row, error.file) for error in bad_rows] == [(line, path) for line in bad]
+    with pytest.raises(DataFormatError) as caught:
+        list(read_rows(path))
+    assert caught.value.row == bad[0]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".json", '[{"a": 1}'),
+        (".json", '{"a": 1}'),
+        (".csv", 'a,"b" c\n1,2\n'),
+        (".csv", "a,typo\n1,2\n"),
+        (".txt", ""),
+    ],
+)
+def test_an_error_of_the_whole_file_is_raised_also_with_a_list(tmp_path, suffix, content):
+    path = tmp_path / f"rows{suffix}"
+    path.write_text(content)
+    bad_rows = []
+    with pytest.raises(DataFormatError):
+        list(read_rows(path, {"a": "a", "b": "b"}, bad_rows=bad_rows))
+    assert bad_rows == []
+
+
 def test_integer_cells_are_parsed(tmp_path):
     values = {"a": 3, "b": " -1 ", "c": "", "d": None}
     assert [int_cell(tmp_path, 1, values, column) for column in "abcde"] == [3, -1, None, None, None]
