@@ -65,8 +65,8 @@ class MimicConfig(PreTrainedConfig):
             those of entities that have one. `"absent"` also leaves out the text of a mention that has none, and needs
             the masks of a processor with `modality_masks=True`.
         image_dropout (`int` or `float`, *optional*, defaults to 0.0):
-            Probability that training treats an image as missing, which teaches the learned image features. Only with
-            `missing_images="absent"`.
+            Probability that training treats the image of an entity as missing, which teaches the learned image features.
+            Only with `missing_images="absent"`.
         nil_threshold (`int` or `float`, *optional*):
             A mention whose best score is below it is predicted NIL. Set by calibration on a validation split with NIL
             mentions. Default: never NIL.

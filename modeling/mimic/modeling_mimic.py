@@ -522,7 +522,7 @@ class MimicModel(MimicPreTrainedModel):
             image_global, image_local = self._image_features(pixel_values)
             if absent:
                 present = self._present(f"{side}_image_mask", image_mask)
-                if self.training and self.config.image_dropout:
+                if side == "entity" and self.training and self.config.image_dropout:
                     present = present & (torch.rand(present.shape, device=present.device) >= self.config.image_dropout)
                 image_global, image_local = self.missing_image(image_global, image_local, present)
                 if side == "mention":

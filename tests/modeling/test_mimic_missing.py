@@ -162,12 +162,11 @@ def test_image_dropout_drops_images_in_training_only_and_teaches_the_learned_fea
     assert torch.equal(first, second)
     torch.manual_seed(0)
     model.train()
-    dropped = [
-        model.encode_mentions(**{k: v for k, v in (batch | masks).items() if k.startswith("mention")}).has_image
-        for _ in range(40)
-    ]
-    share = torch.stack(dropped).float().mean().item()
-    assert 0.3 < share < 0.7
+    entity_inputs = {name: tensor for name, tensor in (batch | masks).items() if name.startswith("entity")}
+    missing = entity_inputs | {"entity_image_mask": torch.zeros(3, dtype=torch.bool)}
+    replaced = model.encode_entities(**missing).vision_key
+    drawn = [(model.encode_entities(**entity_inputs).vision_key == replaced).all(1) for _ in range(40)]
+    assert 0.3 < torch.stack(drawn).float().mean().item() < 0.7
     model(**batch, **masks, labels=torch.tensor([0, 1])).loss.backward()
     assert model.missing_image.patch.grad.abs().sum() > 0
     assert model.missing_image.whole.grad.abs().sum() > 0
