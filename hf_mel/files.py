@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
+import stat
+import sys
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -44,15 +48,62 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(path).absolute()
 
 
+def link_target(path: str | os.PathLike[str]) -> Path:
+    """Returns the file or folder that a symbolic link points to, which may not exist yet; another path unchanged."""
+    path = Path(path)
+    return path.resolve() if path.is_symlink() else path
+
+
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a path is "-" (standard output), a pipe, a device or an open descriptor such as /dev/stdout.
+
+    A stream is written to. It is never replaced by a file.
+    """
+    if os.fspath(path) == "-":
+        return True
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    for _ in range(40):  # the kernel's limit on links
+        if re.fullmatch(r"/dev/fd/\d+|/proc/[^/]+(/task/\d+)?/fd/\d+", str(path)):
+            return True
+        if not path.is_symlink():
+            break
+        path = path.parent / os.readlink(path)
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+@contextmanager
+def open_stream(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a stream ([`is_stream`]) for writing. What it holds already stays, and standard output stays open."""
+    if os.fspath(path) == "-":
+        sys.stdout.flush()
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    with open(path, "ab") as stream:
+        yield stream
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Yields the path of a temporary file beside `path`, which replaces `path` if the block succeeds.
 
-    Missing folders are created. After an error the temporary file is deleted, and an existing file is left unchanged.
+    Missing folders are created. After an error the temporary file is deleted, and an existing file is left unchanged. A
+    symbolic link stays, and the file that it points to is replaced. A stream ([`is_stream`]) gets the content.
 
     Raises:
         OSError: A folder or file cannot be written.
     """
+    if is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder, "content")
+            with Path(folder, "content").open("rb") as content, open_stream(path) as stream:
+                shutil.copyfileobj(content, stream)
+        return
+    path = link_target(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -83,12 +134,13 @@ def write_text(path: str | os.PathLike[str], parts: Iterable[str]) -> None:
 def replace_folder(work: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Renames the folder `work` to `target`, replacing a folder of that name.
 
-    The old folder is restored if the rename fails and deleted if it succeeds. Both paths must be on one file system.
+    The old folder is restored if the rename fails and deleted if it succeeds. Both paths must be on one file system. If
+    `target` is a symbolic link, it stays, and the folder that it points to is replaced.
 
     Raises:
         OSError: A rename fails.
     """
-    work, target = Path(work), Path(target)
+    work, target = Path(work), link_target(target)
     old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
     try:
         if target.exists():
@@ -119,7 +171,7 @@ def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterato
         LockedError: Another process is building the same target.
         MelError: The folder cannot be written.
     """
-    target = Path(target)
+    target = link_target(target)
     stage = target.with_name(f".{target.name}.building")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

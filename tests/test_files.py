@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +77,47 @@ def test_replacing_a_folder_succeeds_or_keeps_the_old_one(tmp_path, monkeypatch)
     replace_folder(work, target)
     assert (target / "name").read_text() == "work"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_symbolic_link_is_written_through(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.txt").symlink_to("real/file.txt")
+    write_text(tmp_path / "link.txt", ["one"])
+    write_text(tmp_path / "link.txt", ["two"])
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real/file.txt").read_text() == "two"
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["file.txt"]
+
+
+def test_a_folder_that_is_a_link_is_replaced_where_it_points(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/old").touch()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/new").touch()
+    replace_folder(tmp_path / "work", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("target", ["-", "/dev/stdout", "/proc/self/fd/1", "/dev/fd/1"])
+@pytest.mark.parametrize("piped", [True, False])
+def test_standard_output_is_written_to_and_not_replaced(tmp_path, target, piped):
+    code = f"from hf_mel.files import write_text; print('a', flush=True); write_text({target!r}, ['b\\n']); print('c')"
+    env = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    if piped:
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout == "a\nb\nc\n"
+        return
+    with (tmp_path / "out.txt").open("a") as out:
+        subprocess.run([sys.executable, "-c", code], env=env, stdout=out, check=True)
+    assert (tmp_path / "out.txt").read_text() == "a\nb\nc\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
+
+
+def test_a_device_stays_a_device(tmp_path):
+    write_text("/dev/null", ["nothing"])
+    assert not Path("/dev/null").is_file()
+    (tmp_path / "null").symlink_to("/dev/null")
+    write_text(tmp_path / "null", ["nothing"])
+    assert (tmp_path / "null").is_symlink()

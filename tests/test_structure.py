@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 #: The floors of the library, lowest first. A room (a module or package) imports only itself and rooms on lower floors.
 FLOORS = [
-    ["errors", "lazy"],
+    ["errors", "lazy", "terminal"],
     ["locks"],
     ["schema", "files", "hub_errors"],
     ["protocols", "row_files"],

@@ -39,7 +39,7 @@ from hf_mel.building.id_set import IdSet
 from hf_mel.building.report import BuildReport, CheckReport
 from hf_mel.building.writer import SplitWriter, staged_file
 from hf_mel.errors import CountMismatchError, DataFormatError, KnowledgeBaseError, MelError
-from hf_mel.files import building_folder, parquet_sha256, replace_folder, write_text
+from hf_mel.files import building_folder, link_target, parquet_sha256, replace_folder, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def build_dataset(
             f"{name!r} is built from the files of its release, but their folder was not given.",
             remedy=f"Give the folder as raw_dir (--raw-dir). It needs: {builder_class.DOWNLOAD}",
         )
-    target = Path(output)
+    target = link_target(output)
     _check_replaceable(target, name, overwrite, [raw_dir, images, entity_images])
     report = BuildReport(
         dataset=name,

@@ -20,6 +20,7 @@ from hf_mel.cli.link import link
 from hf_mel.cli.space import space
 from hf_mel.cli.train import train
 from hf_mel.errors import MelError
+from hf_mel.terminal import print_in_any_encoding, safe_text
 
 app = typer.Typer(
     name="hf-mel",
@@ -45,6 +46,7 @@ app.command()(demo)
 
 def main(app: typer.Typer = app) -> None:
     """Runs the command line. A `MelError` ends it with one message and exit status 1, without a traceback."""
+    print_in_any_encoding()
     try:
         app()
     except SystemExit as ended:
@@ -59,5 +61,5 @@ def main(app: typer.Typer = app) -> None:
         from rich.console import Console
 
         Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/]", end=" ")
-        print(error, file=sys.stderr)
+        print(safe_text(str(error), keep_lines=True), file=sys.stderr)
         sys.exit(1)

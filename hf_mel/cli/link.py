@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import math
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from hf_mel.cli.options import Device, FirstStage, Index, ModelArgument, Revision, TrustRemoteCode
-from hf_mel.errors import DataFormatError, MelError
+from hf_mel.cli.printing import print_link
+from hf_mel.errors import MelError
+from hf_mel.files import is_stream
+from hf_mel.terminal import safe_text
+
+#: Number of bad rows that are listed.
+_MAX_NAMED = 20
 
 
 def link(
@@ -37,10 +44,22 @@ def link(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="The .jsonl file to which the linked mentions of --input are written, one a line, in their order.",
+            help="The .jsonl file to which the linked mentions of --input are written, one a line, in their order; - for "
+            "standard output. Until all are linked, results are kept in .NAME.partial beside it.",
             dir_okay=False,
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an --output that was interrupted, and link only the rest.")
+    ] = False,
+    skip_bad_rows: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad-rows",
+            help="Link the other rows of --input if some cannot be linked. Bad rows have an [b]error[/b] in the output. "
+            "Without this option, all bad rows are listed, and nothing is linked.",
+        ),
+    ] = False,
     top_k: Annotated[int, typer.Option(min=1, help="Number of candidates to show.")] = 10,
     nil_threshold: Annotated[
         float | None,
@@ -78,6 +97,8 @@ def link(
         --mention Kerry --mention Marzouki
 
       hf-mel link runs/mimic_flags --kb kb/flags --input mentions.csv --output linked.jsonl --index faiss-pq
+
+      hf-mel link runs/mimic_flags --kb kb/flags --input mentions.csv --output linked.jsonl --skip-bad-rows --resume
     """
     surfaces: list[str | None] = [*mention] if mention else [None]
     single = {"text": text, "mention": surfaces[0], "image": image, "start": start, "end": end}
@@ -91,13 +112,17 @@ def link(
         raise typer.BadParameter("Give --input and --output together.", param_hint="--output")
     if input is not None and as_json:
         raise typer.BadParameter("Leave it out: --output is written as JSON lines anyway.", param_hint="--json")
+    if input is None and (resume or skip_bad_rows):
+        name = "--resume" if resume else "--skip-bad-rows"
+        raise typer.BadParameter("Give a file of mentions with --input.", param_hint=name)
+    if nil_threshold is not None and math.isnan(nil_threshold):
+        raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
     if len(surfaces) > 1 and (start is not None or end is not None):
         raise typer.BadParameter("Give --start and --end only for a single mention.", param_hint="--start")
-    rows = None if input is None else _read_mentions(input)
-
-    from hf_mel.cli.printing import print_link
-    from hf_mel.evaluation.tables import write_records
+    from hf_mel.linking.link_file import link_file, read_mentions
     from hf_mel.linking.linker import EntityLinker
+
+    rows = None if input is None else read_mentions(input, skip_bad_rows=skip_bad_rows)
 
     linker = EntityLinker.from_pretrained(
         model,
@@ -119,49 +144,32 @@ def link(
             results = linker([{**single, "mention": surface} for surface in surfaces], top_k=top_k)
         if as_json:
             plain = [result.to_dict() for result in results]
-            typer.echo(json.dumps(plain if len(plain) > 1 else plain[0], ensure_ascii=False, indent=2))
+            content = plain if len(plain) > 1 else plain[0]
+            typer.echo(json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False))
         else:
             for result in results:
                 print_link(result)
         return
 
-    assert input is not None
     assert output is not None
     try:
-        results = linker([mention for _, _, mention in rows], top_k=top_k, batch_size=batch_size, progress=True)
+        summary = link_file(linker, rows, output, top_k=top_k, batch_size=batch_size, resume=resume, progress=True)
+    except KeyboardInterrupt:
+        if not is_stream(output):
+            typer.echo("Interrupted. What is linked is kept: repeat the command with --resume to go on.", err=True)
+        raise
     except MelError as error:
-        raise _with_line(error, input, [line for line, _, _ in rows]) from error
-    linked = [row | {"linked": result.to_dict()} for (_, row, _), result in zip(rows, results, strict=True)]
-    write_records(linked, output)
-    num_nil = sum(result.is_nil for result in results)
-    typer.echo(f"{len(results):,} mentions linked, {num_nil:,} of them NIL, written to {output}.")
-    for warning, count in Counter(warning for result in results for warning in result.warnings).items():
-        typer.echo(f"For {count:,} of them: {warning}")
-
-
-def _read_mentions(path: Path) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
-    """Reads a file of mentions; returns the line, the row and the mention for the linker of each."""
-    from hf_mel.row_files import int_cell, read_rows, text_cell
-
-    rows = []
-    is_table = path.suffix.lower() in (".csv", ".tsv")
-    for line, row in read_rows(path):
-        mention = {column: cell for column, cell in row.items() if not (is_table and cell == "")}
-        for column in ("text", "mention", "image"):
-            is_required = column == "text" and row.get("modality") != "image"
-            text_cell(path, line, mention, column, is_required)
-        for column in mention.keys() & {"start", "end"}:
-            row[column] = mention[column] = int_cell(path, line, mention, column)
-        mention["image"] = path.parent / mention["image"] if mention.get("image") else None
-        rows.append((line, row, mention))
-    if not rows:
-        raise DataFormatError("The file holds no mentions.", file=path, remedy="Add at least one row.")
-    return rows
-
-
-def _with_line(error: MelError, path: Path, lines: list[int]) -> MelError:
-    """Returns the error with the line of the file in place of the position in the list of mentions."""
-    if not isinstance(error.row, int):
-        return error
-    message = error.message if error.file is None else f"{error.file}: {error.message}"
-    return type(error)(message, file=path, row=lines[error.row], remedy=error.remedy)
+        raise type(error)(error.message, file=error.file or input, row=error.row, remedy=error.remedy) from error
+    # The lines of the results may be on standard output.
+    log = partial(typer.echo, err=is_stream(output))
+    log(f"{summary.num_linked:,} mentions linked, {summary.num_nil:,} of them NIL, written to {output}.")
+    if summary.num_resumed:
+        log(f"{summary.num_resumed:,} of them were linked before the interruption.")
+    for warning, count in summary.warnings.items():
+        log(f"For {count:,} of them: {warning}")
+    if summary.bad_rows:
+        log(f'{len(summary.bad_rows):,} rows were not linked. Each has an "error" in the output:')
+        for bad in summary.bad_rows[:_MAX_NAMED]:
+            log(f"  row {bad.row}: {safe_text(bad.message)}")
+        if len(summary.bad_rows) > _MAX_NAMED:
+            log(f"  … and {len(summary.bad_rows) - _MAX_NAMED:,} more")

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from hf_mel.terminal import safe_text
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -22,7 +24,7 @@ class _LinePrinter(logging.Handler):
         from tqdm import tqdm
 
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.capitalize()}: "
-        tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
+        tqdm.write(f"{prefix}{safe_text(record.getMessage(), keep_lines=True)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -44,7 +46,7 @@ def print_plain(text: str) -> None:
     """Prints text without markup, highlighting or line wrapping."""
     from rich.console import Console
 
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    Console().print(safe_text(text, keep_lines=True), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_link(result: LinkResult) -> None:
@@ -73,9 +75,9 @@ def print_link(result: LinkResult) -> None:
         scores: list[float | None] = [*([candidate.reranker_score] if is_reranked else []), candidate.score]
         scores += [candidate.unit_scores[unit] for unit in units]
         # Text objects are printed literally, so that a name in square brackets is not taken for markup.
-        entity = [Text(shorten(candidate.name, 32)), Text(candidate.entity_id)]
+        entity = [Text(shorten(candidate.name, 32)), Text(safe_text(candidate.entity_id))]
         rows.append([str(candidate.rank), *entity, *("–" if score is None else f"{score:.3f}" for score in scores)])
-    title = Text(f"{shorten(result.mention, 60)!r} may mean")
+    title = Text(f"'{shorten(result.mention, 60)}' may mean")
     table = _candidate_table(title, header, rows)
     descriptions = [_description(candidate) for candidate in result.candidates]
     free_width = console.width - console.measure(table).maximum - 3
@@ -87,16 +89,19 @@ def print_link(result: LinkResult) -> None:
     if result.is_nil:
         decision = f"NIL: the best score, {best.score:.3f}, is below the threshold {result.nil_threshold:.3f}."
     else:
-        decision = f"{shorten(result.mention, 60)} → {shorten(best.name, 120)} ({best.entity_id})"
+        decision = f"{shorten(result.mention, 60)} → {shorten(best.name, 120)} ({safe_text(best.entity_id)})"
         if result.nil_threshold is None:
             decision += "\nThe model has no NIL threshold, so the best entity is taken, however low its score."
     for line in (decision, *result.warnings):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(safe_text(line, keep_lines=True), markup=False, highlight=False, soft_wrap=True)
 
 
 def shorten(text: str, length: int) -> str:
-    """Cuts text to `length` characters, the last of which is then an ellipsis."""
-    return text if len(text) <= length else text[: length - 1] + "…"
+    """Returns text that is safe to print, cut to `length` columns of a terminal, of which an ellipsis takes the last."""
+    from rich.cells import cell_len, set_cell_size
+
+    text = safe_text(text)
+    return text if cell_len(text) <= length else set_cell_size(text, length - 1).rstrip() + "…"
 
 
 def _description(candidate: Candidate) -> str:

@@ -28,6 +28,8 @@ _CHUNK_ROWS = 8192
 _BLOCK_PAIRS = {"cpu": 2**19, "cuda": 2**25}
 # Mentions that are scored with their golds at a time. Of m² scored pairs only m are used, so the number is small.
 _GOLD_MENTIONS = 16
+#: Scores are equal if they differ by at most this times max(1, |score|). Rounding depends on the shape of a chunk.
+TIE_TOLERANCE = 1e-6
 # Rounding error of float32 between two orders of adding up a score, relative to its largest part.
 _ROUNDING = 1e-5
 
@@ -61,7 +63,7 @@ def rank(
     gold_rows: torch.Tensor | np.ndarray | Sequence[int] | None = None,
     top_k: int = 20,
     byte_budget: int = 2**29,
-    tie_tolerance: float = 1e-6,
+    tie_tolerance: float = TIE_TOLERANCE,
     score: ScoreFunction | None = None,
     prune: bool = True,
     processes: PartialState | None = None,

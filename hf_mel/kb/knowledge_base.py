@@ -45,7 +45,7 @@ from tqdm.auto import tqdm
 
 from hf_mel.data.images import open_image
 from hf_mel.errors import DuplicateIdError, HubError, KnowledgeBaseError, UnknownEntityError
-from hf_mel.files import building_folder, file_sha256, replace_folder, write_errors
+from hf_mel.files import building_folder, file_sha256, link_target, replace_folder, write_errors
 from hf_mel.hub_errors import hub_errors
 from hf_mel.inference.encode import encode_batches
 from hf_mel.inference.encodings import as_float, concat_encodings, num_rows, slice_encodings
@@ -761,7 +761,7 @@ def _warn_of_unread_columns(source: datasets.Dataset, inputs: ModelInputs) -> No
 
 def _writable_target(path: Path) -> Path:
     """Returns the folder that a new knowledge base at `path` is written to: `path`, or the folder that it links to."""
-    target = path.resolve() if path.is_symlink() else path
+    target = link_target(path)
     if target.exists() and not target.is_dir():
         raise KnowledgeBaseError("This path exists and is not a folder.", file=path, remedy="Choose another output.")
     if target.exists() and any(target.iterdir()) and not (target / MANIFEST_NAME).is_file():

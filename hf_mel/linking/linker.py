@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import unicodedata
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, overload
@@ -18,10 +22,13 @@ from hf_mel.errors import DataFormatError, KnowledgeBaseError, SpanError
 from hf_mel.inference.checkpoints import load_reranker, load_retriever
 from hf_mel.inference.encodings import as_float, slice_encodings, to_device
 from hf_mel.inference.execution import model_device
+from hf_mel.inference.fingerprint import describe_model
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.probe import sees_images, sees_images_in_pairs
+from hf_mel.inference.ranking import TIE_TOLERANCE, RankingResult, rank, score_of_units
 from hf_mel.inference.reranking import score_pairs
 from hf_mel.kb.indexes import open_index
+from hf_mel.kb.indexes.base import ExactIndex
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.explaining import Explanation, explain
 from hf_mel.protocols import (
@@ -49,7 +56,7 @@ class Candidate:
     """An entity that a mention may refer to.
 
     Args:
-        rank (`int`): Position among the candidates, from 1.
+        rank (`int`): 1 + number of candidates with a higher score. Equal scores have equal ranks.
         entity_id, name, description, attributes (`str`): Columns of the entity.
         score (`float`): Score of the model, higher is better.
         unit_scores (`dict[str, float]`): Scores of the model's interaction units, whose mean is `score`. Units that read
@@ -78,6 +85,8 @@ class LinkResult:
         entity_id (`str`): Id of the best candidate, or "NIL".
         is_nil (`bool`): Whether the best score of the retriever is below `nil_threshold`.
         nil_threshold (`float`, *optional*): The threshold. `None` if there is none, so that no mention is NIL.
+        num_tied (`int`): Number of entities of the knowledge base that have the best score, usually 1. Of several, the
+            first of the knowledge base is taken. An index counts only the entities that it returns.
         candidates (`list[Candidate]`): The best `top_k` entities, best first. A mention that is NIL has them too.
         warnings (`list[str]`): Sentences for the user, for instance that an image was not used.
     """
@@ -90,6 +99,7 @@ class LinkResult:
     nil_threshold: float | None
     candidates: list[Candidate]
     warnings: list[str] = field(default_factory=list)
+    num_tied: int = 1
 
     @property
     def best(self) -> Candidate:
@@ -97,8 +107,8 @@ class LinkResult:
         return self.candidates[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the result as plain data for JSON."""
-        return asdict(self)
+        """Returns the result as plain data for JSON. An infinite threshold, which JSON lacks, becomes the nearest float."""
+        return {**asdict(self), "nil_threshold": _finite(self.nil_threshold)}
 
 
 @dataclass
@@ -111,6 +121,7 @@ class _RankedMention:
         scores (`list[float]`): Scores of the retriever.
         best_score (`float`): Best score of the retriever, which decides about NIL.
         reranker_scores (`list[float | None]`): Scores of the reranker, `None` for entities that it did not score.
+        num_tied (`int`): Number of entities with the best score of the retriever, or of the reranker.
     """
 
     row: dict[str, Any]
@@ -118,6 +129,7 @@ class _RankedMention:
     scores: list[float]
     best_score: float
     reranker_scores: list[float | None]
+    num_tied: int = 1
 
     def rerank(self, reranker_scores: list[float]) -> None:
         """Sorts the first entities by the reranker's scores of them, and leaves the others in place."""
@@ -125,6 +137,19 @@ class _RankedMention:
         self.reranker_scores = [*(reranker_scores[c] for c in order), *self.reranker_scores[len(order) :]]
         self.entity_rows = [self.entity_rows[c] for c in order] + self.entity_rows[len(order) :]
         self.scores = [self.scores[c] for c in order] + self.scores[len(order) :]
+        self.num_tied = sum(_equal(score, max(reranker_scores)) for score in reranker_scores)
+
+    def ranks(self) -> list[int]:
+        """Returns 1 + the number of better entities for each entity. Reranked entities come before the others."""
+        ranks: list[int] = []
+        keys = [
+            (ranked is not None, score if ranked is None else ranked)
+            for score, ranked in zip(self.scores, self.reranker_scores, strict=True)
+        ]
+        for place, (is_reranked, score) in enumerate(keys):
+            group, first_score = keys[ranks[-1] - 1] if ranks else (None, 0.0)
+            ranks.append(ranks[-1] if group is is_reranked and _equal(score, first_score) else place + 1)
+        return ranks
 
 
 class EntityLinker:
@@ -184,6 +209,8 @@ class EntityLinker:
         self.index = open_index(self.kb, index, model, first_stage=first_stage)
         if nil_threshold is None:
             nil_threshold = getattr(getattr(model, "config", None), "nil_threshold", None)
+        if nil_threshold is not None and math.isnan(nil_threshold):
+            raise ValueError("nil_threshold is nan, so no score is above or below it. Give a number.")
         self.nil_threshold = nil_threshold
         model.eval()
         if reranker is not None:
@@ -304,16 +331,42 @@ class EntityLinker:
             return self._link_batch([mentions], [_locate(mentions, None)], [None], top_k, units)[0]
         # Lazy rows decode the images of one batch at a time.
         many: Any = LazyRows(mentions) if isinstance(mentions, datasets.Dataset) else mentions
-        # All mentions are checked before any is linked.
-        spans = [_locate(many[k], k) for k in range(len(many))]
-        results: list[Any] = [None] * len(spans)
-        with tqdm(total=len(spans), desc="Linking", unit="mention", delay=1, disable=not progress) as bar:
-            for batch in self._batches(many, batch_size):
-                linked = self._link_batch([many[k] for k in batch], [spans[k] for k in batch], batch, top_k, units)
+        results: list[Any] = [None] * len(many)
+        with tqdm(total=len(many), desc="Linking", unit="mention", delay=1, disable=not progress) as bar:
+            for batch, linked in self.link_batches(many, top_k=top_k, units=units, batch_size=batch_size):
                 for k, result in zip(batch, linked, strict=True):
                     results[k] = result
                 bar.update(len(batch))
         return results
+
+    def link_batches(
+        self,
+        mentions: Sequence[MentionLike],
+        *,
+        top_k: int = 10,
+        units: Sequence[str] | None = None,
+        batch_size: int = 32,
+        done: Container[int] = (),
+    ) -> Iterator[tuple[list[int], list[LinkResult]]]:
+        """Links mentions batch by batch, so that results can be kept as they come.
+
+        Args:
+            mentions, top_k, units, batch_size: As in [`EntityLinker.__call__`]. All mentions are checked first.
+            done (container of `int`, *optional*): Positions of mentions that need no result. They are linked again only
+                if a reranker reads them together with one that does.
+
+        Yields:
+            `tuple[list[int], list[LinkResult]]`: Positions of the mentions of a batch, and their results. With a
+            reranker, the mentions of a context or document are in one batch; their positions may be out of order.
+
+        Raises:
+            As in [`EntityLinker.__call__`].
+        """
+        spans = [_locate(mentions[k], k) for k in range(len(mentions))]
+        for batch in self._batches(mentions, batch_size):
+            if any(k not in done for k in batch):
+                batch_mentions, batch_spans = [mentions[k] for k in batch], [spans[k] for k in batch]
+                yield batch, self._link_batch(batch_mentions, batch_spans, batch, top_k, units)
 
     def _link_batch(
         self,
@@ -331,12 +384,16 @@ class EntityLinker:
         inputs = self._inputs.mentions(rows)
         with torch.inference_mode():
             encodings = as_float(self.model.encode_mentions(**inputs))
-            num_ranked = top_k if self.reranker is None else max(top_k, self.rerank_k)
+            num_ranked = max(top_k, 2) if self.reranker is None else max(top_k, self.rerank_k)
             ranking = self.index.find(encodings, num_ranked, units=units)
             ranked = [
-                _RankedMention(row, entity_rows, scores, scores[0], [None] * len(scores))
-                for row, entity_rows, scores in zip(
-                    rows, ranking.top_rows.tolist(), ranking.top_scores.tolist(), strict=True
+                _RankedMention(row, entity_rows, scores, scores[0], [None] * len(scores), num_tied)
+                for row, entity_rows, scores, num_tied in zip(
+                    rows,
+                    ranking.top_rows.tolist(),
+                    ranking.top_scores.tolist(),
+                    self._count_ties(encodings, ranking, units),
+                    strict=True,
                 )
             ]
             if self.reranker is not None:
@@ -349,6 +406,38 @@ class EntityLinker:
                 self._link_result(mention, slice_encodings(encodings, slice(k, k + 1)), entities, top_k, nil_threshold)
                 for k, mention in enumerate(ranked)
             ]
+
+    def _count_ties(
+        self, encodings: Mapping[str, torch.Tensor], ranking: RankingResult, units: Sequence[str] | None
+    ) -> list[int]:
+        """Returns how many entities have the best score, for each of M mentions."""
+        counts = [sum(_equal(score, scores[0]) for score in scores) for scores in ranking.top_scores.tolist()]
+        num_ranked = ranking.top_scores.shape[1]
+        open_counts = [number for number, count in enumerate(counts) if count == num_ranked < len(self.kb)]
+        if open_counts and isinstance(self.index, ExactIndex):
+            # All entities that were returned are tied, so there may be more. This is rare: rank once more.
+            tied = {name: tensor[open_counts] for name, tensor in encodings.items()}
+            score = None if units is None else score_of_units(self.model, units)
+            golds = ranking.top_rows[open_counts, 0]
+            positions = rank(self.model, tied, self.kb, gold_rows=golds, top_k=1, score=score)
+            assert positions.worst_rank is not None
+            for number, count in zip(open_counts, positions.worst_rank.tolist(), strict=True):
+                counts[number] = count
+        return counts
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what the results depend on besides the mentions: the models, the knowledge base and the settings."""
+        reranker = None if self.reranker is None else describe_model(self.reranker)
+        return {
+            "model": describe_model(self.model),
+            "kb": self.kb.shards,
+            "removed": self.kb.num_physical_rows - len(self.kb),
+            "reranker": reranker,
+            "rerank_k": self.rerank_k,
+            "nil_threshold": self.nil_threshold,
+            "index": self.index.kind,
+            "first_stage": getattr(self.index, "first_stage", None),
+        }
 
     def _batches(self, mentions: Any, batch_size: int) -> Iterator[list[int]]:
         """Yields the positions of the mentions of each batch. With a reranker, contexts or documents are not split."""
@@ -417,9 +506,10 @@ class EntityLinker:
         entity_encodings = to_device(self.kb.encodings(entity_rows), model_device(self.model))
         unit_scores = self.model.unit_scores(encodings, entity_encodings)
         units = {unit: scores[0].tolist() for unit, scores in unit_scores.items() if not scores.isnan().all()}
+        ranks = mention.ranks()
         candidates = [
             Candidate(
-                rank=k + 1,
+                rank=ranks[k],
                 score=mention.scores[k],
                 unit_scores={unit: scores[k] for unit, scores in units.items()},
                 reranker_score=mention.reranker_scores[k],
@@ -435,6 +525,11 @@ class EntityLinker:
         if mention.row["image"] is not None and not sees_images:
             warnings.append("The image was not used, because the model reads only text.")
         warnings += self._left_out_warnings(mention.row)
+        if mention.num_tied > 1 and not is_nil:
+            least = "" if isinstance(self.index, ExactIndex) or self.reranker is not None else "At least "
+            warnings.append(
+                f"{least}{mention.num_tied:,} entities have the best score. The first of them in the knowledge base was taken."
+            )
         return LinkResult(
             mention=mention.row["mention"],
             start=mention.row["start"],
@@ -444,6 +539,7 @@ class EntityLinker:
             nil_threshold=nil_threshold,
             candidates=candidates,
             warnings=warnings,
+            num_tied=mention.num_tied,
         )
 
     def _missing_image_warning(self) -> str:
@@ -511,63 +607,117 @@ def _context_key(mention: MentionLike) -> Any:
     return mention.get("text"), image if isinstance(image, str | os.PathLike | bytes | None) else id(image)
 
 
-def _locate(mention: MentionLike, row: int | None) -> tuple[str, int, int]:
+def check_mention(mention: MentionLike, row: int | str | None = None) -> None:
+    """Checks that a mention has a text and a place in it, as [`EntityLinker.__call__`] does.
+
+    Args:
+        mention (mapping): The mention.
+        row (`int` or `str`, *optional*): Its position in a list or file, for error messages.
+
+    Raises:
+        SpanError, DataFormatError: As in [`EntityLinker.__call__`].
+    """
+    _locate(mention, row)
+
+
+def _locate(mention: MentionLike, row: int | str | None) -> tuple[str, int, int]:
     """Checks a mention, and returns its surface form, start and end.
 
     Args:
         mention: The mention.
-        row (`int`, *optional*): Position in the list of mentions, for error messages.
+        row (`int` or `str`, *optional*): Position in the list of mentions, for error messages.
     """
     if not isinstance(mention, Mapping):
         raise DataFormatError(
             f"The mention is a {type(mention).__name__} instead of a mapping.", row=row, remedy=f"Give {_EXAMPLE}."
         )
     visual = mention.get("modality") == "image"
-    for key, kind in (("text", str), ("mention", str), ("start", int), ("end", int)):
+    for key in ("text", "mention"):
         value = mention.get(key)
-        if (value is None and key == "text" and not visual) or (value is not None and not isinstance(value, kind)):
-            expected = "a string" if kind is str else "an integer"
-            raise DataFormatError(
-                f"The value of {key!r} is {value!r} instead of {expected}.", row=row, remedy=f"Give {_EXAMPLE}."
-            )
+        if value is None and key == "text" and not visual:
+            raise DataFormatError("The mention has no text=.", row=row, remedy=f"Give {_EXAMPLE}.")
+        if value is not None and not isinstance(value, str):
+            raise DataFormatError(f"{key}={value!r} is not a string.", row=row, remedy=f"Give {_EXAMPLE}.")
     if visual:
         if mention.get("image") is None:
-            raise DataFormatError("The visual mention has no image.", row=row, remedy="Give one as 'image'.")
+            raise DataFormatError("The visual mention has no image=.", row=row, remedy="Give its picture as image=.")
         return "", NO_SPAN, NO_SPAN
     text: str = mention["text"]
     surface: Any = mention.get("mention")
-    start: Any = mention.get("start")
-    end: Any = mention.get("end")
+    start, end = _offset(mention, "start", row), _offset(mention, "end", row)
     if surface is None and start is None and end is None:
-        raise SpanError("The text has no mention.", row=row, remedy=f"Give {_EXAMPLE}, or start and end.")
+        raise SpanError(
+            "Nothing says where the mention is in its text.", row=row, remedy=f"Give {_EXAMPLE}, or start= and end=."
+        )
     if surface is not None and not surface.strip():
-        raise SpanError("The mention is empty.", row=row, remedy="Give the words of the text that name the entity.")
-    if (start is None) != (end is None):
-        raise SpanError("Only one of start and end was given.", row=row, remedy="Give both, or neither.")
-    if start is None:
+        raise SpanError("mention= is empty.", row=row, remedy="Give the words of the text that name the entity.")
+    if start is None or end is None:
+        if start is not None or end is not None:
+            raise SpanError(
+                f"{'end' if end is None else 'start'}= is missing.",
+                row=row,
+                remedy="Give start= and end=, or neither.",
+            )
         start = text.find(surface)
         end = start + len(surface)
         if start < 0:
             raise SpanError(
-                f"The mention {_quote(surface)} is not in its text.",
-                row=row,
-                remedy="Write it exactly as in the text (case counts). If the text lacks it, give start=-1 and end=-1.",
+                f"The mention {_quote(surface)} is not in its text.", row=row, remedy=_find_remedy(text, surface)
             )
     elif start == end == NO_SPAN and surface is not None:
         pass  # a mention that is not located
     elif not (0 <= start < end <= len(text)) or (surface is None and not text[start:end].strip()):
         raise SpanError(
-            f"The span {start}:{end} holds no mention in a text of {len(text)} characters.",
+            f"start={start}, end={end} holds no mention in a text of {len(text)} characters.",
             row=row,
-            remedy="Offsets count characters from 0. The end is exclusive.",
+            remedy="Count characters from 0; end= is the first character after the mention.",
         )
     elif surface is not None and text[start:end] != surface:
         raise SpanError(
-            f"The text at {start}:{end} is {_quote(text[start:end])}, not {_quote(surface)}.",
+            f"The text at start={start}, end={end} is {_quote(text[start:end])}, not {_quote(surface)}.",
             row=row,
-            remedy="Offsets count characters from 0. The end is exclusive. Without offsets, the first occurrence is linked.",
+            remedy="Count characters from 0; end= is the first character after the mention. Or leave out both, to link "
+            "the first occurrence.",
         )
     return text[start:end] if surface is None else surface, start, end
+
+
+def _offset(mention: MentionLike, key: str, row: int | str | None) -> int | None:
+    """Returns `start` or `end` of a mention, which may be any integer type, such as NumPy's."""
+    value = mention.get(key)
+    if value is None:
+        return None
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise DataFormatError(
+            f"{key}={value!r} is not an integer.", row=row, remedy="Count the characters of the text from 0."
+        ) from None
+
+
+def _find_remedy(text: str, surface: str) -> str:
+    """Returns what to do about a mention that its text does not contain."""
+    if unicodedata.normalize("NFC", surface) in unicodedata.normalize("NFC", text):
+        forms = f"the mention {_unicode_form(surface)}, the text {_unicode_form(text)}"
+        return f"They are in different Unicode forms ({forms}): convert both to NFC."
+    if surface.casefold() in text.casefold():
+        return "Write it exactly as in the text: upper and lower case differ."
+    return "Write it exactly as in the text."
+
+
+def _unicode_form(text: str) -> str:
+    return next((form for form in ("NFC", "NFD") if unicodedata.is_normalized(form, text)), "a mixed form")
+
+
+def _equal(score: float, other: float) -> bool:
+    """Whether two scores differ by no more than rounding, as in [`~hf_mel.inference.ranking.rank`]."""
+    return abs(score - other) <= TIE_TOLERANCE * max(1.0, abs(other))
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None else max(-sys.float_info.max, min(value, sys.float_info.max))
 
 
 def _quote(text: str) -> str:

@@ -25,7 +25,11 @@ _WEIGHTS_EXTRA = "bench"
 
 
 class RecipeYamlLoader(yaml.SafeLoader):
-    """YAML loader that reads `1e-5` as a number. YAML 1.1, which PyYAML implements, requires a dot and a sign."""
+    """YAML loader that reads `1e-5` as a number, and `no`, `off`, `yes` and `on` as strings, as YAML 1.2 does.
+
+    PyYAML implements YAML 1.1, in which a number needs a dot and a sign, and `eval_strategy: no` is false. A field that
+    takes true or false still accepts these words ([`as_bool`]).
+    """
 
 
 RecipeYamlLoader.add_implicit_resolver(
@@ -33,6 +37,19 @@ RecipeYamlLoader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+for _first in "yYnNoO":
+    RecipeYamlLoader.yaml_implicit_resolvers[_first] = [
+        (tag, pattern)
+        for tag, pattern in RecipeYamlLoader.yaml_implicit_resolvers.get(_first, ())
+        if tag != "tag:yaml.org,2002:bool"
+    ]
+
+_BOOLEAN_WORDS = {"yes": True, "on": True, "no": False, "off": False}
+
+
+def as_bool(value: Any) -> Any:
+    """Returns `True` or `False` for YAML 1.1's words for them (yes, no, on, off), and any other value unchanged."""
+    return _BOOLEAN_WORDS.get(value.lower(), value) if isinstance(value, str) else value
 
 
 @dataclass
@@ -401,9 +418,18 @@ def _build_section(section: Any, content: Any, name: str, file: str | None) -> A
     for key, value in content.items():
         if value is None and types[key].startswith("dict"):
             continue  # An empty `config:` in the file.
+        if types[key] == "bool" or types[key].startswith("dict"):
+            value = _with_booleans(value)
         _check_type(value, _TYPES[types[key]], f"{name}.{key}", file)
         values[key] = value
     return section(**values)
+
+
+def _with_booleans(value: Any) -> Any:
+    """Applies [`as_bool`] to a value and to everything inside it."""
+    if isinstance(value, dict):
+        return {key: _with_booleans(item) for key, item in value.items()}
+    return [_with_booleans(item) for item in value] if isinstance(value, list) else as_bool(value)
 
 
 def _check_keys(keys: Iterable[str], allowed: Iterable[str], section: str, file: str | None) -> None:

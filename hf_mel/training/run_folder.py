@@ -25,7 +25,7 @@ from hf_mel.hub.saving import save_model_repository
 from hf_mel.locks import writer_lock
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.plot import plot_training
-from hf_mel.training.recipe import Recipe
+from hf_mel.training.recipe import Recipe, as_bool
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +222,10 @@ def training_arguments(recipe: Recipe, output_dir: str | os.PathLike[str]) -> Me
     fields = {field.name: field for field in dataclasses.fields(MelTrainingArguments) if field.init}
     fields.pop("output_dir")
     recipe.check_keys("training", recipe.training, fields)
-    for key, value in recipe.training.items():
+    values = {
+        key: as_bool(value) if "bool" in str(fields[key].type) else value for key, value in recipe.training.items()
+    }
+    for key, value in values.items():
         default, expected = fields[key].default, None
         if key == "bf16":
             expected = None if value == "auto" or isinstance(value, bool) else "true, false or 'auto'"
@@ -236,7 +239,7 @@ def training_arguments(recipe: Recipe, output_dir: str | os.PathLike[str]) -> Me
     if recipe.task == "pretraining":
         options |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
     try:
-        return MelTrainingArguments(output_dir=str(Path(output_dir).resolve()), **options | recipe.training)
+        return MelTrainingArguments(output_dir=str(Path(output_dir).resolve()), **options | values)
     except (TypeError, ValueError, ImportError) as error:
         raise recipe.error(f"The training arguments are not valid: {error}") from error
 

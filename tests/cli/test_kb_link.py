@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 from PIL import Image
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from hf_mel.cli import kb
@@ -318,3 +319,39 @@ def test_the_error_names_an_invalid_row_of_a_table(tmp_path, model, base, conten
     source.write_text(content)
     with pytest.raises(error, match=rf"mentions\.csv.*{message}"):
         run("link", model, "--kb", base, "--input", source, "--output", tmp_path / "linked.jsonl")
+
+
+def test_linked_mentions_go_to_standard_output_and_messages_elsewhere(tmp_path, model, base):
+    source = tmp_path / "m.jsonl"
+    source.write_text('{"text": "Ada and Bob", "mention": "Bob"}\n{"text": "Ada", "mention": "Eve"}\n')
+    done = run("link", model, "--kb", base, "--input", source, "--output", "-", "--skip-bad-rows")
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert first["linked"]["mention"] == "Bob"
+    assert "is not in its text" in second["error"]
+    assert "1 mentions linked" in done.stderr
+    assert "row 2" in done.stderr
+
+
+def test_an_infinite_threshold_prints_json_and_nan_is_refused(model, base):
+    options = ("link", model, "--kb", base, "--text", "Bob", "--mention", "Bob", "--json", "--nil-threshold")
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    assert json.loads(run(*options, "inf").stdout, parse_constant=refuse)["is_nil"] is True
+    assert run(*options, "nan", ok=False).exit_code == 2
+
+
+def test_a_name_cannot_control_the_terminal_and_json_keeps_it(tmp_path, model):
+    names = ["\x1b[31mRed\nBull\x1b[0m", "東京東京東京東京東京東京東京東京東京東京", "Bob"]
+    rows = [json.dumps({"id": f"{number}\x1b[2J", "name": name}) for number, name in enumerate(names)]
+    (tmp_path / "e.jsonl").write_text("\n".join(rows))
+    run("kb", "build", model, "--entities", tmp_path / "e.jsonl", "--output", tmp_path / "kb")
+    options = ("link", model, "--kb", tmp_path / "kb", "--text", "Bob", "--mention", "Bob")
+    shown = run(*options).stdout
+    assert "\x1b" not in shown
+    assert r"\x1b[31mRed Bull\x1b[0m" in shown
+    table = [line for line in shown.splitlines() if "│" in line]
+    assert len({cell_len(line) for line in table}) == 1
+    candidates = json.loads(run(*options, "--json").stdout)["candidates"]
+    assert {candidate["name"] for candidate in candidates} == set(names)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import datasets
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +25,7 @@ from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.reranking import score_pairs
 from hf_mel.kb import shards
 from hf_mel.kb.knowledge_base import KnowledgeBase
-from hf_mel.linking.linker import EntityLinker
+from hf_mel.linking.linker import EntityLinker, _RankedMention
 from hf_mel.schema import NIL, entity_features
 from tests.toy import ToyPairProcessor, ToyProcessor, register, toy_entities, toy_mentions, toy_model, toy_reranker
 from tests.toy_documents import ToyDocumentProcessor, toy_document_reranker
@@ -177,26 +180,33 @@ def test_the_span_is_searched_or_given(linker):
 @pytest.mark.parametrize(
     ("mention", "error", "message"),
     [
-        ({"text": "Swift", "mention": "Taylor"}, SpanError, r"'Taylor' is not in its text.*case counts"),
-        ({"text": "Swift", "mention": "swift"}, SpanError, "not in its text"),
+        (
+            {"text": "Swift", "mention": "Taylor"},
+            SpanError,
+            r"'Taylor' is not in its text. Write it exactly as in the text.$",
+        ),
+        ({"text": "Swift", "mention": "swift"}, SpanError, "not in its text.*upper and lower case differ"),
         ({"text": "Swift", "mention": ""}, SpanError, "empty"),
         ({"text": "a b", "mention": " "}, SpanError, "empty"),
-        ({"text": "a b", "start": 1, "end": 2}, SpanError, "1:2 holds no mention"),
-        ({"text": "Swift", "start": 2, "end": 9}, SpanError, "2:9 holds no mention in a text of 5"),
-        ({"text": "Swift", "start": -3, "end": 2}, SpanError, "-3:2"),
-        ({"text": "Swift", "start": 3, "end": 3}, SpanError, "3:3"),
-        ({"text": "Swift", "start": -1, "end": -1}, SpanError, "-1:-1"),
+        ({"text": "a b", "start": 1, "end": 2}, SpanError, "start=1, end=2 holds no mention"),
+        ({"text": "Swift", "start": 2, "end": 9}, SpanError, "start=2, end=9 holds no mention in a text of 5"),
+        ({"text": "Swift", "start": -3, "end": 2}, SpanError, "start=-3, end=2"),
+        ({"text": "Swift", "start": 3, "end": 3}, SpanError, "start=3, end=3"),
+        ({"text": "Swift", "start": -1, "end": -1}, SpanError, "start=-1, end=-1"),
         (
             {"text": "Swift", "mention": "Swi", "start": 0, "end": 2},
             SpanError,
-            r"at 0:2 is 'Sw', not 'Swi'.*exclusive",
+            r"at start=0, end=2 is 'Sw', not 'Swi'.*first character after",
         ),
-        ({"text": "Swift", "mention": "Swift", "start": 0}, SpanError, "Only one of start and end"),
-        ({"text": "Swift"}, SpanError, "no mention"),
+        ({"text": "Swift", "mention": "Swift", "start": 0}, SpanError, "end= is missing"),
+        ({"text": "Swift"}, SpanError, "Nothing says where"),
         ({"text": "", "mention": "Swift"}, SpanError, "not in its text"),
-        ({"mention": "Swift"}, DataFormatError, "'text' is None"),
-        ({"text": "Swift", "mention": 3}, DataFormatError, "'mention' is 3"),
-        ({"text": "Swift", "start": 0.0, "end": 2}, DataFormatError, "'start' is 0.0"),
+        ({"mention": "Swift"}, DataFormatError, "no text="),
+        ({"text": "Swift", "mention": 3}, DataFormatError, "mention=3 is not a string"),
+        ({"text": "Swift", "start": 0.0, "end": 2}, DataFormatError, "start=0.0 is not an integer"),
+        ({"text": "Swift", "start": False, "end": 2}, DataFormatError, "start=False is not an integer"),
+        ({"text": "in Lome\u0301", "mention": "Lom\u00e9"}, SpanError, r"mention NFC, the text NFD\): convert both"),
+        ({"text": "in Lom\u00e9", "mention": "Lome\u0301"}, SpanError, r"mention NFD, the text NFC\): convert both"),
         ("Swift", DataFormatError, "The mention is a str"),
     ],
 )
@@ -208,6 +218,61 @@ def test_an_invalid_mention_is_an_error_with_its_position(linker, mention, error
     }  # mentions are checked before images are opened
     with pytest.raises(error, match=rf"row 1: .*{message}"):
         linker([good, mention])
+
+
+def test_offsets_may_be_integers_of_numpy(linker):
+    mention = {"text": "Swift on stage", "start": np.int32(0), "end": np.int64(5)}
+    assert linker(mention).mention == "Swift"
+
+
+def test_a_threshold_is_a_number_and_its_json_too(linker, monkeypatch):
+    with pytest.raises(ValueError, match="nan"):
+        EntityLinker(linker.model, linker.processor, linker.kb, nil_threshold=float("nan"))
+    monkeypatch.setattr(linker, "nil_threshold", float("inf"))
+    result = linker(text="Entity c", mention="Entity c")
+    assert result.is_nil
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+# Ties
+
+
+def linker_of(names):
+    rows = [{"entity_id": f"Q{k}", "name": name} for k, name in enumerate(names)]
+    entities = datasets.Dataset.from_list(
+        [row | {"description": "", "attributes": "", "aliases": [], "images": []} for row in rows],
+        features=entity_features(),
+    )
+    return EntityLinker(MODEL, PROCESSOR, KnowledgeBase.build(entities, MODEL, PROCESSOR, progress=False))
+
+
+def test_entities_with_the_best_score_are_counted_in_the_whole_knowledge_base():
+    mention = {"text": "Entity a", "mention": "Entity a"}
+    best, other = (c.name for c in linker_of(["Entity a", "Entity z"])(mention).candidates)
+    linker = linker_of([other, *[best] * 40, other])
+    result = linker(mention, top_k=3)
+    assert result.num_tied == 40
+    assert [candidate.rank for candidate in result.candidates] == [1, 1, 1]
+    assert result.entity_id == "Q1"
+    assert "40 entities have the best score. The first of them in the knowledge base was taken." in result.warnings
+    assert linker(mention, top_k=1).num_tied == 40
+
+
+def test_equal_scores_have_equal_ranks():
+    result = linker_of(["Entity b", "Entity a", "Entity b", "Entity c"])(text="Entity a", mention="Entity a", top_k=4)
+    scores = [candidate.score for candidate in result.candidates]
+    expected = [1 + sum(other > score + 1e-4 for other in scores) for score in scores]
+    assert [candidate.rank for candidate in result.candidates] == expected
+    assert len(set(expected)) < 4
+    assert result.num_tied == expected.count(1)
+
+
+def test_a_tie_of_the_reranker_is_said():
+    ranked = _RankedMention({}, [0, 1, 2, 3], [4.0, 3.0, 2.0, 2.0], 4.0, [None] * 4)
+    ranked.rerank([1.0, 5.0, 5.0])
+    assert ranked.entity_rows == [1, 2, 0, 3]
+    assert ranked.ranks() == [1, 1, 3, 4]
+    assert ranked.num_tied == 2
 
 
 def test_no_input_and_two_inputs_are_errors(linker):
@@ -337,7 +402,7 @@ def test_from_pretrained_links_like_a_linker_of_loaded_parts(linker, tmp_path):
 def test_a_result_is_plain_data(linker):
     data = linker(MENTIONS[1], top_k=2).to_dict()
     assert set(data) == {
-        "mention", "start", "end", "entity_id", "is_nil", "nil_threshold", "candidates", "warnings"
+        "mention", "start", "end", "entity_id", "is_nil", "nil_threshold", "candidates", "warnings", "num_tied"
     }  # fmt: skip
     assert set(data["candidates"][0]) == {
         "rank", "entity_id", "name", "description", "attributes", "score", "unit_scores", "reranker_score"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hf_mel.errors import MissingExtraError, RecipeError
 from hf_mel.training.recipe import Recipe, RecipeYamlLoader, shipped_recipes
+from hf_mel.training.run_folder import training_arguments
 from hf_mel.training.tokenizer import texts_of, train_wordpiece
 from tests.toy import toy_entities, toy_mentions
 
@@ -199,3 +200,47 @@ def test_texts_come_from_all_string_columns_except_ids():
     texts = set(texts_of(toy_mentions(4), toy_entities(3)))
     assert {"Here Entity a met somebody, 0 times.", "Entity b", "Number: 2."} <= texts
     assert not texts & {"m0", "Q1", "c0"}
+
+
+STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
+
+
+@pytest.mark.parametrize("field", STRATEGIES)
+@pytest.mark.parametrize("word", ["no", "off"])
+def test_a_word_that_old_yaml_takes_for_false_stays_a_string_where_a_string_is_meant(tmp_path, field, word):
+    content = yaml.safe_dump(
+        {
+            "name": "a",
+            "model": {"type": "mimic"},
+            "data": {"dataset": "d"},
+            "processor": {"tokenizer": {"vocab_size": 100}},
+        }
+    )
+    file = tmp_path / "a.yaml"
+    file.write_text(f"{content}training: {{{field}: {word}}}\n")
+    assert Recipe.load(file).training[field] == word
+    file.write_text(content)
+    assert Recipe.load(file, [f"training.{field}={word}"]).training[field] == word
+
+
+def test_a_strategy_of_no_reaches_the_arguments(tmp_path):
+    recipe = Recipe.load(
+        "mimic_flags", [f"training.{field}=no" for field in STRATEGIES] + ["training.load_best_model_at_end=no"]
+    )
+    arguments = training_arguments(recipe, tmp_path)
+    assert [getattr(arguments, field).value for field in STRATEGIES] == ["no"] * 3
+    assert arguments.load_best_model_at_end is False
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("yes", True), ("On", True), ("NO", False), ("off", False), ("true", True)]
+)
+def test_old_words_for_true_and_false_still_set_what_is_true_or_false(tmp_path, word, value):
+    overrides = [f"training.bf16={word}", f"training.random_entity_image={word}", f"model.config.mask_padding={word}"]
+    overrides += [f"processor.options.use_images={word}", f"model.trust_remote_code={word}"]
+    recipe = Recipe.load("mimic_flags", overrides)
+    assert recipe.model.config["mask_padding"] is value
+    assert recipe.processor.options["use_images"] is value
+    assert recipe.model.trust_remote_code is value
+    assert training_arguments(recipe, tmp_path).random_entity_image is value
+    assert training_arguments(recipe, tmp_path).bf16 is value

@@ -1,0 +1,308 @@
+"""Links the mentions of a file, row by row, and keeps what is done if it is interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm.auto import tqdm
+
+from hf_mel.data.images import open_image
+from hf_mel.errors import DataFormatError, ImageError, MelError
+from hf_mel.files import is_stream, link_target, open_stream, write_text
+from hf_mel.linking.linker import EntityLinker, LinkResult, check_mention
+from hf_mel.row_files import int_cell, read_rows, text_cell
+
+#: Number of bad rows that an error names.
+_MAX_NAMED = 20
+
+
+@dataclass
+class InputRow:
+    """A row of a file of mentions.
+
+    Args:
+        line (`int`): The line of the file on which the row ends (in a .json file the number of the row).
+        row (`dict`): The row with all its columns.
+        mention (`dict`): The mention for [`EntityLinker`].
+        error ([`~hf_mel.errors.MelError`], *optional*): The reason why it cannot be linked.
+    """
+
+    line: int
+    row: dict[str, Any]
+    mention: dict[str, Any]
+    error: MelError | None = None
+
+
+@dataclass
+class LinkSummary:
+    """Counts of [`link_file`].
+
+    Args:
+        num_linked, num_nil (`int`): Mentions with a result, and those of them that are NIL.
+        bad_rows (`list[MelError]`): Errors of the rows that were left out.
+        num_resumed (`int`): Mentions that an interrupted run had linked before.
+        warnings (`Counter[str]`): Warnings of the linker, with their numbers.
+    """
+
+    num_linked: int = 0
+    num_nil: int = 0
+    bad_rows: list[MelError] = field(default_factory=list)
+    num_resumed: int = 0
+    warnings: Counter[str] = field(default_factory=Counter)
+
+    def add(self, result: Mapping[str, Any]) -> None:
+        """Counts one result ([`LinkResult.to_dict`])."""
+        self.num_linked += 1
+        self.num_nil += result["is_nil"]
+        self.warnings.update(result["warnings"])
+
+
+def read_mentions(path: str | os.PathLike[str], *, skip_bad_rows: bool = False) -> list[InputRow]:
+    """Reads and checks all rows of a file of mentions, before any is linked.
+
+    Args:
+        path (`str` or `os.PathLike`): A file that [`~hf_mel.row_files.read_rows`] reads, with the columns `text`;
+            `mention`, or `start` and `end`; and optionally `image`, a path relative to the file. Other columns are kept.
+        skip_bad_rows (`bool`): Whether a bad row gets an `error` instead of stopping the run.
+
+    Raises:
+        DataFormatError: The file cannot be read, has no rows, or has bad rows; names all of them.
+    """
+    path = Path(path)
+    unreadable: list[DataFormatError] = []
+    rows = [_input_row(path, line, row) for line, row in read_rows(path, bad_rows=unreadable)]
+    rows += [InputRow(int(error.row or 0), {"row": error.row}, {}, error) for error in unreadable]
+    rows.sort(key=lambda row: row.line)
+    if not rows:
+        raise DataFormatError("The file holds no mentions.", file=path, remedy="Add at least one row.")
+    bad = [row.error for row in rows if row.error is not None]
+    if bad and not skip_bad_rows:
+        raise _bad_rows_error(path, bad, len(rows))
+    return rows
+
+
+def link_file(
+    linker: EntityLinker,
+    rows: Sequence[InputRow],
+    output: str | os.PathLike[str],
+    *,
+    top_k: int = 10,
+    batch_size: int = 32,
+    resume: bool = False,
+    progress: bool = False,
+) -> LinkSummary:
+    """Links rows and writes one JSON object a line, in their order: the row with `linked`, or with `error`.
+
+    Results are written as they come to `.NAME.partial` beside the output, which becomes the output when all rows are
+    linked. A stream, such as "-" for standard output, gets them at once.
+
+    Args:
+        linker ([`EntityLinker`]): The linker.
+        rows (sequence of [`InputRow`]): From [`read_mentions`].
+        output (`str` or `os.PathLike`): The .jsonl file, or a stream.
+        top_k, batch_size: As in [`EntityLinker.__call__`].
+        resume (`bool`): Whether to keep the results of an interrupted run.
+        progress (`bool`): Whether to show a progress bar.
+
+    Returns:
+        [`LinkSummary`].
+
+    Raises:
+        MelError: The output cannot be written, or `resume` is set and the interrupted run had other rows, settings, model
+            or knowledge base.
+    """
+    good = [row for row in rows if row.error is None]
+    summary = LinkSummary(bad_rows=[row.error for row in rows if row.error is not None])
+    if is_stream(output):
+        sink: _Stream | _PartialFile = _Stream(output, rows)
+    else:
+        sink = _PartialFile(output, rows, _fingerprint(linker, rows, top_k), resume)
+    try:
+        with (
+            sink,
+            tqdm(
+                total=len(good), initial=len(sink.done), desc="Linking", unit="mention", delay=1, disable=not progress
+            ) as bar,
+        ):
+            summary.num_resumed = len(sink.done)
+            for result in sink.done.values():
+                summary.add(result)
+            mentions = [row.mention for row in good]
+            batches = linker.link_batches(mentions, top_k=top_k, batch_size=batch_size, done=sink.done)
+            for batch, results in _with_lines(batches, good):
+                new = [(k, result.to_dict()) for k, result in zip(batch, results, strict=True) if k not in sink.done]
+                sink.add(new)
+                for _, result in new:
+                    summary.add(result)
+                bar.update(len(new))
+            sink.finish()
+    except OSError as error:
+        raise MelError(
+            f"The output cannot be written ({error}).", file=output, remedy="Check the path and the free disk space."
+        ) from error
+    return summary
+
+
+def _input_row(path: Path, line: int, row: dict[str, Any]) -> InputRow:
+    is_table = path.suffix.lower() in (".csv", ".tsv")
+    mention = {column: cell for column, cell in row.items() if not (is_table and cell == "")}
+    try:
+        for column in ("text", "mention", "image"):
+            is_required = column == "text" and row.get("modality") != "image"
+            text_cell(path, line, mention, column, is_required)
+        for column in mention.keys() & {"start", "end"}:
+            row[column] = mention[column] = int_cell(path, line, mention, column)
+        mention["image"] = path.parent / mention["image"] if mention.get("image") else None
+        check_mention(mention, line)
+        if mention["image"] is not None:
+            open_image(mention["image"], row=line)
+    except MelError as error:
+        return InputRow(line, row, {}, _with_file(error, path, line))
+    return InputRow(line, row, mention)
+
+
+def _with_file(error: MelError, path: Path, line: int) -> MelError:
+    message = error.message if error.file in (None, path) else f"{error.file}: {error.message}"
+    return type(error)(message, file=path, row=line, remedy=error.remedy)
+
+
+def _with_lines(
+    batches: Iterator[tuple[list[int], list[LinkResult]]], rows: Sequence[InputRow]
+) -> Iterator[tuple[list[int], list[LinkResult]]]:
+    """Yields the batches, with the line of the file in errors in place of the position of the mention."""
+    try:
+        yield from batches
+    except MelError as error:
+        if not isinstance(error.row, int):
+            raise
+        raise type(error)(error.message, file=error.file, row=rows[error.row].line, remedy=error.remedy) from error
+
+
+def _bad_rows_error(path: Path, bad: Sequence[MelError], total: int) -> DataFormatError:
+    if len(bad) == 1:
+        kind = ImageError if isinstance(bad[0], ImageError) else type(bad[0])
+        remedy = f"{bad[0].remedy or ''} Or leave the row out with --skip-bad-rows.".strip()
+        return kind(bad[0].message, file=path, row=bad[0].row, remedy=remedy)  # type: ignore[return-value]
+    named = "".join(f"\n  row {error.row}: {error.message}" for error in bad[:_MAX_NAMED])
+    more = f"\n  … and {len(bad) - _MAX_NAMED:,} more" if len(bad) > _MAX_NAMED else ""
+    return DataFormatError(
+        f"{len(bad):,} of {total:,} rows cannot be linked:{named}{more}\n",
+        file=path,
+        remedy="Correct them, or leave them out with --skip-bad-rows.",
+    )
+
+
+def _fingerprint(linker: EntityLinker, rows: Sequence[InputRow], top_k: int) -> str:
+    """Returns a digest of everything that the results depend on."""
+    content = [[row.line, row.row, str(row.error)] for row in rows]
+    settings = {**linker.describe(), "top_k": top_k, "rows": content}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _record(row: InputRow, result: Mapping[str, Any] | None) -> str:
+    """Returns the output line of a row."""
+    record = {**row.row, "linked": result} if row.error is None else {**row.row, "error": str(row.error)}
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+class _Stream:
+    """Writes output lines to a stream, each as soon as all rows before it have one."""
+
+    def __init__(self, path: str | os.PathLike[str], rows: Sequence[InputRow]):
+        self.path, self.rows = path, rows
+        self.done: dict[int, Mapping[str, Any]] = {}
+        self._results: dict[int, Mapping[str, Any]] = {}
+        self._next_row = self._next_result = 0
+
+    def __enter__(self) -> _Stream:
+        self._opened = ExitStack()
+        self._stream: BinaryIO = self._opened.enter_context(open_stream(self.path))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
+
+    def add(self, results: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
+        """Adds results by the position of their row among the good ones."""
+        self._results.update(results)
+        while self._next_row < len(self.rows):
+            row = self.rows[self._next_row]
+            if row.error is None and self._next_result not in self._results:
+                break
+            result = None
+            if row.error is None:
+                result = self._results.pop(self._next_result)
+                self._next_result += 1
+            self._stream.write(_record(row, result).encode())
+            self._next_row += 1
+        self._stream.flush()
+
+    def finish(self) -> None:
+        """Writes what is left."""
+        self.add([])
+
+
+class _PartialFile:
+    """Collects results in `.NAME.partial`, and writes the output from it in the order of the rows."""
+
+    def __init__(self, path: str | os.PathLike[str], rows: Sequence[InputRow], fingerprint: str, resume: bool):
+        self.target, self.rows, self.fingerprint = link_target(path), rows, fingerprint
+        self.partial = self.target.with_name(f".{self.target.name}.partial")
+        self.done: dict[int, Mapping[str, Any]] = self._read() if resume else {}
+
+    def _read(self) -> dict[int, Mapping[str, Any]]:
+        """Returns the results of an interrupted run, by position."""
+        try:
+            lines = self.partial.read_bytes().split(b"\n")[:-1]  # what follows the last line end is incomplete
+        except FileNotFoundError:
+            return {}
+        if not lines or json.loads(lines[0]) != self.fingerprint:
+            raise MelError(
+                "The interrupted run had other rows, settings, models or another knowledge base.",
+                file=self.target,
+                remedy="Run it again as it was, or leave out --resume to start over.",
+            )
+        return dict(map(json.loads, lines[1:]))
+
+    def __enter__(self) -> _PartialFile:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(self.fingerprint), *map(json.dumps, self.done.items())]
+        write_text(self.partial, [line + "\n" for line in lines])
+        self._file = self.partial.open("ab")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def add(self, results: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
+        """Adds results by the position of their row among the good ones."""
+        self._file.write("".join(json.dumps(result, allow_nan=False) + "\n" for result in results).encode())
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Writes the output, and deletes the collected results."""
+        self._file.close()
+        with self.partial.open("rb") as file:
+            next(file)
+            offsets: dict[int, int] = {}
+            while line := file.readline():
+                offsets[json.loads(line)[0]] = file.tell() - len(line)
+
+            def read(position: int) -> Mapping[str, Any]:
+                file.seek(offsets[position])
+                return json.loads(file.readline())[1]
+
+            good = iter(range(len(offsets)))
+            write_text(
+                self.target,
+                (_record(row, None if row.error is not None else read(next(good))) for row in self.rows),
+            )
+        self.partial.unlink()
