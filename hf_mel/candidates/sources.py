@@ -103,12 +103,12 @@ def name_candidates(
 
 
 def prior_candidates(mentions: datasets.Dataset, training: datasets.Dataset, *, k: int = 100) -> CandidateLists:
-    """Returns the entities that the surface form means in training, with p(e|m), their fraction of its occurrences.
+    """Returns the entities to which the surface form is linked in training, best first.
 
-    A mention that is itself in training does not count for its own list. NIL counts as an occurrence, but is not a
-    candidate. Case and accents of surface forms do not count
-    ([`~hf_mel.candidates.folding.fold_name`]). Equal priors are ordered by a digest of the entity id. A mention
-    without a surface form (a visual mention) has no candidates and does not count.
+    The score of an entity is p(e|m), the fraction of the occurrences of the surface form that are linked to it. Case and
+    accents do not count ([`~hf_mel.candidates.folding.fold_name`]). A mention that is itself in training does not count
+    for its own list. NIL counts as an occurrence, but is not a candidate. Equal priors are ordered by a digest of the
+    entity id. A mention without a surface form (a visual mention) has no candidates and does not count.
 
     Args:
         mentions (`datasets.Dataset`): M mentions.

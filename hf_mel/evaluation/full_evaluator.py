@@ -223,7 +223,7 @@ def encode_entities(
     processes: PartialState | None = None,
     **options: Any,
 ) -> EncodedEntities:
-    """Encodes N entities, or the part of this process; for [`FullEvaluator`] with the same `processes`.
+    """Encodes N entities for [`FullEvaluator`]. Of several processes, each encodes its part.
 
     Args:
         inputs, entities, options: As in [`~hf_mel.inference.encode.encode_rows`].

@@ -369,7 +369,7 @@ class _Plain:
         return block
 
     def diagonal(self, mentions: Encodings, entities: Encodings, numbers: tuple[Any, Any]) -> torch.Tensor:
-        """Returns the score [M] of each mention with the entity in the same place; `numbers` are those of both."""
+        """Returns the scores [M] of mention i and entity i; `numbers` are the numbers of the mentions and of the entities."""
         block = self.score(mentions, entities).float()
         _check_block(block, mentions, entities, numbers)
         return block.diagonal()
@@ -451,8 +451,8 @@ def _checked_chunks(chunks: EntitySource, chunk_size: int, as_stored: bool) -> I
         seen += num_rows(chunk)
     if seen != total:
         raise KnowledgeBaseError(
-            f"The chunks of the knowledge base do not follow one another up to its {total} entities: row {seen} is "
-            "missing or out of order."
+            f"The chunks of the knowledge base must hold its {total} entities in order, but row {seen} is missing or "
+            "out of order."
         )
 
 
