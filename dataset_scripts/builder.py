@@ -7,6 +7,7 @@ and defines exactly one builder class.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,10 @@ import datasets
 
 from hf_mel.dataset_scripts.release import Layout, Release, ReleaseLog
 from hf_mel.schema import NO_SPAN, entity_features, mention_features, post_features
+
+#: Keeps `datasets` from replacing `open`, `Path` and `os.path` in this module, and below in that of every builder, by
+#: versions for addresses. They take "::" in the name of a folder for a separator. Builders read files of this machine.
+_patched_for_streaming = True
 
 
 @dataclass
@@ -50,6 +55,8 @@ class ReleaseBuilder(datasets.GeneratorBasedBuilder):
     Attributes:
         release ([`~hf_mel.dataset_scripts.release.ReleaseLog`]): The opened release and its problems. The build
             pipeline copies them into `report.json`.
+        origins (`dict[str, tuple[str, str]]`): Id of a row → file and row that it was read from, for problems with its
+            image. Empty if the id itself tells the row.
     """
 
     LAYOUTS: Mapping[str, Layout] = {}
@@ -61,9 +68,11 @@ class ReleaseBuilder(datasets.GeneratorBasedBuilder):
     BUILDER_CONFIG_CLASS: type[datasets.BuilderConfig] = ReleaseConfig
     DEFAULT_CONFIG_NAME = "mentions"
     release: Any
+    origins: dict[str, tuple[str, str]]
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
+        sys.modules[cls.__module__]._patched_for_streaming = True  # type: ignore[attr-defined]
         # `datasets` 3 derives a class with configurations of its own when a repository's card lists some.
         if "BUILDER_CONFIGS" not in vars(cls):
             cls.BUILDER_CONFIGS = [
@@ -102,7 +111,7 @@ class ReleaseBuilder(datasets.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        self.release = self.open_release()
+        self.release, self.origins = self.open_release(), {}
         splits = ["kb"] if self.config.name in ("entities", "posts") else self.splits()
         return [datasets.SplitGenerator(name=split, gen_kwargs={"split": split}) for split in splits]
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_mel.errors import DataFormatError
-
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -21,10 +19,8 @@ def read_image(folder: Path | None, *names: str) -> dict[str, Any] | None:
 
     Returns:
         `dict` or `None`: The cell of an image column, with the bytes of the file unchanged; `None` without a file. The
-        cell has no file name, because some releases name images after the gold entity.
-
-    Raises:
-        DataFormatError: The file exists and cannot be read.
+        cell has no file name, because some releases name images after the gold entity. Only that of a file which exists
+        and cannot be read has its path, so that the build lists it.
     """
     if folder is None:
         return None
@@ -36,9 +32,7 @@ def read_image(folder: Path | None, *names: str) -> dict[str, Any] | None:
                     return {"bytes": path.read_bytes(), "path": None}
             except (OSError, ValueError) as error:  # also a name that no file can have: the image is missing
                 if isinstance(error, PermissionError):
-                    raise DataFormatError(
-                        f"The image cannot be read ({error.strerror}).", file=path, remedy="Check its permissions."
-                    ) from error
+                    return {"bytes": None, "path": os.fspath(path)}
     return None
 
 

@@ -26,7 +26,14 @@ from hf_mel.dataset_scripts.builder import ReleaseBuilder, ReleaseConfig, mentio
 from hf_mel.dataset_scripts.image_files import read_image
 from hf_mel.dataset_scripts.release import NIL_SPELLINGS
 from hf_mel.dataset_scripts.spans import locate
-from hf_mel.errors import DataFormatError, DuplicateIdError, KnowledgeBaseError, SpanError, UnknownEntityError
+from hf_mel.errors import (
+    DataFormatError,
+    DuplicateIdError,
+    ImageError,
+    KnowledgeBaseError,
+    SpanError,
+    UnknownEntityError,
+)
 from hf_mel.row_files import (
     ENTITY_COLUMNS,
     ROW_SUFFIXES,
@@ -133,7 +140,11 @@ class Jsonl(ReleaseBuilder):
         first_rows: dict[str, str] = {}
         for path in self._files("entities"):
             for line, record in self._read_rows(path, ENTITY_COLUMNS):
-                row = entity_row(path, line, record, folder)
+                row = entity_row(path, line, {**record, "image": None})
+                if self.config.name == "entities":  # the other configurations need only the ids
+                    names = texts_cell(path, line, record, "image")
+                    row["images"] = self._existing_images(path, line, names, folder, "missing_entity_image")
+                    self.origins[row["entity_id"]] = (path.name, str(line))
                 if row["entity_id"].strip().casefold() in NIL_SPELLINGS:
                     raise DataFormatError(
                         f"The id {row['entity_id']!r} is a spelling of {NIL} and cannot name an entity.",
@@ -172,6 +183,7 @@ class Jsonl(ReleaseBuilder):
                 "The file holds no mentions.", file=self.config.mentions, remedy="Write at least one."
             )
         _complete_contexts(rows)
+        self.origins = {row["mention_id"]: (path.name, str(line)) for path, line, row in rows}
         rows_by_split: dict[str, list[dict[str, Any]]] = {split: [] for split in _SPLIT_NAMES.values()}
         rows_by_split |= {split: [] for split in sorted({row["split"] for _, _, row in rows} - rows_by_split.keys())}
         for _, _, row in rows:
@@ -217,7 +229,7 @@ class Jsonl(ReleaseBuilder):
             end=end,
             mention_type=text_cell(path, line, record, "mention_type"),
             topic=text_cell(path, line, record, "topic"),
-            image=image_file(path, line, image, folder) if image else None,
+            image=self._existing_image(path, line, image, folder, "missing_mention_image"),
             entity_id=NIL if gold.strip().casefold() in NIL_SPELLINGS else gold,
             candidates=texts_cell(path, line, record, "candidates"),
         )
@@ -258,12 +270,27 @@ class Jsonl(ReleaseBuilder):
                     "post_id": id_cell(path, line, record, "post_id") or f"post-{number}",
                     "entity_id": id_cell(path, line, record, "entity_id", True),
                     "text": text_cell(path, line, record, "text", True),
-                    "image": image_file(path, line, image, folder) if image else None,
+                    "image": self._existing_image(path, line, image, folder, "missing_post_image"),
                 }
+                self.origins[row["post_id"]] = (path.name, str(line))
                 _check_gold(path, line, row["entity_id"], entity_ids)
                 _check_unique(first_rows, row["post_id"], path, line)
                 number += 1
                 yield row
+
+    def _existing_image(self, path: Path, line: int, name: str, folder: Path | None, kind: str) -> Path | None:
+        images = self._existing_images(path, line, [name] if name else [], folder, kind)
+        return images[0] if images else None
+
+    def _existing_images(self, path: Path, line: int, names: list[str], folder: Path | None, kind: str) -> list[Path]:
+        """Returns those image files of a row that exist, and lists the others as problems of this kind."""
+        images = []
+        for name in names:
+            try:
+                images.append(image_file(path, line, name, folder))
+            except ImageError:
+                self.release.problem(kind, path.name, line, Path(name).name if os.path.isabs(name) else name[:200])
+        return images
 
     def _files(self, option: str) -> list[Path]:
         """Returns the file of an option, or the files of its folder."""

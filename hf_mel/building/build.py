@@ -18,7 +18,7 @@ import os
 import sys
 import tempfile
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
@@ -36,9 +36,9 @@ from hf_mel.building.columns import read_parquet
 from hf_mel.building.dataset_card import dataset_card
 from hf_mel.building.embedding import embed_images, image_threads
 from hf_mel.building.id_set import IdSet
-from hf_mel.building.report import BuildReport, CheckReport
+from hf_mel.building.report import MISSING_IMAGE, BuildReport, CheckReport
 from hf_mel.building.writer import SplitWriter, staged_file
-from hf_mel.errors import CountMismatchError, DataFormatError, KnowledgeBaseError, MelError
+from hf_mel.errors import CountMismatchError, DataFormatError, ImageError, KnowledgeBaseError, MelError
 from hf_mel.files import building_folder, link_target, parquet_sha256, replace_folder, write_text
 
 logger = logging.getLogger(__name__)
@@ -57,13 +57,14 @@ def build_dataset(
     overwrite: bool = False,
     seed: int | None = None,
     resize: int | None = None,
+    strict: bool = False,
     config_options: Mapping[str, Any] | None = None,
 ) -> BuildReport:
     """Builds a data set into a folder that `datasets.load_dataset` and the Hub can read.
 
     The folder is written completely or not at all, and the same raw files give the same bytes. Images are stored exactly
-    as released unless `resize` is given. An image that cannot be decoded becomes null. The report lists all of these
-    images, and all rows that were left out. The same call continues a build that was interrupted (not one that failed).
+    as released unless `resize` is given. A missing or broken image becomes null. The report lists all of these images,
+    and all rows that were left out. The same call continues a build that was interrupted (not one that failed).
 
     Args:
         name (`str`): Name of a builder: one of [`~hf_mel.building.builders.known_datasets`].
@@ -75,6 +76,7 @@ def build_dataset(
         seed (`int`, *optional*): Random seed, for builders that generate their data.
         resize (`int`, *optional*): Scale images down to at most this many pixels on the longest side
             ([`~hf_mel.data.images.resize_image`]).
+        strict (`bool`): Raise an error for the first missing or broken image instead.
         config_options (mapping, *optional*): Other fields of the builder's configuration, by name.
 
     Returns:
@@ -87,6 +89,7 @@ def build_dataset(
         DuplicateIdError: An id occurs twice in a configuration.
         KnowledgeBaseError: The knowledge base is empty.
         SpanError: The builder gives offsets at which the text is not the mention.
+        ImageError: An image is missing or broken, and the build is `strict`.
         MelError: The builder lacks an option, another process builds into `output`, or the disk is full.
     """
     builder_class = find_builder(name)
@@ -119,14 +122,13 @@ def build_dataset(
     with building_folder(target, fingerprint) as stage, tempfile.TemporaryDirectory() as cache:
         if num_rows := _num_staged_rows(stage):
             logger.info("%s: an interrupted build continues after %s rows.", target, f"{num_rows:,}")
-        _keep_local_paths(builder_class)
         builders = {config: builder_class(config_name=config, cache_dir=cache, **options) for config in configs}
         notes: dict[str, dict[str, Any]] = {}
         entity_ids = IdSet()
         with image_threads() as threads:
             # The knowledge base comes first, because rows are left out if it lacks their gold entity.
             for config in sorted(configs, key=lambda config: config != "entities"):
-                notes[config] = _write_config(builders[config], config, stage, entity_ids, threads, resize)
+                notes[config] = _write_config(builders[config], config, stage, entity_ids, threads, resize, strict)
                 if config == "entities":
                     entity_ids = _read_entity_ids(stage, notes[config])
         notes = {config: notes[config] for config in configs}
@@ -180,28 +182,30 @@ def _builder_arguments(
     return fields
 
 
-def _keep_local_paths(builder_class: Any) -> None:
-    """Keeps `datasets` from replacing `open`, `Path` and `os.path` in the modules of a builder by versions for addresses.
-
-    "::" in the name of a folder would separate two addresses then. A builder only reads files of this machine.
-    """
-    for base in builder_class.__mro__:
-        if issubclass(base, datasets.DatasetBuilder) and not base.__module__.startswith("datasets."):
-            sys.modules[base.__module__]._patched_for_streaming = True  # type: ignore[attr-defined]
-
-
 def _write_config(
-    builder: Any, config: str, stage: Path, entity_ids: IdSet, threads: ThreadPoolExecutor, resize: int | None
+    builder: Any,
+    config: str,
+    stage: Path,
+    entity_ids: IdSet,
+    threads: ThreadPoolExecutor,
+    resize: int | None,
+    strict: bool,
 ) -> dict[str, Any]:
     """Writes the files of one configuration that an interrupted build has not finished yet.
 
     Returns:
         `dict`: Note of the configuration, as JSON values: `layout`, `sha256` and `problems` of the release, the
         `official` counts, and `splits` with the notes of the files of each split.
+
+    Raises:
+        ImageError: An image is missing or broken, and the build is `strict`.
     """
     note_file = stage / "notes" / f"{config}.json"
     if note_file.exists():
-        return json.loads(note_file.read_text(encoding="utf-8"))
+        note = json.loads(note_file.read_text(encoding="utf-8"))
+        if strict:
+            _refuse_left_out_images(_problems(note))
+        return note
     generators = builder._split_generators(datasets.DownloadManager())
     release = getattr(builder, "release", None)
     layout = getattr(release, "layout", None)
@@ -214,8 +218,17 @@ def _write_config(
         bar = tqdm(examples, desc=f"{builder.NAME} {config}/{split}", unit=" rows", total=official.get(split))
         # Examples of finished files are generated again, but their images are not read again.
         remaining = itertools.islice(bar, writer.consumed, None)
+        origins = getattr(builder, "origins", {})
         for row, problems in embed_images(remaining, builder.info.features, entity_ids, threads, resize):
-            writer.write(row, problems)
+            located = [
+                (kind, *origins.get(row_id, (f"{config}/{split}", row_id)), detail)
+                for kind, row_id, detail in problems
+            ]
+            writer.write(row, located)
+            if strict:
+                listed = getattr(release, "problems", {})  # by the builder, which reads ahead
+                missing = [(kind, *entry) for kind in MISSING_IMAGE for entry in listed.get(kind, ())]
+                _refuse_left_out_images([*missing, *located])
         writer.close()
         splits[split] = writer.notes
         if not sum(file_note["rows"] for file_note in writer.notes):
@@ -233,8 +246,34 @@ def _write_config(
         "official": official,
         "splits": splits,
     }
+    if strict:
+        _refuse_left_out_images(_problems(note))
     write_text(note_file, [json.dumps(note)])
     return note
+
+
+def _problems(note: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yields (kind, file, row, detail) of every problem in the note of a configuration."""
+    for file_note in itertools.chain.from_iterable(note["splits"].values()):
+        yield from map(tuple, file_note["problems"])
+    for kind, entries in note["problems"].items():
+        yield from ((kind, *entry) for entry in entries)
+
+
+def _refuse_left_out_images(problems: Iterable[tuple[str, str, str, str]]) -> None:
+    """Raises an error for the first of the problems that is a missing or broken image.
+
+    Raises:
+        ImageError: There is one.
+    """
+    for kind, file, row, detail in problems:
+        if kind in MISSING_IMAGE or kind == "broken_image":
+            raise ImageError(
+                detail if kind == "broken_image" else f"An image is missing ({detail}).",
+                file=file,
+                row=row or None,
+                remedy="Correct it, or build without strict (--strict): the row then goes on without the image.",
+            )
 
 
 def _staged_files(stage: Path, config: str, note: Mapping[str, Any]) -> dict[str, list[Path]]:
@@ -255,14 +294,11 @@ def _read_entity_ids(stage: Path, note: Mapping[str, Any]) -> IdSet:
 
 def _add_notes(report: BuildReport, notes: Mapping[str, Mapping[str, Any]]) -> None:
     """Adds the notes of all configurations to the report, those of the knowledge base first."""
-    for config, note in sorted(notes.items(), key=lambda item: item[0] != "entities"):
+    for note in (notes[config] for config in sorted(notes, key=lambda config: config != "entities")):
         report.layout = note["layout"] or report.layout
         report.raw_sha256.update(note["sha256"])
-        for split, file_notes in note["splits"].items():
-            for kind, row, detail in itertools.chain.from_iterable(note["problems"] for note in file_notes):
-                report.problem(kind, f"{config}/{split}", row, detail)
-        for kind, entries in note["problems"].items():
-            report.problems.setdefault(kind, []).extend((file, row, detail) for file, row, detail in entries)
+        for kind, file, row, detail in _problems(note):
+            report.problem(kind, file, row, detail)
     report.official = {config: note["official"] for config, note in notes.items() if note["official"]}
 
 

@@ -19,6 +19,9 @@ Every other field of its `BuilderConfig` is an option for the user (`--option ke
 A builder that reads files sets an attribute `release` in `_split_generators`, with `layout` (`str`), `sha256`
 (`{file: digest}`) and `problems` (`{kind: [(file, row, detail)]}`) for everything that it left out or did not find.
 
+A builder of a user's own files sets an attribute `origins` there, or while it yields its rows: the id of a row → (file,
+row) that it was read from. A problem with its image is then listed there.
+
 A builder with configurations that need files a user may lack has a classmethod `configs_in(data_dir, options)`, which
 returns the names of the configurations that can be built.
 """

@@ -17,7 +17,7 @@ import datasets
 from hf_mel.building.columns import ID_COLUMNS, kind_of
 from hf_mel.building.id_set import IdSet
 from hf_mel.data.images import resize_image, verify_image
-from hf_mel.errors import DataFormatError, ImageError
+from hf_mel.errors import ImageError
 from hf_mel.schema import NIL
 
 #: A row, or `None` if it is left out, and its problems: (kind, row id, detail).
@@ -48,7 +48,7 @@ def embed_images(
 ) -> Iterator[RowAndProblems]:
     """Yields each example as a row with the bytes of its images, in order.
 
-    An image that is missing or cannot be decoded is left out of its row. A row whose gold entity is not in the knowledge
+    An image that is missing or cannot be read is left out of its row. A row whose gold entity is not in the knowledge
     base is left out. Both are problems.
 
     Args:
@@ -100,11 +100,7 @@ def _embed_row(
             except ImageError as error:
                 problems.append(("broken_image", row[id_column], error.message))
             except OSError as error:
-                raise DataFormatError(
-                    f"The image file cannot be read ({error.strerror}).",
-                    file=image["path"],
-                    remedy="Check its permissions.",
-                ) from error
+                problems.append(("broken_image", row[id_column], f"The image file cannot be read ({error.strerror})."))
         row[column] = embedded if isinstance(row[column], list) else (embedded[0] if embedded else None)
     return row, problems
 

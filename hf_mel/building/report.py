@@ -36,6 +36,10 @@ FATAL: dict[str, tuple[type[MelError], str]] = {
 }
 
 
+#: Kinds of problems that are a missing image. It is left out of its row, as a broken one is ("broken_image").
+MISSING_IMAGE = ("missing_image", "missing_mention_image", "missing_entity_image", "missing_post_image")
+
+
 @dataclass(kw_only=True)
 class CheckReport:
     """Result of checking a data set.
@@ -70,6 +74,11 @@ class CheckReport:
     def fatal(self) -> list[str]:
         """Kinds of problems in this report that make the data set unusable, the most serious first."""
         return [kind for kind in FATAL if kind in self.problems]
+
+    @property
+    def num_missing_images(self) -> int:
+        """Number of listed images that do not exist. A builder may list many in one entry."""
+        return sum(len(self.problems.get(kind, ())) for kind in MISSING_IMAGE)
 
     def raise_fatal(self, remedy: str) -> None:
         """Raises the error of the most serious problem that makes the data set unusable, if it has one.

@@ -55,8 +55,8 @@ class SplitWriter:
         """Number of examples that the finished files have used up."""
         return self.notes[-1]["consumed"] if self.notes else 0
 
-    def write(self, row: dict[str, Any] | None, problems: list[tuple[str, str, str]]) -> None:
-        """Adds one example: its row, or `None` if the example is left out, and its problems."""
+    def write(self, row: dict[str, Any] | None, problems: list[tuple[str, str, str, str]]) -> None:
+        """Adds one example: its row, or `None` if it is left out, and its problems: (kind, file, row, detail)."""
         note = self._note
         note["consumed"] += 1
         note["problems"] += problems

@@ -48,6 +48,14 @@ def build(
             help="Scale images down to N pixels on the longest side. By default they stay as released.",
         ),
     ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Stop at the first image that is missing or broken, and write nothing. By default such images are "
+            "listed, and their rows go on without them.",
+        ),
+    ] = False,
     mentions: Annotated[
         Path | None, typer.Option(help="The file of your own mentions, one per row. Only for [b]jsonl[/b].")
     ] = None,
@@ -106,6 +114,7 @@ def build(
                 overwrite=overwrite,
                 seed=seed,
                 resize=resize,
+                strict=strict,
                 config_options=options,
             )
     except KeyboardInterrupt:
@@ -114,6 +123,13 @@ def build(
     console = Console()
     layout = f" from the {report.layout} layout" if report.layout else ""
     _print_report(console, report, f"{report.dataset}{layout}", report.official)
+    num_missing, num_broken = report.num_missing_images, len(report.problems.get("broken_image", ()))
+    if num_missing or num_broken:
+        console.print(
+            f"Images left out of their rows: {num_missing:,} missing, {num_broken:,} broken. report.json lists them. "
+            "--strict stops at the first.",
+            highlight=False,
+        )
     if report.redistribution:
         console.print(f"Do not redistribute it: {report.redistribution.rstrip('.')}.", markup=False, highlight=False)
     folder = str(report.output)

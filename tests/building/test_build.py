@@ -24,6 +24,7 @@ from hf_mel.errors import (
     CountMismatchError,
     DataFormatError,
     DuplicateIdError,
+    ImageError,
     KnowledgeBaseError,
     MelError,
     SpanError,
@@ -481,6 +482,32 @@ def test_left_out_rows_and_unusable_images_are_listed_in_order(toy, tmp_path, sm
         path = tmp_path / "pictures" / f"{k % 5}.png"
         assert row["image"] == (None if k % 5 > 2 else {"bytes": path.read_bytes(), "path": None})
     assert str(tmp_path).encode() not in b"".join(files_of(tmp_path / "out").values())
+
+
+def test_an_image_file_that_cannot_be_read_is_listed_as_broken(toy, tmp_path, monkeypatch):
+    (tmp_path / "locked.png").write_bytes(picture("red"))
+    toy["mentions"][0]["image"] = {"bytes": None, "path": str(tmp_path / "locked.png")}
+    read_bytes = Path.read_bytes
+
+    def refuse(path):
+        if path.name == "locked.png":
+            raise PermissionError(13, "Permission denied")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    report = build_dataset("toy", output=tmp_path / "out")
+    detail = "The image file cannot be read (Permission denied)."
+    assert report.problems["broken_image"] == [("mentions/test", "m", detail)]
+    with pytest.raises(ImageError, match=r"^mentions/test, row m: .*Permission denied"):
+        build_dataset("toy", output=tmp_path / "strict", strict=True)
+    assert not (tmp_path / "strict").exists()
+
+
+def test_a_strict_build_of_a_release_stops_at_a_missing_image(raw, tmp_path, wikimel):
+    with pytest.raises(ImageError, match=r"An image is missing \(103\.jpg\)") as caught:
+        build_dataset("wikimel", output=tmp_path / "out", raw_dir=raw, strict=True)
+    assert (caught.value.file, caught.value.row) == ("Wikidata-MEL.json", "103")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("change", ["option", "raw", "code"])

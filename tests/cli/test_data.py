@@ -13,6 +13,7 @@ from hf_mel.building.builders import known_datasets
 from hf_mel.candidates.lists import CandidateLists
 from hf_mel.cli.data import app
 from hf_mel.data.loading import load_mentions
+from hf_mel.errors import ImageError
 from hf_mel.hub.publish.dataset_repo import dataset_publication
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from tests.building.test_checks import entity, mention, small, write_folder
@@ -144,3 +145,19 @@ def test_files_and_folders_of_any_name_are_built_checked_and_encoded(run, tmp_pa
     assert CandidateLists.load(f"lists{out}/train.parquet").entity_ids == [["Q1"]]
     publication = dataset_publication(out, "me/data", i_hold_the_rights=True)
     assert {"entities/kb-00000-of-00001.parquet", "mentions/train-00000-of-00001.parquet"} < set(publication.files)
+
+
+def test_the_closing_lines_count_images_that_were_left_out(run, tmp_path):
+    (tmp_path / "broken.png").write_bytes(photo("PNG")[:500])
+    (tmp_path / "e.jsonl").write_text(
+        '{"id": "Q1", "name": "Ghana", "image": "gone.png"}\n{"id": "Q2", "name": "Togo", "image": "broken.png"}'
+    )
+    (tmp_path / "m.jsonl").write_text('{"text": "in Ghana", "mention": "Ghana", "entity_id": "Q1", "split": "train"}')
+    words = ["build", "jsonl", "--mentions", tmp_path / "m.jsonl", "--entities", tmp_path / "e.jsonl"]
+    done = run(*words, "--output", tmp_path / "out")
+    assert done.exit_code == 0
+    assert "Images left out of their rows: 1 missing, 1 broken." in " ".join(done.output.split())
+    assert "use its entities:  hf-mel kb build" in done.output
+    with pytest.raises(ImageError, match=r"e\.jsonl, row 1: An image is missing \(gone\.png\)"):
+        run(*words, "--output", tmp_path / "strict", "--strict")
+    assert not (tmp_path / "strict").exists()

@@ -102,9 +102,7 @@ def test_without_posts_there_are_none(raw, tmp_path):
 def test_image_folders_of_their_own(raw, tmp_path):
     (raw / "pictures").rename(tmp_path / "pictures")
     files = {"mentions": raw / "mentions.jsonl", "entities": raw / "entities.tsv"}
-    with pytest.raises(ImageError, match=r"image file .*a\.jpg does not exist") as caught:
-        rows_of("mentions", **files, entity_images=tmp_path)
-    assert (caught.value.file, caught.value.row) == (raw / "mentions.jsonl", 1)
+    assert rows_of("mentions", **files, entity_images=tmp_path)["train"][0]["image"] is None
     assert rows_of("mentions", **files, images=tmp_path, entity_images=tmp_path)["train"][0]["image"] is not None
     with pytest.raises(DataFormatError, match="is not a folder"):
         rows_of("mentions", **files, images=tmp_path / "typo", entity_images=tmp_path)
@@ -183,8 +181,6 @@ def test_given_places_count_before_found_ones_in_any_order(tmp_path):
         ({"start": 10**12, "end": 4}, SpanError, "'start' is"),
         ({"start": -3, "end": -1}, SpanError, "text at -3:-1"),
         ({"mention": "Cy", "start": 0, "end": 2}, SpanError, "is not in the text"),
-        ({"image": "gone.jpg"}, ImageError, "image file .* does not exist"),
-        ({"image": "x" * 5000}, ImageError, "image file .* does not exist"),
         ({"image": {"bytes": "x"}}, DataFormatError, "'image' is"),
         ({"candidates": [1]}, DataFormatError, "'candidates' is"),
         ({"candidates": 5}, DataFormatError, "'candidates' is"),
@@ -254,3 +250,95 @@ def test_a_broken_picture_becomes_null_and_is_listed(raw, tmp_path):
     report = build_dataset("jsonl", output=tmp_path / "out", config_options=files)
     assert len(report.problems["broken_image"]) == 3  # two mentions, one entity
     assert load_dataset(str(tmp_path / "out"), split="train")[0]["image"] is None
+
+
+def write_with_bad_images(tmp_path):
+    """Writes mentions, entities and posts with good, broken and missing images; the options that build them."""
+    (tmp_path / "good.png").write_bytes(picture("red", form="PNG"))
+    (tmp_path / "broken.png").write_bytes(picture("red", form="PNG")[:60])
+    text = {"text": "Ada met Bo.", "split": "train"}
+    rows = {
+        "mentions": [
+            {**text, "mention": "Ada", "entity_id": "E1", "image": "gone.png", "context_id": "a"},
+            {**text, "mention": "Bo", "entity_id": "E2", "image": "good.png"},
+            {**text, "mention": "Bo", "entity_id": "E2", "image": "broken.png"},
+            {**text, "mention": "Ada", "entity_id": "E1", "image": "x" * 5000},
+            {**text, "mention": "Ada", "entity_id": "E1", "image": str(tmp_path / "private" / "gone.png")},
+        ],
+        "entities": [
+            {"id": "E1", "name": "Ada", "images": ["gone.png", "broken.png", "good.png"]},
+            {"id": "E2", "name": "Bo", "images": ["good.png", "lost.png"]},
+            {"id": "E3", "name": "Cy", "image": "broken.png"},
+        ],
+        "posts": [{"entity_id": "E1", "text": "Hello.", "image": "gone.png"}],
+    }
+    for name, lines in rows.items():
+        (tmp_path / f"my_{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {name: str(tmp_path / f"my_{name}.jsonl") for name in rows}
+
+
+def test_missing_and_broken_images_are_listed_by_file_and_row_and_their_rows_go_on(tmp_path):
+    report = build_dataset("jsonl", output=tmp_path / "out", config_options=write_with_bad_images(tmp_path))
+    missing = {kind: entries for kind, entries in report.problems.items() if kind.startswith("missing")}
+    assert missing == {
+        "missing_mention_image": [
+            ("my_mentions.jsonl", "1", "gone.png"),
+            ("my_mentions.jsonl", "4", "x" * 200),
+            ("my_mentions.jsonl", "5", "gone.png"),
+        ],
+        "missing_entity_image": [("my_entities.jsonl", "1", "gone.png"), ("my_entities.jsonl", "2", "lost.png")],
+        "missing_post_image": [("my_posts.jsonl", "1", "gone.png")],
+    }
+    broken = report.problems["broken_image"]
+    assert [(file, row) for file, row, _ in broken] == [
+        ("my_entities.jsonl", "1"),
+        ("my_entities.jsonl", "3"),
+        ("my_mentions.jsonl", "3"),
+    ]
+    assert all("damaged" in detail for *_, detail in broken)
+    assert (report.num_missing_images, len(broken)) == (6, 3)
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert saved["problems"]["missing_entity_image"]["entries"]["my_entities.jsonl"][1] == ["2", "lost.png"]
+    assert str(tmp_path) not in json.dumps(saved)
+    mentions = load_dataset(str(tmp_path / "out"), split="train")
+    assert [row["image"] is not None for row in mentions] == [False, True, False, False, False]
+    entities = load_dataset(str(tmp_path / "out"), "entities", split="kb")
+    assert [len(row["images"]) for row in entities] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "file", "row", "says"),
+    [
+        ({"entities", "mentions"}, "my_entities.jsonl", "1", r"An image is missing \(gone\.png\)"),
+        ({"mentions"}, "my_mentions.jsonl", "1", r"An image is missing \(gone\.png\)"),
+        ({"broken"}, "my_mentions.jsonl", "3", "The image is damaged"),
+    ],
+)
+def test_a_strict_build_stops_at_the_first_and_writes_nothing(tmp_path, bad, file, row, says):
+    options = write_with_bad_images(tmp_path)
+    del options["posts"]
+    if "entities" not in bad:
+        (tmp_path / "my_entities.jsonl").write_text('{"id": "E1", "name": "Ada"}\n{"id": "E2", "name": "Bo"}')
+    if bad == {"broken"}:
+        lines = (tmp_path / "my_mentions.jsonl").read_text().splitlines()
+        (tmp_path / "my_mentions.jsonl").write_text(lines[0].replace("gone", "good") + "\n" + "\n".join(lines[1:3]))
+    with pytest.raises(ImageError, match=says) as caught:
+        build_dataset("jsonl", output=tmp_path / "out", config_options=options, strict=True)
+    assert (caught.value.file, caught.value.row) == (file, row)
+    assert not list(tmp_path.glob("*out*"))
+    build_dataset("jsonl", output=tmp_path / "out", config_options=options)
+
+
+def test_an_interrupted_build_is_not_finished_strictly_with_bad_images(tmp_path, monkeypatch):
+    options = write_with_bad_images(tmp_path)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_mel.building.build._check_staged_files", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_dataset("jsonl", output=tmp_path / "out", config_options=options)
+    with pytest.raises(ImageError, match=r"my_entities\.jsonl, row 1: "):
+        build_dataset("jsonl", output=tmp_path / "out", config_options=options, strict=True)
+    assert not (tmp_path / "out").exists()
