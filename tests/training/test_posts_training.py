@@ -286,7 +286,7 @@ def test_a_mention_is_encoded_once_per_training(tmp_path, monkeypatch):
     torch.testing.assert_close(results[0][0], results[1][0], atol=2e-3, rtol=1e-2)
 
 
-def test_other_texts_and_other_images_have_separate_features(monkeypatch):
+def test_other_texts_images_and_places_have_separate_features(monkeypatch):
     model, processor = Reading(toy_posts_model().config), ReadingProcessor()
     features = MentionFeatures(model, processor)
     mentions = toy_mentions(6)
@@ -300,6 +300,9 @@ def test_other_texts_and_other_images_have_separate_features(monkeypatch):
     same = mentions.map(lambda row: {"image": image}, features=mentions.features)
     features.precompute(same.select([1, 2]))
     assert model.read == 14
+    elsewhere = mentions.map(lambda row: {"start": row["start"] + 1, "end": row["end"] + 1})
+    features.precompute(elsewhere)
+    assert model.read == 20
     with torch.no_grad():
         expected = model.encode_mentions(**processor(mentions=list(others)))["text"]
         vectors = model.encode_mentions(**processor(mentions=features.attach(LazyRows(others).__getitems__([0, 4]))))[
