@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 import torch
 from transformers import AutoProcessor
@@ -11,12 +12,15 @@ from transformers import AutoProcessor
 import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.data.posts import entity_as_post
 from hf_mel.inference.probe import unread_columns, unread_columns_in_pairs
+from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.linking.linker import EntityLinker
 from hf_mel.modeling.imn import ImnProcessor
-from hf_mel.modeling.mimic import MimicProcessor
+from hf_mel.modeling.mimic import MimicConfig, MimicModel, MimicProcessor
 from hf_mel.modeling.mm_nel import MmNelProcessor
 from hf_mel.modeling.mmel import MmelProcessor
 from hf_mel.modeling.pfmel import PfmelProcessor
 from hf_mel.protocols import LimitsTexts, post_columns
+from hf_mel.schema import entity_features
 from hf_mel.training.tokenizer import train_wordpiece
 
 TEXTS = [
@@ -207,3 +211,33 @@ def test_a_processor_tells_how_much_it_leaves_out(tokenizer, method):
         short, long, also_long = processor.num_left_out(pairs=[(rows[0], [ENTITY]), (rows[1], [ENTITY, ENTITY])])
         assert long == also_long
     assert short == 0 < long
+
+
+def test_linking_tells_apart_what_the_fields_and_the_places_tell_apart(tokenizer):
+    """Two entities of one name, two endings of a long text, and two occurrences of a mention have other scores."""
+    text_config = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text_config |= {"intermediate_size": 32, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    model = MimicModel(MimicConfig(text_config=text_config, units=["text"], text_dim=8)).eval()
+    processor = make(MimicProcessor, tokenizer)
+    descriptions = ["state in the United States", "republic in Western Asia"]
+    rows = [
+        {"entity_id": f"Q{k}", "name": "Georgia", "aliases": aliases, "description": descriptions[k % 2]}
+        | {"attributes": "", "images": []}
+        for k, aliases in enumerate(([], [], ["Sakartvelo"]))
+    ]
+    kb = KnowledgeBase.build(
+        datasets.Dataset.from_list(rows, features=entity_features()), model, processor, progress=False
+    )
+    linker = EntityLinker(model, processor, kb)
+
+    def scores(text, **place):
+        result = linker(text=text, mention="Georgia", **place)
+        return [candidate.score for candidate in sorted(result.candidates, key=lambda c: c.entity_id)]
+
+    late = "rain fell at noon " * 30
+    of_accra, of_tokyo = scores(f"{late}Georgia in Accra"), scores(f"{late}Georgia in Tokyo")
+    assert len(set(of_accra)) == 3
+    assert of_accra != of_tokyo
+    twice = "Georgia is not Georgia"
+    assert scores(twice, start=0, end=7) == scores(twice) != scores(twice, start=15, end=22)
