@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 import os
@@ -24,7 +25,7 @@ from hf_mel.inference.encodings import as_float, slice_encodings, to_device
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.fingerprint import describe_model
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.inference.probe import sees_images, sees_images_in_pairs
+from hf_mel.inference.probe import sees_images, sees_images_in_pairs, unread_columns_in_pairs
 from hf_mel.inference.ranking import TIE_TOLERANCE, RankingResult, rank, score_of_units
 from hf_mel.inference.reranking import score_pairs
 from hf_mel.kb.indexes import open_index
@@ -40,6 +41,8 @@ from hf_mel.protocols import (
     ranks_jointly,
 )
 from hf_mel.schema import NIL, NO_SPAN
+
+logger = logging.getLogger(__name__)
 
 #: A mention to link. A textual mention has a `text`, its position as `mention`, as `start` and `end`, or as all three, and
 #: optionally an `image`. A visual mention, which only a reranker of documents reads, has the `modality` "image" and an
@@ -473,6 +476,7 @@ class EntityLinker:
         for row, entity in zip(kb_rows, self.kb.rows(kb_rows), strict=True):
             image = self.kb.image(row) if self._reranker_sees_images else None
             entities.append({**entity, "images": [] if image is None else [image]})
+        self._warn_of_unread_columns(entities)
         mask = torch.ones(len(candidates), max(map(len, candidates)), dtype=torch.bool)
         joint = ranks_jointly(self.reranker)
         scored = score_pairs(
@@ -485,6 +489,16 @@ class EntityLinker:
         scores = scored.joint[0] if joint else scored.scores
         for mention, reranker_scores in zip(ranked, scores.tolist(), strict=True):
             mention.rerank(reranker_scores)
+
+    def _warn_of_unread_columns(self, entities: list[dict[str, Any]]) -> None:
+        """Logs once which text columns of the candidates the reranker does not read."""
+        filled = [column for column in self._unread_by_reranker if any(any(row[column] or ()) for row in entities)]
+        if filled:
+            self._unread_by_reranker = []
+            logger.warning(
+                "The reranker does not read all columns that the entities fill. These do not change its scores: %s.",
+                ", ".join(filled),
+            )
 
     def _link_result(
         self,
@@ -593,6 +607,11 @@ class EntityLinker:
     @cached_property
     def _sees_images(self) -> bool:
         return sees_images(self.processor, posts=knows_posts(self.model))
+
+    @cached_property
+    def _unread_by_reranker(self) -> list[str]:
+        columns = ("aliases", "description", "attributes")
+        return [] if self.reranker_processor is None else unread_columns_in_pairs(self.reranker_processor, columns)
 
     @cached_property
     def _reranker_sees_images(self) -> bool:

@@ -108,6 +108,18 @@ def test_building_names_filled_columns_that_are_not_read(caplog, tmp_path):
     assert ": description. To use them" in built
 
 
+def test_linking_names_filled_columns_that_the_reranker_does_not_read(caplog):
+    """The toy reranker reads name and attributes only."""
+    model, processor = toy_model(), ToyProcessor()
+    for rows, expected in ((toy_entities(3), []), (FILLED, ["description"])):
+        kb = KnowledgeBase.build(rows, model, processor, progress=False)
+        linker = EntityLinker(model, processor, kb, reranker=toy_reranker(), reranker_processor=ToyPairProcessor())
+        caplog.clear()
+        for _ in range(2):
+            linker(text="Swift sings", mention="Swift")
+        assert [warning.rpartition(": ")[2].rstrip(".") for warning in warnings_of(caplog)] == expected
+
+
 @pytest.mark.parametrize("processor_class", [Limited, Locating, ToyProcessor])
 def test_a_link_result_tells_that_a_text_was_too_long(processor_class):
     processor = processor_class(text_width=12)
