@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -17,10 +16,16 @@ SIZES, POSTS = {"train": 32, "validation": 16, "test": 32}, 40
 NAMED = {"Q117", "Q1008", "Q142", "Q39", "Q884", "Q423"}
 
 
-def _shrink(patch: pytest.MonkeyPatch) -> None:
-    """Lets the builder of FlagsMEL generate its small form: few mentions and posts, and only the entities they need."""
+def use_small_flags(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Lets the builder of FlagsMEL generate its small form: few mentions and posts, and only the entities they need.
+
+    The working folder is `folder`, which also holds the cache of `datasets`.
+    """
     from hf_mel.dataset_scripts.flags_mel import flags_mel, planning
 
+    patch.chdir(folder)
+    patch.setenv("COLUMNS", "200")
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf_cache")
     for split, size in SIZES.items():
         patch.setitem(planning.SPLIT_SIZES, split, size)
     patch.setattr(flags_mel.FlagsMel, "OFFICIAL_COUNTS", {})
@@ -31,7 +36,7 @@ def _shrink(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder in which `hf-mel demo` ran on the small form, with three steps of training, and what it printed.
 
     It also holds an untrained reranker of the demo's candidates, `runs/mmel_flags`, and a link to `spaces/`.
@@ -45,10 +50,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
     load = Recipe.load.__func__
     short = ["training.max_steps=3", "training.num_train_epochs=1"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("COLUMNS", "200")
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf_cache")
-        _shrink(patch)
+        use_small_flags(patch, folder)
         with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as inner:
             inner.setattr(
                 Recipe, "load", classmethod(lambda cls, name, overrides=(): load(cls, name, [*overrides, *short]))
@@ -59,4 +61,4 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
         recipe = Recipe.load("mmel_flags", [*overrides, *(f"model.config.{field}" for field in small)])
         save_model_repository(*build_model(recipe), "runs/mmel_flags")
         (folder / "spaces").symlink_to(ROOT / "spaces")
-        yield folder, printed.getvalue()
+    return folder, printed.getvalue()

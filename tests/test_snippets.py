@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import use_small_flags
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 #: A snippet, and the requirement in the comment before it, if any. Snippets with a requirement run in other tests.
@@ -23,7 +25,7 @@ def snippets(page: Path) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _run_in_the_demo_folder(demo_run, monkeypatch):
-    monkeypatch.chdir(demo_run[0])
+    use_small_flags(monkeypatch, demo_run[0])
 
 
 def test_the_demo_runs_all_stages(demo_run):
