@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from hf_mel.schema import NO_SPAN
 
 
-def locate(text: str, mentions: Sequence[str], taken: Sequence[tuple[int, int]] = ()) -> list[tuple[int, int]]:
+def locate(text: str, mentions: Sequence[str], occupied: Sequence[tuple[int, int]] = ()) -> list[tuple[int, int]]:
     """Finds each mention in `text` by literal search.
 
     A mention gets its first occurrence that does not overlap the spans of earlier mentions. If all occurrences overlap,
@@ -16,19 +16,19 @@ def locate(text: str, mentions: Sequence[str], taken: Sequence[tuple[int, int]] 
     Args:
         text (`str`): The text.
         mentions (sequence of `str`): Surface forms, in the order in which they choose their spans.
-        taken (sequence of `tuple[int, int]`): Spans that count as those of earlier mentions.
+        occupied (sequence of `tuple[int, int]`): Spans that count as those of earlier mentions.
 
     Returns:
         `list[tuple[int, int]]`: For each mention start and end (exclusive) in characters, or ([`NO_SPAN`], [`NO_SPAN`])
         if it has no free occurrence.
     """
-    spans = list(taken)
+    spans = list(occupied)
     for mention in mentions:
         occurrences = list(_occurrences(text, mention))
         clear = (s for s in occurrences if all(s[1] <= t[0] or t[1] <= s[0] for t in spans))
         unused = (s for s in occurrences if s not in spans)
         spans.append(next(clear, None) or next(unused, (NO_SPAN, NO_SPAN)))
-    return spans[len(taken) :]
+    return spans[len(occupied) :]
 
 
 def nearest(text: str, mention: str, start: int) -> tuple[int, int]:

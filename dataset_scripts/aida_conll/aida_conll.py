@@ -257,11 +257,11 @@ def page_title(raw: str) -> str:
     return html.unescape(raw).replace("_", " ").strip()
 
 
-def _joined(left: str, mention: str, right: str) -> tuple[str, int]:
+def _joined(before: str, mention: str, after: str) -> tuple[str, int]:
     """Joins a mention and its contexts, with a space where they have none; returns the text and the mention's start."""
-    left = f"{left} " if left and not left[-1].isspace() else left
-    right = f" {right}" if right and not right[0].isspace() else right
-    return left + mention + right, len(left)
+    before = f"{before} " if before and not before[-1].isspace() else before
+    after = f" {after}" if after and not after[0].isspace() else after
+    return before + mention + after, len(before)
 
 
 def _from_csv(release: Release, file: str) -> Iterator[_Mention]:

@@ -220,19 +220,19 @@ def _print_changes(
     from rich.table import Table
     from rich.text import Text
 
-    changed = [change for change in comparison.changes if change.what != "unchanged"]
-    unchanged = [change for change in comparison.changes if change.what == "unchanged"]
+    changed = [change for change in comparison.changes if change.kind != "unchanged"]
+    unchanged = [change for change in comparison.changes if change.kind == "unchanged"]
     print_plain(f"{publication.kind} → {url}")
     table = Table()
     table.add_column("")
     table.add_column("file", overflow="fold")
     table.add_column("size", justify="right", no_wrap=True)
     for change in changed:
-        table.add_row(change.what, Text(change.path), "" if change.what == "deleted" else decimal(change.size))
+        table.add_row(change.kind, Text(change.path), "" if change.kind == "deleted" else decimal(change.size))
     if unchanged:
         table.add_row("unchanged", _count(unchanged), decimal(sum(change.size for change in unchanged)))
     Console().print(table)
-    uploads = [change for change in changed if change.what != "deleted"]
+    uploads = [change for change in changed if change.kind != "deleted"]
     print_plain(
         f"{_count(uploads)}, {decimal(comparison.upload_bytes)}, to upload; {_visibility(comparison, private, gated)}."
     )

@@ -1,4 +1,4 @@
-"""The copy that `datasets` keeps of a data-set folder: one, of the state in which the folder is now.
+"""Keeps one copy of a data-set folder in the cache of `datasets`: that of its present files.
 
 `datasets` turns the files of a folder into Arrow files in its cache, and identifies a folder by its name and card only.
 With one cache, a folder that was built again, or another one of the same name, would return the rows of the first. So
@@ -41,7 +41,7 @@ _threads = threading.Lock()
 
 
 def is_literal(folder: str | os.PathLike[str]) -> bool:
-    """Whether `datasets` takes the path of a folder, once it is absolute, as it is written."""
+    """Returns whether `datasets` reads the absolute path of a folder as a plain path, not as a pattern or an address."""
     path = Path(folder).resolve()
     return _LITERAL_PATH.fullmatch(path.as_posix().removeprefix(path.drive)) is not None
 

@@ -1,4 +1,4 @@
-"""Warnings of texts that a processor does not read to their end."""
+"""Warnings about truncated texts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _BATCH_SIZE = 1000
 
 
 class LeftOutTexts:
-    """Counts the rows whose texts a processor does not read to their end, and warns once of every kind of row.
+    """Counts the rows whose texts a processor truncates, and warns once for every kind of row.
 
-    Counts nothing for a processor that does not tell ([`~hf_mel.protocols.LimitsTexts`]).
+    It counts nothing if the processor is no [`~hf_mel.protocols.LimitsTexts`].
 
     Args:
         processor ([`~hf_mel.protocols.MelProcessor`]): The processor.

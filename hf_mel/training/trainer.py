@@ -204,7 +204,7 @@ class MelTrainer(BaseTrainer):
         return self.evaluate_detailed(mentions, **options)
 
     def _warn_of_left_out_texts(self, mentions: datasets.Dataset) -> None:
-        """Logs how many texts the processor does not read to their end. A reranker reads a mention with its gold."""
+        """Logs how many texts the processor truncates. A reranker reads a mention with its gold."""
         left_out = self.inputs.left_out
         if not self.reranks:
             left_out.add_dataset("mentions", mentions)

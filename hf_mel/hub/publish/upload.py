@@ -33,12 +33,12 @@ class Change:
 
     Args:
         path (`str`): Path in the repository.
-        what (`str`): "new", "changed", "unchanged" or "deleted".
+        kind (`str`): "new", "changed", "unchanged" or "deleted".
         size (`int`): Size in bytes.
     """
 
     path: str
-    what: str
+    kind: str
     size: int
 
 
@@ -63,12 +63,12 @@ class Comparison:
     @property
     def upload_bytes(self) -> int:
         """Bytes of new and changed files."""
-        return sum(change.size for change in self.changes if change.what in ("new", "changed"))
+        return sum(change.size for change in self.changes if change.kind in ("new", "changed"))
 
     @property
     def is_empty(self) -> bool:
         """Whether no file would change."""
-        return all(change.what == "unchanged" for change in self.changes)
+        return all(change.kind == "unchanged" for change in self.changes)
 
 
 def compare(publication: Publication, *, api: HfApi | None = None) -> Comparison:
@@ -146,12 +146,12 @@ def publish(
             api.update_repo_settings(repo_id, repo_type=repo_type, **settings)
         operations: list[Any] = []
         for change in comparison.changes:
-            if change.what in ("new", "changed"):
+            if change.kind in ("new", "changed"):
                 content = publication.files[change.path]
                 operations.append(
                     CommitOperationAdd(change.path, content if isinstance(content, bytes) else str(content))
                 )
-            elif change.what == "deleted":
+            elif change.kind == "deleted":
                 operations.append(CommitOperationDelete(change.path, is_folder=False))
         if not operations:
             return None, comparison
@@ -175,10 +175,10 @@ def _changes(publication: Publication, remote: Mapping[str, RepoFile]) -> list[C
     with tqdm(sorted(publication.files.items()), desc="Comparing", unit="file", delay=2) as bar:
         for path, content in bar:
             if path not in remote:
-                what = "new"
+                kind = "new"
             else:
-                what = "unchanged" if _is_same(content, publication.size(path), remote[path]) else "changed"
-            changes.append(Change(path, what, publication.size(path)))
+                kind = "unchanged" if _is_same(content, publication.size(path), remote[path]) else "changed"
+            changes.append(Change(path, kind, publication.size(path)))
     for path in sorted(remote.keys() - publication.files.keys()):
         if any(fnmatch.fnmatchcase(path, pattern) for pattern in publication.managed_patterns):
             changes.append(Change(path, "deleted", remote[path].size))
