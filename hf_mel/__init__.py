@@ -18,6 +18,7 @@ from hf_mel.lazy import lazy_exports
 if TYPE_CHECKING:
     from hf_mel.data.entity_files import check_entity_file as check_entity_file
     from hf_mel.data.images import open_image as open_image
+    from hf_mel.errors import ImageError as ImageError
     from hf_mel.errors import KnowledgeBaseError as KnowledgeBaseError
     from hf_mel.errors import MelError as MelError
     from hf_mel.inference.checkpoints import load_reranker as load_reranker
@@ -33,6 +34,7 @@ _EXPORTS = {
     "EntityLinker": "hf_mel.linking.linker",
     "KnowledgeBase": "hf_mel.kb.knowledge_base",
     "KnowledgeBaseError": "hf_mel.errors",
+    "ImageError": "hf_mel.errors",
     "MelError": "hf_mel.errors",
     "MelTrainer": "hf_mel.training.trainer",
     "MelTrainingArguments": "hf_mel.training.arguments",

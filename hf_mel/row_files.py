@@ -346,7 +346,10 @@ def image_file(path: Path, line: int, name: str, folder: Path | None = None) -> 
     if not exists:
         base = "the folder of this file" if folder is None else f"{folder}"
         raise ImageError(
-            f"The image file {image} does not exist.", file=path, row=line, remedy=f"Give a path relative to {base}."
+            f"The image file {name[:200]} does not exist.",
+            file=path,
+            row=line,
+            remedy=f"Give a path relative to {base}.",
         )
     return image
 

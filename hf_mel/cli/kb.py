@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +29,14 @@ _ENTITIES_HELP = (
 )
 _Folder = Annotated[Path, typer.Argument(help="The folder of the knowledge base.")]
 _Model = Annotated[str, typer.Option(help="The model that built it: a run folder, a model folder, or one on the Hub.")]
+_Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="Stop at the first image that is missing or damaged, and write nothing. By default such images are listed, "
+        "and their entities go without them.",
+    ),
+]
 _BatchSize = Annotated[int, typer.Option(min=1, help="Entities to encode at a time.")]
 _Wait = Annotated[
     float,
@@ -65,6 +73,7 @@ def build(
         Dtype,
         typer.Option(help="How to store encodings. float16 and bfloat16 need half the disk space of float32."),
     ] = "float32",
+    strict: _Strict = False,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
@@ -96,8 +105,10 @@ def build(
             posts=posts,
             batch_size=batch_size,
             dtype=dtype,
+            strict=strict,
         )
     _print_info(kb)
+    _print_left_out(kb, kb.left_out_images)
     print_plain(
         f'Next: hf-mel link {model} --kb {output} --text "…" --mention "…"\n'
         f"      hf-mel kb add {output} --model {model} --entities FILE\n"
@@ -113,6 +124,7 @@ def add(
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace entities whose id exists, instead of reporting an error.")
     ] = False,
+    strict: _Strict = False,
     batch_size: _BatchSize = 64,
     wait: _Wait = 0,
     device: Device = None,
@@ -134,8 +146,11 @@ def add(
         retriever, processor = load_retriever(
             model, revision=revision, device=device, trust_remote_code=trust_remote_code
         )
-        count = opened.add(entities, retriever, processor, replace=replace, batch_size=batch_size)
+        listed_before = len(opened.left_out_images)
+        count = opened.add(entities, retriever, processor, replace=replace, batch_size=batch_size, strict=strict)
+        left_out = opened.left_out_images[listed_before:]
     print_plain(f"Added {_count_entities(count)} to {kb}, which now has {len(opened):,}.")
+    _print_left_out(opened, left_out)
 
 
 @app.command()
@@ -310,6 +325,21 @@ def _print_info(kb: KnowledgeBase) -> None:
     if info["indexes"]:
         table.add_row("indexes", ", ".join(info["indexes"]))
     Console().print(table)
+
+
+def _print_left_out(kb: KnowledgeBase, left_out: list[dict[str, Any]]) -> None:
+    """Prints how many images were missing or damaged, and the first of them."""
+    from hf_mel.cli.printing import print_plain
+    from hf_mel.kb.entities import LEFT_OUT_NAME
+
+    if not left_out:
+        return
+    lines = [f"  {entry['file'] or 'entities'}, row {entry['row']}: {entry['problem']}" for entry in left_out[:10]]
+    more = [f"  … and {len(left_out) - 10:,} more"] if len(left_out) > 10 else []
+    print_plain(
+        f"Images left out, because they are missing or damaged: {len(left_out):,}. {kb.path / LEFT_OUT_NAME} lists all; "
+        "--strict stops at the first.\n" + "\n".join(lines + more)
+    )
 
 
 def _count_entities(count: int) -> str:

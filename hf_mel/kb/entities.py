@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 
 from hf_mel.data.entity_files import read_entity_file
+from hf_mel.data.image_checks import without_bad_images
 from hf_mel.data.loading import load_entities
 from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError
+from hf_mel.files import write_text
 from hf_mel.row_files import ROW_SUFFIXES
 from hf_mel.schema import NIL, entity_features
 
 #: The columns of an entity that are text: a string each, `aliases` a list of strings.
 TEXT_COLUMNS = ["entity_id", "name", "description", "attributes", "aliases"]
 
+#: The list of the images that a knowledge base goes without, one JSON object a line. It is about files of this machine, so
+#: it is not part of the knowledge base: `kb.json` does not name it, and it is not published.
+LEFT_OUT_NAME = "left_out_images.jsonl"
+
 #: The folder or Hub id of a data set, a file of entities (.jsonl, .json, .csv, .tsv), or rows with the columns of
 #: [`~hf_mel.schema.entity_features`].
 EntitiesLike: TypeAlias = str | os.PathLike[str] | datasets.Dataset
 
 
-def open_entities(entities: EntitiesLike) -> tuple[datasets.Dataset, str | None]:
-    """Opens a source of entities.
+def open_entities(
+    entities: EntitiesLike, bad_images: list[ImageError] | None = None
+) -> tuple[datasets.Dataset, str | None]:
+    """Opens a source of entities, and checks their images.
+
+    Args:
+        entities ([`EntitiesLike`]): The source.
+        bad_images (list of [`~hf_mel.errors.ImageError`], *optional*): Receives an error for each missing or damaged image,
+            which its entity then goes without. Without a list, the first one is raised.
 
     Returns:
         `tuple[datasets.Dataset, str | None]`: The rows, and the name of their source for error messages.
@@ -33,14 +47,16 @@ def open_entities(entities: EntitiesLike) -> tuple[datasets.Dataset, str | None]
     Raises:
         KnowledgeBaseError: The source has no entities.
         DataFormatError: A column is missing.
+        ImageError: An image is missing or damaged, and there is no list `bad_images`.
         MelError: As in [`~hf_mel.data.loading.load_entities`] and [`~hf_mel.data.entity_files.read_entity_file`].
     """
+    is_row_file = False
     if isinstance(entities, datasets.Dataset):
         rows, name = entities.with_format(None), None
     else:
         name = os.fspath(entities)
         is_row_file = Path(name).is_file() or (name.lower().endswith(ROW_SUFFIXES) and not Path(name).is_dir())
-        rows = read_entity_file(name) if is_row_file else load_entities(name)
+        rows = read_entity_file(name, bad_images=bad_images) if is_row_file else load_entities(name)
     missing = [column for column in entity_features() if column not in rows.column_names]
     if missing:
         raise DataFormatError(
@@ -52,6 +68,8 @@ def open_entities(entities: EntitiesLike) -> tuple[datasets.Dataset, str | None]
         raise KnowledgeBaseError("The source has no entities.", file=name, remedy="Give at least one entity.")
     if rows.features["images"] != datasets.List(datasets.Image()):
         rows = rows.cast_column("images", datasets.List(datasets.Image()))
+    if not is_row_file:  # the images of a file have been checked with its rows
+        rows = without_bad_images(rows, file=name, bad_images=bad_images)
     return rows, name
 
 
@@ -134,3 +152,36 @@ def _image_bytes(image: Mapping[str, Any], file: str | None, entity_id: str) -> 
             ) from error
     # The path is dropped: file names can reveal the entity, and private folder names, once the file is published.
     return {"bytes": data, "path": None}
+
+
+def write_left_out_images(folder: Path, left_out: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the list of images that a knowledge base goes without (see `KnowledgeBase.left_out_images`), if any.
+
+    Raises:
+        MelError: The file cannot be written.
+    """
+    if left_out:
+        write_text(folder / LEFT_OUT_NAME, (f"{json.dumps(entry, ensure_ascii=False)}\n" for entry in left_out))
+
+
+def read_left_out_images(folder: Path) -> list[dict[str, Any]]:
+    """Reads the list that [`write_left_out_images`] wrote; empty without one.
+
+    Raises:
+        KnowledgeBaseError: The file is damaged.
+    """
+    path = folder / LEFT_OUT_NAME
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise KnowledgeBaseError(f"The file cannot be read ({error}).", file=path, remedy="Delete it.") from error
+
+
+def describe_bad_images(bad_images: Sequence[ImageError]) -> list[dict[str, Any]]:
+    """Returns bad images as entries of `KnowledgeBase.left_out_images`."""
+    return [
+        {"file": None if error.file is None else Path(error.file).name, "row": error.row, "problem": error.message}
+        for error in bad_images
+    ]

@@ -8,6 +8,7 @@ A knowledge base is a folder:
 - `entities-00000.parquet`, …: the same rows in the columns of [`~hf_mel.schema.entity_features`], with the first image
   only.
 - `index-….json` and the files it names, if an index was built: see [`~hf_mel.kb.indexes.base`].
+- `left_out_images.jsonl`, if images were missing or damaged: see [`~KnowledgeBase.left_out_images`].
 
 Files never change once `kb.json` names them, and their names are not used again. Adding entities writes another shard,
 removing them marks rows, and a new build writes new shards. All take effect when a new `kb.json` is renamed into place, so
@@ -43,8 +44,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from hf_mel.data.image_checks import without_bad_images
 from hf_mel.data.images import open_image
-from hf_mel.errors import DuplicateIdError, HubError, KnowledgeBaseError, UnknownEntityError
+from hf_mel.errors import DuplicateIdError, HubError, ImageError, KnowledgeBaseError, UnknownEntityError
 from hf_mel.files import building_folder, file_sha256, link_target, replace_folder, write_errors
 from hf_mel.hub_errors import hub_errors
 from hf_mel.inference.encode import encode_batches
@@ -53,7 +55,18 @@ from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.fingerprint import describe_model, describe_processor, model_difference, processor_difference
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.probe import unread_columns
-from hf_mel.kb.entities import TEXT_COLUMNS, EntitiesLike, check_ids, columns_to_store, content_sha256, open_entities
+from hf_mel.kb.entities import (
+    LEFT_OUT_NAME,
+    TEXT_COLUMNS,
+    EntitiesLike,
+    check_ids,
+    columns_to_store,
+    content_sha256,
+    describe_bad_images,
+    open_entities,
+    read_left_out_images,
+    write_left_out_images,
+)
 from hf_mel.kb.manifest import DTYPES, FORMAT, MANIFEST_NAME, VERSION, damage_error, read_manifest, write_manifest
 from hf_mel.kb.shards import (
     EntityTable,
@@ -157,12 +170,13 @@ class KnowledgeBase:
         posts: str | datasets.Dataset | None = "auto",
         batch_size: int = 64,
         dtype: str = "float32",
+        strict: bool = False,
         progress: bool = True,
     ) -> KnowledgeBase:
         """Encodes entities into a new folder, which appears only when it is complete.
 
-        Memory holds one shard, whatever the number of entities. Images are decoded only when the processor reads them.
-        An interrupted build resumes after its last finished shard when it is repeated with the same entities, model and
+        Memory holds one shard, whatever the number of entities. A missing or damaged image does not stop the build: its
+        entity goes without it, and [`~KnowledgeBase.left_out_images`] lists it. An interrupted build resumes after its last finished shard when it is repeated with the same entities, model and
         `output`.
 
         Args:
@@ -178,6 +192,7 @@ class KnowledgeBase:
             batch_size (`int`): Entities per forward pass.
             dtype (`str`): The dtype in which floating-point encodings are stored: `"float32"`, `"float16"` or
                 `"bfloat16"`.
+            strict (`bool`): Whether to raise an error for the first missing or damaged image instead.
             progress (`bool`): Whether to show a progress bar.
 
         Returns:
@@ -189,7 +204,7 @@ class KnowledgeBase:
             LockedError: Another process builds into `output`, or changes the knowledge base there.
             DuplicateIdError: An id occurs twice.
             DataFormatError: Columns or ids are missing.
-            ImageError: An image is missing or damaged.
+            ImageError: An image is missing or damaged, and the build is `strict`.
         """
         if dtype not in DTYPES:
             raise KnowledgeBaseError(
@@ -197,9 +212,11 @@ class KnowledgeBase:
             )
         temporary = tempfile.TemporaryDirectory(prefix="hf_mel-kb-") if output is None else None
         target = _writable_target(Path(temporary.name, "kb") if temporary else Path(os.fspath(output)))  # type: ignore[arg-type]
-        source, name = open_entities(entities)
+        bad_images: list[ImageError] | None = None if strict else []
+        source, name = open_entities(entities, bad_images)
         check_ids(source, name)
-        inputs = ModelInputs.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
+        inputs = _open_inputs(entities, name, model, processor, posts, bad_images)
+        left_out = _report_bad_images(bad_images)
         prototypes = inputs.prototypes
         fingerprints = {
             "model": describe_model(model),
@@ -233,6 +250,7 @@ class KnowledgeBase:
                     "removed": [],
                 },
             )
+            write_left_out_images(work, left_out)
             _install(work, target)
         kb = cls(target)
         kb._temporary = temporary
@@ -341,6 +359,7 @@ class KnowledgeBase:
                     writer.add(encodings, self._read_table(rows, [*TEXT_COLUMNS, "images"]))
                     bar.update(len(rows))
                 write_manifest(work, self._manifest | {"shards": writer.close(), "removed": []})
+                write_left_out_images(work, self.left_out_images)
                 _install(work, target)
             if in_place:
                 self._reload()
@@ -355,12 +374,13 @@ class KnowledgeBase:
         posts: str | datasets.Dataset | None = "auto",
         replace: bool = False,
         batch_size: int = 64,
+        strict: bool = False,
         progress: bool = True,
     ) -> int:
         """Encodes more entities into a new shard. The folder changes at once; existing entities are not encoded again.
 
         Args:
-            entities, model, processor, posts, batch_size, progress: As in [`~KnowledgeBase.build`].
+            entities, model, processor, posts, batch_size, strict, progress: As in [`~KnowledgeBase.build`].
             replace (`bool`): Whether an entity whose id exists replaces the old one (at the end of the order) instead of
                 raising an error.
 
@@ -375,7 +395,8 @@ class KnowledgeBase:
         """
         with self.writing():
             self.check_made_by(model, processor)
-            source, name = open_entities(entities)
+            bad_images: list[ImageError] | None = None if strict else []
+            source, name = open_entities(entities, bad_images)
             ids = check_ids(source, name)
             existing = [entity_id for entity_id in ids if entity_id in self._row_by_id]
             if existing and not replace:
@@ -391,11 +412,13 @@ class KnowledgeBase:
                 work = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.path))
             try:
                 writer = ShardWriter(work, _next_shard(self.path), self.dtype, self._manifest["encodings"])
-                inputs = ModelInputs.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
+                inputs = _open_inputs(entities, name, model, processor, posts, bad_images)
+                left_out = _report_bad_images(bad_images)
                 _encode(source, name, inputs, writer, batch_size, progress)
                 shards = writer.close()
                 for entry in (shard[part] for shard in shards for part in ("encodings", "entities")):
                     os.replace(work / entry["file"], self.path / entry["file"])
+                write_left_out_images(self.path, self.left_out_images + left_out if left_out else [])
                 self._commit({"shards": self._manifest["shards"] + shards}, replaced)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
@@ -583,6 +606,18 @@ class KnowledgeBase:
             encodings = self._gather(self._active[first : min(first + chunk_size, rows.stop)])
             yield first, encodings if as_stored else as_float(encodings)
 
+    @property
+    def left_out_images(self) -> list[dict[str, Any]]:
+        """The images that were missing or damaged when their entities were encoded, so that these go without them.
+
+        Each is a `dict` of the `file` and `row` that named the image (in a data set the id of the entity or post), and
+        the `problem`. The folder keeps the list as `left_out_images.jsonl`. It is not published.
+
+        Raises:
+            KnowledgeBaseError: The list is damaged.
+        """
+        return read_left_out_images(self.path)
+
     def info(self) -> dict[str, Any]:
         """Returns counts, sizes in bytes, dtypes, the model, and the kinds of the indexes that were built."""
         shards = self._manifest["shards"]
@@ -709,6 +744,31 @@ def _index_function(name: str) -> Any:
     )
     # Imported by name: indexes import this module, and these methods go with the next release.
     return getattr(importlib.import_module("hf_mel.kb.indexes"), name)
+
+
+def _open_inputs(
+    entities: EntitiesLike,
+    name: str | None,
+    model: Any,
+    processor: MelProcessor,
+    posts: str | datasets.Dataset | None,
+    bad_images: list[ImageError] | None,
+) -> ModelInputs:
+    """Returns the inputs of a model, with posts whose images have been checked as those of the entities have."""
+    inputs = ModelInputs.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
+    if inputs.prototypes is None or inputs.prototypes.posts is None:
+        return inputs
+    return ModelInputs(model, processor, without_bad_images(inputs.prototypes.posts, file=name, bad_images=bad_images))
+
+
+def _report_bad_images(bad_images: list[ImageError] | None) -> list[dict[str, Any]]:
+    if bad_images:
+        logger.warning(
+            "%s missing or damaged, and left out. The first: %s",
+            "1 image is" if len(bad_images) == 1 else f"{len(bad_images):,} images are",
+            bad_images[0],
+        )
+    return describe_bad_images(bad_images or ())
 
 
 def _encode(
@@ -841,4 +901,8 @@ def _install(work: Path, target: Path) -> None:
                 os.replace(work / shard[part]["file"], target / name)
                 shard[part]["file"] = name
         write_manifest(target, manifest)
+        if (work / LEFT_OUT_NAME).is_file():
+            os.replace(work / LEFT_OUT_NAME, target / LEFT_OUT_NAME)
+        else:
+            (target / LEFT_OUT_NAME).unlink(missing_ok=True)
         _delete_others(target, manifest, ("encodings-", "entities-", "index-", ".index-"))

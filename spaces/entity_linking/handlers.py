@@ -114,11 +114,15 @@ class Handlers:
             if table is None:
                 raise Refused("Choose the table of your entities first.")
             progress(0.1, "Checking the rows and encoding the entities")
-            label, count = self.service.build_kb(name, table, archive, model=model, session=session)
+            label, count, left_out = self.service.build_kb(name, table, archive, model=model, session=session)
             words = (
                 f"All rows are valid: “{label}” is ready, with {count:,} entities. It is selected on the first page and "
                 "will be deleted in an hour."
             )
+            if left_out:
+                more = [f"… and {len(left_out) - 10:,} more."] if len(left_out) > 10 else []
+                words += f"\nImages left out, because they are missing or damaged: {len(left_out):,}.\n"
+                words += "\n".join(left_out[:10] + more)
             choices = gr.update(choices=self.service.fitting_kbs(model, session), value=label)
             file = gr.update(value=self.service.download_kb(label, session), visible=True)
             return render.message(words, "info"), choices, session, file

@@ -30,6 +30,7 @@ from PIL import Image
 
 from hf_mel import (
     EntityLinker,
+    ImageError,
     KnowledgeBase,
     KnowledgeBaseError,
     MelError,
@@ -283,7 +284,7 @@ class Service:
         *,
         model: str,
         session: Session,
-    ) -> tuple[str, int]:
+    ) -> tuple[str, int, list[str]]:
         """Builds a visitor's knowledge base from a table of entities and a zip of their images.
 
         Args:
@@ -294,7 +295,8 @@ class Service:
             session ([`Session`]): The visitor.
 
         Returns:
-            `tuple[str, int]`: The displayed name of the knowledge base, and its number of entities.
+            `tuple[str, int, list[str]]`: The displayed name of the knowledge base, its number of entities, and a sentence
+            for each image that is missing or damaged, so that its entity goes without it.
 
         Raises:
             Refused: Rows are invalid (the message lists them), or a file is too large.
@@ -327,7 +329,8 @@ class Service:
                 session.linkers = {key: linker for key, linker in session.linkers.items() if key[1] != oldest}
                 shutil.rmtree(oldest.parent, ignore_errors=True)
         session.kbs[label] = kb_folder
-        return label, len(KnowledgeBase(kb_folder))
+        kb = KnowledgeBase(kb_folder)
+        return label, len(kb), [f"Row {entry['row']}: {entry['problem']}" for entry in kb.left_out_images]
 
     @staticmethod
     def _build(table: Path, archive: Any, source: Path, kb_folder: Path, encoder: tuple[Any, Any]) -> None:
@@ -336,6 +339,7 @@ class Service:
         if archive is not None:
             unpack_images(Path(archive), source)
         count, problems = check_entity_file(entities, image_folder=source)
+        problems = [problem for problem in problems if not isinstance(problem, ImageError)]  # the build goes on
         if count > MAX_KB_ROWS:
             raise Refused(f"The table has {count:,} entities; at most {MAX_KB_ROWS:,} are allowed.")
         if problems:

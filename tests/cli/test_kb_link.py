@@ -69,6 +69,25 @@ def test_a_knowledge_base_is_built_changed_and_described(tmp_path, model):
         assert word in printed
 
 
+def test_bad_images_are_counted_in_the_closing_lines_and_refused_by_strict(tmp_path, model):
+    (tmp_path / "mine.csv").write_text("id,name,image\na,Ada,gone.png\nb,Bob,\n")
+    (tmp_path / "more.csv").write_text("id,name,image\nc,Cleo,lost.png\n")
+    folder = tmp_path / "kb"
+    with pytest.raises(ImageError, match=r"mine\.csv, row 2: "):
+        run("kb", "build", model, "--entities", tmp_path / "mine.csv", "--output", folder, "--strict")
+    assert not folder.exists()
+    printed = run("kb", "build", model, "--entities", tmp_path / "mine.csv", "--output", folder).stdout
+    assert "missing or damaged: 1." in printed
+    assert "  mine.csv, row 2: The image file gone.png does not exist.\n" in printed
+    more = ("kb", "add", folder, "--model", model, "--entities", tmp_path / "more.csv")
+    with pytest.raises(ImageError, match=r"more\.csv, row 2: "):
+        run(*more, "--strict")
+    printed = run(*more).stdout
+    assert "missing or damaged: 1." in printed
+    assert "lost.png" in printed
+    assert "gone.png" not in printed
+
+
 def test_an_index_is_built_used_measured_and_listed(tmp_path, model):
     pytest.importorskip("faiss")
     KnowledgeBase.build(toy_entities(80), MODEL, PROCESSOR, output=tmp_path / "kb", progress=False)

@@ -166,6 +166,26 @@ def test_invalid_images_are_errors_that_name_the_line(read_entities, tmp_path, c
     assert caught.value.row == 2
 
 
+def test_bad_images_are_collected_and_their_entities_go_without_them(read_entities, tmp_path):
+    (tmp_path / "pictures" / "bad.jpg").write_bytes(photo()[:900])
+    rows = [
+        {"id": "E1", "name": "n", "images": ["gone.jpg", "pictures/a.jpg", "pictures/bad.jpg"]},
+        {"id": "E2", "name": "n", "image": "pictures/a.jpg"},
+        {"id": "E3", "name": "n", "image": "pictures"},
+    ]
+    with pytest.raises(ImageError, match=r"entities\.jsonl, row 1: .*gone\.jpg"):
+        read_entities(rows)
+    path, bad_images = tmp_path / "entities.jsonl", []
+    entities = read_entity_file(path, bad_images=bad_images)
+    assert [len(row["images"]) for row in entities] == [1, 1, 0]
+    assert [(error.file, error.row, error.message.partition(" (")[0]) for error in bad_images] == [
+        (path, 1, "The image file gone.jpg does not exist."),
+        (path, 1, "pictures/bad.jpg: The image is damaged"),
+        (path, 3, "The image file pictures does not exist."),
+    ]
+    assert [str(problem) for problem in check_entity_file(path)[1]] == list(map(str, bad_images))
+
+
 def test_a_file_of_entities_is_checked_row_by_row(tmp_path):
     """Errors come in the order of rows. Of two rows with the same id, the later one is an error."""
     (tmp_path / "given").mkdir()
@@ -187,8 +207,8 @@ def test_a_file_of_entities_is_checked_row_by_row(tmp_path):
     assert [(type(problem), problem.row) for problem in problems] == [
         (DataFormatError, 2),
         (DuplicateIdError, 3),
-        (ImageError, 4),
-        (ImageError, 5),
+        (DataFormatError, 4),
+        (DataFormatError, 5),
         (ImageError, 6),
     ]
     assert "outside" in str(problems[2])

@@ -34,9 +34,10 @@ from hf_mel.errors import (
 from hf_mel.kb import build_index, knowledge_base, open_index, shards
 from hf_mel.kb.indexes import base as indexes_base
 from hf_mel.kb.knowledge_base import KnowledgeBase
-from hf_mel.schema import entity_features
+from hf_mel.schema import entity_features, post_features
 from tests.processes import lock_holder
-from tests.toy import ToyProcessor, ToyRetriever, toy_entities, toy_model
+from tests.toy import ToyProcessor, ToyRetriever, toy_entities, toy_model, write_toy_dataset
+from tests.toy_posts import ToyPostsProcessor, toy_posts, toy_posts_model
 
 MODEL, PROCESSOR = toy_model(), ToyProcessor()
 WORLD = toy_entities(30)
@@ -634,8 +635,6 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(tmp_path
         (dataset({}, {"entity_id": None}), DataFormatError, "row 1: The entity id is None"),
         (dataset({"entity_id": "NIL"}), DataFormatError, "'NIL'"),
         (WORLD.remove_columns("attributes"), DataFormatError, r"lack the columns \['attributes'\]"),
-        (dataset({"images": [{"bytes": b"no image", "path": None}]}), ImageError, "Q1"),
-        (dataset({"images": [{"bytes": None, "path": "/nowhere/a.png"}]}), ImageError, "Q1"),
     ],
 )
 def test_invalid_entities_are_refused(tmp_path, rows, error, message):
@@ -644,22 +643,106 @@ def test_invalid_entities_are_refused(tmp_path, rows, error, message):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_damaged_image_does_not_stop_a_model_that_never_reads_it(tmp_path):
-    class Reader(ToyProcessor):
-        def __call__(self, entities=None, **kwargs):
-            return super().__call__(entities=[{**row, "images": []} for row in entities], **kwargs)
+BAD = {2: b"no image", 3: b"", 9: b"GIF89a"}
 
-    class LazyReader(ToyProcessor):
-        def __call__(self, entities=None, **kwargs):
-            rows = [{"name": row["name"], "attributes": row["attributes"], "images": []} for row in entities]
-            return super().__call__(entities=rows, **kwargs)
 
-    rows = dataset({"images": [{"bytes": b"no image", "path": None}]})
+def with_bad_images(folder):
+    """Returns the entities of WORLD with damaged images, those of Q5 and Q6 missing in the folder; and without them."""
+    rows, clean = [], []
+    for k, row in enumerate(WORLD.with_format("arrow")[:].to_pylist()):
+        good = row["images"]
+        bad = [{"bytes": BAD[k], "path": None}] if k in BAD else []
+        if k in (4, 5):
+            bad = [{"bytes": None, "path": str(folder / f"gone{k}.png")}]
+        # Q4 has a good image after its bad one, the others have none.
+        images = [*bad, *good] if k == 3 else bad or good
+        rows.append({**row, "images": images})
+        clean.append({**row, "images": [image for image in images if image not in bad]})
+    return datasets.Dataset.from_list(rows, features=entity_features()), list(
+        datasets.Dataset.from_list(clean, features=entity_features())
+    )
+
+
+def test_missing_and_damaged_images_are_listed_and_their_entities_go_without_them(tmp_path, caplog):
+    rows, clean = with_bad_images(tmp_path)
+    kb = build(rows, tmp_path / "kb")
+    assert_holds(kb, clean)
+    assert [(entry["file"], entry["row"]) for entry in kb.left_out_images] == [
+        (None, "Q3"),
+        (None, "Q4"),
+        (None, "Q5"),
+        (None, "Q6"),
+        (None, "Q10"),
+    ]
+    assert "gone4.png: The image file does not exist." in kb.left_out_images[2]["problem"]
+    assert kb.image(3) is not None
+    assert "5 images are missing or damaged, and left out. The first: row Q3: " in caplog.text
+    # One JSON object a line, which neither verification nor publication takes for a part of the knowledge base.
+    lines = (tmp_path / "kb" / "left_out_images.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == kb.left_out_images
+    kb.verify()
+    assert "left_out_images.jsonl" not in kb.files()
+    assert kb.save(tmp_path / "copy").left_out_images == kb.left_out_images
+    # What comes later is appended; a new build begins anew.
+    extra = dataset({"entity_id": "X1"}, {"entity_id": "X2", "images": [{"bytes": b"x", "path": None}]})
+    kb.add(extra, MODEL, PROCESSOR, progress=False)
+    assert [entry["row"] for entry in kb.left_out_images] == ["Q3", "Q4", "Q5", "Q6", "Q10", "X2"]
+    assert kb.image(kb.row_of("X2")) is None
+    assert build(WORLD, tmp_path / "kb").left_out_images == []
+    assert build(rows, tmp_path / "kb").left_out_images[4]["row"] == "Q10"
+
+
+def test_every_source_of_entities_goes_on_without_bad_images(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    Image.new("RGB", (3, 3), "red").save(tmp_path / "good.png")
+    lines = [
+        {"id": "a", "name": "Ada", "image": "gone.png"},
+        {"id": "b", "name": "Bo", "image": ["broken.png", "good.png"]},
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    kb = build(tmp_path / "mine.jsonl", tmp_path / "kb")
+    assert [(entry["file"], entry["row"]) for entry in kb.left_out_images] == [("mine.jsonl", 1), ("mine.jsonl", 2)]
+    assert str(tmp_path) not in json.dumps(kb.left_out_images)
+    assert [kb.image(0), kb.image(1).size] == [None, (3, 3)]
+    rows, clean = with_bad_images(tmp_path)
+    kept = [k for k in range(30) if k not in (4, 5)]  # `to_parquet` takes no missing files
+    kb = build(write_toy_dataset(tmp_path / "data", rows.select(kept)))
+    assert_holds(kb, [clean[k] for k in kept])
+    assert [entry["row"] for entry in kb.left_out_images] == ["Q3", "Q4", "Q10"]
+    assert {entry["file"] for entry in kb.left_out_images} == {"data"}
+
+
+@pytest.mark.parametrize("source", ["rows", "file"])
+def test_a_strict_knowledge_base_takes_no_bad_image_and_writes_nothing(tmp_path, source):
+    rows, _ = with_bad_images(tmp_path)
+    (tmp_path / "mine.jsonl").write_text('{"id": "a", "name": "Ada"}\n{"id": "Q3", "name": "Bo", "image": "gone.png"}')
+    entities, row = (rows, "Q3") if source == "rows" else (tmp_path / "mine.jsonl", 2)
+    with pytest.raises(ImageError) as caught:
+        build(entities, tmp_path / "kb", strict=True)
+    assert caught.value.row == row
+    assert sorted(os.listdir(tmp_path)) == ["mine.jsonl"]
+    kb = build(WORLD.select(range(2)), tmp_path / "kb")
+    before = files(tmp_path / "kb")
     with pytest.raises(ImageError):
-        build(rows, processor=Reader())  # reads every column
-    kb = build(rows, processor=LazyReader())
-    with pytest.raises(ImageError, match="Q1"):
-        kb.image(0)
+        kb.add(entities, MODEL, PROCESSOR, strict=True, progress=False)
+    assert {name: content for name, content in files(tmp_path / "kb").items() if name in before} == before
+    assert kb.entity_ids == ["Q1", "Q2"]
+
+
+def test_posts_with_bad_images_go_on_without_them():
+    posts = list(toy_posts())
+    bad = {4, 5, 20}
+    undecoded = toy_posts().with_format("arrow")[:].to_pylist()
+    broken = [{**row, "image": {"bytes": b"x", "path": None}} if k in bad else row for k, row in enumerate(undecoded)]
+    clean = [{**row, "image": None} if k in bad else row for k, row in enumerate(posts)]
+    options = {"model": toy_posts_model(), "processor": ToyPostsProcessor()}
+    one, other = (
+        build(toy_entities(), posts=datasets.Dataset.from_list(rows, features=post_features()), **options)
+        for rows in (broken, clean)
+    )
+    assert [entry["row"] for entry in one.left_out_images] == [posts[k]["post_id"] for k in sorted(bad)]
+    for name in ("text", "vision"):
+        torch.testing.assert_close(one.encodings(range(12))[name], other.encodings(range(12))[name])
 
 
 @pytest.mark.parametrize(

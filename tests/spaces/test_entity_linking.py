@@ -180,7 +180,7 @@ def test_a_knowledge_base_is_offered_only_with_the_model_that_built_it(space, fo
         {**service.models, "toy": str(tmp_path / "toy")}, {**service.kbs, "toys": str(tmp_path / "kb")}
     )
     assert [two.fitting_kbs(name) for name in ("small", "toy")] == [["flags"], ["toys"]]
-    label, _ = two.build_kb(
+    label, *_ = two.build_kb(
         "Mine", entities_csv(tmp_path / "x.csv", [["1", "Jo", "", ""]]), None, model="toy", session=session
     )
     assert [two.fitting_kbs(name, session) for name in ("small", "toy")] == [["flags"], ["toys", label]]
@@ -244,8 +244,8 @@ def png(colour="red") -> bytes:
 def test_a_visitor_can_build_use_and_download_a_knowledge_base(service, session, tmp_path):
     table = entities_csv(tmp_path / "mine.csv", [["1", "Jo", "a cat", "jo.png"], ["2", "Al", "a dog", ""]])
     archive = zipped(tmp_path / "images.zip", {"jo.png": png(), "readme.txt": b"left out"})
-    label, count = service.build_kb("Pets", table, archive, model="small", session=session)
-    assert (label, count) == ("Pets (yours)", 2)
+    label, count, left_out = service.build_kb("Pets", table, archive, model="small", session=session)
+    assert (label, count, left_out) == ("Pets (yours)", 2, [])
     (result,) = link(service, "Jo barks", ["Jo"], kb=label, session=session)
     assert {c.entity_id for c in result.candidates} == {"1", "2"}
     kb = KnowledgeBase.from_pretrained(session.kbs[label])
@@ -258,7 +258,7 @@ def test_a_visitor_can_build_use_and_download_a_knowledge_base(service, session,
 
 def test_a_knowledge_base_belongs_to_one_visitor_and_is_deleted_with_the_session(space, service, session, tmp_path):
     table = entities_csv(tmp_path / "mine.csv", [["1", "Jo", "", ""]])
-    label, _ = service.build_kb("Secret", table, None, model="small", session=session)
+    label, *_ = service.build_kb("Secret", table, None, model="small", session=session)
     for stranger in (space.service.Session(), None):
         with pytest.raises(space.service.Refused, match="does not exist"):
             link(service, kb=label, session=stranger)
@@ -281,10 +281,26 @@ def test_the_error_names_every_invalid_row(space, service, session, tmp_path):
     with pytest.raises(space.service.Refused) as refused:
         service.build_kb("x", entities_csv(tmp_path / "mine.csv", rows), None, model="small", session=session)
     words = str(refused.value)
-    assert words.startswith("4 rows cannot be used")
-    assert [f"Row {row}:" in words for row in (2, 3, 4, 5, 6)] == [False, *[True] * 4]
+    assert words.startswith("3 rows cannot be used")
+    assert [f"Row {row}:" in words for row in (2, 3, 4, 5, 6)] == [False, True, True, True, False]
     assert str(session.folder) not in words
     assert not session.kbs
+
+
+def test_missing_and_damaged_images_are_listed_and_their_entities_go_without_them(service, space, session, tmp_path):
+    rows = [["1", "Jo", "", "gone.png"], ["2", "Al", "", "bad.png"], ["3", "Di", "", "di.png"]]
+    table = entities_csv(tmp_path / "mine.csv", rows)
+    archive = zipped(tmp_path / "images.zip", {"bad.png": png()[:40], "di.png": png()})
+    for _ in range(2):  # the second time, the knowledge base exists
+        label, count, left_out = service.build_kb("Pets", table, archive, model="small", session=session)
+        assert count == 3
+        assert left_out[0] == "Row 2: The image file gone.png does not exist."
+        assert left_out[1].startswith("Row 3: bad.png: The ")
+        assert len(left_out) == 2
+    kb = KnowledgeBase.from_pretrained(session.kbs[label])
+    assert [kb.image(row) is not None for row in range(3)] == [False, False, True]
+    message, *_ = space.app.Handlers(service, []).build_own_kb("Pets", table, archive, "small", session)
+    assert "missing or damaged: 2." in message
 
 
 @pytest.mark.parametrize("name", ["../out.png", "/out.png", "..\\out.png", "a/../../out.png"])
