@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["errors", "lazy", "terminal"],
     ["locks"],
-    ["schema", "files", "hub_errors"],
+    ["schema", "files", "hub_errors", "row_columns"],
     ["protocols", "row_files"],
     ["data"],
     ["building", "inference"],
@@ -100,7 +100,7 @@ def test_a_builder_imports_datasets_and_the_lowest_floors(path):
     for name in shared:
         folder = name.removeprefix("hf_mel.").rsplit(".", 1)[0]
         assert folder in ("dataset_scripts", "dataset_scripts.layouts", own_folder), f"{path} imports {name}"
-    assert ours - set(shared) <= {"hf_mel.schema", "hf_mel.errors", "hf_mel.row_files"}
+    assert ours - set(shared) <= {"hf_mel.schema", "hf_mel.errors", "hf_mel.row_files", "hf_mel.row_columns"}
 
 
 @pytest.mark.parametrize("path", files("spaces"), ids=str)

@@ -7,7 +7,6 @@ import math
 import operator
 import os
 import sys
-import unicodedata
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -40,6 +39,7 @@ from hf_mel.protocols import (
     leaves_out_missing_images,
     ranks_jointly,
 )
+from hf_mel.row_files import other_unicode_form
 from hf_mel.schema import NIL, NO_SPAN
 
 logger = logging.getLogger(__name__)
@@ -718,16 +718,11 @@ def _offset(mention: MentionLike, key: str, row: int | str | None) -> int | None
 
 def _find_remedy(text: str, surface: str) -> str:
     """Returns what to do about a mention that its text does not contain."""
-    if unicodedata.normalize("NFC", surface) in unicodedata.normalize("NFC", text):
-        forms = f"the mention {_unicode_form(surface)}, the text {_unicode_form(text)}"
-        return f"They are in different Unicode forms ({forms}): convert both to NFC."
+    if remedy := other_unicode_form(text, surface):
+        return remedy
     if surface.casefold() in text.casefold():
         return "Write it exactly as in the text: upper and lower case differ."
     return "Write it exactly as in the text."
-
-
-def _unicode_form(text: str) -> str:
-    return next((form for form in ("NFC", "NFD") if unicodedata.is_normalized(form, text)), "a mixed form")
 
 
 def _equal(score: float, other: float) -> bool:
