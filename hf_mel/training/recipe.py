@@ -168,7 +168,8 @@ class Recipe:
         Args:
             path_or_name (`str` or `os.PathLike`): A YAML file, or the name of a recipe that comes with the package.
             overrides (sequence of `str`): `key=value`, with dots between the levels of the key and a YAML value, such as
-                `training.num_train_epochs=1`.
+                `training.num_train_epochs=1`. The value of a text, such as `data.dataset=out[1]`, is taken as it is
+                written, unless it is in quotes.
 
         Raises:
             RecipeError: the recipe does not exist, is not YAML, has an unknown key or a value of the wrong type, or
@@ -381,10 +382,20 @@ def apply_override(content: dict[str, Any], override: str, file: str | None) -> 
         target = target[parent]
         if not isinstance(target, dict):
             raise RecipeError(f"In --set {override!r}, {parent!r} is a value and has no keys.", file=file)
+    if _is_text(key) and value not in ("", "~", "null") and value[0] + value[-1] not in ("''", '""'):
+        target[last] = value  # in YAML, a folder `[a]` would be a list, and ` #1` at the end of its name a comment
+        return
     try:
         target[last] = yaml.load(value, Loader=RecipeYamlLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"In --set {override!r}, the value is not valid YAML ({error}).", file=file) from None
+
+
+def _is_text(key: str) -> bool:
+    """Whether a key of a recipe, with dots between its levels, takes a text."""
+    sections = {"": Recipe, "model": ModelRecipe, "data": DataRecipe, "candidates": CandidatesRecipe}
+    section, _, name = key.rpartition(".")
+    return section in sections and _field_types(sections[section]).get(name, "").startswith("str")
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
