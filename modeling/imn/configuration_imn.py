@@ -43,8 +43,11 @@ class ImnConfig(PreTrainedConfig):
         encoder_init (`str`, *optional*, defaults to `"default"`):
             Initialisation of the encoding networks. `"default"` is random. With `"aligned"`, both networks start as the
             same map of single tokens, the Transformer as a LayerNorm of each token, and co-attention nearly uniform, so
-            that the auxiliary spaces start as projections of the extractors' features. Not in the paper. Needs the same
-            modalities on both sides.
+            that the auxiliary spaces start as projections of the extractors' features. ReLU cuts half of each projection
+            off. With `"paired"`, the first convolution starts as x → [Wx; −Wx] and eq. 3, 5 and 8 as differences of
+            these pairs, one block of outputs for each modality, so nothing is cut off. Pooling starts as the mean, and
+            the third space, where the maximum replaces the mean, starts with a tenth of the weight. It needs even
+            `hidden_dim` and `conv_dim`. Neither is in the paper. Both need the same modalities on both sides.
         hidden_dim (`int`, *optional*, defaults to 256):
             Width of the outputs of the Dilated CNN and the Transformer (eq. 1, 4).
         aux_dim (`int`, *optional*, defaults to 128):
@@ -141,12 +144,16 @@ class ImnConfig(PreTrainedConfig):
                     f"The modality {modality!r} needs {needs[modality]}. Set it, or leave the modality out of "
                     "mention_modalities and entity_modalities."
                 )
-        if self.encoder_init not in ("default", "aligned"):
-            raise ValueError(f"encoder_init={self.encoder_init!r} is not one of 'default', 'aligned'.")
-        if self.encoder_init == "aligned" and self.mention_modalities != self.entity_modalities:
+        if self.encoder_init not in ("default", "aligned", "paired"):
+            raise ValueError(f"encoder_init={self.encoder_init!r} is not one of 'default', 'aligned', 'paired'.")
+        if self.encoder_init != "default" and self.mention_modalities != self.entity_modalities:
             raise ValueError(
-                f"encoder_init='aligned' needs mention_modalities={self.mention_modalities!r} and "
+                f"encoder_init={self.encoder_init!r} needs mention_modalities={self.mention_modalities!r} and "
                 f"entity_modalities={self.entity_modalities!r} to be the same."
+            )
+        if self.encoder_init == "paired" and (self.hidden_dim % 2 or self.conv_dim % 2):
+            raise ValueError(
+                f"encoder_init='paired' needs hidden_dim={self.hidden_dim} and conv_dim={self.conv_dim} to be even."
             )
         if set(self.spaces or ()) - {1, 2, 3}:
             raise ValueError(f"spaces={self.spaces!r} may contain only 1, 2 and 3.")

@@ -140,6 +140,46 @@ class _AlignedLinear(nn.Linear):
         return _orthogonal(self.weight.shape)
 
 
+class _PairedConv1d(_AlignedConv1d):
+    """Convolution that starts as the map x → [Wx; −Wx] of single tokens: ReLU cuts nothing off the pair.
+
+    Args:
+        reads_pairs (`bool`): The input already is pairs [ReLU(x); ReLU(−x)], of which W maps the difference, x.
+        place (`int`): Number of this convolution among those that read the same input: each takes other rows of W.
+    """
+
+    def __init__(self, *args, reads_pairs: bool = False, place: int = 0, **options):
+        super().__init__(*args, **options)
+        self.reads_pairs, self.place = reads_pairs, place
+
+    def _tap(self) -> torch.Tensor:
+        half, width = len(self.weight) // 2, self.in_channels // (2 if self.reads_pairs else 1)
+        rows = half * (self.place + 1)
+        whole = _orthogonal(torch.Size([half * (len(_KERNELS) if self.reads_pairs else 1), width]))
+        tap = whole[rows - half : rows]
+        tap = torch.cat([tap, -tap], 1) if self.reads_pairs else tap
+        return torch.cat([tap, -tap])
+
+
+class _PairedLinear(nn.Linear):
+    """Linear map that starts by taking the differences of pairs and projecting each modality to its own outputs.
+
+    The input is, for each modality, `groups` vectors [x⁺; x⁻] of the same width. The outputs are shared out evenly.
+    """
+
+    def __init__(self, in_features: int, out_features: int, modalities: int, groups: int = 1):
+        super().__init__(in_features, out_features)
+        self.modalities, self.groups = modalities, groups
+
+    def aligned_weight(self) -> torch.Tensor:
+        half = self.in_features // self.modalities // self.groups // 2
+        blocks = []
+        for rows in torch.arange(self.out_features).tensor_split(self.modalities):
+            projection = _orthogonal(torch.Size([len(rows), self.groups * half])).view(len(rows), self.groups, half)
+            blocks.append(torch.cat([projection, -projection], 2).flatten(1))
+        return torch.block_diag(*blocks)
+
+
 class _SmallLinear(nn.Linear):
     """Linear map that starts at `scale` times PyTorch's default, without a bias."""
 
@@ -157,12 +197,12 @@ class DilatedCNN(nn.Module):
 
     def __init__(self, width: int, config: ImnConfig):
         super().__init__()
-        aligned = config.encoder_init == "aligned"
-        convolution = _AlignedConv1d if aligned else nn.Conv1d
+        random = config.encoder_init == "default"
+        convolution = {"aligned": _AlignedConv1d, "paired": _PairedConv1d}.get(config.encoder_init, nn.Conv1d)
         self.layers = nn.ModuleList()
         for dilation in config.dilations or ():
             self.layers.append(convolution(width, config.hidden_dim, 3, padding=dilation, dilation=dilation))
-            width, convolution = config.hidden_dim, _IdentityConv1d if aligned else nn.Conv1d
+            width, convolution = config.hidden_dim, nn.Conv1d if random else _IdentityConv1d
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """g [B, S, h] of [B, S, width]; zeros where `mask` [B, S] is False."""
@@ -182,6 +222,12 @@ class _BatchNorm(nn.BatchNorm1d):
         return super().forward(x)
 
 
+class _FaintBatchNorm(_BatchNorm):
+    """Batch normalisation whose weight starts at 0.1, so that its space has little part in the fused one at first."""
+
+    first_weight = 0.1
+
+
 class HierarchicalEncoder(nn.Module):
     """Hierarchical encoding network of one side (§3.4.1), from its modalities to the three auxiliary spaces.
 
@@ -193,24 +239,26 @@ class HierarchicalEncoder(nn.Module):
     def __init__(self, config: ImnConfig, widths: Mapping[str, int]):
         super().__init__()
         hidden, aux = config.hidden_dim, config.aux_dim
-        aligned = config.encoder_init == "aligned"
-        convolution, linear = (_AlignedConv1d, _AlignedLinear) if aligned else (nn.Conv1d, nn.Linear)
+        paired = config.encoder_init == "paired"
         self.cnn = nn.ModuleDict({name: DilatedCNN(width, config) for name, width in widths.items()})
-        self.attention = nn.ModuleDict({name: nn.Linear(hidden, 1, bias=False) for name in widths})
+        # Zeros pool a sequence to its mean.
+        attention = _ZeroLinear if paired else nn.Linear
+        self.attention = nn.ModuleDict({name: attention(hidden, 1, bias=False) for name in widths})
         layer = nn.TransformerEncoderLayer(hidden, config.num_heads, 4 * hidden, config.dropout, batch_first=True)
-        if aligned:
+        if config.encoder_init != "default":
             layer.linear2 = _ZeroLinear(4 * hidden, hidden)
         self.transformer = nn.TransformerEncoder(layer, config.num_layers, enable_nested_tensor=False)
-        self.convolutions = nn.ModuleDict(
-            {
-                name: nn.ModuleList([convolution(hidden, config.conv_dim, kernel) for kernel in _KERNELS])
-                for name in widths
-            }
-        )
+        self.convolutions = nn.ModuleDict({name: nn.ModuleList(_convolutions(config)) for name in widths})
         self.dropout = nn.Dropout(config.dropout)
         sizes = (hidden, hidden, len(_KERNELS) * config.conv_dim)
-        self.fc = nn.ModuleList([linear(len(widths) * size, aux) for size in sizes])
-        self.norm = nn.ModuleList([_BatchNorm(aux) for _ in sizes])
+        self.fc = nn.ModuleList()
+        for size, groups in zip(sizes, (1, 1, len(_KERNELS)), strict=True):
+            if paired:
+                self.fc.append(_PairedLinear(len(widths) * size, aux, len(widths), groups))
+            else:
+                linear = _AlignedLinear if config.encoder_init == "aligned" else nn.Linear
+                self.fc.append(linear(len(widths) * size, aux))
+        self.norm = nn.ModuleList([_BatchNorm(aux), _BatchNorm(aux), (_FaintBatchNorm if paired else _BatchNorm)(aux)])
 
     def forward(self, sequences: Mapping[str, MaskedSequence]) -> torch.Tensor:
         """aux [B, 3, d] of the sequences of all modalities."""
@@ -258,13 +306,22 @@ class HierarchicalEncoder(nn.Module):
         return torch.cat(pooled, -1)
 
 
+def _convolutions(config: ImnConfig) -> list[nn.Conv1d]:
+    """The Conv1D blocks of eq. 6 for one modality."""
+    sizes = (config.hidden_dim, config.conv_dim)
+    if config.encoder_init == "paired":
+        return [_PairedConv1d(*sizes, kernel, reads_pairs=True, place=k) for k, kernel in enumerate(_KERNELS)]
+    convolution = _AlignedConv1d if config.encoder_init == "aligned" else nn.Conv1d
+    return [convolution(*sizes, kernel) for kernel in _KERNELS]
+
+
 class CoAttention(nn.Module):
     """Weights W_c^1, W_c^2, b_c of one direction of eq. 9."""
 
     def __init__(self, config: ImnConfig):
         super().__init__()
         # Small weights make the attention nearly uniform at first.
-        linear = _SmallLinear if config.encoder_init == "aligned" else nn.Linear
+        linear = nn.Linear if config.encoder_init == "default" else _SmallLinear
         self.query = linear(config.aux_dim, config.aux_dim, bias=False)
         self.key = linear(config.aux_dim, config.aux_dim)
 
@@ -367,7 +424,7 @@ class ImnPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, _AlignedConv1d | _AlignedLinear):
+        if isinstance(module, _AlignedConv1d | _AlignedLinear | _PairedLinear):
             init.copy_(module.weight, module.aligned_weight().to(module.weight))
             init.zeros_(module.bias)  # type: ignore[arg-type]
         elif isinstance(module, _SmallLinear):
@@ -383,11 +440,11 @@ class ImnPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.MultiheadAttention):
             init.xavier_uniform_(module.in_proj_weight)
             init.zeros_(module.in_proj_bias)
-            if self.config.encoder_init == "aligned":  # overrides out_proj, which was initialised before
+            if self.config.encoder_init != "default":  # overrides out_proj, which was initialised before
                 init.zeros_(module.out_proj.weight)
                 init.zeros_(module.out_proj.bias)
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm1d):
-            init.ones_(module.weight)
+            init.constant_(module.weight, getattr(module, "first_weight", 1.0))
             init.zeros_(module.bias)
             if isinstance(module, nn.BatchNorm1d):
                 init.zeros_(module.running_mean)  # type: ignore[arg-type]

@@ -167,11 +167,13 @@ VARIANTS = {
     "feature map": {"vision": RESNET},
     "vit": {"vision": VIT},
     "aligned start": {"encoder_init": "aligned"},
+    "paired start": {"encoder_init": "paired", "conv_dim": 4},
     "other weights": {"loss_weights": [0.1, 0.7, 0.2, 2], "margin": 1},
 }
 FEW = (
     "the paper's",
     "aligned start",
+    "paired start",
     "- co-attention",
     "text+image / text",
     "- aux 1",
@@ -381,6 +383,46 @@ def test_the_aligned_start_maps_single_tokens():
     for direction in (model.mention_to_entity, model.entity_to_mention):
         for linear in (direction.query, direction.key):
             assert largest / 2 < linear.weight.abs().max() <= largest
+
+
+def test_the_paired_start_cuts_nothing_off():
+    """Spaces 1 and 2 start as projections of the mean token, space 3 of the middle between largest and smallest.
+
+    The projections are read off the weights here, and orthogonal ones lose nothing, so inner products are the tokens'.
+    """
+    torch.manual_seed(0)
+    modalities = {"mention_modalities": ["text", "image"], "entity_modalities": ["text", "image"]}
+    widths = {"hidden_dim": 48, "aux_dim": 48, "conv_dim": 12, "dilations": [1, 2]}
+    model = ImnModel(
+        ImnConfig(text_config=dict(BERT), vision_config=dict(VIT), encoder_init="paired", **DIMS | modalities | widths)
+    ).eval()
+    lengths, sequences = {"text": 5, "image": 3}, {}
+    for name, length in lengths.items():
+        sequences[name] = (torch.randn(2, length, model.widths[name]), torch.ones(2, length, dtype=torch.bool))
+    with torch.no_grad():
+        mention_aux, entity_aux = model.mention_encoder(sequences), model.entity_encoder(sequences)
+    torch.testing.assert_close(mention_aux, entity_aux)
+    assert max(model.widths[name] for name in lengths) <= 24  # so that 24 pairs and 24 outputs lose nothing
+    for place, name in enumerate(lengths):
+        conv = model.mention_encoder.cnn[name].layers[0].weight[:24, :, 1].detach()
+        tokens = sequences[name][0]
+        mean = tokens.mean(1)
+        rows = slice(24 * place, 24 * (place + 1))
+        shown = mention_aux[:, 0, rows]
+        torch.testing.assert_close(shown @ shown.T, mean @ mean.T, atol=1e-3, rtol=1e-3)
+        # The Transformer starts as a LayerNorm of the pair [x⁺; x⁻], whose difference is x / σ.
+        x = tokens @ conv.T
+        pair = torch.cat([x.clamp(min=0), (-x).clamp(min=0)], -1)
+        normed = x / pair.std(-1, unbiased=False, keepdim=True)
+        second = mention_aux[:, 1, rows]
+        torch.testing.assert_close(second @ second.T, normed.mean(1) @ normed.mean(1).T, atol=1e-3, rtol=1e-3)
+        blocks = []
+        for block in model.mention_encoder.convolutions[name]:
+            y = normed @ block.weight[:6, :24, 0].detach().T
+            blocks.append(y.amax(1).clamp(min=0) + y.amin(1).clamp(max=0))
+        third = 10 * mention_aux[:, 2, rows]  # the weight of the batch normalisation starts at 0.1
+        expected = torch.cat(blocks, -1)
+        torch.testing.assert_close(third @ third.T, expected @ expected.T, atol=1e-3, rtol=1e-3)
 
 
 def test_blocks_do_not_change_scores(monkeypatch):
@@ -719,6 +761,8 @@ def test_the_default_configuration_is_that_of_the_paper():
         ({"dropout": 1}, ["dropout"]),
         ({"encoder_init": "zero"}, ["encoder_init", "'aligned'"]),
         ({"encoder_init": "aligned", "entity_modalities": ["text"]}, ["encoder_init", "entity_modalities=['text']"]),
+        ({"encoder_init": "paired", "entity_modalities": ["text"]}, ["'paired'", "entity_modalities=['text']"]),
+        ({"encoder_init": "paired", "conv_dim": 3}, ["'paired'", "conv_dim=3", "even"]),
     ],
 )
 def test_impossible_configurations_are_refused(fields, words):
