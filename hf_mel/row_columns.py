@@ -95,11 +95,11 @@ class ColumnMapping:
                     remedy=f"{_suggestion(target, accepted)}Columns are {', '.join(accepted)}.",
                 )
 
-    def check_used(self, file: str | os.PathLike[str]) -> None:
+    def check_used(self, file: str | os.PathLike[str] | None = None) -> None:
         """Raises an error if a column is assigned that none of the files read so far has.
 
         Args:
-            file (`str` or `os.PathLike`): The file, for the message.
+            file (`str` or `os.PathLike`, *optional*): The only file, for the message.
 
         Raises:
             DataFormatError: Names the nearest columns of the files.
@@ -254,6 +254,7 @@ class ColumnPlan:
             raise self.unknown_error()
         names = [name for name in self.names if name]
         if missing := [key for key in required if key not in self._sources]:
+            self._mapping.check_used(self._file)
             nearest = {key: next((name for name in names if _nearest(name, [key])), None) for key in missing}
             options = [f"--column {key}={shlex.quote(_quoted(near or 'COLUMN'))}" for key, near in nearest.items()]
             raise DataFormatError(

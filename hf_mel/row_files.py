@@ -108,12 +108,16 @@ def bad_rows_error(errors: Sequence[MelError]) -> MelError:
     """Returns one error that lists several, of their class if they have the same. A single one is returned itself."""
     if len(errors) == 1:
         return errors[0]
-    lines = [f"  {error}" for error in errors[:_MAX_LISTED]]
+    classes, files = {type(error) for error in errors}, {error.file for error in errors}
+    file = files.pop() if len(files) == 1 else None
+    lines = []
+    for error in errors[:_MAX_LISTED]:
+        row = error if file is None else type(error)(error.message, row=error.row, remedy=error.remedy)
+        lines.append(f"  {row}")
     if len(errors) > _MAX_LISTED:
         lines.append(f"  … and {len(errors) - _MAX_LISTED:,} more")
-    classes = {type(error) for error in errors}
     kind = classes.pop() if len(classes) == 1 else DataFormatError
-    return kind(f"{len(errors):,} rows cannot be used:\n" + "\n".join(lines))
+    return kind(f"{len(errors):,} rows cannot be used:\n" + "\n".join(lines), file=file)
 
 
 def _raise(error: DataFormatError) -> None:
@@ -467,6 +471,11 @@ def clean_id(text: str) -> str:
     """
     text = unicodedata.normalize("NFC", text.strip())
     return re.sub(r"^https?://www\.wikidata\.org/(entity|wiki)/(?=Q[0-9]+$)", "", text)
+
+
+def ids_cell(path: Path, line: int, row: Mapping[str, Any], column: str) -> list[str]:
+    """Returns a cell as a list of ids ([`clean_id`]), as [`texts_cell`] does."""
+    return list(map(clean_id, texts_cell(path, line, row, column)))
 
 
 def other_unicode_form(text: str, mention: str) -> str | None:

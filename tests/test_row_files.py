@@ -275,10 +275,13 @@ def test_many_bad_rows_are_one_error():
     errors = [DataFormatError(f"m{k}.", file="a.csv", row=k) for k in range(30)]
     assert bad_rows_error(errors[:1]) is errors[0]
     combined = bad_rows_error(errors)
+    assert (combined.file, combined.row) == ("a.csv", None)
     assert str(combined).splitlines() == [
-        "30 rows cannot be used:",
-        *(f"  a.csv, row {k}: m{k}." for k in range(20)),
+        "a.csv: 30 rows cannot be used:",
+        *(f"  row {k}: m{k}." for k in range(20)),
         "  … and 10 more",
     ]
+    combined = bad_rows_error([errors[1], DataFormatError("n.", file="b.csv", row=1, remedy="Do.")])
+    assert str(combined) == "2 rows cannot be used:\n  a.csv, row 1: m1.\n  b.csv, row 1: n. Do."
     assert type(bad_rows_error([DuplicateIdError("a"), DuplicateIdError("b")])) is DuplicateIdError
     assert type(bad_rows_error([DuplicateIdError("a"), ImageError("b")])) is DataFormatError

@@ -10,6 +10,8 @@
 The split of a mention is its cell `split`. Without that column it is the name of the file, and with the option
 `split=hash` it follows from the context ([`hashed_split`]). Rows without `context_id` share a context if they have the
 same text and image.
+
+All bad rows are collected, so that one error tells them all.
 """
 
 from __future__ import annotations
@@ -17,29 +19,35 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from hf_mel.dataset_scripts.builder import ReleaseBuilder, ReleaseConfig, mention_row
 from hf_mel.dataset_scripts.image_files import read_image
-from hf_mel.dataset_scripts.release import NIL_SPELLINGS
+from hf_mel.dataset_scripts.release import NIL_SPELLINGS, ReleaseLog
 from hf_mel.dataset_scripts.spans import locate
 from hf_mel.errors import (
     DataFormatError,
     DuplicateIdError,
     ImageError,
     KnowledgeBaseError,
+    MelError,
     SpanError,
     UnknownEntityError,
 )
+from hf_mel.row_columns import ColumnMapping
 from hf_mel.row_files import (
     ENTITY_COLUMNS,
     ROW_SUFFIXES,
+    bad_rows_error,
     entity_row,
     id_cell,
+    ids_cell,
     image_file,
+    other_unicode_form,
     read_rows,
     text_cell,
     texts_cell,
@@ -48,6 +56,10 @@ from hf_mel.schema import NIL, NO_SPAN, mention_features, post_features
 
 _MENTION_COLUMNS = {name: name for name in (*mention_features(), "split")} | {"id": "mention_id"}
 _POST_COLUMNS = {name: name for name in post_features()} | {"id": "post_id"}
+#: Option of the builder → the columns of its files.
+_COLUMNS = {"entities": ENTITY_COLUMNS, "mentions": _MENTION_COLUMNS, "posts": _POST_COLUMNS}
+#: Gives the split of a row from its line, its cells and the id of its context.
+_SplitReader: TypeAlias = Callable[[int, Mapping[str, Any], str], str]
 #: Name that a split may have in the user's files → its name in the data set.
 _SPLIT_NAMES = {
     "train": "train",
@@ -76,12 +88,20 @@ class JsonlConfig(ReleaseConfig):
             folder of their file.
         entity_images (`str`, *optional*): The same for entities.
         split (`str`, *optional*): "hash" assigns contexts to train, validation and test by their ids, 80 : 10 : 10.
+        column (`str` or list of `str`, *optional*): Assignments of columns that have other names in the files, such as
+            "name=artist" or "attributes=gender,placeOfBirth" ([`~hf_mel.row_columns.ColumnMapping.parse`]). Each counts
+            for the files that have these columns.
+        ignore_other_columns (`bool`): Whether unknown columns are left out. Default: they are errors.
+        inverted_names (`bool`): Whether "Forename Surname" is an alias of an entity named "Surname, Forename".
     """
 
     mentions: str | None = None
     entities: str | None = None
     posts: str | None = None
     split: str | None = None
+    column: str | list[str] | None = None
+    ignore_other_columns: bool | str = False
+    inverted_names: bool | str = False
 
 
 class Jsonl(ReleaseBuilder):
@@ -114,9 +134,36 @@ class Jsonl(ReleaseBuilder):
         """Returns the configurations that the user gave files for."""
         return [config for config in cls.CONFIGS if config != "posts" or options.get("posts") is not None]
 
+    def open_release(self) -> ReleaseLog:
+        """Returns the log of the files, after checking that they have the assigned columns."""
+        column = self.config.column or []
+        self.bad_rows: list[MelError] = []
+        self.mapping = ColumnMapping.parse(
+            [column] if isinstance(column, str) else column,
+            ignore_others=_flag("ignore_other_columns", self.config.ignore_other_columns),
+            inverted_names=_flag("inverted_names", self.config.inverted_names),
+        )
+        self.mapping.check_targets({**ENTITY_COLUMNS, **_MENTION_COLUMNS, **_POST_COLUMNS})
+        if self.mapping.sources:
+            for option, columns in _COLUMNS.items():
+                if getattr(self.config, option) is not None:
+                    self._see_columns(option, columns)
+            self.mapping.check_used()
+        return ReleaseLog()
+
+    def _see_columns(self, option: str, columns: Mapping[str, str]) -> None:
+        """Reads the columns of the files of an option: the header of a table, or the keys of all JSON objects."""
+        for path in self._files(option):
+            ignored_rows: list[MelError] = []
+            for _ in read_rows(path, columns, mapping=self.mapping, keep_others=True, bad_rows=ignored_rows):
+                if path.suffix.lower() in (".csv", ".tsv"):
+                    break
+
     def splits(self) -> list[str]:
         """Reads the mentions and returns their splits."""
-        self.rows_by_split = self._read_mentions()
+        self._entity_rows()
+        self.rows_by_split = self._mention_rows()
+        self._raise_bad_rows()
         return list(self.rows_by_split)
 
     def mentions(self, split: str) -> Iterator[dict[str, Any]]:
@@ -126,63 +173,93 @@ class Jsonl(ReleaseBuilder):
 
     def entities(self) -> Iterator[dict[str, Any]]:
         """Yields the knowledge base."""
-        for row in list(self._read_entities()):
+        rows = self._entity_rows()
+        if self.bad_rows:  # told together with those of the other files
+            for option, read in (("mentions", self._mention_rows), ("posts", self._post_rows)):
+                if getattr(self.config, option) is not None:
+                    self._collect(read)
+        self._raise_bad_rows()
+        for row in rows:
             yield {**row, "images": [_read_cell(path) for path in row["images"]]}
 
     def posts(self) -> Iterator[dict[str, Any]]:
         """Yields the posts."""
-        for row in list(self._read_posts()):
+        self._entity_rows()
+        rows = self._post_rows()
+        self._raise_bad_rows()
+        for row in rows:
             yield {**row, "image": _read_cell(row["image"])}
 
-    def _read_entities(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows of the entities, with paths for images."""
+    def _collect(self, read: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function; its error becomes that of a bad row."""
+        try:
+            return read(*arguments)
+        except MelError as error:
+            self.bad_rows.append(error)
+            return None
+
+    def _raise_bad_rows(self) -> None:
+        if self.bad_rows:
+            raise bad_rows_error(self.bad_rows)
+
+    def _entity_rows(self) -> list[dict[str, Any]]:
+        """Returns the good rows of the entities, with paths for images."""
         folder = _image_folder(self.config.entity_images)
-        first_rows: dict[str, str] = {}
+        self.entity_positions: dict[str, str] = {}  # also of bad rows
+        rows = []
         for path in self._files("entities"):
-            for line, record in self._read_rows(path, ENTITY_COLUMNS):
-                row = entity_row(path, line, {**record, "image": None})
-                if self.config.name == "entities":  # the other configurations need only the ids
-                    names = texts_cell(path, line, record, "image")
-                    row["images"] = self._existing_images(path, line, names, folder, "missing_entity_image")
-                    self.origins[row["entity_id"]] = (path.name, str(line))
-                if row["entity_id"].strip().casefold() in NIL_SPELLINGS:
-                    raise DataFormatError(
-                        f"The id {row['entity_id']!r} is a spelling of {NIL} and cannot name an entity.",
-                        file=path,
-                        row=line,
-                        remedy="Choose another id.",
-                    )
-                _check_unique(first_rows, row["entity_id"], path, line)
-                yield row
-        if not first_rows:
+            for line, record in self._read_rows(path, ENTITY_COLUMNS, ("id", "name")):
+                row = self._collect(self._entity, path, line, record, folder)
+                if row is not None:
+                    rows.append(row)
+        if not rows and not self.bad_rows:
             raise KnowledgeBaseError(
                 "The file holds no entities.", file=self.config.entities, remedy="Write at least one."
             )
+        return rows
 
-    def _read_mentions(self) -> dict[str, list[dict[str, Any]]]:
-        """Returns the rows of the mentions by split, with paths for images."""
+    def _entity(self, path: Path, line: int, record: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+        entity_id = id_cell(path, line, record, "id", True)
+        if entity_id.casefold() in NIL_SPELLINGS:
+            raise DataFormatError(
+                f"The id {entity_id!r} is a spelling of {NIL} and cannot name an entity.",
+                file=path,
+                row=line,
+                remedy="Choose another id.",
+            )
+        _check_unique(self.entity_positions, entity_id, path, line)
+        inverted_names = self.mapping.inverted_names
+        row = entity_row(path, line, {**record, "image": None}, inverted_names=inverted_names)
+        if self.config.name == "entities":  # the other configurations need only the ids
+            names = texts_cell(path, line, record, "image")
+            row["images"] = self._existing_images(path, line, names, folder, "missing_entity_image")
+            self.origins[entity_id] = (path.name, str(line))
+        return row
+
+    def _mention_rows(self) -> dict[str, list[dict[str, Any]]]:
+        """Returns the good rows of the mentions by split, with paths for images."""
         if self.config.split not in (None, "hash"):
             raise DataFormatError(
                 f"The option split={self.config.split!r} is not 'hash'.",
                 file=self.config.mentions,
                 remedy="Give split=hash, or leave the option out.",
             )
-        entity_ids = {row["entity_id"] for row in self._read_entities()}
         folder = _image_folder(self.config.images)
         rows: list[tuple[Path, int, dict[str, Any]]] = []
         for path in self._files("mentions"):
-            records = list(self._read_rows(path, _MENTION_COLUMNS))
-            has_split_column = any("split" in record for _, record in records)
+            records = list(self._read_rows(path, _MENTION_COLUMNS, ("text", "mention", "entity_id")))
+            if not records:
+                continue
+            split_of = self._split_reader(path, any("split" in record for _, record in records))
             for line, record in records:
-                row = self._mention(path, line, record, folder)
-                row["split"] = self._split(path, line, record, has_split_column, row["context_id"])
-                _check_gold(path, line, row["entity_id"], entity_ids)
-                rows.append((path, line, row))
-        if not rows:
+                row = self._collect(self._mention, path, line, record, folder, split_of)
+                if row is not None:
+                    rows.append((path, line, row))
+        if not rows and not self.bad_rows:
             raise DataFormatError(
                 "The file holds no mentions.", file=self.config.mentions, remedy="Write at least one."
             )
-        _complete_contexts(rows)
+        self.bad_rows += _complete_contexts(rows)
         self.origins = {row["mention_id"]: (path.name, str(line)) for path, line, row in rows}
         rows_by_split: dict[str, list[dict[str, Any]]] = {split: [] for split in _SPLIT_NAMES.values()}
         rows_by_split |= {split: [] for split in sorted({row["split"] for _, _, row in rows} - rows_by_split.keys())}
@@ -190,7 +267,9 @@ class Jsonl(ReleaseBuilder):
             rows_by_split[row.pop("split")].append(row)
         return {split: members for split, members in rows_by_split.items() if members}
 
-    def _mention(self, path: Path, line: int, record: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+    def _mention(
+        self, path: Path, line: int, record: Mapping[str, Any], folder: Path | None, split_of: _SplitReader
+    ) -> dict[str, Any]:
         """Returns one row. `mention_id` may be empty, and `start` is `None` if the file has no span."""
         text = text_cell(path, line, record, "text", True)
         mention = text_cell(path, line, record, "mention", True)
@@ -202,8 +281,17 @@ class Jsonl(ReleaseBuilder):
                 remedy=f"Write the gold's id, or {NIL!r} if there is none.",
             )
         gold = id_cell(path, line, record, "entity_id")
+        entity_id = NIL if gold.casefold() in NIL_SPELLINGS else gold
+        _check_gold(path, line, entity_id, self.entity_positions)
         image = text_cell(path, line, record, "image")
         context_id = id_cell(path, line, record, "context_id")
+        context_id = context_id or "c" + hashlib.sha256(f"{text}\0{image}".encode()).hexdigest()[:16]
+        if other_unicode_form(text, mention):
+            # The same letters: the mention is found if it is written as the text is.
+            same = next((form for form in _unicode_forms(mention) if form in text), None)
+            if same is not None:
+                self.release.problem("mention_in_other_unicode_form", path.name, line, mention)
+                mention = same
         start, end = (_offset_cell(path, line, record, column) for column in ("start", "end"))
         if (start is None) != (end is None):
             raise SpanError(
@@ -222,7 +310,7 @@ class Jsonl(ReleaseBuilder):
                 )
         return mention_row(
             mention_id=id_cell(path, line, record, "mention_id"),
-            context_id=context_id or "c" + hashlib.sha256(f"{text}\0{image}".encode()).hexdigest()[:16],
+            context_id=context_id,
             text=text,
             mention=mention,
             start=start,
@@ -230,26 +318,19 @@ class Jsonl(ReleaseBuilder):
             mention_type=text_cell(path, line, record, "mention_type"),
             topic=text_cell(path, line, record, "topic"),
             image=self._existing_image(path, line, image, folder, "missing_mention_image"),
-            entity_id=NIL if gold.strip().casefold() in NIL_SPELLINGS else gold,
-            candidates=texts_cell(path, line, record, "candidates"),
+            entity_id=entity_id,
+            candidates=ids_cell(path, line, record, "candidates"),
+            split=split_of(line, record, context_id),
         )
 
-    def _split(self, path: Path, line: int, record: Mapping[str, Any], has_split_column: bool, context_id: str) -> str:
+    def _split_reader(self, path: Path, has_split_column: bool) -> _SplitReader:
+        """Returns a function that gives the split of a row from its line, its cells and the id of its context."""
         if has_split_column:
-            name = text_cell(path, line, record, "split", True).strip()
-            split = _SPLIT_NAMES.get(name.casefold(), name)
-            if not re.fullmatch(r"[A-Za-z]\w*", split, re.ASCII) or split == "all":
-                raise DataFormatError(
-                    f"{name!r} cannot be the name of a split.",
-                    file=path,
-                    row=line,
-                    remedy="Use letters, digits and _, and another name than 'all'.",
-                )
-            return split
+            return lambda line, record, context_id: _split_cell(path, line, record)
         if path.stem.casefold() in _SPLIT_NAMES:
-            return _SPLIT_NAMES[path.stem.casefold()]
+            return lambda line, record, context_id: _SPLIT_NAMES[path.stem.casefold()]
         if self.config.split == "hash":
-            return hashed_split(context_id)
+            return lambda line, record, context_id: hashed_split(context_id)
         raise DataFormatError(
             "The file does not say which split its rows belong to.",
             file=path,
@@ -257,26 +338,29 @@ class Jsonl(ReleaseBuilder):
             " their folder, or assign contexts to splits 80 : 10 : 10 with --option split=hash.",
         )
 
-    def _read_posts(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows of the posts, with paths for images."""
-        entity_ids = {row["entity_id"] for row in self._read_entities()}
+    def _post_rows(self) -> list[dict[str, Any]]:
+        """Returns the good rows of the posts, with paths for images."""
         folder = _image_folder(self.config.images)
         first_rows: dict[str, str] = {}
-        number = 0
+        rows: list[dict[str, Any]] = []
+
+        def post(path: Path, line: int, record: Mapping[str, Any]) -> None:
+            image = text_cell(path, line, record, "image")
+            row: dict[str, Any] = {
+                "post_id": id_cell(path, line, record, "post_id") or f"post-{len(rows)}",
+                "entity_id": id_cell(path, line, record, "entity_id", True),
+                "text": text_cell(path, line, record, "text", True),
+                "image": self._existing_image(path, line, image, folder, "missing_post_image"),
+            }
+            self.origins[row["post_id"]] = (path.name, str(line))
+            _check_gold(path, line, row["entity_id"], self.entity_positions)
+            _check_unique(first_rows, row["post_id"], path, line)
+            rows.append(row)
+
         for path in self._files("posts"):
-            for line, record in self._read_rows(path, _POST_COLUMNS):
-                image = text_cell(path, line, record, "image")
-                row: dict[str, Any] = {
-                    "post_id": id_cell(path, line, record, "post_id") or f"post-{number}",
-                    "entity_id": id_cell(path, line, record, "entity_id", True),
-                    "text": text_cell(path, line, record, "text", True),
-                    "image": self._existing_image(path, line, image, folder, "missing_post_image"),
-                }
-                self.origins[row["post_id"]] = (path.name, str(line))
-                _check_gold(path, line, row["entity_id"], entity_ids)
-                _check_unique(first_rows, row["post_id"], path, line)
-                number += 1
-                yield row
+            for line, record in self._read_rows(path, _POST_COLUMNS, ("entity_id", "text")):
+                self._collect(post, path, line, record)
+        return rows
 
     def _existing_image(self, path: Path, line: int, name: str, folder: Path | None, kind: str) -> Path | None:
         images = self._existing_images(path, line, [name] if name else [], folder, kind)
@@ -318,11 +402,38 @@ class Jsonl(ReleaseBuilder):
             )
         return files
 
-    def _read_rows(self, path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _read_rows(
+        self, path: Path, columns: Mapping[str, str], required: Collection[str]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields the rows of a file, then logs its digest."""
-        yield from read_rows(path, columns)
+        yield from read_rows(path, columns, mapping=self.mapping, required=required, bad_rows=self.bad_rows)
         name = path.name if path.name not in self.release.sha256 else f"{path.parent.name}/{path.name}"
         self.release.sha256[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _split_cell(path: Path, line: int, record: Mapping[str, Any]) -> str:
+    name = text_cell(path, line, record, "split", True).strip()
+    split = _SPLIT_NAMES.get(name.casefold(), name)
+    if not re.fullmatch(r"[A-Za-z]\w*", split, re.ASCII) or split == "all":
+        raise DataFormatError(
+            f"{name!r} cannot be the name of a split.",
+            file=path,
+            row=line,
+            remedy="Use letters, digits and _, and another name than 'all'.",
+        )
+    return split
+
+
+def _unicode_forms(text: str) -> list[str]:
+    return [unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)]
+
+
+def _flag(name: str, value: bool | str) -> bool:
+    """Returns an option that is a `bool`, or its text from the command line."""
+    values: dict[bool | str, bool] = {True: True, False: False, "true": True, "false": False}
+    if value not in values:
+        raise DataFormatError(f"The option {name}={value!r} is neither true nor false.", file=f"--option {name}")
+    return values[value]
 
 
 def _image_folder(given: str | os.PathLike[str] | None) -> Path | None:
@@ -363,7 +474,7 @@ def _check_unique(first_rows: dict[str, str], row_id: str, path: Path, line: int
     first_rows[row_id] = f"{path.name}, row {line}"
 
 
-def _check_gold(path: Path, line: int, gold: str, entity_ids: set[str]) -> None:
+def _check_gold(path: Path, line: int, gold: str, entity_ids: Container[str]) -> None:
     if gold != NIL and gold not in entity_ids:
         raise UnknownEntityError(
             f"The gold {gold!r} is not among the entities.",
@@ -373,13 +484,14 @@ def _check_gold(path: Path, line: int, gold: str, entity_ids: set[str]) -> None:
         )
 
 
-def _complete_contexts(rows: list[tuple[Path, int, dict[str, Any]]]) -> None:
+def _complete_contexts(rows: list[tuple[Path, int, dict[str, Any]]]) -> list[MelError]:
     """Fills in missing mention ids (`<context>-<number>`) and spans, in place.
 
-    Raises:
-        DataFormatError: The rows of one context differ in text or image.
-        DuplicateIdError: Two mentions have the same id.
+    Returns:
+        `list[MelError]`: An error for each row that differs from the first of its context in text or image, and for each
+        that has the id of another one.
     """
+    errors: list[MelError] = []
     contexts: dict[str, list[tuple[Path, int, dict[str, Any]]]] = {}
     for path, line, row in rows:
         contexts.setdefault(row["context_id"], []).append((path, line, row))
@@ -387,12 +499,14 @@ def _complete_contexts(rows: list[tuple[Path, int, dict[str, Any]]]) -> None:
         first_path, first_line, first = members[0]
         for path, line, row in members:
             if (row["text"], row["image"]) != (first["text"], first["image"]):
-                raise DataFormatError(
-                    f"The row has the context {context_id!r}, but another text or image than {first_path.name}, row"
-                    f" {first_line}.",
-                    file=path,
-                    row=line,
-                    remedy="Give the mentions of one context the same text and image.",
+                errors.append(
+                    DataFormatError(
+                        f"The row has the context {context_id!r}, but another text or image than {first_path.name}, row"
+                        f" {first_line}.",
+                        file=path,
+                        row=line,
+                        remedy="Give the mentions of one context the same text and image.",
+                    )
                 )
         taken = [(row["start"], row["end"]) for _, _, row in members if row["start"] not in (None, NO_SPAN)]
         without_span = [row for _, _, row in members if row["start"] is None]
@@ -403,7 +517,11 @@ def _complete_contexts(rows: list[tuple[Path, int, dict[str, Any]]]) -> None:
             row["mention_id"] = row["mention_id"] or (context_id if len(members) == 1 else f"{context_id}-{k}")
     first_rows: dict[str, str] = {}
     for path, line, row in rows:
-        _check_unique(first_rows, row["mention_id"], path, line)
+        try:
+            _check_unique(first_rows, row["mention_id"], path, line)
+        except DuplicateIdError as error:
+            errors.append(error)
+    return errors
 
 
 BUILDER_CLASS = Jsonl

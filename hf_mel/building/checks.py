@@ -25,6 +25,7 @@ from hf_mel.building.report import CheckReport
 from hf_mel.data.images import verify_image
 from hf_mel.data.loading import open_repository
 from hf_mel.errors import DataFormatError, ImageError
+from hf_mel.row_files import other_unicode_form
 from hf_mel.schema import NIL
 
 #: Configuration → split → function that yields the rows as tables.
@@ -251,6 +252,8 @@ class _DatasetChecker:
             elif start < 0:
                 # If the text does contain the mention, an earlier mention has taken the only occurrence.
                 kind = "mention_not_located" if mention in text else "mention_not_in_text"
+                if other_unicode_form(text, mention):
+                    kind = "mention_in_other_unicode_form"
                 self.report.problem(kind, file, row_id, mention)
             elif text[start:end] != mention:
                 detail = f"characters {start}:{end} are {text[start:end]!r}, the mention is {mention!r}"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_mel.cli.options import Column, IgnoreOtherColumns, InvertedNames
+
 if TYPE_CHECKING:
     from hf_mel.building.report import CheckReport
 
@@ -57,11 +59,18 @@ def build(
         ),
     ] = False,
     mentions: Annotated[
-        Path | None, typer.Option(help="The file of your own mentions, one per row. Only for [b]jsonl[/b].")
+        Path | None,
+        typer.Option(
+            help="The file of your own mentions (JSON lines, JSON, CSV or TSV), one per row. Only for [b]jsonl[/b]."
+        ),
     ] = None,
     entities: Annotated[
-        Path | None, typer.Option(help="The file of your own entities, one per row. Only for [b]jsonl[/b].")
+        Path | None,
+        typer.Option(help="The file of your own entities, one per row. Only for [b]jsonl[/b]."),
     ] = None,
+    column: Column = None,
+    ignore_other_columns: IgnoreOtherColumns = False,
+    inverted_names: InvertedNames = False,
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,8 +94,14 @@ def build(
       hf-mel data build wikimel --raw-dir RAW --images RAW/mention_images --output data/wikimel
 
       hf-mel data build jsonl --mentions mine.jsonl --entities kb.csv --output data/mine
+
+      hf-mel data build jsonl --mentions mine.csv --entities artists.csv --column text=caption --column name=artist \\
+        --ignore-other-columns --output data/artists
     """
-    options = {key: str(file) for key, file in (("mentions", mentions), ("entities", entities)) if file is not None}
+    files = {"mentions": mentions, "entities": entities}
+    options: dict[str, Any] = {key: str(file) for key, file in files.items() if file is not None}
+    reading = {"column": column, "ignore_other_columns": ignore_other_columns, "inverted_names": inverted_names}
+    options |= {key: value for key, value in reading.items() if value}
     for item in option or []:
         key, equals, value = item.partition("=")
         if not equals or not key:

@@ -8,12 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_mel.cli.options import Device, FirstStage, ModelArgument, Revision, TrustRemoteCode
+from hf_mel.cli.options import (
+    Column,
+    Device,
+    FirstStage,
+    IgnoreOtherColumns,
+    InvertedNames,
+    ModelArgument,
+    Revision,
+    TrustRemoteCode,
+)
 from hf_mel.kb.indexes import BuiltKind
 from hf_mel.kb.manifest import Dtype
 
 if TYPE_CHECKING:
     from hf_mel.kb.knowledge_base import KnowledgeBase
+    from hf_mel.row_columns import ColumnMapping
 
 app = typer.Typer(
     help="Build the knowledge base to which a model links, and add or remove entities.\n\n"
@@ -23,7 +33,7 @@ app = typer.Typer(
 )
 
 _ENTITIES_HELP = (
-    "A .jsonl, .json, .csv or .tsv file of your own entities. Columns: [b]id[/b] and [b]name[/b]; optionally "
+    "A .jsonl, .ndjson, .json, .csv or .tsv file of your own entities. Columns: [b]id[/b] and [b]name[/b]; optionally "
     "[b]description[/b], [b]attributes[/b], [b]aliases[/b] and [b]image[/b], a path relative to the file. Several "
     "aliases or images are separated by |."
 )
@@ -60,6 +70,9 @@ def build(
         str | None, typer.Option(help="The data set with the entities: a folder, or a data set on the Hub.")
     ] = None,
     entities: Annotated[Path | None, typer.Option(help=_ENTITIES_HELP)] = None,
+    column: Column = None,
+    ignore_other_columns: IgnoreOtherColumns = False,
+    inverted_names: InvertedNames = False,
     posts: Annotated[
         str,
         typer.Option(
@@ -87,9 +100,17 @@ def build(
       hf-mel kb build runs/mimic_flags --dataset data/flags_mel --output kb/flags
 
       hf-mel kb build runs/mimic_flags --entities mine.csv --output kb/mine
+
+      hf-mel kb build runs/mimic_flags --entities artists.csv --column name=artist --column attributes=sex,placeOfBirth \\
+        --ignore-other-columns --output kb/artists
     """
     if (dataset is None) == (entities is None):
         raise typer.BadParameter("Give either --dataset or --entities.", param_hint="--dataset")
+    if entities is None and (column or ignore_other_columns or inverted_names):
+        raise typer.BadParameter("Give a file of --entities, or leave this out.", param_hint="--column")
+    mapping = None
+    if entities is not None:
+        mapping = _checked_mapping(entities, column, ignore_other_columns, inverted_names)
 
     from hf_mel.cli.printing import print_plain, show_logs
     from hf_mel.inference.checkpoints import load_retriever
@@ -106,6 +127,7 @@ def build(
             batch_size=batch_size,
             dtype=dtype,
             strict=strict,
+            mapping=mapping,
         )
     _print_info(kb)
     _print_left_out(kb, kb.left_out_images)
@@ -121,6 +143,9 @@ def add(
     kb: _Folder,
     model: _Model,
     entities: Annotated[Path, typer.Option(help=_ENTITIES_HELP)],
+    column: Column = None,
+    ignore_other_columns: IgnoreOtherColumns = False,
+    inverted_names: InvertedNames = False,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace entities whose id exists, instead of reporting an error.")
     ] = False,
@@ -137,17 +162,27 @@ def add(
 
       hf-mel kb add kb/flags --model runs/mimic_flags --entities mine.jsonl
     """
-    from hf_mel.cli.printing import print_plain
+    from hf_mel.cli.printing import print_plain, show_logs
     from hf_mel.inference.checkpoints import load_retriever
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
     opened = KnowledgeBase(kb)
+    mapping = _checked_mapping(entities, column, ignore_other_columns, inverted_names)
     with opened.writing(wait=wait):
         retriever, processor = load_retriever(
             model, revision=revision, device=device, trust_remote_code=trust_remote_code
         )
         listed_before = len(opened.left_out_images)
-        count = opened.add(entities, retriever, processor, replace=replace, batch_size=batch_size, strict=strict)
+        with show_logs():
+            count = opened.add(
+                entities,
+                retriever,
+                processor,
+                replace=replace,
+                batch_size=batch_size,
+                strict=strict,
+                mapping=mapping,
+            )
         left_out = opened.left_out_images[listed_before:]
     print_plain(f"Added {_count_entities(count)} to {kb}, which now has {len(opened):,}.")
     _print_left_out(opened, left_out)
@@ -325,6 +360,18 @@ def _print_info(kb: KnowledgeBase) -> None:
     if info["indexes"]:
         table.add_row("indexes", ", ".join(info["indexes"]))
     Console().print(table)
+
+
+def _checked_mapping(
+    entities: Path, column: list[str] | None, ignore_other_columns: bool, inverted_names: bool
+) -> ColumnMapping:
+    """Checks the rows of a file of entities before a model is loaded, and returns what its columns become."""
+    from hf_mel.data.entity_files import check_entity_rows
+    from hf_mel.row_columns import ColumnMapping
+
+    mapping = ColumnMapping.parse(column or (), ignore_others=ignore_other_columns, inverted_names=inverted_names)
+    check_entity_rows(entities, mapping)
+    return mapping
 
 
 def _print_left_out(kb: KnowledgeBase, left_out: list[dict[str, Any]]) -> None:

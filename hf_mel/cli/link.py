@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from hf_mel.cli.options import Device, FirstStage, Index, ModelArgument, Revision, TrustRemoteCode
+from hf_mel.cli.options import Column, Device, FirstStage, Index, ModelArgument, Revision, TrustRemoteCode
 from hf_mel.cli.printing import print_link
 from hf_mel.errors import MelError
 from hf_mel.files import is_stream
@@ -37,10 +37,11 @@ def link(
     input: Annotated[
         Path | None,
         typer.Option(
-            help="A .jsonl, .json, .csv or .tsv file of mentions. Columns: [b]text[/b]; [b]mention[/b], or [b]start[/b] "
+            help="A .jsonl, .ndjson, .json, .csv or .tsv file of mentions. Columns: [b]text[/b]; [b]mention[/b], or [b]start[/b] "
             "and [b]end[/b]; optionally [b]image[/b], a path relative to the file. Other columns are kept."
         ),
     ] = None,
+    column: Column = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -99,6 +100,9 @@ def link(
       hf-mel link runs/mimic_flags --kb kb/flags --input mentions.csv --output linked.jsonl --index faiss-pq
 
       hf-mel link runs/mimic_flags --kb kb/flags --input mentions.csv --output linked.jsonl --skip-bad-rows --resume
+
+      hf-mel link runs/mimic_flags --kb kb/flags --input letters.csv --column text=letter --column mention=person \\
+        --output linked.jsonl
     """
     surfaces: list[str | None] = [*mention] if mention else [None]
     single = {"text": text, "mention": surfaces[0], "image": image, "start": start, "end": end}
@@ -112,8 +116,8 @@ def link(
         raise typer.BadParameter("Give --input and --output together.", param_hint="--output")
     if input is not None and as_json:
         raise typer.BadParameter("Leave it out: --output is written as JSON lines anyway.", param_hint="--json")
-    if input is None and (resume or skip_bad_rows):
-        name = "--resume" if resume else "--skip-bad-rows"
+    if input is None and (resume or skip_bad_rows or column):
+        name = "--resume" if resume else "--skip-bad-rows" if skip_bad_rows else "--column"
         raise typer.BadParameter("Give a file of mentions with --input.", param_hint=name)
     if nil_threshold is not None and math.isnan(nil_threshold):
         raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
@@ -121,8 +125,11 @@ def link(
         raise typer.BadParameter("Give --start and --end only for a single mention.", param_hint="--start")
     from hf_mel.linking.link_file import link_file, read_mentions
     from hf_mel.linking.linker import EntityLinker
+    from hf_mel.row_columns import ColumnMapping
 
-    rows = None if input is None else read_mentions(input, skip_bad_rows=skip_bad_rows)
+    rows = None
+    if input is not None:
+        rows = read_mentions(input, mapping=ColumnMapping.parse(column or ()), skip_bad_rows=skip_bad_rows)
 
     linker = EntityLinker.from_pretrained(
         model,

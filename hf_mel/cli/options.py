@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -38,4 +38,27 @@ NameScorer = Annotated[
 ]
 RetrieverOption = Annotated[
     str | None, typer.Option(help="The retriever of the source [b]retriever[/b]: a run folder or a model.")
+]
+Column = Annotated[
+    Optional[list[str]],  # noqa: UP045 (typer evaluates this on Python 3.10)
+    typer.Option(
+        metavar="NAME=COLUMN",
+        help="Read the column [b]NAME[/b] from a column of your file that has another name: name=artist. Several columns "
+        'are joined: attributes=sex,placeOfBirth becomes "Sex: female. Place of birth: Rome." With "image=", no image is '
+        "read. Can be repeated.",
+    ),
+]
+IgnoreOtherColumns = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-other-columns",
+        help="Leave out columns of your file that have none of the known names, and say which. By default they are errors.",
+    ),
+]
+InvertedNames = Annotated[
+    bool,
+    typer.Option(
+        "--inverted-names",
+        help='Entities are named as in "Turner, William": each gets the alias "William Turner".',
+    ),
 ]

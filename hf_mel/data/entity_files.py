@@ -12,11 +12,17 @@ from tqdm.auto import tqdm
 
 from hf_mel.data.images import verify_image
 from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError, MelError
-from hf_mel.row_files import ENTITY_COLUMNS, entity_row, image_file, read_rows, texts_cell
+from hf_mel.row_columns import ColumnMapping
+from hf_mel.row_files import ENTITY_COLUMNS, bad_rows_error, entity_row, image_file, read_rows, texts_cell
 from hf_mel.schema import entity_features
 
 
-def read_entity_file(path: str | os.PathLike[str], *, bad_images: list[ImageError] | None = None) -> datasets.Dataset:
+def read_entity_file(
+    path: str | os.PathLike[str],
+    *,
+    mapping: ColumnMapping | None = None,
+    bad_images: list[ImageError] | None = None,
+) -> datasets.Dataset:
     """Reads a user's entities from a JSONL, JSON, CSV or TSV file (UTF-8, with or without BOM, any line ends).
 
     The columns `id` (or `entity_id`) and `name` are required. `description`, `attributes`, `aliases` and `image` (or
@@ -24,7 +30,8 @@ def read_entity_file(path: str | os.PathLike[str], *, bad_images: list[ImageErro
     "|". Every image is decoded once, so that a damaged one is reported now and not in the middle of a run.
 
     Args:
-        path (`str` or `os.PathLike`): A .jsonl, .json, .csv or .tsv file.
+        path (`str` or `os.PathLike`): A .jsonl, .ndjson, .json, .csv or .tsv file.
+        mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in the file.
         bad_images (list of [`~hf_mel.errors.ImageError`], *optional*): Receives an error for each missing or damaged image,
             which its entity then goes without. Without a list, the first one is raised.
 
@@ -33,61 +40,94 @@ def read_entity_file(path: str | os.PathLike[str], *, bad_images: list[ImageErro
         to PIL on access.
 
     Raises:
-        DataFormatError: As in [`~hf_mel.row_files.read_rows`] and [`~hf_mel.row_files.entity_row`]; names the line.
+        DataFormatError: As in [`~hf_mel.row_files.read_rows`] and [`~hf_mel.row_files.entity_row`]. Several bad rows are
+            one error, which lists them.
         DuplicateIdError: An id occurs twice.
         ImageError: An image is missing, damaged, too large, or not an image, and there is no list `bad_images`.
         KnowledgeBaseError: The file has no rows.
     """
-    path = Path(path)
-    lines: dict[str, int] = {}
-    records = tqdm(read_rows(path, ENTITY_COLUMNS), desc=f"Reading {path.name}", unit=" entities", delay=1)
-    rows = [_checked_entity(path, line, record, lines, bad_images) for line, record in records]
-    if not rows:
-        raise _no_entities_error(path)
+    bad_rows: list[MelError] = []
+    images: list[ImageError] = [] if bad_images is None else bad_images
+    rows = _read(Path(path), mapping, bad_rows, images)
+    if bad_rows:
+        raise bad_rows_error(bad_rows)
+    if bad_images is None and images:
+        raise images[0]
     undecoded = [
         {**row, "images": [{"path": str(image.absolute()), "bytes": None} for image in row["images"]]} for row in rows
     ]
     return datasets.Dataset.from_list(undecoded, features=entity_features())
 
 
+def check_entity_rows(path: str | os.PathLike[str], mapping: ColumnMapping | None = None) -> None:
+    """Raises what [`read_entity_file`] raises, except for images, which it does not open. So it takes a moment only."""
+    problems: list[MelError] = []
+    _read(Path(path), mapping, problems, None)
+    if problems:
+        raise bad_rows_error(problems)
+
+
 def check_entity_file(
-    path: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    image_folder: str | os.PathLike[str] | None = None,
+    *,
+    mapping: ColumnMapping | None = None,
 ) -> tuple[int, list[MelError]]:
-    """Collects all problems of a file of entities, where [`read_entity_file`] stops at the first.
+    """Collects all problems of a file of entities, which [`read_entity_file`] raises.
 
     Args:
-        path (`str` or `os.PathLike`): A .jsonl, .json, .csv or .tsv file, as in [`read_entity_file`].
+        path (`str` or `os.PathLike`): A .jsonl, .ndjson, .json, .csv or .tsv file, as in [`read_entity_file`].
         image_folder (`str` or `os.PathLike`, *optional*): Images outside this folder are errors too. Set it for
             uploaded files, whose authors must not read other files of this machine.
+        mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in the file.
 
     Returns:
         `tuple[int, list[MelError]]`: The number of rows that were read, and the errors in their order: an
         [`~hf_mel.errors.ImageError`] for each missing or damaged image, which [`read_entity_file`] can go on without, and
-        other errors. Reading ends at a row that cannot be parsed.
+        other errors. An error of the whole file, such as an unknown column, is the only one.
     """
-    path = Path(path)
-    lines: dict[str, int] = {}
     problems: list[MelError] = []
-    count = 0
-    records = read_rows(path, ENTITY_COLUMNS)
-    while True:
-        try:
-            line, record = next(records)
-            count += 1
-        except StopIteration:
-            break
-        except MelError as error:
-            problems.append(error)
-            break
+    try:
+        rows = _read(Path(path), mapping, problems, problems, None if image_folder is None else Path(image_folder))
+    except MelError as error:
+        return 0, [error]
+    return len(rows) + sum(not isinstance(problem, ImageError) for problem in problems), problems
+
+
+def _read(
+    path: Path,
+    mapping: ColumnMapping | None,
+    bad_rows: list[MelError],
+    bad_images: list[MelError] | list[ImageError] | None,
+    image_folder: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Returns the good rows of a file of entities.
+
+    Args:
+        path, mapping: As in [`read_entity_file`].
+        bad_rows (`list`): Receives the errors of bad rows.
+        bad_images (`list`, *optional*): Receives the errors of images. Default: no image is opened.
+        image_folder (`Path`, *optional*): Rows with images outside this folder are bad.
+
+    Raises:
+        MelError: An error of the whole file.
+    """
+    mapping = mapping or ColumnMapping()
+    mapping.check_targets(ENTITY_COLUMNS)
+    lines: dict[str, int] = {}
+    rows: list[dict[str, Any]] = []
+    records = read_rows(path, ENTITY_COLUMNS, mapping=mapping, required=("id", "name"), bad_rows=bad_rows)
+    for line, record in tqdm(records, desc=f"Reading {path.name}", unit=" entities", delay=1):
         try:
             if image_folder is not None:
-                _check_inside(path, line, record, Path(image_folder))
-            bad_images: list[ImageError] = []
-            _checked_entity(path, line, record, lines, bad_images)
-            problems += bad_images
+                _check_inside(path, line, record, image_folder)
+            rows.append(_checked_entity(path, line, record, lines, mapping.inverted_names, bad_images))
         except MelError as error:
-            problems.append(error)
-    return count, problems if count or problems else [_no_entities_error(path)]
+            bad_rows.append(error)
+    mapping.check_used(path)
+    if not rows and not bad_rows:
+        raise KnowledgeBaseError("The file holds no entities.", file=path, remedy="Add at least one row.")
+    return rows
 
 
 def _check_inside(path: Path, line: int, record: Mapping[str, Any], folder: Path) -> None:
@@ -108,10 +148,12 @@ def _checked_entity(
     line: int,
     record: Mapping[str, Any],
     lines: dict[str, int],
-    bad_images: list[ImageError] | None,
+    inverted_names: bool,
+    bad_images: list[MelError] | list[ImageError] | None,
 ) -> dict[str, Any]:
     """Checks and converts one row; `lines` maps the ids of earlier rows to their lines and is updated."""
-    row = entity_row(path, line, {**record, "image": None})
+    row = entity_row(path, line, {**record, "image": None}, inverted_names=inverted_names)
+    names = texts_cell(path, line, record, "image")
     if row["entity_id"] in lines:
         raise DuplicateIdError(
             f"The id {row['entity_id']!r} is also that of line {lines[row['entity_id']]}.",
@@ -120,13 +162,12 @@ def _checked_entity(
             remedy="Keep one of the two rows.",
         )
     lines[row["entity_id"]] = line
-    for name in texts_cell(path, line, record, "image"):
-        try:
-            row["images"].append(_checked_image(path, line, name))
-        except ImageError as error:
-            if bad_images is None:
-                raise
-            bad_images.append(error)
+    if bad_images is not None:
+        for name in names:
+            try:
+                row["images"].append(_checked_image(path, line, name))
+            except ImageError as error:
+                bad_images.append(error)
     return row
 
 
@@ -137,7 +178,3 @@ def _checked_image(path: Path, line: int, name: str) -> Path:
     except ImageError as error:
         raise ImageError(f"{name}: {error.message}", file=path, row=line, remedy=error.remedy) from error
     return image
-
-
-def _no_entities_error(path: Path) -> KnowledgeBaseError:
-    return KnowledgeBaseError("The file holds no entities.", file=path, remedy="Add at least one row.")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ from hf_mel.data.image_checks import without_bad_images
 from hf_mel.data.loading import load_entities
 from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError
 from hf_mel.files import write_text
+from hf_mel.row_columns import ColumnMapping
 from hf_mel.row_files import ROW_SUFFIXES
 from hf_mel.schema import NIL, entity_features
 
@@ -32,7 +34,7 @@ EntitiesLike: TypeAlias = str | os.PathLike[str] | datasets.Dataset
 
 
 def open_entities(
-    entities: EntitiesLike, bad_images: list[ImageError] | None = None
+    entities: EntitiesLike, bad_images: list[ImageError] | None = None, mapping: ColumnMapping | None = None
 ) -> tuple[datasets.Dataset, str | None]:
     """Opens a source of entities, and checks their images.
 
@@ -40,6 +42,7 @@ def open_entities(
         entities ([`EntitiesLike`]): The source.
         bad_images (list of [`~hf_mel.errors.ImageError`], *optional*): Receives an error for each missing or damaged image,
             which its entity then goes without. Without a list, the first one is raised.
+        mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in a file of entities.
 
     Returns:
         `tuple[datasets.Dataset, str | None]`: The rows, and the name of their source for error messages.
@@ -56,7 +59,14 @@ def open_entities(
     else:
         name = os.fspath(entities)
         is_row_file = Path(name).is_file() or (name.lower().endswith(ROW_SUFFIXES) and not Path(name).is_dir())
-        rows = read_entity_file(name, bad_images=bad_images) if is_row_file else load_entities(name)
+        read_file = partial(read_entity_file, mapping=mapping, bad_images=bad_images)
+        rows = read_file(name) if is_row_file else load_entities(name)
+    if mapping is not None and not is_row_file:
+        raise DataFormatError(
+            "Columns are assigned, but the entities do not come from a file of rows.",
+            file=name,
+            remedy=f"Give a file that ends in {' or '.join(ROW_SUFFIXES)}, or leave the mapping out.",
+        )
     missing = [column for column in entity_features() if column not in rows.column_names]
     if missing:
         raise DataFormatError(

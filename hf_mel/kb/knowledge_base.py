@@ -78,6 +78,7 @@ from hf_mel.kb.shards import (
 )
 from hf_mel.locks import writer_lock
 from hf_mel.protocols import MelProcessor, Retriever, knows_posts
+from hf_mel.row_columns import ColumnMapping
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ class KnowledgeBase:
         batch_size: int = 64,
         dtype: str = "float32",
         strict: bool = False,
+        mapping: ColumnMapping | None = None,
         progress: bool = True,
     ) -> KnowledgeBase:
         """Encodes entities into a new folder, which appears only when it is complete.
@@ -193,6 +195,8 @@ class KnowledgeBase:
             dtype (`str`): The dtype in which floating-point encodings are stored: `"float32"`, `"float16"` or
                 `"bfloat16"`.
             strict (`bool`): Whether to raise an error for the first missing or damaged image instead.
+            mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in a file of
+                entities.
             progress (`bool`): Whether to show a progress bar.
 
         Returns:
@@ -213,7 +217,7 @@ class KnowledgeBase:
         temporary = tempfile.TemporaryDirectory(prefix="hf_mel-kb-") if output is None else None
         target = _writable_target(Path(temporary.name, "kb") if temporary else Path(os.fspath(output)))  # type: ignore[arg-type]
         bad_images: list[ImageError] | None = None if strict else []
-        source, name = open_entities(entities, bad_images)
+        source, name = open_entities(entities, bad_images, mapping)
         check_ids(source, name)
         inputs = _open_inputs(entities, name, model, processor, posts, bad_images)
         left_out = _report_bad_images(bad_images)
@@ -375,12 +379,13 @@ class KnowledgeBase:
         replace: bool = False,
         batch_size: int = 64,
         strict: bool = False,
+        mapping: ColumnMapping | None = None,
         progress: bool = True,
     ) -> int:
         """Encodes more entities into a new shard. The folder changes at once; existing entities are not encoded again.
 
         Args:
-            entities, model, processor, posts, batch_size, strict, progress: As in [`~KnowledgeBase.build`].
+            entities, model, processor, posts, batch_size, strict, mapping, progress: As in [`~KnowledgeBase.build`].
             replace (`bool`): Whether an entity whose id exists replaces the old one (at the end of the order) instead of
                 raising an error.
 
@@ -396,7 +401,7 @@ class KnowledgeBase:
         with self.writing():
             self.check_made_by(model, processor)
             bad_images: list[ImageError] | None = None if strict else []
-            source, name = open_entities(entities, bad_images)
+            source, name = open_entities(entities, bad_images, mapping)
             ids = check_ids(source, name)
             existing = [entity_id for entity_id in ids if entity_id in self._row_by_id]
             if existing and not replace:

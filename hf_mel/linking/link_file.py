@@ -18,8 +18,12 @@ from hf_mel.data.images import open_image
 from hf_mel.errors import DataFormatError, ImageError, MelError
 from hf_mel.files import is_stream, link_target, open_stream, write_text
 from hf_mel.linking.linker import EntityLinker, LinkResult, check_mention
+from hf_mel.row_columns import ColumnMapping
 from hf_mel.row_files import int_cell, read_rows, text_cell
+from hf_mel.schema import mention_features
 
+#: Columns of a file of mentions that the linker reads, whose names may differ in case.
+_COLUMNS = {name: name for name in (*mention_features(), "document_id", "modality")}
 #: Number of bad rows that an error names.
 _MAX_NAMED = 20
 
@@ -65,20 +69,27 @@ class LinkSummary:
         self.warnings.update(result["warnings"])
 
 
-def read_mentions(path: str | os.PathLike[str], *, skip_bad_rows: bool = False) -> list[InputRow]:
+def read_mentions(
+    path: str | os.PathLike[str], *, mapping: ColumnMapping | None = None, skip_bad_rows: bool = False
+) -> list[InputRow]:
     """Reads and checks all rows of a file of mentions, before any is linked.
 
     Args:
         path (`str` or `os.PathLike`): A file that [`~hf_mel.row_files.read_rows`] reads, with the columns `text`;
             `mention`, or `start` and `end`; and optionally `image`, a path relative to the file. Other columns are kept.
+        mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in the file.
         skip_bad_rows (`bool`): Whether a bad row gets an `error` instead of stopping the run.
 
     Raises:
         DataFormatError: The file cannot be read, has no rows, or has bad rows; names all of them.
     """
     path = Path(path)
+    mapping = mapping or ColumnMapping()
+    mapping.check_targets(_COLUMNS)
     unreadable: list[DataFormatError] = []
-    rows = [_input_row(path, line, row) for line, row in read_rows(path, bad_rows=unreadable)]
+    records = read_rows(path, _COLUMNS, mapping=mapping, required=["text"], keep_others=True, bad_rows=unreadable)
+    rows = [_input_row(path, line, row) for line, row in records]
+    mapping.check_used(path)
     rows += [InputRow(int(error.row or 0), {"row": error.row}, {}, error) for error in unreadable]
     rows.sort(key=lambda row: row.line)
     if not rows:

@@ -244,7 +244,7 @@ def test_a_model_that_did_not_build_the_knowledge_base_is_refused(model, base):
 def write_rows(path, rows):
     """Writes rows of strings in the format of the suffix."""
     suffix = path.suffix.lower()
-    if suffix == ".jsonl":
+    if suffix in (".jsonl", ".ndjson"):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif suffix == ".json":
         path.write_text(json.dumps(rows))
@@ -256,7 +256,7 @@ def write_rows(path, rows):
     return path
 
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".JSONL", ".TSV")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".ndjson", ".JSONL", ".TSV")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -284,12 +284,51 @@ def test_entities_are_read_from_every_format(tmp_path, model, suffix):
 
 
 def test_a_file_of_entities_in_an_unknown_format_is_refused(tmp_path, model):
-    path = tmp_path / "e.ndjson"
+    path = tmp_path / "e.xlsx"
     path.write_text('{"id": "a", "name": "Ada"}\n')
     for name in (path, tmp_path / "missing.tsv"):
         with pytest.raises(DataFormatError, match=r"not one of \.jsonl, \.json, \.csv, \.tsv|cannot be read"):
             run("kb", "build", model, "--entities", name, "--output", tmp_path / "kb")
     assert not (tmp_path / "kb").exists()
+
+
+def test_entities_of_a_museums_table_are_read_by_assigned_columns(tmp_path, model):
+    path = tmp_path / "artists.csv"
+    path.write_text('no;artist;sex;birth;url\na;"Bo, Ada";f;Rome;x\n', encoding="utf-8")
+    more = tmp_path / "more.csv"
+    more.write_text("no,artist\nb,Cy\n")
+    columns = ["--column", "id=no", "--column", "name=artist"]
+    options = [*columns, "--column", "attributes=sex,birth", "--ignore-other-columns", "--inverted-names"]
+    done = run("kb", "build", model, "--entities", path, *options, "--output", tmp_path / "kb")
+    assert "these columns are left out: url." in done.stderr
+    run("kb", "add", tmp_path / "kb", "--model", model, "--entities", more, *columns)
+    empty = {"description": "", "attributes": "", "aliases": []}
+    assert KnowledgeBase(tmp_path / "kb").rows(range(2)) == [
+        {**empty, "entity_id": "a", "name": "Bo, Ada", "attributes": "Sex: f. Birth: Rome.", "aliases": ["Ada Bo"]},
+        {**empty, "entity_id": "b", "name": "Cy"},
+    ]
+    assert (
+        "--column"
+        in run("kb", "build", model, "--dataset", "d", *columns, "--output", tmp_path / "x", ok=False).output
+    )
+
+
+@pytest.mark.parametrize("verb", ["build", "add"])
+def test_wrong_columns_and_bad_rows_are_told_before_the_model_is_loaded(tmp_path, base, verb):
+    """All at once. There is no model of this name, so that loading it would be another error."""
+    path = tmp_path / "e.csv"
+    where = (
+        ["build", "no-model", "--output", tmp_path / "new"]
+        if verb == "build"
+        else ["add", base, "--model", "no-model"]
+    )
+    path.write_text("qid,nmae\n1,x\n")
+    with pytest.raises(DataFormatError, match=r"The columns 'qid', 'nmae' are unknown"):
+        run("kb", *where, "--entities", path)
+    path.write_text("id,name\n1,\n2,x\n2 ,y\n")
+    with pytest.raises(DataFormatError, match=r"2 rows cannot be used:\n  row 2: .*\n  row 4: "):
+        run("kb", *where, "--entities", path)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -306,7 +345,7 @@ def test_mentions_are_linked_from_every_format(tmp_path, model, base, suffix):
         },
         {"text": "Entity d, Entity d", "mention": "", "start": "10", "end": "18", "image": "", "note": ""},
     ]
-    if suffix.lower() in (".json", ".jsonl"):
+    if suffix.lower() in (".json", ".jsonl", ".ndjson"):
         rows = [{column: cell for column, cell in row.items() if cell} for row in rows]
     source, output = write_rows(tmp_path / f"mentions{suffix}", rows), tmp_path / "linked.jsonl"
     run("link", model, "--kb", base, "--input", source, "--output", output, "--top-k", 2)
@@ -324,6 +363,19 @@ def test_mentions_are_linked_from_every_format(tmp_path, model, base, suffix):
     assert (lines[1]["start"], lines[1]["end"]) == (10, 18)
 
 
+def test_mentions_are_linked_by_assigned_columns(tmp_path, model, base):
+    source, output = tmp_path / "letters.csv", tmp_path / "linked.jsonl"
+    source.write_text("Letter;who;mention;no\nHere Entity c met.;Entity c;x;7\n")
+    columns = ["--column", "text=letter", "--column", "mention=who"]
+    run("link", model, "--kb", base, "--input", source, *columns, "--output", output)
+    [line] = [json.loads(line) for line in output.read_text().splitlines()]
+    assert line.pop("linked")["mention"] == "Entity c"
+    assert line == {"text": "Here Entity c met.", "mention": "Entity c", "no": "7"}
+    with pytest.raises(DataFormatError, match=r"There is no column 'lettr'.*Did you mean 'Letter'"):
+        run("link", "no-model", "--kb", base, "--input", source, "--column", "text=lettr", "--output", output)
+    assert "--column" in run("link", model, "--kb", base, "--text", "a", "--mention", "a", *columns, ok=False).output
+
+
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
@@ -331,6 +383,7 @@ def test_mentions_are_linked_from_every_format(tmp_path, model, base, suffix):
         ("text,mention,start\nHere Bo.,Bo,five\n", DataFormatError, "row 2: The cell 'start' is 'five'"),
         ("text,mention\nHere Bo.\n", DataFormatError, "row 2: The row has 1 fields"),
         ("text,mention\n", DataFormatError, "holds no mentions"),
+        ("textt,mention\nHere Bo.,Bo\n", DataFormatError, "row 1: There is no column 'text'.*--column text=textt"),
     ],
 )
 def test_the_error_names_an_invalid_row_of_a_table(tmp_path, model, base, content, error, message):

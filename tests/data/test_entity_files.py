@@ -7,13 +7,15 @@ import json
 import pytest
 from PIL import Image
 
-from hf_mel.data.entity_files import check_entity_file, read_entity_file
+from hf_mel.data.entity_files import check_entity_file, check_entity_rows, read_entity_file
 from hf_mel.errors import (
     DataFormatError,
     DuplicateIdError,
     ImageError,
     KnowledgeBaseError,
+    MelError,
 )
+from hf_mel.row_columns import ColumnMapping
 from hf_mel.schema import entity_features
 from tests.data.test_images import huge, photo
 from tests.dataset_scripts.fixtures import picture
@@ -217,12 +219,62 @@ def test_a_file_of_entities_is_checked_row_by_row(tmp_path):
     assert [problem.row for problem in check_entity_file(path)[1]] == [2, 3, 6]
 
 
-@pytest.mark.parametrize(("text", "row"), [('{"id": "1", "name": "a"}\n{"id": "2", ', 2), ("", None)])
-def test_checking_stops_at_a_row_that_cannot_be_parsed(tmp_path, text, row):
-    path = tmp_path / "entities.jsonl"
+@pytest.mark.parametrize(
+    ("name", "text", "count", "rows"),
+    [
+        ("e.jsonl", '{"id": "1", "name": "a"}\n{"id": "2", \n{"id": "3"}\n{"id": "1", "name": "a"}', 4, [2, 3, 4]),
+        ("e.csv", 'id,name\n1,a\n2\n3,"x" y\n4,\n1 ,a\n', 5, [3, 4, 5, 6]),
+        ("e.jsonl", "", 0, [None]),
+        ("e.csv", "id,typo\n1,a\n2\n", 0, [1]),
+    ],
+)
+def test_all_bad_rows_are_told_in_one_run(tmp_path, name, text, count, rows):
+    """Rows that cannot be parsed are listed with those whose values are wrong, in the order of the file."""
+    path = tmp_path / name
     path.write_text(text)
-    _, problems = check_entity_file(path)
-    assert [problem.row for problem in problems] == [row]
+    num_rows, problems = check_entity_file(path)
+    assert num_rows == count
+    assert [problem.row for problem in problems] == rows
+    with pytest.raises(MelError) as caught:
+        read_entity_file(path)
+    with pytest.raises(MelError) as caught_early:
+        check_entity_rows(path)
+    assert str(caught.value) == str(caught_early.value)
+    if len(rows) > 1:
+        assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == [f"  row {row}" for row in rows]
+
+
+def test_a_museums_table_is_read_by_assigned_columns(tmp_path):
+    path = tmp_path / "artists.csv"
+    path.write_text('no;artist;sex;placeOfBirth;url\n1 ;"Bo, Ada";female;Rome;http://example.org\n', encoding="utf-8")
+    mapping = ColumnMapping(
+        {"id": "no", "name": "artist", "attributes": ["sex", "placeOfBirth"]},
+        ignore_others=True,
+        inverted_names=True,
+    )
+    expected = {
+        "entity_id": "1",
+        "name": "Bo, Ada",
+        "description": "",
+        "attributes": "Sex: female. Place of birth: Rome.",
+        "aliases": ["Ada Bo"],
+        "images": [],
+    }
+    assert list(read_entity_file(path, mapping=mapping)) == [expected]
+    assert check_entity_file(path, mapping=mapping) == (1, [])
+    with pytest.raises(DataFormatError, match="'nmae' of --column nmae=artist is unknown"):
+        read_entity_file(path, mapping=ColumnMapping({"nmae": "artist"}))
+    with pytest.raises(DataFormatError, match=r"There is no column 'artists', .*Did you mean 'artist'") as caught:
+        read_entity_file(path, mapping=ColumnMapping({"id": "no", "name": "artist", "aliases": "artists"}, True))
+    assert caught.value.file == path
+
+
+def test_rows_are_checked_without_opening_images(read_entities, tmp_path):
+    (tmp_path / "pictures" / "bad.jpg").write_bytes(b"<html>")
+    path = tmp_path / "entities.csv"
+    path.write_text("id,name,image\n1,a,pictures/bad.jpg\n2,b,missing.jpg\n")
+    check_entity_rows(path)
+    assert [type(problem) for problem in check_entity_file(path)[1]] == [ImageError, ImageError]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Small invented sets in the forms in which AIDA-CoNLL and its companions go round, dirt included: empty contexts, no
+"""Small invented sets in the forms in which AIDA-CoNLL and its companions go round, malformed data included: empty contexts, no
 candidates, golds that are no candidate, underscores, percent-encoding, entities of HTML, Windows line ends."""
 
 from __future__ import annotations

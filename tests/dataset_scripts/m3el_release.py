@@ -1,4 +1,4 @@
-"""A small invented M3EL in the layout this project expects of it, dirt included: a byte-order mark, Windows line ends,
+"""A small invented M3EL in the layout this project expects of it, malformed data included: a byte-order mark, Windows line ends,
 ids as numbers and texts, NIL in several spellings, offsets that do not fit, missing images."""
 
 from __future__ import annotations

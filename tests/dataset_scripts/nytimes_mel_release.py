@@ -1,4 +1,4 @@
-"""A small invented NYTimes-MEL in the three forms of its authors' code, dirt included: "missing" and null answers,
+"""A small invented NYTimes-MEL in the three forms of its authors' code, malformed data included: "missing" and null answers,
 QIDs without name, Windows line ends, a missing image, names that hold other names."""
 
 from __future__ import annotations

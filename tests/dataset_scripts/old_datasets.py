@@ -50,10 +50,10 @@ def check(name: str, layout: str, write: Any, splits: dict[str, dict[str, int]],
             except Exception as error:
                 wrong.append(f"{name} {layout} {config}: {type(error).__name__}: {error}")
                 continue
-            found = {split: len(rows) for split, rows in loaded.items()}
+            actual = {split: len(rows) for split, rows in loaded.items()}
             # The pipeline leaves out mentions whose gold is not in the knowledge base; a script does not see it.
-            if found.keys() != expected.keys() or any(found[split] < expected[split] for split in expected):
-                wrong.append(f"{name} {layout} {config}: {found}, expected {expected}")
+            if actual.keys() != expected.keys() or any(actual[split] < expected[split] for split in expected):
+                wrong.append(f"{name} {layout} {config}: {actual}, expected {expected}")
             for rows in loaded.values():
                 for column in ("image", "images"):
                     if column in rows.column_names:
@@ -76,9 +76,9 @@ def main() -> int:
         release = importlib.import_module(f"tests.dataset_scripts.{name}_release")
         layouts = {"": (release.write, release.SPLITS), **getattr(release, "LAYOUTS", {})}
         for layout, (write, splits) in layouts.items():
-            found = check(name, layout, write, splits, release.OPTIONS)
-            print(f"{name} {layout}: {'failed' if found else 'ok'}")
-            wrong += found
+            actual = check(name, layout, write, splits, release.OPTIONS)
+            print(f"{name} {layout}: {'failed' if actual else 'ok'}")
+            wrong += actual
     print(f"datasets {datasets.__version__}: {len(names)} builders, {len(wrong)} failures", *wrong, sep="\n")
     return bool(wrong)
 

@@ -46,7 +46,7 @@ def rows_of(builder_class: Any, raw: Path, config: str, tmp_path: Path, **option
     return rows, builder
 
 
-def reads_or_tells(builder_class: Any, raw: Path, tmp_path: Path, configs: list[str], **options: Any) -> None:
+def reads_or_raises(builder_class: Any, raw: Path, tmp_path: Path, configs: list[str], **options: Any) -> None:
     """Reads every configuration to rows that Parquet can hold, or fails with a typed error that names a file."""
     for config in configs:
         try:

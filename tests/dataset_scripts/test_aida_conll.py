@@ -13,7 +13,7 @@ from hf_mel.dataset_scripts.aida_conll.aida_conll import AidaConll
 from hf_mel.errors import CountMismatchError, DataFormatError
 from hf_mel.schema import NIL
 from tests.dataset_scripts.aida_conll_release import CONLL, CSV, GENRE, line, write, write_conll
-from tests.dataset_scripts.raw import edited, edits, reads_or_tells, rows_of
+from tests.dataset_scripts.raw import edited, edits, reads_or_raises, rows_of
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ def test_conll_and_blink_by_hand(tmp_path):
 
 def test_entities_by_hand(raw, tmp_path):
     rows, builder = rows_of(AidaConll, raw, "entities", tmp_path, entities=str(raw / "texts.jsonl"))
-    found = {row["entity_id"]: (row["wikipedia_id"], row["description"]) for row in rows["kb"]}
-    assert found == {
+    actual = {row["entity_id"]: (row["wikipedia_id"], row["description"]) for row in rows["kb"]}
+    assert actual == {
         "Nordby, Ohio": ("12", "A town."),
         "Ada Falk": ("15", "A sailor."),
         "Harbour Cup": ("16", ""),
@@ -112,8 +112,8 @@ def test_a_page_number_is_not_lost_to_a_form_without(tmp_path):
     record = {**GENRE[0], "output": [], "candidates": ["Ada Falk", "Cy Orr"]}
     (raw / "wiki-test-kilt.jsonl").write_text(json.dumps(record))
     rows, _ = rows_of(AidaConll, raw, "entities", tmp_path)
-    found = [(row["entity_id"], row["wikipedia_id"]) for row in rows["kb"]]
-    assert found == [("Nordby, Ohio", "12"), ("Ada Falk", "15"), ("José Brun", "17"), ("Cy Orr", "")]
+    actual = [(row["entity_id"], row["wikipedia_id"]) for row in rows["kb"]]
+    assert actual == [("Nordby, Ohio", "12"), ("Ada Falk", "15"), ("José Brun", "17"), ("Cy Orr", "")]
 
 
 def test_only_what_is_there_is_built(raw, tmp_path):
@@ -137,7 +137,7 @@ def test_official_counts_of_what_is_there(raw, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("a\ta\tm\tl\tr\tCANDS\t1,1,x\tGT:\t-1", "CANDIDATES as the sixth"),
         ("a\ta\tm", "has 3 columns"),
@@ -147,15 +147,15 @@ def test_official_counts_of_what_is_there(raw, tmp_path):
         ("a\ta\tm\tl\tr\tCANDIDATES\t1,1,x\tGT:\tx,1,1,x", "expected a number first"),
     ],
 )
-def test_bad_csv(raw, tmp_path, text, says):
+def test_bad_csv(raw, tmp_path, text, message):
     (raw / "wned-msnbc.csv").write_text(f"{line(CSV['wned-msnbc.csv'][0])}\n{text}\n")
-    with pytest.raises(DataFormatError, match=says) as caught:
+    with pytest.raises(DataFormatError, match=message) as caught:
         rows_of(AidaConll, raw, "msnbc", tmp_path)
     assert (caught.value.file, caught.value.row) == (raw / "wned-msnbc.csv", 2)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "says", "row"),
+    ("old", "new", "message", "row"),
     [
         ("-DOCSTART- (1 EU)", "-DOCSTART- EU", "expected -DOCSTART-", 1),
         ("-DOCSTART- (1 EU)\n", "", "before the first", 1),
@@ -166,20 +166,20 @@ def test_bad_csv(raw, tmp_path, text, says):
         ("\t--NME--", "\t_", "names no entity", 8),
     ],
 )
-def test_bad_conll(tmp_path, old, new, says, row):
+def test_bad_conll(tmp_path, old, new, message, row):
     raw = write_conll(tmp_path / "raw")
     (raw / "AIDA-YAGO2-dataset.tsv").write_text(CONLL.replace(old, new, 1), encoding="utf-8")
-    if says is None:  # the mention goes on
+    if message is None:  # the mention goes on
         rows, _ = rows_of(AidaConll, raw, "mentions", tmp_path)
         assert rows["train"][0]["mention"] == "Nordby beat"
         return
-    with pytest.raises(DataFormatError, match=says) as caught:
+    with pytest.raises(DataFormatError, match=message) as caught:
         rows_of(AidaConll, raw, "mentions", tmp_path)
     assert caught.value.row == row
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"output": "Nordby"}, "no output of the form"),
         ({"output": [{"answer": 3}]}, "no output of the form"),
@@ -188,9 +188,9 @@ def test_bad_conll(tmp_path, old, new, says, row):
         ({"meta": {"left_context": 1, "mention": "x", "right_context": ""}}, "'left_context' is a int"),
     ],
 )
-def test_bad_genre(raw, tmp_path, change, says):
+def test_bad_genre(raw, tmp_path, change, message):
     (raw / "wiki-test-kilt.jsonl").write_text(json.dumps({**GENRE[0], **change}))
-    with pytest.raises(DataFormatError, match=says):
+    with pytest.raises(DataFormatError, match=message):
         rows_of(AidaConll, raw, "wiki", tmp_path)
 
 
@@ -206,5 +206,5 @@ def test_changed_bytes_give_rows_or_a_typed_error(name, changes):
         path = raw / (f"{name}_questions.jsonl" if name == "ace2004" else name)
         path.write_bytes(edited(path.read_bytes(), changes))
         configs = ["mentions", "ace2004"] if form is write_conll else ["mentions", "wiki"]
-        reads_or_tells(AidaConll, raw, Path(folder), configs)
-        reads_or_tells(AidaConll, raw, Path(folder), ["entities"], entities=str(raw / "texts.jsonl"))
+        reads_or_raises(AidaConll, raw, Path(folder), configs)
+        reads_or_raises(AidaConll, raw, Path(folder), ["entities"], entities=str(raw / "texts.jsonl"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from itertools import permutations
 
 import pytest
@@ -90,7 +91,7 @@ def test_a_file_per_split_gives_the_same_rows(raw, tmp_path):
     assert alone == {"test": expected["test"]}
 
 
-def test_without_posts_there_are_none(raw, tmp_path):
+def test_only_configurations_with_files_are_built(raw, tmp_path):
     files = {"mentions": str(raw / "mentions.jsonl"), "entities": str(raw / "entities.tsv")}
     report = build_dataset("jsonl", output=tmp_path / "out", config_options=files)
     assert report.counts == {"mentions": {"train": 3, "validation": 1, "test": 2}, "entities": {"kb": 3}}
@@ -108,7 +109,7 @@ def test_image_folders_of_their_own(raw, tmp_path):
         rows_of("mentions", **files, images=tmp_path / "typo", entity_images=tmp_path)
 
 
-def own(tmp_path, *mentions, name="mine.jsonl", entities='{"id": "E1", "name": "Ada"}\n', **options):
+def build_mentions(tmp_path, *mentions, name="mine.jsonl", entities='{"id": "E1", "name": "Ada"}\n', **options):
     """Builds from these rows of mentions."""
     path, kb = tmp_path / name, tmp_path / "entities.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in mentions) if mentions else "", encoding="utf-8")
@@ -119,9 +120,9 @@ def own(tmp_path, *mentions, name="mine.jsonl", entities='{"id": "E1", "name": "
 ROW = {"text": "Ada met Bo.", "mention": "Ada", "entity_id": "E1", "split": "train"}
 
 
-def test_dealing_out_by_context(tmp_path):
+def test_hashed_splits_keep_contexts_whole(tmp_path):
     rows = [{"text": f"Ada {k} Ada", "mention": "Ada", "entity_id": "E1"} for k in range(400) for _ in "ab"]
-    dealt = own(tmp_path, *rows, split="hash")
+    dealt = build_mentions(tmp_path, *rows, split="hash")
     assert {split: {row["context_id"] for row in part} for split, part in dealt.items()} == {
         split: {
             context(row["text"])
@@ -133,7 +134,7 @@ def test_dealing_out_by_context(tmp_path):
     assert sum(map(len, dealt.values())) == 800
     assert 0.75 < len(dealt["train"]) / 800 < 0.85
     # Neither the order of the rows nor the others change where one goes.
-    again = own(tmp_path, *rows[300:100:-1], split="hash")
+    again = build_mentions(tmp_path, *rows[300:100:-1], split="hash")
     where = {row["text"]: split for split, part in dealt.items() for row in part}
     assert all(where[row["text"]] == split for split, part in again.items() for row in part)
     assert hashed_split("c") in ("train", "validation", "test")
@@ -141,10 +142,10 @@ def test_dealing_out_by_context(tmp_path):
 
 @pytest.mark.parametrize("spelling", [None, "", "nil", "NIL", "None", "null", " [NIL] "])
 def test_nil_in_every_spelling(tmp_path, spelling):
-    assert own(tmp_path, {**ROW, "entity_id": spelling})["train"][0]["entity_id"] == NIL
+    assert build_mentions(tmp_path, {**ROW, "entity_id": spelling})["train"][0]["entity_id"] == NIL
 
 
-def test_given_places_count_before_found_ones_in_any_order(tmp_path):
+def test_given_offsets_come_before_searched_ones_in_any_order(tmp_path):
     text = "Bo, Bo and Bo"
     rows = [
         {
@@ -158,13 +159,13 @@ def test_given_places_count_before_found_ones_in_any_order(tmp_path):
         for start in (None, 4, None)
     ]
     for order in permutations(rows):
-        found = own(tmp_path, *order)["train"]
-        assert sorted(row["start"] for row in found) == [0, 4, 11]
-        assert [row["start"] for row, given in zip(found, order, strict=True) if given["start"] is not None] == [4]
+        actual = build_mentions(tmp_path, *order)["train"]
+        assert sorted(row["start"] for row in actual) == [0, 4, 11]
+        assert [row["start"] for row, given in zip(actual, order, strict=True) if given["start"] is not None] == [4]
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "says"),
+    ("change", "error", "message"),
     [
         ({"entitiy_id": "E1"}, DataFormatError, "column 'entitiy_id'.*Did you mean 'entity_id'"),
         ({"id": "a", "mention_id": "a"}, DataFormatError, "'mention_id' twice"),
@@ -192,47 +193,164 @@ def test_given_places_count_before_found_ones_in_any_order(tmp_path):
         ({"topic": "\ud800"}, DataFormatError, "surrogate"),
     ],
 )
-def test_a_bad_row_is_named_with_its_remedy(tmp_path, change, error, says):
-    with pytest.raises(error, match=says) as caught:
-        own(tmp_path, {**ROW, "mention_id": "first", "context_id": "c"}, {**ROW, **change})
+def test_a_bad_row_is_named_with_its_remedy(tmp_path, change, error, message):
+    with pytest.raises(error, match=message) as caught:
+        build_mentions(tmp_path, {**ROW, "mention_id": "first", "context_id": "c"}, {**ROW, **change})
     assert (caught.value.file, caught.value.row) == (tmp_path / "mine.jsonl", 2)
 
 
-def test_what_no_single_row_says(tmp_path):
+def test_errors_of_whole_files(tmp_path):
     without = {key: value for key, value in ROW.items() if key != "entity_id"}
     with pytest.raises(DataFormatError, match="has no 'entity_id'") as caught:
-        own(tmp_path, ROW, without)
+        build_mentions(tmp_path, ROW, without)
     assert caught.value.row == 2
     without = {key: value for key, value in ROW.items() if key != "split"}
     with pytest.raises(DataFormatError, match=r"which split.*--option split=hash"):
-        own(tmp_path, without)
-    assert list(own(tmp_path, without, name="dev.jsonl")) == ["validation"]
+        build_mentions(tmp_path, without)
+    assert list(build_mentions(tmp_path, without, name="dev.jsonl")) == ["validation"]
     with pytest.raises(DataFormatError, match="has no 'split'") as caught:
-        own(tmp_path, ROW, without)
+        build_mentions(tmp_path, ROW, without)
     assert caught.value.row == 2
     with pytest.raises(DataFormatError, match="split='random' is not 'hash'"):
-        own(tmp_path, ROW, split="random")
+        build_mentions(tmp_path, ROW, split="random")
     with pytest.raises(DataFormatError, match="holds no mentions"):
-        own(tmp_path)
+        build_mentions(tmp_path)
     with pytest.raises(KnowledgeBaseError, match="holds no entities"):
-        own(tmp_path, ROW, entities="\n")
+        build_mentions(tmp_path, ROW, entities="\n")
 
 
 @pytest.mark.parametrize(
-    ("entities", "error", "says"),
+    ("entities", "error", "message"),
     [
         ('{"id": "E1", "name": "a"}\n{"id": "none", "name": "b"}', DataFormatError, "'none' is a spelling of NIL"),
         ('{"id": "E1", "name": "a"}\n{"id": "E1", "name": "b"}', DuplicateIdError, "entities.jsonl, row 1"),
         ('{"id": "E1", "name": "a"}\n{"id": "E2", "nmae": "b"}', DataFormatError, "Did you mean 'name'"),
     ],
 )
-def test_bad_entities(tmp_path, entities, error, says):
-    with pytest.raises(error, match=says) as caught:
-        own(tmp_path, ROW, entities=entities)
+def test_bad_entities(tmp_path, entities, error, message):
+    with pytest.raises(error, match=message) as caught:
+        build_mentions(tmp_path, ROW, entities=entities)
     assert (caught.value.file, caught.value.row) == (tmp_path / "entities.jsonl", 2)
 
 
-def test_files_that_are_not_there(raw, tmp_path):
+@pytest.mark.parametrize("config", ["entities", "mentions"])
+def test_all_bad_rows_of_all_files_are_told_in_one_error(tmp_path, config):
+    """Rows of bad entities give no second error to the mentions of them."""
+    entities = [
+        '{"id": "E1", "name": "Ada"}',
+        '{"id": "E2"}',
+        '{"id": " E1", "name": "Bo"}',
+        '{"id": "E3", "name": "Cy"',
+    ]
+    (tmp_path / "entities.jsonl").write_text("\n".join(entities))
+    mentions = [
+        ROW,
+        {**ROW, "entity_id": "E2", "context_id": "x"},
+        {**ROW, "entity_id": "E9"},
+        {**ROW, "text": ""},
+        {**ROW, "text": "Ada", "context_id": "x"},
+    ]
+    path = tmp_path / "mentions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in mentions))
+    with pytest.raises(DataFormatError) as caught:
+        rows_of(config, mentions=path, entities=tmp_path / "entities.jsonl")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "6 rows cannot be used:"
+    positions = [line.partition(": ")[0].strip().removeprefix(f"{tmp_path}/") for line in lines[1:]]
+    assert positions == [
+        *(f"entities.jsonl, row {row}" for row in (2, 3, 4)),
+        *(f"mentions.jsonl, row {row}" for row in (3, 4, 5)),
+    ]
+    assert "The gold 'E9'" in str(caught.value)
+
+
+def test_ids_match_whatever_spaces_and_unicode_form_they_have(tmp_path):
+    lome = "Lom\u00e9"
+    entities = "".join(json.dumps({"id": i, "name": "n"}) + "\n" for i in ("E1 ", unicodedata.normalize("NFD", lome)))
+    rows = build_mentions(
+        tmp_path,
+        {**ROW, "entity_id": " E1", "candidates": ["E1\u00a0", unicodedata.normalize("NFD", lome)], "id": " m "},
+        {**ROW, "entity_id": lome, "mention": "Bo"},
+        entities=entities,
+    )["train"]
+    assert [(row["entity_id"], row["candidates"]) for row in rows] == [("E1", ["E1", lome]), (lome, [])]
+    assert rows[0]["mention_id"] == "m"
+
+
+def test_a_mention_in_another_unicode_form_is_found_and_listed(tmp_path):
+    """The mention is written as its text is, so that the text at its offsets is the mention."""
+    composed, decomposed = "Lom\u00e9", "Lome\u0301"
+    (tmp_path / "e.csv").write_text("id,name\nE1,x\n")
+    rows = [
+        {"text": f"in {decomposed}!", "mention": composed, "entity_id": "E1"},
+        {"text": f"In {composed}!", "mention": decomposed, "entity_id": "E1", "start": 3, "end": 7},
+        {"text": f"{composed}, {decomposed}", "mention": composed + ", " + composed, "entity_id": "E1"},
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"mentions": str(tmp_path / "train.jsonl"), "entities": str(tmp_path / "e.csv")}
+    report = build_dataset("jsonl", output=tmp_path / "out", config_options=files)
+    built = load_dataset(str(tmp_path / "out"), split="train")
+    assert [row["text"][row["start"] : row["end"]] for row in built][:2] == [decomposed, composed]
+    assert [row["mention"] for row in built] == [decomposed, composed, rows[2]["mention"]]
+    assert [row[:2] for row in report.problems["mention_in_other_unicode_form"]] == [
+        ("train.jsonl", "1"),
+        ("train.jsonl", "2"),
+        ("mentions/train", built[2]["mention_id"]),  # the text itself has both forms
+    ]
+
+
+MUSEUM = {
+    "mentions": "caption;who;QID;part\nAda met Bo.;Ada;7;train\n",
+    "entities": 'QID;artist;sex;placeOfBirth;url\n7;"Falk, Ada";f;Rome;http://example.org\n',
+}
+
+
+def museum(tmp_path, *columns, **options):
+    for name, content in MUSEUM.items():
+        (tmp_path / f"{name}.csv").write_text(content)
+    files = {name: str(tmp_path / f"{name}.csv") for name in MUSEUM}
+    builders = [
+        Jsonl(config_name=config, column=[*columns], **files, **options) for config in ("mentions", "entities")
+    ]
+    return [
+        row
+        for builder in builders
+        for split in builder._split_generators(None)
+        for _, row in builder._generate_examples(**split.gen_kwargs)
+    ]
+
+
+def test_columns_are_assigned_to_the_files_that_have_them(tmp_path):
+    """entity_id=QID is the gold of the mentions and the id of the entities."""
+    columns = (
+        "text=caption",
+        "mention=who",
+        "entity_id=QID",
+        "split=part",
+        "name=artist",
+        "attributes=sex,placeOfBirth",
+    )
+    mention, entity = museum(tmp_path, *columns, ignore_other_columns=True, inverted_names="true")
+    assert (mention["text"], mention["mention"], mention["entity_id"]) == ("Ada met Bo.", "Ada", "7")
+    assert {key: entity[key] for key in ("entity_id", "name", "attributes", "aliases")} == {
+        "entity_id": "7",
+        "name": "Falk, Ada",
+        "attributes": "Sex: f. Place of birth: Rome.",
+        "aliases": ["Ada Falk"],
+    }
+    with pytest.raises(DataFormatError, match="columns 'sex', 'placeOfBirth', 'url' are unknown"):
+        museum(tmp_path, *columns[:-1])
+    with pytest.raises(
+        DataFormatError, match=r"no column 'artists', which --column name=artists names.*mean 'artist'"
+    ):
+        museum(tmp_path, *columns[:-2], "name=artists", ignore_other_columns=True)
+    with pytest.raises(DataFormatError, match=r"'txt' of --column txt=caption is unknown.*mean 'text'"):
+        museum(tmp_path, "txt=caption")
+    with pytest.raises(DataFormatError, match="ignore_other_columns='no' is neither true nor false"):
+        museum(tmp_path, *columns, ignore_other_columns="no")
+
+
+def test_missing_files_are_errors_that_say_what_to_give(raw, tmp_path):
     files = {"mentions": raw / "mentions.jsonl", "entities": raw / "entities.tsv"}
     with pytest.raises(DataFormatError, match=r"No entities were given.*--entities FILE"):
         rows_of("entities", mentions=files["mentions"])
@@ -307,14 +425,14 @@ def test_missing_and_broken_images_are_listed_by_file_and_row_and_their_rows_go_
 
 
 @pytest.mark.parametrize(
-    ("bad", "file", "row", "says"),
+    ("bad", "file", "row", "message"),
     [
         ({"entities", "mentions"}, "my_entities.jsonl", "1", r"An image is missing \(gone\.png\)"),
         ({"mentions"}, "my_mentions.jsonl", "1", r"An image is missing \(gone\.png\)"),
         ({"broken"}, "my_mentions.jsonl", "3", "The image is damaged"),
     ],
 )
-def test_a_strict_build_stops_at_the_first_and_writes_nothing(tmp_path, bad, file, row, says):
+def test_a_strict_build_stops_at_the_first_and_writes_nothing(tmp_path, bad, file, row, message):
     options = write_with_bad_images(tmp_path)
     del options["posts"]
     if "entities" not in bad:
@@ -322,7 +440,7 @@ def test_a_strict_build_stops_at_the_first_and_writes_nothing(tmp_path, bad, fil
     if bad == {"broken"}:
         lines = (tmp_path / "my_mentions.jsonl").read_text().splitlines()
         (tmp_path / "my_mentions.jsonl").write_text(lines[0].replace("gone", "good") + "\n" + "\n".join(lines[1:3]))
-    with pytest.raises(ImageError, match=says) as caught:
+    with pytest.raises(ImageError, match=message) as caught:
         build_dataset("jsonl", output=tmp_path / "out", config_options=options, strict=True)
     assert (caught.value.file, caught.value.row) == (file, row)
     assert not list(tmp_path.glob("*out*"))

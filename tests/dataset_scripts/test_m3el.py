@@ -12,7 +12,7 @@ from hf_mel.errors import DataFormatError
 from hf_mel.schema import NIL
 from tests.dataset_scripts.fixtures import write_json
 from tests.dataset_scripts.m3el_release import DOCUMENTS, LONG, write, write_lines
-from tests.dataset_scripts.raw import edited, edits, reads_or_tells, rows_of
+from tests.dataset_scripts.raw import edited, edits, reads_or_raises, rows_of
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_entities_by_hand(raw, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"visual_mentions": [{"image": "2.png", "gold": "77", "region": [1, 2, 3]}]}, "x0, y0, x1, y1"),
         ({"visual_mentions": [{"image": "2.png", "gold": "77", "region": [5, 0, 1, 9]}]}, "x0 < x1"),
@@ -84,9 +84,9 @@ def test_entities_by_hand(raw, tmp_path):
         ({"mentions": [{"surface": "Cape", "gold": "77"}]}, r'lacks \'mention\'; .*{"mention": "surface"}'),
     ],
 )
-def test_bad_documents(raw, tmp_path, change, says):
+def test_bad_documents(raw, tmp_path, change, message):
     write_lines(raw / "test.jsonl", [{"document_id": "tt03", "text": "Cape", "mentions": [], **change}])
-    with pytest.raises(DataFormatError, match=says) as caught:
+    with pytest.raises(DataFormatError, match=message) as caught:
         rows_of(M3EL, raw, "mentions", tmp_path)
     assert caught.value.file == raw / "test.jsonl"
     assert str(caught.value.row).startswith("1 (document tt03), ")
@@ -142,4 +142,4 @@ def test_changed_bytes_give_rows_or_a_typed_error(name, changes):
     with tempfile.TemporaryDirectory() as folder:
         raw = write(Path(folder) / "raw")
         (raw / name).write_bytes(edited((raw / name).read_bytes(), changes))
-        reads_or_tells(M3EL, raw, Path(folder), ["mentions", "entities"])
+        reads_or_raises(M3EL, raw, Path(folder), ["mentions", "entities"])

@@ -12,7 +12,7 @@ from hf_mel.errors import DataFormatError
 from hf_mel.schema import NIL, mention_features
 from tests.dataset_scripts.fixtures import write_json
 from tests.dataset_scripts.nytimes_mel_release import CAPTIONS, write_12n, write_121, write_dataset
-from tests.dataset_scripts.raw import edited, edits, reads_or_tells, rows_of
+from tests.dataset_scripts.raw import edited, edits, reads_or_raises, rows_of
 
 FORMS = {"nel_12n": write_12n, "nel_121": write_121, "dataset": write_dataset}
 
@@ -69,8 +69,8 @@ def test_golds_come_without_ne2qid_too(tmp_path):
     raw = write_12n(tmp_path / "raw")
     (raw / "ne2qid.json").unlink()
     rows, _ = rows_of(NYTimesMel, raw, "entities", tmp_path)
-    found = {row["entity_id"]: row["name"] for row in rows["kb"]}
-    assert found == {"Q901": "Ada Falk", "Q902": "Bo Falk", "Q904": "José Brun"}
+    actual = {row["entity_id"]: row["name"] for row in rows["kb"]}
+    assert actual == {"Q901": "Ada Falk", "Q902": "Bo Falk", "Q904": "José Brun"}
 
 
 def test_numbered_captions_that_differ_are_no_group(tmp_path):
@@ -127,4 +127,4 @@ def test_changed_bytes_give_rows_or_a_typed_error(form, name, changes):
         raw = FORMS[form](Path(folder) / "raw")
         path = raw / f"{name or form}.json"
         path.write_bytes(edited(path.read_bytes(), changes))
-        reads_or_tells(NYTimesMel, raw, Path(folder), ["mentions", "entities"])
+        reads_or_raises(NYTimesMel, raw, Path(folder), ["mentions", "entities"])

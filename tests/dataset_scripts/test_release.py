@@ -21,7 +21,7 @@ def release(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "error", "row", "says"),
+    ("content", "error", "row", "message"),
     [
         (b'{"a": NaN}', DataFormatError, None, "NaN is not a JSON number"),
         (b'{"a": ' + b"9" * 5000 + b"}", DataFormatError, None, "is not JSON"),
@@ -34,9 +34,9 @@ def release(tmp_path):
         (b"", DataFormatError, None, "is not JSON"),
     ],
 )
-def test_json_that_no_file_can_hold_on(release, content, error, row, says):
+def test_json_that_no_file_can_hold_on(release, content, error, row, message):
     (release.root / "a.json").write_bytes(content)
-    with pytest.raises(error, match=says) as caught:
+    with pytest.raises(error, match=message) as caught:
         release.read_json("a.json", dict)
     assert (caught.value.file, caught.value.row) == (release.root / "a.json", row)
     str(caught.value).encode()
@@ -73,10 +73,10 @@ def test_what_is_no_id(release, value):
 
 def test_images_of_entities_under_every_name(tmp_path):
     contents = write_entity_images(tmp_path)
-    found = images_by_id(tmp_path)
+    actual = images_by_id(tmp_path)
     assert {
         qid: [image["bytes"] for name in names if (image := read_image(tmp_path, name))]
-        for qid, names in found.items()
+        for qid, names in actual.items()
     } == contents
     assert images_by_id(None) == {}
 

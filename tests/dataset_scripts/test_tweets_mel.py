@@ -39,7 +39,7 @@ def short(row):
 
 
 def kinds(builder):
-    return {kind: [(file, row) for file, row, _ in found] for kind, found in builder.release.problems.items()}
+    return {kind: [(file, row) for file, row, _ in entries] for kind, entries in builder.release.problems.items()}
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def test_entities_by_hand(raw, tmp_path):
 
 def test_posts_by_hand(raw, tmp_path):
     rows, builder = rows_of(raw, "posts", tmp_path)
-    found = [(row["post_id"], row["entity_id"], row["text"], row["image"] is not None) for row in rows["kb"]]
-    assert found == POSTS
+    actual = [(row["post_id"], row["entity_id"], row["text"], row["image"] is not None) for row in rows["kb"]]
+    assert actual == POSTS
     assert builder.release.problems == {
         "id_list_not_as_released": [("kb", "", "7 ids, the release has 2,657,213")],
         "repeated_row": [("timelineKB.txt", "6", "54")],
@@ -177,10 +177,10 @@ def test_profiles_as_json_lines(raw, tmp_path):
     lines = [*map(json.dumps, profiles), '{"screen_name": "@JBrun", "name": "\\ud83d"}', "{"]
     (raw / "profiles.jsonl").write_text("\n".join(lines))
     rows, builder = rows_of(raw, "entities", tmp_path)
-    found = {row["entity_id"]: (row["name"], row["description"]) for row in rows["kb"]}
-    assert found["@bofalk"] == ("Bo Falk", "")
-    assert found["@adafalk"] == ("Falk", "Sailor.")
-    assert found["@jbrun"] == ("Brun", "")
+    actual = {row["entity_id"]: (row["name"], row["description"]) for row in rows["kb"]}
+    assert actual["@bofalk"] == ("Bo Falk", "")
+    assert actual["@adafalk"] == ("Falk", "Sailor.")
+    assert actual["@jbrun"] == ("Brun", "")
     assert kinds(builder)["malformed_row"] == [("profiles.jsonl", str(row)) for row in (3, 4, 5, 6)]
 
 

@@ -14,7 +14,7 @@ from hf_mel.dataset_scripts.weibo_mel.weibo_mel import WeiboMel
 from hf_mel.errors import DataFormatError, DuplicateIdError
 from hf_mel.schema import NIL, entity_features, mention_features
 from tests.dataset_scripts.fixtures import write_json
-from tests.dataset_scripts.raw import edited, edits, reads_or_tells, rows_of
+from tests.dataset_scripts.raw import edited, edits, reads_or_raises, rows_of
 from tests.dataset_scripts.weibo_mel_release import SAMPLES, write
 
 
@@ -131,7 +131,7 @@ def test_other_keys_are_told_and_mapped(raw, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mapping", "says"),
+    ("mapping", "message"),
     [
         ('{"sentense": "text"}', "maps 'sentense'; our keys are id, sentence"),
         ('{"sentence": 3}', "expected a key"),
@@ -140,16 +140,16 @@ def test_other_keys_are_told_and_mapped(raw, tmp_path):
         (None, "is not a file"),
     ],
 )
-def test_bad_mapping_files(raw, tmp_path, mapping, says):
+def test_bad_mapping_files(raw, tmp_path, mapping, message):
     if mapping is not None:
         (raw / "keys.json").write_text(mapping)
-    with pytest.raises(DataFormatError, match=says) as caught:
+    with pytest.raises(DataFormatError, match=message) as caught:
         rows_of(WeiboMel, raw, "mentions", tmp_path, mapping=str(raw / "keys.json"))
     assert caught.value.file == raw / "keys.json"
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"answer": ["Q1"]}, "2 mentions, 1 answers and 2 entities"),
         ({"answer": ["Q1", {}]}, "for an id"),
@@ -158,9 +158,9 @@ def test_bad_mapping_files(raw, tmp_path, mapping, says):
         ({"id": True}, "'id' is a bool"),
     ],
 )
-def test_bad_samples(raw, tmp_path, change, says):
+def test_bad_samples(raw, tmp_path, change, message):
     write_json(raw / "Weibo-MEL.json", {**SAMPLES, "7001": {**SAMPLES["7001"], **change}})
-    with pytest.raises(DataFormatError, match=says) as caught:
+    with pytest.raises(DataFormatError, match=message) as caught:
         rows_of(WeiboMel, raw, "mentions", tmp_path)
     assert (caught.value.file, caught.value.row) == (raw / "Weibo-MEL.json", "7001")
 
@@ -177,4 +177,4 @@ def test_changed_bytes_give_rows_or_a_typed_error(name, changes):
     with tempfile.TemporaryDirectory() as folder:
         raw = write(Path(folder) / "raw")
         (raw / name).write_bytes(edited((raw / name).read_bytes(), changes))
-        reads_or_tells(WeiboMel, raw, Path(folder), ["mentions", "entities"], entities=str(raw / "texts.jsonl"))
+        reads_or_raises(WeiboMel, raw, Path(folder), ["mentions", "entities"], entities=str(raw / "texts.jsonl"))

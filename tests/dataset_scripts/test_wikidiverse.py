@@ -58,7 +58,7 @@ def named(rows):
 
 
 def kinds(builder):
-    return {kind: [(file, row) for file, row, _ in found] for kind, found in builder.release.problems.items()}
+    return {kind: [(file, row) for file, row, _ in entries] for kind, entries in builder.release.problems.items()}
 
 
 @pytest.fixture
@@ -272,7 +272,7 @@ def test_suffix_is_what_the_released_expression_leaves(parts):
 
 
 @pytest.mark.parametrize(
-    ("rows", "says", "row"),
+    ("rows", "message", "row"),
     [
         ([["too", "short"]], "has 2 fields, expected a list of 11", 0),
         ([7], "has a int, expected a list of 11", 0),
@@ -286,11 +286,11 @@ def test_suffix_is_what_the_released_expression_leaves(parts):
         ([[*CANDIDATE_ROWS["valid"][0][:7], 8, *CANDIDATE_ROWS["valid"][0][8:]]], "holds 8, expected a list", "0"),
     ],
 )
-def test_rows_of_another_shape(raw, tmp_path, rows, says, row):
+def test_rows_of_another_shape(raw, tmp_path, rows, message, row):
     path = raw / "wikidiverse_w_cands" / "valid_w_10cands.json"
     write_json(path, rows)
     for config in ("mentions", "entities"):
-        with pytest.raises(DataFormatError, match=says) as caught:
+        with pytest.raises(DataFormatError, match=message) as caught:
             rows_of(raw, config, tmp_path)
         assert (caught.value.file, caught.value.row) == (path, row)
 
@@ -313,8 +313,8 @@ def test_offsets_of_every_kind_end_on_the_mention_or_nowhere(passages, tmp_path)
     entries = [["Falk", "Person", start, end, "nil"] for start, end in spans]
     write_json(passages / "test.json", [["Falk or Falk", None, None, [*entries, ["Holm", None, 0, 4, "nil"]]]])
     rows, builder = rows_of(passages, "mentions", tmp_path)
-    found = [(row["start"], row["end"]) for row in rows["test"]]
-    assert found == [(0, 4), (0, 4), (0, 4), (0, 4), (0, 4), (0, 4), (8, 12), (8, 12), (0, 4), (-1, -1)]
+    actual = [(row["start"], row["end"]) for row in rows["test"]]
+    assert actual == [(0, 4), (0, 4), (0, 4), (0, 4), (0, 4), (0, 4), (8, 12), (8, 12), (0, 4), (-1, -1)]
     repaired = [row for file, row in kinds(builder)["span_repaired"] if file == "test.json"]
     assert repaired == [f"0-{k}" for k in (2, 3, 4, 5, 6, 8)]
 

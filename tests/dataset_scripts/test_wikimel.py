@@ -133,8 +133,8 @@ def test_cleaned_mentions_by_hand(cleaned, tmp_path):
 
 def test_cleaned_entities_by_hand(cleaned, tmp_path):
     rows, builder = rows_of(cleaned, "entities", tmp_path)
-    found = [(row["entity_id"], row["name"], row["attributes"]) for row in rows["kb"]]
-    assert found == [
+    actual = [(row["entity_id"], row["name"], row["attributes"]) for row in rows["kb"]]
+    assert actual == [
         ("Q901", "Ada Falk", "Sex: female. Occupation: sailor."),
         ("Q904", "José Brun", ""),
         ("Q903", "Berta von Holm", "Occupation: poet."),
@@ -155,7 +155,7 @@ def test_two_qids_of_one_entity_lead_to_the_same_gold(cleaned, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "error", "says"),
+    ("file", "content", "error", "message"),
     [
         ("Wikidata-MEL.json", b'{"101": {"id": "101", ', DataFormatError, "is not JSON"),
         ("Wikidata-MEL.json", b"\xff\xfe\x00", DataFormatError, "UTF-8"),
@@ -185,9 +185,9 @@ def test_two_qids_of_one_entity_lead_to_the_same_gold(cleaned, tmp_path):
         ("splits.json", b'{"train": ["101"], "dev": []}', DataFormatError, "no key 'test'"),
     ],
 )
-def test_bad_mention_files(raw, tmp_path, file, content, error, says):
+def test_bad_mention_files(raw, tmp_path, file, content, error, message):
     (raw / file).write_bytes(content)
-    with pytest.raises(error, match=says) as caught:
+    with pytest.raises(error, match=message) as caught:
         rows_of(raw, "mentions", tmp_path)
     assert caught.value.file == raw / file
 
@@ -238,8 +238,8 @@ def test_image_names_cannot_leave_their_folder(tmp_path):
 def test_locate_laws(text, mentions):
     spans = locate(text, mentions)
     assert len(spans) == len(mentions)
-    found = [span for span in spans if span != (-1, -1)]
-    assert len(set(found)) == len(found)
+    actual = [span for span in spans if span != (-1, -1)]
+    assert len(set(actual)) == len(actual)
     for k, (mention, (start, end)) in enumerate(zip(mentions, spans, strict=True)):
         places = {i for i in range(len(text)) if mention and text.startswith(mention, i)}
         if start >= 0:
@@ -275,8 +275,8 @@ def test_kgmel_by_hand(tmp_path):
     }
 
     rows, builder = rows_of(raw, "entities", tmp_path)
-    found = [(row["entity_id"], row["name"], row["description"], len(row["images"])) for row in rows["kb"]]
-    assert found == [
+    actual = [(row["entity_id"], row["name"], row["description"], len(row["images"])) for row in rows["kb"]]
+    assert actual == [
         ("Q901", "Ada Falk", "a sailor", 1),
         ("Q903", "Berta von Holm", "", 0),  # not among the labels: the title that its mention has
         ("Q904", "José Brun", "", 0),
@@ -295,7 +295,7 @@ def test_kgmel_takes_the_published_list_of_candidates_and_its_inner_folder(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "says"),
+    ("change", "error", "message"),
     [
         ({"mention": ["Ada"]}, DataFormatError, "1, 2, 2 mentions"),
         ({"mention": ["Ada", None]}, DataFormatError, "not a string"),
@@ -304,12 +304,12 @@ def test_kgmel_takes_the_published_list_of_candidates_and_its_inner_folder(tmp_p
         ({"answer": ["Q901", []]}, DataFormatError, "for an id"),
     ],
 )
-def test_bad_samples_of_kgmel(tmp_path, change, error, says):
+def test_bad_samples_of_kgmel(tmp_path, change, error, message):
     raw = write_kgmel(tmp_path / "raw", "WikiMEL")
     file = raw / "data/dataset/WikiMEL.json"
     samples = json.loads(file.read_text())
     write_json(file, [{**samples[0], **change}, *samples[1:]])
-    with pytest.raises(error, match=says) as caught:
+    with pytest.raises(error, match=message) as caught:
         rows_of(raw, "mentions", tmp_path)
     assert caught.value.file == file
     assert caught.value.row is not None

@@ -1,4 +1,4 @@
-"""A small invented Tweets-MEL: the id lists, and tweets hydrated in the release's form, with dirt of every kind."""
+"""A small invented Tweets-MEL: the id lists, and tweets hydrated in the release's form, with malformed data of every kind."""
 
 from __future__ import annotations
 

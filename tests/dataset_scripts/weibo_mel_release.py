@@ -1,4 +1,4 @@
-"""A small invented Weibo-MEL in the layout with `splits.json`, dirt included: byte-order mark, Windows line ends, ids
+"""A small invented Weibo-MEL in the layout with `splits.json`, malformed data included: byte-order mark, Windows line ends, ids
 as numbers and texts, NIL in several spellings, a missing image, brackets in titles, a mention without surface."""
 
 from __future__ import annotations

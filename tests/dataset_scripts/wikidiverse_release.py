@@ -1,4 +1,4 @@
-"""A small invented WikiDiverse in the release's layouts, with the dirt of the real one.
+"""A small invented WikiDiverse in the release's layouts, with the malformed data of the real one.
 
 `write` gives the layout with candidates, `write_passages` that of the captions. The knowledge base tables serve both.
 """
