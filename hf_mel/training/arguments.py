@@ -39,6 +39,10 @@ class MelTrainingArguments(TrainingArguments):
         negatives_from (`int`, *optional*):
             For a reranker: draw negatives from this many of the other candidates, counted from the start of the list.
             These are the hardest if the list is sorted by score. `None`: all other candidates.
+        mined_negatives (`int`, *optional*, defaults to 0):
+            For a retriever: beside the golds of its mentions, every batch has this many negatives for each of them, from
+            the whole knowledge base. They are the entities with the highest scores of the model before training, without
+            the gold. An entity that is never a gold is a negative in this way only.
         eval_mentions (`int`, *optional*):
             For a reranker: evaluate on a fixed random sample of about this many mentions (whole contexts or documents)
             instead of all. Reranking all of them after every epoch can take longer than the epoch.
@@ -60,6 +64,9 @@ class MelTrainingArguments(TrainingArguments):
     num_negatives: int = field(default=1, metadata={"help": "Number of a reranker's negatives per mention."})
     negatives_from: int | None = field(
         default=None, metadata={"help": "Draw a reranker's negatives from this many of the first other candidates."}
+    )
+    mined_negatives: int = field(
+        default=0, metadata={"help": "Negatives of a retriever's mention from the whole knowledge base."}
     )
     eval_mentions: int | None = field(
         default=None, metadata={"help": "Evaluate a reranker on a random sample of about this many mentions."}
@@ -90,6 +97,8 @@ class MelTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
+        if self.mined_negatives < 0:
+            raise ValueError(f"mined_negatives={self.mined_negatives} must be at least 0.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False, because the processor reads the columns.")
         if not torch.accelerator.is_available():

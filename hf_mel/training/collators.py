@@ -36,15 +36,26 @@ class RetrieverCollator:
             first, which evaluation uses. The choice depends on the seed, the entity and the mentions of the batch, so it
             changes between epochs, and a resumed run makes the same choice.
         seed (`int`, *optional*, defaults to 0): Seed of this choice.
+        negatives (`Mapping[str, Sequence[str]]`, *optional*): Further entity ids by mention id, which are columns of
+            every batch with the mention. A missing mention has none.
     """
 
-    def __init__(self, inputs: ModelInputs, entities: datasets.Dataset, *, random_image: bool = True, seed: int = 0):
+    def __init__(
+        self,
+        inputs: ModelInputs,
+        entities: datasets.Dataset,
+        *,
+        random_image: bool = True,
+        seed: int = 0,
+        negatives: Mapping[str, Sequence[str]] | None = None,
+    ):
         self.inputs, self.random_image, self.seed = inputs, random_image, seed
+        self.negatives = negatives or {}
         self.entities = LazyRows(entities)
         self._row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
 
     def __call__(self, mentions: Sequence[Row]) -> dict[str, Any]:
-        """Returns the batch of M mentions, whose golds are U distinct entities.
+        """Returns the batch of M mentions, whose golds and negatives are U distinct entities.
 
         Returns:
             `dict` of the processor's `mention_*` tensors (first axis M) and `entity_*` tensors (first axis U), and
@@ -63,7 +74,10 @@ class RetrieverCollator:
                     remedy=_GOLD_REMEDY,
                 )
             columns.setdefault(gold, len(columns))
-        entities: Sequence[Row] = self.entities.__getitems__([self._row_of[gold] for gold in columns])
+        for mention in mentions:
+            for entity_id in self.negatives.get(mention["mention_id"], ()):
+                columns.setdefault(entity_id, len(columns))
+        entities: Sequence[Row] = self.entities.__getitems__([self._row_of[entity_id] for entity_id in columns])
         if self.random_image and self.inputs.prototypes is None:
             mention_ids = " ".join(str(mention.get("mention_id")) for mention in mentions)
             entities = [self._with_random_image(entity, mention_ids) for entity in entities]  # type: ignore[arg-type]

@@ -14,12 +14,14 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
 from hf_mel.candidates.lists import CandidateLists
+from hf_mel.candidates.make import retriever_candidates
 from hf_mel.data.examples import example_groups
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.data.loading import check_golds
 from hf_mel.errors import DataFormatError, RecipeError
 from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator, CandidateResult
 from hf_mel.evaluation.full_evaluator import FullEvaluator, FullResult
+from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import MelProcessor, Reranker, Retriever, max_mentions
 from hf_mel.schema import NIL
@@ -34,9 +36,9 @@ logger = logging.getLogger(__name__)
 class MelTrainer(BaseTrainer):
     """`transformers.Trainer` for a [`~hf_mel.protocols.Retriever`] or a [`~hf_mel.protocols.Reranker`].
 
-    The batch of a retriever has B mentions and their gold entities. Every entity of the batch that is not a mention's
-    gold is its negative. In a distributed run, each process draws negatives from its own batch. Evaluation ranks all
-    entities for every mention of `eval_dataset` (`eval_mrr`, `eval_hits@1`, …).
+    The batch of a retriever has B mentions, their gold entities and `mined_negatives` more for each mention. Every entity
+    of the batch that is not a mention's gold is its negative. In a distributed run, each process draws negatives from its
+    own batch. Evaluation ranks all entities for every mention of `eval_dataset` (`eval_mrr`, `eval_hits@1`, …).
 
     The batch of a reranker has B examples. A mention comes with its gold and with negatives from its candidates
     ([`~hf_mel.training.collators.PairCollator`]). Evaluation follows the candidate protocol end to end, and ranks jointly
@@ -144,6 +146,9 @@ class MelTrainer(BaseTrainer):
         self.inputs.precompute(entities=entities, mentions=self.mentions, progress=self.shows_progress)
         if self.reranks:
             self.inputs.precompute(mentions=eval_dataset, progress=self.shows_progress)
+        elif args.mined_negatives and self.mentions is not None:
+            # Of the model as it is now, so that a resumed run has the same negatives.
+            collator.negatives = _mined_negatives(self.inputs, self.mentions, entities, args, self.shows_progress)
         if self.mentions is not None and self.is_world_process_zero():
             self._warn_of_left_out_texts(self.mentions)
 
@@ -227,6 +232,30 @@ class MelTrainer(BaseTrainer):
                 return FullEvaluator(self.entities, **options)(inputs, mentions)
             assert self.eval_candidates is not None
             return CandidateEvaluator(self.entities, **options)(inputs, mentions, self.eval_candidates)
+
+
+def _mined_negatives(
+    inputs: ModelInputs,
+    mentions: datasets.Dataset,
+    entities: datasets.Dataset,
+    args: MelTrainingArguments,
+    progress: bool,
+) -> dict[str, list[str]]:
+    """Returns the entities with the highest scores of each mention except its gold, by mention id."""
+    with evaluation_mode(inputs.model):
+        lists = retriever_candidates(
+            inputs,
+            mentions,
+            entities,
+            k=args.mined_negatives + 1,
+            batch_size=args.per_device_eval_batch_size,
+            progress=progress,
+        )
+    gold_of = dict(zip(mentions["mention_id"], mentions["entity_id"], strict=True))
+    return {
+        mention_id: [entity_id for entity_id in ranked if entity_id != gold_of[mention_id]][: args.mined_negatives]
+        for mention_id, ranked in lists.by_mention.items()
+    }
 
 
 def _check_candidates(

@@ -207,6 +207,22 @@ def test_with_entity_prototype_the_entity_comes_before_its_posts():
         )
 
 
+def test_posts_are_not_encoded_if_the_entity_is_the_only_prototype():
+    model, rows = toy_posts_model(), []
+    model.config.entity_prototype, model.config.num_prototypes = True, 1
+
+    class Spy(ToyPostsProcessor):
+        def __call__(self, *args, posts=None, **kwargs):
+            rows.extend(posts or ())
+            return super().__call__(*args, posts=posts, **kwargs)
+
+    prototypes = PostPrototypes(model, Spy(), toy_posts())
+    prototypes.precompute(ENTITIES)
+    assert {row["post_id"] for row in rows} == set(ENTITIES["entity_id"])
+    for row, entity in zip(prototypes.attach(list(ENTITIES)), ENTITIES, strict=True):
+        torch.testing.assert_close(row["prototypes"]["text"], plain(model, [], entity, "text"))
+
+
 def test_the_support_set_holds_the_chosen_posts_of_all_entities():
     model, posts = toy_posts_model(), toy_posts()
     prototypes = PostPrototypes(model, ToyPostsProcessor(), posts)

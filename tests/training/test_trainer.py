@@ -80,6 +80,33 @@ def test_accumulated_gradients_are_the_mean_over_the_batches(tmp_path, kind):
         torch.testing.assert_close(after, before - 0.5 * before.grad, msg=name)
 
 
+def test_mined_negatives_are_the_best_entities_of_a_double_loop_without_the_gold(tmp_path):
+    mentions, model, processor = toy_mentions(6), toy_model(), ToyProcessor()
+    trained = trainer(tmp_path, model, mentions, mined_negatives=2, per_device_train_batch_size=2)
+    entities = model.encode_entities(**processor(entities=list(ENTITIES)))
+    mined = {}
+    for mention in mentions:
+        scores = model.score(model.encode_mentions(**processor(mentions=[mention])), entities)[0].tolist()
+        order = sorted(range(len(scores)), key=lambda number: -scores[number])
+        ids = [ENTITIES[number]["entity_id"] for number in order]
+        mined[mention["mention_id"]] = [entity_id for entity_id in ids if entity_id != mention["entity_id"]][:2]
+    rows = [mentions[3], mentions[0]]
+    columns = list(
+        dict.fromkeys([row["entity_id"] for row in rows] + [e for row in rows for e in mined[row["mention_id"]]])
+    )
+    assert len(columns) > 2
+    batch = trained.data_collator(rows)
+    by_id = {entity["entity_id"]: entity for entity in ENTITIES}
+    expected = processor(entities=[by_id[entity_id] for entity_id in columns])
+    assert expected
+    for name, tensor in expected.items():
+        torch.testing.assert_close(batch[name], tensor)
+    assert [columns[label] for label in batch["labels"].tolist()] == [row["entity_id"] for row in rows]
+    # More than the knowledge base has: every other entity is one.
+    everything = trainer(tmp_path, model, mentions, mined_negatives=50).data_collator([mentions[0]])
+    assert len(next(v for k, v in everything.items() if k.startswith("entity"))) == len(ENTITIES)
+
+
 def test_every_epoch_has_a_different_order_that_groups_surfaces(tmp_path):
     mentions, seen = toy_mentions(24), []
     trained = trainer(
@@ -204,7 +231,13 @@ def test_golds_are_checked_before_training(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"batch_grouping": "name"}, {"group_size": 0}, {"early_stopping_patience": 0}, {"remove_unused_columns": True}],
+    [
+        {"batch_grouping": "name"},
+        {"group_size": 0},
+        {"mined_negatives": -1},
+        {"early_stopping_patience": 0},
+        {"remove_unused_columns": True},
+    ],
 )
 def test_arguments_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -87,6 +87,7 @@ class PostPrototypes(RowFeatures):
         self._posts_by_entity: dict[str, list[int]] = defaultdict(list)
         if posts is not None:
             self._lazy_posts = LazyRows(posts)
+        if posts is not None and self._num_post_prototypes:
             for number, entity_id in enumerate(posts["entity_id"]):
                 self._posts_by_entity[entity_id].append(number)
         self._cache: dict[str, dict[str, _SelectedPosts]] = {}
