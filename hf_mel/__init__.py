@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from hf_mel.inference.checkpoints import load_retriever as load_retriever
     from hf_mel.kb.knowledge_base import KnowledgeBase as KnowledgeBase
     from hf_mel.linking.linker import EntityLinker as EntityLinker
+    from hf_mel.row_columns import ColumnMapping as ColumnMapping
     from hf_mel.row_files import read_rows as read_rows
     from hf_mel.training.arguments import MelTrainingArguments as MelTrainingArguments
     from hf_mel.training.trainer import MelTrainer as MelTrainer
 
 #: Public name → its module. Modules that need torch or transformers are imported on first use of the name.
 _EXPORTS = {
+    "ColumnMapping": "hf_mel.row_columns",
     "EntityLinker": "hf_mel.linking.linker",
     "KnowledgeBase": "hf_mel.kb.knowledge_base",
     "KnowledgeBaseError": "hf_mel.errors",

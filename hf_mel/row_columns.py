@@ -281,23 +281,23 @@ class ColumnPlan:
         for name, target in suggestions.items():
             if target in missing:
                 targets.setdefault(target, name)
-        remedy = f"Columns are {', '.join(accepted)}."
+        remedy = ""
         nearest = [repr(t) if len(unknown) == 1 else f"{t!r} for {name!r}" for name, t in suggestions.items() if t]
         if variable is not None:
-            remedy = f"The file looks like an export of the Wikidata Query Service. {remedy}"
+            remedy = "The file looks like an export of the Wikidata Query Service. "
         elif nearest:
-            remedy = f"Did you mean {', '.join(nearest)}? {remedy}"
+            remedy = f"Did you mean {', '.join(nearest)}? "
         options = [f"--column {target}={shlex.quote(_quoted(name))}" for target, name in targets.items()]
         if variable is not None and "image" in self._sources:
             options.append("--column image=")  # Wikidata gives addresses of images, not files
         if len(targets) < len(unknown):
             options.append("--ignore-other-columns")
-        names = ", ".join(map(repr, unknown))
+        names, one = ", ".join(map(repr, unknown)), len(unknown) == 1
         return DataFormatError(
-            f"The column {names} is unknown." if len(unknown) == 1 else f"The columns {names} are unknown.",
+            f"The column{'' if one else 's'} {names} {'is' if one else 'are'} unknown; columns are {', '.join(accepted)}.",
             file=self._file,
             row=self._row,
-            remedy=f"{remedy} Rename or remove {'it' if len(unknown) == 1 else 'them'}, or add: {' '.join(options)}",
+            remedy=f"{remedy}Rename or remove {'it' if one else 'them'}, or add: {' '.join(options)}",
         )
 
     def _wikidata_variable(self) -> str | None:

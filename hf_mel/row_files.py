@@ -428,7 +428,7 @@ def _fit(path: Path, line: int, record: list[str], width: int, delimiter: str) -
     """Returns the fields of a row without empty ones beyond the header."""
     if len(record) < width or any(cell.strip() for cell in record[width:]):
         raise DataFormatError(
-            f"The row has {len(record)} fields, not the {width} fields of the header.",
+            f"The row has {len(record)} field{'' if len(record) == 1 else 's'}, not the {width} of the header.",
             file=path,
             row=line,
             remedy=f"Quote fields that contain {_DELIMITER_NAMES.get(delimiter, repr(delimiter))} or line ends.",

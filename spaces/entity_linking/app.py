@@ -77,7 +77,7 @@ def add_api(service: Service) -> None:
         return {**results[0].to_dict(), "seconds": seconds}
 
     def batch(file: FileData, model: str = default_model, kb: str = default_kb, top_k: int = 3) -> list[dict]:
-        """Links every mention of a .csv or .jsonl file with the columns text and mention."""
+        """Links every mention of a .csv, .tsv, .json or .jsonl file with the columns text and mention."""
         try:
             return service.link_batch(uploaded_path(file), model=model, kb=kb, top_k=top_k)
         except Refused as refused:

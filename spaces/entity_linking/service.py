@@ -62,7 +62,9 @@ _BATCH_STEP = 16
 
 #: Image types that are unpacked. SVG is excluded because it can contain scripts.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
-TABLE_SUFFIXES = {".csv", ".jsonl"}
+#: Files of entities and of mentions.
+TABLE_SUFFIXES = [".csv", ".tsv", ".json", ".jsonl", ".ndjson"]
+_TABLE_KINDS = "a .csv, .tsv, .json or .jsonl file"
 
 
 class Refused(Exception):
@@ -303,7 +305,7 @@ class Service:
         """
         table = Path(table)
         if table.suffix.lower() not in TABLE_SUFFIXES:
-            raise Refused("Upload the entities as a .csv or .jsonl file.")
+            raise Refused(f"Upload the entities as {_TABLE_KINDS}.")
         if table.stat().st_size > MAX_TABLE_BYTES:
             raise Refused(f"The table is larger than {MAX_TABLE_BYTES >> 20} MB.")
         self._check_model(model)
@@ -342,10 +344,7 @@ class Service:
         problems = [problem for problem in problems if not isinstance(problem, ImageError)]  # the build goes on
         if count > MAX_KB_ROWS:
             raise Refused(f"The table has {count:,} entities; at most {MAX_KB_ROWS:,} are allowed.")
-        if problems:
-            lines = [f"Row {problem.row}: {problem.message}".replace(f"{source}/", "") for problem in problems[:20]]
-            more = f"\n… and {len(problems) - 20:,} more." if len(problems) > 20 else ""
-            raise Refused(f"{len(problems):,} rows cannot be used:\n" + "\n".join(lines) + more)
+        _refuse_rows(problems, source)
         with _refused_errors():
             KnowledgeBase.build(str(entities), *encoder, output=str(kb_folder), progress=False)
 
@@ -496,14 +495,26 @@ def _csv_cell(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t") else value
 
 
+def _refuse_rows(problems: Sequence[MelError], folder: Path) -> None:
+    """Refuses a file with bad rows, and names them without the folder of the server."""
+    if problems:
+        lines = [f"Row {problem.row}: {problem.message}".replace(f"{folder}/", "") for problem in problems[:20]]
+        more = f"\n… and {len(problems) - 20:,} more." if len(problems) > 20 else ""
+        raise Refused(f"{len(problems):,} rows cannot be used:\n" + "\n".join(lines) + more)
+
+
 def _read_mentions(path: Path) -> Iterator[dict[str, str]]:
     """The columns text and mention of every row. An image column is ignored: its paths would be those of the server."""
     if path.suffix.lower() not in TABLE_SUFFIXES:
-        raise Refused("Upload the mentions as a .csv or .jsonl file with the columns text and mention.")
+        raise Refused(f"Upload the mentions as {_TABLE_KINDS} with the columns text and mention.")
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise Refused(f"The file is larger than {MAX_TABLE_BYTES >> 20} MB.")
     with _refused_errors():
-        rows = list(read_rows(path))
+        # Names of columns may differ in case.
+        bad_rows: list[Any] = []
+        columns = {"text": "text", "mention": "mention"}
+        rows = list(read_rows(path, columns, keep_others=True, bad_rows=bad_rows))
+    _refuse_rows(bad_rows, path.parent)
     if not rows:
         raise Refused("The file holds no mentions.")
     if len(rows) > MAX_BATCH_ROWS:

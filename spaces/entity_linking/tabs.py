@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 import render
 from handlers import EXAMPLES, Handlers
-from service import MAX_BATCH_ROWS, MAX_KB_ROWS, MAX_TEXT, MAX_TOP_K
+from service import MAX_BATCH_ROWS, MAX_KB_ROWS, MAX_TEXT, MAX_TOP_K, TABLE_SUFFIXES
 
 #: Requests that run at the same time.
 WORKERS = 2
@@ -129,7 +129,10 @@ def own_entities_tab(handlers: Handlers, model: gr.Dropdown, kb: gr.Dropdown, se
         )
         with gr.Row():
             table = gr.File(
-                label="Entities (.csv, .jsonl)", file_types=[".csv", ".jsonl"], elem_id="kb-table", height=140
+                label="Entities (.csv, .tsv, .json, .jsonl)",
+                file_types=TABLE_SUFFIXES,
+                elem_id="kb-table",
+                height=140,
             )
             archive = gr.File(label="Images (.zip, optional)", file_types=[".zip"], elem_id="kb-zip", height=140)
         name = gr.Textbox(label="Name", value="My knowledge base", max_length=60)
@@ -152,7 +155,10 @@ def many_mentions_tab(handlers: Handlers, model: gr.Dropdown, kb: gr.Dropdown, s
             "They are linked with the model and the knowledge base selected on the first page."
         )
         file = gr.File(
-            label="Mentions (.csv, .jsonl)", file_types=[".csv", ".jsonl"], elem_id="batch-file", height=140
+            label="Mentions (.csv, .tsv, .json, .jsonl)",
+            file_types=TABLE_SUFFIXES,
+            elem_id="batch-file",
+            height=140,
         )
         link_button = gr.Button("Link all", variant="primary")
         message = gr.HTML(elem_id="batch-answer")

@@ -381,7 +381,7 @@ def test_mentions_are_linked_by_assigned_columns(tmp_path, model, base):
     [
         ("text,mention\nHere Bo.,Bo\nHere Bo.,Cy\n", SpanError, "row 3: .*'Cy'"),
         ("text,mention,start\nHere Bo.,Bo,five\n", DataFormatError, "row 2: The cell 'start' is 'five'"),
-        ("text,mention\nHere Bo.\n", DataFormatError, "row 2: The row has 1 fields"),
+        ("text,mention\nHere Bo.\n", DataFormatError, "row 2: The row has 1 field, not the 2"),
         ("text,mention\n", DataFormatError, "holds no mentions"),
         ("textt,mention\nHere Bo.,Bo\n", DataFormatError, "row 1: There is no column 'text'.*--column text=textt"),
     ],

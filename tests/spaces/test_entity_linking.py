@@ -25,6 +25,7 @@ from PIL import Image
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.explaining import Explanation
 from hf_mel.linking.linker import Candidate, EntityLinker, LinkResult
+from hf_mel.row_files import ROW_SUFFIXES
 from tests.spaces.small_model import small_model
 from tests.toy import ToyPairProcessor, ToyProcessor, register, toy_entities, toy_model, toy_reranker
 
@@ -342,6 +343,27 @@ def test_a_batch_keeps_its_order_and_reports_invalid_rows(service, tmp_path):
     assert rows[2]["entity_id"] == link(service, "in Jordan", ["Jordan"])[0].entity_id
 
 
+def test_files_of_every_format_are_read(space, service, session, tmp_path):
+    """The formats that the library reads, with names of columns in any case, and semicolons."""
+    assert sorted(space.service.TABLE_SUFFIXES) == sorted(ROW_SUFFIXES)
+    tables = {
+        ".csv": "ID;Name\n1;Jo\n",
+        ".tsv": "ID\tName\n1\tJo\n",
+        ".json": '[{"ID": 1, "Name": "Jo"}]',
+        ".jsonl": '{"ID": 1, "Name": "Jo"}\n',
+        ".ndjson": '{"ID": 1, "Name": "Jo"}\n',
+    }
+    for suffix, content in tables.items():
+        (tmp_path / f"mine{suffix}").write_text(content)
+        assert service.build_kb(suffix, tmp_path / f"mine{suffix}", None, model="small", session=session)[1] == 1
+        mentions = (
+            content.replace("ID", "TEXT").replace("Name", "Mention").replace("1", '"Jo met."').replace("Jo", "Jo")
+        )
+        (tmp_path / f"mentions{suffix}").write_text(mentions)
+        [row] = service.link_batch(tmp_path / f"mentions{suffix}", model="small", kb="flags")
+        assert (row["text"], row["mention"]) == ("Jo met.", "Jo")
+
+
 def test_results_are_written_as_csv_and_json(space, tmp_path):
     rows = [{"text": "=1+1", "mention": "@x", "entity_id": "Q1", "name": 'a "b", c', "score": 0.5}]
     as_csv, as_json = space.service.write_results(rows, tmp_path)
@@ -360,8 +382,9 @@ def test_results_are_written_as_csv_and_json(space, tmp_path):
         ("a.jsonl", '{"text": "x"', "not JSON"),
         ("a.jsonl", '["x"]', "Row 1"),
         ("a.csv", "text,mention\n" + "a,a\n" * 501, "501 rows"),
-        ("a.xlsx", "x", "csv or .jsonl"),
+        ("a.xlsx", "x", "json or .jsonl"),
         ("a.csv", b"\xff\xfe\x00", "UTF-8"),
+        ("a.csv", 'text,mention\nx\nx,"x" y\n', "2 rows cannot be used:\nRow 2: .*\nRow 3: "),
     ],
 )
 def test_an_invalid_batch_file_is_refused(space, service, tmp_path, name, content, words):
