@@ -38,7 +38,7 @@ from hf_mel.protocols import knows_posts
 _FIRST_SOURCES = ("name", "prior", "retriever", "release")
 SOURCES = (*_FIRST_SOURCES, "document")
 #: How names are compared, so that lists that an earlier version cached are made again.
-_NAMES = "case and accents folded"
+_NAMES = "case and accents folded, composite by surface form"
 
 
 def default_cache() -> Path:

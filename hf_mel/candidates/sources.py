@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
@@ -19,27 +21,43 @@ from hf_mel.data.examples import example_groups
 from hf_mel.errors import DataFormatError
 from hf_mel.schema import NIL
 
-#: String similarities of two names, higher for more similar names. "composite" is the mean of its three parts.
-SCORERS: dict[str, tuple[Callable, ...]] = {
-    "WRatio": (fuzz.WRatio,),
-    "QRatio": (fuzz.QRatio,),
-    "ratio": (fuzz.ratio,),
-    "partial_ratio": (fuzz.partial_ratio,),
-    "token_sort_ratio": (fuzz.token_sort_ratio,),
-    "token_set_ratio": (fuzz.token_set_ratio,),
-    "jaro_winkler": (distance.JaroWinkler.normalized_similarity,),
-    "common_subsequence": (distance.LCSseq.normalized_similarity,),
-    "common_prefix": (distance.Prefix.normalized_similarity,),
-    "edit_distance": (distance.Levenshtein.normalized_similarity,),
-    "composite": (
-        distance.LCSseq.normalized_similarity,
-        distance.Prefix.normalized_similarity,
-        distance.Levenshtein.normalized_similarity,
-    ),
-}
+_WORD = re.compile(r"\w+")
 
 #: Maximal number of name similarities in memory at a time.
 _CHUNK_SCORES = 2**23
+
+
+def _compare(scorer: Callable, surfaces: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Returns the similarity [S, N] of S surface forms and N names."""
+    return process.cdist(surfaces, names, scorer=scorer, dtype=np.float32, workers=-1)
+
+
+def _composite(surfaces: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Returns the composite similarity [S, N] of S surface forms and N names; see [`name_candidates`]."""
+    word_starts = [[word.start() for word in _WORD.finditer(name)] or [0] for name in names]
+    rests = [name[start:] for name, starts in zip(names, word_starts, strict=True) for start in starts]
+    first_rests = np.cumsum([0, *map(len, word_starts)])[:-1]
+    lengths = np.asarray([len(surface) for surface in surfaces], dtype=np.float32)[:, None]
+    prefixes = np.maximum.reduceat(_compare(distance.Prefix.similarity, surfaces, rests), first_rests, axis=1)
+    subsequences = _compare(distance.LCSseq.similarity, surfaces, names)
+    edits = _compare(distance.Levenshtein.normalized_similarity, surfaces, names)
+    return ((subsequences + prefixes) / lengths + edits) / 3
+
+
+#: String similarities of surface forms and names, higher for more similar ones.
+SCORERS: dict[str, Callable[[Sequence[str], Sequence[str]], np.ndarray]] = {
+    "WRatio": partial(_compare, fuzz.WRatio),
+    "QRatio": partial(_compare, fuzz.QRatio),
+    "ratio": partial(_compare, fuzz.ratio),
+    "partial_ratio": partial(_compare, fuzz.partial_ratio),
+    "token_sort_ratio": partial(_compare, fuzz.token_sort_ratio),
+    "token_set_ratio": partial(_compare, fuzz.token_set_ratio),
+    "jaro_winkler": partial(_compare, distance.JaroWinkler.normalized_similarity),
+    "common_subsequence": partial(_compare, distance.LCSseq.normalized_similarity),
+    "common_prefix": partial(_compare, distance.Prefix.normalized_similarity),
+    "edit_distance": partial(_compare, distance.Levenshtein.normalized_similarity),
+    "composite": _composite,
+}
 
 
 def name_candidates(
@@ -53,10 +71,14 @@ def name_candidates(
     """Returns the entities whose name or alias is most similar to the surface form.
 
     Case and accents do not count ([`~hf_mel.candidates.folding.fold_name`]). The score of an entity is that of its most
-    similar name or alias. An entity with score 0 is no candidate, so a list may be shorter than `k`, or empty. The composite of MMEL (§4.1: longest common subsequence,
-    common prefix, normalised edit distance) is the mean of the three, each in [0, 1]; the paper does not say how it
-    combines them. Equal scores are ordered by a digest of the entity id, so that neither the order of the knowledge base
-    nor the gold decides which entity is cut off. A mention without a surface form (a visual mention) has no candidates.
+    similar name or alias. An entity with score 0 is no candidate, so a list may be shorter than `k`, or empty. Equal scores
+    are ordered by a digest of the entity id, so that neither the order of the knowledge base nor the gold decides which
+    entity is cut off. A mention without a surface form (a visual mention) has no candidates.
+
+    "composite" is the mean of the three similarities that MMEL names (§4.1), each in [0, 1]: the longest common subsequence
+    and the longest common prefix, as fractions of the surface form, and the edit distance, normalised by the longer string.
+    The paper does not say how it combines them. The prefix is that of the rest of the name from any of its words, so that
+    a surname is as similar to a full name as a first name is.
 
     Args:
         mentions (`datasets.Dataset`): M mentions.
@@ -83,11 +105,7 @@ def name_candidates(
     with tqdm(total=len(surfaces), desc="Comparing names", unit="name", delay=1, disable=not progress) as bar:
         for first in range(0, len(surfaces), step):
             chunk = surfaces[first : first + step]
-            scores = np.zeros((len(chunk), len(names)), dtype=np.float32)
-            for part in SCORERS[scorer]:
-                scores += process.cdist(chunk, names, scorer=part, dtype=np.float32, workers=-1)
-            scores /= len(SCORERS[scorer])
-            best = np.maximum.reduceat(scores, starts, axis=1)
+            best = np.maximum.reduceat(SCORERS[scorer](chunk, names), starts, axis=1)
             columns = _top_columns(best, k)
             for surface, row, top in zip(chunk, best, columns, strict=True):
                 top = top[row[top] > 0]

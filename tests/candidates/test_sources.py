@@ -73,10 +73,16 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def composite(a: str, b: str) -> float:
-    longer = max(len(a), len(b))
-    prefix = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return (longest_common_subsequence(a, b) + prefix + longer - edit_distance(a, b)) / longer / 3
+def common_prefix(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def composite(surface: str, name: str) -> float:
+    words = [k for k in range(len(name)) if name[k] != " " and (k == 0 or name[k - 1] == " ")]
+    prefix = max(common_prefix(surface, name[k:]) for k in words or [0])
+    longer = max(len(surface), len(name))
+    subsequence = longest_common_subsequence(surface, name)
+    return ((subsequence + prefix) / len(surface) + (longer - edit_distance(surface, name)) / longer) / 3
 
 
 @settings(max_examples=25, deadline=None)
@@ -98,6 +104,13 @@ def test_the_composite_is_that_of_every_pair_by_hand(surfaces, names, k, chunk):
         assert len(set(listed)) == len(listed) == min(k, len(expected))
         assert scores == pytest.approx([expected[entity_id] for entity_id in listed], abs=1e-5)
         assert scores == pytest.approx(sorted(expected.values(), reverse=True)[:k], abs=1e-5)
+
+
+def test_the_composite_does_not_punish_a_surname():
+    """A surname is contained in a full name, and more similar to it than to a short name with other letters."""
+    entities = entities_of([["Alcott"], ["Keith Wilson Alcorn"], ["Alan"], ["Alonzo Corner"]])
+    candidates = name_candidates(mentions_of(["Alcorn"]), entities, k=1, scorer="composite")
+    assert candidates.entity_ids == [["Q1"]]
 
 
 @pytest.mark.parametrize("scorer", list(module.SCORERS))
