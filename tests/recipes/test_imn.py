@@ -26,6 +26,21 @@ from tests.toy_posts import toy_posts
 SPACES = {"[2,3]": [2, 3], "[3]": [3], "[]": []}
 VARIANTS = [
     *((name, "", {}) for name in ("imn-pretraining_flags", "imn-text_wikimel", "imn_tweets")),
+    ("imn_flags", "", {"encoder_init": "paired", "entity_prototype": True}),
+    ("imn_flags", "model.config.co_attention=false", {"co_attention": False}),
+    (
+        "imn_flags",
+        "model.config.num_prototypes=4 processor.options.num_prototypes=4 model.config.prototype_selection=random",
+        {"num_prototypes": 4, "prototype_selection": "random"},
+    ),
+    ("imn_flags", "model.config.encoder_init=default", {"encoder_init": "default"}),
+    ("imn_flags", "model.config.entity_prototype=false", {"entity_prototype": False}),
+    (
+        "imn_flags",
+        "model.config.mention_modalities=[text,image,joint] model.config.entity_modalities=[text,image,joint] "
+        "model.config.aux_dim=384",
+        {"aux_dim": 384},
+    ),
     *(
         (name, f"model.config.spaces={text}", {"spaces": value})
         for name in ("imn-text_wikimel", "imn_tweets")
@@ -33,7 +48,7 @@ VARIANTS = [
     ),
     *(
         (name, "model.config.prototype_selection=random", {"prototype_selection": "random"})
-        for name in ("imn-pretraining_flags", "imn-text_wikimel", "imn_tweets")
+        for name in ("imn-pretraining_flags", "imn_tweets")
     ),
     (
         "imn_tweets",
@@ -42,6 +57,7 @@ VARIANTS = [
     ),
     ("imn-pretraining_flags", "model.config.entity_prototype=true", {"entity_prototype": True}),
     ("imn-text_wikimel", "model.config.entity_prototype=false", {"entity_prototype": False}),
+    ("imn-text_wikimel", "training.mined_negatives=2", {"num_prototypes": 1}),
     (
         "imn-pretraining_flags",
         "model.config.num_prototypes=5 processor.options.num_prototypes=5",
@@ -85,7 +101,7 @@ def test_pretraining_with_and_without_knowledge_guidance(name, overrides, guided
 
 
 def test_each_stage_continues_the_previous_one():
-    stages = [Recipe.load(name) for name in ("imn-pretraining_flags", "imn-knowledge_flags", "imn_flags")]
+    stages = [Recipe.load(name) for name in ("imn-pretraining_flags", "imn-knowledge_flags", "imn-stages_flags")]
     assert [stage.task for stage in stages] == ["pretraining", "knowledge", "linking"]
     for before, after in itertools.pairwise(stages):
         assert after.model.from_pretrained == f"runs/{before.name}"
@@ -97,7 +113,7 @@ def test_three_stages_train_evaluate_and_link(encoders, tmp_path, text_only):  #
     data = str(write(tmp_path / "data", toy_posts()))
     quick = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
     runs = []
-    for name in ("imn-pretraining_flags", "imn-knowledge_flags", "imn_flags"):
+    for name in ("imn-pretraining_flags", "imn-knowledge_flags", "imn-stages_flags"):
         recipe = load(name, "", encoders)
         recipe.data.dataset = data
         recipe.training.update(quick)
