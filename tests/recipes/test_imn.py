@@ -26,17 +26,17 @@ from tests.toy_posts import toy_posts
 SPACES = {"[2,3]": [2, 3], "[3]": [3], "[]": []}
 VARIANTS = [
     *((name, "", {}) for name in ("imn-pretraining_flags", "imn-text_wikimel", "imn_tweets")),
-    ("imn_flags", "", {"encoder_init": "paired", "entity_prototype": True}),
-    ("imn_flags", "model.config.co_attention=false", {"co_attention": False}),
+    ("imn-posts_flags", "", {"encoder_init": "paired", "entity_prototype": True}),
+    ("imn-posts_flags", "model.config.co_attention=false", {"co_attention": False}),
     (
-        "imn_flags",
+        "imn-posts_flags",
         "model.config.num_prototypes=4 processor.options.num_prototypes=4 model.config.prototype_selection=random",
         {"num_prototypes": 4, "prototype_selection": "random"},
     ),
-    ("imn_flags", "model.config.encoder_init=default", {"encoder_init": "default"}),
-    ("imn_flags", "model.config.entity_prototype=false", {"entity_prototype": False}),
+    ("imn-posts_flags", "model.config.encoder_init=default", {"encoder_init": "default"}),
+    ("imn-posts_flags", "model.config.entity_prototype=false", {"entity_prototype": False}),
     (
-        "imn_flags",
+        "imn-posts_flags",
         "model.config.mention_modalities=[text,image,joint] model.config.entity_modalities=[text,image,joint] "
         "model.config.aux_dim=384",
         {"aux_dim": 384},
@@ -100,9 +100,16 @@ def test_pretraining_with_and_without_knowledge_guidance(name, overrides, guided
     assert loss.isfinite()
 
 
-def test_each_stage_continues_the_previous_one():
-    stages = [Recipe.load(name) for name in ("imn-pretraining_flags", "imn-knowledge_flags", "imn-stages_flags")]
-    assert [stage.task for stage in stages] == ["pretraining", "knowledge", "linking"]
+@pytest.mark.parametrize(
+    ("names", "tasks"),
+    [
+        (("imn-pretraining_flags", "imn-knowledge_flags", "imn-stages_flags"), ["pretraining", "knowledge", "linking"]),
+        (("imn-posts_flags", "imn_flags"), ["knowledge", "linking"]),
+    ],
+)
+def test_each_stage_continues_the_previous_one(names, tasks):
+    stages = [Recipe.load(name) for name in names]
+    assert [stage.task for stage in stages] == tasks
     for before, after in itertools.pairwise(stages):
         assert after.model.from_pretrained == f"runs/{before.name}"
     assert {stage.name for stage in stages} <= set(shipped_recipes())
