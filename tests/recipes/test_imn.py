@@ -103,7 +103,10 @@ def test_pretraining_with_and_without_knowledge_guidance(name, overrides, guided
 @pytest.mark.parametrize(
     ("names", "tasks"),
     [
-        (("imn-pretraining_flags", "imn-knowledge_flags", "imn-stages_flags"), ["pretraining", "knowledge", "linking"]),
+        (
+            ("imn-pretraining_flags", "imn-knowledge_flags", "imn-stages_flags"),
+            ["pretraining", "knowledge", "linking"],
+        ),
         (("imn-posts_flags", "imn_flags"), ["knowledge", "linking"]),
     ],
 )
