@@ -146,6 +146,10 @@ def pretraining_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[nn.Mod
     model_class: Any = MODEL_FOR_PRETRAINING_MAPPING[config_class]
     model = model_class(linking.config)
     model.load_state_dict(linking.state_dict(), strict=False)
+    names = getattr(linking, "backbone_names", None)
+    if names is not None:
+        # A linking model may know that one of its parts is new, for instance a head that the checkpoint lacks.
+        model.backbone_names = names
     return model, processor
 
 

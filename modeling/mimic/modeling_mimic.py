@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_mimic import MimicConfig
 from .scoring_mimic import (
@@ -33,6 +33,8 @@ _BLOCK_PAIRS = 2**16
 _UNIT_MODULES = {"text": "tglu", "vision": "vdlu", "cross_modal": "cmfu"}
 #: Encodings that say which mentions have the modalities of a unit.
 _UNIT_MASKS = {"text": ("has_text",), "vision": ("has_image",), "cross_modal": ("has_text", "has_image")}
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -420,6 +422,8 @@ class MimicModel(MimicPreTrainedModel):
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **config) -> MimicModel:
         """Builds a model with pretrained encoders and untrained units.
 
+        A text encoder's pooler that was never trained is not read, unless `text_pooling` asks for it. A warning says so.
+
         Args:
             text (`str`, *optional*): Hub id or folder of a text encoder, or of a CLIP model, which provides both
                 encoders and the joint space.
@@ -440,6 +444,9 @@ class MimicModel(MimicPreTrainedModel):
             config.setdefault("projection_dim", clip.config.projection_dim)
         elif text is not None:
             parts["text_model"] = AutoModel.from_pretrained(text)
+            if "text_pooling" not in config and _pooler_is_untrained(parts["text_model"]):
+                logger.warning("The pooler of %s was never trained. The mean of all states is read instead.", text)
+                config["text_pooling"] = "mean"
         if vision is not None:
             parts["vision_model"] = AutoModel.from_pretrained(vision)
             parts.pop("visual_projection", None)
@@ -855,6 +862,12 @@ def _build_backbone(config, pooling_layer: bool) -> PreTrainedModel:
         return AutoModel.from_config(config, add_pooling_layer=pooling_layer)
     except TypeError:  # the encoder has no argument `add_pooling_layer`
         return AutoModel.from_config(config)
+
+
+def _pooler_is_untrained(model: nn.Module) -> bool:
+    """Whether an encoder has a pooler that was never trained: its bias is exactly zero, as it is initialised."""
+    dense = getattr(getattr(model, "pooler", None), "dense", None)
+    return isinstance(dense, nn.Linear) and dense.bias is not None and not dense.bias.any()
 
 
 def _last_width(config) -> int:

@@ -285,7 +285,7 @@ class MmNelModel(MmNelPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         if config.sees_images:
             if config.vision_config is not None:
-                self.vision_model = _build_vision(config.vision_config)
+                self.vision_model = _build_backbone(config.vision_config, False)
             self.image_encoder = ImageEncoder(config)
         self.post_init()
         self.train()
@@ -750,11 +750,11 @@ def _check_labels(labels: torch.Tensor, mask: torch.Tensor) -> None:
         raise ValueError("A label names a column without a candidate. Give -100 for a mention without a gold.")
 
 
-# Copied from modeling/pfmel/modeling_pfmel.py
-def _build_vision(config) -> PreTrainedModel:
-    """Builds an untrained image encoder, without a pooling layer where that is optional."""
-    try:  # most ViT checkpoints have no pooler, and the feature used is the first token
-        return AutoModel.from_config(config, add_pooling_layer=False)
+# Copied from modeling/mimic/modeling_mimic.py
+def _build_backbone(config, pooling_layer: bool) -> PreTrainedModel:
+    """Builds an untrained encoder; `pooling_layer` is ignored by encoders whose pooling layer is not optional."""
+    try:
+        return AutoModel.from_config(config, add_pooling_layer=pooling_layer)
     except TypeError:  # the encoder has no argument `add_pooling_layer`
         return AutoModel.from_config(config)
 

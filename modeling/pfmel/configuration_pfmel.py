@@ -15,10 +15,14 @@ class PfmelConfig(PreTrainedConfig):
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of an encoder like BERT, with a pooler over the first token and two segments.
+            Configuration of an encoder like BERT, with two segments and, unless `text_pooling="mean"`, a pooler over
+            the first token.
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of any image encoder. Without it the model reads text only, which is NSP-BERT in the paper's
             tables. Without both configurations, the model is the paper's.
+        text_pooling (`str`, *optional*, defaults to `"pooler"`):
+            The state of a sequence that the next-sentence head reads: `"pooler"` (BERT's pooled first token, as in the
+            paper) or `"mean"` (the mean state of all words and images), for an encoder whose pooler was never trained.
         train_vision (`bool`, *optional*, defaults to `False`):
             Whether to train the image encoder. By default it is frozen, as in the paper, so each image is encoded
             once.
@@ -35,6 +39,7 @@ class PfmelConfig(PreTrainedConfig):
 
     text_config: PreTrainedConfig | dict | None = None
     vision_config: PreTrainedConfig | dict | None = None
+    text_pooling: str = "pooler"
     train_vision: bool = False
     nil_threshold: int | float | None = None
 
@@ -50,6 +55,8 @@ class PfmelConfig(PreTrainedConfig):
                 f"The text encoder {self.text_config.model_type!r} has {segments} segments, but next sentence "
                 "prediction needs two. Use an encoder like BERT."
             )
+        if self.text_pooling not in ("pooler", "mean"):
+            raise ValueError(f"text_pooling={self.text_pooling!r} is not one of 'pooler', 'mean'.")
         if self.train_vision and self.vision_config is None:
             raise ValueError("train_vision=True needs an image encoder. Give a vision_config.")
 

@@ -20,9 +20,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_pfmel import PfmelConfig
+
+logger = logging.get_logger(__name__)
 
 #: Pre-training tasks (§3.3), in the order of the `form_ids` of the processor. "mixed" has two forms.
 TASKS = ("mixed", "text", "multimodal")
@@ -81,14 +83,15 @@ class PfmelPreTrainedModel(PreTrainedModel):
     def __init__(self, config: PfmelConfig):
         super().__init__(config)
         hidden: int = config.text_config.hidden_size  # type: ignore[union-attr]
-        self.text_model = AutoModel.from_config(config.text_config)
-        if getattr(self.text_model, "pooler", None) is None:
+        has_pooler = config.text_pooling == "pooler"
+        self.text_model = _build_backbone(config.text_config, has_pooler)
+        if has_pooler and getattr(self.text_model, "pooler", None) is None:
             raise ValueError(
                 f"The text encoder {type(self.text_model).__name__} has no pooler, which next sentence prediction "
-                "needs. Use an encoder like BERT."
+                'needs. Use an encoder like BERT, or text_pooling="mean".'
             )
         if config.vision_config is not None:
-            self.vision_model = _build_vision(config.vision_config)
+            self.vision_model = _build_backbone(config.vision_config, False)
             self.image_projection = nn.Linear(_last_width(config.vision_config), hidden)
         self.nsp_head = nn.Linear(hidden, 2)
         self.post_init()
@@ -104,6 +107,9 @@ class PfmelPreTrainedModel(PreTrainedModel):
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **config):
         """Builds a model with pretrained encoders, and with the next-sentence head of a BERT checkpoint if it has one.
 
+        A pooler that was never trained is not read, unless `text_pooling` asks for it or the checkpoint has a
+        next-sentence head, which was trained with it. A warning says so.
+
         Args:
             text (`str`, *optional*): Hub id or folder of an encoder like BERT. Without it, `text_config` describes an
                 encoder to initialise.
@@ -118,6 +124,9 @@ class PfmelPreTrainedModel(PreTrainedModel):
         text_model, head = (None, None) if text is None else _next_sentence_parts(text)
         if text_model is not None:
             config.setdefault("text_config", _portable_config(text_model.config))
+            if head is None and "text_pooling" not in config and _pooler_is_untrained(text_model):
+                logger.warning("The pooler of %s was never trained. The mean of all states is read instead.", text)
+                config["text_pooling"] = "mean"
         vision_model = None
         if vision is not None:
             vision_model = AutoModel.from_pretrained(vision)
@@ -240,11 +249,15 @@ class PfmelPreTrainedModel(PreTrainedModel):
                 rows = (image_positions[:, k] >= 0).nonzero().squeeze(1)
                 place = (rows, image_positions[rows, k])
                 embeddings = embeddings.index_put(place, tokens[rows].to(embeddings.dtype))
-        pooled = self.text_model(
+        output = self.text_model(
             inputs_embeds=embeddings,
             attention_mask=attention_mask[:, :width],
             token_type_ids=token_type_ids[:, :width],
-        ).pooler_output
+        )
+        if self.config.text_pooling == "mean":
+            pooled = masked_mean(output.last_hidden_state, attention_mask[:, :width])
+        else:
+            pooled = output.pooler_output
         with torch.autocast(pooled.device.type, enabled=False):  # half precision is too coarse to rank candidates
             return self.nsp_head(pooled.to(self.nsp_head.weight.dtype)).float()
 
@@ -428,12 +441,27 @@ def _portable_config(config) -> dict[str, Any]:
     return fields
 
 
-def _build_vision(config) -> PreTrainedModel:
-    """Builds an untrained image encoder, without a pooling layer where that is optional."""
-    try:  # most ViT checkpoints have no pooler, and the feature used is the first token
-        return AutoModel.from_config(config, add_pooling_layer=False)
+# Copied from modeling/mimic/modeling_mimic.py
+def _build_backbone(config, pooling_layer: bool) -> PreTrainedModel:
+    """Builds an untrained encoder; `pooling_layer` is ignored by encoders whose pooling layer is not optional."""
+    try:
+        return AutoModel.from_config(config, add_pooling_layer=pooling_layer)
     except TypeError:  # the encoder has no argument `add_pooling_layer`
         return AutoModel.from_config(config)
+
+
+# Copied from modeling/mimic/modeling_mimic.py
+def _pooler_is_untrained(model: nn.Module) -> bool:
+    """Whether an encoder has a pooler that was never trained: its bias is exactly zero, as it is initialised."""
+    dense = getattr(getattr(model, "pooler", None), "dense", None)
+    return isinstance(dense, nn.Linear) and dense.bias is not None and not dense.bias.any()
+
+
+# Copied from modeling/mimic/scoring_mimic.py
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of [B, L, d] over the L positions where `mask` [B, L] is 1."""
+    mask = mask.to(x.dtype).unsqueeze(-1)
+    return (x * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 # Copied from modeling/mimic/modeling_mimic.py

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, BertConfig, CLIPModel, ViTConfig
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, CLIPModel, ViTConfig
 
 import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.modeling.mimic import MimicConfig, MimicModel, modeling_mimic, scoring_mimic
@@ -413,6 +413,19 @@ print("loaded")
     torch.save(batch_for(model), tmp_path / "batch.pt")
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert run.stdout.strip() == "loaded", run.stderr
+
+
+def test_a_pooler_that_was_never_trained_is_not_read(tmp_path):
+    dims = {"text_dim": 12, "vision_dim": 12, "fusion_dim": 12}
+    sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertModel(BertConfig(**sizes, intermediate_size=8))
+    bert.save_pretrained(tmp_path)
+    assert MimicModel.from_backbones(text=str(tmp_path), **dims).config.text_pooling == "mean"
+    asked = MimicModel.from_backbones(text=str(tmp_path), text_pooling="pooler", **dims)
+    assert asked.config.text_pooling == "pooler"
+    bert.pooler.dense.bias.data[0] = 0.1
+    bert.save_pretrained(tmp_path)
+    assert MimicModel.from_backbones(text=str(tmp_path), **dims).config.text_pooling == "pooler"
 
 
 def test_from_backbones_copies_the_pretrained_weights(tmp_path):

@@ -424,13 +424,49 @@ def test_a_bert_without_a_head_gets_an_initialised_one(tmp_path):
     torch.manual_seed(1)
     bert = BertModel(BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"}))
     bert.save_pretrained(tmp_path)
-    model = PfmelModel.from_backbones(text=str(tmp_path))
+    model = PfmelModel.from_backbones(text=str(tmp_path), text_pooling="pooler")
     for key, value in bert.state_dict().items():
         assert torch.equal(model.text_model.state_dict()[key], value), key
     assert model.nsp_head.bias.abs().max() == 0
     assert 0.01 < model.nsp_head.weight.std() < 0.03
     assert "nsp_head" not in model.backbone_names  # so it has the learning rate of new parts
     assert "nsp_head" in PfmelModel.backbone_names
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_pooler_that_was_never_trained_is_not_read(tmp_path, trained):
+    torch.manual_seed(1)
+    bert = BertModel(BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"})).eval()
+    if trained:
+        bert.pooler.dense.bias.data.normal_()
+    bert.save_pretrained(tmp_path)
+    model = PfmelModel.from_backbones(text=str(tmp_path)).eval()
+    asked = PfmelModel.from_backbones(text=str(tmp_path), text_pooling="pooler").eval()
+    assert (model.config.text_pooling, asked.config.text_pooling) == ("pooler" if trained else "mean", "pooler")
+    pairs = [((text, None), [(other, None) for other, _ in cs]) for (text, _), cs in sentences()]
+    batch = {k: v for k, v in tensors(pairs).items() if "image" not in k}
+    place = (0, 0)
+    ids, mask, segments = (batch[f"pair_{k}"][place] for k in ("input_ids", "attention_mask", "token_type_ids"))
+    length = int(mask.sum())  # the sequence alone, without padding
+    for each in (model, asked):
+        with torch.no_grad():
+            output = bert(ids[None, :length], mask[None, :length], segments[None, :length])
+            reads_mean = each.config.text_pooling == "mean"
+            state = output.last_hidden_state[0].mean(0) if reads_mean else output.pooler_output[0]
+            logits = each.nsp_head(state)
+            scores = each(**batch).scores
+        torch.testing.assert_close(scores[place], logits[0] - logits[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_missing_pooler_is_an_untrained_one(tmp_path):
+    bert = BertModel(BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"}), add_pooling_layer=False)
+    bert.save_pretrained(tmp_path / "bert")
+    model = PfmelModel.from_backbones(text=str(tmp_path / "bert"))
+    assert model.config.text_pooling == "mean"
+    model.save_pretrained(tmp_path / "model")
+    loaded, info = PfmelModel.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert loaded.config.text_pooling == "mean"
+    assert not any(info.values())
 
 
 def test_backbones_of_text_and_vision(tmp_path):

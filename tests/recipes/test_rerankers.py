@@ -12,12 +12,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, BertConfig, BertForNextSentencePrediction, CLIPImageProcessorPil, ResNetConfig
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertForNextSentencePrediction,
+    BertModel,
+    CLIPImageProcessorPil,
+    ResNetConfig,
+)
 
 import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.dataset_scripts.tweets_mel.tweets_mel import TweetsMel
+from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.assemble import build_model
-from hf_mel.training.pretraining import pretraining_model
+from hf_mel.training.pretraining import PretrainingTrainer, pretraining_model
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.tokenizer import texts_of, train_wordpiece
 from tests.toy import toy_entities, toy_mentions
@@ -160,6 +169,24 @@ def test_a_pretraining_of_the_ablations_trains(name, overrides, expected, encode
     assert len(batch["labels"]) == 2 * (len(tasks) + 1) * (1 + swapped)
     assert set(model(**batch).task_losses) == set(tasks)
     step(model, batch)
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_pretraining_gives_a_new_head_the_learning_rate_of_new_parts(has_head, encoders, tmp_path):
+    if not has_head:
+        BertModel.from_pretrained(encoders["text"]).save_pretrained(tmp_path / "text")
+        AutoTokenizer.from_pretrained(encoders["text"]).save_pretrained(tmp_path / "text")
+        encoders = encoders | {"text": str(tmp_path / "text")}
+    model, processor = pretraining_model(load("pfmel-pretraining_flags", "", encoders))
+    arguments = MelTrainingArguments(
+        tmp_path, learning_rate=1e-4, head_learning_rate=1e-2, eval_strategy="no", load_best_model_at_end=False
+    )
+    trainer = PretrainingTrainer(model, arguments, entities=toy_entities(), processing_class=processor)
+    groups = trainer.create_optimizer().param_groups
+    rate_of = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    assert rate_of[id(model.nsp_head.weight)] == (1e-4 if has_head else 1e-2)
+    assert rate_of[id(model.image_projection.weight)] == 1e-2
+    assert rate_of[id(model.text_model.embeddings.word_embeddings.weight)] == 1e-4
 
 
 @pytest.mark.parametrize("data", ["tweets", "flags"])
