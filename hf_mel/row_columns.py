@@ -290,8 +290,12 @@ class ColumnPlan:
         options = [f"--column {target}={shlex.quote(_quoted(name))}" for target, name in targets.items()]
         if variable is not None and "image" in self._sources:
             options.append("--column image=")  # Wikidata gives addresses of images, not files
-        if len(targets) < len(unknown):
+        others = [name for name in unknown if name not in targets.values()]
+        if others:
             options.append("--ignore-other-columns")
+        if others and "attributes" in missing and variable is None:
+            some = shlex.quote(",".join(map(_quoted, others[:2])))
+            remedy += f"To read some as attributes, add --column attributes={some} and so on. "
         names, one = ", ".join(map(repr, unknown)), len(unknown) == 1
         return DataFormatError(
             f"The column{'' if one else 's'} {names} {'is' if one else 'are'} unknown; columns are {', '.join(accepted)}.",

@@ -116,8 +116,10 @@ def build(
     from hf_mel.inference.checkpoints import load_retriever
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
-    retriever, processor = load_retriever(model, revision=revision, device=device, trust_remote_code=trust_remote_code)
     with show_logs():
+        retriever, processor = load_retriever(
+            model, revision=revision, device=device, trust_remote_code=trust_remote_code
+        )
         kb = KnowledgeBase.build(
             dataset if entities is None else entities,
             retriever,

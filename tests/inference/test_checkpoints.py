@@ -67,18 +67,11 @@ def test_an_unknown_device_is_refused_by_name(folder):
 
 
 def test_a_model_that_is_no_retriever_is_refused(tmp_path):
-    from transformers import BertConfig, BertModel
+    from transformers import GPT2Config, GPT2Model
 
-    sizes = {
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "intermediate_size": 8,
-        "vocab_size": 9,
-    }
-    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path)
+    GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=8, vocab_size=9)).save_pretrained(tmp_path)
     ToyProcessor().save_pretrained(tmp_path)
-    with pytest.raises(UnknownModelError, match="BertModel"):
+    with pytest.raises(UnknownModelError, match="GPT2Model"):
         load_retriever(tmp_path)
 
 
