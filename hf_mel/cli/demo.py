@@ -119,6 +119,7 @@ def demo(
 def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version: dict) -> dict[str, Any]:
     """Returns results with all units of the model, then with each unit alone, from one pass of the encoders."""
     from hf_mel.evaluation.full_evaluator import FullEvaluator
+    from hf_mel.evaluation.strata import names_by_id
     from hf_mel.inference.encode import encode_rows
     from hf_mel.inference.encodings import slice_encodings
     from hf_mel.inference.entity_sources import EncodedEntities
@@ -134,6 +135,7 @@ def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version:
             ranked_entities,
             units=chosen,
             strata=["stratum"],
+            entity_names=names_by_id(entities),
             nil_threshold=getattr(model.config, "nil_threshold", None) if chosen is None else None,
             data_version=version,
             progress=chosen is None,

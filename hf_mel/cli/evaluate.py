@@ -127,8 +127,10 @@ def evaluate(
     A retriever ranks all entities of the knowledge base for every mention. A reranker reorders the candidates of every
     mention. Its results are reported end to end and with the gold added, beside the order of the candidates' own scores.
 
-    H@1, H@3 and H@10 are called P@1, R@3 and R@10 in some papers. If the data set has a training split, golds that occur in
-    it are reported separately from other golds.
+    H@1, H@3 and H@10 are called P@1, R@3 and R@10 in some papers.
+
+    Results are also reported by strata: single mentions and several in a context; names that another entity of the
+    knowledge base has too (ambiguous) and other names; and golds that training had (seen) and other golds.
 
     Examples:
 
@@ -154,6 +156,7 @@ def evaluate(
     from hf_mel.data.posts import posts_of
     from hf_mel.errors import RecipeError, UnknownSplitError
     from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
+    from hf_mel.evaluation.strata import names_by_id
     from hf_mel.evaluation.tables import orders_table, results_table, write_records, write_results
     from hf_mel.inference.checkpoints import load_linking_model
     from hf_mel.inference.inputs import ModelInputs
@@ -218,7 +221,7 @@ def evaluate(
             mentions,
             entities,
             settings={**settings, "units": None if units is None else units.split(",")},
-            of_split={**of_split, "top_k": top_k},
+            of_split={**of_split, "top_k": top_k, "entity_names": names_by_id(entities)},
             nil_threshold=nil_threshold,
             nil_mentions=nil_mentions,
             processes=processes,

@@ -127,7 +127,7 @@ class CandidateEvaluator(Evaluator):
     ```
 
     Args:
-        entities, ks, ties, tie_tolerance, strata, train_golds, data_version, batch_size, progress: See
+        entities, ks, ties, tie_tolerance, strata, train_golds, entity_names, data_version, batch_size, progress: See
             [`~hf_mel.evaluation.evaluator.Evaluator`]. `ks` are also those of the candidates' recall.
         joint (`bool`, *optional*): Whether the main order ranks the mentions of a context together. Default: whether the
             model can. Both orders are reported.

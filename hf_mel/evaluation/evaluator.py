@@ -15,10 +15,11 @@ import torch
 
 from hf_mel.errors import KnowledgeBaseError
 from hf_mel.evaluation.settings import KS, Ties
-from hf_mel.evaluation.strata import Labels, strata_of
+from hf_mel.evaluation.strata import Labels, names_by_id, strata_of
 from hf_mel.inference.entity_sources import EntitySource
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.fingerprint import describe_model
+from hf_mel.kb.knowledge_base import KnowledgeBase
 
 # The metrics are defined in a Space because `evaluate.load` needs a file that imports nothing of this package.
 from hf_mel.spaces.mel_ranking.mel_ranking import ranking_metrics
@@ -40,6 +41,8 @@ class Evaluator:
             far as the mentions have them. See [`~hf_mel.evaluation.strata.strata_of`].
         train_golds (collection of `str`, *optional*): Golds of the training split, to report seen and unseen golds
             separately.
+        entity_names (`Mapping[str, Sequence[str]]`, *optional*): Entity id → name and aliases, to report mentions with an
+            ambiguous name separately. Default: the names of `entities`, unless these are encodings without names.
         data_version (`Mapping`, *optional*): Identification of the data. It is stored in the `setting` of the result.
         batch_size (`int`): Rows encoded or pairs scored at a time.
         progress (`bool`): Whether to show progress bars.
@@ -55,6 +58,7 @@ class Evaluator:
     tie_tolerance: float = 1e-6
     strata: Sequence[str] | None = None
     train_golds: Collection[str] | None = None
+    entity_names: Mapping[str, Sequence[str]] | None = None
     data_version: Mapping[str, Any] | None = None
     batch_size: int = 64
     progress: bool = True
@@ -70,7 +74,17 @@ class Evaluator:
         return self.entities.entity_ids
 
     def _labels(self, mentions: datasets.Dataset) -> dict[str, Labels]:
-        return strata_of(mentions, self.strata, self.train_golds)
+        return strata_of(mentions, self.strata, self.train_golds, self._entity_names())
+
+    def _entity_names(self) -> Mapping[str, Sequence[str]] | None:
+        if self.entity_names is not None:
+            return self.entity_names
+        if isinstance(self.entities, datasets.Dataset):
+            return names_by_id(self.entities)
+        if isinstance(self.entities, KnowledgeBase):
+            rows = self.entities.rows(range(len(self.entities)))
+            return {row["entity_id"]: [row["name"], *row["aliases"]] for row in rows}
+        return None
 
     def _setting(
         self, protocol: str, model: Any, *, num_mentions: int, num_nil: int, start: float, **of_protocol: Any

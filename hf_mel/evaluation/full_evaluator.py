@@ -110,7 +110,7 @@ class FullEvaluator(Evaluator):
     ```
 
     Args:
-        entities, ks, ties, tie_tolerance, strata, train_golds, data_version, batch_size, progress: See
+        entities, ks, ties, tie_tolerance, strata, train_golds, entity_names, data_version, batch_size, progress: See
             [`~hf_mel.evaluation.evaluator.Evaluator`]. A data set of entities is encoded at every call and kept in memory
             as float32.
         top_k (`int`): Entities to keep per mention, for [`FullResult.records`]. Calibration needs 2.

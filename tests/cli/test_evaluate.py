@@ -56,8 +56,13 @@ def test_results_and_predictions(run, folder, tmp_path):
         ModelInputs(toy_model(), ToyProcessor()), test
     )
     assert results["metrics"] == pytest.approx(expected.metrics)
-    assert results["strata"].keys() == {"stratum", "mentions in context", "gold in training"}
+    assert results["strata"].keys() == expected.strata.keys()
     assert results["strata"]["gold in training"] == expected.strata["gold in training"]
+    for stratification in ("mentions in context", "name of mention"):
+        groups, expected_groups = results["strata"][stratification], expected.strata[stratification]
+        assert {name: group["num_mentions"] for name, group in groups.items()} == {
+            name: group["num_mentions"] for name, group in expected_groups.items()
+        }
     assert results["data"] == {**dataset_version(folder / "data"), "split": "test"}
     assert len(results["data"]["sha256"]) == 64
     assert results["model"]["weights"] == expected.setting["model"]["weights"]

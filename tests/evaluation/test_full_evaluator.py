@@ -98,11 +98,15 @@ def test_an_unknown_unit_is_an_error_before_all_rows_are_encoded():
 
 def test_strata_have_the_metrics_of_their_mentions():
     result = evaluate(train_golds={"Q1", "Q8"}, nil_threshold=0.05)
-    assert result.strata.keys() == {"stratum", "mentions in context", "gold in training"}
+    assert result.strata.keys() == {"stratum", "mentions in context", "name of mention", "gold in training"}
     assert result.strata["stratum"].keys() == {"text", "image", "both"}
     for group, metrics in result.strata["stratum"].items():
         rows = MENTIONS.filter(lambda row, group=group: row["stratum"] == group)
         assert metrics == pytest.approx(evaluate(rows, nil_threshold=0.05).metrics, nan_ok=True)
+    by_name = result.strata["name of mention"]  # all toy names differ, and a NIL mention has the name of an entity
+    num_nil = list(MENTIONS["entity_id"]).count(NIL)
+    assert (by_name["ambiguous"]["num_mentions"], by_name["ambiguous"]["num_nil"]) == (num_nil, num_nil)
+    assert by_name["unambiguous"]["num_mentions"] == len(MENTIONS) - num_nil
     seen = result.strata["gold in training"]["seen"]
     ranks = sorted_ranks(forward())
     assert seen["mrr"] == pytest.approx(

@@ -118,6 +118,7 @@ def test_a_knowledge_base_and_the_evaluation_rank_alike(tmp_path, batch_size):
     by_kb = FullEvaluator(kb, top_k=12, progress=False)(ModelInputs(model, processor), toy_mentions(20))
     assert torch.equal(by_kb.ranking.best_rank, evaluated.ranking.best_rank)
     assert torch.equal(by_kb.ranking.top_rows, evaluated.ranking.top_rows)
+    assert by_kb.strata["name of mention"] == evaluated.strata["name of mention"]
     entities = inputs.entity_rows(list(toy_entities()))
     with torch.no_grad():
         plain = model.encode_entities(**processor(entities=entities))
