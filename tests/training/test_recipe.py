@@ -196,6 +196,24 @@ def test_the_tokenizer_lowercases_adds_special_tokens_and_pads():
     assert "[UNK]" in tokenizer.convert_ids_to_tokens(encoded["input_ids"][1])
 
 
+def test_the_tokenizer_knows_punctuation_that_its_texts_lack():
+    """A processor marks mentions with it."""
+    tokenizer = train_wordpiece(["red band red disc", "blue band"], 100)
+    assert tokenizer.tokenize('a «red» [band], "disc"?')[1:] == [
+        "«",
+        "red",
+        "»",
+        "[",
+        "band",
+        "]",
+        ",",
+        '"',
+        "disc",
+        '"',
+        "?",
+    ]
+
+
 def test_texts_come_from_all_string_columns_except_ids():
     texts = set(texts_of(toy_mentions(4), toy_entities(3)))
     assert {"Here Entity a met somebody, 0 times.", "Entity b", "Number: 2."} <= texts
