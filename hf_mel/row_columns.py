@@ -49,7 +49,8 @@ class ColumnMapping:
             target: (columns,) if isinstance(columns, str) else tuple(columns)
             for target, columns in self.sources.items()
         }
-        self._columns_seen: dict[str, None] = {}
+        #: The columns of all files that were read so far, in their order.
+        self.columns_seen: dict[str, None] = {}
 
     @classmethod
     def parse(
@@ -106,13 +107,28 @@ class ColumnMapping:
         """
         for target, columns in self.sources.items():
             for column in columns:
-                if self._columns_seen and _position(column, list(self._columns_seen)) is None:
+                if self.columns_seen and _position(column, list(self.columns_seen)) is None:
                     raise DataFormatError(
                         f"There is no column {column!r}, which --column {self._assignment(target)} names.",
                         file=file,
-                        remedy=f"{_suggestion(column, list(self._columns_seen))}The columns are "
-                        f"{', '.join(self._columns_seen)}.",
+                        remedy=f"{_suggestion(column, list(self.columns_seen))}The columns are "
+                        f"{', '.join(self.columns_seen)}.",
                     )
+
+    def restricted(self, accepted: Iterable[str], names: Sequence[str]) -> ColumnMapping:
+        """Returns the mapping of one of several files: the assignments of columns that it may have, and has.
+
+        Args:
+            accepted (iterable of `str`): Columns of hf_mel for this kind of file.
+            names (sequence of `str`): The columns of the file.
+        """
+        accepted = set(accepted)
+        sources = {
+            target: columns
+            for target, columns in self.sources.items()
+            if target in accepted and (not columns or any(_position(name, names) is not None for name in columns))
+        }
+        return ColumnMapping(sources, self.ignore_others, self.inverted_names)
 
     def _assignment(self, target: str) -> str:
         return f"{target}={','.join(self.sources[target])}"
@@ -155,7 +171,7 @@ class ColumnPlan:
         self._unnamed = [position for position, name in enumerate(self.names) if not name]
         self._sources: dict[str, list[int]] = {}
         self._joined: set[str] = set()
-        mapping._columns_seen.update(dict.fromkeys(filter(None, self.names)))
+        mapping.columns_seen.update(dict.fromkeys(filter(None, self.names)))
         unread = set(range(len(names))) - set(self._unnamed)
         assigned = set()
         for target, columns in mapping.sources.items():

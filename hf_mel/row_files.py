@@ -104,6 +104,24 @@ def read_rows(
     yield from readers[suffix](path, text, header, _raise if bad_rows is None else bad_rows.append)
 
 
+def column_names(path: str | os.PathLike[str], columns: Mapping[str, str], mapping: ColumnMapping) -> list[str]:
+    """Returns the columns of a file, those of the header of a table or of all objects of a JSON file.
+
+    Args:
+        path, columns: As in [`read_rows`].
+        mapping ([`~hf_mel.row_columns.ColumnMapping`]): A mapping of several files, which notes that this one has them.
+
+    Raises:
+        DataFormatError: As in [`read_rows`], except for errors of rows.
+    """
+    own, bad_rows = ColumnMapping(mapping.sources), list[MelError]()
+    for _ in read_rows(path, columns, mapping=own, keep_others=True, bad_rows=bad_rows):
+        if Path(path).suffix.lower() in (".csv", ".tsv"):
+            break
+    mapping.columns_seen.update(own.columns_seen)
+    return list(own.columns_seen)
+
+
 def bad_rows_error(errors: Sequence[MelError]) -> MelError:
     """Returns one error that lists several, of their class if they have the same. A single one is returned itself."""
     if len(errors) == 1:

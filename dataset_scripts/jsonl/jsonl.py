@@ -43,6 +43,7 @@ from hf_mel.row_files import (
     ENTITY_COLUMNS,
     ROW_SUFFIXES,
     bad_rows_error,
+    column_names,
     entity_row,
     id_cell,
     ids_cell,
@@ -147,17 +148,10 @@ class Jsonl(ReleaseBuilder):
         if self.mapping.sources:
             for option, columns in _COLUMNS.items():
                 if getattr(self.config, option) is not None:
-                    self._see_columns(option, columns)
+                    for path in self._files(option):
+                        column_names(path, columns, self.mapping)
             self.mapping.check_used()
         return ReleaseLog()
-
-    def _see_columns(self, option: str, columns: Mapping[str, str]) -> None:
-        """Reads the columns of the files of an option: the header of a table, or the keys of all JSON objects."""
-        for path in self._files(option):
-            ignored_rows: list[MelError] = []
-            for _ in read_rows(path, columns, mapping=self.mapping, keep_others=True, bad_rows=ignored_rows):
-                if path.suffix.lower() in (".csv", ".tsv"):
-                    break
 
     def splits(self) -> list[str]:
         """Reads the mentions and returns their splits."""

@@ -6,15 +6,28 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from hf_mel.cli.options import Column, Device, FirstStage, Index, ModelArgument, Revision, TrustRemoteCode
+from hf_mel.cli.options import (
+    Column,
+    Device,
+    FirstStage,
+    IgnoreOtherColumns,
+    Index,
+    InvertedNames,
+    ModelArgument,
+    Revision,
+    TrustRemoteCode,
+)
 from hf_mel.cli.printing import print_link
 from hf_mel.errors import MelError
 from hf_mel.files import is_stream
 from hf_mel.terminal import safe_text
+
+if TYPE_CHECKING:
+    from hf_mel.row_columns import ColumnMapping
 
 #: Number of bad rows that are listed.
 _MAX_NAMED = 20
@@ -23,9 +36,15 @@ _MAX_NAMED = 20
 def link(
     model: ModelArgument,
     kb: Annotated[
-        str,
+        str | None,
         typer.Option(help="A knowledge base that this model built: a folder (hf-mel kb build), or one on the Hub."),
-    ],
+    ] = None,
+    entities: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of entities in place of --kb, as for [b]hf-mel kb build[/b]. They are encoded each time."
+        ),
+    ] = None,
     text: Annotated[str | None, typer.Option(help="The text that contains the mention.")] = None,
     mention: Annotated[
         Optional[list[str]],  # noqa: UP045 (typer evaluates this on Python 3.10)
@@ -42,6 +61,8 @@ def link(
         ),
     ] = None,
     column: Column = None,
+    ignore_other_columns: IgnoreOtherColumns = False,
+    inverted_names: InvertedNames = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -103,6 +124,9 @@ def link(
 
       hf-mel link runs/mimic_flags --kb kb/flags --input letters.csv --column text=letter --column mention=person \\
         --output linked.jsonl
+
+      hf-mel link sentence-transformers/all-MiniLM-L6-v2 --entities artists.csv --column name=artist \\
+        --ignore-other-columns --text "Blake saw angels in Peckham." --mention Blake
     """
     surfaces: list[str | None] = [*mention] if mention else [None]
     single = {"text": text, "mention": surfaces[0], "image": image, "start": start, "end": end}
@@ -116,8 +140,15 @@ def link(
         raise typer.BadParameter("Give --input and --output together.", param_hint="--output")
     if input is not None and as_json:
         raise typer.BadParameter("Leave it out: --output is written as JSON lines anyway.", param_hint="--json")
-    if input is None and (resume or skip_bad_rows or column):
-        name = "--resume" if resume else "--skip-bad-rows" if skip_bad_rows else "--column"
+    if (kb is None) == (entities is None):
+        raise typer.BadParameter("Give either --kb or --entities.", param_hint="--kb")
+    if input is None and entities is None and column:
+        raise typer.BadParameter("Give a file with --input or --entities.", param_hint="--column")
+    if entities is None and (ignore_other_columns or inverted_names):
+        name = "--ignore-other-columns" if ignore_other_columns else "--inverted-names"
+        raise typer.BadParameter("Give a file of --entities, or leave this out.", param_hint=name)
+    if input is None and (resume or skip_bad_rows):
+        name = "--resume" if resume else "--skip-bad-rows"
         raise typer.BadParameter("Give a file of mentions with --input.", param_hint=name)
     if nil_threshold is not None and math.isnan(nil_threshold):
         raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
@@ -125,15 +156,17 @@ def link(
         raise typer.BadParameter("Give --start and --end only for a single mention.", param_hint="--start")
     from hf_mel.linking.link_file import link_file, read_mentions
     from hf_mel.linking.linker import EntityLinker
-    from hf_mel.row_columns import ColumnMapping
 
+    mapping_of_entities, mapping_of_mentions = _mappings(entities, input, column, ignore_other_columns, inverted_names)
     rows = None
     if input is not None:
-        rows = read_mentions(input, mapping=ColumnMapping.parse(column or ()), skip_bad_rows=skip_bad_rows)
+        rows = read_mentions(input, mapping=mapping_of_mentions, skip_bad_rows=skip_bad_rows)
 
     linker = EntityLinker.from_pretrained(
         model,
         kb,
+        entities=entities,
+        mapping=mapping_of_entities,
         nil_threshold=nil_threshold,
         device=device,
         trust_remote_code=trust_remote_code,
@@ -180,3 +213,27 @@ def link(
             log(f"  row {bad.row}: {safe_text(bad.message)}")
         if len(summary.bad_rows) > _MAX_NAMED:
             log(f"  … and {len(summary.bad_rows) - _MAX_NAMED:,} more")
+
+
+def _mappings(
+    entities: Path | None,
+    mentions: Path | None,
+    column: list[str] | None,
+    ignore_other_columns: bool,
+    inverted_names: bool,
+) -> tuple[ColumnMapping | None, ColumnMapping | None]:
+    """Returns what becomes of the columns of both files. An assignment counts for those that have its columns."""
+    from hf_mel.linking.link_file import MENTION_COLUMNS
+    from hf_mel.row_columns import ColumnMapping
+    from hf_mel.row_files import ENTITY_COLUMNS, column_names
+
+    mapping = ColumnMapping.parse(column or (), ignore_others=ignore_other_columns, inverted_names=inverted_names)
+    files = [(entities, ENTITY_COLUMNS), (mentions, MENTION_COLUMNS)]
+    mapping.check_targets({name: key for file, columns in files if file for name, key in columns.items()})
+    names = [column_names(file, columns, mapping) if file and column else [] for file, columns in files]
+    mapping.check_used(entities if mentions is None else mentions if entities is None else None)
+    restricted = [
+        None if file is None else mapping.restricted(columns, file_names)
+        for (file, columns), file_names in zip(files, names, strict=True)
+    ]
+    return restricted[0], restricted[1]

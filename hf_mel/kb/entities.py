@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import datasets
 
@@ -33,6 +33,14 @@ LEFT_OUT_NAME = "left_out_images.jsonl"
 EntitiesLike: TypeAlias = str | os.PathLike[str] | datasets.Dataset
 
 
+def is_row_file(entities: EntitiesLike) -> TypeGuard[str | os.PathLike[str]]:
+    """Returns whether entities are given as a file of rows, and not as a data set."""
+    if isinstance(entities, datasets.Dataset):
+        return False
+    name = os.fspath(entities)
+    return Path(name).is_file() or (name.lower().endswith(ROW_SUFFIXES) and not Path(name).is_dir())
+
+
 def open_entities(
     entities: EntitiesLike, bad_images: list[ImageError] | None = None, mapping: ColumnMapping | None = None
 ) -> tuple[datasets.Dataset, str | None]:
@@ -53,15 +61,14 @@ def open_entities(
         ImageError: An image is missing or damaged, and there is no list `bad_images`.
         MelError: As in [`~hf_mel.data.loading.load_entities`] and [`~hf_mel.data.entity_files.read_entity_file`].
     """
-    is_row_file = False
+    from_file = is_row_file(entities)
     if isinstance(entities, datasets.Dataset):
         rows, name = entities.with_format(None), None
     else:
         name = os.fspath(entities)
-        is_row_file = Path(name).is_file() or (name.lower().endswith(ROW_SUFFIXES) and not Path(name).is_dir())
         read_file = partial(read_entity_file, mapping=mapping, bad_images=bad_images)
-        rows = read_file(name) if is_row_file else load_entities(name)
-    if mapping is not None and not is_row_file:
+        rows = read_file(name) if from_file else load_entities(name)
+    if mapping is not None and not from_file:
         raise DataFormatError(
             "Columns are assigned, but the entities do not come from a file of rows.",
             file=name,
@@ -78,7 +85,7 @@ def open_entities(
         raise KnowledgeBaseError("The source has no entities.", file=name, remedy="Give at least one entity.")
     if rows.features["images"] != datasets.List(datasets.Image()):
         rows = rows.cast_column("images", datasets.List(datasets.Image()))
-    if not is_row_file:  # the images of a file have been checked with its rows
+    if not from_file:  # the images of a file have been checked with its rows
         rows = without_bad_images(rows, file=name, bad_images=bad_images)
     return rows, name
 

@@ -23,7 +23,7 @@ from hf_mel.row_files import int_cell, read_rows, text_cell
 from hf_mel.schema import mention_features
 
 #: Columns of a file of mentions that the linker reads, whose names may differ in case.
-_COLUMNS = {name: name for name in (*mention_features(), "document_id", "modality")}
+MENTION_COLUMNS = {name: name for name in (*mention_features(), "document_id", "modality")}
 #: Number of bad rows that an error names.
 _MAX_NAMED = 20
 
@@ -85,9 +85,11 @@ def read_mentions(
     """
     path = Path(path)
     mapping = mapping or ColumnMapping()
-    mapping.check_targets(_COLUMNS)
+    mapping.check_targets(MENTION_COLUMNS)
     unreadable: list[DataFormatError] = []
-    records = read_rows(path, _COLUMNS, mapping=mapping, required=["text"], keep_others=True, bad_rows=unreadable)
+    records = read_rows(
+        path, MENTION_COLUMNS, mapping=mapping, required=["text"], keep_others=True, bad_rows=unreadable
+    )
     rows = [_input_row(path, line, row) for line, row in records]
     mapping.check_used(path)
     rows += [InputRow(int(error.row or 0), {"row": error.row}, {}, error) for error in unreadable]

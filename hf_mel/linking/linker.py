@@ -16,6 +16,7 @@ import datasets
 import torch
 from tqdm.auto import tqdm
 
+from hf_mel.data.entity_files import check_entity_rows
 from hf_mel.data.images import ImageSource, open_image
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.errors import DataFormatError, KnowledgeBaseError, SpanError
@@ -27,6 +28,7 @@ from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.probe import sees_images, sees_images_in_pairs, unread_columns_in_pairs
 from hf_mel.inference.ranking import TIE_TOLERANCE, RankingResult, rank, score_of_units
 from hf_mel.inference.reranking import score_pairs
+from hf_mel.kb.entities import EntitiesLike, is_row_file
 from hf_mel.kb.indexes import open_index
 from hf_mel.kb.indexes.base import ExactIndex
 from hf_mel.kb.knowledge_base import KnowledgeBase
@@ -39,6 +41,7 @@ from hf_mel.protocols import (
     leaves_out_missing_images,
     ranks_jointly,
 )
+from hf_mel.row_columns import ColumnMapping
 from hf_mel.row_files import other_unicode_form
 from hf_mel.schema import NIL, NO_SPAN
 
@@ -225,6 +228,8 @@ class EntityLinker:
         model: str | os.PathLike[str],
         kb: KnowledgeBase | str | os.PathLike[str] | None = None,
         *,
+        entities: EntitiesLike | None = None,
+        mapping: ColumnMapping | None = None,
         nil_threshold: float | None = None,
         reranker: str | os.PathLike[str] | None = None,
         rerank_k: int = 16,
@@ -238,6 +243,10 @@ class EntityLinker:
         Args:
             model (`str` or `os.PathLike`): Folder or Hub id of the retriever.
             kb ([`KnowledgeBase`], `str` or `os.PathLike`): The knowledge base, its folder, or its Hub id.
+            entities ([`~hf_mel.kb.entities.EntitiesLike`], *optional*): Entities in place of `kb`: they are encoded into a
+                knowledge base that is deleted with the linker.
+            mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in a file of
+                `entities`.
             nil_threshold, rerank_k, index, first_stage (*optional*): As in [`EntityLinker`].
             reranker (`str` or `os.PathLike`, *optional*): Folder or Hub id of the reranker.
             kb_revision (`str`, *optional*): Branch, tag or commit of a knowledge base on the Hub.
@@ -249,12 +258,16 @@ class EntityLinker:
             HubError: As in [`~hf_mel.KnowledgeBase.from_pretrained`].
             UnknownModelError: As in [`~hf_mel.inference.checkpoints.load_retriever`].
         """
-        if kb is None:
+        if kb is not None and entities is not None:
+            raise KnowledgeBaseError("Both kb= and entities= are given.", remedy="Give one of them.")
+        if entities is not None and is_row_file(entities):
+            check_entity_rows(entities, mapping)  # before the models, as below
+        elif kb is None and entities is None:
             raise KnowledgeBaseError(
                 "No knowledge base was given.",
                 remedy=f'Pass kb="FOLDER". To build one, run: hf-mel kb build {os.fspath(model)} --dataset … --output FOLDER',
             )
-        if not isinstance(kb, KnowledgeBase):
+        if kb is not None and not isinstance(kb, KnowledgeBase):
             # Before the models, because a mistyped name then fails at once.
             kb = KnowledgeBase.from_pretrained(
                 kb, revision=kb_revision, local_files_only=kwargs.get("local_files_only", False)
@@ -263,8 +276,13 @@ class EntityLinker:
         if reranker is not None:
             shared = {key: value for key, value in kwargs.items() if key != "revision"}
             reranker_model, reranker_processor = load_reranker(reranker, **shared)
+        retriever, processor = load_retriever(model, **kwargs)
+        if entities is not None:
+            kb = KnowledgeBase.build(entities, retriever, processor, mapping=mapping)
+        assert kb is not None
         return cls(
-            *load_retriever(model, **kwargs),
+            retriever,
+            processor,
             kb,
             nil_threshold=nil_threshold,
             reranker=reranker_model,

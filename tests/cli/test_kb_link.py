@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 from hf_mel.cli import kb
 from hf_mel.cli.link import link
+from hf_mel.data.entity_files import read_entity_file
 from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError, LockedError, SpanError
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
+from hf_mel.row_columns import ColumnMapping
 from tests.processes import lock_holder
 from tests.toy import ToyProcessor, register, toy_entities, toy_model, write_toy_dataset
 
@@ -374,6 +376,37 @@ def test_mentions_are_linked_by_assigned_columns(tmp_path, model, base):
     with pytest.raises(DataFormatError, match=r"There is no column 'lettr'.*Did you mean 'Letter'"):
         run("link", "no-model", "--kb", base, "--input", source, "--column", "text=lettr", "--output", output)
     assert "--column" in run("link", model, "--kb", base, "--text", "a", "--mention", "a", *columns, ok=False).output
+
+
+def test_entities_of_a_file_are_linked_without_a_knowledge_base(tmp_path, model):
+    """An assignment counts for the file that has its columns. Wrong rows are told before a model is loaded."""
+    (tmp_path / "artists.csv").write_text("no;artist;link\na;Ada;x\nb;Bo;y\n")
+    mapping = ColumnMapping({"id": "no", "name": "artist"}, ignore_others=True)
+    entities = read_entity_file(tmp_path / "artists.csv", mapping=mapping)
+    expected = EntityLinker(MODEL, PROCESSOR, KnowledgeBase.build(entities, MODEL, PROCESSOR, progress=False))
+    table = ["--entities", tmp_path / "artists.csv", "--column", "id=no", "--column", "name=artist"]
+    table.append("--ignore-other-columns")
+    printed = run("link", model, *table, "--text", "Ada met Bo.", "--mention", "Ada", "--json").stdout
+    assert json.loads(printed) == expected(text="Ada met Bo.", mention="Ada").to_dict()
+    linker = EntityLinker.from_pretrained(model, entities=tmp_path / "artists.csv", mapping=mapping)
+    assert linker(text="Ada met Bo.", mention="Ada") == expected(text="Ada met Bo.", mention="Ada")
+
+    (tmp_path / "letters.csv").write_text("letter,mention,no\nAda met Bo.,Bo,7\n")
+    output = tmp_path / "linked.jsonl"
+    letters = ["--input", tmp_path / "letters.csv", "--column", "text=letter", "--output", output]
+    run("link", model, *table, *letters)
+    line = json.loads(output.read_text())
+    assert line.pop("linked") == expected(text="Ada met Bo.", mention="Bo").to_dict()
+    assert line == {"text": "Ada met Bo.", "mention": "Bo", "no": "7"}
+
+    with pytest.raises(DataFormatError, match=r"The columns 'no', 'artist', 'link' are unknown"):
+        run("link", "no-model", *table[:2], "--text", "Ada", "--mention", "Ada")
+    with pytest.raises(DataFormatError, match=r"There is no column 'artists'.*Did you mean 'artist'"):
+        run("link", "no-model", *table, "--column", "aliases=artists", "--text", "Ada", "--mention", "Ada")
+    with pytest.raises(KnowledgeBaseError, match="Both kb= and entities="):
+        EntityLinker.from_pretrained(model, kb="kb", entities=entities)
+    for wrong in (["--kb", "kb", *table], ["--kb", "kb", "--inverted-names"], []):
+        run("link", model, *wrong, "--text", "Ada", "--mention", "Ada", ok=False)
 
 
 @pytest.mark.parametrize(

@@ -145,27 +145,29 @@ def run(*arguments):
     return result
 
 
-def test_a_museums_table_becomes_linked_sentences_in_two_commands(folder, tmp_path):
-    """The table is as it was exported. The ranking is that of the plain computation."""
+def test_a_museums_table_becomes_linked_sentences_in_one_command(folder, tmp_path):
+    """The table is as it was exported. The ranking is that of the plain computation, also from a knowledge base."""
     (tmp_path / "artists.csv").write_text(ARTISTS, encoding="utf-8")
     rows = zip(SENTENCES, MENTIONS, strict=True)
-    (tmp_path / "letters.tsv").write_text(
-        "Text\tMention\n" + "".join(f"{s}\t{m}\n" for s, m in rows), encoding="utf-8"
-    )
+    (tmp_path / "letters.tsv").write_text("Text\tWho\n" + "".join(f"{s}\t{m}\n" for s, m in rows), encoding="utf-8")
     columns = [option for column in COLUMNS for option in ("--column", column)]
-    options = [*columns, "--ignore-other-columns", "--inverted-names", "--device", "cpu"]
+    table = ["--entities", tmp_path / "artists.csv", *columns, "--ignore-other-columns", "--inverted-names"]
+    letters = ["--input", tmp_path / "letters.tsv", "--column", "mention=who", "--top-k", 10, "--device", "cpu"]
+    run("link", folder, *table, *letters, "--output", tmp_path / "linked.jsonl")
+    lines = (tmp_path / "linked.jsonl").read_text()
+
     kb = tmp_path / "kb"
-    done = run("kb", "build", folder, "--entities", tmp_path / "artists.csv", *options, "--output", kb)
+    done = run("kb", "build", folder, *table, "--device", "cpu", "--output", kb)
     assert "is a plain text encoder, which was not trained to link." in done.output
-    output = tmp_path / "linked.jsonl"
-    run("link", folder, "--kb", kb, "--input", tmp_path / "letters.tsv", "--output", output, "--top-k", 10)
+    run("link", folder, "--kb", kb, *letters, "--output", tmp_path / "from_kb.jsonl")
+    assert (tmp_path / "from_kb.jsonl").read_text() == lines
 
     entities = KnowledgeBase(kb).rows(range(10))
     assert [entity["aliases"] for entity in entities[:3]] == [["Ada Orme"], ["Bo Orme"], ["Cy Falk"]]
     parts = [[e["name"], ", ".join(e["aliases"]), e["description"], e["attributes"]] for e in entities]
-    columns = [normalize(states(folder, " [SEP] ".join(filter(None, part))).mean(0), dim=0) for part in parts]
-    for line, mention, sentence in zip(output.read_text().splitlines(), MENTIONS, SENTENCES, strict=True):
-        scores = torch.stack(columns) @ normalize(states(folder, texts(mention, sentence)).mean(0), dim=0)
+    vectors = [normalize(states(folder, " [SEP] ".join(filter(None, part))).mean(0), dim=0) for part in parts]
+    for line, mention, sentence in zip(lines.splitlines(), MENTIONS, SENTENCES, strict=True):
+        scores = torch.stack(vectors) @ normalize(states(folder, texts(mention, sentence)).mean(0), dim=0)
         candidates = json.loads(line)["linked"]["candidates"]
         order = scores.argsort(descending=True).tolist()
         assert [candidate["entity_id"] for candidate in candidates] == [entities[k]["entity_id"] for k in order]
