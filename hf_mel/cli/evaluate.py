@@ -104,7 +104,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="Reranker: weight of the candidates' own scores, which are added to the reranker's: a number, where 0 "
-            "adds nothing, or [b]auto[/b] to choose the best one on the validation split."
+            "adds nothing, or [b]auto[/b] to choose the best one on the validation split. If several sources give "
+            "scores, name one: [b]retriever=2[/b], [b]retriever=auto[/b]."
         ),
     ] = None,
     bf16: Annotated[
@@ -142,9 +143,12 @@ def evaluate(
 
       hf-mel evaluate runs/RERANKER --dataset data/wikimel --split validation --candidates name --candidate-weight auto
 
+      hf-mel evaluate runs/RERANKER --dataset data/wikimel --candidates prior+retriever --retriever runs/RETRIEVER --candidate-weight retriever=2
+
       accelerate launch -m hf_mel evaluate runs/mimic_flags --dataset data/flags_mel   (the processes share the entities)
     """
-    k_list, weight = _parse_ks(ks), _parse_weight(candidate_weight)
+    k_list = _parse_ks(ks)
+    weighted_source, weight = _parse_weight(candidate_weight)
     if nil_threshold is not None and nil_from is not None:
         raise typer.BadParameter("Give a threshold or a split to choose it on, not both.", param_hint="--nil-from")
 
@@ -210,7 +214,14 @@ def evaluate(
             posts=partial(posts_of, dataset, posts, revision=dataset_revision, config=config),
         )
         lists = lists.top(num_candidates) if lists.longest > num_candidates else lists
-        evaluator = CandidateEvaluator(entities, joint=joint, candidate_weight=weight, **settings, **of_split)
+        evaluator = CandidateEvaluator(
+            entities,
+            joint=joint,
+            candidate_weight=weight,
+            candidate_source=weighted_source,
+            **settings,
+            **of_split,
+        )
         reranked = _evaluate_reranker(evaluator, ModelInputs(loaded, processor), mentions, lists, bf16, console)
         results, records = reranked.to_dict(), reranked.records()
     else:
@@ -252,11 +263,15 @@ def _parse_ks(ks: str) -> list[int]:
     return values
 
 
-def _parse_weight(weight: str | None) -> float | Literal["auto"] | None:
-    if weight is None:
-        return None
+def _parse_weight(option: str | None) -> tuple[str | None, float | Literal["auto"] | None]:
+    """Returns the source, if one is named, and the weight of `--candidate-weight`."""
+    if option is None:
+        return None, None
+    source, named, weight = option.rpartition("=")
+    if named and not source:
+        raise typer.BadParameter(f"{option!r} names no source before '='.", param_hint="--candidate-weight")
     if weight == "auto":
-        return "auto"
+        return source or None, "auto"
     try:
         value = float(weight)
     except ValueError:
@@ -265,7 +280,7 @@ def _parse_weight(weight: str | None) -> float | Literal["auto"] | None:
         raise typer.BadParameter(
             f"{weight!r} is neither a number of at least 0 nor auto.", param_hint="--candidate-weight"
         )
-    return value
+    return source or None, value
 
 
 def _check_options(context: typer.Context, model: str, kind: Literal["retriever", "reranker"]) -> None:

@@ -114,8 +114,8 @@ class CandidateEvaluator(Evaluator):
     last with the gold added.
 
     With a weight w, the main order is that of reranker score + w * (list score / scale). This combination is ours, not from
-    a paper. The list score is that of the first source that gave any scores. The scale is the standard deviation of its
-    scores over all lists (1 if they are all equal), so that w means the same for cosines and for logits. A candidate
+    a paper. The list score is that of one source, which must be named if several gave scores. The scale is the standard deviation
+    of its scores over all lists (1 if they are all equal), so that w means the same for cosines and for logits. A candidate
     without a list score, such as an added gold, gets the lowest list score of its mention. List scores are shifted so that
     the highest score of a mention is 0, which changes no rank. With w = 0 the order is the reranker's.
 
@@ -134,15 +134,18 @@ class CandidateEvaluator(Evaluator):
         candidate_weight (`float` or "auto", *optional*): The weight w, at least 0. "auto" takes the weight that
             [`choose_candidate_weight`] finds best end to end on the evaluated mentions, which should be those of a
             validation split. The setting of the result has the weight, its source and the scale.
+        candidate_source (`str`, *optional*): The source whose scores get the weight, for instance "retriever". Default: the
+            only source that gave scores.
 
     Raises:
         [`~hf_mel.errors.KnowledgeBaseError`]: There are no entities.
-        [`~hf_mel.errors.RecipeError`]: The weight is negative or not finite.
+        [`~hf_mel.errors.RecipeError`]: The weight is negative or not finite, or there is a source without a weight.
         `ValueError`: One of `ks` is below 1, or `ties` is unknown.
     """
 
     joint: bool | None = None
     candidate_weight: float | Literal["auto"] | None = None
+    candidate_source: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -150,6 +153,10 @@ class CandidateEvaluator(Evaluator):
             raise TypeError("A reranker reads rows. Give the entities as a datasets.Dataset.")
         if isinstance(self.candidate_weight, int | float) and not 0 <= self.candidate_weight < np.inf:
             raise RecipeError(f"The weight of the candidates is {self.candidate_weight}.", remedy="Give 0 or more.")
+        if self.candidate_source is not None and self.candidate_weight is None:
+            raise RecipeError(
+                f"The candidates of {self.candidate_source!r} have no weight.", remedy="Give candidate_weight too."
+            )
 
     def __call__(self, inputs: ModelInputs, mentions: datasets.Dataset, candidates: CandidateLists) -> CandidateResult:
         """Evaluates a model on M mentions.
@@ -164,8 +171,8 @@ class CandidateEvaluator(Evaluator):
             [`~hf_mel.errors.UnknownEntityError`]: A gold or a candidate is not in the knowledge base; names the mention.
             [`~hf_mel.errors.DataFormatError`]: A mention has no list, the mentions lack one of the columns `strata`, a
                 prior is not a probability, or an example has more mentions than the model's `max_mentions`.
-            [`~hf_mel.errors.RecipeError`]: The model cannot rank jointly, no source has scores to weight, or the weight
-                is "auto" and every gold is NIL.
+            [`~hf_mel.errors.RecipeError`]: The model cannot rank jointly, no source or several have scores to weight, the
+                named source has none, or the weight is "auto" and every gold is NIL.
             [`~hf_mel.errors.ScoreError`]: A score is nan or infinite.
         """
         start, model = time.perf_counter(), inputs.model
@@ -182,8 +189,8 @@ class CandidateEvaluator(Evaluator):
         candidates.rows(entity_ids)  # raises for an unknown candidate, before any pair is scored
         priors = candidates.priors
         padded = PaddedCandidates(candidates, golds, {entity_id: row for row, entity_id in enumerate(entity_ids)})
-        # Computed now, because it raises if no source has scores.
-        list_scores = None if self.candidate_weight is None else padded.scaled_list_scores()
+        # Computed now, because it raises if there is not one source to weight.
+        list_scores = None if self.candidate_weight is None else padded.scaled_list_scores(self.candidate_source)
 
         scores = self._scores(inputs, mentions, padded, priors)
         order = _JOINT if (ranks_jointly(model) if self.joint is None else self.joint) else _RERANKER
@@ -446,22 +453,35 @@ class PaddedCandidates:
                     scores[i, column_of[entity_id]] = score
         return scores
 
-    def scaled_list_scores(self) -> tuple[np.ndarray, dict[str, Any]]:
+    def scaled_list_scores(self, source: str | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Returns list scores [M, C] divided by their scale, at most 0 and finite, and their {"source", "scale"}.
 
+        Args:
+            source (`str`, *optional*): The source of the scores. Default: the only one that has any.
+
         Raises:
-            [`~hf_mel.errors.RecipeError`]: No source has scores.
+            [`~hf_mel.errors.RecipeError`]: The source has no scores; or none is named, and no source or several have any.
         """
-        for source in self.candidates.scores:
-            scores = self.source_scores(source)
-            has_score = np.isfinite(scores)
-            if has_score.any():
-                break
-        else:
+        scores_of = {name: self.source_scores(name) for name in self.candidates.scores}
+        scored = [name for name, scores in scores_of.items() if np.isfinite(scores).any()]
+        if not scored:
             raise RecipeError(
                 "The candidates have no scores that could be given a weight.",
                 remedy="Leave the weight out, or make the candidates from name, prior or retriever.",
             )
+        if source is None and len(scored) > 1:
+            raise RecipeError(
+                f"The candidates have scores of {' and '.join(scored)}, and the weight names none of them.",
+                remedy=f"Name one: --candidate-weight {scored[-1]}=WEIGHT, in Python candidate_source={scored[-1]!r}.",
+            )
+        source = scored[0] if source is None else source
+        if source not in scored:
+            raise RecipeError(
+                f"The candidates have no scores of {source!r} that could be given a weight.",
+                remedy=f"Choose among {', '.join(scored)}.",
+            )
+        scores = scores_of[source]
+        has_score = np.isfinite(scores)
         deviation = float(scores[has_score].std())
         scale = deviation if deviation > 0 else 1.0
         highest = np.where(has_score, scores, -np.inf).max(1, keepdims=True)

@@ -31,8 +31,8 @@ def strata_of(
     - "mentions in context": "multiple" if another mention has the same `context_id`, otherwise "single".
     - "name of mention", given `entity_names`: "ambiguous" if the knowledge base has a namesake of the mention that is not
       its gold, otherwise "unambiguous". A namesake is an entity with a name or alias that has all words of the surface
-      form, regardless of case, accents and order ([`~hf_mel.candidates.namesakes.namesakes_of`]). If the gold is NIL, any
-      namesake makes the name ambiguous. A mention whose surface form has no word, as a visual mention, has no group.
+      form, regardless of case, accents and order ([`~hf_mel.candidates.namesakes.namesakes_of`]). A mention
+      whose gold is NIL, or whose surface form has no word, as a visual mention, has no group.
     - "gold in training", given `train_golds`: "seen" or "unseen". A mention whose gold is NIL has no group.
 
     Args:
@@ -69,7 +69,11 @@ def strata_of(
         surfaces = [surface or "" for surface in mentions["mention"]]
         namesakes = namesakes_of(surfaces, entity_names)
         strata["name of mention"] = [
-            None if not words_of(surface) else "ambiguous" if namesakes[surface] - {gold} else "unambiguous"
+            None
+            if gold == NIL or not words_of(surface)
+            else "ambiguous"
+            if namesakes[surface] - {gold}
+            else "unambiguous"
             for surface, gold in zip(surfaces, mentions["entity_id"], strict=True)
         ]
     if train_golds is not None:

@@ -117,7 +117,15 @@ def test_the_candidate_weight_is_chosen_on_validation_and_set_on_test(run, tmp_p
     assert "reranker, jointly + 2 * name score" in outcome.stdout
     with pytest.raises(RecipeError, match=r"on 'test'.*--split validation"):
         run(evaluate, *arguments, "--candidate-weight", "auto")
-    for weight in ("much", "-1", "nan"):
+    assert run(evaluate, *arguments, "--candidate-weight", "name=2").exit_code == 0
+    assert json.loads((tmp_path / "r.json").read_text()) | {"wall_time_seconds": 0} == written | {
+        "wall_time_seconds": 0
+    }
+    with pytest.raises(RecipeError, match=r"on 'test'"):
+        run(evaluate, *arguments, "--candidate-weight", "name=auto")
+    with pytest.raises(RecipeError, match=r"no scores of 'prior'.*Choose among name"):
+        run(evaluate, *arguments, "--candidate-weight", "prior=2")
+    for weight in ("much", "-1", "nan", "=2", "name=", "name=much"):
         assert run(evaluate, *arguments, "--candidate-weight", weight).exit_code == 2
     with pytest.raises(RecipeError, match="ranks all entities"):
         run(evaluate, "model", "--dataset", "toy_candidates", "--candidate-weight", "2")

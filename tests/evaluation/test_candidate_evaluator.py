@@ -244,7 +244,7 @@ def test_the_table_has_f1_by_modality():
     )
     table = results_table(result.to_dict())
     assert "F1" in [column.header for column in table.columns]
-    assert {"modality: image", "modality: text"} <= set(table.columns[0]._cells)
+    assert {"modality: image", "modality: text"} <= set(map(str, table.columns[0]._cells))
 
 
 @pytest.mark.parametrize("independent", [True, False])
@@ -422,6 +422,35 @@ def test_the_weight_applies_to_the_main_order_and_is_reported(independent):
         assert unweighted.metrics == plain.metrics
         assert f"{order} + 1e+09 * here score / 1.118" in orders_table(result.to_dict()).caption
         json.dumps(result.to_dict())
+
+
+def test_the_weight_applies_to_the_named_source():
+    """With scores of two sources, a named source has the weight that it has alone."""
+    rows = [list(range(12))] * 12
+    alone = {"prior": scored_lists(rows, 3).scores["here"], "retriever": scored_lists(rows, 4).scores["here"]}
+    both = lists_of(rows)
+    both = CandidateLists(both.mention_ids, both.entity_ids, alone, both.setting)
+    table = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
+
+    def evaluate(lists, **options):
+        evaluator = CandidateEvaluator(ENTITIES, progress=False, **options)
+        return evaluator(ModelInputs(TableReranker(table), number_processor), MENTIONS, lists)
+
+    ranks = []
+    for source, scores in alone.items():
+        single = evaluate(lists_of(rows, scores), candidate_weight=2)
+        named = evaluate(both, candidate_weight=2, candidate_source=source)
+        assert named.setting["candidate_weight"]["source"] == source
+        for protocol in (END_TO_END, GOLD_ADDED):
+            np.testing.assert_array_equal(named.ranks[protocol], single.ranks[protocol])
+        ranks.append(named.ranks[END_TO_END])
+    assert not np.array_equal(*ranks, equal_nan=True)
+    with pytest.raises(RecipeError, match=r"scores of prior and retriever.*--candidate-weight retriever=WEIGHT"):
+        evaluate(both, candidate_weight=2)
+    with pytest.raises(RecipeError, match=r"no scores of 'name'.*Choose among prior, retriever"):
+        evaluate(both, candidate_weight=2, candidate_source="name")
+    with pytest.raises(RecipeError, match=r"'retriever' have no weight.*candidate_weight"):
+        evaluate(both, candidate_source="retriever")
 
 
 def test_invalid_weights_are_an_error():

@@ -51,8 +51,8 @@ NAMES = {
         ("bjork", "Q4", "unambiguous"),
         ("Peele Michael", "Q5", "unambiguous"),  # no single name has both words
         ("nobody", "Q3", "unambiguous"),
-        ("nobody", NIL, "unambiguous"),
-        ("Björk", NIL, "ambiguous"),
+        ("nobody", NIL, None),
+        ("Björk", NIL, None),
         ("Jord", "Q3", "unambiguous"),  # words, not letters
         ("Michael B.Jordan", "Q2", "unambiguous"),
         ("", "Q3", None),  # a visual mention
