@@ -20,11 +20,13 @@ them drew them without a seed.
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 import os
 import re
 from array import array
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -32,7 +34,7 @@ from urllib.parse import parse_qs, urlsplit
 import datasets
 import numpy as np
 
-from hf_mel.dataset_scripts.builder import ReleaseBuilder, mention_row
+from hf_mel.dataset_scripts.builder import ReleaseBuilder, ReleaseConfig, mention_row
 from hf_mel.dataset_scripts.image_files import read_image
 from hf_mel.dataset_scripts.release import ReleaseLog
 from hf_mel.dataset_scripts.spans import nearest
@@ -110,6 +112,19 @@ class _Tweet(NamedTuple):
     url: str
 
 
+@dataclass
+class TweetsMelConfig(ReleaseConfig):
+    """Folders of the raw files, and the images of an entity.
+
+    Args:
+        timeline_images (`int` or `str`, defaults to 0): The number of images of its timeline that an account has in
+            `entities`, the latest first, or "all". With "all" they are T(e) of PFMEL. An account without such an image,
+            and with 0 every account, has its profile picture instead.
+    """
+
+    timeline_images: int | str = 0
+
+
 class TweetsMel(ReleaseBuilder):
     """Builder of Tweets-MEL, of the posts of its accounts, and of PFMEL's selections of mentions."""
 
@@ -133,6 +148,7 @@ class TweetsMel(ReleaseBuilder):
   pages = {4285--4292}
 }"""
     NEEDS_RAW = True
+    BUILDER_CONFIG_CLASS = TweetsMelConfig
     #: Unknown, because only some of the listed tweets can still be fetched. The builder checks the lengths of the lists.
     OFFICIAL_COUNTS: dict[str, dict[str, int | None]] = {
         "mentions": dict.fromkeys(_ID_LISTS),
@@ -251,12 +267,17 @@ class TweetsMel(ReleaseBuilder):
             spellings.setdefault(account_id(screen_name), screen_name)
             last_names.setdefault(account_id(screen_name), mention)
         recent: dict[str, list[tuple[int, str]]] = {}
+        image_limit = self._timeline_limit()
+        timeline_folder = self._timeline_folder()
+        posts_of: dict[str, list[tuple[int, str]]] = {}  # number and image address of an account's posts
         if timeline := release.find_file(*_TIMELINES):
-            for _, screen_name, tweet, text, _ in self._read_timeline(timeline):
+            for _, screen_name, tweet, text, url in self._read_timeline(timeline):
                 account = account_id(screen_name)
                 spellings.setdefault(account, screen_name)
                 latest = recent.setdefault(account, [])
                 (heapq.heappush if len(latest) < _RECENT_POSTS else heapq.heappushpop)(latest, (int(tweet), text))
+                if image_limit != 0:
+                    posts_of.setdefault(account, []).append((int(tweet), url))
         listed = set().union(*self._read_ids(_ID_LISTS).values())
         for config in _PFMEL:
             for names in _pfmel_files(config).values():
@@ -273,14 +294,23 @@ class TweetsMel(ReleaseBuilder):
             screen_name = spelling.strip().removeprefix("@")
             name, description, location = profiles.get(account, ("", "", ""))
             stems = (screen_name, screen_name.lower())
-            image = read_image(folder, *(f"{stem}.{suffix}" for stem in stems for suffix in ("jpg", "png", "jpeg")))
+            timeline_images = (
+                read_image(timeline_folder, *image_names(url, str(tweet)))
+                for tweet, url in sorted(posts_of.get(account, ()), reverse=True)
+            )
+            images = list(itertools.islice(filter(None, timeline_images), image_limit))
+            if not images:
+                image = read_image(
+                    folder, *(f"{stem}.{suffix}" for stem in stems for suffix in ("jpg", "png", "jpeg"))
+                )
+                images = [image] if image else []
             yield {
                 "entity_id": account,
                 "name": name or last_names.get(account, screen_name),
                 "description": description,
                 "attributes": f"Location: {location}" if location else "",
                 "aliases": [f"@{screen_name}"],
-                "images": [image] if image else [],
+                "images": images,
                 "screen_name": f"@{screen_name}",
                 "location": location,
                 "recent_posts": [text for _, text in sorted(recent.get(account, ()), reverse=True)],
@@ -296,7 +326,7 @@ class TweetsMel(ReleaseBuilder):
                 file=release.root,
                 remedy=f"Write one, with the columns @screenName, tweetId, text, imageURL ({self.HOMEPAGE}).",
             )
-        folder = release.find_folder(self.config.entity_images, "timeline_images", "entity_images", "images")
+        folder = self._timeline_folder()
         num_missing = 0
         for _, screen_name, tweet, text, url in self._read_timeline(timeline):
             image = read_image(folder, *image_names(url, tweet))
@@ -304,6 +334,24 @@ class TweetsMel(ReleaseBuilder):
             yield {"post_id": tweet, "entity_id": account_id(screen_name), "text": text, "image": image}
         if num_missing:  # up to millions: one entry for all
             release.problem("missing_post_image", timeline, "", f"{num_missing:,} images are not there")
+
+    def _timeline_folder(self) -> Path | None:
+        return self.release.find_folder(self.config.entity_images, "timeline_images", "entity_images", "images")
+
+    def _timeline_limit(self) -> int | None:
+        """Returns the maximum number of timeline images of an account; `None` for all."""
+        value = self.config.timeline_images
+        if value == "all":
+            return None
+        try:
+            limit = int(value)
+        except ValueError:
+            limit = -1
+        if limit < 0:
+            raise DataFormatError(
+                f"The option timeline_images is {value!r}.", remedy="Give a number of at least 0, or all."
+            )
+        return limit
 
     def _read_tweets(self) -> dict[str, list[_Tweet]]:
         """Reads the fetched rows by tweet id, in file order. A tweet may mention several accounts, each in one row."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hf_mel.building.build import build_dataset
 from hf_mel.dataset_scripts.tweets_mel.tweets_mel import TweetsMel, account_id, image_names, tweet_id
 from hf_mel.errors import DataFormatError, DuplicateIdError, MelError
+from tests.dataset_scripts.fixtures import picture
 from tests.dataset_scripts.test_wikidiverse import mutations
 from tests.dataset_scripts.tweets_mel_release import (
     ENTITIES,
@@ -73,6 +74,29 @@ def test_entities_by_hand(raw, tmp_path):
         "profile_of_unknown_account": [("profiles.tsv", "3")],
         "malformed_row": [("profiles.tsv", "4")],
     }
+
+
+def test_images_of_an_entity_are_those_of_its_timeline_if_asked_for(raw, tmp_path):
+    """T(e) of PFMEL, latest first. Without any such image, the profile picture stays."""
+    for name, colour in (("entity_images/53.jpg", "red"), ("entity_images/jbrun.jpg", "green")):
+        (raw / name).write_bytes(picture(colour))
+    latest, oldest, profile, other = (
+        (raw / "entity_images" / name).read_bytes() for name in ("53.jpg", "t51.jpg", "adafalk.png", "jbrun.jpg")
+    )
+
+    def images(number, **options):
+        rows, _ = rows_of(raw, "entities", tmp_path / str(number), **options)
+        return {row["entity_id"]: [image["bytes"] for image in row["images"]] for row in rows["kb"]}
+
+    others = {"@bofalk": [], "@jbrun": [other], "@other_1": [], "@timeline_only": []}
+    assert images(1) == images(2, timeline_images="0") == {"@adafalk": [profile], **others}
+    assert images(3, timeline_images="all") == images(4, timeline_images=7) == {"@adafalk": [latest, oldest], **others}
+    assert images(5, timeline_images="1") == {"@adafalk": [latest], **others}
+    (raw / "timelineKB.txt").unlink()
+    assert images(6, timeline_images="all")["@adafalk"] == [profile]
+    for number, wrong in enumerate(("many", "-1")):
+        with pytest.raises(DataFormatError, match=r"timeline_images is .*at least 0, or all"):
+            images(10 + number, timeline_images=wrong)
 
 
 def test_posts_by_hand(raw, tmp_path):
