@@ -39,6 +39,7 @@ def test_the_demo_runs_all_stages(demo_run):
         "fused",
         "The right answer is",
         "hf-mel link",
+        "For your own entities take a text encoder",
     ):
         assert phrase in printed
     for file in ("data/flags_mel/README.md", "runs/mimic_flags/results_test.json", "kb/flags_mel/kb.json"):

@@ -114,6 +114,14 @@ def demo(
         "hf-mel --help",
     ):
         console.print(f"  {command}", markup=False, soft_wrap=True)
+    console.print(
+        "This model knows only the words of FlagsMEL. For your own entities take a text encoder, which needs no training:"
+    )
+    console.print(
+        "  hf-mel kb build sentence-transformers/all-MiniLM-L6-v2 --entities mine.csv --output kb/mine",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version: dict) -> dict[str, Any]:

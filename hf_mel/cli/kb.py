@@ -93,15 +93,18 @@ def build(
 ) -> None:
     """Encode entities with a model into a folder, to which [b]hf-mel link[/b] links mentions.
 
-    The entities come from a data set or from a file of your own. To resume an interrupted build, repeat the command.
+    The entities come from a data set or from a file of your own. For your own entities take a model that knows language:
+    one that you trained, or a text encoder such as sentence-transformers/all-MiniLM-L6-v2, which needs no training.
+
+    To resume an interrupted build, repeat the command.
 
     Examples:
 
       hf-mel kb build runs/mimic_flags --dataset data/flags_mel --output kb/flags
 
-      hf-mel kb build runs/mimic_flags --entities mine.csv --output kb/mine
+      hf-mel kb build sentence-transformers/all-MiniLM-L6-v2 --entities mine.csv --output kb/mine
 
-      hf-mel kb build runs/mimic_flags --entities artists.csv --column name=artist --column attributes=sex,placeOfBirth \\
+      hf-mel kb build runs/artists --entities artists.csv --column name=artist --column attributes=sex,placeOfBirth \\
         --ignore-other-columns --output kb/artists
     """
     if (dataset is None) == (entities is None):

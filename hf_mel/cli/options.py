@@ -8,7 +8,9 @@ import typer
 
 from hf_mel.kb.indexes import Kind
 
-ModelArgument = Annotated[str, typer.Argument(help="A run folder, a model folder, or a model on the Hub.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="A run folder, a model folder, or a model or text encoder on the Hub.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
 TrustRemoteCode = Annotated[
     bool,
