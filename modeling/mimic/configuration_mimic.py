@@ -37,7 +37,8 @@ class MimicConfig(PreTrainedConfig):
         global_norm (`str`, *optional*, defaults to `"layer_norm"`):
             Normalisation of the global text features in eq. 8: `"layer_norm"` as in the published network, or `"l2"`,
             which makes S_T^G2G a cosine. With `"l2"`, FC(t_E^G) is normalised too, so that S_T^G2L (eq. 10) is also a
-            cosine.
+            cosine. The scores of the other units are not: they are sums over features and grow with training. In the mean
+            of eq. 7 a cosine counts for little beside them, so `"l2"` is meant for the text unit alone.
         local_scale (`int` or `float`, *optional*, defaults to 1.0):
             Weight of S_T^G2L relative to S_T^G2G. Only with `global_norm="l2"`, where neither of them can grow.
         temperature (`int` or `float`, *optional*, defaults to 1.0):
