@@ -1,7 +1,9 @@
-"""Evaluates retrievers on data from which images were removed: of all mentions, of half of the knowledge base, or of both.
+"""Benchmark of missing images: evaluates retrievers with images removed from mentions, from half of the entities, or both.
 
-A missing image should cost what it would have told, and no more: without images of mentions, a model should be as good as its
-text unit alone. The table of docs/results.md:
+A missing image should cost what it would have told, and no more: without images of mentions, a model should be as good as
+its text unit alone. An entity should be neither better nor worse off for having no image: `half_without` of the JSON has H@1
+of golds with and without an image, and the share of first places that go to entities without one. The images of an entity
+include those of the posts about it, for a model that reads posts. The table of docs/results.md:
 
     python -m benchmarks.missing_images runs/mimic_flags --dataset data/flags_mel --output results.json
 """
@@ -11,30 +13,35 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions
-from hf_mel.evaluation import FullEvaluator
+from hf_mel.data.posts import posts_of
+from hf_mel.evaluation.full_evaluator import FullEvaluator, FullResult, encode_entities
 from hf_mel.inference.checkpoints import load_retriever
+from hf_mel.inference.encode import encode_rows
+from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.protocols import knows_posts
 
-#: Name of a condition → whether mentions lose their images, and the share of entities that lose theirs.
+#: Name of a condition → whether mentions and half of the entities lose their images.
 CONDITIONS = {
-    "all images": (False, 0.0),
-    "mentions without": (True, 0.0),
-    "half of the entities without": (False, 0.5),
-    "both": (True, 0.5),
+    "all images": (False, False),
+    "mentions without": (True, False),
+    "half of the entities without": (False, True),
+    "both": (True, True),
 }
+TEXT_UNIT = "mentions without: text unit alone"
 
 
-def without_images(rows: datasets.Dataset, share: float, seed: int) -> datasets.Dataset:
-    """Returns mentions or entities of which a random share has no image."""
+def without_images(rows: datasets.Dataset, numbers: Collection[int]) -> datasets.Dataset:
+    """Returns mentions, posts or entities of which some rows have lost their images."""
     column = "image" if "image" in rows.column_names else "images"
-    feature, nothing = rows.features[column], None if column == "image" else []
-    chosen = set(random.Random(seed).sample(range(len(rows)), round(share * len(rows))))
+    feature, nothing, chosen = rows.features[column], None if column == "image" else [], set(numbers)
     undecoded = datasets.Image(decode=False)
     rows = rows.cast_column(column, undecoded if column == "image" else datasets.List(undecoded))
     rows = rows.map(
@@ -46,36 +53,77 @@ def without_images(rows: datasets.Dataset, share: float, seed: int) -> datasets.
     return rows.cast_column(column, feature)
 
 
-def main() -> None:
+def compare_golds(result: FullResult, hidden: Collection[str]) -> dict[str, float | None]:
+    """Returns H@1 of golds with and without an image, and the share of first places of entities without one.
+
+    Args:
+        result ([`FullResult`]): The evaluation.
+        hidden (collection of `str`): Ids of the entities without an image.
+    """
+    ranked = [record for record in result.records() if record["rank"] is not None]
+    hits: dict[bool, list[bool]] = {False: [], True: []}
+    for record in ranked:
+        hits[record["entity_id"] in hidden].append(record["rank"] <= 1)
+    first = [record["candidates"][0]["entity_id"] in hidden for record in ranked]
+    names = {"hits@1 of golds with": hits[False], "hits@1 of golds without": hits[True], "first places without": first}
+    return {name: sum(values) / len(values) if values else None for name, values in names.items()}
+
+
+def measure(name: str, dataset: str, split: str, seed: int) -> dict[str, Any]:
+    """Returns H@1 of one retriever by condition, and `half_without` ([`compare_golds`])."""
+    model, processor = load_retriever(name)
+    mentions, entities = load_mentions(dataset, split), load_entities(dataset)
+    posts = posts_of(dataset) if knows_posts(model) else None
+    chosen = random.Random(seed).sample(range(len(entities)), round(len(entities) / 2))
+    hidden = {entities[number]["entity_id"] for number in chosen}
+    every = ModelInputs(model, processor, posts)
+    if posts is not None:
+        about = [number for number, entity_id in enumerate(posts["entity_id"]) if entity_id in hidden]
+        posts = without_images(posts, about)
+    half = ModelInputs(model, processor, posts)
+    blind = without_images(mentions, range(len(mentions)))
+    with evaluation_mode(model):
+        encoded = {
+            False: encode_entities(every, entities),
+            True: encode_entities(half, without_images(entities, chosen)),
+        }
+        mention_encodings = {
+            False: encode_rows(every, mentions, "mentions"),
+            True: encode_rows(every, blind, "mentions"),
+        }
+    row: dict[str, Any] = {}
+    for condition, (no_mention_images, no_entity_images) in CONDITIONS.items():
+        evaluate = FullEvaluator(encoded[no_entity_images], progress=False)
+        result = evaluate(every, mentions, mention_encodings=mention_encodings[no_mention_images])
+        row[condition] = result.metrics["hits@1"]
+        if condition == "half of the entities without":
+            row["half_without"] = compare_golds(result, hidden)
+    if "text" in (getattr(model.config, "units", None) or ()):
+        evaluate = FullEvaluator(encoded[False], units=["text"], progress=False)
+        row[TEXT_UNIT] = evaluate(every, mentions, mention_encodings=mention_encodings[True]).metrics["hits@1"]
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="run folders or Hub ids of retrievers")
     parser.add_argument("--dataset", required=True, help="data-set folder or Hub id")
     parser.add_argument("--split", default="test", help="split to evaluate on (default: test)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of entities (default: 0)")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
-    args = parser.parse_args()
-    mentions, entities = load_mentions(args.dataset, args.split), load_entities(args.dataset)
+    args = parser.parse_args(argv)
     results: dict[str, Any] = {
         "data": dataset_version(args.dataset),
         "split": args.split,
         "seed": args.seed,
         "models": {},
     }
-    header = ["H@1", *CONDITIONS, "mentions without: text unit alone"]
-    print(" | ".join(header))
+    columns = [*CONDITIONS, TEXT_UNIT]
+    print(" | ".join(["H@1", *columns]))
     for name in args.models:
-        inputs = ModelInputs(*load_retriever(name))
-        row: dict[str, float | None] = {}
-        for condition, (removed, share) in CONDITIONS.items():
-            shown = without_images(mentions, 1.0, args.seed) if removed else mentions
-            evaluate = FullEvaluator(without_images(entities, share, args.seed) if share else entities)
-            row[condition] = evaluate(inputs, shown).metrics["hits@1"]
-        units = getattr(inputs.model.config, "units", None) or ()
-        if "text" in units:
-            evaluate = FullEvaluator(entities, units=["text"])
-            row[header[-1]] = evaluate(inputs, without_images(mentions, 1.0, args.seed)).metrics["hits@1"]
-        results["models"][name] = row
-        print(name, *("–" if value is None else f"{100 * value:.1f}" for value in row.values()), sep=" | ", flush=True)
+        row = results["models"][name] = measure(name, args.dataset, args.split, args.seed)
+        cells = (f"{100 * row[column]:.1f}" if column in row else "–" for column in columns)
+        print(name, *cells, sep=" | ", flush=True)
     if args.output:
         args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

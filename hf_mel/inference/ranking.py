@@ -334,6 +334,13 @@ def score_of_units(model: Any, units: Sequence[str]) -> ScoreFunction:
         if not leaves_out_missing_images(model):
             return chosen.mean(0)
         lacking = chosen.isnan().all(-1, keepdim=True)
+        rows = lacking.flatten(1).any(0).nonzero()[:, 0]
+        # A mention that lacks a unit has a score all the same. If it has none, the weights or encodings are broken.
+        if (
+            len(rows)
+            and model.score(slice_encodings(mentions, rows), slice_encodings(entities, slice(1))).isnan().any()
+        ):
+            return chosen.mean(0)
         return chosen.masked_fill(lacking, 0).sum(0) / (~lacking).sum(0).clamp(min=1)
 
     return score

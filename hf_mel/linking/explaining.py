@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.protocols import Explains, LocatesTokens
+from hf_mel.protocols import Explains, LocatesTokens, leaves_out_missing_images
 from hf_mel.schema import Row
 
 #: First code point of the scripts that are written without spaces. There, every token is shown as a word.
@@ -24,7 +24,8 @@ class Explanation:
             of its template, such as the repeated mention. Empty if the model does not show its attention to words.
         mention_patches, entity_patches (`list[list[float]]`, *optional*): Shares of the h × w patches of the mention's
             image and of the entity's first image, row by row. `None` without an image, or if the model does not show its
-            attention to patches.
+            attention to patches. Both are `None` if the mention has no image and the model leaves out missing images
+            ([`~hf_mel.protocols.leaves_out_missing_images`]), because no image has a share in the score then.
     """
 
     words: list[tuple[int, int, float]]
@@ -53,6 +54,8 @@ def explain(inputs: ModelInputs, mention: Row, entity: Row) -> Explanation | Non
         (spans,) = processor.text_spans([mention])
         words = _word_shares(mention["text"], spans, attention["words"][0, 0].tolist())
     images = {"mention": mention.get("image"), "entity": next(iter(entity.get("images") or ()), None)}
+    if images["mention"] is None and leaves_out_missing_images(model):
+        images["entity"] = None
     patches = {
         f"{side}_patches": attention[f"{side}_patches"][0].tolist()
         for side, image in images.items()

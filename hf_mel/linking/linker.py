@@ -424,7 +424,9 @@ class EntityLinker:
             entities = dict(zip(entity_rows, self.kb.rows(entity_rows), strict=True))
             nil_threshold = None if units else self.nil_threshold
             return [
-                self._link_result(mention, slice_encodings(encodings, slice(k, k + 1)), entities, top_k, nil_threshold)
+                self._link_result(
+                    mention, slice_encodings(encodings, slice(k, k + 1)), entities, top_k, nil_threshold, units
+                )
                 for k, mention in enumerate(ranked)
             ]
 
@@ -525,6 +527,7 @@ class EntityLinker:
         entities: Mapping[int, Mapping[str, Any]],
         top_k: int,
         nil_threshold: float | None,
+        chosen_units: Sequence[str] | None,
     ) -> LinkResult:
         """Returns the result of one mention.
 
@@ -532,7 +535,7 @@ class EntityLinker:
             mention ([`_RankedMention`]): The mention and its entities.
             encodings: Encodings of the mention, with first axis 1.
             entities: Row in the knowledge base → entity, for the first `top_k` entities.
-            top_k, nil_threshold: Number of candidates, and the threshold that applies.
+            top_k, nil_threshold, chosen_units: Number of candidates, and the threshold and the units that apply.
         """
         entity_rows = mention.entity_rows[:top_k]
         entity_encodings = to_device(self.kb.encodings(entity_rows), model_device(self.model))
@@ -553,7 +556,11 @@ class EntityLinker:
         warnings = []
         sees_images = self._sees_images or self._reranker_sees_images
         if mention.row["image"] is None and sees_images:
-            warnings.append(self._missing_image_warning())
+            warnings.append(self._missing_image_warning(chosen_units, units))
+            if nil_threshold is not None and len(units) < len(unit_scores):
+                warnings.append(
+                    "The NIL threshold may not fit: scores of a mention without an image are a mean over fewer units."
+                )
         if mention.row["image"] is not None and not sees_images:
             warnings.append("The image was not used, because the model reads only text.")
         warnings += self._left_out_warnings(mention.row)
@@ -574,7 +581,10 @@ class EntityLinker:
             num_tied=mention.num_tied,
         )
 
-    def _missing_image_warning(self) -> str:
+    def _missing_image_warning(self, chosen_units: Sequence[str] | None, units: Container[str]) -> str:
+        """Returns a sentence about a mention without an image, for which the model has scores of `units`."""
+        if chosen_units and not any(unit in units for unit in chosen_units):
+            return "The mention has no image, which the chosen units need, so all entities have the same score."
         models = [self.model, *([] if self.reranker is None else [self.reranker])]
         left_out = [leaves_out_missing_images(model) for model in models]
         if False in left_out:

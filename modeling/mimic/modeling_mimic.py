@@ -428,7 +428,8 @@ class MimicModel(MimicPreTrainedModel):
             text (`str`, *optional*): Hub id or folder of a text encoder, or of a CLIP model, which provides both
                 encoders and the joint space.
             vision (`str`, *optional*): Hub id or folder of an image encoder.
-            config: Fields of [`MimicConfig`].
+            config: Fields of [`MimicConfig`]. With an image encoder, `missing_images` is "absent" and `image_dropout` 0.1
+                unless they are given; the published network has "zeros".
 
         Raises:
             `ValueError`: Neither `text` nor `vision` is given.
@@ -455,6 +456,8 @@ class MimicModel(MimicPreTrainedModel):
                 encoder = parts[name].config.to_dict()
                 encoder.pop("_name_or_path", None)  # it may be a local path, and the weights are saved with the model
                 config.setdefault(name.replace("model", "config"), encoder)
+        if config.get("vision_config") and config.setdefault("missing_images", "absent") == "absent":
+            config.setdefault("image_dropout", 0.1)
         model = cls(MimicConfig(**config))
         for name, part in parts.items():
             target = getattr(model, name, None)
@@ -627,8 +630,9 @@ class MimicModel(MimicPreTrainedModel):
     ) -> dict[str, torch.Tensor]:
         """S_T, S_V, S_C (eq. 4–6) of every pair, unit name → [M, N], for the model's units.
 
-        The scores of a mention that lacks a unit's modality are nan (`config.missing_images="absent"`). Scores are float32 even under autocast: half precision has too few digits for ranking, and VDLU's expansion
-        subtracts nearly equal terms.
+        The scores of a mention that lacks a unit's modality are nan (`config.missing_images="absent"`). Scores are float32
+        even under autocast: half precision has too few digits for ranking, and VDLU's expansion subtracts nearly equal
+        terms.
         """
         return _nan_where_absent(self._all_unit_scores(mentions, entities), self._units_present(mentions))
 

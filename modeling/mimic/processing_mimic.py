@@ -74,7 +74,8 @@ class MimicProcessor(ProcessorMixin):
         use_text (`bool`, *optional*, defaults to `True`): Whether to return text.
         modality_masks (`bool`, *optional*, defaults to `False`): Whether to return which mentions have an image and a
             text, and which entities have an image. A model with `missing_images="absent"` needs it, and
-            [`MimicProcessor.from_parts`] sets it if there are images. The published network does not know which images are missing.
+            [`MimicProcessor.from_parts`] sets it if there are images. The published network does not know which images
+            are missing.
         mention_marks (`list[str]`, *optional*): The marks before and after the mention in `{window}`. `None` marks
             nothing; [`MimicProcessor.from_parts`] sets "«" and "»".
     """

@@ -56,6 +56,13 @@ class MmelConfig(PreTrainedConfig):
             Weight of S in the averages of collaborative ranking (§3.5). 1 is the average of the paper. With a lower
             weight, S decides only between candidates of similar m; with 0, the order of each mention's candidates
             stays. Training does not use it, so it can be changed in a trained model.
+        missing_images (`str`, *optional*, defaults to `"masked"`):
+            Treatment of a missing image. `"masked"` leaves it out of every attention, as the paper does; the image of a
+            candidate is read even if the mention has none. `"absent"` reads it only if the mention has an image, so that
+            a mention without one is scored by texts alone.
+        image_dropout (`int` or `float`, *optional*, defaults to 0.0):
+            Probability that training treats the image of a candidate as missing, which teaches how a candidate without an
+            image compares with others. Only with `missing_images="absent"`.
     """
 
     model_type: ClassVar[str] = "mmel"
@@ -80,6 +87,8 @@ class MmelConfig(PreTrainedConfig):
     pairwise_loss_weight: int | float = 0.5
     margin: int | float = 0.3
     similarity_weight: int | float = 1
+    missing_images: str = "masked"
+    image_dropout: int | float = 0.0
 
     def __post_init__(self, **kwargs):
         if self.text_config is None and self.vision_config is None:
@@ -92,6 +101,10 @@ class MmelConfig(PreTrainedConfig):
             raise ValueError("text_config is missing, but MMEL reads text. Give the configuration of a text encoder.")
         if self.fusion not in ("mcm", "m_encoder"):
             raise ValueError(f"fusion={self.fusion!r} is not one of 'mcm', 'm_encoder'.")
+        if self.missing_images not in ("masked", "absent"):
+            raise ValueError(f"missing_images={self.missing_images!r} is not one of 'masked', 'absent'.")
+        if self.image_dropout and self.missing_images != "absent":
+            raise ValueError(f"image_dropout={self.image_dropout} needs missing_images='absent'.")
         if self.vision_config is None:
             for field, default in (("fusion", "mcm"), ("joint_image", True), ("projection_dim", None)):
                 if getattr(self, field) != default:
@@ -109,8 +122,9 @@ class MmelConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
+        for field in ("dropout", "image_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 0 and below 1.")
         for field in ("pairwise_loss_weight", "margin", "similarity_weight"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative.")

@@ -276,6 +276,11 @@ class MmelModel(MmelPreTrainedModel):
         """`True` if training does not change `encode_images`."""
         return self.config.freeze_vision
 
+    @property
+    def leaves_out_missing_images(self) -> bool | None:
+        """`True` if no image counts for a mention without one, as [`hf_mel.protocols.leaves_out_missing_images`] asks."""
+        return self.config.missing_images == "absent" or not hasattr(self, "vision_model") or None
+
     def train(self, mode: bool = True) -> MmelModel:
         """Sets the training mode, except for a frozen image encoder."""
         super().train(mode)
@@ -468,9 +473,13 @@ class MmelModel(MmelPreTrainedModel):
                 )
                 mention_image = self.dropout(F.relu(self.image_fc(mention_image)))[pairs // c]
                 entity_image = self.dropout(F.relu(self.image_fc(entity_image[pairs])))
-                images = self._joint_image(
-                    mention_image, mention_present[pairs // c], entity_image, entity_present[pairs]
-                )
+                mention_present, entity_present = mention_present[pairs // c], entity_present[pairs]
+                if self.config.missing_images == "absent":
+                    entity_present = entity_present & mention_present
+                if self.training and self.config.image_dropout:
+                    drawn = torch.rand(entity_present.shape, device=entity_present.device)
+                    entity_present = entity_present & (drawn >= self.config.image_dropout)
+                images = self._joint_image(mention_image, mention_present, entity_image, entity_present)
                 context, entity = (*context, *images[0]), (*entity, *images[1])
             h_context, h_entity = self._fuse(*context), self._fuse(*entity)
             with torch.autocast(self.device.type, enabled=False):  # half precision is too coarse to rank candidates

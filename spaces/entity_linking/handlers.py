@@ -79,12 +79,15 @@ class Handlers:
             linker = self.service.linker(model, kb, session)
             columns = [("All together", result, _candidate_images(linker, result))]
             units = result.best.unit_scores
-            if len(units) < 2:
-                return render.message("This model uses one kind of evidence, so there is nothing to compare.", "info")
+            if len(units) < 2:  # a warning says so if that is for want of a photo
+                words = ["The model uses one kind of evidence here, so there is nothing to compare.", *result.warnings]
+                return render.message(" ".join(words), "info")
             for unit in units:
                 (result,), _ = self.service.link(*asked, units=[unit], **options)
                 columns.append((f"{render.unit_name(unit)} alone", result, _candidate_images(linker, result)))
-            note = "" if picture else "No photo was given, so the column of the image alone means nothing."
+            note = "No photo was given, so the columns that need one mean nothing: the model reads a blank picture."
+            if picture or getattr(linker.model, "leaves_out_missing_images", None):
+                note = ""
             return render.comparison(columns, note)
         except Refused as refused:
             return render.message(str(refused))

@@ -53,5 +53,13 @@ def test_only_existing_images_have_patches():
     ]
 
 
+@pytest.mark.parametrize(("left_out", "patches"), [(None, [[1.0], [0.0]]), (False, [[1.0], [0.0]]), (True, None)])
+def test_no_image_is_shown_that_has_no_share_in_the_score(left_out, patches):
+    model, entity = Model(), ENTITY | {"images": [object()]}
+    model.leaves_out_missing_images = left_out
+    assert explain(ModelInputs(model, Processor()), MENTION, entity).entity_patches == patches
+    assert explain(ModelInputs(model, Processor()), MENTION | {"image": object()}, entity).entity_patches is not None
+
+
 def test_a_model_without_attention_has_no_explanation():
     assert explain(ModelInputs(object(), Processor()), MENTION, ENTITY) is None

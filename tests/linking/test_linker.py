@@ -317,7 +317,9 @@ def test_a_warning_says_what_a_missing_image_does(linker, monkeypatch, left_out,
     assert linker(text="Entity c", mention="Entity c").warnings == [warning]
 
 
-def test_a_unit_that_the_mention_lacks_has_no_score(linker, monkeypatch):
+@pytest.fixture
+def linker_without_vision(linker, monkeypatch):
+    """A linker whose mentions lack what the unit "vision" reads."""
     units = linker.model.unit_scores
 
     def without_vision(mentions, entities):
@@ -330,9 +332,30 @@ def test_a_unit_that_the_mention_lacks_has_no_score(linker, monkeypatch):
 
     monkeypatch.setattr(linker.model, "unit_scores", without_vision)
     monkeypatch.setattr(linker.model, "score", text_score)
-    result = linker(text="Entity c", mention="Entity c")
+    monkeypatch.setattr(linker.model, "leaves_out_missing_images", True, raising=False)
+    return linker
+
+
+def test_a_unit_that_the_mention_lacks_has_no_score(linker_without_vision):
+    result = linker_without_vision(text="Entity c", mention="Entity c")
     assert all("vision" not in candidate.unit_scores for candidate in result.candidates)
     assert set(result.best.unit_scores) == {"text"}
+
+
+@pytest.mark.parametrize(("threshold", "is_said"), [(None, False), (-1e9, True)])
+def test_a_threshold_for_scores_of_other_units_is_said(linker_without_vision, monkeypatch, threshold, is_said):
+    monkeypatch.setattr(linker_without_vision, "nil_threshold", threshold)
+    result = linker_without_vision(text="Entity c", mention="Entity c")
+    assert any("NIL threshold may not fit" in warning for warning in result.warnings) == is_said
+
+
+def test_a_mention_that_lacks_all_chosen_units_is_said(linker_without_vision):
+    linker, mention = linker_without_vision, {"text": "Entity c", "mention": "Entity c"}
+    sentence = "The mention has no image, which the chosen units need, so all entities have the same score."
+    result = linker(mention, units=["vision"])
+    assert sentence in result.warnings
+    assert result.num_tied == len(linker.kb)
+    assert sentence not in linker(mention, units=["vision", "text"]).warnings
 
 
 def test_an_image_that_a_text_model_ignores_gives_a_warning():

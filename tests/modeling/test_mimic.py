@@ -445,6 +445,11 @@ def test_from_backbones_copies_the_pretrained_weights(tmp_path):
             torch.testing.assert_close(value, expected[key], msg=key)
     text_only = MimicModel.from_backbones(text=str(tmp_path / "bert"), **DIMS)
     assert text_only.config.units == ["text"]
+    assert text_only.config.missing_images == "zeros"
+    assert (both.config.missing_images, both.config.image_dropout) == ("absent", 0.1)
+    published = {"missing_images": "zeros", **DIMS}
+    as_published = MimicModel.from_backbones(text=str(tmp_path / "bert"), vision=str(tmp_path / "vit"), **published)
+    assert (as_published.config.missing_images, as_published.config.image_dropout) == ("zeros", 0.0)
     assert text_only.config.vision_config is None
     dual = MimicModel.from_backbones(text=str(tmp_path / "clip"), text_dim=12, vision_dim=12, fusion_dim=12)
     assert dual.config.projection_dim == 24

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_mel.errors import ScoreError
 from hf_mel.inference.entity_sources import EncodedEntities
 from hf_mel.inference.ranking import rank, score_of_units
 from hf_mel.modeling.mimic import MimicModel
+from hf_mel.training.recipe import Recipe
 from tests.modeling.test_mimic import CNN, batch_for, build
 
 FORMS = {
@@ -129,6 +131,21 @@ def test_chosen_units_are_averaged_over_those_that_the_mention_has():
     torch.testing.assert_close(scores, expected)
 
 
+@torch.no_grad()
+def test_broken_weights_are_an_error_and_no_missing_modality():
+    model = absent()
+    mentions, entities = sides(model, [True, False], [True, True], ENTITY_IMAGES)
+    ids = [str(k) for k in range(5)]
+    for unit, broken in (("text", "text_global"), ("vision", "vision_query")):
+        with pytest.raises(ScoreError, match="is nan"):
+            rank(
+                model,
+                dict(mentions) | {broken: torch.full_like(mentions[broken], torch.nan)},
+                EncodedEntities(ids, dict(entities)),
+                score=score_of_units(model, [unit]),
+            )
+
+
 def test_the_loss_of_a_unit_is_over_the_mentions_that_have_it():
     model = absent()
     batch, labels = batch_for(model, mentions=3, entities=3), torch.tensor([2, 0, 1])
@@ -212,3 +229,9 @@ def test_the_published_form_has_no_new_weights_and_ignores_the_masks():
     torch.testing.assert_close(model(**batch, **masks).scores, model(**batch).scores)
     assert model.leaves_out_missing_images is False
     assert absent().leaves_out_missing_images is True
+
+
+def test_recipes_of_the_paper_keep_the_published_form_and_ours_does_not():
+    for name in ("mimic_wikimel", "mimic_wikidiverse", "mimic_richpediamel"):
+        assert Recipe.load(name).model.config["missing_images"] == "zeros"
+    assert Recipe.load("mimic_flags").model.config["missing_images"] == "absent"

@@ -245,6 +245,37 @@ def test_a_missing_image_has_no_influence():
         assert not torch.allclose(model(**changed).features, out.features)
 
 
+@pytest.mark.parametrize("fields", [{}, {"fusion": "m_encoder"}, {"joint_image": False, "freeze_vision": False}])
+@torch.no_grad()
+def test_no_image_counts_for_a_mention_without_one(fields):
+    model, masked = build(missing_images="absent", **fields), build(**fields)
+    batch = batch_for(model, mentions=3, candidates=4)
+    batch["pair_mention_image_mask"] = torch.tensor([True, False, True])
+    batch["pair_entity_image_mask"] = torch.tensor([[True, False, True, False]]).expand(3, 4)
+    no_images = {name: torch.zeros_like(mask) for name, mask in batch.items() if name.endswith("image_mask")}
+    out, text_only = model(**batch), masked(**batch | no_images)
+    torch.testing.assert_close(out.scores[1], text_only.scores[1])
+    torch.testing.assert_close(out.features[1], text_only.features[1])
+    torch.testing.assert_close(out.scores[[0, 2]], masked(**batch).scores[[0, 2]])
+    assert not torch.allclose(masked(**batch).scores[1, 0], out.scores[1, 0])
+    assert (model.leaves_out_missing_images, masked.leaves_out_missing_images) == (True, None)
+    assert build(vision_config=None).leaves_out_missing_images is True
+
+
+def test_image_dropout_hides_images_of_candidates_in_training_only():
+    model = build(missing_images="absent", image_dropout=0.5, pairwise_loss_weight=0)
+    batch = batch_for(model, mentions=1, candidates=1)
+    batch["pair_mention_image_mask"][:] = batch["pair_entity_image_mask"][:] = True
+    shown = model(**batch).scores.item()
+    hidden = model(**batch | {"pair_entity_image_mask": torch.zeros(1, 1, dtype=torch.bool)}).scores.item()
+    torch.manual_seed(0)
+    model.train()
+    model.text_model.eval()
+    drawn = [model(**batch).scores.item() for _ in range(40)]
+    assert {score == pytest.approx(hidden, abs=1e-5) for score in drawn} == {True, False}
+    assert all(score == pytest.approx(shown, abs=1e-5) or score == pytest.approx(hidden, abs=1e-5) for score in drawn)
+
+
 def test_features_and_their_images_give_the_same_scores():
     model = build()
     batch = batch_for(model)
@@ -663,6 +694,9 @@ def test_the_configuration_survives_saving(tmp_path):
         ({"dropout": 1}, ["dropout"]),
         ({"pairwise_loss_weight": -1}, ["pairwise_loss_weight"]),
         ({"similarity_weight": -0.5}, ["similarity_weight"]),
+        ({"missing_images": "zeros"}, ["missing_images", "'absent'"]),
+        ({"image_dropout": 0.1}, ["missing_images='absent'"]),
+        ({"image_dropout": 1, "missing_images": "absent"}, ["image_dropout"]),
     ],
 )
 def test_impossible_configurations_are_refused(fields, words):

@@ -39,10 +39,11 @@ def space():
     sys.path.insert(0, str(SPACE))
     try:
         import app
+        import handlers
         import render
         import service
 
-        yield type("Space", (), {"app": app, "render": render, "service": service})
+        yield type("Space", (), {"app": app, "handlers": handlers, "render": render, "service": service})
     finally:
         sys.path.remove(str(SPACE))
 
@@ -109,6 +110,24 @@ def test_the_threshold_and_units_change_the_results(service):
 def test_invalid_requests_are_refused_with_a_message(space, service, options, message):
     with pytest.raises(space.service.Refused, match=message):
         link(service, **options)
+
+
+def test_comparing_the_units_without_a_photo_says_what_a_missing_photo_does(
+    space, service, session, tmp_path, monkeypatch
+):
+    compare = space.handlers.Handlers(service, []).compare_evidence
+    ask = (TEXT, "Georgia", "", None, "small", "flags", session)
+    answer = compare(*ask)
+    assert "one kind of evidence here" in answer
+    assert "no image, so only the text decides" in answer
+    (tmp_path / "photo.png").write_bytes(png())
+    with_photo = compare(*ask[:3], str(tmp_path / "photo.png"), *ask[4:])
+    assert with_photo.count("alone") >= 3
+    assert "No photo was given" not in with_photo
+    monkeypatch.setattr(service.linker("small", "flags").model.config, "missing_images", "zeros")
+    published = compare(*ask)
+    assert published.count("alone") >= 3
+    assert "the model reads a blank picture" in published
 
 
 @pytest.mark.parametrize(
