@@ -311,7 +311,8 @@ class ColumnPlan:
             options.append("--ignore-other-columns")
         if others and "attributes" in missing and variable is None:
             some = shlex.quote(",".join(map(_quoted, others[:2])))
-            remedy += f"To read some as attributes, add --column attributes={some} and so on. "
+            subject, more = ("it", "") if len(others) == 1 else ("some", " and so on")
+            remedy += f"To read {subject} as attributes, add --column attributes={some}{more}. "
         names, one = ", ".join(map(repr, unknown)), len(unknown) == 1
         return DataFormatError(
             f"The column{'' if one else 's'} {names} {'is' if one else 'are'} unknown; columns are {', '.join(accepted)}.",

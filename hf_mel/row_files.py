@@ -91,7 +91,7 @@ def read_rows(
         raise DataFormatError(
             f"The suffix {path.suffix!r} is not one of {', '.join(ROW_SUFFIXES)}.",
             file=path,
-            remedy="Convert the file to one of these formats.",
+            remedy="Convert the file to one of these formats. Save a spreadsheet as CSV in UTF-8.",
         )
     try:
         data = path.read_bytes()

@@ -369,12 +369,19 @@ def _print_info(kb: KnowledgeBase) -> None:
 
 def _checked_mapping(
     entities: Path, column: list[str] | None, ignore_other_columns: bool, inverted_names: bool
-) -> ColumnMapping:
-    """Checks the rows of a file of entities before a model is loaded, and returns what its columns become."""
+) -> ColumnMapping | None:
+    """Checks the rows of a file of entities before a model is loaded, and returns what its columns become.
+
+    A data set has no columns with other names, and gives `None`.
+    """
     from hf_mel.data.entity_files import check_entity_rows
+    from hf_mel.kb.entities import is_row_file
     from hf_mel.row_columns import ColumnMapping
 
-    mapping = ColumnMapping.parse(column or (), ignore_others=ignore_other_columns, inverted_names=inverted_names)
+    options = {"ignore_others": ignore_other_columns, "inverted_names": inverted_names}
+    if not is_row_file(entities) and not column and not any(options.values()):
+        return None
+    mapping = ColumnMapping.parse(column or (), **options)
     check_entity_rows(entities, mapping)
     return mapping
 

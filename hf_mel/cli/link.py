@@ -223,11 +223,15 @@ def _mappings(
     inverted_names: bool,
 ) -> tuple[ColumnMapping | None, ColumnMapping | None]:
     """Returns what becomes of the columns of both files. An assignment counts for those that have its columns."""
+    from hf_mel.kb.entities import is_row_file
     from hf_mel.linking.link_file import MENTION_COLUMNS
     from hf_mel.row_columns import ColumnMapping
     from hf_mel.row_files import ENTITY_COLUMNS, column_names
 
-    mapping = ColumnMapping.parse(column or (), ignore_others=ignore_other_columns, inverted_names=inverted_names)
+    options = {"ignore_others": ignore_other_columns, "inverted_names": inverted_names}
+    if entities is not None and not is_row_file(entities) and not any(options.values()):
+        entities = None  # a data set has no columns with other names
+    mapping = ColumnMapping.parse(column or (), **options)
     files = [(entities, ENTITY_COLUMNS), (mentions, MENTION_COLUMNS)]
     mapping.check_targets({name: key for file, columns in files if file for name, key in columns.items()})
     names = [column_names(file, columns, mapping) if file and column else [] for file, columns in files]

@@ -294,6 +294,19 @@ def test_a_file_of_entities_in_an_unknown_format_is_refused(tmp_path, model):
     assert not (tmp_path / "kb").exists()
 
 
+def test_a_data_set_can_be_given_as_entities(tmp_path, model):
+    data = write_toy_dataset(tmp_path / "data", entities=toy_entities(12))
+    run("kb", "build", model, "--entities", data, "--output", tmp_path / "kb")
+    assert len(KnowledgeBase(tmp_path / "kb")) == 12
+    answers = [
+        run("link", model, *source, "--text", "Entity c", "--mention", "Entity c", "--json").stdout
+        for source in (["--kb", tmp_path / "kb"], ["--entities", data])
+    ]
+    assert answers[0] == answers[1]
+    with pytest.raises(DataFormatError):
+        run("kb", "build", model, "--entities", data, "--column", "name=x", "--output", tmp_path / "new")
+
+
 def test_entities_of_a_museums_table_are_read_by_assigned_columns(tmp_path, model):
     path = tmp_path / "artists.csv"
     path.write_text('no;artist;sex;birth;url\na;"Bo, Ada";f;Rome;x\n', encoding="utf-8")
