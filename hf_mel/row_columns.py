@@ -288,8 +288,8 @@ class ColumnPlan:
         """
         accepted = self._accepted or {}
         sources = [column for columns in self._mapping.sources.values() for column in columns]
-        more = (name for name in more_names if self._key(name) is None and _position(name, sources) is None)
-        unknown = list(dict.fromkeys([*self.unknown, *more]))
+        others_unknown = (name for name in more_names if self._key(name) is None and _position(name, sources) is None)
+        unknown = list(dict.fromkeys([*self.unknown, *others_unknown]))
         missing = [column for column, key in accepted.items() if key not in self._sources]
         variable = self._wikidata_variable()
         suggestions = {name: _wikidata_target(name, variable) or _nearest(name, accepted) for name in unknown}
@@ -310,9 +310,9 @@ class ColumnPlan:
         if others:
             options.append("--ignore-other-columns")
         if others and "attributes" in missing and variable is None:
-            some = shlex.quote(",".join(map(_quoted, others[:2])))
+            examples = shlex.quote(",".join(map(_quoted, others[:2])))
             subject, more = ("it", "") if len(others) == 1 else ("some", " and so on")
-            remedy += f"To read {subject} as attributes, add --column attributes={some}{more}. "
+            remedy += f"To read {subject} as attributes, add --column attributes={examples}{more}. "
         names, one = ", ".join(map(repr, unknown)), len(unknown) == 1
         return DataFormatError(
             f"The column{'' if one else 's'} {names} {'is' if one else 'are'} unknown; columns are {', '.join(accepted)}.",
