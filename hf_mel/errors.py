@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
+from typing import Any
 
 
 class MelError(Exception):
@@ -30,6 +32,11 @@ class MelError(Exception):
         text = f"{where}: {message}" if where else message
         super().__init__(f"{text} {remedy}" if remedy else text)
 
+    def changed(self, **fields: Any) -> MelError:
+        """Returns an error of the same class with other fields: `message`, `file`, `row` or `remedy`."""
+        own = {"message": self.message, "file": self.file, "row": self.row, "remedy": self.remedy} | fields
+        return _rebuild(type(self), **own)
+
     def __reduce__(self) -> tuple:
         # Worker processes pickle errors, and the default __reduce__ loses keyword-only arguments.
         return _rebuild, (type(self), self.message, self.file, self.row, self.remedy)
@@ -37,6 +44,12 @@ class MelError(Exception):
 
 def _rebuild(cls: type[MelError], message: str, file, row, remedy) -> MelError:
     return cls(message, file=file, row=row, remedy=remedy)
+
+
+def first_lines(lines: Sequence[str], limit: int) -> list[str]:
+    """Returns the first lines of a list for a message, and one that says how many more there are."""
+    more = [f"… and {len(lines) - limit:,} more"] if len(lines) > limit else []
+    return [*lines[:limit], *more]
 
 
 class DataFormatError(MelError, ValueError):

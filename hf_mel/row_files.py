@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hf_mel.errors import DataFormatError, ImageError, MelError
+from hf_mel.errors import DataFormatError, ImageError, MelError, first_lines
 from hf_mel.row_columns import ColumnMapping, ColumnPlan, repeated_column
 from hf_mel.schema import NIL
 
@@ -41,8 +41,8 @@ ENTITY_COLUMNS = {
 }
 _LIST_SEPARATOR = "|"
 _DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
-#: Number of bad rows that one error lists.
-_MAX_LISTED = 20
+#: Number of bad rows that one message lists.
+MAX_LISTED = 20
 #: Takes the error of a row: raises it, or notes it so that reading goes on.
 _BadRow: TypeAlias = Callable[[DataFormatError], None]
 
@@ -84,8 +84,13 @@ def read_rows(
             row cannot be parsed, has a column twice, or half of a surrogate pair.
     """
     path = Path(path)
-    readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows, ".csv": _table_rows}
-    readers[".tsv"] = _table_rows
+    readers = {
+        ".jsonl": _jsonl_rows,
+        ".ndjson": _jsonl_rows,
+        ".json": _json_rows,
+        ".csv": _table_rows,
+        ".tsv": _table_rows,
+    }
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise DataFormatError(
@@ -128,14 +133,9 @@ def bad_rows_error(errors: Sequence[MelError]) -> MelError:
         return errors[0]
     classes, files = {type(error) for error in errors}, {error.file for error in errors}
     file = files.pop() if len(files) == 1 else None
-    lines = []
-    for error in errors[:_MAX_LISTED]:
-        row = error if file is None else type(error)(error.message, row=error.row, remedy=error.remedy)
-        lines.append(f"  {row}")
-    if len(errors) > _MAX_LISTED:
-        lines.append(f"  … and {len(errors) - _MAX_LISTED:,} more")
+    lines = first_lines([str(error if file is None else error.changed(file=None)) for error in errors], MAX_LISTED)
     kind = classes.pop() if len(classes) == 1 else DataFormatError
-    return kind(f"{len(errors):,} rows cannot be used:\n" + "\n".join(lines), file=file)
+    return kind(f"{len(errors):,} rows cannot be used:" + "".join(f"\n  {line}" for line in lines), file=file)
 
 
 def _raise(error: DataFormatError) -> None:

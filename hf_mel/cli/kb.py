@@ -18,6 +18,7 @@ from hf_mel.cli.options import (
     Revision,
     TrustRemoteCode,
 )
+from hf_mel.errors import first_lines
 from hf_mel.kb.indexes import BuiltKind
 from hf_mel.kb.manifest import Dtype
 
@@ -393,11 +394,12 @@ def _print_left_out(kb: KnowledgeBase, left_out: list[dict[str, Any]]) -> None:
 
     if not left_out:
         return
-    lines = [f"  {entry['file'] or 'entities'}, row {entry['row']}: {entry['problem']}" for entry in left_out[:10]]
-    more = [f"  … and {len(left_out) - 10:,} more"] if len(left_out) > 10 else []
+    lines = first_lines(
+        [f"{entry['file'] or 'entities'}, row {entry['row']}: {entry['problem']}" for entry in left_out], 10
+    )
     print_plain(
         f"Images left out, because they are missing or damaged: {len(left_out):,}. {kb.path / LEFT_OUT_NAME} lists all; "
-        "--strict stops at the first.\n" + "\n".join(lines + more)
+        "--strict stops at the first." + "".join(f"\n  {line}" for line in lines)
     )
 
 

@@ -22,15 +22,13 @@ from hf_mel.cli.options import (
     TrustRemoteCode,
 )
 from hf_mel.cli.printing import print_link
-from hf_mel.errors import MelError
+from hf_mel.errors import MelError, first_lines
 from hf_mel.files import is_stream
+from hf_mel.row_files import MAX_LISTED
 from hf_mel.terminal import safe_text
 
 if TYPE_CHECKING:
     from hf_mel.row_columns import ColumnMapping
-
-#: Number of bad rows that are listed.
-_MAX_NAMED = 20
 
 
 def link(
@@ -199,7 +197,7 @@ def link(
             typer.echo("Interrupted. What is linked is kept: repeat the command with --resume to go on.", err=True)
         raise
     except MelError as error:
-        raise type(error)(error.message, file=error.file or input, row=error.row, remedy=error.remedy) from error
+        raise error.changed(file=error.file or input) from error
     # The lines of the results may be on standard output.
     log = partial(typer.echo, err=is_stream(output))
     log(f"{summary.num_linked:,} mentions linked, {summary.num_nil:,} of them NIL, written to {output}.")
@@ -209,10 +207,8 @@ def link(
         log(f"For {count:,} of them: {warning}")
     if summary.bad_rows:
         log(f'{len(summary.bad_rows):,} rows were not linked. Each has an "error" in the output:')
-        for bad in summary.bad_rows[:_MAX_NAMED]:
-            log(f"  row {bad.row}: {safe_text(bad.message)}")
-        if len(summary.bad_rows) > _MAX_NAMED:
-            log(f"  … and {len(summary.bad_rows) - _MAX_NAMED:,} more")
+        for line in first_lines([f"row {bad.row}: {safe_text(bad.message)}" for bad in summary.bad_rows], MAX_LISTED):
+            log(f"  {line}")
 
 
 def _mappings(

@@ -14,18 +14,16 @@ from typing import Any, BinaryIO
 
 from tqdm.auto import tqdm
 
-from hf_mel.data.images import open_image
-from hf_mel.errors import DataFormatError, ImageError, MelError
+from hf_mel.data.images import verify_image
+from hf_mel.errors import DataFormatError, MelError, first_lines
 from hf_mel.files import is_stream, link_target, open_stream, write_text
 from hf_mel.linking.linker import EntityLinker, LinkResult, check_mention
 from hf_mel.row_columns import ColumnMapping
-from hf_mel.row_files import int_cell, read_rows, text_cell
+from hf_mel.row_files import MAX_LISTED, int_cell, read_rows, text_cell
 from hf_mel.schema import mention_features
 
 #: Columns of a file of mentions that the linker reads, whose names may differ in case.
 MENTION_COLUMNS = {name: name for name in (*mention_features(), "document_id", "modality")}
-#: Number of bad rows that an error names.
-_MAX_NAMED = 20
 
 
 @dataclass
@@ -176,7 +174,7 @@ def _input_row(path: Path, line: int, row: dict[str, Any]) -> InputRow:
         mention["image"] = path.parent / mention["image"] if mention.get("image") else None
         check_mention(mention, line)
         if mention["image"] is not None:
-            open_image(mention["image"], row=line)
+            verify_image(mention["image"], row=line)
     except MelError as error:
         return InputRow(line, row, {}, _with_file(error, path, line))
     return InputRow(line, row, mention)
@@ -184,7 +182,7 @@ def _input_row(path: Path, line: int, row: dict[str, Any]) -> InputRow:
 
 def _with_file(error: MelError, path: Path, line: int) -> MelError:
     message = error.message if error.file in (None, path) else f"{error.file}: {error.message}"
-    return type(error)(message, file=path, row=line, remedy=error.remedy)
+    return error.changed(message=message, file=path, row=line)
 
 
 def _with_lines(
@@ -196,18 +194,16 @@ def _with_lines(
     except MelError as error:
         if not isinstance(error.row, int):
             raise
-        raise type(error)(error.message, file=error.file, row=rows[error.row].line, remedy=error.remedy) from error
+        raise error.changed(row=rows[error.row].line) from error
 
 
-def _bad_rows_error(path: Path, bad: Sequence[MelError], total: int) -> DataFormatError:
+def _bad_rows_error(path: Path, bad: Sequence[MelError], total: int) -> MelError:
     if len(bad) == 1:
-        kind = ImageError if isinstance(bad[0], ImageError) else type(bad[0])
         remedy = f"{bad[0].remedy or ''} Or leave the row out with --skip-bad-rows.".strip()
-        return kind(bad[0].message, file=path, row=bad[0].row, remedy=remedy)  # type: ignore[return-value]
-    named = "".join(f"\n  row {error.row}: {error.message}" for error in bad[:_MAX_NAMED])
-    more = f"\n  … and {len(bad) - _MAX_NAMED:,} more" if len(bad) > _MAX_NAMED else ""
+        return bad[0].changed(file=path, remedy=remedy)
+    lines = first_lines([f"row {error.row}: {error.message}" for error in bad], MAX_LISTED)
     return DataFormatError(
-        f"{len(bad):,} of {total:,} rows cannot be linked:{named}{more}\n",
+        f"{len(bad):,} of {total:,} rows cannot be linked:" + "".join(f"\n  {line}" for line in lines) + "\n",
         file=path,
         remedy="Correct them, or leave them out with --skip-bad-rows.",
     )
