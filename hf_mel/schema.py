@@ -58,6 +58,10 @@ def mention_features(**extra: Any) -> datasets.Features:
     )
 
 
+#: The columns of an entity that tell it from its namesakes. They may be empty.
+DESCRIBING_COLUMNS = ("aliases", "description", "attributes")
+
+
 def entity_features(**extra: Any) -> datasets.Features:
     """Returns the columns of the `entities` configuration, which has one row per entity of the knowledge base.
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from hf_mel.candidates.folding import fold_name
-
-_WORD = re.compile(r"\w+")
+from hf_mel.candidates.folding import WORD, fold_name
 
 
 def words_of(name: str) -> frozenset[str]:
@@ -16,7 +13,7 @@ def words_of(name: str) -> frozenset[str]:
 
     A word is a run of letters and digits: "Jean-Luc O'Neill" has four.
     """
-    return frozenset(_WORD.findall(fold_name(name)))
+    return frozenset(WORD.findall(fold_name(name)))
 
 
 def namesakes_of(surfaces: Iterable[str], names: Mapping[str, Sequence[str]]) -> dict[str, set[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,13 +14,11 @@ import numpy as np
 from rapidfuzz import distance, fuzz, process
 from tqdm.auto import tqdm
 
-from hf_mel.candidates.folding import fold_name
+from hf_mel.candidates.folding import WORD, fold_name
 from hf_mel.candidates.lists import PRIOR, CandidateLists
 from hf_mel.data.examples import example_groups
 from hf_mel.errors import DataFormatError
 from hf_mel.schema import NIL
-
-_WORD = re.compile(r"\w+")
 
 #: Maximal number of name similarities in memory at a time.
 _CHUNK_SCORES = 2**23
@@ -34,7 +31,7 @@ def _compare(scorer: Callable, surfaces: Sequence[str], names: Sequence[str]) ->
 
 def _composite(surfaces: Sequence[str], names: Sequence[str]) -> np.ndarray:
     """Returns the composite similarity [S, N] of S surface forms and N names; see [`name_candidates`]."""
-    word_starts = [[word.start() for word in _WORD.finditer(name)] or [0] for name in names]
+    word_starts = [[word.start() for word in WORD.finditer(name)] or [0] for name in names]
     rests = [name[start:] for name, starts in zip(names, word_starts, strict=True) for start in starts]
     first_rests = np.cumsum([0, *map(len, word_starts)])[:-1]
     lengths = np.asarray([len(surface) for surface in surfaces], dtype=np.float32)[:, None]

@@ -18,6 +18,7 @@ from hf_mel.errors import RecipeError
 from hf_mel.evaluation.evaluator import Evaluator, metrics_and_strata
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.ranking import TIE_TOLERANCE
 from hf_mel.inference.reranking import score_pairs
 from hf_mel.protocols import ranks_jointly
 from hf_mel.schema import NIL
@@ -362,7 +363,7 @@ def choose_candidate_weight(
     *,
     weights: Sequence[float] = CANDIDATE_WEIGHTS,
     ties: str = "realistic",
-    tie_tolerance: float = 1e-6,
+    tie_tolerance: float = TIE_TOLERANCE,
 ) -> tuple[float, dict[str, float]]:
     """Returns the weight of the list scores with the highest MRR, the first one of equally good weights.
 

@@ -19,6 +19,7 @@ from hf_mel.evaluation.strata import Labels, names_by_id, strata_of
 from hf_mel.inference.entity_sources import EntitySource
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.fingerprint import describe_model
+from hf_mel.inference.ranking import TIE_TOLERANCE
 from hf_mel.kb.knowledge_base import KnowledgeBase
 
 # The metrics are defined in a Space because `evaluate.load` needs a file that imports nothing of this package.
@@ -55,7 +56,7 @@ class Evaluator:
     entities: datasets.Dataset | EntitySource = field(kw_only=False)
     ks: Sequence[int] = KS
     ties: Ties = "realistic"
-    tie_tolerance: float = 1e-6
+    tie_tolerance: float = TIE_TOLERANCE
     strata: Sequence[str] | None = None
     train_golds: Collection[str] | None = None
     entity_names: Mapping[str, Sequence[str]] | None = None

@@ -79,6 +79,7 @@ from hf_mel.kb.shards import (
 from hf_mel.locks import writer_lock
 from hf_mel.protocols import MelProcessor, Retriever, knows_posts
 from hf_mel.row_columns import ColumnMapping
+from hf_mel.schema import DESCRIBING_COLUMNS
 
 logger = logging.getLogger(__name__)
 
@@ -812,7 +813,7 @@ def _warn_of_unread_columns(source: datasets.Dataset, inputs: ModelInputs) -> No
     """Logs which text columns have values that the processor does not read, because users see them beside results."""
     filled = [
         column
-        for column in ("aliases", "description", "attributes")
+        for column in DESCRIBING_COLUMNS
         if column in source.column_names and any(any(value or ()) for value in source[column])
     ]
     if unread := unread_columns(inputs.processor, filled, posts=knows_posts(inputs.model)):

@@ -43,7 +43,7 @@ from hf_mel.protocols import (
 )
 from hf_mel.row_columns import ColumnMapping
 from hf_mel.row_files import other_unicode_form
-from hf_mel.schema import NIL, NO_SPAN
+from hf_mel.schema import DESCRIBING_COLUMNS, NIL, NO_SPAN
 
 logger = logging.getLogger(__name__)
 
@@ -638,8 +638,9 @@ class EntityLinker:
 
     @cached_property
     def _unread_by_reranker(self) -> list[str]:
-        columns = ("aliases", "description", "attributes")
-        return [] if self.reranker_processor is None else unread_columns_in_pairs(self.reranker_processor, columns)
+        if self.reranker_processor is None:
+            return []
+        return unread_columns_in_pairs(self.reranker_processor, DESCRIBING_COLUMNS)
 
     @cached_property
     def _reranker_sees_images(self) -> bool:
