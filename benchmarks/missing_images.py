@@ -3,7 +3,7 @@
 A missing image should cost what it would have told, and no more: without images of mentions, a model should be as good as
 its text unit alone. An entity should be neither better nor worse off for having no image: `half_without` of the JSON has H@1
 of golds with and without an image, and the share of first places that go to entities without one. The images of an entity
-include those of the posts about it, for a model that reads posts. The table of docs/results.md:
+include those of the posts about it, for a model that reads posts. To measure a model of FlagsMEL:
 
     python -m benchmarks.missing_images runs/mimic_flags --dataset data/flags_mel --output results.json
 """

@@ -135,7 +135,7 @@ class ColumnMapping:
 
 
 class ColumnPlan:
-    """What becomes of the columns of one header, or of the keys of JSON objects that have the same ones.
+    """The plan for the columns of one header, or for the keys of JSON objects that have the same ones: read, joined or left out.
 
     Args:
         names (sequence of `str`): The columns of the file, in their order.

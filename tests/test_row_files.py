@@ -40,7 +40,7 @@ def read(folder, name, content, columns=None, **options):
         (".json", '[{"a": "1", "b": "x"},\n {"a": "2", "b": "é"}]'),
         (".csv", "a,b\n1,x\n2,é\n"),
         (".tsv", "a\tb\r\n1\tx\r\n2\té"),
-        # What spreadsheets of other countries and other programs write.
+        # Spreadsheets of other countries and other programs write these.
         (".csv", "a;b\r\n1;x\r\n2;é\r\n"),
         (".csv", "\ufeffsep=;\r\na;b\r\n1;x\r\n2;é\r\n"),
         (".csv", '"sep=|"\na|b\n1|x\n2|é'),

@@ -645,7 +645,7 @@ class MimicModel(MimicPreTrainedModel):
             return {unit: getattr(self, _UNIT_MODULES[unit])(mentions, entities) for unit in self.config.units or ()}
 
     def _units_present(self, mentions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
-        """Which mentions have the modalities of each unit: unit name → [M] (bool), `None` if all have them."""
+        """Returns a mask of the mentions that have the modalities of each unit: unit name → [M], `None` if all have them."""
         masks = {}
         for unit in self.config.units or ():
             present = [mask for name in _UNIT_MASKS[unit] if (mask := mentions.get(name)) is not None]

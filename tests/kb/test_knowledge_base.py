@@ -683,7 +683,7 @@ def test_missing_and_damaged_images_are_listed_and_their_entities_go_without_the
     kb.verify()
     assert "left_out_images.jsonl" not in kb.files()
     assert kb.save(tmp_path / "copy").left_out_images == kb.left_out_images
-    # What comes later is appended; a new build begins anew.
+    # A later addition appends to the list; a new build replaces it.
     extra = dataset({"entity_id": "X1"}, {"entity_id": "X2", "images": [{"bytes": b"x", "path": None}]})
     kb.add(extra, MODEL, PROCESSOR, progress=False)
     assert [entry["row"] for entry in kb.left_out_images] == ["Q3", "Q4", "Q5", "Q6", "Q10", "X2"]
