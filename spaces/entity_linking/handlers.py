@@ -11,8 +11,6 @@ import gradio as gr
 import render
 from service import Refused, Service, Session, parse_mentions, read_image, write_results
 
-from hf_mel.protocols import leaves_out_missing_images
-
 EXAMPLES = Path(__file__).parent / "examples"
 
 
@@ -88,7 +86,7 @@ class Handlers:
                 (result,), _ = self.service.link(*asked, units=[unit], **options)
                 columns.append((f"{render.unit_name(unit)} alone", result, _candidate_images(linker, result)))
             note = "No photo was given, so the columns that need one mean nothing: the model reads a blank picture."
-            if picture or leaves_out_missing_images(linker.model):
+            if picture or getattr(linker.model, "leaves_out_missing_images", None):
                 note = ""
             return render.comparison(columns, note)
         except Refused as refused:
