@@ -115,4 +115,5 @@ class LazyRows(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[LazyRow]:
         """Returns the rows of a batch, in the given order."""
-        return [LazyRow(values, self.dataset.features) for values in self._undecoded[indices].to_pylist()]
+        features = self.dataset.features  # a deep copy at every access
+        return [LazyRow(values, features) for values in self._undecoded[indices].to_pylist()]
