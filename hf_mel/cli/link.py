@@ -24,7 +24,6 @@ from hf_mel.cli.options import (
 from hf_mel.cli.printing import print_link
 from hf_mel.errors import MelError, first_lines
 from hf_mel.files import is_stream
-from hf_mel.row_files import MAX_LISTED
 from hf_mel.terminal import safe_text
 
 if TYPE_CHECKING:
@@ -154,6 +153,7 @@ def link(
         raise typer.BadParameter("Give --start and --end only for a single mention.", param_hint="--start")
     from hf_mel.linking.link_file import link_file, read_mentions
     from hf_mel.linking.linker import EntityLinker
+    from hf_mel.row_files import MAX_LISTED
 
     mapping_of_entities, mapping_of_mentions = _mappings(entities, input, column, ignore_other_columns, inverted_names)
     rows = None

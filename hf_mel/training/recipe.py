@@ -299,7 +299,7 @@ class Recipe:
         try:
             return package_folder(reference)
         except MissingExtraError as error:
-            raise MissingExtraError(error.message, file=self.source, remedy=error.remedy) from error
+            raise error.changed(file=self.source) from error
         except UnknownModelError as error:
             raise self.error(error.message) from error
 
