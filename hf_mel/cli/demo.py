@@ -57,7 +57,7 @@ def demo(
     )
 
     step(2, "Train a small MIMIC", f"hf-mel train {_RECIPE} --set data.dataset={data} --output {run}")
-    console.print("The model starts from random weights. It needs one to three minutes on two free cores.")
+    console.print("The model starts from random weights. It needs two to five minutes on two free cores.")
     with show_logs():
         run_recipe(Recipe.load(_RECIPE, [f"data.dataset={data}"]), output=run, resume=True)
 
