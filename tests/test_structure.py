@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 #: The floors of the library, lowest first. A room (a module or package) imports only itself and rooms on lower floors.
 FLOORS = [
-    ["errors", "lazy", "terminal"],
+    ["errors", "lazy", "names", "terminal"],
     ["locks"],
     ["schema", "files", "hub_errors", "row_columns"],
     ["protocols", "row_files"],

@@ -14,10 +14,10 @@ import numpy as np
 from rapidfuzz import distance, fuzz, process
 from tqdm.auto import tqdm
 
-from hf_mel.candidates.folding import WORD, fold_name
 from hf_mel.candidates.lists import PRIOR, CandidateLists
 from hf_mel.data.examples import example_groups
 from hf_mel.errors import DataFormatError
+from hf_mel.names import WORD, fold_name
 from hf_mel.schema import NIL
 
 #: Maximal number of name similarities in memory at a time.
@@ -67,7 +67,7 @@ def name_candidates(
 ) -> CandidateLists:
     """Returns the entities whose name or alias is most similar to the surface form.
 
-    Case and accents do not count ([`~hf_mel.candidates.folding.fold_name`]). The score of an entity is that of its most
+    Case and accents do not count ([`~hf_mel.names.fold_name`]). The score of an entity is that of its most
     similar name or alias. An entity with score 0 is no candidate, so a list may be shorter than `k`, or empty. Equal scores
     are ordered by a digest of the entity id, so that neither the order of the knowledge base nor the gold decides which
     entity is cut off. A mention without a surface form (a visual mention) has no candidates.
@@ -121,7 +121,7 @@ def prior_candidates(mentions: datasets.Dataset, training: datasets.Dataset, *, 
     """Returns the entities to which the surface form is linked in training, best first.
 
     The score of an entity is p(e|m), the fraction of the occurrences of the surface form that are linked to it. Case and
-    accents do not count ([`~hf_mel.candidates.folding.fold_name`]). A mention that is itself in training does not count
+    accents do not count ([`~hf_mel.names.fold_name`]). A mention that is itself in training does not count
     for its own list. NIL counts as an occurrence, but is not a candidate. Equal priors are ordered by a digest of the
     entity id. A mention without a surface form (a visual mention) has no candidates and does not count.
 

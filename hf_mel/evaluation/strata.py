@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import datasets
 
-from hf_mel.candidates.namesakes import namesakes_of, words_of
 from hf_mel.errors import DataFormatError
+from hf_mel.names import namesakes_of, words_of
 from hf_mel.schema import NIL
 
 #: One group name per mention, `None` for a mention without a group.
@@ -31,7 +31,7 @@ def strata_of(
     - "mentions in context": "multiple" if another mention has the same `context_id`, otherwise "single".
     - "name of mention", given `entity_names`: "ambiguous" if the knowledge base has a namesake of the mention that is not
       its gold, otherwise "unambiguous". A namesake is an entity with a name or alias that has all words of the surface
-      form, regardless of case, accents and order ([`~hf_mel.candidates.namesakes.namesakes_of`]). A mention
+      form, regardless of case, accents and order ([`~hf_mel.names.namesakes_of`]). A mention
       whose gold is NIL, or whose surface form has no word, as a visual mention, has no group.
     - "gold in training", given `train_golds`: "seen" or "unseen". A mention whose gold is NIL has no group.
 

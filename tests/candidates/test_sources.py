@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections import Counter
 
 import datasets
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_mel.candidates import sources as module
-from hf_mel.candidates.folding import fold_name
 from hf_mel.candidates.lists import CandidateLists
 from hf_mel.candidates.sources import (
     document_candidates,
@@ -136,37 +134,6 @@ def test_the_prior_joins_surface_forms_that_differ_in_case_and_accents():
     candidates = prior_candidates(mentions_of(["CÓRDOBA"]), training)
     assert candidates.entity_ids == [["Q1", "Q2"]]
     assert candidates.scores["prior"][0] == pytest.approx([2 / 3, 1 / 3])
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("GHANA", "Ghana", "ghana"),
-        ("Côte d'Ivoire", "COTE D'IVOIRE", unicodedata.normalize("NFD", "Côte d'Ivoire")),
-        ("Straße", "STRASSE", "STRAẞE"),
-        ("DİYARBAKIR", "Diyarbakır", "diyarbakir"),  # Turkish dotted and dotless i
-        ("ISPARTA", "Isparta", "ısparta"),
-        ("ﬁnland", "Finland"),
-        ("Ｇｈａｎａ", "Ghana"),
-        ("Æthelred", "AETHELRED"),
-        ("Łódź", "LODZ"),
-        ("Søren", "soren"),
-        ("Nguyễn Đình", "nguyen dinh"),
-        ("Αθήνα", "ΑΘΗΝΑ"),
-        ("Νίκος", "ΝΙΚΟΣ"),
-        ("Ёлка", "ёлка", unicodedata.normalize("NFD", "ёлка")),
-        ("서울", unicodedata.normalize("NFD", "서울")),
-    ],
-)
-def test_spellings_of_one_name_fold_to_the_same(names):
-    assert len({fold_name(name) for name in names}) == 1
-
-
-@pytest.mark.parametrize(
-    "name", ["القاهرة", "أحمد", "עִבְרִית", "北京", "がっこう", "ガーナ", "서울", "йод", "हिन्दी", "ประเทศไทย", "தமிழ்", ""]
-)
-def test_marks_that_are_no_accents_are_kept(name):
-    assert fold_name(name) == unicodedata.normalize("NFC", name)
 
 
 def test_ties_do_not_follow_the_order_of_the_knowledge_base():
