@@ -75,9 +75,18 @@ def package_folder(reference: str) -> str:
 
 
 def link_target(path: str | os.PathLike[str]) -> Path:
-    """Returns the file or folder that a symbolic link points to, which may not exist yet; another path unchanged."""
+    """Returns the file or folder that a symbolic link points to, which may not exist yet; another path unchanged.
+
+    Raises:
+        MelError: The links lead in a circle.
+    """
     path = Path(path)
-    return path.resolve() if path.is_symlink() else path
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError) as error:  # Python 3.11 raises a RuntimeError
+        raise MelError(
+            "The symbolic link leads in a circle.", file=path, remedy="Delete it, or choose another output."
+        ) from error
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
@@ -151,6 +160,8 @@ def write_text(path: str | os.PathLike[str], parts: Iterable[str]) -> None:
     try:
         with replace_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(parts)
+    except BrokenPipeError:
+        raise  # the reader, such as `head`, has read enough: the command line ends without a message
     except OSError as error:
         raise MelError(
             f"The file cannot be written ({error}).", file=path, remedy="Choose another location."

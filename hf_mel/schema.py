@@ -6,6 +6,7 @@ or [`NIL`] if the knowledge base does not hold the entity. Scores are always hig
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,11 @@ NIL = "NIL"
 
 #: `start` and `end` of a mention whose position in the text the release does not give.
 NO_SPAN = -1
+
+
+def threshold_in_json(threshold: float | None) -> float | None:
+    """Returns a NIL threshold as JSON can express it: an infinite one becomes the nearest float, which decides alike."""
+    return None if threshold is None else max(-sys.float_info.max, min(threshold, sys.float_info.max))
 
 
 def mention_features(**extra: Any) -> datasets.Features:

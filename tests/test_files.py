@@ -121,3 +121,10 @@ def test_a_device_stays_a_device(tmp_path):
     (tmp_path / "null").symlink_to("/dev/null")
     write_text(tmp_path / "null", ["nothing"])
     assert (tmp_path / "null").is_symlink()
+
+
+def test_links_in_a_circle_are_an_error(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(MelError, match="in a circle"):
+        write_text(tmp_path / "a", ["x"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import unicodedata
@@ -45,3 +46,19 @@ def test_output_in_another_encoding_does_not_fail(encoding):
     )
     assert done.returncode == 0, done.stderr
     assert b"\\u6771" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252"])
+def test_json_is_json_in_every_encoding(encoding):
+    value = "Lom\u00e9 \u6771 \U0001f1ec"
+    code = (
+        "from hf_mel.terminal import print_in_any_encoding as f; from hf_mel.cli.printing import print_json; "
+        f"f(); print_json({value!a})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONIOENCODING": encoding, "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout.decode(encoding)) == value

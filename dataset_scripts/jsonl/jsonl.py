@@ -3,7 +3,7 @@
 - `mentions`: a file, or a folder with one file per split (`train.jsonl`, `dev.csv`, …). Columns are those of
   [`~hf_mel.schema.mention_features`]. `text`, `mention` and `entity_id` are required; `mention_id` (or `id`),
   `context_id`, `start`, `end`, `mention_type`, `topic`, `image`, `candidates` and `split` are optional. A mention without
-  gold has an empty cell, null, or "NIL" in any spelling as its `entity_id`.
+  gold has an empty cell, null, or "NIL" in any spelling as its `entity_id`, unless an entity has that spelling as its id.
 - `entities`: a file, or a folder of files, with the columns of [`~hf_mel.row_files.entity_row`].
 - `posts`: the same with `post_id` (or `id`), `entity_id`, `text`, `image`.
 
@@ -214,13 +214,6 @@ class Jsonl(ReleaseBuilder):
 
     def _entity(self, path: Path, line: int, record: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
         entity_id = id_cell(path, line, record, "id", True)
-        if entity_id.casefold() in NIL_SPELLINGS:
-            raise DataFormatError(
-                f"The id {entity_id!r} is a spelling of {NIL} and cannot name an entity.",
-                file=path,
-                row=line,
-                remedy="Choose another id.",
-            )
         _check_unique(self.entity_positions, entity_id, path, line)
         inverted_names = self.mapping.inverted_names
         row = entity_row(path, line, {**record, "image": None}, inverted_names=inverted_names)
@@ -275,7 +268,9 @@ class Jsonl(ReleaseBuilder):
                 remedy=f"Write the gold's id, or {NIL!r} if there is none.",
             )
         gold = id_cell(path, line, record, "entity_id")
-        entity_id = NIL if gold.casefold() in NIL_SPELLINGS else gold
+        # An id is any string: "None" or "null" names an entity if an entity has it.
+        is_nil = gold not in self.entity_positions and gold.casefold() in NIL_SPELLINGS
+        entity_id = NIL if is_nil else gold
         _check_gold(path, line, entity_id, self.entity_positions)
         image = text_cell(path, line, record, "image")
         context_id = id_cell(path, line, record, "context_id")

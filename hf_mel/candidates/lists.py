@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_mel.errors import DataFormatError, MelError, UnknownEntityError
+from hf_mel.errors import DataFormatError, MelError, RecipeError, UnknownEntityError
 from hf_mel.files import local_path, replace_file
 from hf_mel.schema import NIL
 
@@ -25,6 +25,11 @@ PRIOR = "prior"
 _METADATA_KEY = b"hf_mel.candidates"
 #: Prefix of a column of scores, before the name of the source.
 _SCORE_PREFIX = "score "
+
+
+def missing_candidates_error(model: str, remedy: str) -> RecipeError:
+    """Returns the error for a reranker without candidates. `remedy` names the arguments or options that give them."""
+    return RecipeError(f"{model} reranks candidates, but none were given.", remedy=remedy)
 
 
 @dataclass

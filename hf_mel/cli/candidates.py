@@ -40,7 +40,7 @@ def candidates(
       hf-mel candidates data/wikimel --source retriever --retriever runs/mimic_wikimel --k 16 --output cands/test.parquet
     """
     from hf_mel.candidates.make import load_or_make_candidates
-    from hf_mel.cli.printing import print_plain
+    from hf_mel.cli.printing import message_console, print_plain
     from hf_mel.data.loading import load_entities, load_mentions
     from hf_mel.data.posts import posts_of
     from hf_mel.evaluation.settings import KS
@@ -67,5 +67,6 @@ def candidates(
     print_plain(
         f"{len(lists):,} mentions, {mean:.1f} candidates each on average, {lengths.count(0):,} without: {output}\n"
         "Golds among the first k candidates, in %: "
-        + ", ".join(f"{100 * value:.1f} at {name.partition('@')[2]}" for name, value in recall.items())
+        + ", ".join(f"{100 * value:.1f} at {name.partition('@')[2]}" for name, value in recall.items()),
+        message_console(output),
     )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_mel.cli.options import Column, IgnoreOtherColumns, InvertedNames
+from hf_mel.cli.printing import print_json
+from hf_mel.terminal import safe_text
 
 if TYPE_CHECKING:
     from hf_mel.building.report import CheckReport
@@ -187,9 +189,7 @@ def check(
 
     report = check_dataset(dataset, revision)
     if as_json:
-        import json
-
-        print(json.dumps({"usable": not report.fatal, "fatal": report.fatal, **report.to_dict()}, indent=2))
+        print_json({"usable": not report.fatal, "fatal": report.fatal, **report.to_dict()})
     else:
         console = Console()
         _print_report(console, report, dataset)
@@ -230,9 +230,7 @@ def list_datasets(
             }
         )
     if as_json:
-        import json
-
-        print(json.dumps(entries, indent=2))
+        print_json(entries)
         return
 
     from rich.console import Console
@@ -288,7 +286,7 @@ def _print_report(
 
     from hf_mel.building.dataset_card import leakage_rows
 
-    counts = Table("configuration", "split", title=Text(title))
+    counts = Table("configuration", "split", title=Text(safe_text(title)))
     for column in ("rows", *(["official"] if official else []), "images", "without image"):
         counts.add_column(column, justify="right")
     for config, splits in report.counts.items():
@@ -297,14 +295,14 @@ def _print_report(
             expected = (official or {}).get(config, {}).get(split)
             cells = ["?" if expected is None else f"{expected:,}"] if official else []
             cells += [f"{images['images']:,}", f"{images['rows_without']:,}"]
-            counts.add_row(Text(config), split, f"{rows:,}", *cells)
+            counts.add_row(Text(safe_text(config)), Text(safe_text(split)), f"{rows:,}", *cells)
     console.print(counts)
     problems = Table("problem", title="problems")
     problems.add_column("count", justify="right")
     problems.add_column("first")
     for kind, entries in sorted(report.problems.items()):
         file, row, _ = entries[0]
-        first = Text(f"{file}, row {row}" if row else file)
+        first = Text(safe_text(f"{file}, row {row}" if row else file))
         problems.add_row(
             Text(_problem_words(kind), "bold red" if kind in report.fatal else ""), f"{len(entries):,}", first
         )
@@ -317,7 +315,7 @@ def _print_report(
         table = Table("configuration", "split", "mentions whose", title="leakage")
         table.add_column("count", justify="right")
         for row_of_words in leakage:
-            table.add_row(*map(Text, row_of_words))
+            table.add_row(*(Text(safe_text(words)) for words in row_of_words))
         console.print(table)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_mel.cli.printing import show_logs
+from hf_mel.terminal import safe_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -183,12 +184,13 @@ def _accuracy_table(overall: dict[str, Any], single_units: list[dict[str, Any]])
 def _candidates_table(result: Any, mention: str) -> Table:
     """Returns a table of the best candidates of one mention, with their scores."""
     from rich.table import Table
+    from rich.text import Text
 
     units = list(result.candidates[0].unit_scores)
-    table = Table("", "entity", title=f"'{mention}' may mean")
+    table = Table("", "entity", title=Text(f"'{safe_text(mention)}' may mean"))
     for column in ["score", *(_UNITS.get(unit, unit) for unit in units)]:
         table.add_column(column, justify="right")
-    for place, candidate in enumerate(result.candidates, 1):
+    for candidate in result.candidates:
         scores = [candidate.score, *(candidate.unit_scores[unit] for unit in units)]
-        table.add_row(str(place), candidate.name, *(f"{score:.1f}" for score in scores))
+        table.add_row(str(candidate.rank), Text(safe_text(candidate.name)), *(f"{score:.1f}" for score in scores))
     return table

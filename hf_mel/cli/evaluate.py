@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
 from functools import partial
@@ -149,13 +150,16 @@ def evaluate(
     """
     k_list = _parse_ks(ks)
     weighted_source, weight = _parse_weight(candidate_weight)
+    if nil_threshold is not None and math.isnan(nil_threshold):
+        raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
     if nil_threshold is not None and nil_from is not None:
         raise typer.BadParameter("Give a threshold or a split to choose it on, not both.", param_hint="--nil-from")
 
     from accelerate import PartialState
-    from rich.console import Console
 
+    from hf_mel.candidates.lists import missing_candidates_error
     from hf_mel.candidates.make import load_or_make_candidates
+    from hf_mel.cli.printing import message_console
     from hf_mel.data.loading import dataset_version, load_entities, load_mentions
     from hf_mel.data.posts import posts_of
     from hf_mel.errors import RecipeError, UnknownSplitError
@@ -186,9 +190,9 @@ def evaluate(
     loaded, processor = load_linking_model(
         model, revision=revision, device=device, trust_remote_code=trust_remote_code
     )
-    console = Console(quiet=not processes.is_main_process)
+    console = message_console(output, predictions, quiet=not processes.is_main_process)
     settings: dict[str, Any] = {"ks": k_list, "ties": ties, "batch_size": batch_size}
-    of_split: dict[str, Any] = {
+    split_settings: dict[str, Any] = {
         "train_golds": train_golds,
         "data_version": {**version, "split": split, **({} if config == "mentions" else {"config": config})},
     }
@@ -197,9 +201,9 @@ def evaluate(
         if processes.num_processes > 1:
             raise RecipeError("Only a retriever can be evaluated by several processes.", remedy="Start one process.")
         if candidates is None:
-            raise RecipeError(
-                f"{model!r} reranks candidates, but none were given.",
-                remedy="Give --candidates FILE (from hf-mel candidates), --candidates name, or --candidates retriever "
+            raise missing_candidates_error(
+                repr(model),
+                "Give --candidates FILE (from hf-mel candidates), --candidates name, or --candidates retriever "
                 "--retriever RUN.",
             )
         lists = load_or_make_candidates(
@@ -220,7 +224,7 @@ def evaluate(
             candidate_weight=weight,
             candidate_source=weighted_source,
             **settings,
-            **of_split,
+            **split_settings,
         )
         reranked = _evaluate_reranker(evaluator, ModelInputs(loaded, processor), mentions, lists, bf16, console)
         results, records = reranked.to_dict(), reranked.records()
@@ -232,7 +236,7 @@ def evaluate(
             mentions,
             entities,
             settings={**settings, "units": None if units is None else units.split(",")},
-            of_split={**of_split, "top_k": top_k, "entity_names": names_by_id(entities)},
+            split_settings={**split_settings, "top_k": top_k, "entity_names": names_by_id(entities)},
             nil_threshold=nil_threshold,
             nil_mentions=nil_mentions,
             processes=processes,
@@ -302,7 +306,7 @@ def _evaluate_retriever(
     entities: datasets.Dataset,
     *,
     settings: dict[str, Any],
-    of_split: dict[str, Any],
+    split_settings: dict[str, Any],
     nil_threshold: float | None,
     nil_mentions: datasets.Dataset | None,
     processes: PartialState,
@@ -313,7 +317,7 @@ def _evaluate_retriever(
     Args:
         inputs, mentions, entities: The retriever and the data.
         settings: Settings of [`FullEvaluator`] for both evaluations.
-        of_split: Its other settings for the evaluation of `mentions`.
+        split_settings: Its other settings for the evaluation of `mentions`.
         nil_threshold: Threshold from the command line.
         nil_mentions: Mentions to calibrate the threshold on.
         processes: Processes that share the entities.
@@ -346,7 +350,7 @@ def _evaluate_retriever(
         nil_threshold is None and settings["units"] is None
     ):  # the model's threshold applies to the score of all units
         nil_threshold = getattr(inputs.model.config, "nil_threshold", None)
-    evaluator = FullEvaluator(encoded, nil_threshold=nil_threshold, **settings, **of_split)
+    evaluator = FullEvaluator(encoded, nil_threshold=nil_threshold, **settings, **split_settings)
     return evaluator(inputs, mentions, processes=sharing), calibration
 
 

@@ -21,6 +21,7 @@ from hf_mel.cli.options import (
 from hf_mel.errors import first_lines
 from hf_mel.kb.indexes import BuiltKind
 from hf_mel.kb.manifest import Dtype
+from hf_mel.terminal import safe_text
 
 if TYPE_CHECKING:
     from hf_mel.kb.knowledge_base import KnowledgeBase
@@ -348,11 +349,11 @@ def _print_info(kb: KnowledgeBase) -> None:
     info = kb.info()
     model = info["model"]
     num_rows = info["entities"] + info["removed"]
-    table = Table(title=Text(str(info["path"])), show_header=False)
+    table = Table(title=Text(safe_text(str(info["path"]))), show_header=False)
     removed = f", and {info['removed']:,} removed" if info["removed"] else ""
     table.add_row("entities", f"{info['entities']:,}{removed}")
     revision = f", revision {model['revision']}" if model["revision"] else ""
-    table.add_row("built by", Text(f"{model['name']} ({model['type']}{revision})"))
+    table.add_row("built by", Text(safe_text(f"{model['name']} ({model['type']}{revision})")))
     table.add_row("weights", f"sha256 {model['weights'][:16]}…")
     table.add_row(
         "encodings",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from hf_mel.cli.options import (
     Revision,
     TrustRemoteCode,
 )
-from hf_mel.cli.printing import print_link
+from hf_mel.cli.printing import print_json, print_link
 from hf_mel.errors import MelError, first_lines
 from hf_mel.files import is_stream
 from hf_mel.terminal import safe_text
@@ -151,10 +150,12 @@ def link(
         raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
     if len(surfaces) > 1 and (start is not None or end is not None):
         raise typer.BadParameter("Give --start and --end only for a single mention.", param_hint="--start")
-    from hf_mel.linking.link_file import link_file, read_mentions
+    from hf_mel.linking.link_file import check_output, link_file, read_mentions
     from hf_mel.linking.linker import EntityLinker
     from hf_mel.row_files import MAX_LISTED
 
+    if output is not None:
+        check_output(output)
     mapping_of_entities, mapping_of_mentions = _mappings(entities, input, column, ignore_other_columns, inverted_names)
     rows = None
     if input is not None:
@@ -182,8 +183,7 @@ def link(
             results = linker([{**single, "mention": surface} for surface in surfaces], top_k=top_k)
         if as_json:
             plain = [result.to_dict() for result in results]
-            content = plain if len(plain) > 1 else plain[0]
-            typer.echo(json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False))
+            print_json(plain if len(plain) > 1 else plain[0])
         else:
             for result in results:
                 print_link(result)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_mel.files import is_stream
 from hf_mel.terminal import safe_text
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from hf_mel.linking.linker import Candidate, LinkResult
@@ -42,11 +46,27 @@ def show_logs() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def print_plain(text: str) -> None:
+def print_json(value: Any) -> None:
+    """Prints a value as JSON. Characters that the encoding of the terminal may lack are written as JSON's own escapes."""
+    import typer
+
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-")
+    is_unicode = encoding.startswith("utf")
+    typer.echo(json.dumps(value, ensure_ascii=not is_unicode, indent=2, allow_nan=False))
+
+
+def message_console(*outputs: Path | None, quiet: bool = False) -> Console:
+    """Returns a console for messages: standard error if an output is a stream, which may be standard output."""
+    from rich.console import Console
+
+    return Console(quiet=quiet, stderr=any(output is not None and is_stream(output) for output in outputs))
+
+
+def print_plain(text: str, console: Console | None = None) -> None:
     """Prints text without markup, highlighting or line wrapping."""
     from rich.console import Console
 
-    Console().print(safe_text(text, keep_lines=True), markup=False, highlight=False, soft_wrap=True)
+    (console or Console()).print(safe_text(text, keep_lines=True), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_link(result: LinkResult) -> None:

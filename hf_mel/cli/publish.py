@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_mel.cli.printing import print_plain
+from hf_mel.terminal import safe_text
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -228,7 +229,9 @@ def _print_changes(
     table.add_column("file", overflow="fold")
     table.add_column("size", justify="right", no_wrap=True)
     for change in changed:
-        table.add_row(change.kind, Text(change.path), "" if change.kind == "deleted" else decimal(change.size))
+        table.add_row(
+            change.kind, Text(safe_text(change.path)), "" if change.kind == "deleted" else decimal(change.size)
+        )
     if unchanged:
         table.add_row("unchanged", _count(unchanged), decimal(sum(change.size for change in unchanged)))
     Console().print(table)

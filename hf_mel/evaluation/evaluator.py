@@ -66,7 +66,7 @@ class Evaluator:
 
     def __post_init__(self):
         if not len(self.entities):
-            raise KnowledgeBaseError("The knowledge base has no entities.")
+            raise KnowledgeBaseError("The knowledge base has no entities.", remedy="Give at least one entity.")
         ranking_metrics([], ks=self.ks, ties=self.ties)  # raises for invalid ks and ties
 
     def _entity_ids(self) -> Sequence[str]:
@@ -88,7 +88,7 @@ class Evaluator:
         return None
 
     def _setting(
-        self, protocol: str, model: Any, *, num_mentions: int, num_nil: int, start: float, **of_protocol: Any
+        self, protocol: str, model: Any, *, num_mentions: int, num_nil: int, start: float, **protocol_settings: Any
     ) -> dict[str, Any]:
         """Returns the part of results.json that says how the metrics were obtained.
 
@@ -97,12 +97,12 @@ class Evaluator:
             model: The evaluated model.
             num_mentions, num_nil (`int`): Number of mentions, and of those whose gold is NIL.
             start (`float`): `time.perf_counter()` at the start of the evaluation.
-            of_protocol: Entries that only this protocol has.
+            protocol_settings: Entries that only this protocol has.
         """
         seconds = time.perf_counter() - start
         return {
             "protocol": protocol,
-            **of_protocol,
+            **protocol_settings,
             "kb_size": len(self.entities),
             "num_mentions": num_mentions,
             "num_nil": num_nil,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.ranking import RankingResult, rank, score_of_units
 from hf_mel.protocols import Encodings
-from hf_mel.schema import NIL
+from hf_mel.schema import NIL, threshold_in_json
 
 # The metrics are defined in a Space because `evaluate.load` needs a file that imports nothing of this package.
 from hf_mel.spaces.mel_ranking.mel_ranking import nil_metrics, ranking_metrics, resolve_ranks
@@ -125,6 +126,11 @@ class FullEvaluator(Evaluator):
     nil_threshold: float | None = None
     byte_budget: int = 2**29
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.nil_threshold is not None and math.isnan(self.nil_threshold):
+            raise ValueError("nil_threshold is nan, so no score is above or below it. Give a number.")
+
     def __call__(
         self,
         inputs: ModelInputs,
@@ -197,7 +203,7 @@ class FullEvaluator(Evaluator):
                 num_nil=int((gold_rows < 0).sum()),
                 start=start,
                 units=None if self.units is None else list(self.units),
-                nil_threshold=self.nil_threshold,
+                nil_threshold=threshold_in_json(self.nil_threshold),
             ),
         )
 

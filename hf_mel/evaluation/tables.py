@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_mel.files import write_text
+from hf_mel.terminal import safe_text
 
 #: Metric → heading. The headings of "hits@k" are "H@k".
 _HEADINGS = {
@@ -66,7 +67,7 @@ def results_table(results: Mapping[str, Any], title: str | None = None) -> Table
     for stratification, groups in results["strata"].items():
         table.add_section()
         for group, metrics in groups.items():
-            add_row(Text(f"{stratification}: {group}"), metrics)  # a name in brackets is not markup
+            add_row(Text(safe_text(f"{stratification}: {group}")), metrics)  # a name in brackets is not markup
     return table
 
 
@@ -105,12 +106,12 @@ def comparison_table(rows: Mapping[str, Mapping[str, Any]], title: str | None = 
         rows (`Mapping[str, Mapping]`): Name → metrics, all with the keys of the first.
         title (`str`, *optional*): Title of the table.
     """
-    table = Table("", title=None if title is None else Text(title))
+    table = Table("", title=None if title is None else Text(safe_text(title)))
     columns = _shown_metrics(next(iter(rows.values()), {}))
     for name in columns:
         table.add_column(display_name(name), justify="right")
     for label, metrics in rows.items():
-        table.add_row(Text(label), *(display_value(name, metrics[name]) for name in columns))
+        table.add_row(Text(safe_text(label)), *(display_value(name, metrics[name]) for name in columns))
     return table
 
 

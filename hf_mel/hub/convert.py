@@ -18,7 +18,7 @@ from transformers import AutoModel
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from hf_mel.errors import DataFormatError, MelError, RecipeError
-from hf_mel.files import write_text
+from hf_mel.files import link_target, write_text
 from hf_mel.hub.saving import save_model_repository
 
 
@@ -53,7 +53,7 @@ def convert_checkpoint(
         DataFormatError: A file is missing or unreadable, or a key is unknown, missing or of another shape.
         MelError: The output cannot be written, or the tokenizer cannot be loaded.
     """
-    state_dict, config, output = Path(state_dict), Path(config), Path(output)
+    state_dict, config, output = Path(state_dict), Path(config), link_target(output)
     try:
         module = import_module(f"hf_mel.modeling.{method}.convert_{method}")
     except ModuleNotFoundError:

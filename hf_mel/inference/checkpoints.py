@@ -200,7 +200,7 @@ def _check_files(name: str, revision: str | None, local_files_only: bool) -> tup
         except HubError as error:
             raise UnknownModelError(
                 f"{name!r} cannot be loaded. It is not a local folder, and the Hub answers: {error.message}",
-                remedy=f"{error.remedy or ''} Or give a run folder written by `hf-mel train`.".strip(),
+                remedy=f"Give a run folder that `hf-mel train` wrote. For a model on the Hub: {error.remedy or 'check its name.'}",
             ) from None
     elif revision is not None:
         raise UnknownModelError(

@@ -117,7 +117,7 @@ def rank(
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}.")
     if not entities:
-        raise KnowledgeBaseError("The knowledge base has no entities to rank.")
+        raise KnowledgeBaseError("The knowledge base has no entities to rank.", remedy="Give at least one entity.")
     golds = None if gold_rows is None else _checked_golds(gold_rows, mentions, entities).to(device)
 
     with group.raise_together():

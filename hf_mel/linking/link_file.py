@@ -18,12 +18,15 @@ from hf_mel.data.images import verify_image
 from hf_mel.errors import DataFormatError, MelError, first_lines
 from hf_mel.files import is_stream, link_target, open_stream, write_text
 from hf_mel.linking.linker import EntityLinker, LinkResult, check_mention
+from hf_mel.locks import writer_lock
 from hf_mel.row_columns import ColumnMapping
-from hf_mel.row_files import MAX_LISTED, int_cell, read_rows, text_cell
+from hf_mel.row_files import MAX_LISTED, ROW_SUFFIXES, int_cell, read_rows, text_cell
 from hf_mel.schema import mention_features
 
 #: Columns of a file of mentions that the linker reads, whose names may differ in case.
 MENTION_COLUMNS = {name: name for name in (*mention_features(), "document_id", "modality")}
+#: Columns that the output adds to a row, so that no row can have them before.
+_ADDED_COLUMNS = ("linked", "error")
 
 
 @dataclass
@@ -79,7 +82,8 @@ def read_mentions(
         skip_bad_rows (`bool`): Whether a bad row gets an `error` instead of stopping the run.
 
     Raises:
-        DataFormatError: The file cannot be read, has no rows, or has bad rows; names all of them.
+        DataFormatError: The file cannot be read, has no rows, or has a column `linked` or `error`, which the output adds;
+            or it has bad rows, and `skip_bad_rows` is not set. Names all bad rows.
     """
     path = Path(path)
     mapping = mapping or ColumnMapping()
@@ -88,7 +92,17 @@ def read_mentions(
     records = read_rows(
         path, MENTION_COLUMNS, mapping=mapping, required=["text"], keep_others=True, bad_rows=unreadable
     )
-    rows = [_input_row(path, line, row) for line, row in records]
+    rows = []
+    for line, row in records:
+        for column in _ADDED_COLUMNS:
+            if column in row:
+                raise DataFormatError(
+                    f"The row has the column {column!r}, which the output adds.",
+                    file=path,
+                    row=line,
+                    remedy="Rename or remove it in all rows.",
+                )
+        rows.append(_input_row(path, line, row))
     mapping.check_used(path)
     rows += [InputRow(int(error.row or 0), {"row": error.row}, {}, error) for error in unreadable]
     rows.sort(key=lambda row: row.line)
@@ -98,6 +112,21 @@ def read_mentions(
     if bad and not skip_bad_rows:
         raise _bad_rows_error(path, bad, len(rows))
     return rows
+
+
+def check_output(output: str | os.PathLike[str]) -> None:
+    """Checks that the name of an output does not promise another format than JSON lines.
+
+    Raises:
+        DataFormatError: It ends in .json, .csv or .tsv.
+    """
+    suffix = Path(output).suffix.lower()
+    if suffix != ".jsonl" and suffix in ROW_SUFFIXES and not is_stream(output):
+        raise DataFormatError(
+            f"The output has JSON lines, and the suffix {suffix!r} promises another format.",
+            file=output,
+            remedy="Give a .jsonl file.",
+        )
 
 
 def link_file(
@@ -127,9 +156,12 @@ def link_file(
         [`LinkSummary`].
 
     Raises:
+        DataFormatError: As in [`check_output`].
+        LockedError: Another process is writing the output.
         MelError: The output cannot be written, or `resume` is set and the interrupted run had other rows, settings, model
-            or knowledge base.
+            or knowledge base, or its kept results are damaged.
     """
+    check_output(output)
     good = [row for row in rows if row.error is None]
     summary = LinkSummary(bad_rows=[row.error for row in rows if row.error is not None])
     if is_stream(output):
@@ -155,6 +187,8 @@ def link_file(
                     summary.add(result)
                 bar.update(len(new))
             sink.finish()
+    except BrokenPipeError:
+        raise  # the reader of a stream, such as `head`, has read enough
     except OSError as error:
         raise MelError(
             f"The output cannot be written ({error}).", file=output, remedy="Check the path and the free disk space."
@@ -265,7 +299,8 @@ class _PartialFile:
     def __init__(self, path: str | os.PathLike[str], rows: Sequence[InputRow], fingerprint: str, resume: bool):
         self.target, self.rows, self.fingerprint = link_target(path), rows, fingerprint
         self.partial = self.target.with_name(f".{self.target.name}.partial")
-        self.done: dict[int, Mapping[str, Any]] = self._read() if resume else {}
+        self.resume = resume
+        self.done: dict[int, Mapping[str, Any]] = {}
 
     def _read(self) -> dict[int, Mapping[str, Any]]:
         """Returns the results of an interrupted run, by position."""
@@ -273,23 +308,48 @@ class _PartialFile:
             lines = self.partial.read_bytes().split(b"\n")[:-1]  # what follows the last line end is incomplete
         except FileNotFoundError:
             return {}
-        if not lines or json.loads(lines[0]) != self.fingerprint:
+        try:
+            fingerprint, *results = map(json.loads, lines)
+            done: dict[int, Mapping[str, Any]] = {int(position): dict(result) for position, result in results}
+        except (ValueError, TypeError) as error:  # no line at all is a ValueError, too
+            raise MelError(
+                "The kept results of the interrupted run are damaged.",
+                file=self.partial,
+                remedy="Leave out --resume to start over.",
+            ) from error
+        if fingerprint != self.fingerprint:
             raise MelError(
                 "The interrupted run had other rows, settings, models or another knowledge base.",
                 file=self.target,
                 remedy="Run it again as it was, or leave out --resume to start over.",
             )
-        return dict(map(json.loads, lines[1:]))
+        return done
 
     def __enter__(self) -> _PartialFile:
         self.target.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as opened:
+            opened.enter_context(
+                writer_lock(
+                    self.target.with_name(f".{self.target.name}.lock"),
+                    busy="The output is being written",
+                    remedy="Wait for it, or give another output.",
+                    target=self.target,
+                )
+            )
+            if self.resume:
+                self.done = self._read()
+            self._start()
+            self._opened = opened.pop_all()
+        return self
+
+    def _start(self) -> None:
         lines = [json.dumps(self.fingerprint), *map(json.dumps, self.done.items())]
         write_text(self.partial, [line + "\n" for line in lines])
         self._file = self.partial.open("ab")
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+        self._opened.close()
 
     def add(self, results: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
         """Adds results by the position of their row among the good ones."""

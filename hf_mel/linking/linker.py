@@ -6,7 +6,6 @@ import logging
 import math
 import operator
 import os
-import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -43,7 +42,7 @@ from hf_mel.protocols import (
 )
 from hf_mel.row_columns import ColumnMapping
 from hf_mel.row_files import other_unicode_form
-from hf_mel.schema import DESCRIBING_COLUMNS, NIL, NO_SPAN
+from hf_mel.schema import DESCRIBING_COLUMNS, NIL, NO_SPAN, threshold_in_json
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ class LinkResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the result as plain data for JSON. An infinite threshold, which JSON lacks, becomes the nearest float."""
-        return {**asdict(self), "nil_threshold": _finite(self.nil_threshold)}
+        return {**asdict(self), "nil_threshold": threshold_in_json(self.nil_threshold)}
 
 
 @dataclass
@@ -757,10 +756,6 @@ def _find_remedy(text: str, surface: str) -> str:
 def _equal(score: float, other: float) -> bool:
     """Whether two scores differ by no more than rounding, as in [`~hf_mel.inference.ranking.rank`]."""
     return abs(score - other) <= TIE_TOLERANCE * max(1.0, abs(other))
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None else max(-sys.float_info.max, min(value, sys.float_info.max))
 
 
 def _quote(text: str) -> str:

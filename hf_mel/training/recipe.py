@@ -25,8 +25,14 @@ class RecipeYamlLoader(yaml.SafeLoader):
     """YAML loader that reads `1e-5` as a number, and `no`, `off`, `yes` and `on` as strings, as YAML 1.2 does.
 
     PyYAML implements YAML 1.1, in which a number needs a dot and a sign, and `eval_strategy: no` is false. A field that
-    takes true or false still accepts these words ([`as_bool`]).
+    takes true or false still accepts these words ([`as_bool`]). Without quotes, they are [`_UnquotedWord`]s.
     """
+
+
+class _UnquotedWord(str):
+    """One of YAML 1.1's words for true and false, written without quotes. In quotes, a string is meant."""
+
+    __slots__ = ()
 
 
 RecipeYamlLoader.add_implicit_resolver(
@@ -40,6 +46,9 @@ for _first in "yYnNoO":
         for tag, pattern in RecipeYamlLoader.yaml_implicit_resolvers.get(_first, ())
         if tag != "tag:yaml.org,2002:bool"
     ]
+
+RecipeYamlLoader.add_implicit_resolver("!word", re.compile(r"^(yes|no|on|off)$", re.IGNORECASE), list("yYnNoO"))
+RecipeYamlLoader.add_constructor("!word", lambda loader, node: _UnquotedWord(node.value))
 
 _BOOLEAN_WORDS = {"yes": True, "on": True, "no": False, "off": False}
 
@@ -206,7 +215,9 @@ class Recipe:
             for name, section in (("model", ModelRecipe), ("processor", ProcessorRecipe), ("data", DataRecipe))
         }
         plain = {
-            name: content[name] for name in ("name", "task", "description", "license", "citation") if name in content
+            name: _read_words(content[name], False)
+            for name in ("name", "task", "description", "license", "citation")
+            if name in content
         }
         for name, value in plain.items():
             _check_type(value, str, name, file)
@@ -214,7 +225,7 @@ class Recipe:
             sections["candidates"] = _build_section(CandidatesRecipe, content["candidates"], "candidates", file)
         training = content.get("training") or {}
         _check_type(training, dict, "training", file)
-        recipe = cls(**plain, **sections, training=dict(training), source=file)
+        recipe = cls(**plain, **sections, training=_read_words(training, False), source=file)
         recipe._check()
         return recipe
 
@@ -417,18 +428,25 @@ def _build_section(section: Any, content: Any, name: str, file: str | None) -> A
     for key, value in content.items():
         if value is None and types[key].startswith("dict"):
             continue  # An empty `config:` in the file.
-        if types[key] == "bool" or types[key].startswith("dict"):
-            value = _with_booleans(value)
+        value = as_bool(value) if types[key] == "bool" else _read_words(value, types[key].startswith("dict"))
         _check_type(value, _TYPES[types[key]], f"{name}.{key}", file)
         values[key] = value
     return section(**values)
 
 
-def _with_booleans(value: Any) -> Any:
-    """Applies [`as_bool`] to a value and to everything inside it."""
+def _read_words(value: Any, as_booleans: bool) -> Any:
+    """Replaces the unquoted words in a value and inside it by `True` and `False`, or else by plain strings.
+
+    Nothing says the types of the values of a mapping such as `model.config`. There, the words are true or false, as they
+    were when PyYAML decided.
+    """
     if isinstance(value, dict):
-        return {key: _with_booleans(item) for key, item in value.items()}
-    return [_with_booleans(item) for item in value] if isinstance(value, list) else as_bool(value)
+        return {_read_words(key, False): _read_words(item, as_booleans) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_read_words(item, as_booleans) for item in value]
+    if not isinstance(value, _UnquotedWord):
+        return value
+    return as_bool(value) if as_booleans else str(value)
 
 
 def _check_keys(keys: Iterable[str], allowed: Iterable[str], section: str, file: str | None) -> None:

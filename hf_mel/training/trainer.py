@@ -13,12 +13,12 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
-from hf_mel.candidates.lists import CandidateLists
+from hf_mel.candidates.lists import CandidateLists, missing_candidates_error
 from hf_mel.candidates.make import retriever_candidates
 from hf_mel.data.examples import example_groups
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.data.loading import check_golds
-from hf_mel.errors import DataFormatError, RecipeError
+from hf_mel.errors import DataFormatError
 from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator, CandidateResult
 from hf_mel.evaluation.full_evaluator import FullEvaluator, FullResult
 from hf_mel.inference.execution import evaluation_mode
@@ -263,9 +263,8 @@ def _check_candidates(
 ) -> None:
     """Checks that every mention has a list of candidates, and that all candidates are in the knowledge base."""
     if lists is None:
-        raise RecipeError(
-            f"{type(model).__name__} reranks candidates, but none were given.",
-            remedy="Give train_candidates and eval_candidates, or in a recipe candidates.source.",
+        raise missing_candidates_error(
+            type(model).__name__, "Give train_candidates and eval_candidates, or in a recipe candidates.source."
         )
     lists.for_mentions(mentions).rows(entities["entity_id"])
 

@@ -69,6 +69,8 @@ def _reason(candidates: Sequence[Any]) -> str:
     if len(candidates) < 2:
         return ""
     first, second = candidates[:2]
+    if first.rank == second.rank:
+        return ""  # a warning of the result says that they are tied
     behind = escape(second.name or second.entity_id)
     if first.reranker_score is not None:
         scores = f"{_number(first.reranker_score)} to {_number(second.reranker_score)}"

@@ -264,7 +264,8 @@ class Service:
             progress (callable): Receives the finished share of the rows.
 
         Returns:
-            `list[dict]`: The rows in their order, each with `entity_id`, `name`, `score` and `candidates`, or with `error`.
+            `list[dict]`: The rows in their order, each with `entity_id`, `name`, `score`, `num_tied` and `candidates`, or with
+                `error`.
 
         Raises:
             Refused: The file cannot be read, or has too many rows.
@@ -545,6 +546,7 @@ def _link_rows(linker: EntityLinker, rows: Sequence[dict[str, str]], top_k: int)
                 "entity_id": result.entity_id,
                 "name": "" if result.is_nil else result.best.name,
                 "score": result.best.score,
+                "num_tied": result.num_tied,
                 "candidates": [
                     {"entity_id": c.entity_id, "name": c.name, "score": c.score} for c in result.candidates
                 ],

@@ -160,3 +160,10 @@ def test_several_mentions_of_a_text_are_linked_with_a_reranker(run, folder):
     assert "reranker" in printed
     assert f"{expected[1].best.reranker_score:.3f}" in printed
     assert run(link, *arguments, "--start", 0).exit_code == 2
+
+
+def test_candidates_go_to_standard_output_alone(run, tmp_path):
+    outcome = run(candidates, "toy_candidates", "--output", "-", "--k", 5)
+    (tmp_path / "c.parquet").write_bytes(outcome.stdout_bytes)
+    assert CandidateLists.load(tmp_path / "c.parquet").mention_ids == list(TEST["mention_id"])
+    assert b"on average" in outcome.stderr_bytes

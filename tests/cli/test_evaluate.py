@@ -157,3 +157,24 @@ def test_two_processes_train_and_evaluate_as_the_readme_says(tmp_path):
     assert results["two"]["metrics"] == results["one"]["metrics"]
     assert results["two"]["strata"] == results["one"]["strata"]
     assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+
+
+def test_results_go_to_standard_output_alone(run):
+    outcome = run("--output", "-")
+    assert json.loads(outcome.stdout)["num_mentions"] == 20
+    assert "mentions against" in outcome.stderr
+
+
+def test_an_infinite_threshold_is_written_as_json_and_nan_is_refused(run, tmp_path):
+    def refuse(word):
+        raise AssertionError(word)
+
+    for word, share in (("inf", 1.0), ("-inf", 0.0)):
+        assert run("--nil-threshold", word, "--output", tmp_path / "r.json").exit_code == 0
+        results = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)
+        assert results["metrics"]["nil_recall"] == share
+        assert abs(results["nil_threshold"]) == sys.float_info.max
+    outcome = run("--nil-threshold", "nan", "--output", tmp_path / "n.json")
+    assert outcome.exit_code == 2
+    with pytest.raises(ValueError, match="nan"):
+        FullEvaluator(toy_entities(), nil_threshold=float("nan"))

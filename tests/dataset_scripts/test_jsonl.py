@@ -145,6 +145,15 @@ def test_nil_in_every_spelling(tmp_path, spelling):
     assert build_mentions(tmp_path, {**ROW, "entity_id": spelling})["train"][0]["entity_id"] == NIL
 
 
+@pytest.mark.parametrize("entity_id", ["None", "null", "nil"])
+def test_an_id_is_any_string_so_a_spelling_of_nil_can_name_an_entity(tmp_path, entity_id):
+    entities = "".join(json.dumps({"id": name, "name": "Bo"}) + "\n" for name in (entity_id, "E1"))
+    golds = [entity_id, "NIL", "", "[nil]"]
+    mentions = [{**ROW, "text": f"Bo {k}", "mention": "Bo", "entity_id": gold} for k, gold in enumerate(golds)]
+    rows = build_mentions(tmp_path, *mentions, entities=entities)["train"]
+    assert [row["entity_id"] for row in rows] == [entity_id, NIL, NIL, NIL]
+
+
 def test_given_offsets_come_before_searched_ones_in_any_order(tmp_path):
     text = "Bo, Bo and Bo"
     rows = [
@@ -222,7 +231,7 @@ def test_errors_of_whole_files(tmp_path):
 @pytest.mark.parametrize(
     ("entities", "error", "message"),
     [
-        ('{"id": "E1", "name": "a"}\n{"id": "none", "name": "b"}', DataFormatError, "'none' is a spelling of NIL"),
+        ('{"id": "E1", "name": "a"}\n{"id": null, "name": "b"}', DataFormatError, "no 'id'"),
         ('{"id": "E1", "name": "a"}\n{"id": "E1", "name": "b"}', DuplicateIdError, "entities.jsonl, row 1"),
         ('{"id": "E1", "name": "a"}\n{"id": "E2", "nmae": "b"}', DataFormatError, "Did you mean 'name'"),
     ],

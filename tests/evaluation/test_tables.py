@@ -79,3 +79,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_results({"x": float("inf")}, path)
     assert json.loads(path.read_text()) == {"old": True}
     assert [entry.name for entry in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_a_group_cannot_control_the_terminal():
+    shown = "\n".join(printed(results_table({**RESULTS, "strata": {"topic": {"a\x1b[2J\nb": METRICS}}})))
+    assert "\x1b" not in shown
+    assert r"topic: a\x1b[2J b" in shown

@@ -9,7 +9,7 @@ import threading
 import pytest
 from PIL import Image
 
-from hf_mel.errors import DataFormatError, ImageError, MelError
+from hf_mel.errors import DataFormatError, ImageError, LockedError, MelError
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.link_file import link_file, read_mentions
 from hf_mel.linking.linker import EntityLinker
@@ -171,3 +171,51 @@ def test_mentions_of_a_context_are_reranked_together_and_keep_their_places(tmp_p
     together = linker([row.mention for row in rows])
     assert [r["linked"]["entity_id"] for r in lines(tmp_path / "out.jsonl")] == [r.entity_id for r in together]
     assert [r["own"] for r in lines(tmp_path / "out.jsonl")] == list(range(8))
+
+
+@pytest.mark.parametrize("column", ["linked", "error"])
+def test_a_column_that_the_output_adds_is_refused_and_not_replaced(tmp_path, column):
+    source = write(tmp_path / "in.jsonl", [ROWS[0], ROWS[1] | {column: "mine"}])
+    with pytest.raises(DataFormatError, match=rf"row 2: .*{column}.*Rename") as caught:
+        read_mentions(source, skip_bad_rows=True)
+    assert caught.value.row == 2
+
+
+@pytest.mark.parametrize("name", ["out.json", "out.csv", "out.TSV"])
+def test_a_name_that_promises_another_format_is_refused(tmp_path, linker, name):
+    rows = read_mentions(write(tmp_path / "in.jsonl", ROWS))
+    with pytest.raises(DataFormatError, match="JSON lines"):
+        link_file(linker, rows, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_damaged_kept_results_are_an_error(tmp_path, linker, monkeypatch):
+    rows = read_mentions(write(tmp_path / "in.jsonl", ROWS))
+    with monkeypatch.context() as patch:
+        patch.setattr(linker, "_link_batch", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            link_file(linker, rows, tmp_path / "out.jsonl")
+    fingerprint = (tmp_path / ".out.jsonl.partial").read_bytes()
+    for content in (b"", b"garbage\n", b"[]\n[]\n", fingerprint + b"7\n", fingerprint + b'[0, {"cut\n'):
+        (tmp_path / ".out.jsonl.partial").write_bytes(content)
+        with pytest.raises(MelError, match=r"[lL]eave out --resume"):
+            link_file(linker, rows, tmp_path / "out.jsonl", resume=True)
+        assert (tmp_path / ".out.jsonl.partial").read_bytes() == content
+
+
+def test_one_process_at_a_time_writes_an_output(tmp_path, linker, monkeypatch):
+    rows = read_mentions(write(tmp_path / "in.jsonl", ROWS))
+    original, errors = linker._link_batch, []
+
+    def link_twice(*arguments):
+        monkeypatch.setattr(linker, "_link_batch", original)
+        with pytest.raises(LockedError, match="being written") as caught:
+            link_file(linker, rows, tmp_path / "out.jsonl")
+        errors.append(caught.value)
+        return original(*arguments)
+
+    monkeypatch.setattr(linker, "_link_batch", link_twice)
+    link_file(linker, rows, tmp_path / "out.jsonl", batch_size=2)
+    assert len(errors) == 1
+    assert_linked(lines(tmp_path / "out.jsonl"), expected(linker, ROWS))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]

@@ -166,6 +166,15 @@ def test_a_folder_that_is_not_empty_is_not_overwritten(published):
     assert [path.name for path in (folder / "model").iterdir()] == ["mine.txt"]
 
 
+def test_a_folder_that_is_a_link_is_written_where_it_points(published):
+    folder = published[0]
+    (folder / "real").mkdir()
+    (folder / "model").symlink_to("real")
+    convert(folder)
+    assert (folder / "model").is_symlink()
+    assert (folder / "real" / "config.json").is_file()
+
+
 def test_the_command_line_converts(published):
     folder = published[0]
     arguments = ["convert", "mimic", "--state-dict", str(folder / "weights.safetensors")]

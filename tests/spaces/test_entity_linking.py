@@ -359,6 +359,7 @@ def test_a_batch_keeps_its_order_and_reports_invalid_rows(service, tmp_path):
     rows = service.link_batch(path, model="small", kb="flags")
     assert [row["mention"] for row in rows] == ["Georgia", "Peru", "Jordan"]
     assert ["error" in row for row in rows] == [False, True, False]
+    assert rows[2]["num_tied"] == link(service, "in Jordan", ["Jordan"])[0].num_tied
     assert rows[2]["entity_id"] == link(service, "in Jordan", ["Jordan"])[0].entity_id
 
 
@@ -441,6 +442,18 @@ def result(name="Ada", **changes) -> LinkResult:
     ]
     default = LinkResult("Ada", 0, 3, "Q7259", False, None, candidates)
     return replace(default, **changes)
+
+
+def test_no_evidence_puts_one_of_two_tied_candidates_ahead(space):
+    words = "3 entities have the best score. The first of them in the knowledge base was taken."
+    first, second = result().candidates
+    tied = result(candidates=[first, replace(first, entity_id="kb-1", name="Bo")], num_tied=3, warnings=[words])
+    shown = Tags(space.render.results([{"result": tied, "images": [None, None]}], 0)).text
+    assert "Ahead of" not in shown
+    assert words in shown
+    reranked = [replace(first, reranker_score=2.0), replace(second, rank=1, reranker_score=2.0)]
+    shown = Tags(space.render.results([{"result": result(candidates=reranked), "images": [None, None]}], 0)).text
+    assert "ahead" not in shown
 
 
 def test_text_from_users_and_models_never_becomes_markup(space):

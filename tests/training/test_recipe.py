@@ -273,3 +273,14 @@ def test_the_name_of_a_folder_is_no_yaml(name):
     assert Recipe.from_dict(yaml.load(recipe.to_yaml(), Loader=RecipeYamlLoader)).data.dataset == name
     quoted = Recipe.load("mimic_flags", ["data.dataset='a b'", "data.revision=null", 'data.config="m"'])
     assert (quoted.data.dataset, quoted.data.revision, quoted.data.config) == ("a b", None, "m")
+
+
+def test_a_word_in_quotes_is_a_string_everywhere(tmp_path):
+    overrides = ['model.config.language="no"', "model.config.flags=[no, 'off']", "description=off", "name=on"]
+    recipe = Recipe.load("mimic_flags", overrides)
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    for loaded in (recipe, Recipe.load(tmp_path / "again.yaml")):
+        assert loaded.model.config["language"] == "no"
+        assert loaded.model.config["flags"] == [False, "off"]
+        assert (loaded.name, loaded.description) == ("on", "off")
+        assert type(loaded.name) is str
