@@ -6,7 +6,7 @@ import logging
 import math
 import operator
 import os
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, overload
@@ -555,7 +555,7 @@ class EntityLinker:
         warnings = []
         sees_images = self._sees_images or self._reranker_sees_images
         if mention.row["image"] is None and sees_images:
-            warnings.append(self._missing_image_warning(chosen_units, units))
+            warnings.append(self._missing_image_warning(chosen_units, unit_scores, units))
             if nil_threshold is not None and len(units) < len(unit_scores):
                 warnings.append(
                     "The NIL threshold may not fit: scores of a mention without an image are a mean over fewer units."
@@ -580,10 +580,14 @@ class EntityLinker:
             num_tied=mention.num_tied,
         )
 
-    def _missing_image_warning(self, chosen_units: Sequence[str] | None, units: Container[str]) -> str:
-        """Returns a sentence about a mention without an image, for which the model has scores of `units`."""
-        if chosen_units and not any(unit in units for unit in chosen_units):
-            return "The mention has no image, which the chosen units need, so all entities have the same score."
+    def _missing_image_warning(
+        self, chosen_units: Sequence[str] | None, all_units: Iterable[str], units: Container[str]
+    ) -> str:
+        """Returns a sentence about a mention without an image, for which `units` of the model's `all_units` have scores."""
+        needed = chosen_units or list(all_units)
+        if needed and not any(unit in units for unit in needed):
+            subject = "the chosen units need" if chosen_units else "every unit of the model needs"
+            return f"The mention has no image, which {subject}, so all entities have the same score."
         models = [self.model, *([] if self.reranker is None else [self.reranker])]
         left_out = [leaves_out_missing_images(model) for model in models]
         if False in left_out:

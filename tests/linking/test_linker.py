@@ -358,6 +358,20 @@ def test_a_mention_that_lacks_all_chosen_units_is_said(linker_without_vision):
     assert sentence not in linker(mention, units=["vision", "text"]).warnings
 
 
+def test_a_mention_without_the_image_that_all_units_read_is_said(linker, monkeypatch):
+    def no_scores(mentions, entities):
+        return torch.full((len(mentions["text"]), len(entities["text"])), torch.nan)
+
+    monkeypatch.setattr(linker.model, "unit_scores", lambda *sides: {"vision": no_scores(*sides)})
+    monkeypatch.setattr(linker.model, "score", lambda *sides: no_scores(*sides).nan_to_num(0.0))
+    monkeypatch.setattr(linker.model, "leaves_out_missing_images", True, raising=False)
+    result = linker(text="Entity c", mention="Entity c")
+    assert result.warnings[0] == (
+        "The mention has no image, which every unit of the model needs, so all entities have the same score."
+    )
+    assert result.num_tied == len(linker.kb)
+
+
 def test_an_image_that_a_text_model_ignores_gives_a_warning():
     class Reader(ToyProcessor):
         def _encode(self, texts, images):
