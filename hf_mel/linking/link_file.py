@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from hf_mel.data.images import verify_image
 from hf_mel.errors import DataFormatError, MelError, first_lines
-from hf_mel.files import is_stream, link_target, open_stream, write_text
+from hf_mel.files import file_sha256, is_stream, link_target, open_stream, write_text
 from hf_mel.linking.linker import EntityLinker, LinkResult, check_mention
 from hf_mel.locks import writer_lock
 from hf_mel.row_columns import ColumnMapping
@@ -245,7 +245,9 @@ def _bad_rows_error(path: Path, bad: Sequence[MelError], total: int) -> MelError
 
 def _fingerprint(linker: EntityLinker, rows: Sequence[InputRow], top_k: int) -> str:
     """Returns a digest of everything that the results depend on."""
-    content = [[row.line, row.row, str(row.error)] for row in rows]
+    images = (row.mention.get("image") for row in rows)
+    digests = [image and file_sha256(image) for image in images]  # a path says nothing about what its file holds now
+    content = [[row.line, row.row, str(row.error), digest] for row, digest in zip(rows, digests, strict=True)]
     settings = {**linker.describe(), "top_k": top_k, "rows": content}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 

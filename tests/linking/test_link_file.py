@@ -144,6 +144,22 @@ def test_a_run_with_other_rows_or_settings_is_not_resumed(tmp_path, linker, monk
             link_file(linker, other, tmp_path / "out.jsonl", resume=True, **options)
 
 
+def test_a_run_with_another_picture_in_the_same_place_is_not_resumed(tmp_path, linker, monkeypatch):
+    rows = []
+    for color in ("red", "blue"):
+        Image.new("RGB", (8, 8), color).save(tmp_path / "a.png")
+        rows.append(read_mentions(write(tmp_path / "in.jsonl", [ROWS[0] | {"image": "a.png"}])))
+        if color == "red":
+            with monkeypatch.context() as patch:
+                patch.setattr(linker, "_link_batch", _interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    link_file(linker, rows[0], tmp_path / "out.jsonl")
+    with pytest.raises(MelError, match="leave out --resume"):
+        link_file(linker, rows[1], tmp_path / "out.jsonl", resume=True)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    link_file(linker, rows[0], tmp_path / "out.jsonl", resume=True)
+
+
 def test_a_symbolic_link_is_written_through_and_a_pipe_is_written_to(tmp_path, linker):
     rows = read_mentions(write(tmp_path / "in.jsonl", ROWS))
     (tmp_path / "real").mkdir()
