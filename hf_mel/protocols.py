@@ -102,7 +102,8 @@ class Retriever(Protocol):
     `scores` [M, N] and `unit_scores` (a dict of [M, N], one per interaction unit). `labels` [M] holds the column of
     each mention's gold. Several mentions may share a column, so the same entity is never a negative of itself.
 
-    Optional abilities: [`TwoStepScores`], [`IndexVectors`], [`Explains`], [`KnowsPosts`], [`FrozenMentions`].
+    Optional abilities: [`TwoStepScores`], [`IndexVectors`], [`Explains`], [`KnowsPosts`], [`FrozenMentions`]. Optional
+    attribute: `learns_nil` (see [`learns_nil`]).
     """
 
     def encode_mentions(self, **mention_inputs: Any) -> Encodings:
@@ -120,7 +121,8 @@ class Retriever(Protocol):
     def unit_scores(self, mentions: Encodings, entities: Encodings) -> dict[str, Any]:
         """Returns the scores [M, N] of every interaction unit by name. Empty if there is one.
 
-        The row of a mention that lacks what a unit reads (its image) may be nan. `score` is the mean of the others.
+        The row of a mention that lacks what a unit reads (its image) may be nan. `score` is the mean of the others, less
+        the NIL score of a retriever that learns one.
         """
         ...
 
@@ -140,6 +142,15 @@ class WrapsTextEncoders(Protocol):
             pooling (`str`): "mean" or "cls": the state of a text is the mean of its tokens', or that of its first token.
         """
         ...
+
+
+def learns_nil(model: Any) -> bool:
+    """Returns whether a retriever learns from NIL mentions, which have the label -1 (its attribute of this name).
+
+    Its scores are then above a score of NIL that it has learned for the mention, so their sign means something. The NIL
+    score is the same for all entities of a mention, and changes no rank.
+    """
+    return bool(getattr(model, "learns_nil", False))
 
 
 def leaves_out_missing_images(model: Any) -> bool | None:

@@ -189,7 +189,8 @@ def _data_table(data: Mapping[str, Any]) -> str:
         ["entities of the knowledge base", f"{data['entities']:,}"],
     ]
     if data.get("train_nil"):
-        rows.insert(4, ["training mentions left out because their entity is NIL", f"{data['train_nil']:,}"])
+        role = "from which NIL is learned" if data.get("nil_is_learned") else "left out because their entity is NIL"
+        rows.insert(4, [f"training mentions {role}", f"{data['train_nil']:,}"])
     return markdown_table(["", ""], rows)
 
 

@@ -43,6 +43,9 @@ class MelTrainingArguments(TrainingArguments):
             For a retriever: beside the golds of its mentions, every batch has this many negatives for each of them, from
             the whole knowledge base. They are the entities with the highest scores of the model before training, without
             the gold. An entity that is never a gold is a negative in this way only.
+        random_negatives (`int`, *optional*, defaults to 0):
+            For a retriever: every batch has this many further entities of the whole knowledge base, drawn at random, which
+            are negatives of all its mentions.
         eval_mentions (`int`, *optional*):
             For a reranker: evaluate on a fixed random sample of about this many mentions (whole contexts or documents)
             instead of all. Reranking all of them after every epoch can take longer than the epoch.
@@ -67,6 +70,10 @@ class MelTrainingArguments(TrainingArguments):
     )
     mined_negatives: int = field(
         default=0, metadata={"help": "Negatives of a retriever's mention from the whole knowledge base."}
+    )
+    random_negatives: int = field(
+        default=0,
+        metadata={"help": "Negatives of a retriever's batch, drawn at random from the whole knowledge base."},
     )
     eval_mentions: int | None = field(
         default=None, metadata={"help": "Evaluate a reranker on a random sample of about this many mentions."}
@@ -97,8 +104,9 @@ class MelTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        if self.mined_negatives < 0:
-            raise ValueError(f"mined_negatives={self.mined_negatives} must be at least 0.")
+        for name in ("mined_negatives", "random_negatives"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False, because the processor reads the columns.")
         if not torch.accelerator.is_available():

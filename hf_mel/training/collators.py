@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -14,18 +14,21 @@ from hf_mel.data.examples import example_groups
 from hf_mel.data.lazy_rows import LazyRow, LazyRows, with_prior
 from hf_mel.errors import UnknownEntityError
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.protocols import images_per_entity
-from hf_mel.schema import Row
+from hf_mel.protocols import images_per_entity, learns_nil
+from hf_mel.schema import NIL, Row
 from hf_mel.training.sampling import surface_key
 
-_GOLD_REMEDY = "Train on mentions whose entity is in the knowledge base; NIL mentions are for evaluation only."
+_GOLD_REMEDY = (
+    "Train on mentions whose entity is in the knowledge base. NIL mentions are for evaluation, and for a retriever that "
+    "learns NIL."
+)
 
 
 class RetrieverCollator:
     """Turns mention rows into the batch of a [`~hf_mel.protocols.Retriever`] with in-batch negatives.
 
     A batch contains every entity once. Mentions of the same entity share its column, so an entity is never a negative of
-    its own mentions.
+    its own mentions. A NIL mention has no column: all entities are its negatives.
 
     Args:
         inputs ([`~hf_mel.inference.inputs.ModelInputs`]): The retriever and its processor. Features that are precomputed
@@ -38,6 +41,8 @@ class RetrieverCollator:
         seed (`int`, *optional*, defaults to 0): Seed of this choice.
         negatives (`Mapping[str, Sequence[str]]`, *optional*): Further entity ids by mention id, which are columns of
             every batch with the mention. A missing mention has none.
+        random_negatives (`int`, *optional*, defaults to 0): Number of further entities of every batch, drawn from the
+            whole knowledge base. The draw depends on the seed and the mentions of the batch, as that of the images does.
     """
 
     def __init__(
@@ -48,25 +53,30 @@ class RetrieverCollator:
         random_image: bool = True,
         seed: int = 0,
         negatives: Mapping[str, Sequence[str]] | None = None,
+        random_negatives: int = 0,
     ):
         self.inputs, self.random_image, self.seed = inputs, random_image, seed
-        self.negatives = negatives or {}
+        self.negatives, self.random_negatives = negatives or {}, random_negatives
         self.entities = LazyRows(entities)
-        self._row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
+        self._ids: list[str] = list(entities["entity_id"])
+        self._row_of = {entity_id: row for row, entity_id in enumerate(self._ids)}
 
     def __call__(self, mentions: Sequence[Row]) -> dict[str, Any]:
         """Returns the batch of M mentions, whose golds and negatives are U distinct entities.
 
         Returns:
             `dict` of the processor's `mention_*` tensors (first axis M) and `entity_*` tensors (first axis U), and
-            `labels` [M], the column of each mention's gold.
+            `labels` [M], the column of each mention's gold, or -1 for NIL.
 
         Raises:
-            UnknownEntityError: a gold is not in the knowledge base, or is NIL.
+            UnknownEntityError: a gold is not in the knowledge base, or is NIL and the model does not learn NIL.
         """
         columns: dict[str, int] = {}
+        nil_is_learned = learns_nil(self.inputs.model)
         for mention in mentions:
             gold = mention["entity_id"]
+            if gold == NIL and nil_is_learned:
+                continue
             if gold not in self._row_of:
                 raise UnknownEntityError(
                     f"The gold {gold!r} is not in the knowledge base.",
@@ -77,14 +87,24 @@ class RetrieverCollator:
         for mention in mentions:
             for entity_id in self.negatives.get(mention["mention_id"], ()):
                 columns.setdefault(entity_id, len(columns))
+        mention_ids = " ".join(str(mention.get("mention_id")) for mention in mentions)
+        for entity_id in self._draw_entities(columns, mention_ids):
+            columns[entity_id] = len(columns)
         entities: Sequence[Row] = self.entities.__getitems__([self._row_of[entity_id] for entity_id in columns])
         if self.random_image and self.inputs.prototypes is None:
-            mention_ids = " ".join(str(mention.get("mention_id")) for mention in mentions)
             entities = [self._with_random_image(entity, mention_ids) for entity in entities]  # type: ignore[arg-type]
         entities = self.inputs.entity_rows(entities, without=[mention["text"] for mention in mentions])
         processor = self.inputs.processor
         batch = {**processor(mentions=self.inputs.mention_rows(mentions)), **processor(entities=entities)}
-        return {**batch, "labels": torch.tensor([columns[mention["entity_id"]] for mention in mentions])}
+        return {**batch, "labels": torch.tensor([columns.get(mention["entity_id"], -1) for mention in mentions])}
+
+    def _draw_entities(self, taken: Collection[str], mention_ids: str) -> list[str]:
+        """Draws `random_negatives` entities that are not taken, or all if they are fewer. No batch is without entities."""
+        count = min(self.random_negatives or int(not taken), len(self._ids) - len(taken))
+        draw = random.Random(f"{self.seed} {mention_ids}")
+        # So many that enough are left, and no more, so that a knowledge base of millions is not gone through.
+        drawn = draw.sample(range(len(self._ids)), min(count + len(taken), len(self._ids))) if count else []
+        return [self._ids[row] for row in drawn if self._ids[row] not in taken][:count]
 
     def _with_random_image(self, entity: LazyRow, mention_ids: str) -> LazyRow:
         count = len(entity.undecoded("images") or ())

@@ -16,7 +16,7 @@ from hf_mel.errors import RecipeError
 from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
 from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.protocols import Reranker
+from hf_mel.protocols import Reranker, learns_nil
 from hf_mel.schema import NIL
 from hf_mel.training.assemble import build_model
 from hf_mel.training.recipe import Recipe
@@ -117,6 +117,7 @@ def _evaluate(
             "train_split": "posts" if recipe.task == "knowledge" else recipe.data.train_split,
             "train_mentions": len(train),
             "train_nil": list(train["entity_id"]).count(NIL),
+            **({"nil_is_learned": True} if learns_nil(model) else {}),
             "validation_split": recipe.data.validation_split,
             "validation_mentions": len(validation),
             "entities": len(entities),

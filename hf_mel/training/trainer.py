@@ -23,7 +23,7 @@ from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator, CandidateR
 from hf_mel.evaluation.full_evaluator import FullEvaluator, FullResult
 from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.protocols import MelProcessor, Reranker, Retriever, max_mentions
+from hf_mel.protocols import MelProcessor, Reranker, Retriever, learns_nil, max_mentions
 from hf_mel.schema import NIL
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.base_trainer import BaseTrainer
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 class MelTrainer(BaseTrainer):
     """`transformers.Trainer` for a [`~hf_mel.protocols.Retriever`] or a [`~hf_mel.protocols.Reranker`].
 
-    The batch of a retriever has B mentions, their gold entities and `mined_negatives` more for each mention. Every entity
-    of the batch that is not a mention's gold is its negative. In a distributed run, each process draws negatives from its
+    The batch of a retriever has B mentions, their gold entities, `mined_negatives` more for each mention and
+    `random_negatives` more for all. Every entity of the batch that is not a mention's gold is its negative. In a distributed run, each process draws negatives from its
     own batch. Evaluation ranks all entities for every mention of `eval_dataset` (`eval_mrr`, `eval_hits@1`, …).
 
     The batch of a reranker has B examples. A mention comes with its gold and with negatives from its candidates
@@ -50,7 +50,7 @@ class MelTrainer(BaseTrainer):
         model ([`~hf_mel.protocols.Retriever`] or [`~hf_mel.protocols.Reranker`]): The model to train.
         args ([`~hf_mel.training.arguments.MelTrainingArguments`]): The training arguments.
         train_dataset (`datasets.Dataset`, *optional*): Mentions to train on. Mentions whose gold is NIL are left out, and
-            their number is logged.
+            their number is logged, unless the model is a retriever that learns NIL ([`~hf_mel.protocols.learns_nil`]).
         eval_dataset (`datasets.Dataset`, *optional*): Mentions to evaluate on.
         entities (`datasets.Dataset`): The knowledge base.
         processing_class ([`~hf_mel.protocols.MelProcessor`]): The model's processor, saved with every checkpoint. It
@@ -64,7 +64,7 @@ class MelTrainer(BaseTrainer):
         kwargs: Further arguments of `transformers.Trainer`.
 
     Attributes:
-        mentions (`datasets.Dataset`, *optional*): The mentions to train on, without NIL.
+        mentions (`datasets.Dataset`, *optional*): The mentions to train on.
         eval_total (`int`, *optional*): Size of `eval_dataset` before `eval_mentions` were sampled.
         reranks (`bool`): Whether the model is a reranker.
 
@@ -105,7 +105,7 @@ class MelTrainer(BaseTrainer):
             unit = "document" if model.example_unit == "document" else "context"
             eval_dataset = _sample_examples(eval_dataset, unit, args.eval_mentions, args.seed)
             logger.warning("Evaluating on %d of %d mentions (eval_mentions).", len(eval_dataset), self.eval_total)
-        self.mentions = None if train_dataset is None else _without_nil(train_dataset)
+        self.mentions = None if train_dataset is None else _trainable(train_dataset, learns_nil(model))
         rows: Any = None
         sampler: GroupingSampler | None = None
         collator: Any
@@ -131,7 +131,13 @@ class MelTrainer(BaseTrainer):
             if self.mentions is not None:
                 rows = LazyRows(self.mentions)
                 sampler = grouping_sampler(self.mentions, args.batch_grouping, args.group_size, args.seed)
-            collator = RetrieverCollator(self.inputs, entities, random_image=args.random_entity_image, seed=args.seed)
+            collator = RetrieverCollator(
+                self.inputs,
+                entities,
+                random_image=args.random_entity_image,
+                seed=args.seed,
+                random_negatives=args.random_negatives,
+            )
         super().__init__(
             model,  # type: ignore[arg-type]  # The protocols do not say that a model is a module.
             args,
@@ -281,11 +287,14 @@ def _sample_examples(mentions: datasets.Dataset, unit: str, count: int, seed: in
     return mentions.select(sorted(chosen))
 
 
-def _without_nil(mentions: datasets.Dataset) -> datasets.Dataset:
-    """Removes mentions whose gold is NIL, and logs their number."""
+def _trainable(mentions: datasets.Dataset, learns_nil: bool) -> datasets.Dataset:
+    """Returns the mentions to train on. Unless the model learns NIL, NIL mentions are left out, and their number is logged."""
     kept = [row for row, gold in enumerate(mentions["entity_id"]) if gold != NIL]
     if not kept:
         raise DataFormatError("The split has no mentions to train on: it is empty, or every gold is NIL.")
+    if learns_nil:
+        logger.info("Training learns NIL from %d mentions.", len(mentions) - len(kept))
+        return mentions
     if len(kept) < len(mentions):
         logger.info("Training leaves out %d mentions whose gold is NIL.", len(mentions) - len(kept))
         mentions = mentions.select(kept)

@@ -68,6 +68,9 @@ class MimicConfig(PreTrainedConfig):
         image_dropout (`int` or `float`, *optional*, defaults to 0.0):
             Probability that training treats the image of an entity as missing, which teaches the learned image features.
             Only with `missing_images="absent"`.
+        nil_score (`bool`, *optional*, defaults to `False`):
+            Whether the model learns a NIL score of every mention, which is subtracted from the scores of all its entities.
+            NIL mentions then take part in training. The paper has no NIL.
         nil_threshold (`int` or `float`, *optional*):
             A mention whose best score is below it is predicted NIL. Set by calibration on a validation split with NIL
             mentions. Default: never NIL.
@@ -98,6 +101,7 @@ class MimicConfig(PreTrainedConfig):
     local_init: str = "default"
     missing_images: str = "zeros"
     image_dropout: int | float = 0.0
+    nil_score: bool = False
     nil_threshold: int | float | None = None
 
     def __post_init__(self, **kwargs):

@@ -127,6 +127,19 @@ class _MissingImage(nn.Module):
         return image_global, image_local
 
 
+class _NilScore(nn.Module):
+    """Learned score of "none of the entities": a vector and a bias beside the entities' first-stage vectors."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.vector = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, query_vectors: torch.Tensor) -> torch.Tensor:
+        """Scores [M] of mentions with first-stage vectors [M, D]."""
+        return query_vectors @ self.vector + self.bias
+
+
 class TGLU(nn.Module):
     """Text-based Global-Local interaction Unit (§3.3.1, eq. 4 and 8–10)."""
 
@@ -356,7 +369,7 @@ class MimicPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, _MissingImage):
+        elif isinstance(module, _MissingImage | _NilScore):
             for vector in module.parameters():
                 init.zeros_(vector)
 
@@ -416,6 +429,13 @@ class MimicModel(MimicPreTrainedModel):
             self.vdlu = VDLU(config)
         if "cross_modal" in units:
             self.cmfu = CMFU(config, global_dim)
+        if config.nil_score:
+            widths = {
+                "text": global_dim + (config.text_dim if config.text_local else 0) if "text" in units else 0,
+                "vision": 2 * config.vision_dim,
+                "cross_modal": config.fusion_dim,
+            }
+            self.nil = _NilScore(sum(widths[unit] for unit in units))
         self.post_init()
 
     @classmethod
@@ -496,6 +516,11 @@ class MimicModel(MimicPreTrainedModel):
     def leaves_out_missing_images(self) -> bool:
         """Whether a missing image is absent from the score, as [`hf_mel.protocols.leaves_out_missing_images`] asks."""
         return self.config.missing_images == "absent" or not hasattr(self, "vision_model")
+
+    @property
+    def learns_nil(self) -> bool:
+        """Whether NIL mentions take part in training, as [`hf_mel.protocols.learns_nil`] asks."""
+        return hasattr(self, "nil")
 
     def _text_features(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
         """t^G [B, d_T] and T^L [B, L, d] (§3.2.2)."""
@@ -666,8 +691,20 @@ class MimicModel(MimicPreTrainedModel):
         return {unit: count / total for unit, count in counts.items()}
 
     def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """S [M, N] (eq. 7), the mean of the scores of the units whose modalities the mention has."""
-        return _weighted_sum(self._all_unit_scores(mentions, entities), self._unit_weights(mentions))
+        """S [M, N] (eq. 7), the mean of the scores of the units whose modalities the mention has.
+
+        With `config.nil_score`, less the mention's NIL score, which changes no rank.
+        """
+        scores = _weighted_sum(self._all_unit_scores(mentions, entities), self._unit_weights(mentions))
+        return self._minus_nil(scores, mentions)
+
+    def _minus_nil(self, scores: torch.Tensor, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Scores [M, N] less the NIL scores of the mentions, if the model has them."""
+        if not hasattr(self, "nil"):
+            return scores
+        query_vectors = self._query_vectors(mentions)
+        with torch.autocast(self.device.type, enabled=False):
+            return scores - self.nil(query_vectors)[:, None]
 
     @torch.no_grad()
     def quick_scores(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -683,7 +720,7 @@ class MimicModel(MimicPreTrainedModel):
                 part = {name: tensor[first : first + step] for name, tensor in entities.items()}
                 scores = {name: getattr(unit, "quick_scores", unit)(mentions, part) for name, unit in units.items()}
                 columns.append(_weighted_sum(scores, weights))
-        return torch.cat(columns, 1)
+        return self._minus_nil(torch.cat(columns, 1), mentions)
 
     @torch.no_grad()
     def remaining_scores(
@@ -714,11 +751,15 @@ class MimicModel(MimicPreTrainedModel):
     def query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """First-stage vectors of mentions, [M, D], float32.
 
-        Their inner products with the entities' [`~MimicModel.index_vectors`] approximate the scores. CMFU and TGLU's
-        global half are inner products already. The other two parts are approximated by leaving out the interaction of
-        mention and entity: TGLU's local half by h_t under uniform attention (eq. 9), VDLU by v_B^L without the other
-        image (eq. 12).
+        Their inner products with the entities' [`~MimicModel.index_vectors`] approximate the scores, up to the NIL score,
+        which is the same for all entities of a mention. CMFU and TGLU's global half are inner products already. The other
+        two parts are approximated by leaving out the interaction of mention and entity: TGLU's local half by h_t under
+        uniform attention (eq. 9), VDLU by v_B^L without the other image (eq. 12).
         """
+        return self._query_vectors(mentions)
+
+    def _query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[`~MimicModel.query_vectors`], with gradients."""
         mentions = _to_float32(mentions)
         parts = []
         with torch.autocast(self.device.type, enabled=False):
@@ -825,7 +866,8 @@ class MimicModel(MimicPreTrainedModel):
             mention_pixel_values (`torch.Tensor` [M, 3, H, W], *optional*): Needed if the model reads images.
             entity_input_ids, entity_attention_mask, entity_pixel_values: The same of the entities.
             labels (`torch.LongTensor` [M], *optional*): Column of each mention's gold among the N entities. All other
-                columns are negatives, so every entity may have one column only.
+                columns are negatives, so every entity may have one column only. With `config.nil_score`, -1 is NIL: the
+                overall loss has one more column, whose score is 0, and the losses of the units leave the mention out.
             mention_image_mask, mention_text_mask (`torch.Tensor` [M]), entity_image_mask (`torch.Tensor` [N],
                 *optional*): See [`~MimicModel.encode_mentions`]. The loss of a unit is over the mentions that have its
                 modalities.
@@ -838,20 +880,27 @@ class MimicModel(MimicPreTrainedModel):
         )
         unit_scores = self._all_unit_scores(mentions, entities)
         present = self._units_present(mentions)
-        scores = _weighted_sum(unit_scores, self._unit_weights(mentions))
+        scores = self._minus_nil(_weighted_sum(unit_scores, self._unit_weights(mentions)), mentions)
         loss = None
         if labels is not None:
-            terms = [(scores, None), *((unit_scores[unit], present[unit]) for unit in self.config.unit_losses or ())]
-            losses = [self._contrastive_loss(term, labels, mask) for term, mask in terms]  # eq. 20–21
+            overall, of_units, columns = scores, present, labels.long()
+            if hasattr(self, "nil"):
+                known = columns >= 0
+                overall = F.pad(scores, (0, 1))  # NIL
+                columns = columns.where(known, scores.shape[1])
+                of_units = {unit: known if mask is None else known & mask for unit, mask in present.items()}
+            terms = [(overall, None), *((unit_scores[unit], of_units[unit]) for unit in self.config.unit_losses or ())]
+            losses = [self._contrastive_loss(term, columns, mask) for term, mask in terms]  # eq. 20–21
             loss = torch.stack(losses).sum()  # eq. 22
         return MimicOutput(loss=loss, scores=scores, unit_scores=_nan_where_absent(unit_scores, present))
 
     def _contrastive_loss(
-        self, scores: torch.Tensor, labels: torch.LongTensor, present: torch.Tensor | None
+        self, scores: torch.Tensor, labels: torch.Tensor, present: torch.Tensor | None
     ) -> torch.Tensor:
         """Eq. 20–21: cross entropy over the columns, averaged over the mentions that `present` [M] selects."""
         if present is None:
             return F.cross_entropy(scores / self.config.temperature, labels)
+        labels = labels.clamp(max=scores.shape[1] - 1)  # NIL has no column of a unit; `present` leaves it out
         losses = F.cross_entropy(scores / self.config.temperature, labels, reduction="none")
         return (losses * present).sum() / present.sum().clamp(min=1)
 

@@ -342,17 +342,105 @@ def test_the_loss_equals_equation_22(unit_losses):
     assert out.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["published", "text unit", "vision unit", "aligned", "feature map"])
+NIL_FORMS = {
+    "published": {},
+    "text unit": {"units": ["text"], "vision_config": None},
+    "global text only": {"text_local": False, "mask_padding": True},
+    "units in another order": {"units": ["cross_modal", "vision"], "mask_padding": True},
+    "missing images": {"missing_images": "absent", "mask_padding": True},
+}
+
+
+def nil_inputs(fields, **sizes):
+    """A model with a NIL score, its inputs, the encodings of both sides, and the NIL score by hand."""
+    model = build(nil_score=True, temperature=2.0, **fields)
+    model.nil.vector.data.mul_(10)
+    batch = batch_for(model, **sizes)
+    if model.config.missing_images == "absent":
+        batch["mention_image_mask"] = torch.arange(sizes["mentions"]) % 2 == 0
+        batch["mention_text_mask"] = torch.ones(sizes["mentions"], dtype=torch.bool)
+        batch["entity_image_mask"] = torch.ones(sizes["entities"], dtype=torch.bool)
+    mentions = model.encode_mentions(**{k: v for k, v in batch.items() if k.startswith("mention")})
+    entities = model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")})
+    vectors = model.query_vectors(mentions).tolist()
+    learned, bias = model.nil.vector.tolist(), model.nil.bias.item()
+    nil = [bias + sum(x * y for x, y in zip(vector, learned, strict=True)) for vector in vectors]
+    return model, batch, mentions, entities, torch.tensor(nil)[:, None]
+
+
+@pytest.mark.parametrize("fields", NIL_FORMS.values(), ids=NIL_FORMS.keys())
+@torch.no_grad()
+def test_scores_are_above_the_nil_score_of_the_mention(fields):
+    model, batch, mentions, entities, nil = nil_inputs(fields, mentions=4, entities=6)
+    units = torch.stack(list(model.unit_scores(mentions, entities).values()))
+    expected = units.nanmean(0) - nil
+    assert nil.std() > 0.1
+    for scores in (model.score(mentions, entities), model(**batch).scores):
+        torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
+    quick = model.quick_scores(mentions, entities)
+    rest = model.remaining_scores(mentions, entities, torch.full_like(quick, -torch.inf))
+    torch.testing.assert_close(quick + rest, expected, atol=1e-4, rtol=1e-4)
+    # One NIL score for all entities of a mention: the order is that of a model without it.
+    without = build(temperature=2.0, **fields)
+    without.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("nil.")})
+    plain = without.score(mentions, entities)
+    assert torch.equal(plain.argsort(1), model.score(mentions, entities).argsort(1))
+    torch.testing.assert_close(without.query_vectors(mentions), model.query_vectors(mentions))
+
+
+@pytest.mark.parametrize("fields", NIL_FORMS.values(), ids=NIL_FORMS.keys())
+def test_the_loss_has_a_column_for_nil_and_the_units_leave_nil_mentions_out(fields):
+    model, batch, _, _, _ = nil_inputs(fields, mentions=5, entities=4)
+    labels = [2, -1, 2, 3, -1]
+    out = model(**batch, labels=torch.tensor(labels))
+
+    def cross_entropy(scores, column):
+        return np.log(np.exp(np.array(scores) / 2).sum()) - scores[column] / 2
+
+    overall = [[*scores, 0.0] for scores in out.scores.tolist()]  # the last column is NIL
+    expected = np.mean([cross_entropy(scores, label) for scores, label in zip(overall, labels, strict=True)])
+    for unit in out.unit_scores.values():
+        pairs = zip(unit.tolist(), labels, strict=True)
+        losses = [cross_entropy(scores, label) for scores, label in pairs if label >= 0 and not np.isnan(scores[0])]
+        expected += np.mean(losses)
+    assert out.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_learns_nil_from_a_batch_of_nil_mentions_alone():
+    model, batch, _, _, _ = nil_inputs({"mask_padding": True}, mentions=4, entities=3)
+    labels = torch.full((4,), -1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(**batch, labels=labels).loss
+        assert loss.isfinite()
+        loss.backward()
+        optimizer.step()
+    assert (model(**batch).scores < 0).all()
+
+
+def test_a_model_without_a_nil_score_has_no_weights_of_it_and_no_label_for_it():
+    model = build()
+    assert not model.learns_nil
+    assert not any("nil" in name for name in model.state_dict())
+    with pytest.raises((ValueError, IndexError, RuntimeError)):
+        model(**batch_for(model), labels=torch.tensor([0, -1, 1, 0]))
+    start = MimicModel(MimicConfig(text_config=dict(BERT), vision_config=dict(VIT), nil_score=True, **DIMS))
+    assert start.learns_nil
+    assert not any(parameter.any() for parameter in start.nil.parameters())  # training starts without a preference
+
+
+@pytest.mark.parametrize("name", ["published", "text unit", "vision unit", "aligned", "feature map", "NIL"])
 def test_every_parameter_has_a_gradient(name):
     """A parameter without a gradient would break distributed training."""
-    model = build(**VARIANTS[name]).train()
+    model = build(**({"nil_score": True} if name == "NIL" else VARIANTS[name])).train()
     model(**batch_for(model), labels=torch.tensor([0, 1, 2, 3])).loss.backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, "NIL"])
 def test_save_and_load(name, tmp_path):
-    model = build(**VARIANTS[name])
+    model = build(**({"nil_score": True} if name == "NIL" else VARIANTS[name]))
     batch = batch_for(model)
     model.save_pretrained(tmp_path)
     loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)

@@ -67,6 +67,52 @@ def test_a_gold_outside_the_knowledge_base_names_the_mention(gold):
         RetrieverCollator(ModelInputs(None, Spy()), ENTITIES)([row("Q1"), row(gold, 7)])
 
 
+class LearnsNil:
+    """A model that learns from NIL mentions."""
+
+    learns_nil = True
+
+
+def test_nil_mentions_have_no_column_if_the_model_learns_nil():
+    spy = Spy()
+    rows = [row("Q2"), row(NIL, 1), row("Q1", 2), row(NIL, 3)]
+    batch = RetrieverCollator(ModelInputs(LearnsNil(), spy), ENTITIES)(rows)
+    assert [entity["entity_id"] for entity in spy.entities] == ["Q2", "Q1"]
+    assert batch["labels"].tolist() == [0, -1, 1, -1]
+    # A batch of NIL mentions alone has an entity too, which they do not mean.
+    batch = RetrieverCollator(ModelInputs(LearnsNil(), spy), ENTITIES)([row(NIL), row(NIL, 1)])
+    assert len(spy.entities) == 1
+    assert batch["labels"].tolist() == [-1, -1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=20), st.integers(0, 20), st.integers(0, 3))
+def test_random_negatives_are_other_entities_and_the_same_for_the_same_batch(golds, count, seed):
+    rows = [row(f"Q{gold}" if gold else NIL, i) for i, gold in enumerate(golds)]
+    spies = [Spy(), Spy()]
+    batches = [
+        RetrieverCollator(ModelInputs(LearnsNil(), spy), ENTITIES, random_negatives=count, seed=seed)(rows)
+        for spy in spies
+    ]
+    columns, again = ([entity["entity_id"] for entity in spy.entities] for spy in spies)
+    distinct = {f"Q{gold}" for gold in golds if gold}
+    assert columns == again
+    assert len(set(columns)) == len(columns) == min(12, max(1, len(distinct) + count))
+    assert distinct <= set(columns)
+    labels = [NIL if label < 0 else columns[label] for label in batches[0]["labels"].tolist()]
+    assert labels == [mention["entity_id"] for mention in rows]
+
+
+def test_random_negatives_reach_every_entity_and_differ_between_batches():
+    spy, seen = Spy(), []
+    collator = RetrieverCollator(ModelInputs(None, spy), ENTITIES, random_negatives=2)
+    for number in range(60):
+        collator([row("Q1", number)])
+        seen.append(tuple(entity["entity_id"] for entity in spy.entities[1:]))
+    assert {entity_id for pair in seen for entity_id in pair} == {f"Q{k}" for k in range(2, 13)}
+    assert len(set(seen)) > 20
+
+
 def _colours(count: int) -> datasets.Dataset:
     images = [Image.new("RGB", (2, 2), (10 * i, 0, 0)) for i in range(count)]
     rows = [

@@ -220,6 +220,20 @@ def test_nil_mentions_are_left_out_with_a_count(tmp_path, caplog):
     assert len(built.mentions) == 12
 
 
+def test_a_model_that_learns_nil_trains_on_nil_mentions_and_on_random_negatives(tmp_path, caplog):
+    model = toy_model()
+    model.learns_nil = True
+    with caplog.at_level(logging.INFO, logger="hf_mel.training.trainer"):
+        built = trainer(tmp_path, model, toy_mentions(16, nil_every=4), random_negatives=5)
+    assert "learns NIL from 4 mentions" in caplog.text
+    assert len(built.train_dataset) == len(built.mentions) == 16
+    batch = built.data_collator([built.train_dataset[k] for k in (0, 3)])
+    assert batch["labels"].tolist() == [0, -1]
+    assert len(batch["entity_input_ids"]) == 6
+    with pytest.raises(ValueError, match="random_negatives=-1"):
+        trainer(tmp_path, random_negatives=-1)
+
+
 def test_golds_are_checked_before_training(tmp_path):
     with pytest.raises(UnknownEntityError, match="row 2: The gold 'Q15' of mention 'm2'"):
         trainer(tmp_path, train=toy_mentions(16, entities=24))
