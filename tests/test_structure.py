@@ -17,7 +17,7 @@ FLOORS = [
     ["locks"],
     ["schema", "files", "hub_errors", "row_columns"],
     ["protocols", "row_files"],
-    ["data"],
+    ["data", "detection"],
     ["building", "inference"],
     ["kb"],
     ["candidates"],
