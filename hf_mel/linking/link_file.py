@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +110,7 @@ def read_mentions(
         raise DataFormatError("The file holds no mentions.", file=path, remedy="Add at least one row.")
     bad = [row.error for row in rows if row.error is not None]
     if bad and not skip_bad_rows:
-        raise _bad_rows_error(path, bad, len(rows))
+        raise unlinkable_rows_error(path, bad, len(rows))
     return rows
 
 
@@ -161,30 +161,66 @@ def link_file(
         MelError: The output cannot be written, or `resume` is set and the interrupted run had other rows, settings, model
             or knowledge base, or its kept results are damaged.
     """
+    summary = LinkSummary(bad_rows=[row.error for row in rows if row.error is not None])
+
+    def results(mentions: list[dict[str, Any]], done: Container[int]) -> Iterator[tuple[list[int], list[LinkResult]]]:
+        return linker.link_batches(mentions, top_k=top_k, batch_size=batch_size, done=done)
+
+    settings = {**linker.describe(), "top_k": top_k}
+    with tqdm(desc="Linking", unit="mention", delay=1, disable=not progress) as bar:
+        for result, is_new in write_results(
+            rows, results, output, column="linked", settings=settings, resume=resume, bar=bar
+        ):
+            summary.add(result)
+            summary.num_resumed += not is_new
+    return summary
+
+
+def write_results(
+    rows: Sequence[InputRow],
+    results: Callable[[list[dict[str, Any]], Container[int]], Iterator[tuple[list[int], Sequence[Any]]]],
+    output: str | os.PathLike[str],
+    *,
+    column: str,
+    settings: Mapping[str, Any],
+    resume: bool,
+    bar: tqdm,
+) -> Iterator[tuple[Mapping[str, Any], bool]]:
+    """Writes rows with their results as [`link_file`] does.
+
+    Args:
+        rows (sequence of [`InputRow`]): The rows.
+        results: Takes the inputs of the good rows and the positions of those that have a result, and yields the positions
+            of others and their results, which have a method `to_dict`.
+        output, resume: As in [`link_file`].
+        column (`str`): The column of the result in the output.
+        settings (mapping): What the results depend on besides the rows.
+        bar (`tqdm`): A progress bar.
+
+    Yields:
+        `tuple[dict, bool]`: A result, and whether it is new. Those of an interrupted run come first.
+
+    Raises:
+        As in [`link_file`].
+    """
     check_output(output)
     good = [row for row in rows if row.error is None]
-    summary = LinkSummary(bad_rows=[row.error for row in rows if row.error is not None])
     if is_stream(output):
-        sink: _Stream | _PartialFile = _Stream(output, rows)
+        sink: _Stream | _PartialFile = _Stream(output, rows, column)
     else:
-        sink = _PartialFile(output, rows, _fingerprint(linker, rows, top_k), resume)
+        sink = _PartialFile(output, rows, column, _fingerprint(settings, rows), resume)
     try:
-        with (
-            sink,
-            tqdm(
-                total=len(good), initial=len(sink.done), desc="Linking", unit="mention", delay=1, disable=not progress
-            ) as bar,
-        ):
-            summary.num_resumed = len(sink.done)
+        with sink:
+            bar.total, bar.initial, bar.n = len(good), len(sink.done), len(sink.done)
             for result in sink.done.values():
-                summary.add(result)
-            mentions = [row.mention for row in good]
-            batches = linker.link_batches(mentions, top_k=top_k, batch_size=batch_size, done=sink.done)
-            for batch, results in _with_lines(batches, good):
-                new = [(k, result.to_dict()) for k, result in zip(batch, results, strict=True) if k not in sink.done]
+                yield result, False
+            batches = results([row.mention for row in good], sink.done)
+            for batch, batch_results in _with_lines(batches, good):
+                pairs = zip(batch, batch_results, strict=True)
+                new = [(k, result.to_dict()) for k, result in pairs if k not in sink.done]
                 sink.add(new)
                 for _, result in new:
-                    summary.add(result)
+                    yield result, True
                 bar.update(len(new))
             sink.finish()
     except BrokenPipeError:
@@ -193,7 +229,6 @@ def link_file(
         raise MelError(
             f"The output cannot be written ({error}).", file=output, remedy="Check the path and the free disk space."
         ) from error
-    return summary
 
 
 def _input_row(path: Path, line: int, row: dict[str, Any]) -> InputRow:
@@ -220,8 +255,8 @@ def _with_file(error: MelError, path: Path, line: int) -> MelError:
 
 
 def _with_lines(
-    batches: Iterator[tuple[list[int], list[LinkResult]]], rows: Sequence[InputRow]
-) -> Iterator[tuple[list[int], list[LinkResult]]]:
+    batches: Iterator[tuple[list[int], Sequence[Any]]], rows: Sequence[InputRow]
+) -> Iterator[tuple[list[int], Sequence[Any]]]:
     """Yields the batches, with the line of the file in errors in place of the position of the mention."""
     try:
         yield from batches
@@ -231,7 +266,8 @@ def _with_lines(
         raise error.changed(row=rows[error.row].line) from error
 
 
-def _bad_rows_error(path: Path, bad: Sequence[MelError], total: int) -> MelError:
+def unlinkable_rows_error(path: Path, bad: Sequence[MelError], total: int) -> MelError:
+    """Returns one error for the bad rows of a file, which names them and the option that leaves them out."""
     if len(bad) == 1:
         remedy = f"{bad[0].remedy or ''} Or leave the row out with --skip-bad-rows.".strip()
         return bad[0].changed(file=path, remedy=remedy)
@@ -243,26 +279,25 @@ def _bad_rows_error(path: Path, bad: Sequence[MelError], total: int) -> MelError
     )
 
 
-def _fingerprint(linker: EntityLinker, rows: Sequence[InputRow], top_k: int) -> str:
+def _fingerprint(settings: Mapping[str, Any], rows: Sequence[InputRow]) -> str:
     """Returns a digest of everything that the results depend on."""
     images = (row.mention.get("image") for row in rows)
     digests = [image and file_sha256(image) for image in images]  # a path says nothing about what its file holds now
     content = [[row.line, row.row, str(row.error), digest] for row, digest in zip(rows, digests, strict=True)]
-    settings = {**linker.describe(), "top_k": top_k, "rows": content}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps({**settings, "rows": content}, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _record(row: InputRow, result: Mapping[str, Any] | None) -> str:
+def _record(row: InputRow, column: str, result: Mapping[str, Any] | None) -> str:
     """Returns the output line of a row."""
-    record = {**row.row, "linked": result} if row.error is None else {**row.row, "error": str(row.error)}
+    record = {**row.row, column: result} if row.error is None else {**row.row, "error": str(row.error)}
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 class _Stream:
     """Writes output lines to a stream, each as soon as all rows before it have one."""
 
-    def __init__(self, path: str | os.PathLike[str], rows: Sequence[InputRow]):
-        self.path, self.rows = path, rows
+    def __init__(self, path: str | os.PathLike[str], rows: Sequence[InputRow], column: str):
+        self.path, self.rows, self.column = path, rows, column
         self.done: dict[int, Mapping[str, Any]] = {}
         self._results: dict[int, Mapping[str, Any]] = {}
         self._next_row = self._next_result = 0
@@ -286,7 +321,7 @@ class _Stream:
             if row.error is None:
                 result = self._results.pop(self._next_result)
                 self._next_result += 1
-            self._stream.write(_record(row, result).encode())
+            self._stream.write(_record(row, self.column, result).encode())
             self._next_row += 1
         self._stream.flush()
 
@@ -298,7 +333,10 @@ class _Stream:
 class _PartialFile:
     """Collects results in `.NAME.partial`, and writes the output from it in the order of the rows."""
 
-    def __init__(self, path: str | os.PathLike[str], rows: Sequence[InputRow], fingerprint: str, resume: bool):
+    def __init__(
+        self, path: str | os.PathLike[str], rows: Sequence[InputRow], column: str, fingerprint: str, resume: bool
+    ):
+        self.column = column
         self.target, self.rows, self.fingerprint = link_target(path), rows, fingerprint
         self.partial = self.target.with_name(f".{self.target.name}.partial")
         self.resume = resume
@@ -374,6 +412,6 @@ class _PartialFile:
             good = iter(range(len(offsets)))
             write_text(
                 self.target,
-                (_record(row, None if row.error is not None else read(next(good))) for row in self.rows),
+                (_record(row, self.column, None if row.error is not None else read(next(good))) for row in self.rows),
             )
         self.partial.unlink()

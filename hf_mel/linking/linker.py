@@ -18,6 +18,8 @@ from tqdm.auto import tqdm
 from hf_mel.data.entity_files import check_entity_rows
 from hf_mel.data.images import ImageSource, open_image
 from hf_mel.data.lazy_rows import LazyRows
+from hf_mel.detection.gazetteer import Gazetteer
+from hf_mel.detection.spans import MentionDetector
 from hf_mel.errors import DataFormatError, KnowledgeBaseError, SpanError
 from hf_mel.inference.checkpoints import load_reranker, load_retriever
 from hf_mel.inference.encodings import as_float, slice_encodings, to_device
@@ -31,6 +33,7 @@ from hf_mel.kb.entities import EntitiesLike, is_row_file
 from hf_mel.kb.indexes import open_index
 from hf_mel.kb.indexes.base import ExactIndex
 from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.linking.annotating import annotate_batches
 from hf_mel.linking.explaining import Explanation, explain
 from hf_mel.protocols import (
     LimitsTexts,
@@ -218,6 +221,9 @@ class EntityLinker:
         if nil_threshold is not None and math.isnan(nil_threshold):
             raise ValueError("nil_threshold is nan, so no score is above or below it. Give a number.")
         self.nil_threshold = nil_threshold
+        self._gazetteer: tuple[Any, Gazetteer] | None = (
+            None  # with the state of the knowledge base that it was built of
+        )
         model.eval()
         if reranker is not None:
             reranker.eval()
@@ -599,13 +605,107 @@ class EntityLinker:
         """Returns a sentence if the retriever does not read the whole text of a mention."""
         if not isinstance(self.processor, LimitsTexts) or not any(self.processor.num_left_out(mentions=[row])):
             return []
-        if isinstance(self.processor, LocatesTokens) and 0 <= row["start"] < row["end"]:
-            read = [span for span in self.processor.text_spans([row])[0] if span is not None]
-            if not any(start < row["end"] and end > row["start"] for start, end in read):
-                return [
-                    "The text is longer than the model reads, and the mention stands in the part that it left out."
-                ]
+        if self._reads_place(row) is False:
+            return ["The text is longer than the model reads, and the mention stands in the part that it left out."]
         return ["The text is longer than the model reads, so a part of it was left out."]
+
+    def _reads_place(self, row: Mapping[str, Any]) -> bool | None:
+        """Returns whether the retriever reads the place of a mention in its text; `None` if it does not say."""
+        if not isinstance(self.processor, LocatesTokens) or not 0 <= row["start"] < row["end"]:
+            return None
+        read = [span for span in self.processor.text_spans([row])[0] if span is not None]
+        return any(start < row["end"] and end > row["start"] for start, end in read)
+
+    def reads_mention(self, text: str, start: int, end: int) -> bool:
+        """Returns whether the retriever reads a mention in its text, or the whole text if it does not locate mentions.
+
+        Args:
+            text (`str`): The text.
+            start, end (`int`): Characters of the mention, end exclusive.
+        """
+        if not isinstance(self.processor, LimitsTexts):
+            return True
+        row = self._mention_row({"text": text}, (text[start:end], start, end), None)
+        return not any(self.processor.num_left_out(mentions=[row])) or bool(self._reads_place(row))
+
+    def annotate(
+        self,
+        texts: Any,
+        image: ImageSource | None = None,
+        *,
+        spans: Sequence[Any] | None = None,
+        detector: MentionDetector | None = None,
+        overlapping: bool = False,
+        top_k: int = 5,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> Any:
+        """Finds the mentions of texts, and links them. With a reranker, the mentions of a text are ranked together.
+
+        A text that is longer than 4,000 characters, or than the model reads, is linked in windows, which overlap by half.
+        Each mention is linked in the window in whose middle it stands. Offsets are always those of the whole text.
+
+        ```python
+        >>> for mention in linker.annotate("Hiddleston met Swift in Nashville.", image="photo.jpg"):  # doctest: +SKIP
+        ...     print(mention.start, mention.end, mention.mention, mention.entity_id, mention.name, mention.score)
+        ```
+
+        Args:
+            texts (`str`, mapping or sequence of these): One text or T texts. A mapping has a `text`, and optionally an
+                `image` and `spans`.
+            image (*optional*): The image of a single text: a path, bytes, a PIL image or a NumPy array.
+            spans (sequence, *optional*): The mentions of a single text, which are then not searched: `[start, end]`
+                (characters, end exclusive), mappings with `start`, `end` and optionally `label`, or
+                [`~hf_mel.detection.spans.MentionSpan`].
+            detector ([`~hf_mel.detection.spans.MentionDetector`], *optional*): Finds the mentions of texts that have no
+                `spans`. Default: [`EntityLinker.gazetteer`], the names of the knowledge base.
+            overlapping (`bool`): Whether to keep mentions that overlap, instead of the longest
+                ([`~hf_mel.detection.spans.resolve_overlaps`]).
+            top_k (`int`): Number of candidates of each mention.
+            batch_size (`int`): Mentions per pass over the knowledge base.
+            progress (`bool`): Whether to show a progress bar.
+
+        Returns:
+            [`~hf_mel.linking.annotating.AnnotatedText`], or a list of T of them. The `entity_id` of a mention is "NIL" if
+            the knowledge base does not hold its entity. A text without mentions has a warning.
+
+        Raises:
+            DataFormatError: A text is missing or no string.
+            SpanError: A span is outside its text or empty; says whether the detector returned it.
+            ImageError, ScoreError, KnowledgeBaseError: As in [`EntityLinker.__call__`].
+        """
+        is_single = isinstance(texts, str | Mapping)
+        if not is_single and (image is not None or spans is not None):
+            raise DataFormatError(
+                "image= and spans= belong to a single text.",
+                remedy="Give a mapping with text, image and spans for each.",
+            )
+        if is_single:
+            single = {"text": texts} if isinstance(texts, str) else dict(texts)
+            single |= {k: v for k, v in (("image", image), ("spans", spans)) if v is not None}
+            texts = [single]
+        results: list[Any] = [None] * len(texts)
+        with tqdm(total=len(texts), desc="Annotating", unit="text", delay=1, disable=not progress) as bar:
+            for batch, annotated in annotate_batches(
+                self,
+                texts,
+                detector or self.gazetteer,
+                overlapping=overlapping,
+                top_k=top_k,
+                batch_size=batch_size,
+            ):
+                for k, result in zip(batch, annotated, strict=True):
+                    results[k] = result
+                bar.update(len(batch))
+        return results[0] if is_single else results
+
+    @property
+    def gazetteer(self) -> Gazetteer:
+        """The names and aliases of the knowledge base, as a detector. It is built on first use and kept."""
+        state = (self.kb.num_physical_rows, len(self.kb), *self.kb.shards)
+        if self._gazetteer is None or self._gazetteer[0] != state:
+            self._gazetteer = (state, Gazetteer.from_kb(self.kb))
+        return self._gazetteer[1]
 
     def explain(self, mention: MentionLike, entity_id: str) -> Explanation | None:
         """Explains the score of a mention and an entity by the model's attention.
