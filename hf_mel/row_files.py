@@ -104,7 +104,7 @@ def read_rows(
         raise DataFormatError(
             f"The file cannot be read ({error.strerror}).", file=path, remedy="Check the path."
         ) from error
-    text = _decode(path, data)
+    text = decode_utf8(path, data)
     header = _Header(path, columns, mapping or ColumnMapping(), required, keep_others)
     yield from readers[suffix](path, text, header, _raise if bad_rows is None else bad_rows.append)
 
@@ -142,7 +142,7 @@ def _raise(error: DataFormatError) -> None:
     raise error
 
 
-def _decode(path: Path, data: bytes) -> str:
+def decode_utf8(path: Path, data: bytes) -> str:
     """Decodes UTF-8.
 
     Raises:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from hf_mel.linking.annotating import AnnotatedText
     from hf_mel.linking.linker import Candidate, LinkResult
 
 
@@ -113,6 +115,49 @@ def print_link(result: LinkResult) -> None:
         if result.nil_threshold is None:
             decision += "\nThe model has no NIL threshold, so the best entity is taken, however low its score."
     for line in (decision, *result.warnings):
+        console.print(safe_text(line, keep_lines=True), markup=False, highlight=False, soft_wrap=True)
+
+
+def print_annotated(annotated: AnnotatedText) -> None:
+    """Prints a text with its mentions marked, and what each is linked to.
+
+    Args:
+        annotated ([`~hf_mel.linking.annotating.AnnotatedText`]): The annotated text.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    marked, position = Text(), 0
+    for mention in annotated:
+        start = max(mention.start, position)
+        marked.append(safe_text(annotated.text[position:start], keep_lines=True))
+        if mention.end > start:
+            marked.append(safe_text(annotated.text[start : mention.end]), style="bold underline")
+        position = max(position, mention.end)
+    marked.append(safe_text(annotated.text[position:], keep_lines=True))
+    console.print(marked)
+    if annotated.mentions:
+        has_labels = any(mention.label for mention in annotated)
+        table = Table()
+        for column in ("mention", *(["label"] if has_labels else []), "entity", "id"):
+            table.add_column(column, overflow="ellipsis")
+        table.add_column("score", justify="right")
+        for mention in annotated:
+            labels = [Text(shorten(mention.label, 24))] if has_labels else []
+            score = "–" if mention.score is None else f"{mention.score:.3f}"
+            decision = Text(shorten(mention.name or ("not linked" if mention.entity_id is None else "NIL"), 48))
+            entity_id = Text(safe_text(mention.entity_id or "") if mention.name else "")
+            table.add_row(Text(shorten(mention.mention, 40)), *labels, decision, entity_id, score)
+        console.print(table)
+    counts = Counter(warning for mention in annotated if mention.link for warning in mention.link.warnings)
+    lines = [*annotated.warnings]
+    lines += [
+        warning if count == len(annotated) else f"For {count} of the mentions: {warning}"
+        for warning, count in counts.items()
+    ]
+    for line in lines:
         console.print(safe_text(line, keep_lines=True), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from hf_mel.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from hf_mel.linking.annotating import AnnotatedMention as AnnotatedMention
+    from hf_mel.linking.annotating import AnnotatedText as AnnotatedText
     from hf_mel.linking.explaining import Explanation as Explanation
     from hf_mel.linking.explaining import explain as explain
     from hf_mel.linking.linker import Candidate as Candidate
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 #: Public name → its module, imported on first use of the name, because both modules import torch.
 _EXPORTS = {
+    "AnnotatedMention": "hf_mel.linking.annotating",
+    "AnnotatedText": "hf_mel.linking.annotating",
     "Candidate": "hf_mel.linking.linker",
     "EntityLinker": "hf_mel.linking.linker",
     "Explanation": "hf_mel.linking.explaining",

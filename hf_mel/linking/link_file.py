@@ -181,7 +181,7 @@ def write_results(
     results: Callable[[list[dict[str, Any]], Container[int]], Iterator[tuple[list[int], Sequence[Any]]]],
     output: str | os.PathLike[str],
     *,
-    column: str,
+    column: str | None,
     settings: Mapping[str, Any],
     resume: bool,
     bar: tqdm,
@@ -193,7 +193,8 @@ def write_results(
         results: Takes the inputs of the good rows and the positions of those that have a result, and yields the positions
             of others and their results, which have a method `to_dict`.
         output, resume: As in [`link_file`].
-        column (`str`): The column of the result in the output.
+        column (`str`, *optional*): The column of the result in the output. `None`: the columns of the result are those of
+            the output.
         settings (mapping): What the results depend on besides the rows.
         bar (`tqdm`): A progress bar.
 
@@ -287,16 +288,19 @@ def _fingerprint(settings: Mapping[str, Any], rows: Sequence[InputRow]) -> str:
     return hashlib.sha256(json.dumps({**settings, "rows": content}, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _record(row: InputRow, column: str, result: Mapping[str, Any] | None) -> str:
+def _record(row: InputRow, column: str | None, result: Mapping[str, Any] | None) -> str:
     """Returns the output line of a row."""
-    record = {**row.row, column: result} if row.error is None else {**row.row, "error": str(row.error)}
+    added: Mapping[str, Any] = (
+        {"error": str(row.error)} if result is None else result if column is None else {column: result}
+    )
+    record = {**row.row, **added}
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 class _Stream:
     """Writes output lines to a stream, each as soon as all rows before it have one."""
 
-    def __init__(self, path: str | os.PathLike[str], rows: Sequence[InputRow], column: str):
+    def __init__(self, path: str | os.PathLike[str], rows: Sequence[InputRow], column: str | None):
         self.path, self.rows, self.column = path, rows, column
         self.done: dict[int, Mapping[str, Any]] = {}
         self._results: dict[int, Mapping[str, Any]] = {}
@@ -334,7 +338,12 @@ class _PartialFile:
     """Collects results in `.NAME.partial`, and writes the output from it in the order of the rows."""
 
     def __init__(
-        self, path: str | os.PathLike[str], rows: Sequence[InputRow], column: str, fingerprint: str, resume: bool
+        self,
+        path: str | os.PathLike[str],
+        rows: Sequence[InputRow],
+        column: str | None,
+        fingerprint: str,
+        resume: bool,
     ):
         self.column = column
         self.target, self.rows, self.fingerprint = link_target(path), rows, fingerprint

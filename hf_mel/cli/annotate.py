@@ -1,0 +1,287 @@
+"""`hf-mel annotate`: finds the mentions of texts, and links them to the entities of a knowledge base."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_mel.cli.options import (
+    Column,
+    Device,
+    FirstStage,
+    Index,
+    ModelArgument,
+    Revision,
+    TrustRemoteCode,
+)
+from hf_mel.cli.printing import print_annotated, print_json
+from hf_mel.errors import MelError, first_lines
+from hf_mel.files import is_stream
+from hf_mel.terminal import safe_text
+
+if TYPE_CHECKING:
+    from hf_mel.detection.spans import MentionDetector
+    from hf_mel.linking.linker import EntityLinker
+
+
+def annotate(
+    model: ModelArgument,
+    kb: Annotated[
+        str | None,
+        typer.Option(help="A knowledge base that this model built: a folder (hf-mel kb build), or one on the Hub."),
+    ] = None,
+    entities: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of entities in place of --kb, as for [b]hf-mel kb build[/b]. They are encoded each time."
+        ),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="The text. - reads it from standard input.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The image that belongs to the text.")] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .jsonl, .ndjson, .json, .csv or .tsv file of texts. Columns: [b]text[/b]; optionally [b]image[/b], a "
+            "path relative to the file, and [b]spans[/b], the start and end of mentions that are then not searched. Other "
+            "columns are kept. Or a folder of .txt, .md and .html files."
+        ),
+    ] = None,
+    column: Column = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The .jsonl file to which the texts of --input and their mentions are written, one text a line, in their "
+            "order; - for standard output. Until all are done, results are kept in .NAME.partial beside it.",
+            dir_okay=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an --output that was interrupted, and annotate only the rest.")
+    ] = False,
+    skip_bad_rows: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad-rows",
+            help="Annotate the other rows of --input if some cannot be read. Bad rows have an [b]error[/b] in the output. "
+            "Without this option, all bad rows are listed, and nothing is annotated.",
+        ),
+    ] = False,
+    detector: Annotated[
+        str,
+        typer.Option(
+            help="What finds the mentions. [b]gazetteer[/b]: the names and aliases of the knowledge base. "
+            "[b]spacy:PIPELINE[/b], [b]transformers:MODEL[/b] (token classification) or [b]gliner:MODEL[/b]: what the "
+            "model names."
+        ),
+    ] = "gazetteer",
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Labels of the mentions to link, with commas: PERSON,GPE. For GLiNER what to find, in words: "
+            '"person,football club".'
+        ),
+    ] = None,
+    learn_from: Annotated[
+        str | None,
+        typer.Option(
+            help="A data set from whose mentions the gazetteer learns which names are common words, and further surface "
+            "forms. Its splits train and validation are read."
+        ),
+    ] = None,
+    ignore_case: Annotated[
+        bool,
+        typer.Option("--ignore-case", help="The gazetteer finds names in any case, also in texts without capitals."),
+    ] = False,
+    overlapping: Annotated[
+        bool, typer.Option("--overlapping", help="Keep mentions that overlap, instead of the longest ones.")
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write a page that shows the texts in a browser, with the mentions marked.", dir_okay=False
+        ),
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of candidates of each mention.")] = 5,
+    nil_threshold: Annotated[
+        float | None,
+        typer.Option(help="A mention is NIL if its best score is lower. Default: the threshold of the model, if any."),
+    ] = None,
+    reranker: Annotated[
+        str | None,
+        typer.Option(help="A reranker that reorders the best candidates: a run folder or a model."),
+    ] = None,
+    rerank_k: Annotated[int, typer.Option(min=1, help="Number of candidates that the reranker reorders.")] = 16,
+    index: Index = "exact",
+    first_stage: FirstStage = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Mentions per pass over the knowledge base.")] = 32,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    kb_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a knowledge base on the Hub.")
+    ] = None,
+) -> None:
+    """Find the mentions of a text, and link each to an entity of a knowledge base.
+
+    A mention is linked to an entity, or is NIL: the knowledge base does not hold its entity. In JSON, a mention that was
+    not linked at all has the entity_id null.
+
+    The names of the knowledge base are found without any download. They are not found where a text says it in other
+    words ("the hosts"): a detector that knows such words, or --learn-from, finds these, too.
+
+    Examples:
+
+      hf-mel annotate runs/mimic_flags --kb kb/flags --text "Georgia drew with Ghana." --image photo.jpg
+
+      hf-mel annotate runs/mimic_flags --kb kb/flags --text "The hosts won in Accra." --learn-from data/flags_mel --json
+
+      hf-mel annotate runs/mimic_wikimel --kb kb/wikimel --input posts.jsonl --output linked.jsonl --html linked.html
+
+      hf-mel annotate runs/mimic_wikimel --kb kb/wikimel --input articles/ --output linked.jsonl --resume
+
+      hf-mel annotate runs/mimic_wikimel --kb kb/wikimel --detector spacy:en_core_web_sm --labels PERSON \\
+        --text "Hiddleston met Swift in Nashville."
+    """
+    if (text is None) == (input is None):
+        raise typer.BadParameter("Give a text, or a file of texts with --input.", param_hint="--text")
+    if input is not None and image is not None:
+        raise typer.BadParameter("Give it in the column image of --input.", param_hint="--image")
+    if (input is None) != (output is None):
+        raise typer.BadParameter("Give --input and --output together.", param_hint="--output")
+    if input is not None and as_json:
+        raise typer.BadParameter("Leave it out: --output is written as JSON lines anyway.", param_hint="--json")
+    if (kb is None) == (entities is None):
+        raise typer.BadParameter("Give either --kb or --entities.", param_hint="--kb")
+    if input is None and (resume or skip_bad_rows or column):
+        name = "--resume" if resume else "--skip-bad-rows" if skip_bad_rows else "--column"
+        raise typer.BadParameter("Give a file of texts with --input.", param_hint=name)
+    if html is not None and output is not None and is_stream(output):
+        raise typer.BadParameter("Give a file as --output.", param_hint="--html")
+    if nil_threshold is not None and math.isnan(nil_threshold):
+        raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
+    from hf_mel.linking.annotate_file import read_texts
+    from hf_mel.linking.link_file import check_output
+    from hf_mel.linking.linker import EntityLinker
+    from hf_mel.row_columns import ColumnMapping
+
+    rows = None
+    if input is not None:
+        assert output is not None
+        check_output(output)
+        rows = read_texts(input, mapping=ColumnMapping.parse(column or ()), skip_bad_rows=skip_bad_rows)
+    linker = EntityLinker.from_pretrained(
+        model,
+        kb,
+        entities=entities,
+        nil_threshold=nil_threshold,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        kb_revision=kb_revision,
+        reranker=reranker,
+        rerank_k=rerank_k,
+        index=index,
+        first_stage=first_stage,
+    )
+    mention_detector = _open_detector(linker, detector, labels, learn_from, ignore_case, device)
+    options: dict[str, Any] = {"overlapping": overlapping, "top_k": top_k, "batch_size": batch_size}
+    if text is not None:
+        content = typer.get_text_stream("stdin").read() if text == "-" else text
+        annotated = linker.annotate(content, image=image, detector=mention_detector, **options)
+        if html is not None:
+            from hf_mel.data.images import open_image
+
+            photo = None if image is None else open_image(image)
+            _write_page(html, [{**annotated.to_dict(), "photo": photo}], linker, title="Annotated text")
+        if as_json:
+            print_json(annotated.to_dict())
+            return
+        print_annotated(annotated)
+        if html is not None:
+            typer.echo(f"Written to {html}. Open it in a browser.")
+        return
+    assert rows is not None
+    assert output is not None
+    _annotate_file(linker, rows, output, mention_detector, resume, html, input, options)
+
+
+def _open_detector(
+    linker: EntityLinker,
+    name: str,
+    labels: str | None,
+    learn_from: str | None,
+    ignore_case: bool,
+    device: str | None,
+) -> MentionDetector:
+    from hf_mel.detection.detectors import open_detector
+
+    options: dict[str, Any] = {"ignore_case": True} if ignore_case else {}
+    if learn_from is not None:
+        from hf_mel.data.loading import load_mentions
+
+        options |= {split: load_mentions(learn_from, name) for split, name in _SPLITS.items()}
+    chosen = None if labels is None else [label.strip() for label in labels.split(",") if label.strip()]
+    if name == "gazetteer" and not options and chosen is None:
+        return linker.gazetteer
+    return open_detector(name, kb=linker.kb, labels=chosen, device=device, **options)
+
+
+_SPLITS = {"training": "train", "validation": "validation"}
+
+
+def _annotate_file(
+    linker: EntityLinker,
+    rows: Any,
+    output: Path,
+    detector: MentionDetector,
+    resume: bool,
+    html: Path | None,
+    input: Path | None,
+    options: dict[str, Any],
+) -> None:
+    from hf_mel.linking.annotate_file import annotate_file, read_annotated
+    from hf_mel.row_files import MAX_LISTED
+
+    try:
+        summary = annotate_file(linker, rows, output, detector, resume=resume, progress=True, **options)
+    except KeyboardInterrupt:
+        if not is_stream(output):
+            typer.echo("Interrupted. What is done is kept: repeat the command with --resume to go on.", err=True)
+        raise
+    except MelError as error:
+        raise error.changed(file=error.file or input) from error
+    if html is not None:
+        records = ({"file": f"Text {number}", **record} for number, record in enumerate(read_annotated(output), 1))
+        _write_page(html, records, linker, title=f"Annotated texts of {input}")
+    log = partial(typer.echo, err=is_stream(output))  # the lines of the results may be on standard output
+    log(
+        f"{summary.num_texts:,} texts annotated: {summary.num_mentions:,} mentions, {summary.num_nil:,} of them NIL; "
+        f"{summary.num_empty:,} texts without a mention. Written to {output}."
+    )
+    if html is not None:
+        log(f"Written to {html}. Open it in a browser.")
+    if summary.num_resumed:
+        log(f"{summary.num_resumed:,} of the texts were annotated before the interruption.")
+    for warning, count in summary.warnings.items():
+        log(f"For {count:,} mentions: {warning}")
+    if summary.bad_rows:
+        log(f'{len(summary.bad_rows):,} rows were not annotated. Each has an "error" in the output:')
+        for line in first_lines([f"row {bad.row}: {safe_text(bad.message)}" for bad in summary.bad_rows], MAX_LISTED):
+            log(f"  {line}")
+
+
+def _write_page(path: Path, records: Any, linker: EntityLinker, title: str) -> None:
+    from hf_mel.linking.annotations_page import write_annotations_page
+
+    kb = linker.kb
+    write_annotations_page(
+        path,
+        records,
+        entity_image=lambda entity_id: kb.image(kb.row_of(entity_id)) if entity_id in kb else None,
+        title=title,
+    )

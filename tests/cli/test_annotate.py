@@ -1,0 +1,113 @@
+"""Tests of `hf-mel annotate` with a toy model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from hf_mel.cli.annotate import annotate
+from hf_mel.errors import MelError, SpanError, UnknownModelError
+from hf_mel.kb.knowledge_base import KnowledgeBase
+from tests.toy import ToyProcessor, register, toy_entities, toy_model, write_toy_dataset
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(annotate)
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("annotate")
+    register()
+    model, processor = toy_model(), ToyProcessor()
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    KnowledgeBase.build(toy_entities(12), model, processor, output=folder / "kb", progress=False)
+    return str(folder / "model"), "--kb", str(folder / "kb")
+
+
+def run(*arguments, ok: bool = True, **options):
+    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "120"}, **options)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert (result.exit_code == 0) == ok, result.output
+    return result
+
+
+def test_a_text_is_annotated(arguments, tmp_path):
+    Image.new("RGB", (3, 3), "red").save(tmp_path / "a.png")
+    text = "[b]Entity b[/b] met Entity c\x1b."
+    options = ("--text", text, "--image", tmp_path / "a.png")
+    printed = run(*arguments, *options, "--html", tmp_path / "page.html").stdout
+    assert "[b]Entity b[/b] met Entity c\\x1b." in printed
+    assert "not linked" not in printed
+    assert "page.html" in printed
+    assert "Entity b" in (tmp_path / "page.html").read_text()
+    result = json.loads(run(*arguments, *options, "--json", "--top-k", 2).stdout)
+    assert [(m["start"], m["end"], len(m["candidates"])) for m in result["mentions"]] == [(3, 11, 2), (20, 28, 2)]
+    nil = json.loads(run(*arguments, *options, "--json", "--nil-threshold", 1e9).stdout)
+    assert [m["entity_id"] for m in nil["mentions"]] == ["NIL", "NIL"]
+    assert json.loads(run(*arguments, "--text", "-", "--json", input="Entity b").stdout)["text"] == "Entity b"
+    assert "The text is empty." in run(*arguments, "--text", "").stdout
+
+
+def test_a_file_is_annotated_and_shown(arguments, tmp_path):
+    (tmp_path / "in.csv").write_text("body,id\nEntity b,1\nnobody,2\n")
+    options = ("--input", tmp_path / "in.csv", "--column", "text=body", "--output", tmp_path / "out.jsonl")
+    printed = run(*arguments, *options, "--html", tmp_path / "page.html").stdout
+    assert "2 texts annotated: 1 mentions, 0 of them NIL; 1 texts without a mention." in printed
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [len(record["mentions"]) for record in records] == [1, 0]
+    assert "Text 2" in (tmp_path / "page.html").read_text()
+    (tmp_path / "in.jsonl").write_text('{"text": "Entity b"}\n{"text": "a", "spans": [[0, 3]]}\n')
+    with pytest.raises(SpanError, match=r"in\.jsonl, row 2"):
+        run(*arguments, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "b.jsonl")
+    printed = run(
+        *arguments, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "b.jsonl", "--skip-bad-rows"
+    ).stdout
+    assert "1 rows were not annotated" in printed
+
+
+def test_the_gazetteer_learns_from_a_data_set(arguments, tmp_path):
+    data = write_toy_dataset(tmp_path / "data")
+    text = "Here Entity b met somebody, Entity c."
+    result = json.loads(run(*arguments, "--text", text, "--json", "--learn-from", data).stdout)
+    assert all(0 < mention["detection_score"] <= 1 for mention in result["mentions"])
+    lower = json.loads(run(*arguments, "--text", text.lower(), "--json", "--ignore-case").stdout)
+    assert len(lower["mentions"]) == 2
+    assert not json.loads(run(*arguments, "--text", text.lower(), "--json").stdout)["mentions"]
+
+
+def test_detectors_that_are_not_there(arguments):
+    with pytest.raises(UnknownModelError, match="no detector 'nltk'"):
+        run(*arguments, "--text", "a", "--detector", "nltk")
+    with pytest.raises(UnknownModelError, match="A gazetteer has no labels"):
+        run(*arguments, "--text", "a", "--labels", "PERSON")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--text", "a", "--input", "b.jsonl"),
+        ("--input", "b.jsonl"),
+        ("--text", "a", "--resume"),
+        ("--text", "a", "--column", "text=b"),
+        ("--input", "b.jsonl", "--output", "c.jsonl", "--json"),
+        ("--input", "b.jsonl", "--output", "c.jsonl", "--image", "a.png"),
+        ("--input", "b.jsonl", "--output", "-", "--html", "a.html"),
+        ("--text", "a", "--nil-threshold", "nan"),
+        ("--text", "a", "--entities", "b.csv"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(arguments, options):
+    run(*arguments, *options, ok=False)
+
+
+def test_an_output_with_another_suffix_is_refused(arguments, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "Entity b"}\n')
+    with pytest.raises(MelError, match="JSON lines"):
+        run(*arguments, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.csv")
