@@ -110,6 +110,10 @@ class ScoreError(MelError, ValueError):
     """A score is nan or infinite, so that it cannot be ranked."""
 
 
+class CalibrationError(MelError, ValueError):
+    """A stated precision is asked of a model whose links are not calibrated."""
+
+
 class HubError(MelError, RuntimeError):
     """The Hub cannot be reached, has no such repository or revision, or denies access."""
 

@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from hf_mel.candidates import CandidateLists
     from hf_mel.evaluation import CandidateEvaluator, CandidateResult, FullResult, NilThreshold
     from hf_mel.inference import ModelInputs
+    from hf_mel.inference.selective import RiskCoverage
 
 #: Kind of model → the options that are an error with the other kind.
 _ONLY_FOR = {
-    "retriever": ("units", "nil_threshold", "nil_from"),
+    "retriever": ("units", "nil_threshold", "nil_from", "precision"),
     "reranker": ("candidates", "retriever", "joint", "candidate_weight", "bf16"),
 }
 
@@ -73,6 +74,13 @@ def evaluate(
     nil_from: Annotated[
         str | None,
         typer.Option(help="Retriever: a split to calibrate the NIL threshold on, for instance validation."),
+    ] = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            help="Retriever: also report the links that are made at this stated precision, such as [b]0.95[/b]. Its "
+            "threshold is that of the split of --nil-from, or else the one that the model stores."
+        ),
     ] = None,
     posts: Annotated[
         str,
@@ -140,6 +148,8 @@ def evaluate(
 
       hf-mel evaluate runs/mimic_flags --dataset data/flags_mel --units vision --predictions vision.jsonl
 
+      hf-mel evaluate runs/mimic_flags --dataset data/flags_mel --split test --precision 0.9
+
       hf-mel evaluate runs/RERANKER --dataset data/wikimel --candidates cands/test.parquet
 
       hf-mel evaluate runs/RERANKER --dataset data/wikimel --split validation --candidates name --candidate-weight auto
@@ -152,6 +162,10 @@ def evaluate(
     weighted_source, weight = _parse_weight(candidate_weight)
     if nil_threshold is not None and math.isnan(nil_threshold):
         raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
+    if precision is not None and not 0 < precision < 1:
+        raise typer.BadParameter("A precision is above 0 and below 1, such as 0.95.", param_hint="--precision")
+    if precision is not None and (top_k < 2 or units is not None):
+        raise typer.BadParameter("Give it with all units and a --top-k of at least 2.", param_hint="--precision")
     if nil_threshold is not None and nil_from is not None:
         raise typer.BadParameter("Give a threshold or a split to choose it on, not both.", param_hint="--nil-from")
 
@@ -165,7 +179,7 @@ def evaluate(
     from hf_mel.errors import RecipeError, UnknownSplitError
     from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
     from hf_mel.evaluation.strata import names_by_id
-    from hf_mel.evaluation.tables import orders_table, results_table, write_records, write_results
+    from hf_mel.evaluation.tables import decision_lines, orders_table, results_table, write_records, write_results
     from hf_mel.inference.checkpoints import load_linking_model
     from hf_mel.inference.inputs import ModelInputs
     from hf_mel.protocols import Reranker
@@ -231,7 +245,8 @@ def evaluate(
     else:
         _check_options(context, model, "retriever")
         inputs = ModelInputs.from_data(dataset, loaded, processor, posts, revision=dataset_revision, config=config)
-        ranked, calibration = _evaluate_retriever(
+        curve = None if precision is None or nil_from is not None else _stored_curve(loaded, model)
+        ranked, calibration, calibrated_on = _evaluate_retriever(
             inputs,
             mentions,
             entities,
@@ -246,7 +261,16 @@ def evaluate(
         results["wall_time_seconds"] = round(time.perf_counter() - start, 3)
         if calibration is not None:
             results["nil_calibration"] = {"split": nil_from, **asdict(calibration)}
+        threshold = ranked.setting["nil_threshold"]
+        if detection := ranked.nil_detection(train_golds):
+            results["nil_detection"] = detection
+        if precision is not None:
+            curve = curve if calibrated_on is None else calibrated_on.risk_coverage(threshold)
+            assert curve is not None
+            results["at_precision"] = ranked.at_precision(precision, curve, threshold)
     console.print(results_table(results))
+    for line in decision_lines(results):
+        console.print(line, markup=False)
     if "orders" in results:
         console.print(orders_table(results))
     if processes.is_main_process and predictions is not None:
@@ -311,8 +335,10 @@ def _evaluate_retriever(
     nil_mentions: datasets.Dataset | None,
     processes: PartialState,
     console: Console,
-) -> tuple[FullResult, NilThreshold | None]:
+) -> tuple[FullResult, NilThreshold | None, FullResult | None]:
     """Evaluates a retriever, and first calibrates its NIL threshold if there are mentions for it.
+
+    Returns the result, the calibration, and the result of the mentions for it.
 
     Args:
         inputs, mentions, entities: The retriever and the data.
@@ -341,7 +367,7 @@ def _evaluate_retriever(
         batch_size=settings["batch_size"],
         progress=settings["progress"],
     )
-    calibration = None
+    calibration = calibrated_on = None
     if nil_mentions is not None:
         calibrated_on = FullEvaluator(encoded, top_k=2, **settings)(inputs, nil_mentions, processes=sharing)
         calibration = calibrated_on.calibrate_nil_threshold()
@@ -351,7 +377,21 @@ def _evaluate_retriever(
     ):  # the model's threshold applies to the score of all units
         nil_threshold = getattr(inputs.model.config, "nil_threshold", None)
     evaluator = FullEvaluator(encoded, nil_threshold=nil_threshold, **settings, **split_settings)
-    return evaluator(inputs, mentions, processes=sharing), calibration
+    return evaluator(inputs, mentions, processes=sharing), calibration, calibrated_on
+
+
+def _stored_curve(loaded: Any, model: str) -> RiskCoverage:
+    """Returns the risk–coverage curve that a retriever stores."""
+    from hf_mel.errors import CalibrationError
+    from hf_mel.inference.selective import RiskCoverage
+
+    content = getattr(loaded.config, "link_calibration", None)
+    if content is None:
+        raise CalibrationError(
+            f"{model!r} stores no calibration of its links (config.link_calibration).",
+            remedy="Calibrate them on a split: --nil-from validation.",
+        )
+    return RiskCoverage.from_dict(content)
 
 
 def _evaluate_reranker(

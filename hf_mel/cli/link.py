@@ -83,6 +83,13 @@ def link(
         float | None,
         typer.Option(help="A mention is NIL if its best score is lower. Default: the threshold of the model, if any."),
     ] = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            help="Make only the links that are sure enough for this precision, such as [b]0.95[/b], on mentions like those "
+            "of the model's validation split. The others are for review: their [b]entity_id[/b] is null.",
+        ),
+    ] = None,
     reranker: Annotated[
         str | None,
         typer.Option(help="A reranker that reorders the best candidates: a run folder or a model."),
@@ -116,6 +123,8 @@ def link(
 
       hf-mel link runs/mimic_flags --kb kb/flags --input mentions.csv --output linked.jsonl --index faiss-pq
 
+      hf-mel link runs/mimic_flags --kb kb/flags --input mentions.csv --output linked.jsonl --precision 0.9
+
       hf-mel link runs/mimic_flags --kb kb/flags --input mentions.csv --output linked.jsonl --skip-bad-rows --resume
 
       hf-mel link runs/mimic_flags --kb kb/flags --input letters.csv --column text=letter --column mention=person \\
@@ -148,6 +157,8 @@ def link(
         raise typer.BadParameter("Give a file of mentions with --input.", param_hint=name)
     if nil_threshold is not None and math.isnan(nil_threshold):
         raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
+    if precision is not None and not 0 < precision < 1:
+        raise typer.BadParameter("A precision is above 0 and below 1, such as 0.95.", param_hint="--precision")
     if len(surfaces) > 1 and (start is not None or end is not None):
         raise typer.BadParameter("Give --start and --end only for a single mention.", param_hint="--start")
     from hf_mel.linking.link_file import check_output, link_file, read_mentions
@@ -167,6 +178,7 @@ def link(
         entities=entities,
         mapping=mapping_of_entities,
         nil_threshold=nil_threshold,
+        precision=precision,
         device=device,
         trust_remote_code=trust_remote_code,
         revision=revision,
@@ -200,7 +212,8 @@ def link(
         raise error.changed(file=error.file or input) from error
     # The lines of the results may be on standard output.
     log = partial(typer.echo, err=is_stream(output))
-    log(f"{summary.num_linked:,} mentions linked, {summary.num_nil:,} of them NIL, written to {output}.")
+    review = "" if precision is None else f", {summary.num_review:,} left to review"
+    log(f"{summary.num_linked:,} mentions linked, {summary.num_nil:,} of them NIL{review}, written to {output}.")
     if summary.num_resumed:
         log(f"{summary.num_resumed:,} of them were linked before the interruption.")
     for warning, count in summary.warnings.items():

@@ -110,6 +110,11 @@ def print_link(result: LinkResult) -> None:
     console.print(table)
     if result.is_nil:
         decision = f"NIL: the best score, {best.score:.3f}, is below the threshold {result.nil_threshold:.3f}."
+    elif result.needs_review:
+        decision = (
+            f"Review: {shorten(result.mention, 60)} → {shorten(best.name, 120)} ({safe_text(best.entity_id)}) is not sure "
+            f"enough for the stated precision. Its confidence is {result.confidence:.3f}."
+        )
     else:
         decision = f"{shorten(result.mention, 60)} → {shorten(best.name, 120)} ({safe_text(best.entity_id)})"
         if result.nil_threshold is None:

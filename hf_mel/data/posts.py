@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,53 @@ def posts_as_mentions(posts: datasets.Dataset) -> datasets.Dataset:
     ):
         rows = rows.add_column(column, values, feature=mention_features()[column])
     return rows
+
+
+def entities_as_mentions(entities: datasets.Dataset, count: int, seed: int = 0) -> datasets.Dataset:
+    """Makes mentions of entities from what the knowledge base says about them, as training material.
+
+    The text of a mention is up to three sentences of the entity's description and attributes, drawn at random. A third of
+    the mentions is also named: a name or alias, which is the surface form, ends the text. The image is a random one of the
+    entity's. An entity about which nothing is known has no mention.
+
+    Args:
+        entities (`datasets.Dataset`): N entities.
+        count (`int`): Mentions of each entity.
+        seed (`int`): Seed of all draws.
+
+    Returns:
+        `datasets.Dataset` of up to N · `count` rows in the columns of [`~hf_mel.schema.mention_features`].
+    """
+    columns = entities.select_columns(["entity_id", "name", "aliases", "description", "attributes"])
+    images = entities.select_columns(["images"]).cast_column("images", [datasets.Image(decode=False)])["images"]
+    rows = []
+    for entity, pictures in zip(columns, images, strict=True):
+        draw = random.Random(f"{seed} {entity['entity_id']}")
+        sentences = [(entity[column] or "").split(". ") for column in ("description", "attributes")]
+        facts = [fact.strip().rstrip(".") for part in sentences for fact in part if fact.strip(" .")]
+        names = [name for name in (entity["name"], *(entity["aliases"] or ())) if name.strip()]
+        for number in range(count):
+            name = draw.choice(names) if names and (draw.random() < 1 / 3 or not facts) else ""
+            told = draw.sample(facts, min(len(facts), draw.randint(0 if name else 1, 3)))
+            text = " ".join(f"{sentence}." for sentence in (*told, name) if sentence)
+            if not text and not pictures:
+                continue
+            rows.append(
+                {
+                    "mention_id": f"{entity['entity_id']}-{number}",
+                    "context_id": f"{entity['entity_id']}-{number}",
+                    "text": text,
+                    "mention": name,
+                    "start": len(text) - len(name) - 1 if name else NO_SPAN,
+                    "end": len(text) - 1 if name else NO_SPAN,
+                    "mention_type": "",
+                    "topic": "",
+                    "image": draw.choice(pictures) if pictures else None,
+                    "entity_id": entity["entity_id"],
+                    "candidates": [],
+                }
+            )
+    return datasets.Dataset.from_list(rows, features=mention_features())
 
 
 def entity_as_post(entity: Row, columns: Sequence[str] = ("name", "description", "attributes")) -> Row:

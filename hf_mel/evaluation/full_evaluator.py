@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,14 @@ from accelerate import PartialState
 
 from hf_mel.data.loading import check_golds
 from hf_mel.evaluation.evaluator import Evaluator, metrics_and_strata
-from hf_mel.evaluation.nil import NilThreshold, best_other_scores, calibrate_nil_threshold
+from hf_mel.evaluation.nil import NilThreshold, best_other_scores, calibrate_nil_threshold, nil_detection
 from hf_mel.inference.encode import encode_rows
 from hf_mel.inference.entity_sources import EncodedEntities, EntityPart, part_of_process
 from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.ranking import RankingResult, rank, score_of_units
-from hf_mel.protocols import Encodings
+from hf_mel.inference.selective import RiskCoverage, link_confidence
+from hf_mel.protocols import Encodings, learns_nil
 from hf_mel.schema import NIL, threshold_in_json
 
 # The metrics are defined in a Space because `evaluate.load` needs a file that imports nothing of this package.
@@ -43,6 +44,7 @@ class FullResult:
         gold_rows (`np.ndarray` `[M]`): Row of the gold among the entities, -1 for NIL.
         entity_ids (sequence of `str` `[N]`): Ids of the entities.
         setting (`dict`): How the metrics were obtained: protocol, sizes, ties, data, model, versions, time.
+        nil_is_learned (`bool`): Whether the scores are above a NIL score that the model has learned.
     """
 
     metrics: dict[str, float]
@@ -53,6 +55,7 @@ class FullResult:
     gold_rows: np.ndarray
     entity_ids: Sequence[str]
     setting: dict[str, Any]
+    nil_is_learned: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of results.json: setting, metrics and strata."""
@@ -90,6 +93,80 @@ class FullResult:
         gold_is_nil = self.gold_rows < 0
         others = None if gold_is_nil.any() else best_other_scores(self.ranking, self.gold_rows)
         return calibrate_nil_threshold(self.ranking.top_scores[:, 0], self._ranks() <= 1, gold_is_nil, others)
+
+    def link_confidences(self) -> np.ndarray:
+        """Returns how sure the link of each mention is, [M] ([`~hf_mel.inference.selective.link_confidence`]).
+
+        Raises:
+            `ValueError`: One entity per mention was kept, of several.
+        """
+        scores = self.ranking.top_scores.double().numpy()
+        if scores.shape[1] < 2 and len(self.entity_ids) > 1:
+            raise ValueError("A confidence needs the two best entities of every mention. Use a larger top_k.")
+        second = scores[:, 1] if scores.shape[1] > 1 else np.full(len(scores), -np.inf)
+        return link_confidence(scores[:, 0], second, self.nil_is_learned)
+
+    def risk_coverage(self, nil_threshold: float | None = None) -> RiskCoverage:
+        """Returns the risk–coverage curve of the links. A link is wrong if the best entity is not the gold.
+
+        Args:
+            nil_threshold (`float`, *optional*): Mentions whose best score is below it are not linked.
+        """
+        best = self.ranking.top_scores[:, 0].double().numpy()
+        linked = np.ones(len(best), dtype=bool) if nil_threshold is None else best >= nil_threshold
+        return RiskCoverage.of(self.link_confidences(), self._ranks() <= 1, linked)
+
+    def at_precision(
+        self, precision: float, calibration: RiskCoverage, nil_threshold: float | None = None
+    ) -> dict[str, Any]:
+        """Returns what comes of a stated precision: how many links are made, and how many of them are right.
+
+        Args:
+            precision (`float`): The stated precision.
+            calibration ([`~hf_mel.inference.selective.RiskCoverage`]): The curve of another split, which gives the
+                threshold.
+            nil_threshold (`float`, *optional*): As in [`FullResult.risk_coverage`].
+        """
+        threshold = calibration.threshold(precision)
+        best = self.ranking.top_scores[:, 0].double().numpy()
+        predicted_nil = np.zeros(len(best), dtype=bool) if nil_threshold is None else best < nil_threshold
+        made = ~predicted_nil & (self.link_confidences() >= threshold)
+        return {
+            "stated": precision,
+            "threshold": threshold if np.isfinite(threshold) else None,
+            "links": int(made.sum()),
+            "nil": int(predicted_nil.sum()),
+            "review": int((~made & ~predicted_nil).sum()),
+            "precision": float((self._ranks()[made] <= 1).mean()) if made.any() else None,
+            "coverage": float(made.mean()) if len(made) else None,
+        }
+
+    def nil_detection(self, train_golds: Collection[str] | None = None) -> dict[str, dict[str, float]]:
+        """Returns how well the best score tells NIL from entities of the knowledge base.
+
+        "annotated" are the mentions whose gold is NIL. "left out" simulates NIL: the mentions whose gold is not in
+        training, as if it were not in the knowledge base either, so that their best score is that of another entity.
+        All mentions with a gold in the knowledge base stand against each of the two groups; those that are left out stand
+        on both sides, with their gold and without.
+
+        Args:
+            train_golds (collection of `str`, *optional*): Golds of the training split. Default: all mentions are left out.
+
+        Returns:
+            `dict` of "annotated" and "left out", as far as there are such mentions: "num", "auc" (probability that a NIL
+            mention has a lower best score than another), and with a NIL threshold "precision" and "recall".
+        """
+        best, in_kb = self.ranking.top_scores[:, 0].double().numpy(), self.gold_rows >= 0
+        groups = {"annotated": best[~in_kb]}
+        if self.ranking.top_scores.shape[1] > 1 and in_kb.any():
+            unseen = in_kb & np.asarray([train_golds is None or gold not in train_golds for gold in self.golds])
+            groups["left out"] = best_other_scores(self.ranking, self.gold_rows)[unseen]
+        threshold = self.setting.get("nil_threshold")
+        results = {}
+        for name, scores in groups.items():
+            if len(scores) and in_kb.any():
+                results[name] = nil_detection(scores, best[in_kb], threshold)
+        return results
 
     def _ranks(self) -> np.ndarray:
         return _resolved_ranks(self.ranking, self.gold_rows, self.setting["ties"])
@@ -196,6 +273,7 @@ class FullEvaluator(Evaluator):
             golds=golds,
             gold_rows=gold_rows,
             entity_ids=entity_ids,
+            nil_is_learned=learns_nil(model) and self.units is None,
             setting=self._setting(
                 "full",
                 model,

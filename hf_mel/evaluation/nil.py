@@ -100,3 +100,25 @@ def best_other_scores(ranking: RankingResult, gold_rows) -> np.ndarray:
         )
     is_other = rows != np.asarray(gold_rows)[:, None]
     return scores[np.arange(len(rows)), is_other.argmax(1)]
+
+
+def nil_detection(nil_scores, known_scores, threshold: float | None = None) -> dict[str, float]:
+    """Returns how well the best score tells NIL mentions from others.
+
+    Args:
+        nil_scores (array-like of `float` `[A]`): Best scores of the NIL mentions.
+        known_scores (array-like of `float` `[B]`): Best scores of the other mentions.
+        threshold (`float`, *optional*): A mention is predicted NIL if its best score is below this.
+
+    Returns:
+        `dict`: "num" (A), "auc" (probability that the score of a NIL mention is lower than that of another, where an equal
+        one counts half), and with a threshold "precision" (nan if no mention is predicted NIL) and "recall".
+    """
+    nil, known = np.asarray(nil_scores, dtype=np.float64), np.sort(np.asarray(known_scores, dtype=np.float64))
+    higher = len(known) - np.searchsorted(known, nil, side="right")
+    equal = np.searchsorted(known, nil, side="right") - np.searchsorted(known, nil, side="left")
+    result = {"num": len(nil), "auc": float((higher + equal / 2).mean() / len(known))}
+    if threshold is not None:
+        hits, wrong = int((nil < threshold).sum()), int((known < threshold).sum())
+        result |= {"precision": hits / (hits + wrong) if hits + wrong else float("nan"), "recall": hits / len(nil)}
+    return result

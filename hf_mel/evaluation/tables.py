@@ -71,6 +71,30 @@ def results_table(results: Mapping[str, Any], title: str | None = None) -> Table
     return table
 
 
+def decision_lines(results: Mapping[str, Any]) -> list[str]:
+    """Returns sentences about NIL and about the links at a stated precision, as far as results.json has them."""
+    lines = []
+    for group, name in (
+        ("annotated", "NIL mentions"),
+        ("left out", "mentions whose gold is left out (simulated NIL)"),
+    ):
+        if detection := results.get("nil_detection", {}).get(group):
+            shares = {"precision": detection.get("precision"), "recall": detection.get("recall")}
+            told = "".join(
+                f", {share} {100 * value:.1f}"
+                for share, value in shares.items()
+                if value is not None and value == value
+            )
+            lines.append(f"{detection['num']:,} {name}: AUC of the best score {detection['auc']:.3f}{told}.")
+    if links := results.get("at_precision"):
+        reached = "" if links["precision"] is None else f", {100 * links['precision']:.1f} % of them right"
+        lines.append(
+            f"At the stated precision {100 * links['stated']:g} %: {links['links']:,} links{reached}; {links['nil']:,} NIL; "
+            f"{links['review']:,} for review."
+        )
+    return lines
+
+
 def orders_table(results: Mapping[str, Any]) -> Table:
     """Returns a `rich` table that compares the orders of the candidates: the reranker's and those of the sources.
 

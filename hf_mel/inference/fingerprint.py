@@ -19,6 +19,7 @@ _IGNORED_FIELDS = {
     "auto_map",
     "dtype",
     "gradient_checkpointing",
+    "link_calibration",
     "nil_threshold",
     "output_attentions",
     "output_hidden_states",

@@ -51,7 +51,8 @@ class LinkSummary:
     """Counts of [`link_file`].
 
     Args:
-        num_linked, num_nil (`int`): Mentions with a result, and those of them that are NIL.
+        num_linked, num_nil, num_review (`int`): Mentions with a result, those of them that are NIL, and those that are
+            left to a reviewer.
         bad_rows (`list[MelError]`): Errors of the rows that were left out.
         num_resumed (`int`): Mentions that an interrupted run had linked before.
         warnings (`Counter[str]`): Warnings of the linker, with their numbers.
@@ -59,6 +60,7 @@ class LinkSummary:
 
     num_linked: int = 0
     num_nil: int = 0
+    num_review: int = 0
     bad_rows: list[MelError] = field(default_factory=list)
     num_resumed: int = 0
     warnings: Counter[str] = field(default_factory=Counter)
@@ -67,6 +69,7 @@ class LinkSummary:
         """Counts one result ([`LinkResult.to_dict`])."""
         self.num_linked += 1
         self.num_nil += result["is_nil"]
+        self.num_review += result["needs_review"]
         self.warnings.update(result["warnings"])
 
 

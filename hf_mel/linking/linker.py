@@ -20,7 +20,7 @@ from hf_mel.data.images import ImageSource, open_image
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.detection.gazetteer import Gazetteer
 from hf_mel.detection.spans import MentionDetector
-from hf_mel.errors import DataFormatError, KnowledgeBaseError, SpanError
+from hf_mel.errors import CalibrationError, DataFormatError, KnowledgeBaseError, SpanError
 from hf_mel.inference.checkpoints import load_reranker, load_retriever
 from hf_mel.inference.encodings import as_float, slice_encodings, to_device
 from hf_mel.inference.execution import model_device
@@ -29,6 +29,7 @@ from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.probe import sees_images, sees_images_in_pairs, unread_columns_in_pairs
 from hf_mel.inference.ranking import TIE_TOLERANCE, RankingResult, rank, score_of_units
 from hf_mel.inference.reranking import score_pairs
+from hf_mel.inference.selective import RiskCoverage, link_confidence
 from hf_mel.kb.entities import EntitiesLike, is_row_file
 from hf_mel.kb.indexes import open_index
 from hf_mel.kb.indexes.base import ExactIndex
@@ -40,6 +41,7 @@ from hf_mel.protocols import (
     LocatesTokens,
     MelProcessor,
     knows_posts,
+    learns_nil,
     leaves_out_missing_images,
     ranks_jointly,
 )
@@ -91,24 +93,29 @@ class LinkResult:
     Args:
         mention (`str`): Surface form of the mention.
         start, end (`int`): Characters of the mention in the text, end exclusive; -1 if it was given with -1.
-        entity_id (`str`): Id of the best candidate, or "NIL".
+        entity_id (`str`, *optional*): Id of the best candidate, or "NIL"; `None` if the link is left to a reviewer.
         is_nil (`bool`): Whether the best score of the retriever is below `nil_threshold`.
         nil_threshold (`float`, *optional*): The threshold. `None` if there is none, so that no mention is NIL.
         num_tied (`int`): Number of entities of the knowledge base that have the best score, usually 1. Of several, the
             first of the knowledge base is taken. An index counts only the entities that it returns.
         candidates (`list[Candidate]`): The best `top_k` entities, best first. A mention that is NIL has them too.
         warnings (`list[str]`): Sentences for the user, for instance that an image was not used.
+        needs_review (`bool`): Whether the link is not made, because it is less sure than the stated precision asks.
+        confidence (`float`, *optional*): How sure the link is ([`~hf_mel.inference.selective.link_confidence`]). `None`
+            without a stated precision.
     """
 
     mention: str
     start: int
     end: int
-    entity_id: str
+    entity_id: str | None
     is_nil: bool
     nil_threshold: float | None
     candidates: list[Candidate]
     warnings: list[str] = field(default_factory=list)
     num_tied: int = 1
+    needs_review: bool = False
+    confidence: float | None = None
 
     @property
     def best(self) -> Candidate:
@@ -131,6 +138,7 @@ class _RankedMention:
         best_score (`float`): Best score of the retriever, which decides about NIL.
         reranker_scores (`list[float | None]`): Scores of the reranker, `None` for entities that it did not score.
         num_tied (`int`): Number of entities with the best score of the retriever, or of the reranker.
+        confidence (`float`): How sure the link to the retriever's best entity is.
     """
 
     row: dict[str, Any]
@@ -139,6 +147,7 @@ class _RankedMention:
     best_score: float
     reranker_scores: list[float | None]
     num_tied: int = 1
+    confidence: float = 0.0
 
     def rerank(self, reranker_scores: list[float]) -> None:
         """Sorts the first entities by the reranker's scores of them, and leaves the others in place."""
@@ -177,6 +186,10 @@ class EntityLinker:
         kb ([`KnowledgeBase`], `str` or `os.PathLike`): A knowledge base that this model built, its folder, or its Hub id.
         nil_threshold (`float`, *optional*): A mention is NIL if its best score is below this. Default: the threshold that
             calibration stored in the model's configuration. Without a threshold, no mention is NIL.
+        precision (`float`, *optional*): A precision that the links shall have, such as 0.95. Links that are less sure than
+            it asks are left to a reviewer ([`LinkResult.needs_review`]). The threshold is that of
+            [`~hf_mel.inference.selective.RiskCoverage.threshold`] on the validation split that calibrated the model, so it
+            holds for mentions and a knowledge base like those. Not with a reranker.
         reranker ([`~hf_mel.protocols.Reranker`], *optional*): A reranker, which reorders the best `rerank_k` entities. It
             reads or ranks mentions together as it was trained: the mentions of a document (equal `document_id`), or of a
             context (equal `context_id`, or without one equal text and image). The linker has no p(e|m), so the prior of
@@ -187,8 +200,13 @@ class EntityLinker:
             [`~hf_mel.kb.indexes.build_index`] has built, finds `first_stage` entities, and only those are scored.
         first_stage (`int`, *optional*, defaults to 256): Number of entities that an index finds.
 
+    Attributes:
+        link_threshold (`float`, *optional*): Confidence from which on links are made; infinite if the validation split
+            shows the stated precision for no link. `None` without a stated precision.
+
     Raises:
         KnowledgeBaseError: The knowledge base or index is missing or damaged, or another model or processor built it.
+        CalibrationError: `precision` is given, and the model has no calibration, or there is a reranker.
         MissingExtraError: The index needs a package that is not installed.
     """
 
@@ -199,6 +217,7 @@ class EntityLinker:
         kb: KnowledgeBase | str | os.PathLike[str],
         *,
         nil_threshold: float | None = None,
+        precision: float | None = None,
         reranker: Any = None,
         reranker_processor: MelProcessor | None = None,
         rerank_k: int = 16,
@@ -220,13 +239,42 @@ class EntityLinker:
             nil_threshold = getattr(getattr(model, "config", None), "nil_threshold", None)
         if nil_threshold is not None and math.isnan(nil_threshold):
             raise ValueError("nil_threshold is nan, so no score is above or below it. Give a number.")
-        self.nil_threshold = nil_threshold
+        self.nil_threshold, self.precision = nil_threshold, precision
+        self.link_threshold = None if precision is None else self._link_threshold(precision)
         self._gazetteer: tuple[Any, Gazetteer] | None = (
             None  # with the state of the knowledge base that it was built of
         )
         model.eval()
         if reranker is not None:
             reranker.eval()
+
+    def _link_threshold(self, precision: float) -> float:
+        """Returns the confidence that a link needs for a stated precision."""
+        if not 0 < precision < 1:
+            raise ValueError(f"precision={precision} must be above 0 and below 1, such as 0.95.")
+        if self.reranker is not None:
+            raise CalibrationError(
+                "A stated precision is calibrated for a retriever alone, not for the order of a reranker.",
+                remedy="Leave out the precision or the reranker.",
+            )
+        content = getattr(getattr(self.model, "config", None), "link_calibration", None)
+        if content is None:
+            raise CalibrationError(
+                "The model has no calibration of its links (config.link_calibration), from which the threshold of a stated "
+                "precision follows.",
+                remedy="Train it with this version, or evaluate it: hf-mel evaluate MODEL --dataset DATA --nil-from "
+                "validation --precision 0.95.",
+            )
+        curve = RiskCoverage.from_dict(content)
+        threshold = curve.threshold(precision)
+        if math.isinf(threshold):
+            logger.warning(
+                "The %d mentions of the model's validation split show a precision of %g for no link, so all are left to a "
+                "reviewer. State a lower precision.",
+                curve.mentions,
+                precision,
+            )
+        return threshold
 
     @classmethod
     def from_pretrained(
@@ -237,6 +285,7 @@ class EntityLinker:
         entities: EntitiesLike | None = None,
         mapping: ColumnMapping | None = None,
         nil_threshold: float | None = None,
+        precision: float | None = None,
         reranker: str | os.PathLike[str] | None = None,
         rerank_k: int = 16,
         index: str = "exact",
@@ -253,7 +302,7 @@ class EntityLinker:
                 knowledge base that is deleted with the linker.
             mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in a file of
                 `entities`.
-            nil_threshold, rerank_k, index, first_stage (*optional*): As in [`EntityLinker`].
+            nil_threshold, precision, rerank_k, index, first_stage (*optional*): As in [`EntityLinker`].
             reranker (`str` or `os.PathLike`, *optional*): Folder or Hub id of the reranker.
             kb_revision (`str`, *optional*): Branch, tag or commit of a knowledge base on the Hub.
             kwargs: Arguments of [`~hf_mel.inference.checkpoints.load_retriever`]. `revision` applies to the retriever only,
@@ -291,6 +340,7 @@ class EntityLinker:
             processor,
             kb,
             nil_threshold=nil_threshold,
+            precision=precision,
             reranker=reranker_model,
             reranker_processor=reranker_processor,
             rerank_k=rerank_k,
@@ -414,7 +464,15 @@ class EntityLinker:
             num_ranked = max(top_k, 2) if self.reranker is None else max(top_k, self.rerank_k)
             ranking = self.index.find(encodings, num_ranked, units=units)
             ranked = [
-                _RankedMention(row, entity_rows, scores, scores[0], [None] * len(scores), num_tied)
+                _RankedMention(
+                    row,
+                    entity_rows,
+                    scores,
+                    scores[0],
+                    [None] * len(scores),
+                    num_tied,
+                    float(link_confidence(scores[0], max(scores[1:], default=-math.inf), learns_nil(self.model))),
+                )
                 for row, entity_rows, scores, num_tied in zip(
                     rows,
                     ranking.top_rows.tolist(),
@@ -464,6 +522,7 @@ class EntityLinker:
             "reranker": reranker,
             "rerank_k": self.rerank_k,
             "nil_threshold": self.nil_threshold,
+            **({} if self.precision is None else {"precision": self.precision}),
             "index": self.index.kind,
             "first_stage": getattr(self.index, "first_stage", None),
         }
@@ -559,6 +618,8 @@ class EntityLinker:
             for k, row in enumerate(entity_rows)
         ]
         is_nil = nil_threshold is not None and mention.best_score < nil_threshold
+        threshold = None if chosen_units else self.link_threshold
+        needs_review = threshold is not None and not is_nil and not mention.confidence >= threshold
         warnings = []
         sees_images = self._sees_images or self._reranker_sees_images
         if mention.row["image"] is None and sees_images:
@@ -579,12 +640,14 @@ class EntityLinker:
             mention=mention.row["mention"],
             start=mention.row["start"],
             end=mention.row["end"],
-            entity_id=NIL if is_nil else candidates[0].entity_id,
+            entity_id=NIL if is_nil else None if needs_review else candidates[0].entity_id,
             is_nil=is_nil,
             nil_threshold=nil_threshold,
             candidates=candidates,
             warnings=warnings,
             num_tied=mention.num_tied,
+            needs_review=needs_review,
+            confidence=None if threshold is None else mention.confidence,
         )
 
     def _missing_image_warning(

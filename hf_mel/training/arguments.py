@@ -46,6 +46,12 @@ class MelTrainingArguments(TrainingArguments):
         random_negatives (`int`, *optional*, defaults to 0):
             For a retriever: every batch has this many further entities of the whole knowledge base, drawn at random, which
             are negatives of all its mentions.
+        prior_correction (`float`, *optional*, defaults to 0.0):
+            For a retriever: add this many times the logarithm of how often an entity is a gold in training to its scores
+            inside the loss. With 1.0, the scores do not learn which entities are frequent, so that entities without
+            training mentions are not put behind them. An entity counts half a mention more than it has.
+        augment_images (`bool`, *optional*, defaults to `False`):
+            For a retriever: mirror, turn, zoom, move and light the images of mentions at random.
         eval_mentions (`int`, *optional*):
             For a reranker: evaluate on a fixed random sample of about this many mentions (whole contexts or documents)
             instead of all. Reranking all of them after every epoch can take longer than the epoch.
@@ -74,6 +80,12 @@ class MelTrainingArguments(TrainingArguments):
     random_negatives: int = field(
         default=0,
         metadata={"help": "Negatives of a retriever's batch, drawn at random from the whole knowledge base."},
+    )
+    prior_correction: float = field(
+        default=0.0, metadata={"help": "Weight of a retriever's correction for how often entities are golds."}
+    )
+    augment_images: bool = field(
+        default=False, metadata={"help": "Change the images of a retriever's mentions at random."}
     )
     eval_mentions: int | None = field(
         default=None, metadata={"help": "Evaluate a reranker on a random sample of about this many mentions."}
@@ -104,7 +116,7 @@ class MelTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        for name in ("mined_negatives", "random_negatives"):
+        for name in ("mined_negatives", "random_negatives", "prior_correction"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
         if self.remove_unused_columns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_mel.errors import UnknownEntityError
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import images_per_entity, learns_nil
 from hf_mel.schema import NIL, Row
+from hf_mel.training.augmentation import augmented_image
 from hf_mel.training.sampling import surface_key
 
 _GOLD_REMEDY = (
@@ -43,6 +45,10 @@ class RetrieverCollator:
             every batch with the mention. A missing mention has none.
         random_negatives (`int`, *optional*, defaults to 0): Number of further entities of every batch, drawn from the
             whole knowledge base. The draw depends on the seed and the mentions of the batch, as that of the images does.
+        augment_images (`bool`, *optional*, defaults to `False`): Whether the images of mentions are changed at random
+            ([`~hf_mel.training.augmentation.augmented_image`]).
+        log_prior (`Mapping[str, float]`, *optional*): Logarithm of how often each entity is a gold, by entity id. The batch
+            has it as `entity_log_prior` [U], for a model that corrects for it.
     """
 
     def __init__(
@@ -54,9 +60,11 @@ class RetrieverCollator:
         seed: int = 0,
         negatives: Mapping[str, Sequence[str]] | None = None,
         random_negatives: int = 0,
+        augment_images: bool = False,
+        log_prior: Mapping[str, float] | None = None,
     ):
-        self.inputs, self.random_image, self.seed = inputs, random_image, seed
-        self.negatives, self.random_negatives = negatives or {}, random_negatives
+        self.inputs, self.random_image, self.seed, self.augment_images = inputs, random_image, seed, augment_images
+        self.negatives, self.random_negatives, self.log_prior = negatives or {}, random_negatives, log_prior
         self.entities = LazyRows(entities)
         self._ids: list[str] = list(entities["entity_id"])
         self._row_of = {entity_id: row for row, entity_id in enumerate(self._ids)}
@@ -94,8 +102,16 @@ class RetrieverCollator:
         if self.random_image and self.inputs.prototypes is None:
             entities = [self._with_random_image(entity, mention_ids) for entity in entities]  # type: ignore[arg-type]
         entities = self.inputs.entity_rows(entities, without=[mention["text"] for mention in mentions])
-        processor = self.inputs.processor
-        batch = {**processor(mentions=self.inputs.mention_rows(mentions)), **processor(entities=entities)}
+        processor, rows = self.inputs.processor, self.inputs.mention_rows(mentions)
+        if self.augment_images:
+            draw = random.Random(f"{self.seed} images {mention_ids}")
+            rows = [
+                row if row["image"] is None else ChainMap({"image": augmented_image(row["image"], draw)}, row)  # type: ignore[arg-type]
+                for row in rows
+            ]
+        batch = {**processor(mentions=rows), **processor(entities=entities)}
+        if self.log_prior is not None:
+            batch["entity_log_prior"] = torch.tensor([self.log_prior[entity_id] for entity_id in columns])
         return {**batch, "labels": torch.tensor([columns.get(mention["entity_id"], -1) for mention in mentions])}
 
     def _draw_entities(self, taken: Collection[str], mention_ids: str) -> list[str]:

@@ -10,14 +10,14 @@ from transformers import set_seed
 
 from hf_mel.candidates.lists import CandidateLists
 from hf_mel.candidates.make import check_source, default_cache, make_candidates
-from hf_mel.data.loading import dataset_version, load_entities, load_mentions
-from hf_mel.data.posts import posts_as_mentions, posts_of
-from hf_mel.errors import RecipeError
+from hf_mel.data.loading import dataset_version, load_entities, load_mentions, load_posts
+from hf_mel.data.posts import entities_as_mentions, posts_as_mentions, posts_of
+from hf_mel.errors import RecipeError, UnknownSplitError
 from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
 from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import Reranker, learns_nil
-from hf_mel.schema import NIL
+from hf_mel.schema import NIL, mention_features
 from hf_mel.training.assemble import build_model
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run_folder import FinishedTraining, RunFolder
@@ -67,6 +67,12 @@ def run_linking(folder: RunFolder) -> FinishedTraining | None:
         model.to(arguments.device)
         inputs.precompute(entities=entities, progress=not arguments.disable_tqdm)
         train = posts_as_mentions(inputs.prototypes.support_set(entities))
+    elif any(data.extra_mentions.values()):
+        if isinstance(model, Reranker):
+            raise recipe.error(
+                f"{type(model).__name__} needs candidates, which extra mentions lack.", "Remove data.extra_mentions."
+            )
+        train = with_extra_mentions(recipe, train, entities)
     trainer = MelTrainer(
         model,
         arguments,
@@ -81,6 +87,23 @@ def run_linking(folder: RunFolder) -> FinishedTraining | None:
     if not trainer.is_world_process_zero():
         return None
     return _evaluate(recipe, trainer, train, validation, entities)
+
+
+def with_extra_mentions(recipe: Recipe, train: datasets.Dataset, entities: datasets.Dataset) -> datasets.Dataset:
+    """Returns the training mentions, and those that `data.extra_mentions` makes of posts and entities."""
+    data, parts = recipe.data, [train.select_columns(list(mention_features()))]
+    if count := data.extra_mentions.get("posts"):
+        try:
+            posts = posts_as_mentions(load_posts(data.dataset, revision=data.revision))
+        except UnknownSplitError as error:
+            raise recipe.error(f"{data.dataset} has no posts.", "Remove data.extra_mentions.posts.") from error
+        for number in range(count):
+            ids = [f"{mention_id}-{number}" if number else mention_id for mention_id in posts["mention_id"]]
+            parts.append(posts.remove_columns("mention_id").add_column("mention_id", ids))
+    if count := data.extra_mentions.get("entities"):
+        parts.append(entities_as_mentions(entities, count, seed=int(recipe.training.get("seed", 0))))
+    features = parts[0].features
+    return datasets.concatenate_datasets([part.select_columns(list(features)).cast(features) for part in parts])
 
 
 def _evaluate(
@@ -105,6 +128,10 @@ def _evaluate(
         inputs = trainer.inputs.without_mention_features()
         evaluation = FullEvaluator(entities, **options)(inputs, validation)
         nil = evaluation.calibrate_nil_threshold() if len(validation) and len(entities) > 1 else None
+    curve = None
+    if not trainer.reranks and len(validation) and hasattr(model.config, "link_calibration"):
+        curve = evaluation.risk_coverage(None if nil is None or nil.simulated else nil.threshold)
+        model.config.link_calibration = dataclasses.asdict(curve)
     # A threshold calibrated on simulated NIL mentions is not stored: it would enable NIL on data that has none.
     if nil is not None and not nil.simulated and hasattr(model.config, "nil_threshold"):
         model.config.nil_threshold = nil.threshold
@@ -127,6 +154,7 @@ def _evaluate(
             "candidates": None if recipe.candidates is None else dataclasses.asdict(recipe.candidates),
             "validation": evaluation.to_dict(),
             "nil": None if nil is None else dataclasses.asdict(nil),
+            **({} if curve is None else {"risk_coverage": dataclasses.asdict(curve)}),
         },
         model_info={} if trainer.inputs.prototypes is None else {"posts": True},
     )

@@ -106,6 +106,9 @@ class DataRecipe:
         train_split, validation_split (`str`): Splits to train on, and to select the best checkpoint with.
         posts_split (`str`, *optional*): Split of the data set's posts to pre-train on, instead of the mentions of
             `train_split`.
+        extra_mentions (`dict`): For linking with a retriever, further training mentions by their source, with a number.
+            `posts: n` takes every post of the data set n times. `entities: n` makes n mentions of every entity
+            ([`~hf_mel.data.posts.entities_as_mentions`]).
     """
 
     dataset: str = ""
@@ -114,6 +117,7 @@ class DataRecipe:
     train_split: str = "train"
     validation_split: str = "validation"
     posts_split: str | None = None
+    extra_mentions: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -260,6 +264,16 @@ class Recipe:
             )
         if not self.data.dataset:
             raise self.error("The section 'data' has no 'dataset'.", "Give a folder or a Hub id.")
+        self.check_keys("data.extra_mentions", self.data.extra_mentions, ("posts", "entities"))
+        for key, count in self.data.extra_mentions.items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise self.error(
+                    f"The value {count!r} of data.extra_mentions.{key} is not a whole number of at least 0."
+                )
+        if self.data.extra_mentions and self.task != "linking":
+            raise self.error(
+                f"data.extra_mentions does not apply to the task {self.task!r}.", "Remove data.extra_mentions."
+            )
         if self.candidates is not None and (self.candidates.source == "file") != bool(self.candidates.file):
             raise self.error("candidates.source: file and candidates.file need each other.", "Give both or neither.")
         if bool(model.type) == bool(model.from_pretrained):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
 import random
 import time
 import warnings
+from collections import Counter
 from typing import Any
 
 import datasets
@@ -18,7 +21,7 @@ from hf_mel.candidates.make import retriever_candidates
 from hf_mel.data.examples import example_groups
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.data.loading import check_golds
-from hf_mel.errors import DataFormatError
+from hf_mel.errors import DataFormatError, RecipeError
 from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator, CandidateResult
 from hf_mel.evaluation.full_evaluator import FullEvaluator, FullResult
 from hf_mel.inference.execution import evaluation_mode
@@ -137,7 +140,16 @@ class MelTrainer(BaseTrainer):
                 random_image=args.random_entity_image,
                 seed=args.seed,
                 random_negatives=args.random_negatives,
+                augment_images=args.augment_images,
             )
+            if args.prior_correction and self.mentions is not None:
+                model_class: Any = type(model)
+                if "entity_log_prior" not in inspect.signature(model_class.forward).parameters:
+                    raise RecipeError(
+                        f"prior_correction is set, but {model_class.__name__} takes no entity_log_prior.",
+                        remedy="Remove training.prior_correction.",
+                    )
+                collator.log_prior = _log_priors(self.mentions, entities, args.prior_correction)
         super().__init__(
             model,  # type: ignore[arg-type]  # The protocols do not say that a model is a module.
             args,
@@ -238,6 +250,14 @@ class MelTrainer(BaseTrainer):
                 return FullEvaluator(self.entities, **options)(inputs, mentions)
             assert self.eval_candidates is not None
             return CandidateEvaluator(self.entities, **options)(inputs, mentions, self.eval_candidates)
+
+
+def _log_priors(mentions: datasets.Dataset, entities: datasets.Dataset, weight: float) -> dict[str, float]:
+    """Returns the weighted logarithm of how often an entity is a gold, relative to the mean, by entity id."""
+    counts = Counter(mentions["entity_id"])
+    smoothed = {entity_id: counts[entity_id] + 0.5 for entity_id in entities["entity_id"]}
+    mean = sum(smoothed.values()) / len(smoothed)
+    return {entity_id: weight * math.log(count / mean) for entity_id, count in smoothed.items()}
 
 
 def _mined_negatives(

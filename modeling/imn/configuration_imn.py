@@ -68,6 +68,9 @@ class ImnConfig(PreTrainedConfig):
             Share of the patches that pre-training masks.
         nil_threshold (`int` or `float`, *optional*):
             A mention whose best score is below it is predicted NIL. Default: never NIL.
+        link_calibration (`dict`, *optional*):
+            Risk–coverage curve of the links on a validation split ([`hf_mel.inference.selective.RiskCoverage`]), from which
+            the linker takes the threshold of a stated precision. Set after training.
     """
 
     model_type: ClassVar[str] = "imn"
@@ -99,6 +102,7 @@ class ImnConfig(PreTrainedConfig):
     loss_weights: list[int | float] | None = None
     patch_mask_probability: int | float = 0.15
     nil_threshold: int | float | None = None
+    link_calibration: dict | None = None
 
     def __post_init__(self, **kwargs):
         if self.text_config is None and self.vision_config is None and self.joint_config is None:

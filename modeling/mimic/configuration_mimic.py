@@ -74,6 +74,9 @@ class MimicConfig(PreTrainedConfig):
         nil_threshold (`int` or `float`, *optional*):
             A mention whose best score is below it is predicted NIL. Set by calibration on a validation split with NIL
             mentions. Default: never NIL.
+        link_calibration (`dict`, *optional*):
+            Risk–coverage curve of the links on a validation split ([`hf_mel.inference.selective.RiskCoverage`]), from which
+            the linker takes the threshold of a stated precision. Set after training.
     """
 
     model_type: ClassVar[str] = "mimic"
@@ -103,6 +106,7 @@ class MimicConfig(PreTrainedConfig):
     image_dropout: int | float = 0.0
     nil_score: bool = False
     nil_threshold: int | float | None = None
+    link_calibration: dict | None = None
 
     def __post_init__(self, **kwargs):
         if self.text_config is None and self.vision_config is None and self.units is None:

@@ -857,6 +857,7 @@ class MimicModel(MimicPreTrainedModel):
         mention_image_mask: torch.Tensor | None = None,
         mention_text_mask: torch.Tensor | None = None,
         entity_image_mask: torch.Tensor | None = None,
+        entity_log_prior: torch.Tensor | None = None,
     ) -> MimicOutput:
         """Scores M mentions against N entities and, given labels, computes the loss.
 
@@ -871,6 +872,9 @@ class MimicModel(MimicPreTrainedModel):
             mention_image_mask, mention_text_mask (`torch.Tensor` [M]), entity_image_mask (`torch.Tensor` [N],
                 *optional*): See [`~MimicModel.encode_mentions`]. The loss of a unit is over the mentions that have its
                 modalities.
+            entity_log_prior (`torch.Tensor` [N], *optional*): Logarithm of how often each entity is a gold in training. It
+                is added to the scores inside the losses, so that the scores themselves do not learn it (logit adjustment,
+                Menon et al., 2021).
         """
         mentions = self.encode_mentions(
             mention_input_ids, mention_attention_mask, mention_pixel_values, mention_image_mask, mention_text_mask
@@ -883,13 +887,16 @@ class MimicModel(MimicPreTrainedModel):
         scores = self._minus_nil(_weighted_sum(unit_scores, self._unit_weights(mentions)), mentions)
         loss = None
         if labels is not None:
-            overall, of_units, columns = scores, present, labels.long()
+            # In the losses, scores are divided by the temperature.
+            prior = 0.0 if entity_log_prior is None else entity_log_prior.float() * self.config.temperature
+            overall, of_units, columns = scores + prior, present, labels.long()
             if hasattr(self, "nil"):
                 known = columns >= 0
-                overall = F.pad(scores, (0, 1))  # NIL
+                overall = F.pad(overall, (0, 1))  # NIL
                 columns = columns.where(known, scores.shape[1])
                 of_units = {unit: known if mask is None else known & mask for unit, mask in present.items()}
-            terms = [(overall, None), *((unit_scores[unit], of_units[unit]) for unit in self.config.unit_losses or ())]
+            units = {unit: unit_scores[unit] + prior for unit in self.config.unit_losses or ()}
+            terms = [(overall, None), *((units[unit], of_units[unit]) for unit in units)]
             losses = [self._contrastive_loss(term, columns, mask) for term, mask in terms]  # eq. 20–21
             loss = torch.stack(losses).sum()  # eq. 22
         return MimicOutput(loss=loss, scores=scores, unit_scores=_nan_where_absent(unit_scores, present))

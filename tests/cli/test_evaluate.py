@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from hf_mel.cli.evaluate import evaluate
 from hf_mel.data.loading import dataset_version
-from hf_mel.errors import RecipeError, UnknownDatasetError, UnknownModelError, UnknownSplitError
+from hf_mel.errors import CalibrationError, RecipeError, UnknownDatasetError, UnknownModelError, UnknownSplitError
 from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.inputs import ModelInputs
 from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model, write_toy_dataset
@@ -89,6 +89,30 @@ def test_the_nil_threshold_is_calibrated_on_another_split(run, tmp_path):
     assert results["nil_calibration"]["split"] == "validation"
     assert not results["nil_calibration"]["simulated"]
     assert "nil_recall" in results["metrics"]
+
+
+def test_a_stated_precision_is_calibrated_on_another_split_or_by_the_model(run, tmp_path):
+    outcome = run("--output", tmp_path / "r.json", "--nil-from", "validation", "--precision", 0.3)
+    results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    whole = toy_mentions(60, nil_every=6)
+    inputs, evaluator = ModelInputs(toy_model(), ToyProcessor()), FullEvaluator(toy_entities())
+    calibrated_on, tested = (evaluator(inputs, whole.select(range(first, first + 20))) for first in (20, 40))
+    threshold = calibrated_on.calibrate_nil_threshold().threshold
+    expected = tested.at_precision(0.3, calibrated_on.risk_coverage(threshold), threshold)
+    assert results["at_precision"] == pytest.approx(expected)
+    assert f"{expected['links']} links" in outcome.stdout
+    assert "NIL mentions: AUC of the best score" in outcome.stdout
+    assert results["nil_detection"]["annotated"]["auc"] == tested.nil_detection()["annotated"]["auc"]
+
+    with pytest.raises(CalibrationError, match="stores no calibration"):
+        run("--precision", 0.3)
+    model = toy_model()
+    model.config.link_calibration = {"confidences": [-1.0], "links": [100], "wrong": [0], "mentions": 100}
+    model.save_pretrained(tmp_path / "model")
+    ToyProcessor().save_pretrained(tmp_path / "model")
+    run("--output", tmp_path / "r.json", "--precision", 0.9, model=tmp_path / "model")
+    assert json.loads((tmp_path / "r.json").read_text())["at_precision"]["links"] == 20
+    assert run("--precision", 2).exit_code == run("--precision", 0.9, "--top-k", 1).exit_code == 2
 
 
 def test_the_default_threshold_is_that_of_the_model(run, tmp_path):

@@ -7,7 +7,14 @@ import pytest
 from PIL import Image
 
 from hf_mel.data.lazy_rows import LazyRows
-from hf_mel.data.posts import SOURCE_TEXT, captions_as_posts, entity_as_post, posts_as_mentions, posts_of
+from hf_mel.data.posts import (
+    SOURCE_TEXT,
+    captions_as_posts,
+    entities_as_mentions,
+    entity_as_post,
+    posts_as_mentions,
+    posts_of,
+)
 from hf_mel.errors import UnknownSplitError
 from hf_mel.schema import entity_features, mention_features, post_features
 from tests.toy import toy_entities, toy_mentions, write_toy_dataset
@@ -60,6 +67,42 @@ def test_posts_as_mentions_have_the_mention_schema():
         assert (row["text"], row["entity_id"]) == (post["text"], post["entity_id"])
         assert (row["mention"], row["start"], row["end"], row["candidates"]) == ("", -1, -1, [])
         assert (row["image"] is None) == (post["image"] is None)
+
+
+def test_mentions_of_entities_say_what_the_knowledge_base_says():
+    blue = Image.new("RGB", (2, 2), (0, 0, 255))
+    swift = {"entity_id": "Q7", "name": "Swift", "description": "singer", "aliases": ["Taylor"], "images": [RED, blue]}
+    rows = [
+        {**swift, "attributes": "Born: 1989. Died: . Genre: pop, folk."},
+        {"entity_id": "Q8", "name": "", "description": "", "attributes": "", "aliases": [], "images": []},
+        {"entity_id": "Q9", "name": "", "description": None, "attributes": None, "aliases": [], "images": [RED]},
+    ]
+    entities = datasets.Dataset.from_list(rows, features=entity_features())
+    made = entities_as_mentions(entities, 40)
+    assert made.features == mention_features()
+    assert [row["entity_id"] for row in made] == ["Q7"] * 40 + ["Q9"] * 40  # nothing is known of Q8
+    assert len(set(made["mention_id"])) == 80
+    known = {"singer.", "Born: 1989.", "Died:.", "Genre: pop, folk.", "Swift.", "Taylor."}
+    texts, names, colours = set(), set(), set()
+    for row in made.select(range(40)):
+        rest = row["text"]
+        for sentence in known:
+            rest = rest.replace(sentence, "", 1)
+        assert not rest.strip(), row["text"]
+        assert row["text"]
+        texts.add(row["text"])
+        names.add(row["mention"])
+        colours.add(row["image"].getpixel((0, 0)))
+        if row["mention"]:
+            assert row["text"][row["start"] : row["end"]] == row["mention"]
+        else:
+            assert (row["start"], row["end"]) == (-1, -1)
+    assert len(texts) > 10
+    assert names == {"", "Swift", "Taylor"}
+    assert colours == {(255, 0, 0), (0, 0, 255)}
+    assert set(made.select(range(40, 80))["text"]) == {""}
+    assert entities_as_mentions(entities, 2)[:] == entities_as_mentions(entities, 2)[:]
+    assert entities_as_mentions(entities, 9)["text"][:] != entities_as_mentions(entities, 9, seed=1)["text"][:]
 
 
 def test_an_entity_gives_a_post_about_itself():

@@ -18,6 +18,7 @@ from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.encode import encode_rows
 from hf_mel.inference.entity_sources import EncodedEntities
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.selective import RiskCoverage
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.schema import NIL
 from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
@@ -252,3 +253,57 @@ def test_only_the_first_image_of_an_entity_is_decoded():
         row["images"] = [*row["images"], broken] if row["images"] else []
     rows = type(ENTITIES).from_list(stored, features=ENTITIES.features)
     assert evaluate(entities=rows).metrics == evaluate().metrics
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_links_at_a_stated_precision_are_counted_one_by_one(learned, monkeypatch):
+    monkeypatch.setattr(MODEL, "learns_nil", learned, raising=False)
+    mentions = toy_mentions(120, entities=12, nil_every=5)
+    scores, golds, ids = forward(mentions), list(mentions["entity_id"]), np.array(ENTITIES["entity_id"])
+    threshold = float(np.median(scores.max(1)) - 1)
+    result = evaluate(mentions, nil_threshold=threshold)
+    links = []  # confidence and whether it is right, of the mentions that are not predicted NIL
+    for row, gold in zip(scores, golds, strict=True):
+        second, best = np.sort(row)[-2:]
+        if best >= threshold:
+            links.append((best - (max(second, 0.0) if learned else second), ids[row.argmax()] == gold))
+    curve = result.risk_coverage(threshold)
+    assert curve.mentions == 120
+    assert curve.links[-1] == len(links)
+    assert curve.wrong[-1] == sum(not right for _, right in links)
+    sure = float(np.median([confidence for confidence, _ in links])) + 1e-4
+    calibration = RiskCoverage([sure, sure - 1], [90, 120], [0, 20], 120)  # passes at the first point alone
+    outcome = result.at_precision(0.95, calibration, threshold)
+    made = [right for confidence, right in links if confidence >= sure]
+    assert outcome["links"] == len(made) > 0
+    assert outcome["precision"] == pytest.approx(mean(made))
+    assert outcome["nil"] == 120 - len(links)
+    assert outcome["review"] == len(links) - len(made)
+    assert outcome["coverage"] == pytest.approx(len(made) / 120)
+    nothing = result.at_precision(0.95, RiskCoverage([], [], [], 0), threshold)
+    assert (nothing["links"], nothing["precision"], nothing["threshold"]) == (0, None, None)
+    json.dumps(nothing)
+
+
+def test_nil_is_also_simulated_by_leaving_out_golds_that_training_lacks():
+    scores, golds, ids = forward(), list(MENTIONS["entity_id"]), list(ENTITIES["entity_id"])
+    train_golds = {"Q1", "Q2", "Q3"}
+    nil, known, left_out = [], [], []
+    for row, gold in zip(scores, golds, strict=True):
+        if gold == NIL:
+            nil.append(row.max())
+            continue
+        known.append(row.max())
+        if gold not in train_golds:
+            left_out.append(np.delete(row, ids.index(gold)).max())
+    results = evaluate(nil_threshold=1.0).nil_detection(train_golds)
+    for name, group in (("annotated", nil), ("left out", left_out)):
+        assert results[name]["num"] == len(group) > 0
+        assert results[name]["auc"] == pytest.approx(mean((a < b) + (a == b) / 2 for a in group for b in known))
+        assert results[name]["recall"] == pytest.approx(mean(value < 1 for value in group))
+    everything = evaluate().nil_detection()
+    assert everything["left out"]["num"] == len(known)
+    assert "recall" not in everything["annotated"]
+    assert "left out" not in evaluate(top_k=1).nil_detection()
+    with pytest.raises(ValueError, match="larger top_k"):
+        evaluate(top_k=1).risk_coverage()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_mel.evaluation.nil import best_other_scores, calibrate_nil_threshold
+from hf_mel.evaluation.nil import best_other_scores, calibrate_nil_threshold, nil_detection
 from hf_mel.inference.ranking import RankingResult
 
 # A case is (score, correct, gold is NIL). Few distinct scores, so that equal scores occur.
@@ -88,3 +88,19 @@ def test_best_other_scores():
     assert best_other_scores(ranking, [4, 4, -1]).tolist() == [2, 3, 3]
     with pytest.raises(ValueError, match="two best"):
         best_other_scores(RankingResult(torch.tensor([[3.0]]), torch.tensor([[4]])), [4])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=20), st.lists(st.integers(-3, 3), min_size=1, max_size=20))
+def test_nil_detection_counts_pairs_and_decisions(nil, known):
+    result = nil_detection(nil, known, threshold=0.5)
+    pairs = [(a < b) + (a == b) / 2 for a in nil for b in known]
+    assert result["num"] == len(nil)
+    assert result["auc"] == pytest.approx(sum(pairs) / len(pairs))
+    predicted = sum(value < 0.5 for value in nil), sum(value < 0.5 for value in known)
+    assert result["recall"] == pytest.approx(predicted[0] / len(nil))
+    if sum(predicted):
+        assert result["precision"] == pytest.approx(predicted[0] / sum(predicted))
+    else:
+        assert np.isnan(result["precision"])
+    assert "recall" not in nil_detection(nil, known)

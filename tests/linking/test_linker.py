@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf_mel.errors import (
+    CalibrationError,
     DataFormatError,
     ImageError,
     KnowledgeBaseError,
@@ -439,7 +440,8 @@ def test_from_pretrained_links_like_a_linker_of_loaded_parts(linker, tmp_path):
 def test_a_result_is_plain_data(linker):
     data = linker(MENTIONS[1], top_k=2).to_dict()
     assert set(data) == {
-        "mention", "start", "end", "entity_id", "is_nil", "nil_threshold", "candidates", "warnings", "num_tied"
+        "mention", "start", "end", "entity_id", "is_nil", "nil_threshold", "candidates", "warnings", "num_tied",
+        "needs_review", "confidence"
     }  # fmt: skip
     assert set(data["candidates"][0]) == {
         "rank", "entity_id", "name", "description", "attributes", "score", "unit_scores", "reranker_score"
@@ -570,3 +572,59 @@ def test_a_reranker_is_loaded_only_as_the_reranker(tmp_path):
         EntityLinker.from_pretrained(tmp_path / "reranker", tmp_path / "kb", device="cpu")
     with pytest.raises(UnknownModelError, match="not as the reranker"):
         EntityLinker.from_pretrained(tmp_path / "run", tmp_path / "kb", reranker=tmp_path / "run", device="cpu")
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_links_less_sure_than_the_precision_asks_are_left_to_a_reviewer(learned):
+    model = toy_model()
+    model.learns_nil = learned
+    kb = build()
+    plain = EntityLinker(model, PROCESSOR, kb)
+    leads = []
+    for mention in MENTIONS:
+        (_, best, _), (_, second, _) = rank_one_by_one(mention)[:2]
+        leads.append(best - max(second, 0.0) if learned else best - second)
+    # A curve on which the 12 surest of these mentions pass, and all others fail.
+    threshold = sorted(leads)[8]
+    curve = {"confidences": [threshold, min(leads)], "links": [100, 200], "wrong": [0, 100], "mentions": 200}
+    model.config.link_calibration = curve
+    linker = EntityLinker(model, PROCESSOR, kb, precision=0.9)
+    assert linker.link_threshold == threshold
+    results, before = linker(MENTIONS), plain(MENTIONS)
+    for result, lead, plain_result in zip(results, leads, before, strict=True):
+        assert result.confidence == pytest.approx(lead, abs=1e-5)
+        if abs(lead - threshold) > 1e-5:
+            assert result.needs_review == (lead < threshold)
+        assert result.entity_id == (None if result.needs_review else plain_result.entity_id)
+        assert [c.entity_id for c in result.candidates] == [c.entity_id for c in plain_result.candidates]
+        assert (plain_result.needs_review, plain_result.confidence) == (False, None)
+    assert 0 < sum(result.needs_review for result in results) < len(results)
+    assert json.loads(json.dumps(results[0].to_dict()))["confidence"] == pytest.approx(leads[0], abs=1e-5)
+    # NIL comes before review, and chosen units have no calibration.
+    assert all(
+        result.is_nil for result in EntityLinker(model, PROCESSOR, kb, nil_threshold=1e9, precision=0.9)(MENTIONS)
+    )
+    assert not any(result.needs_review for result in linker(MENTIONS, units=["text"]))
+
+
+def test_a_precision_that_the_calibration_cannot_show_leaves_all_to_a_reviewer(caplog):
+    model = toy_model()
+    model.config.link_calibration = {"confidences": [0.0], "links": [10], "wrong": [0], "mentions": 10}
+    linker = EntityLinker(model, PROCESSOR, build(), precision=0.99)
+    assert "10 mentions of the model's validation split show a precision of 0.99 for no link" in caplog.text
+    results = linker(MENTIONS)
+    assert all(result.needs_review and result.entity_id is None for result in results)
+    assert linker.describe()["precision"] == 0.99
+
+
+def test_a_precision_without_calibration_or_with_a_reranker_is_an_error():
+    kb, model = build(), toy_model()
+    with pytest.raises(CalibrationError, match="no calibration of its links"):
+        EntityLinker(model, PROCESSOR, kb, precision=0.9)
+    with pytest.raises(ValueError, match="precision=1 must be above 0 and below 1"):
+        EntityLinker(model, PROCESSOR, kb, precision=1)
+    model.config.link_calibration = {"confidences": [], "links": [], "wrong": [], "mentions": 0}
+    with pytest.raises(CalibrationError, match="not for the order of a reranker"):
+        EntityLinker(
+            model, PROCESSOR, kb, precision=0.9, reranker=toy_reranker(), reranker_processor=ToyPairProcessor()
+        )

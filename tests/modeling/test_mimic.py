@@ -342,6 +342,22 @@ def test_the_loss_equals_equation_22(unit_losses):
     assert out.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("nil", [False, True])
+def test_priors_are_added_inside_the_losses_alone(nil):
+    model = build(nil_score=nil, temperature=0.5)
+    batch = batch_for(model, mentions=3, entities=4)
+    labels, prior = [2, 0, 3], [0.5, -1.0, 2.0, 0.0]
+    out = model(**batch, labels=torch.tensor(labels), entity_log_prior=torch.tensor(prior))
+    torch.testing.assert_close(out.scores, model(**batch).scores)
+    expected = 0.0
+    for number, term in enumerate([out.scores, *out.unit_scores.values()]):
+        for scores, gold in zip(term.tolist(), labels, strict=True):
+            logits = [score / 0.5 + added for score, added in zip(scores, prior, strict=True)]
+            rivals = [*logits, 0.0] if nil and number == 0 else logits  # NIL has no prior
+            expected += (np.log(np.exp(rivals).sum()) - logits[gold]) / 3
+    assert out.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 NIL_FORMS = {
     "published": {},
     "text unit": {"units": ["text"], "vision_config": None},

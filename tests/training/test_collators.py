@@ -113,6 +113,28 @@ def test_random_negatives_reach_every_entity_and_differ_between_batches():
     assert len(set(seen)) > 20
 
 
+def test_only_images_of_mentions_are_changed_and_by_the_seed():
+    image = Image.new("RGB", (24, 16), (200, 0, 0))
+    image.paste((0, 0, 200), (0, 0, 12, 16))
+    rows = [{**row("Q1"), "image": image}, row("Q2", 1), {**row("Q3", 2), "image": image}]
+    entities = toy_entities(12)
+
+    def shown(**options):
+        spy = Spy()
+        RetrieverCollator(ModelInputs(None, spy), entities, **options)(rows)
+        mentions = [None if mention["image"] is None else mention["image"].tobytes() for mention in spy.mentions]
+        assert [dict(mention) | {"image": 0} for mention in spy.mentions] == [each | {"image": 0} for each in rows]
+        return mentions, [[picture.tobytes() for picture in entity["images"]] for entity in spy.entities]
+
+    plain, changed = shown(random_image=False), shown(random_image=False, augment_images=True)
+    assert plain[0] == [image.tobytes(), None, image.tobytes()]
+    assert changed[0][1] is None
+    assert len({image.tobytes(), changed[0][0], changed[0][2]}) == 3
+    assert changed[1] == plain[1]
+    assert shown(random_image=False, augment_images=True) == changed
+    assert shown(random_image=False, augment_images=True, seed=1) != changed
+
+
 def _colours(count: int) -> datasets.Dataset:
     images = [Image.new("RGB", (2, 2), (10 * i, 0, 0)) for i in range(count)]
     rows = [

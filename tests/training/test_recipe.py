@@ -92,7 +92,7 @@ def test_overrides_change_nested_values_and_create_missing_sections(tmp_path):
         (
             MINIMAL,
             ("data.zzz=x",),
-            r"unknown key 'data.zzz'. Known keys: config, dataset, posts_split, revision, train_split",
+            r"unknown key 'data.zzz'. Known keys: config, dataset, extra_mentions, posts_split, revision, train_split",
         ),
         (MINIMAL, ("training.seed",), r"The option --set 'training.seed' is not key=value"),
         (MINIMAL, ("a..b=1",), r"The option --set 'a..b=1' is not key=value"),
@@ -106,6 +106,17 @@ def test_overrides_change_nested_values_and_create_missing_sections(tmp_path):
         (MINIMAL, ("model.text=null",), r"neither a pretrained text encoder .* nor a tokenizer to train"),
         (MINIMAL, ("processor.tokenizer={type: wordpiece, vocab_size: 500}",), r"Remove processor.tokenizer"),
         (MINIMAL, ("data.dataset=''",), r"The section 'data' has no 'dataset'"),
+        (
+            MINIMAL,
+            ("data.extra_mentions={entity: 2}",),
+            r"unknown key 'data.extra_mentions.entity'. Did you mean 'entit",
+        ),
+        (MINIMAL, ("data.extra_mentions.posts=yes",), r"True of data.extra_mentions.posts is not a whole number"),
+        (
+            MINIMAL,
+            ("task=knowledge", "data.extra_mentions.posts=1"),
+            r"data.extra_mentions does not apply to the task 'knowledge'",
+        ),
     ],
 )
 def test_errors_name_the_file_and_the_problem(tmp_path, text, overrides, message):

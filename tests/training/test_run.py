@@ -21,11 +21,13 @@ from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.training import run_folder
 from hf_mel.training.assemble import build_model
+from hf_mel.training.linking_run import with_extra_mentions
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run import run_recipe
 from hf_mel.training.run_folder import training_arguments
 from hf_mel.training.trainer import MelTrainer
 from tests.processes import lock_holder
+from tests.toy_posts import toy_posts
 from tests.training.toy_run import recipe_dict, write_dataset
 
 
@@ -90,6 +92,37 @@ def test_without_nil_mentions_no_threshold_is_stored(tmp_path):
     assert nil["simulated"]
     assert nil["threshold"] is not None
     assert AutoModel.from_pretrained(folder).config.nil_threshold is None
+
+
+def test_posts_and_entities_are_further_training_mentions(dataset, tmp_path):
+    recipe = recipe_dict(dataset, num_train_epochs=1, random_negatives=2, prior_correction=1.0, augment_images=True)
+    recipe["data"]["extra_mentions"] = {"entities": 2}
+    recipe["model"]["config"]["nil_score"] = True
+    folder = run_recipe(Recipe.from_dict(recipe), tmp_path / "more")
+    data = results_of(folder)["data"]
+    assert (data["train_mentions"], data["train_nil"]) == (24 + 2 * 12, 4)
+    assert AutoModel.from_pretrained(folder).config.nil_score
+    assert "training mentions from which NIL is learned" in (folder / "README.md").read_text()
+
+    recipe["data"]["extra_mentions"] = {"posts": 1}
+    with pytest.raises(RecipeError, match="has no posts"):
+        run_recipe(Recipe.from_dict(recipe), tmp_path / "none")
+
+
+def test_posts_are_taken_as_often_as_the_recipe_says(tmp_path):
+    dataset = write_dataset(tmp_path / "posted")
+    card = (dataset / "README.md").read_text()
+    config = "- config_name: posts\n  data_files:\n  - {split: kb, path: posts/kb.parquet}\n---"
+    (dataset / "README.md").write_text(config.join(card.rsplit("---", 1)))
+    (dataset / "posts").mkdir()
+    toy_posts().to_parquet(dataset / "posts/kb.parquet")
+    recipe = Recipe.from_dict(recipe_dict(dataset, num_train_epochs=1))
+    recipe.data.extra_mentions = {"posts": 2, "entities": 0}
+    train, entities = load_mentions(dataset, "train"), load_entities(dataset)
+    mentions = with_extra_mentions(recipe, train, entities)
+    assert len(mentions) == len(train) + 2 * len(toy_posts())
+    assert len(set(mentions["mention_id"])) == len(mentions)
+    assert mentions["entity_id"][len(train) :] == toy_posts()["entity_id"][:] * 2
 
 
 def test_the_card_runs_where_hf_mel_is_not_installed(finished, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
@@ -232,6 +233,34 @@ def test_a_model_that_learns_nil_trains_on_nil_mentions_and_on_random_negatives(
     assert len(batch["entity_input_ids"]) == 6
     with pytest.raises(ValueError, match="random_negatives=-1"):
         trainer(tmp_path, random_negatives=-1)
+
+
+class TakesPriors(ToyRetriever):
+    """A retriever that corrects for how often entities are golds."""
+
+    def forward(self, entity_log_prior=None, **inputs):
+        self.log_prior = entity_log_prior
+        return super().forward(**inputs)
+
+
+def test_the_prior_correction_counts_golds_of_the_training_mentions(tmp_path):
+    train = toy_mentions(16)
+    model = TakesPriors(toy_model().config)
+    built = trainer(tmp_path, model, train, prior_correction=0.5, random_negatives=4)
+    rows = [train[0], train[5]]
+    batch = built.data_collator(rows)
+    columns = {label: row["entity_id"] for label, row in zip(batch["labels"].tolist(), rows, strict=True)}
+    golds = train["entity_id"][:]
+    assert len(batch["entity_log_prior"]) == 6
+    mean = (16 + 0.5 * 12) / 12
+    for label, gold in columns.items():
+        expected = 0.5 * math.log((golds.count(gold) + 0.5) / mean)
+        assert batch["entity_log_prior"][label].item() == pytest.approx(expected)
+    model(**batch)
+    assert model.log_prior is batch["entity_log_prior"]
+    with pytest.raises(RecipeError, match="prior_correction is set, but ToyRetriever takes no entity_log_prior"):
+        trainer(tmp_path, prior_correction=1.0)
+    assert "entity_log_prior" not in trainer(tmp_path, train=train).data_collator(rows)
 
 
 def test_golds_are_checked_before_training(tmp_path):
