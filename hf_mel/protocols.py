@@ -258,6 +258,10 @@ class Reranker(Protocol):
 
     Rows of candidates carry `prior`, p(e|m), if their lists have priors. It is 0 for a candidate that the table of
     priors does not hold, and for a gold that was added. A processor that reads `prior` treats a row without it as 0.
+    They carry `list_score` if their lists have scores: the score of the retriever less the best of the mention's list, so
+    at most 0. An entity that the list does not hold has the lowest score of the list.
+
+    A model that needs `list_score` says so ([`reads_list_scores`]).
 
     Optional abilities: [`EncodesImages`], [`RanksJointly`]. Optional attributes: `max_mentions` (`int` or `None`, the
     maximal number of mentions per example; see [`max_mentions`]) and `mentions_per_example` (`int`, see `example_unit`).
@@ -283,6 +287,11 @@ class Reranker(Protocol):
 def max_mentions(model: Any) -> int | None:
     """Returns how many mentions an example of a reranker may have (`max_mentions`); `None` if there is no limit."""
     return getattr(model, "max_mentions", None)
+
+
+def reads_list_scores(model: Any) -> bool:
+    """Returns whether a reranker needs the `list_score` of every candidate (its attribute of this name)."""
+    return bool(getattr(model, "reads_list_scores", False))
 
 
 @runtime_checkable
@@ -312,6 +321,8 @@ class RanksJointly(Protocol):
     def rank_jointly(self, scores: Any, features: Any, mask: Any, contexts: Any) -> Any:
         """Returns scores [M, C] of mentions that are ranked together with the other mentions of their context.
 
+        If it has a fifth parameter `entities`, it also gets numbers [M, C], equal for equal entities.
+
         Args:
             scores (`[M, C]`), features (`[M, C, d]`): Outputs of `forward`.
             mask (`[M, C]`): True for a candidate.
@@ -323,3 +334,8 @@ class RanksJointly(Protocol):
 def ranks_jointly(model: Any) -> bool:
     """Returns whether the model is [`RanksJointly`]; `rank_jointly = None` turns the ability off."""
     return isinstance(model, RanksJointly) and model.rank_jointly is not None
+
+
+def ranks_jointly_by_default(model: Any) -> bool:
+    """Returns whether a model that ranks jointly does so unless asked (its attribute of this name, by default `True`)."""
+    return ranks_jointly(model) and bool(getattr(model, "ranks_jointly_by_default", True))

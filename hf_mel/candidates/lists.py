@@ -21,6 +21,9 @@ from hf_mel.schema import NIL
 #: The source of [`CandidateLists`] whose scores are p(e|m).
 PRIOR = "prior"
 
+#: The source whose scores a reranker starts from.
+_RETRIEVER = "retriever"
+
 #: Key of the Parquet metadata that holds the setting, and marks the file as one of candidates.
 _METADATA_KEY = b"hf_mel.candidates"
 #: Prefix of a column of scores, before the name of the source.
@@ -91,6 +94,40 @@ class CandidateLists:
                         remedy="Give probabilities p(e|m) as priors.",
                     )
         return priors
+
+    @property
+    def relative_scores(self) -> dict[str, dict[str, float]] | None:
+        """Scores by mention id and entity id, less the best score of the mention, so at most 0.
+
+        They are the scores of the source "retriever", or without it those of the only source that has any but priors.
+        Without such a source the value is `None`. A candidate that the source did not give has the lowest score of its
+        list; a list without any score has zeros.
+        """
+        sources = [source for source in self.scores if source != PRIOR and any(map(_has_number, self.scores[source]))]
+        if _RETRIEVER in sources:
+            sources = [_RETRIEVER]
+        if len(sources) != 1:
+            return None
+        relative: dict[str, dict[str, float]] = {}
+        for mention_id, entity_ids, scores in zip(
+            self.mention_ids, self.entity_ids, self.scores[sources[0]], strict=True
+        ):
+            numbers = [score for score in scores if not math.isnan(score)] or [0.0]
+            best, lowest = max(numbers), min(numbers)
+            relative[mention_id] = {
+                entity_id: (lowest if math.isnan(score) else score) - best
+                for entity_id, score in zip(entity_ids, scores, strict=True)
+            }
+        return relative
+
+    def check_relative_scores(self) -> None:
+        """Raises a [`~hf_mel.errors.RecipeError`] if [`CandidateLists.relative_scores`] has no scores."""
+        if self.relative_scores is None:
+            raise RecipeError(
+                "The model reads the scores of the list that it reranks, but the candidates have none, or those of several "
+                "sources without a retriever.",
+                remedy="Make the candidates from one source: retriever, or name.",
+            )
 
     @property
     def longest(self) -> int:
@@ -215,3 +252,7 @@ class CandidateLists:
             {source: [change(scores[row]) for row in rows] for source, scores in self.scores.items()},
             setting,
         )
+
+
+def _has_number(scores: Sequence[float]) -> bool:
+    return not all(map(math.isnan, scores))

@@ -65,6 +65,18 @@ def train(
             soft_wrap=True,
         )
         return
+    if loaded.task == "candidates":
+        recall = ", ".join(
+            f"{100 * value:.1f} at {name.partition('@')[2]}" for name, value in results["candidates"]["recall"].items()
+        )
+        console.print(
+            f"Trained {results['candidates']['count']} retrievers in {minutes}. Golds among the first k candidates, in %: "
+            f"{recall}. To train a reranker on these lists, run its recipe with "
+            f"--set candidates.train_file={folder / 'train.parquet'}",
+            markup=False,
+            soft_wrap=True,
+        )
+        return
     console.print(
         results_table(results["validation"], title=f"{results['recipe']}, {results['data']['validation_split']}")
     )

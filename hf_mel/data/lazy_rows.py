@@ -13,9 +13,16 @@ from hf_mel.data.images import open_image
 from hf_mel.schema import Row
 
 
-def with_prior(entity: Row, prior: float) -> Row:
-    """Returns a view of a candidate's row with its `prior`, p(e|m). A copy would decode the images."""
-    return ChainMap({"prior": prior}, entity)  # type: ignore[arg-type]
+def with_scores(entity: Row, prior: float | None = None, list_score: float | None = None) -> Row:
+    """Returns a view of a candidate's row with its `prior`, p(e|m), and its `list_score`. A copy would decode the images.
+
+    Args:
+        entity (`Row`): The row.
+        prior, list_score (`float`, *optional*): As in [`~hf_mel.protocols.Reranker`]. The view lacks what is `None`.
+    """
+    scores = {"prior": prior, "list_score": list_score}
+    given = {name: value for name, value in scores.items() if value is not None}
+    return ChainMap(given, entity) if given else entity  # type: ignore[arg-type]
 
 
 class LazyRow(Mapping[str, Any]):

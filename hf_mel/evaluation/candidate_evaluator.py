@@ -20,7 +20,7 @@ from hf_mel.inference.execution import model_device
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.ranking import TIE_TOLERANCE
 from hf_mel.inference.reranking import score_pairs
-from hf_mel.protocols import ranks_jointly
+from hf_mel.protocols import ranks_jointly, ranks_jointly_by_default, reads_list_scores
 from hf_mel.schema import NIL
 
 # The metrics are defined in a Space because `evaluate.load` needs a file that imports nothing of this package.
@@ -187,14 +187,16 @@ class CandidateEvaluator(Evaluator):
         labels = self._labels(mentions)
         golds = list(mentions["entity_id"])
         candidates = candidates.for_mentions(mentions)
+        if reads_list_scores(model):
+            candidates.check_relative_scores()
         candidates.rows(entity_ids)  # raises for an unknown candidate, before any pair is scored
         priors = candidates.priors
         padded = PaddedCandidates(candidates, golds, {entity_id: row for row, entity_id in enumerate(entity_ids)})
         # Computed now, because it raises if there is not one source to weight.
         list_scores = None if self.candidate_weight is None else padded.scaled_list_scores(self.candidate_source)
 
-        scores = self._scores(inputs, mentions, padded, priors)
-        order = _JOINT if (ranks_jointly(model) if self.joint is None else self.joint) else _RERANKER
+        scores = self._scores(inputs, mentions, padded, priors, candidates.relative_scores)
+        order = _JOINT if (ranks_jointly_by_default(model) if self.joint is None else self.joint) else _RERANKER
         weighting: dict[str, Any] = {}
         if list_scores is not None:
             weighting = self._add_weighted_order(scores, order, *list_scores, padded.gold_columns)
@@ -267,6 +269,7 @@ class CandidateEvaluator(Evaluator):
         mentions: datasets.Dataset,
         padded: PaddedCandidates,
         priors: Mapping[str, Mapping[str, float]] | None,
+        list_scores: Mapping[str, Mapping[str, float]] | None,
     ) -> dict[str, dict[str, torch.Tensor]]:
         """Returns the reranker's scores [M, C] by protocol and order, -inf for entries that are not candidates."""
         entities: Any = self.entities
@@ -280,6 +283,7 @@ class CandidateEvaluator(Evaluator):
                 entities,
                 padded.rows,
                 priors=padded.priors(priors, padded.ids),
+                list_scores=padded.list_scores(list_scores, padded.ids),
                 joint_masks=list(padded.masks.values()) if joint else [],
                 **options,
             )
@@ -300,6 +304,7 @@ class CandidateEvaluator(Evaluator):
                 entities,
                 rows,
                 priors=padded.priors(priors, ids),
+                list_scores=padded.list_scores(list_scores, ids),
                 joint_masks=[joint_mask] if joint else [],
                 **options,
             )
@@ -443,6 +448,25 @@ class PaddedCandidates:
             [priors[mention_id].get(entity_id, 0.0) for entity_id in listed]
             for mention_id, listed in zip(self.candidates.mention_ids, ids, strict=True)
         ]
+
+    def list_scores(
+        self, scores: Mapping[str, Mapping[str, float]] | None, ids: Sequence[Sequence[str]]
+    ) -> list[list[float]] | None:
+        """Returns the list scores of candidates, for an added gold the lowest of its list.
+
+        Args:
+            scores (`Mapping`, *optional*): [`~hf_mel.candidates.lists.CandidateLists.relative_scores`]; without it the
+                result is `None`.
+            ids (`[M]` sequences of `str`): Ids of the candidates.
+        """
+        if scores is None:
+            return None
+        result = []
+        for mention_id, listed in zip(self.candidates.mention_ids, ids, strict=True):
+            of_list = scores[mention_id]
+            lowest = min(of_list.values(), default=0.0)
+            result.append([of_list.get(entity_id, lowest) for entity_id in listed])
+        return result
 
     def source_scores(self, source: str) -> np.ndarray:
         """Returns the scores [M, C] of a source, -inf for entries that the source did not give."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_mel.data.examples import example_groups
-from hf_mel.data.lazy_rows import LazyRow, LazyRows, with_prior, with_rgb_images
+from hf_mel.data.lazy_rows import LazyRow, LazyRows, with_rgb_images, with_scores
 from hf_mel.errors import ScoreError, UnknownEntityError
 from hf_mel.inference.execution import evaluation_mode, model_device
 from hf_mel.inference.features.image_features import ImageFeatures
@@ -44,6 +45,7 @@ def score_pairs(
     candidates: Sequence[Sequence[int]],
     *,
     priors: Sequence[Sequence[float]] | None = None,
+    list_scores: Sequence[Sequence[float]] | None = None,
     joint_masks: Sequence[torch.Tensor] = (),
     batch_size: int = 64,
     progress: bool = False,
@@ -62,6 +64,8 @@ def score_pairs(
         entities (`datasets.Dataset` or sequence of rows): N entities.
         candidates (M sequences of `int`): Rows of `entities`, 0 to C for each mention.
         priors (M sequences of `float`, *optional*): p(e|m) of the candidates, which their rows then carry as `prior`.
+        list_scores (M sequences of `float`, *optional*): Scores of the list, which the rows then carry as `list_score`
+            ([`~hf_mel.protocols.Reranker`]).
         joint_masks (sequence of `torch.Tensor` `[M, C]`): For each mask, rank jointly among the candidates it selects.
         batch_size (`int`): Pairs per forward pass. An example of dependent pairs that is larger is a batch of its own.
         progress (`bool`): Whether to show a progress bar.
@@ -74,13 +78,15 @@ def score_pairs(
         [`~hf_mel.errors.UnknownEntityError`]: A candidate is not a row of `entities`; names the mention.
         [`~hf_mel.errors.ImageError`]: An image is damaged.
         [`~hf_mel.errors.DataFormatError`]: An example has more mentions than the model's `max_mentions`.
-        `ValueError`: The lengths of `candidates` or `priors` do not match, or the model cannot rank jointly.
+        `ValueError`: The lengths of `candidates`, `priors` or `list_scores` do not match, or the model cannot rank
+            jointly.
     """
     model = inputs.model
     if len(candidates) != len(mentions):
         raise ValueError(f"{len(mentions)} mentions need as many lists of candidates, not {len(candidates)}.")
-    if priors is not None and list(map(len, priors)) != list(map(len, candidates)):
-        raise ValueError("There must be one prior per candidate.")
+    for name, values in (("prior", priors), ("list score", list_scores)):
+        if values is not None and list(map(len, values)) != list(map(len, candidates)):
+            raise ValueError(f"There must be one {name} per candidate.")
     if len(joint_masks) and not ranks_jointly(model):
         raise ValueError(f"{type(model).__name__} cannot rank the mentions of a context jointly.")
     limit = images_per_entity(inputs.processor)
@@ -111,14 +117,21 @@ def score_pairs(
             if images is not None:
                 mention_rows = dict(zip(numbers, images.attach(mention_rows.values()), strict=True))
                 entity_rows = dict(zip(entity_numbers, images.attach(entity_rows.values()), strict=True))
-            pairs = _Pairs(mention_rows, entity_rows, candidates, priors)
+            pairs = _Pairs(mention_rows, entity_rows, candidates, priors, list_scores)
             score = _score_independent if model.pairs_are_independent else _score_examples
             scores, features = score(inputs, pairs, groups_in_chunk, batch_size, bar.update)
             result.scores[numbers, : scores.shape[1]] = scores
             if joint_masks:
                 contexts = torch.tensor([k for k, group in enumerate(groups_in_chunk) for _ in group])
                 for mask, joint in zip(joint_masks, result.joint, strict=True):
-                    joint[numbers] = _joint_scores(model, result.scores[numbers], features, mask[numbers], contexts)
+                    joint[numbers] = _joint_scores(
+                        model,
+                        result.scores[numbers],
+                        features,
+                        mask[numbers],
+                        contexts,
+                        [candidates[number] for number in numbers],
+                    )
             if images is not None and inputs.image_features is None:
                 images.forget_mentions()
     inputs.left_out.warn("pairs")
@@ -131,18 +144,22 @@ class _Pairs:
 
     Args:
         mentions, entities (`dict[int, Row]`): Rows by their numbers.
-        candidates, priors: As in [`score_pairs`], of all mentions.
+        candidates, priors, list_scores: As in [`score_pairs`], of all mentions.
     """
 
     mentions: dict[int, Row]
     entities: dict[int, Row]
     candidates: Sequence[Sequence[int]]
     priors: Sequence[Sequence[float]] | None
+    list_scores: Sequence[Sequence[float]] | None
 
     def candidate(self, i: int, c: int) -> Row:
-        """Returns the row of candidate c of mention i, with its prior."""
-        entity = self.entities[self.candidates[i][c]]
-        return entity if self.priors is None else with_prior(entity, float(self.priors[i][c]))
+        """Returns the row of candidate c of mention i, with its prior and its list score."""
+        return with_scores(
+            self.entities[self.candidates[i][c]],
+            prior=None if self.priors is None else float(self.priors[i][c]),
+            list_score=None if self.list_scores is None else float(self.list_scores[i][c]),
+        )
 
 
 def _row_reader(rows: datasets.Dataset | Sequence[Row], limit: int | None) -> Callable[[list[int]], list[Any]]:
@@ -294,7 +311,12 @@ def _check_scores(scores: torch.Tensor, pairs: Sequence[tuple[Row, Row]]) -> Non
 
 
 def _joint_scores(
-    model: Any, scores: torch.Tensor, features: Any, mask: torch.Tensor, contexts: torch.Tensor
+    model: Any,
+    scores: torch.Tensor,
+    features: Any,
+    mask: torch.Tensor,
+    contexts: torch.Tensor,
+    candidates: Sequence[Sequence[int]],
 ) -> torch.Tensor:
     """Returns the scores [m, C] of ranking jointly. Mentions without a candidate in `mask` do not take part."""
     mask = mask & scores.isfinite()
@@ -305,12 +327,17 @@ def _joint_scores(
     width = features.shape[1]
     device = model_device(model)
     inner_mask, inner_scores = mask[taking_part, :width], scores[taking_part, :width]
-    arguments = (
+    arguments: tuple[torch.Tensor, ...] = (
         inner_scores.masked_fill(~inner_mask, -torch.inf),
         features[taking_part],
         inner_mask,
         contexts[taking_part],
     )
+    if "entities" in inspect.signature(model.rank_jointly).parameters:
+        entities = torch.full(mask.shape, -1)
+        for row, numbers in enumerate(candidates):
+            entities[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+        arguments = (*arguments, entities[taking_part, :width])
     with torch.autocast(device.type, enabled=False):
         joint = model.rank_jointly(*(tensor.to(device) for tensor in arguments)).float().cpu()
     if not joint[inner_mask].isfinite().all():

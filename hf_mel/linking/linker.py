@@ -43,7 +43,7 @@ from hf_mel.protocols import (
     knows_posts,
     learns_nil,
     leaves_out_missing_images,
-    ranks_jointly,
+    ranks_jointly_by_default,
 )
 from hf_mel.row_columns import ColumnMapping
 from hf_mel.row_files import other_unicode_form
@@ -563,12 +563,16 @@ class EntityLinker:
             entities.append({**entity, "images": [] if image is None else [image]})
         self._warn_of_unread_columns(entities)
         mask = torch.ones(len(candidates), max(map(len, candidates)), dtype=torch.bool)
-        joint = ranks_jointly(self.reranker)
+        joint = ranks_jointly_by_default(self.reranker)
         scored = score_pairs(
             self._reranker_inputs,
             rows,
             entities,
             [[position_of[row] for row in entity_rows] for entity_rows in candidates],
+            list_scores=[
+                [score - max(mention.scores) for score in mention.scores[: len(entity_rows)]]
+                for mention, entity_rows in zip(ranked, candidates, strict=True)
+            ],
             joint_masks=[mask] if joint else [],
         )
         scores = scored.joint[0] if joint else scored.scores

@@ -39,6 +39,16 @@ class MelTrainingArguments(TrainingArguments):
         negatives_from (`int`, *optional*):
             For a reranker: draw negatives from this many of the other candidates, counted from the start of the list.
             These are the hardest if the list is sorted by score. `None`: all other candidates.
+        hard_negatives (`int`, *optional*, defaults to 0):
+            For a reranker: how many of the `num_negatives` are not drawn, but the first of the other candidates.
+        context_negatives (`bool`, *optional*, defaults to `False`):
+            For a reranker: whether the golds of the other mentions of its context are negatives of a mention, beside the
+            `num_negatives`. A model that reads the whole text would otherwise learn whether an entity is spoken of in it,
+            and not whether this mention means it.
+        easy_share (`float`, *optional*, defaults to 1.0):
+            For a reranker: the share of the easy examples that an epoch trains on, drawn anew in every epoch. An example
+            is easy if its mentions are alone in their context, and no other entity than the gold has a name with all words
+            of the mention. The others are in every epoch.
         mined_negatives (`int`, *optional*, defaults to 0):
             For a retriever: beside the golds of its mentions, every batch has this many negatives for each of them, from
             the whole knowledge base. They are the entities with the highest scores of the model before training, without
@@ -73,6 +83,16 @@ class MelTrainingArguments(TrainingArguments):
     num_negatives: int = field(default=1, metadata={"help": "Number of a reranker's negatives per mention."})
     negatives_from: int | None = field(
         default=None, metadata={"help": "Draw a reranker's negatives from this many of the first other candidates."}
+    )
+    hard_negatives: int = field(
+        default=0, metadata={"help": "How many of a reranker's negatives are the first of the other candidates."}
+    )
+    context_negatives: bool = field(
+        default=False,
+        metadata={"help": "A reranker's negatives include the golds of the other mentions of a context."},
+    )
+    easy_share: float = field(
+        default=1.0, metadata={"help": "Share of the easy examples that a reranker sees in an epoch."}
     )
     mined_negatives: int = field(
         default=0, metadata={"help": "Negatives of a retriever's mention from the whole knowledge base."}
@@ -116,9 +136,15 @@ class MelTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        for name in ("mined_negatives", "random_negatives", "prior_correction"):
+        for name in ("mined_negatives", "random_negatives", "prior_correction", "hard_negatives"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0.")
+        if self.hard_negatives > self.num_negatives:
+            raise ValueError(
+                f"hard_negatives={self.hard_negatives} are some of the num_negatives={self.num_negatives}, so not more."
+            )
+        if not 0 <= self.easy_share <= 1:
+            raise ValueError(f"easy_share={self.easy_share} must be between 0 and 1.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False, because the processor reads the columns.")
         if not torch.accelerator.is_available():

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from hf_mel.data.examples import example_groups
-from hf_mel.data.lazy_rows import LazyRow, LazyRows, with_prior
+from hf_mel.data.lazy_rows import LazyRow, LazyRows, with_scores
 from hf_mel.errors import UnknownEntityError
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import images_per_entity, learns_nil
@@ -164,7 +164,8 @@ class PairCollator:
 
     A mention comes with its gold and `num_negatives` other entities. Negatives are drawn from the mention's candidates,
     and from the whole knowledge base if these are too few. No gold of an example is a negative in it, and no negative
-    occurs in it twice. The gold's position is random, so only `labels` reveals it.
+    occurs in it twice. The gold's position is random, so only `labels` reveals it. With `context_golds`, the golds of
+    the other mentions of its context are further negatives of a mention.
 
     In a "document", candidates of one mention are evidence for the others. Each mention has a separate list, as in
     evaluation, so the gold of one mention can be a negative of another. With as many negatives as the lists have other
@@ -180,7 +181,14 @@ class PairCollator:
         candidates (`Mapping[str, Sequence[str]]`): Entity ids by mention id. A missing mention has no candidates.
         priors (`Mapping[str, Mapping[str, float]]`, *optional*): p(e|m) by mention id and entity id. If given, every
             candidate row, gold or negative, has a `prior`, which is 0 for a pair without one.
+        list_scores (`Mapping[str, Mapping[str, float]]`, *optional*): Scores of the candidates by mention id and entity id,
+            at most 0 ([`~hf_mel.candidates.lists.CandidateLists.relative_scores`]). If given, every candidate row has a
+            `list_score`; an entity that is not in the list of its mention has the lowest.
         num_negatives (`int`, *optional*, defaults to 1): Negatives of each mention. A tiny knowledge base gives fewer.
+        hard_negatives (`int`, *optional*, defaults to 0): How many of the negatives are the first of the other candidates.
+            The rest is drawn.
+        context_golds (`Mapping[str, Sequence[str]]`, *optional*): Golds by context id. If given, those of the other
+            mentions of its context are negatives of a mention, beside the `num_negatives`.
         negatives_from (`int`, *optional*): Draw negatives from this many of the other candidates, counted from the start
             of the list. `None`: all other candidates.
         unit (`str`, *optional*, defaults to `"mention"`): The model's `example_unit`. From a "context",
@@ -201,8 +209,11 @@ class PairCollator:
         candidates: Mapping[str, Sequence[str]],
         *,
         priors: Mapping[str, Mapping[str, float]] | None = None,
+        list_scores: Mapping[str, Mapping[str, float]] | None = None,
         num_negatives: int = 1,
+        hard_negatives: int = 0,
         negatives_from: int | None = None,
+        context_golds: Mapping[str, Sequence[str]] | None = None,
         unit: str = "mention",
         mentions_per_example: int = 1,
         random_image: bool = True,
@@ -210,8 +221,9 @@ class PairCollator:
     ):
         if num_negatives < 1:
             raise ValueError(f"num_negatives={num_negatives} must be at least 1.")
-        self.inputs, self.candidates, self.priors = inputs, candidates, priors
-        self.num_negatives, self.negatives_from = num_negatives, negatives_from
+        self.inputs, self.candidates, self.priors, self.list_scores = inputs, candidates, priors, list_scores
+        self.num_negatives, self.hard_negatives, self.negatives_from = num_negatives, hard_negatives, negatives_from
+        self.context_golds = context_golds or {}
         self.unit, self.mentions_per_example = unit, mentions_per_example
         self.random_image, self.seed, self.epoch = random_image, seed, 0
         self.entities = LazyRows(entities)
@@ -243,8 +255,11 @@ class PairCollator:
                 gold = self._row_of[mention["entity_id"]]
                 if self.unit == "document":
                     excluded = {gold}
-                negatives = self._draw_negatives(mention, excluded, draw)
-                excluded |= set(negatives)
+                # Golds of other mentions are no other mention's drawn negatives, as eq. 11 of MMEL asks.
+                others = self._golds_of_context(mention) - {gold}
+                drawn = self._draw_negatives(mention, excluded | others, draw)
+                excluded |= set(drawn)
+                negatives = [*sorted(others), *drawn]
                 position = draw.randint(0, len(negatives))
                 mentions.append(mention)
                 lists.append([*negatives[:position], gold, *negatives[position:]])
@@ -258,15 +273,32 @@ class PairCollator:
             for row in rows
         ]
         mentions, entities = self.inputs.mention_rows(mentions), self.inputs.entity_rows(entities)
-        if self.priors is not None:
-            numbers = ((mention, row) for mention, rows in zip(mentions, lists, strict=True) for row in rows)
+        numbers = [
+            (mention["mention_id"], self._ids[row])
+            for mention, rows in zip(mentions, lists, strict=True)
+            for row in rows
+        ]
+        if self.priors is not None or self.list_scores is not None:
             entities = [
-                with_prior(entity, self.priors.get(mention["mention_id"], {}).get(self._ids[row], 0.0))
-                for entity, (mention, row) in zip(entities, numbers, strict=True)
+                with_scores(entity, self._prior(*number), self._list_score(*number))
+                for entity, number in zip(entities, numbers, strict=True)
             ]
         remaining = iter(entities)
         pairs = [(mention, [next(remaining) for _ in rows]) for mention, rows in zip(mentions, lists, strict=True)]
         return {**self.inputs.processor(pairs=pairs), "labels": torch.tensor(labels)}
+
+    def _prior(self, mention_id: str, entity_id: str) -> float | None:
+        return None if self.priors is None else self.priors.get(mention_id, {}).get(entity_id, 0.0)
+
+    def _list_score(self, mention_id: str, entity_id: str) -> float | None:
+        if self.list_scores is None:
+            return None
+        scores = self.list_scores.get(mention_id, {})
+        return scores[entity_id] if entity_id in scores else min(scores.values(), default=0.0)
+
+    def _golds_of_context(self, mention: Row) -> set[int]:
+        """Returns the rows of the golds of a mention's context, which are its negatives but for its gold."""
+        return {self._row_of[entity_id] for entity_id in self.context_golds.get(mention["context_id"], ())}
 
     def _draw_mentions(self, example: Sequence[Row], draw: random.Random) -> list[Row]:
         if self.unit != "context":
@@ -291,7 +323,9 @@ class PairCollator:
         ids = self.candidates.get(mention["mention_id"], ())
         rows = dict.fromkeys(self._find_row(entity_id, mention, "candidate") for entity_id in ids)
         eligible = [row for row in rows if row not in excluded][: self.negatives_from]
-        negatives = draw.sample(eligible, min(self.num_negatives, len(eligible)))
+        negatives = eligible[: min(self.hard_negatives, self.num_negatives)]
+        eligible = eligible[len(negatives) :]
+        negatives += draw.sample(eligible, min(self.num_negatives - len(negatives), len(eligible)))
         num_missing = min(self.num_negatives, len(self._ids) - len(excluded)) - len(negatives)
         while num_missing > 0:
             row = draw.randrange(len(self._ids))

@@ -187,9 +187,11 @@ def candidates_from_recipe(
         raise recipe.error(
             "A reranker needs candidates.", "Add a section, for instance candidates: {source: name, k: 100}."
         )
-    if section.source == "file":
-        assert section.file is not None
-        return CandidateLists.load(section.file.replace("{split}", split)).for_mentions(mentions).top(section.k)
+    file = section.file.replace("{split}", split) if section.file is not None else None
+    if split == recipe.data.train_split and section.train_file is not None:
+        file = section.train_file
+    if file is not None:
+        return CandidateLists.load(file).for_mentions(mentions).top(section.k)
     return make_candidates(
         section.source,
         mentions,

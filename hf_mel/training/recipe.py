@@ -18,7 +18,7 @@ from hf_mel.errors import MissingExtraError, RecipeError, UnknownModelError
 from hf_mel.files import package_folder
 
 #: The tasks that a recipe can train a model for.
-TASKS = ("linking", "pretraining", "knowledge")
+TASKS = ("linking", "pretraining", "knowledge", "candidates")
 
 
 class RecipeYamlLoader(yaml.SafeLoader):
@@ -131,6 +131,9 @@ class CandidatesRecipe:
         scorer (`str`, *optional*, defaults to `"WRatio"`): String similarity for the source "name".
         retriever (`str`, *optional*): Run folder or Hub id of a trained retriever.
         file (`str`, *optional*): Output file of `hf-mel candidates`. `{split}` is replaced by the name of the split.
+        train_file (`str`, *optional*): File with the candidates of the training split, instead of the source. The lists of
+            a retriever for mentions that it was trained on are easier than those of other mentions, so a reranker should
+            learn from lists that a recipe with the task "candidates" wrote.
     """
 
     source: str = ""
@@ -138,6 +141,21 @@ class CandidatesRecipe:
     scorer: str = "WRatio"
     retriever: str | None = None
     file: str | None = None
+    train_file: str | None = None
+
+
+@dataclass
+class FoldsRecipe:
+    """Section `folds:` of a recipe with the task "candidates".
+
+    Args:
+        count (`int`, *optional*, defaults to 2): Number of parts of the training split. A document is in one part. For each
+            part, a retriever is trained on the others.
+        k (`int`, *optional*, defaults to 16): Number of candidates per mention.
+    """
+
+    count: int = 2
+    k: int = 16
 
 
 @dataclass
@@ -146,8 +164,9 @@ class Recipe:
 
     Args:
         name (`str`): The run folder is `runs/<name>`.
-        task (`str`): "linking"; "pretraining" on posts, a stage before linking; or "knowledge", an optional stage between
-            the two that trains on the posts that serve as entity prototypes.
+        task (`str`): "linking"; "pretraining" on posts, a stage before linking; "knowledge", an optional stage between
+            the two that trains on the posts that serve as entity prototypes; or "candidates", which writes the lists of
+            the training split that a reranker learns from, each by a retriever that was not trained on its mention.
         description (`str`): One line about the model.
         license (`str`): Licence identifier of the trained model, as the Hub spells it.
         citation (`str`): BibTeX for the model card.
@@ -155,6 +174,7 @@ class Recipe:
         processor ([`ProcessorRecipe`]): The processor that turns rows into tensors.
         data ([`DataRecipe`]): The data set and its splits.
         candidates ([`CandidatesRecipe`], *optional*): For a reranker, the candidates of the mentions.
+        folds ([`FoldsRecipe`], *optional*): For the task "candidates", the number of retrievers and of candidates.
         training (`dict`): Fields of [`~hf_mel.training.arguments.MelTrainingArguments`].
         source (`str`, *optional*): File that the recipe was read from. Errors name it; it is not saved.
     """
@@ -168,6 +188,7 @@ class Recipe:
     citation: str = ""
     processor: ProcessorRecipe = field(default_factory=ProcessorRecipe)
     candidates: CandidatesRecipe | None = None
+    folds: FoldsRecipe | None = None
     training: dict[str, Any] = field(default_factory=dict)
     source: str | None = None
 
@@ -227,6 +248,8 @@ class Recipe:
             _check_type(value, str, name, file)
         if content.get("candidates") is not None:
             sections["candidates"] = _build_section(CandidatesRecipe, content["candidates"], "candidates", file)
+        if content.get("folds") is not None:
+            sections["folds"] = _build_section(FoldsRecipe, content["folds"], "folds", file)
         training = content.get("training") or {}
         _check_type(training, dict, "training", file)
         recipe = cls(**plain, **sections, training=_read_words(training, False), source=file)
@@ -261,6 +284,17 @@ class Recipe:
             raise self.error(
                 f"data.posts_split does not apply to the task {self.task!r}.",
                 "Remove data.posts_split, or set task: pretraining.",
+            )
+        if self.folds is not None and self.task != "candidates":
+            raise self.error(
+                f"The section 'folds' does not apply to the task {self.task!r}.",
+                "Remove the section, or set task: candidates.",
+            )
+        if self.folds is not None and (self.folds.count < 2 or self.folds.k < 1):
+            raise self.error("folds.count must be at least 2, and folds.k at least 1.")
+        if self.task == "candidates" and self.candidates is not None:
+            raise self.error(
+                "The task 'candidates' makes candidates and reads none.", "Remove the section 'candidates'."
             )
         if not self.data.dataset:
             raise self.error("The section 'data' has no 'dataset'.", "Give a folder or a Hub id.")
@@ -406,7 +440,13 @@ def apply_override(content: dict[str, Any], override: str, file: str | None) -> 
 
 def _is_text(key: str) -> bool:
     """Whether a key of a recipe, with dots between its levels, takes a text."""
-    sections = {"": Recipe, "model": ModelRecipe, "data": DataRecipe, "candidates": CandidatesRecipe}
+    sections = {
+        "": Recipe,
+        "model": ModelRecipe,
+        "data": DataRecipe,
+        "candidates": CandidatesRecipe,
+        "folds": FoldsRecipe,
+    }
     section, _, name = key.rpartition(".")
     return section in sections and _field_types(sections[section]).get(name, "").startswith("str")
 

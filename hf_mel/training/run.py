@@ -8,6 +8,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from hf_mel.training.fold_lists import write_fold_lists
 from hf_mel.training.linking_run import run_linking
 from hf_mel.training.pretraining import run_pretraining
 from hf_mel.training.recipe import Recipe
@@ -19,7 +20,8 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
 
     The folder contains weights, configuration, processor, the code that loads them without hf_mel, the model card, the
     recipe with all its defaults, the training log and its plot, and results.json, which is written last. During
-    training, it contains only the recipe and the checkpoints. The checkpoints are removed at the end.
+    training, it contains only the recipe and the checkpoints. The checkpoints are removed at the end. With the task
+    "candidates", it contains the candidate lists of the training split instead of a model.
 
     Args:
         recipe ([`~hf_mel.training.recipe.Recipe`]): The recipe.
@@ -42,6 +44,9 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
         if folder.is_finished:
             return folder.path
         with quiet_transformers():
+            if recipe.task == "candidates":
+                write_fold_lists(folder)
+                return folder.path
             finished = run_pretraining(folder) if recipe.task == "pretraining" else run_linking(folder)
             if finished is not None:
                 folder.write(finished)

@@ -74,6 +74,35 @@ class GroupingSampler(Sampler[int]):
         return iter([index for group in groups for index in group])
 
 
+class EasyShareSampler(GroupingSampler):
+    """Sampler that yields every hard index once per epoch, and a share of the easy ones, drawn anew in every epoch.
+
+    The order depends only on the arguments and the epoch.
+
+    Args:
+        is_easy (sequence of `bool` [M]): Whether each index is easy.
+        share (`float`): Share of the easy indices in an epoch, from 0 to 1.
+        seed (`int`): Seed of the order.
+    """
+
+    def __init__(self, is_easy: Sequence[bool], share: float, seed: int = 0):
+        super().__init__(range(len(is_easy)), seed=seed)
+        self._hard = [index for index, easy in enumerate(is_easy) if not easy]
+        self._easy = [index for index, easy in enumerate(is_easy) if easy]
+        self._num_easy = round(share * len(self._easy))
+        if not len(self):
+            self._num_easy = min(1, len(self._easy))  # an epoch without a batch would end training
+
+    def __len__(self) -> int:
+        return len(self._hard) + self._num_easy
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"{self.seed} {self.epoch}")
+        indices = self._hard + draw.sample(self._easy, self._num_easy)
+        draw.shuffle(indices)
+        return iter(indices)
+
+
 def surface_key(mention: str) -> str:
     """Returns the last word of a surface form, case folded. "Tom Hiddleston" and "HIDDLESTON" share a key."""
     words = mention.casefold().split()

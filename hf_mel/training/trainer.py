@@ -24,14 +24,16 @@ from hf_mel.data.loading import check_golds
 from hf_mel.errors import DataFormatError, RecipeError
 from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator, CandidateResult
 from hf_mel.evaluation.full_evaluator import FullEvaluator, FullResult
+from hf_mel.evaluation.strata import names_by_id
 from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.protocols import MelProcessor, Reranker, Retriever, learns_nil, max_mentions
+from hf_mel.names import namesakes_of
+from hf_mel.protocols import MelProcessor, Reranker, Retriever, learns_nil, max_mentions, reads_list_scores
 from hf_mel.schema import NIL
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.base_trainer import BaseTrainer
 from hf_mel.training.collators import Examples, PairCollator, RetrieverCollator
-from hf_mel.training.sampling import GroupingSampler, grouping_sampler
+from hf_mel.training.sampling import EasyShareSampler, GroupingSampler, grouping_sampler
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ class MelTrainer(BaseTrainer):
         DataFormatError: no mention is left to train on, a mention has no list of candidates, a prior is no probability, or
             a document has more mentions than the model's `max_mentions`.
         RecipeError: `head_learning_rate` is set, and the model does not name its pretrained parts; or a reranker has no
-            candidates.
+            candidates, or reads their scores and they have none.
     """
 
     def __init__(
@@ -117,14 +119,21 @@ class MelTrainer(BaseTrainer):
             unit = str(model.example_unit)
             if self.mentions is not None:
                 rows = Examples(self.mentions, unit, max_mentions(model))
-                sampler = GroupingSampler(range(len(rows)), seed=args.seed)
+                sampler = (
+                    GroupingSampler(range(len(rows)), seed=args.seed)
+                    if args.easy_share == 1
+                    else EasyShareSampler(_easy_examples(self.mentions, entities, unit), args.easy_share, args.seed)
+                )
             collator = PairCollator(
                 self.inputs,
                 entities,
                 train_candidates.by_mention if train_candidates is not None else {},
                 priors=None if train_candidates is None else train_candidates.priors,
+                list_scores=None if train_candidates is None else train_candidates.relative_scores,
                 num_negatives=args.num_negatives,
+                hard_negatives=args.hard_negatives,
                 negatives_from=args.negatives_from,
+                context_golds=_golds_by_context(self.mentions) if args.context_negatives else None,
                 unit=unit,
                 mentions_per_example=getattr(model, "mentions_per_example", 1),
                 random_image=args.random_entity_image,
@@ -260,6 +269,28 @@ def _log_priors(mentions: datasets.Dataset, entities: datasets.Dataset, weight: 
     return {entity_id: weight * math.log(count / mean) for entity_id, count in smoothed.items()}
 
 
+def _easy_examples(mentions: datasets.Dataset, entities: datasets.Dataset, unit: str) -> list[bool]:
+    """Returns for each example whether all its mentions are alone in their context and have no namesake but the gold."""
+    contexts = Counter(mentions["context_id"])
+    names = names_by_id(entities) or {}
+    namesakes = namesakes_of((surface or "" for surface in mentions["mention"]), names)
+    is_easy = [
+        contexts[context] == 1 and not namesakes[surface or ""] - {gold}
+        for context, surface, gold in zip(
+            mentions["context_id"], mentions["mention"], mentions["entity_id"], strict=True
+        )
+    ]
+    return [all(is_easy[row] for row in rows) for rows in example_groups(mentions, unit)]
+
+
+def _golds_by_context(mentions: datasets.Dataset | None) -> dict[str, list[str]]:
+    golds: dict[str, list[str]] = {}
+    if mentions is not None:
+        for context, gold in zip(mentions["context_id"], mentions["entity_id"], strict=True):
+            golds.setdefault(context, []).append(gold)
+    return golds
+
+
 def _mined_negatives(
     inputs: ModelInputs,
     mentions: datasets.Dataset,
@@ -292,6 +323,8 @@ def _check_candidates(
         raise missing_candidates_error(
             type(model).__name__, "Give train_candidates and eval_candidates, or in a recipe candidates.source."
         )
+    if reads_list_scores(model):
+        lists.check_relative_scores()
     lists.for_mentions(mentions).rows(entities["entity_id"])
 
 

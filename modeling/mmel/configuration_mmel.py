@@ -56,6 +56,30 @@ class MmelConfig(PreTrainedConfig):
             Weight of S in the averages of collaborative ranking (§3.5). 1 is the average of the paper. With a lower
             weight, S decides only between candidates of similar m; with 0, the order of each mention's candidates
             stays. Training does not use it, so it can be changed in a trained model.
+        training_unit (`str`, *optional*, defaults to `"context"`):
+            What a training example is. `"context"` draws two mentions of a context, and one twice if it is alone, as in the
+            paper (§3.4). `"mention"` is each mention by itself, which costs half; without a pairwise loss only.
+        list_weight (`int` or `float`, *optional*):
+            With a weight, the log-odds of m are those of eq. 10 plus this weight times the score of the list that the
+            model reranks, times a learned scale that starts at 1. The classifier of eq. 10 then starts at zero, so that
+            training starts from the order of the list. Rows need a `list_score`. `None`, as in the paper: not read.
+        name_weight (`int` or `float`, *optional*):
+            As `list_weight`, for a bit that says whether a name or alias of the entity has all words of the mention.
+        pooled_sides (`bool`, *optional*, defaults to `False`):
+            Whether the classifier also reads how the two texts compare: product and absolute difference of the means of
+            their states, of which each has mean 0 and variance 1.
+        list_loss_weight (`int` or `float`, *optional*, defaults to 0):
+            Weight of a further loss, the cross entropy of the gold among all candidates of its mention. 0, as in the paper,
+            leaves it out.
+        joint_combination (`str`, *optional*, defaults to `"probabilities"`):
+            What ranking jointly combines: `"probabilities"` are the averages of §3.5. With `"log_odds"`, a candidate's
+            log-odds are increased by what the best candidate of each other mention would then add, less what it adds alone:
+            its own log-odds plus `similarity_weight` times the log-odds of S.
+        distinct_entities (`bool`, *optional*, defaults to `False`):
+            Whether two mentions of a context never mean the same entity when they are ranked jointly. Only with
+            `joint_combination="log_odds"`.
+        joint_ranking (`bool`, *optional*, defaults to `True`):
+            Whether mentions are ranked jointly unless asked. Training does not use it.
         missing_images (`str`, *optional*, defaults to `"masked"`):
             Treatment of a missing image. `"masked"` leaves it out of every attention, as the paper does; the image of a
             candidate is read even if the mention has none. `"absent"` reads it only if the mention has an image, so that
@@ -87,6 +111,14 @@ class MmelConfig(PreTrainedConfig):
     pairwise_loss_weight: int | float = 0.5
     margin: int | float = 0.3
     similarity_weight: int | float = 1
+    training_unit: str = "context"
+    list_weight: int | float | None = None
+    name_weight: int | float | None = None
+    pooled_sides: bool = False
+    list_loss_weight: int | float = 0
+    joint_combination: str = "probabilities"
+    distinct_entities: bool = False
+    joint_ranking: bool = True
     missing_images: str = "masked"
     image_dropout: int | float = 0.0
 
@@ -103,6 +135,16 @@ class MmelConfig(PreTrainedConfig):
             raise ValueError(f"fusion={self.fusion!r} is not one of 'mcm', 'm_encoder'.")
         if self.missing_images not in ("masked", "absent"):
             raise ValueError(f"missing_images={self.missing_images!r} is not one of 'masked', 'absent'.")
+        if self.joint_combination not in ("probabilities", "log_odds"):
+            raise ValueError(
+                f"joint_combination={self.joint_combination!r} is not one of 'probabilities', 'log_odds'."
+            )
+        if self.training_unit not in ("context", "mention"):
+            raise ValueError(f"training_unit={self.training_unit!r} is not one of 'context', 'mention'.")
+        if self.training_unit == "mention" and self.pairwise_loss_weight:
+            raise ValueError("training_unit='mention' has no pairs for eq. 11. Set pairwise_loss_weight=0.")
+        if self.distinct_entities and self.joint_combination != "log_odds":
+            raise ValueError("distinct_entities=True needs joint_combination='log_odds'.")
         if self.image_dropout and self.missing_images != "absent":
             raise ValueError(f"image_dropout={self.image_dropout} needs missing_images='absent'.")
         if self.vision_config is None:
@@ -125,8 +167,15 @@ class MmelConfig(PreTrainedConfig):
         for field in ("dropout", "image_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 0 and below 1.")
-        for field in ("pairwise_loss_weight", "margin", "similarity_weight"):
-            if getattr(self, field) < 0:
+        for field in (
+            "pairwise_loss_weight",
+            "margin",
+            "similarity_weight",
+            "list_weight",
+            "name_weight",
+            "list_loss_weight",
+        ):
+            if (getattr(self, field) or 0) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
 
 

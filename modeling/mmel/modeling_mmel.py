@@ -203,6 +203,40 @@ class Similarity(nn.Module):
             return torch.cat(parts, 1).sigmoid()
 
 
+class GivenScores(nn.Module):
+    """Log-odds that a pair has before it is read: the score of the list and whether the name fits, each with a weight.
+
+    Not in the paper. Each weight is that of the configuration times a learned scale.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        weights = {"pair_list_score": config.list_weight, "pair_name_match": config.name_weight}
+        self.weights = {name: float(weight) for name, weight in weights.items() if weight is not None}
+        self.scales = nn.Parameter(torch.ones(len(self.weights)))
+
+    def forward(self, mask: torch.Tensor, **inputs: torch.Tensor | None) -> torch.Tensor:
+        """Returns the log-odds [P] of the P pairs where `mask` [M, C] is True.
+
+        Args:
+            mask: The pairs.
+            inputs: `pair_list_score` and `pair_name_match`, each [M, C].
+
+        Raises:
+            ValueError: An input with a weight is missing.
+        """
+        total = self.scales.new_zeros(int(mask.sum()))
+        for scale, (name, weight) in zip(self.scales, self.weights.items(), strict=True):
+            values = inputs[name]
+            if values is None:
+                raise ValueError(
+                    f"The model reads {name}, but the batch has none. Give the processor name_match=True, and every "
+                    "candidate row the list_score that a list with scores has."
+                )
+            total = total + scale * weight * values[mask].to(total.dtype)
+        return total
+
+
 class MmelPreTrainedModel(PreTrainedModel):
     """Base class of MMEL: configuration, weight initialisation and supported attention implementations."""
 
@@ -225,6 +259,11 @@ class MmelPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 bound = module.in_features**-0.5
                 init.uniform_(module.bias, -bound, bound)
+            if getattr(module, "starts_at_zero", False):
+                init.zeros_(module.weight)
+                init.zeros_(module.bias)
+        elif isinstance(module, GivenScores):
+            init.ones_(module.scales)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -246,7 +285,6 @@ class MmelModel(MmelPreTrainedModel):
 
     #: Pretrained submodules. The trainer can give all other parameters another learning rate.
     backbone_names = ("text_model", "vision_model", "visual_projection")
-    example_unit = "context"
     mentions_per_example = 2
     pairs_are_independent = True
 
@@ -265,7 +303,11 @@ class MmelModel(MmelPreTrainedModel):
             self.image_blocks = nn.ModuleList(ImageBlock(config) for _ in range(config.num_image_blocks))
             self.gate = FeedForward(2 * dim, dim, 2)
         self.fusion = MEncoder(config) if config.fusion == "m_encoder" else CoAttention(config)
-        self.classifier = nn.Linear(2 * dim, 2)
+        text_width: int = config.text_config.hidden_size  # type: ignore[union-attr]
+        self.classifier = nn.Linear(2 * dim + (2 * text_width if config.pooled_sides else 0), 2)
+        if config.list_weight is not None or config.name_weight is not None:
+            self.given_scores = GivenScores(config)
+            self.classifier.starts_at_zero = True  # type: ignore[assignment]
         if config.pairwise_loss_weight:
             self.similarity = Similarity(dim)
         self.post_init()
@@ -280,6 +322,21 @@ class MmelModel(MmelPreTrainedModel):
     def leaves_out_missing_images(self) -> bool | None:
         """`True` if no image counts for a mention without one, as [`hf_mel.protocols.leaves_out_missing_images`] asks."""
         return self.config.missing_images == "absent" or not hasattr(self, "vision_model") or None
+
+    @property
+    def example_unit(self) -> str:
+        """What a training example is, as [`hf_mel.protocols.Reranker`] describes it."""
+        return self.config.training_unit
+
+    @property
+    def reads_list_scores(self) -> bool:
+        """Whether the scores need `pair_list_score`."""
+        return self.config.list_weight is not None
+
+    @property
+    def ranks_jointly_by_default(self) -> bool:
+        """Whether mentions are ranked jointly unless asked ([`hf_mel.protocols.ranks_jointly_by_default`])."""
+        return self.config.joint_ranking
 
     def train(self, mode: bool = True) -> MmelModel:
         """Sets the training mode, except for a frozen image encoder."""
@@ -360,14 +417,18 @@ class MmelModel(MmelPreTrainedModel):
         return empty.to(encoded.dtype).index_put((mask.nonzero()[:, 0],), encoded), mask
 
     def _joint_text(self, input_ids, attention_mask, context_mask, entity_mask):
-        """Returns the words of context and of entity (eq. 1 and 4), each [P, L', d_v] with its mask [P, L']."""
+        """Returns the states of context and of entity (eq. 1), each [P, L', d_t] with its mask [P, L']."""
         if self.config.joint_text:
             states = self._text_states(input_ids, attention_mask)
             sides = [_select_tokens(states, mask) for mask in (context_mask, entity_mask)]
         else:
             parts = [_select_tokens(input_ids, mask) for mask in (context_mask, entity_mask)]
             sides = [(self._text_states(x, m.long()), m) for x, m in parts]
-        return [(self.dropout(F.relu(self.text_fc(x))), mask) for x, mask in sides]
+        return sides
+
+    def _words(self, states: torch.Tensor) -> torch.Tensor:
+        """Returns words [P, L, d_v] of states [P, L, d_t] (eq. 4)."""
+        return self.dropout(F.relu(self.text_fc(states)))
 
     def _text_states(self, input_ids, attention_mask) -> torch.Tensor:
         """Returns the last hidden states [P, L, d_t]. Sequences of similar length share a block, to save padding."""
@@ -419,6 +480,9 @@ class MmelModel(MmelPreTrainedModel):
         pair_entity_pixel_values: torch.Tensor | None = None,
         pair_mention_image_mask: torch.Tensor | None = None,
         pair_entity_image_mask: torch.Tensor | None = None,
+        pair_list_score: torch.Tensor | None = None,
+        pair_name_match: torch.Tensor | None = None,
+        pair_entity: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
     ) -> MmelOutput:
         """Scores the candidates of M mentions.
@@ -435,8 +499,11 @@ class MmelModel(MmelPreTrainedModel):
                 *optional*): The images, if their features are not given.
             pair_mention_image_mask, pair_entity_image_mask (`torch.Tensor` [M] and [M, C], *optional*): False for a
                 missing image.
+            pair_list_score, pair_name_match (`torch.Tensor` [M, C], *optional*): Score of the list, and 1 where the name
+                fits the mention, for `list_weight` and `name_weight`.
+            pair_entity (`torch.LongTensor` [M, C], *optional*): Equal for equal entities, for the pairwise loss.
             labels (`torch.LongTensor` [M], *optional*): Column of each mention's gold; -100 excludes a mention from
-                the loss. All other columns are negatives.
+                the loss. All other columns are negatives; in eq. 11, those that are no gold of their context.
 
         Raises:
             ValueError: A required input is missing, or a label names a padding column.
@@ -461,9 +528,10 @@ class MmelModel(MmelPreTrainedModel):
             attended = context_mask | entity_mask
             if pair_attention_mask is not None:
                 attended = pair_attention_mask.reshape(-1, length)[pairs]
-            context, entity = self._joint_text(
+            states = self._joint_text(
                 pair_input_ids.reshape(-1, length)[pairs], attended.long(), context_mask, entity_mask
             )
+            context, entity = ((self._words(x), mask) for x, mask in states)
             if hasattr(self, "vision_model"):
                 mention_image, mention_present = self._image_features(
                     "mention", pair_mention_image_features, pair_mention_pixel_values, pair_mention_image_mask, m
@@ -484,17 +552,28 @@ class MmelModel(MmelPreTrainedModel):
             h_context, h_entity = self._fuse(*context), self._fuse(*entity)
             with torch.autocast(self.device.type, enabled=False):  # half precision is too coarse to rank candidates
                 h_context, h_entity = h_context.to(dtype), h_entity.to(dtype)
-                pair_logits = self.classifier(self.dropout(torch.cat([h_context, h_entity], -1)))  # eq. 10
+                sides = [h_context, h_entity]
+                if self.config.pooled_sides:
+                    first, second = (_standardised_mean(x.to(dtype), mask) for x, mask in states)
+                    sides += [first * second, (first - second).abs()]
+                pair_logits = self.classifier(self.dropout(torch.cat(sides, -1)))  # eq. 10
+                if hasattr(self, "given_scores"):
+                    given = self.given_scores(
+                        pair_mask, pair_list_score=pair_list_score, pair_name_match=pair_name_match
+                    )
+                    pair_logits = pair_logits + torch.stack([torch.zeros_like(given), given], -1)
             scores = scores.index_put((pairs,), pair_logits[:, 1] - pair_logits[:, 0])
             features = features.index_put((pairs,), h_entity)
             logits = logits.index_put((pairs,), pair_logits)
         scores, features = scores.view(m, c), features.view(m, c, -1)
         loss = None
         if labels is not None:
-            loss = self._loss(logits.view(m, c, 2), features, pair_mask, pair_context, labels)
+            loss = self._loss(logits.view(m, c, 2), features, pair_mask, pair_context, labels, pair_entity)
+            if self.config.list_loss_weight:
+                loss = loss + self.config.list_loss_weight * _list_loss(scores, labels)
         return MmelOutput(loss=loss, scores=scores, features=features)
 
-    def _loss(self, logits, features, mask, contexts, labels) -> torch.Tensor:
+    def _loss(self, logits, features, mask, contexts, labels, entities=None) -> torch.Tensor:
         """Returns the cross entropies of eq. 10 over positives and over negatives, plus λ times eq. 11."""
         rows = (labels >= 0).nonzero()[:, 0]
         gold = labels[rows]
@@ -509,6 +588,12 @@ class MmelModel(MmelPreTrainedModel):
             return loss
         if contexts is None:
             raise ValueError("The pairwise loss needs pair_context. Give it, or set pairwise_loss_weight to 0.")
+        if entities is not None:
+            # A gold of another mention is a negative of eq. 10 only: eq. 11 asks for e1+ != e1- != e2+ != e2-.
+            golds = entities[rows, gold]
+            same_context = contexts.unsqueeze(1) == contexts[rows].unsqueeze(0)  # [M, K]
+            is_gold = (entities.unsqueeze(2) == golds) & same_context.unsqueeze(1)  # [M, C, K]
+            negative = negative & ~is_gold.any(2)
         return loss + self.config.pairwise_loss_weight * self._pairwise_loss(
             features, negative, contexts[rows], rows, gold
         )
@@ -528,9 +613,19 @@ class MmelModel(MmelPreTrainedModel):
 
     @torch.no_grad()
     def rank_jointly(
-        self, scores: torch.Tensor, features: torch.Tensor, mask: torch.Tensor, contexts: torch.Tensor
+        self,
+        scores: torch.Tensor,
+        features: torch.Tensor,
+        mask: torch.Tensor,
+        contexts: torch.Tensor,
+        entities: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Ranks the mentions of each context together (collaborative ranking, §3.5).
+
+        With `joint_combination="log_odds"`, which is not in the paper, the result is the log-odds of a candidate plus, for
+        each other mention, max(m' + w log-odds(S)) - max(m') over that mention's candidates. For two mentions these are the
+        best sums that include the candidate, less a constant; for more, each mention adds what it would alone. With
+        `distinct_entities`, the first maximum is over other entities only; a mention without another adds nothing.
 
         A context of n mentions takes (n - 1)·|E|² similarities. They are computed in blocks, which bounds the memory.
 
@@ -539,6 +634,7 @@ class MmelModel(MmelPreTrainedModel):
             features (`torch.Tensor` [M, C, d_v]): `features` of [`MmelOutput`].
             mask (`torch.Tensor` [M, C]): `pair_mask`.
             contexts (`torch.Tensor` [M]): `pair_context`. Mentions of a context can be in any rows.
+            entities (`torch.Tensor` [M, C], *optional*): Equal for equal entities. `distinct_entities` needs it.
 
         Returns:
             `torch.Tensor` [M, C]: Log-odds of half of the paper's final score, which is m plus the best score of the
@@ -547,6 +643,8 @@ class MmelModel(MmelPreTrainedModel):
         """
         mask = mask.bool()
         scores = scores.masked_fill(~mask, -torch.inf)
+        if self.config.joint_combination == "log_odds":
+            return self._rank_by_log_odds(scores, features, mask, contexts, entities)
         if not hasattr(self, "similarity") or not scores.numel():
             return scores
         # In float64, because in float32 different probabilities near 1 and different sums become equal.
@@ -584,6 +682,34 @@ class MmelModel(MmelPreTrainedModel):
             # For padding, half is -inf, and so is the logarithm of tiny / inf.
             joint[rows[present]] = (half.clamp(min=torch.finfo(wide).tiny) / (1 - half)).log().to(joint.dtype)
         return torch.empty_like(joint).scatter_(1, candidates, joint)
+
+    def _rank_by_log_odds(self, scores, features, mask, contexts, entities) -> torch.Tensor:
+        """Ranks jointly with `joint_combination="log_odds"`, as described in [`MmelModel.rank_jointly`]."""
+        distinct = self.config.distinct_entities
+        if distinct and entities is None:
+            raise ValueError("distinct_entities=True needs the numbers of the entities. Give entities, [M, C].")
+        weight = self.config.similarity_weight if hasattr(self, "similarity") else 0
+        wide = torch.float32 if scores.device.type == "mps" else torch.float64
+        own = scores.to(wide)
+        joint = own.clone()
+        best = own.amax(1)
+        same = contexts.unsqueeze(0) == contexts.unsqueeze(1)
+        has_candidate = mask.any(1)
+        same &= (
+            has_candidate.unsqueeze(0) & has_candidate.unsqueeze(1) & ~torch.eye(len(own), dtype=torch.bool).to(same)
+        )
+        receivers, senders = same.nonzero().unbind(1)
+        step = max(1, _budget(features) // max(1, own.shape[1] ** 2 + own.shape[1] * features.shape[-1]))
+        for to, other in zip(receivers.split(step), senders.split(step), strict=True):
+            sums = own[other].unsqueeze(1).expand(-1, own.shape[1], -1)  # [K, C, C'], of the other mention
+            if weight:
+                similarity = self.similarity(features[to], features[other]).to(wide)
+                sums = sums + weight * similarity.clamp(1e-12, 1 - 1e-12).logit()
+            if distinct:
+                sums = sums.masked_fill(entities[to].unsqueeze(2) == entities[other].unsqueeze(1), -torch.inf)
+            message = sums.amax(2) - best[other].unsqueeze(1)
+            joint.index_add_(0, to, message.masked_fill(message == -torch.inf, 0.0))
+        return joint.to(scores.dtype).masked_fill(~mask, -torch.inf)
 
     def _best_combinations(self, matching, features, present) -> torch.Tensor:
         """Computes what §3.5 adds to m: the best score of the combinations that include a candidate.
@@ -647,6 +773,25 @@ def _masked_max(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Returns the maximum of `x` [B, L, d] over positions where `mask` [B, L] is True; zeros if it is True nowhere."""
     mask = mask.unsqueeze(-1)
     return x.masked_fill(~mask, torch.finfo(x.dtype).min).amax(1).masked_fill(~mask.any(1), 0.0)
+
+
+def _standardised_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns the mean of `x` [B, L, d] over positions where `mask` [B, L] is True, with mean 0 and variance 1 along d."""
+    weights = mask.unsqueeze(-1).to(x.dtype)
+    return F.layer_norm((x * weights).sum(1) / weights.sum(1).clamp(min=1), x.shape[-1:])
+
+
+def _list_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the cross entropy of the golds among the candidates of their mentions; 0 if no mention has a gold.
+
+    Args:
+        scores (`torch.Tensor` [M, C]): Scores, -inf without a candidate.
+        labels (`torch.Tensor` [M]): Column of the gold; -100 leaves a mention out.
+    """
+    rows = (labels >= 0).nonzero()[:, 0]
+    if not len(rows):
+        return scores.new_zeros(())
+    return F.cross_entropy(scores[rows], labels[rows])
 
 
 def _mean_where(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

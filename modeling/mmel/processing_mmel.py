@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +57,8 @@ class MmelProcessor(ProcessorMixin):
         use_images (`bool`, *optional*, defaults to `True`): Whether to prepare images.
         mention_marks (`list[str]`, *optional*): The marks before and after the mention in its context. `None` marks
             nothing, as in the paper; [`MmelProcessor.from_parts`] sets "«" and "»".
+        name_match (`bool`, *optional*, defaults to `False`): Whether to prepare `pair_name_match`, 1 if the entity's name or an
+            alias has all words of the mention. A model with `name_weight` needs it.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class MmelProcessor(ProcessorMixin):
         entity_template="all",
         use_images=True,
         mention_marks=None,
+        name_match=False,
     ):
         for name, value, allowed in (
             ("context_template", context_template, tuple(_CONTEXT_TEMPLATES)),
@@ -79,6 +84,7 @@ class MmelProcessor(ProcessorMixin):
         self.entity_template = entity_template
         self.use_images = use_images
         self.mention_marks = None if mention_marks is None else list(mention_marks)
+        self.name_match = name_match
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> MmelProcessor:
@@ -145,6 +151,9 @@ class MmelProcessor(ProcessorMixin):
             - `pair_input_ids`, `pair_attention_mask`, `pair_context_mask`, `pair_entity_mask` [M, C, L];
             - `pair_mask` [M, C]: False for padding;
             - `pair_context` [M]: number of the mention's context;
+            - `pair_name_match` [M, C], with `name_match`: 1 if the entity's name or an alias has all words of the mention;
+            - `pair_list_score` [M, C], if all candidates have a `list_score`;
+            - `pair_entity` [M, C], if all candidates have an `entity_id`: equal for equal entities;
             - `pair_mention_image_mask` [M] and `pair_entity_image_mask` [M, C], if images are prepared: False for a
               missing image;
             - `pair_mention_image_features` [M, d] and `pair_entity_image_features` [M, C, d], if some row has
@@ -170,6 +179,12 @@ class MmelProcessor(ProcessorMixin):
         ]
         batch = self._text_tensors(pairs, mask)
         batch |= {"pair_mask": mask, "pair_context": torch.tensor(numbers, dtype=torch.int64)}
+        batch |= given_tensors(pairs, mask, self.name_match)
+        ids = [row.get("entity_id") for _, candidates in pairs for row in candidates]
+        if None not in ids:
+            number_of = {entity_id: number for number, entity_id in enumerate(dict.fromkeys(ids))}
+            batch["pair_entity"] = torch.full(mask.shape, -1)
+            batch["pair_entity"][mask] = torch.tensor([number_of[entity_id] for entity_id in ids], dtype=torch.int64)
         if self.use_images:
             batch |= self._image_tensors(pairs, mask)
         return BatchFeature(batch)
@@ -330,6 +345,43 @@ class MmelProcessor(ProcessorMixin):
         size = getattr(self.image_processor, "crop_size", None) if self.image_processor.do_center_crop else None
         size = size or self.image_processor.size
         return 3, size["height"], size["width"]
+
+
+def given_tensors(pairs, mask: torch.Tensor, name_match: bool) -> dict[str, torch.Tensor]:
+    """Returns what a pair has before it is read, each [M, C].
+
+    Args:
+        pairs (`list[tuple[dict, list[dict]]]`): M mention rows, each with the rows of its candidates.
+        mask (`torch.Tensor` [M, C]): The candidates.
+        name_match (`bool`): Whether to make `pair_name_match`, 1 if a name has all words of the mention. A mention without
+            a word matches nothing.
+
+    Returns:
+        `dict`: `pair_name_match` if asked, and `pair_list_score` if all candidates have a `list_score`.
+    """
+    values: dict[str, list[float]] = {}
+    if name_match:
+        values["pair_name_match"] = [
+            float(any(words and words <= _words_of(name) for name in (row.get("name"), *(row.get("aliases") or ()))))
+            for mention, candidates in pairs
+            for words in (_words_of(mention.get("mention")),)
+            for row in candidates
+        ]
+    scores = [row.get("list_score") for _, candidates in pairs for row in candidates]
+    if None not in scores:
+        values["pair_list_score"] = scores
+    tensors = {}
+    for name, numbers in values.items():
+        tensors[name] = torch.zeros(mask.shape)
+        tensors[name][mask] = torch.tensor(numbers, dtype=torch.float32)
+    return tensors
+
+
+@functools.lru_cache(maxsize=2**16)
+def _words_of(name: str | None) -> frozenset[str]:
+    """Returns the words of a name, regardless of case and accents."""
+    letters = unicodedata.normalize("NFKD", (name or "").casefold())
+    return frozenset(re.findall(r"\w+", "".join(c for c in letters if not unicodedata.combining(c))))
 
 
 # Copied from modeling/mimic/processing_mimic.py

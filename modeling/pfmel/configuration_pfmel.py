@@ -23,6 +23,18 @@ class PfmelConfig(PreTrainedConfig):
         text_pooling (`str`, *optional*, defaults to `"pooler"`):
             The state of a sequence that the next-sentence head reads: `"pooler"` (BERT's pooled first token, as in the
             paper) or `"mean"` (the mean state of all words and images), for an encoder whose pooler was never trained.
+        list_weight (`int` or `float`, *optional*):
+            With a weight, the score of a pair is that of the next-sentence head plus this weight times the score of the list
+            that the model reranks, times a learned scale that starts at 1. The head then starts at zero, so that training
+            starts from the order of the list. Rows need a `list_score`. `None`, as in the paper: not read.
+        name_weight (`int` or `float`, *optional*):
+            As `list_weight`, for a bit that says whether a name or alias of the entity has all words of the mention.
+        pooled_sides (`bool`, *optional*, defaults to `False`):
+            Whether a further linear layer reads how the two sentences compare: product and absolute difference of the means
+            of their states, of which each has mean 0 and variance 1. It starts at zero.
+        list_loss_weight (`int` or `float`, *optional*, defaults to 0):
+            Weight of a further loss, the cross entropy of the gold among all candidates of its mention. 0, as in the paper,
+            leaves it out.
         train_vision (`bool`, *optional*, defaults to `False`):
             Whether to train the image encoder. By default it is frozen, as in the paper, so each image is encoded
             once.
@@ -40,6 +52,10 @@ class PfmelConfig(PreTrainedConfig):
     text_config: PreTrainedConfig | dict | None = None
     vision_config: PreTrainedConfig | dict | None = None
     text_pooling: str = "pooler"
+    list_weight: int | float | None = None
+    name_weight: int | float | None = None
+    pooled_sides: bool = False
+    list_loss_weight: int | float = 0
     train_vision: bool = False
     nil_threshold: int | float | None = None
 
@@ -57,6 +73,9 @@ class PfmelConfig(PreTrainedConfig):
             )
         if self.text_pooling not in ("pooler", "mean"):
             raise ValueError(f"text_pooling={self.text_pooling!r} is not one of 'pooler', 'mean'.")
+        for field in ("list_weight", "name_weight", "list_loss_weight"):
+            if (getattr(self, field) or 0) < 0:
+                raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
         if self.train_vision and self.vision_config is None:
             raise ValueError("train_vision=True needs an image encoder. Give a vision_config.")
 

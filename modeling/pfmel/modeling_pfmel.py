@@ -63,6 +63,41 @@ class PfmelForPreTrainingOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
+# Copied from modeling/mmel/modeling_mmel.py
+class GivenScores(nn.Module):
+    """Log-odds that a pair has before it is read: the score of the list and whether the name fits, each with a weight.
+
+    Not in the paper. Each weight is that of the configuration times a learned scale.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        weights = {"pair_list_score": config.list_weight, "pair_name_match": config.name_weight}
+        self.weights = {name: float(weight) for name, weight in weights.items() if weight is not None}
+        self.scales = nn.Parameter(torch.ones(len(self.weights)))
+
+    def forward(self, mask: torch.Tensor, **inputs: torch.Tensor | None) -> torch.Tensor:
+        """Returns the log-odds [P] of the P pairs where `mask` [M, C] is True.
+
+        Args:
+            mask: The pairs.
+            inputs: `pair_list_score` and `pair_name_match`, each [M, C].
+
+        Raises:
+            ValueError: An input with a weight is missing.
+        """
+        total = self.scales.new_zeros(int(mask.sum()))
+        for scale, (name, weight) in zip(self.scales, self.weights.items(), strict=True):
+            values = inputs[name]
+            if values is None:
+                raise ValueError(
+                    f"The model reads {name}, but the batch has none. Give the processor name_match=True, and every "
+                    "candidate row the list_score that a list with scores has."
+                )
+            total = total + scale * weight * values[mask].to(total.dtype)
+        return total
+
+
 class PfmelPreTrainedModel(PreTrainedModel):
     """Base class of both PFMEL models, which have the same weights: initialisation, image tokens and logits."""
 
@@ -94,6 +129,12 @@ class PfmelPreTrainedModel(PreTrainedModel):
             self.vision_model = _build_backbone(config.vision_config, False)
             self.image_projection = nn.Linear(_last_width(config.vision_config), hidden)
         self.nsp_head = nn.Linear(hidden, 2)
+        if config.pooled_sides:
+            self.sides_head = nn.Linear(2 * hidden, 2)
+            self.sides_head.starts_at_zero = True  # type: ignore[assignment]
+        if config.list_weight is not None or config.name_weight is not None:
+            self.given_scores = GivenScores(config)
+            self.nsp_head.starts_at_zero = True  # type: ignore[assignment]
         self.post_init()
         self.train()  # freezes the image encoder
 
@@ -102,6 +143,10 @@ class PfmelPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear):  # BERT's initialisation
             init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
             init.zeros_(module.bias)
+            if getattr(module, "starts_at_zero", False):
+                init.zeros_(module.weight)
+        elif isinstance(module, GivenScores):
+            init.ones_(module.scales)
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **config):
@@ -134,6 +179,9 @@ class PfmelPreTrainedModel(PreTrainedModel):
             config.setdefault("vision_config", _portable_config(vision_model.config))
         model = cls(PfmelConfig(**config))
         if head is None:  # the head is initialised, so it is not one of the pretrained parts
+            model.backbone_names = ("text_model", "vision_model")
+        if hasattr(model, "given_scores"):
+            head = None  # it starts at zero, so that step 0 is the list
             model.backbone_names = ("text_model", "vision_model")
         for name, part in (("text_model", text_model), ("vision_model", vision_model), ("nsp_head", head)):
             if part is not None:
@@ -258,8 +306,15 @@ class PfmelPreTrainedModel(PreTrainedModel):
             pooled = masked_mean(output.last_hidden_state, attention_mask[:, :width])
         else:
             pooled = output.pooler_output
+        dtype = self.nsp_head.weight.dtype
         with torch.autocast(pooled.device.type, enabled=False):  # half precision is too coarse to rank candidates
-            return self.nsp_head(pooled.to(self.nsp_head.weight.dtype)).float()
+            logits = self.nsp_head(pooled.to(dtype)).float()
+            if hasattr(self, "sides_head"):
+                mask, segment = attention_mask[:, :width].bool(), token_type_ids[:, :width].bool()
+                states = output.last_hidden_state.to(dtype)
+                first, second = (_standardised_mean(states, mask & side) for side in (~segment, segment))
+                logits = logits + self.sides_head(torch.cat([first * second, (first - second).abs()], -1)).float()
+            return logits
 
 
 class PfmelModel(PfmelPreTrainedModel):
@@ -277,6 +332,11 @@ class PfmelModel(PfmelPreTrainedModel):
     example_unit = "mention"
     pairs_are_independent = True
 
+    @property
+    def reads_list_scores(self) -> bool:
+        """Whether the scores need `pair_list_score`."""
+        return self.config.list_weight is not None
+
     def forward(
         self,
         pair_input_ids: torch.LongTensor,
@@ -290,6 +350,8 @@ class PfmelModel(PfmelPreTrainedModel):
         pair_entity_pixel_values: torch.Tensor | None = None,
         pair_entity_image_counts: torch.LongTensor | None = None,
         pair_context: torch.Tensor | None = None,
+        pair_list_score: torch.Tensor | None = None,
+        pair_name_match: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
     ) -> PfmelOutput:
         """Scores the candidates of M mentions.
@@ -306,6 +368,8 @@ class PfmelModel(PfmelPreTrainedModel):
             pair_entity_image_counts (`torch.Tensor` [M, C], *optional*): With entity pixels [M, C, K, 3, H, W], the
                 number of real images among the K. Their features are averaged.
             pair_context (`torch.Tensor` [M], *optional*): Ignored, because every pair is scored alone.
+            pair_list_score, pair_name_match (`torch.Tensor` [M, C], *optional*): Score of the list, and 1 where the name
+                fits the mention, for `list_weight` and `name_weight`.
             labels (`torch.Tensor` [M], *optional*): Column of each mention's gold; -100 excludes a mention from the
                 loss.
         """
@@ -341,6 +405,9 @@ class PfmelModel(PfmelPreTrainedModel):
         logits = self._logits(
             pair_input_ids[mask], pair_attention_mask[mask], pair_token_type_ids[mask], positions, images
         )
+        if hasattr(self, "given_scores"):
+            given = self.given_scores(mask, pair_list_score=pair_list_score, pair_name_match=pair_name_match)
+            logits = logits + torch.stack([given, torch.zeros_like(given)], -1).to(logits.dtype)
         scores[mask] = logits[:, 0] - logits[:, 1]
         loss = None
         if labels is not None:
@@ -349,6 +416,8 @@ class PfmelModel(PfmelPreTrainedModel):
             targets = targets.masked_fill((labels < 0).unsqueeze(1), -100)[mask]
             num_targets = (targets >= 0).sum()
             loss = F.cross_entropy(logits, targets, reduction="sum") / num_targets.clamp(min=1)
+            if self.config.list_loss_weight:
+                loss = loss + self.config.list_loss_weight * _list_loss(scores, labels)
         return PfmelOutput(loss=loss, scores=scores)
 
 
@@ -462,6 +531,27 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of [B, L, d] over the L positions where `mask` [B, L] is 1."""
     mask = mask.to(x.dtype).unsqueeze(-1)
     return (x * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+# Copied from modeling/mmel/modeling_mmel.py
+def _standardised_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns the mean of `x` [B, L, d] over positions where `mask` [B, L] is True, with mean 0 and variance 1 along d."""
+    weights = mask.unsqueeze(-1).to(x.dtype)
+    return F.layer_norm((x * weights).sum(1) / weights.sum(1).clamp(min=1), x.shape[-1:])
+
+
+# Copied from modeling/mmel/modeling_mmel.py
+def _list_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the cross entropy of the golds among the candidates of their mentions; 0 if no mention has a gold.
+
+    Args:
+        scores (`torch.Tensor` [M, C]): Scores, -inf without a candidate.
+        labels (`torch.Tensor` [M]): Column of the gold; -100 leaves a mention out.
+    """
+    rows = (labels >= 0).nonzero()[:, 0]
+    if not len(rows):
+        return scores.new_zeros(())
+    return F.cross_entropy(scores[rows], labels[rows])
 
 
 # Copied from modeling/mimic/modeling_mimic.py

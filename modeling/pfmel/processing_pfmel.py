@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
@@ -103,6 +105,8 @@ class PfmelProcessor(ProcessorMixin):
             sentences swapped.
         mention_marks (`list[str]`, *optional*): The marks before and after the mention in its context when linking.
             `None` marks nothing, as in the paper; [`PfmelProcessor.from_parts`] sets "«" and "»".
+        name_match (`bool`, *optional*, defaults to `False`): Whether to prepare `pair_name_match`, 1 if the entity's name or an
+            alias has all words of the mention. A model with `name_weight` needs it.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class PfmelProcessor(ProcessorMixin):
         pretraining_tasks=None,
         swap_roles=True,
         mention_marks=None,
+        name_match=False,
     ):
         super().__init__(image_processor, tokenizer)
         if pretraining_tasks is None:
@@ -155,6 +160,7 @@ class PfmelProcessor(ProcessorMixin):
         self.pretraining_tasks = list(pretraining_tasks)
         self.swap_roles = swap_roles
         self.mention_marks = None if mention_marks is None else list(mention_marks)
+        self.name_match = name_match
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **options) -> PfmelProcessor:
@@ -254,6 +260,7 @@ class PfmelProcessor(ProcessorMixin):
                 dtype=torch.long,
             ),
         }
+        batch |= given_tensors(pairs, mask, self.name_match)
         mention_shown, entity_shown = [False] * len(mentions), [False] * len(candidates)
         if self.use_images:
             tensors, mention_shown = self._image_tensors("pair_mention", mentions, "image")
@@ -487,6 +494,45 @@ class PfmelProcessor(ProcessorMixin):
         if is_image.shape[1] == 1:
             return {f"{side}_pixel_values": out[:, 0]}, (counts > 0).tolist()
         return {f"{side}_pixel_values": out, f"{side}_image_counts": counts}, (counts > 0).tolist()
+
+
+# Copied from modeling/mmel/processing_mmel.py
+def given_tensors(pairs, mask: torch.Tensor, name_match: bool) -> dict[str, torch.Tensor]:
+    """Returns what a pair has before it is read, each [M, C].
+
+    Args:
+        pairs (`list[tuple[dict, list[dict]]]`): M mention rows, each with the rows of its candidates.
+        mask (`torch.Tensor` [M, C]): The candidates.
+        name_match (`bool`): Whether to make `pair_name_match`, 1 if a name has all words of the mention. A mention without
+            a word matches nothing.
+
+    Returns:
+        `dict`: `pair_name_match` if asked, and `pair_list_score` if all candidates have a `list_score`.
+    """
+    values: dict[str, list[float]] = {}
+    if name_match:
+        values["pair_name_match"] = [
+            float(any(words and words <= _words_of(name) for name in (row.get("name"), *(row.get("aliases") or ()))))
+            for mention, candidates in pairs
+            for words in (_words_of(mention.get("mention")),)
+            for row in candidates
+        ]
+    scores = [row.get("list_score") for _, candidates in pairs for row in candidates]
+    if None not in scores:
+        values["pair_list_score"] = scores
+    tensors = {}
+    for name, numbers in values.items():
+        tensors[name] = torch.zeros(mask.shape)
+        tensors[name][mask] = torch.tensor(numbers, dtype=torch.float32)
+    return tensors
+
+
+# Copied from modeling/mmel/processing_mmel.py
+@functools.lru_cache(maxsize=2**16)
+def _words_of(name: str | None) -> frozenset[str]:
+    """Returns the words of a name, regardless of case and accents."""
+    letters = unicodedata.normalize("NFKD", (name or "").casefold())
+    return frozenset(re.findall(r"\w+", "".join(c for c in letters if not unicodedata.combining(c))))
 
 
 # Copied from modeling/mimic/processing_mimic.py

@@ -20,7 +20,7 @@ from hf_mel.candidates.sources import (
     release_candidates,
     union_candidates,
 )
-from hf_mel.errors import DataFormatError, MelError, UnknownEntityError
+from hf_mel.errors import DataFormatError, MelError, RecipeError, UnknownEntityError
 from hf_mel.schema import NIL, entity_features, mention_features
 
 WORDS = st.text("abc ", min_size=1, max_size=6)
@@ -330,3 +330,32 @@ def test_a_mention_without_candidates_gets_those_of_its_document(listed, k):
         best = sorted((score for score in votes.values() if score), reverse=True)[:k]
         assert shared.scores["document"][i] == pytest.approx(best)
         assert [votes[entity_id] for entity_id in shared.entity_ids[i]] == pytest.approx(best)
+
+
+NUMBERS = st.one_of(st.just(math.nan), st.floats(-5, 5))
+
+
+@given(st.lists(st.lists(NUMBERS, max_size=4), min_size=1, max_size=5), st.booleans())
+def test_relative_scores_are_those_of_the_retriever_less_the_best(numbers, has_others):
+    ids = [[f"Q{c}" for c in range(len(row))] for row in numbers]
+    scores = {"retriever": numbers} | ({"name": [[1.0] * len(row) for row in numbers]} if has_others else {})
+    lists = CandidateLists([f"m{i}" for i in range(len(ids))], ids, scores | {"prior": [[0.5] * len(r) for r in ids]})
+    known = [[x for x in row if not math.isnan(x)] for row in numbers]
+    if not any(known):  # the retriever gave no score at all
+        assert lists.relative_scores == (
+            {f"m{i}": dict.fromkeys(row, 0.0) for i, row in enumerate(ids)} if has_others and any(ids) else None
+        )
+        return
+    for i, row in enumerate(numbers):
+        expected = [(min(known[i], default=0) if math.isnan(x) else x) - max(known[i], default=0) for x in row]
+        assert list(lists.relative_scores[f"m{i}"].values()) == pytest.approx(expected)
+        assert list(lists.relative_scores[f"m{i}"]) == ids[i]
+    lists.check_relative_scores()
+
+
+def test_lists_of_several_sources_without_a_retriever_have_no_relative_scores():
+    lists = CandidateLists(["m"], [["Q1"]], {"name": [[1.0]], "here": [[2.0]]})
+    assert lists.relative_scores is None
+    assert CandidateLists(["m"], [["Q1"]], {"prior": [[1.0]]}).relative_scores is None
+    with pytest.raises(RecipeError, match="reads the scores of the list"):
+        lists.check_relative_scores()

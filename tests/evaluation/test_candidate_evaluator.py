@@ -472,3 +472,38 @@ def test_invalid_weights_are_an_error():
     nothing = MENTIONS.map(lambda row: {"entity_id": NIL})
     with pytest.raises(RecipeError, match=r"no mention's gold.*Give a number"):
         evaluate(lists_of([[1, 2]] * 12), "auto", nothing)
+
+
+def test_an_added_gold_has_the_lowest_list_score_and_the_model_may_need_scores():
+    seen = {}
+
+    class Spy(ToyPairProcessor):
+        def __call__(self, mentions=None, entities=None, pairs=None, **kwargs):
+            for mention, listed in pairs:
+                for entity in listed:
+                    seen[mention["mention_id"], entity["entity_id"]] = entity["list_score"]
+            return super().__call__(pairs=pairs)
+
+    lists = lists_of([[9, 3, 5]] * 12, scores=[[2.0, 0.5, 1.0]] * 12)
+    model = toy_reranker()
+    CandidateEvaluator(ENTITIES, progress=False)(ModelInputs(model, Spy()), MENTIONS, lists)
+    for i, gold in enumerate(GOLDS):
+        assert [seen[f"m{i}", entity_id] for entity_id in ("Q10", "Q4", "Q6")] == [0, -1.5, -1]
+        assert gold == NIL or seen[f"m{i}", gold] == {"Q10": 0, "Q6": -1}.get(gold, -1.5)
+    model.reads_list_scores = True
+    with pytest.raises(RecipeError, match="reads the scores of the list"):
+        CandidateEvaluator(ENTITIES, progress=False)(
+            ModelInputs(model, PROCESSOR), MENTIONS, CandidateLists(lists.mention_ids, lists.entity_ids, {})
+        )
+
+
+def test_a_model_may_rank_jointly_only_if_asked():
+    model = toy_reranker()
+    model.ranks_jointly_by_default = False
+    lists = lists_of([[9, 3, 5]] * 12)
+    for joint, order in ((None, "reranker"), (True, "reranker, jointly")):
+        result = CandidateEvaluator(ENTITIES, joint=joint, progress=False)(
+            ModelInputs(model, PROCESSOR), MENTIONS, lists
+        )
+        assert result.order == order
+        assert "reranker, jointly" in result.orders[END_TO_END]

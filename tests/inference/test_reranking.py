@@ -318,3 +318,50 @@ def test_a_processor_that_reads_images_of_visual_mentions_alone_counts_as_seeing
 
     assert sees_images_in_pairs(OfVisual())
     assert not sees_images_in_pairs(OfNone())
+
+
+class SpyOnScores(ToyPairProcessor):
+    """Keeps the list score of every pair."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __call__(self, mentions=None, entities=None, pairs=None, **kwargs):
+        for mention, listed in pairs:
+            for entity in listed:
+                if "list_score" in entity:  # rows of a probe have none
+                    self.seen[mention["mention_id"], entity["entity_id"]] = entity["list_score"]
+        return super().__call__(pairs=pairs)
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_list_scores_follow_their_candidates(independent):
+    lists = [[(3 * i + c) % 12 for c in range(i % 4)] for i in range(10)]
+    numbers = [[-float(i + row) for row in rows] for i, rows in enumerate(lists)]
+    model, spy = toy_reranker(unit="context", independent=independent), SpyOnScores()
+    score_pairs(ModelInputs(model, spy), MENTIONS, ENTITIES, lists, list_scores=numbers, batch_size=3)
+    expected = {(f"m{i}", f"Q{row + 1}"): -float(i + row) for i, rows in enumerate(lists) for row in rows}
+    assert spy.seen == expected
+    with pytest.raises(ValueError, match="one list score per candidate"):
+        score_pairs(ModelInputs(model, spy), MENTIONS, ENTITIES, lists, list_scores=numbers[::-1])
+
+
+def test_a_model_that_asks_for_entities_ranks_jointly_with_their_numbers(monkeypatch):
+    monkeypatch.setattr(reranking, "_CHUNK_PAIRS", 5)
+    lists = [[(3 * i + c) % 12 for c in range(i % 4)] for i in range(10)]
+    seen = {}
+
+    def rank_jointly(scores, features, mask, contexts, entities):
+        for row, is_candidate in enumerate(mask):
+            seen[tuple(scores[row][is_candidate].tolist())] = entities[row][is_candidate].tolist()
+        return scores
+
+    model = toy_reranker()
+    model.rank_jointly = rank_jointly
+    mask = torch.tensor([[c < len(rows) for c in range(3)] for rows in lists])
+    mask[3, 1] = False
+    scored = score_pairs(ModelInputs(model, PROCESSOR), MENTIONS, ENTITIES, lists, joint_masks=[mask])
+    for i, rows in enumerate(lists):
+        if rows:
+            assert seen[tuple(scored.scores[i][mask[i]].tolist())] == [rows[c] for c in mask[i].nonzero().flatten()]

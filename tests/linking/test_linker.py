@@ -498,6 +498,29 @@ def test_a_reranker_orders_the_first_candidates_and_ranks_a_context_together(bat
     assert [c.entity_id for c in alone.candidates] == [e for e, _ in reranked([mentions[0]], mentions[0], 6)[:2]]
 
 
+def test_a_reranker_gets_the_scores_of_the_retriever_and_may_rank_each_mention_alone():
+    seen = {}
+
+    class Spy(ToyPairProcessor):
+        def __call__(self, mentions=None, entities=None, pairs=None, **kwargs):
+            for mention, listed in pairs:
+                for entity in listed:
+                    seen[mention["text"], entity["entity_id"]] = entity["list_score"]
+            return super().__call__(pairs=pairs)
+
+    mentions = [{**mention, "context_id": "one"} for mention in MENTIONS[:2]]
+    reranker = toy_reranker()
+    reranker.ranks_jointly_by_default = False
+    linker = EntityLinker(MODEL, PROCESSOR, build(), reranker=reranker, reranker_processor=Spy(), rerank_k=4)
+    results = linker(mentions, top_k=4)
+    for mention, result in zip(mentions, results, strict=True):
+        ranked = rank_one_by_one(mention)[:4]
+        for entity_id, score, _ in ranked:
+            assert seen[mention["text"], entity_id] == pytest.approx(score - ranked[0][1], abs=1e-5)
+        expected = reranked([mention], mention, 4)
+        assert [c.entity_id for c in result.candidates] == [entity_id for entity_id, _ in expected]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_a_reranker_of_documents_reads_texts_and_images_together(batch_size):
     """One document has three mentions in two texts and two images. Another has no id."""

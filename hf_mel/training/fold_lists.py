@@ -1,0 +1,175 @@
+"""Candidate lists of the training split, each by a retriever that was not trained on its mention (cross-fitting)."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import shutil
+import time
+
+import datasets
+from accelerate import PartialState
+from transformers import set_seed
+
+from hf_mel.candidates.lists import CandidateLists
+from hf_mel.candidates.make import retriever_candidates
+from hf_mel.data.examples import example_groups
+from hf_mel.data.loading import dataset_version, load_entities, load_mentions
+from hf_mel.errors import DataFormatError
+from hf_mel.evaluation.evaluator import software_versions
+from hf_mel.evaluation.settings import KS
+from hf_mel.evaluation.tables import write_results
+from hf_mel.files import write_text
+from hf_mel.inference.execution import evaluation_mode
+from hf_mel.inference.inputs import ModelInputs
+from hf_mel.protocols import Retriever
+from hf_mel.training.assemble import build_model
+from hf_mel.training.recipe import FoldsRecipe, Recipe
+from hf_mel.training.run_folder import CHECKPOINTS, RECIPE, RESULTS, RunFolder, training_arguments
+from hf_mel.training.tokenizer import texts_of
+from hf_mel.training.trainer import MelTrainer
+
+#: The file that a reranker's recipe names as `candidates.train_file`.
+TRAIN_LISTS = "train.parquet"
+
+
+def fold_rows(mentions: datasets.Dataset, count: int, seed: int) -> list[list[int]]:
+    """Divides mentions into parts of similar size. All mentions of a document, or else of a context, are in one part.
+
+    Args:
+        mentions (`datasets.Dataset`): M mentions.
+        count (`int`): Number of parts.
+        seed (`int`): Seed of the division.
+
+    Returns:
+        `list[list[int]]`: The row numbers of each part, in order.
+
+    Raises:
+        DataFormatError: There are fewer documents than parts.
+    """
+    groups = example_groups(mentions, "document")
+    if len(groups) < count:
+        raise DataFormatError(
+            f"The training split has {len(groups)} contexts, too few for {count} parts.",
+            remedy="Set folds.count to a smaller number, or train on more mentions.",
+        )
+    random.Random(seed).shuffle(groups)
+    return [sorted(row for group in groups[part::count] for row in group) for part in range(count)]
+
+
+def write_fold_lists(folder: RunFolder) -> None:
+    """Trains a retriever for each part of the training split on the other parts, and writes the lists of all mentions.
+
+    The lists are in `train.parquet`. Those of a part are written when they are finished, so that a resumed run trains the
+    missing retrievers only. The retrievers are not kept.
+
+    Args:
+        folder ([`~hf_mel.training.run_folder.RunFolder`]): The run folder, with the recipe.
+
+    Raises:
+        RecipeError: The recipe is not usable as written, or its model is not a retriever.
+        DataFormatError: The split has fewer contexts than parts, or a part has no mention to train on.
+        MelError: The data set is not usable.
+    """
+    recipe = dataclasses.replace(folder.recipe, training=_without_evaluation(folder.recipe))
+    data, setting = recipe.data, recipe.folds or FoldsRecipe()
+    train = load_mentions(data.dataset, data.train_split, data.revision, config=data.config)
+    entities = load_entities(data.dataset, revision=data.revision)
+    parts = fold_rows(train, setting.count, folder.arguments.seed)
+    is_first = PartialState().is_main_process
+    if is_first:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_text(folder.path / RECIPE, [folder.recipe.to_yaml()])
+    lists: list[CandidateLists] = []
+    for number, rows in enumerate(parts):
+        file = folder.path / CHECKPOINTS / f"part-{number}.parquet"
+        PartialState().wait_for_everyone()
+        if file.exists():
+            lists.append(CandidateLists.load(file))
+            continue
+        others = train.select(sorted(set(range(len(train))) - set(rows)))
+        trained = _train(recipe, folder, others, entities)
+        if is_first:
+            with evaluation_mode(trained.inputs.model), trained.accelerator.autocast():
+                lists.append(
+                    retriever_candidates(
+                        trained.inputs,
+                        train.select(rows),
+                        entities,
+                        k=setting.k,
+                        batch_size=trained.args.per_device_eval_batch_size,
+                        progress=trained.shows_progress,
+                    )
+                )
+            file.parent.mkdir(exist_ok=True)
+            lists[-1].save(file)
+    if is_first:
+        _write(folder, setting, _joined(lists, setting).for_mentions(train), train, len(entities))
+    PartialState().wait_for_everyone()
+
+
+def _without_evaluation(recipe: Recipe) -> dict[str, object]:
+    """Returns the training arguments without evaluation and checkpoints, which choose among the states of one model."""
+    return {
+        **recipe.training,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "early_stopping_patience": None,
+    }
+
+
+def _train(recipe: Recipe, folder: RunFolder, mentions: datasets.Dataset, entities: datasets.Dataset) -> MelTrainer:
+    """Trains a new retriever on mentions."""
+    arguments = training_arguments(recipe, folder.path / CHECKPOINTS / "retriever")
+    set_seed(arguments.seed)
+    model, processor = build_model(recipe, texts_of(mentions, entities))
+    if not isinstance(model, Retriever):
+        raise recipe.error(f"{type(model).__name__} is not a retriever.", "Give the model of a retriever's recipe.")
+    data = recipe.data
+    inputs = ModelInputs.from_data(
+        data.dataset, model, processor, revision=data.revision, config=data.config, train_split=data.train_split
+    )
+    trainer = MelTrainer(
+        model, arguments, train_dataset=mentions, entities=entities, processing_class=processor, inputs=inputs
+    )
+    trainer.train()
+    return trainer
+
+
+def _joined(lists: list[CandidateLists], setting: FoldsRecipe) -> CandidateLists:
+    """Returns the lists of all parts as one."""
+    return CandidateLists(
+        [mention_id for part in lists for mention_id in part.mention_ids],
+        [entity_ids for part in lists for entity_ids in part.entity_ids],
+        {source: [scores for part in lists for scores in part.scores[source]] for source in lists[0].scores},
+        {"k": setting.k, "folds": setting.count},
+    )
+
+
+def _write(
+    folder: RunFolder, setting: FoldsRecipe, lists: CandidateLists, train: datasets.Dataset, num_entities: int
+) -> None:
+    recipe, data = folder.recipe, folder.recipe.data
+    lists.save(folder.path / TRAIN_LISTS)
+    results = {
+        "recipe": recipe.name,
+        "task": recipe.task,
+        "description": recipe.description,
+        "data": {
+            **dataset_version(data.dataset, revision=data.revision),
+            "train_split": data.train_split,
+            "train_mentions": len(train),
+            "entities": num_entities,
+        },
+        "candidates": {
+            **dataclasses.asdict(setting),
+            "recall": lists.recall(list(train["entity_id"]), [k for k in KS if k < setting.k] + [setting.k]),
+        },
+        "training": recipe.training,
+        "seed": folder.arguments.seed,
+        "run": {"seconds": round(time.time() - folder.started, 1)},
+        "versions": software_versions(),
+    }
+    write_results(results, folder.path / RESULTS)
+    shutil.rmtree(folder.path / CHECKPOINTS, ignore_errors=True)
