@@ -30,6 +30,8 @@ class ReleaseLog:
         sha256 (`dict[str, str]`): Digest of every raw file read so far, by file name.
         problems (`dict[str, list[tuple[str, str, str]]]`): By kind: (file, row, detail) of everything that was left
             out, is missing, or could not be used.
+        left_out (`dict[str, int]`): Number of records that were left out, by kind, of a release with too many to list.
+            `problems` then lists the first of each kind.
     """
 
     layout: str | None = None
@@ -37,6 +39,7 @@ class ReleaseLog:
     def __init__(self) -> None:
         self.sha256: dict[str, str] = {}
         self.problems: dict[str, list[tuple[str, str, str]]] = {}
+        self.left_out: dict[str, int] = {}
 
     def problem(self, kind: str, file: str, row: str | int, detail: str = "") -> None:
         """Logs that `row` of `file` was left out, is incomplete, or could not be used."""

@@ -194,8 +194,8 @@ def _write_config(
     """Writes the files of one configuration that an interrupted build has not finished yet.
 
     Returns:
-        `dict`: Note of the configuration, as JSON values: `layout`, `sha256` and `problems` of the release, the
-        `official` counts, and `splits` with the notes of the files of each split.
+        `dict`: Note of the configuration, as JSON values: `layout`, `sha256`, `problems` and `left_out` of the release,
+        the `official` counts, and `splits` with the notes of the files of each split.
 
     Raises:
         ImageError: An image is missing or broken, and the build is `strict`.
@@ -206,6 +206,7 @@ def _write_config(
         if strict:
             _refuse_left_out_images(_problems(note))
         return note
+    builder.work_folder = stage / "notes" / f"{config}.work"
     generators = builder._split_generators(datasets.DownloadManager())
     release = getattr(builder, "release", None)
     layout = getattr(release, "layout", None)
@@ -243,6 +244,7 @@ def _write_config(
         "layout": layout,
         "sha256": dict(getattr(release, "sha256", {})),
         "problems": {kind: [list(entry) for entry in entries] for kind, entries in problems_by_kind.items()},
+        "left_out": dict(sorted(getattr(release, "left_out", {}).items())),
         "official": official,
         "splits": splits,
     }
@@ -299,6 +301,8 @@ def _add_notes(report: BuildReport, notes: Mapping[str, Mapping[str, Any]]) -> N
         report.raw_sha256.update(note["sha256"])
         for kind, file, row, detail in _problems(note):
             report.problem(kind, file, row, detail)
+        for kind, count in note["left_out"].items():
+            report.left_out[kind] = report.left_out.get(kind, 0) + count
     report.official = {config: note["official"] for config, note in notes.items() if note["official"]}
 
 

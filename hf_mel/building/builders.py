@@ -1,8 +1,8 @@
 """Finds the builders of data sets.
 
 A builder is a package `dataset_scripts/<name>` with a module `<name>.py`, whose `BUILDER_CLASS` is a
-`datasets.GeneratorBasedBuilder`. It has the configurations `mentions` and `entities`, optionally `posts`, and any number
-of further ones with the columns of `mentions`. `README.template.md` beside the module is the body of the data set's card
+`datasets.GeneratorBasedBuilder`. It has the configurations `mentions` and `entities` (a mere knowledge base has no
+`mentions`), optionally `posts`, and any number of further ones with the columns of `mentions`. `README.template.md` beside the module is the body of the data set's card
 ([`~hf_mel.building.dataset_card.dataset_card`]). The class has these attributes:
 
 - `NAME`, `TITLE`, `LICENSE` (a Hub licence id), `LANGUAGES`, `HOMEPAGE`, `CITATION`;
@@ -17,7 +17,11 @@ Every other field of its `BuilderConfig` is an option for the user (`--option ke
 `{"bytes": …, "path": None}`, or `{"bytes": None, "path": …}` for a file that the pipeline reads.
 
 A builder that reads files sets an attribute `release` in `_split_generators`, with `layout` (`str`), `sha256`
-(`{file: digest}`) and `problems` (`{kind: [(file, row, detail)]}`) for everything that it left out or did not find.
+(`{file: digest}`) and `problems` (`{kind: [(file, row, detail)]}`) for everything that it left out or did not find. With
+too much to list, `problems` has the first of each kind, and `left_out` (`{kind: number}`) counts all.
+
+The pipeline sets an attribute `work_folder` (`Path`) before that. It is a folder, which may not exist yet, that outlives
+an interruption. A builder may keep there what took long to read.
 
 A builder of a user's own files sets an attribute `origins` there, or while it yields its rows: the id of a row → (file,
 row) that it was read from. A problem with its image is then listed there.

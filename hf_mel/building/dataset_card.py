@@ -31,7 +31,7 @@ def dataset_card(builder_class: Any, infos: dict[str, datasets.DatasetInfo], rep
     Args:
         builder_class (`type`): The builder. `README.template.md` beside its module is the body of the card. Its
             placeholders are `$title`, `$name`, `$homepage`, `$citation`, `$download`, `$redistribution`, `$layout`,
-            `$options`, `$counts`, `$schema`, `$problems`, `$leakage` and `$raw_files`, all optional.
+            `$options`, `$counts`, `$schema`, `$problems`, `$left_out`, `$leakage` and `$raw_files`, all optional.
         infos (`dict[str, datasets.DatasetInfo]`): Features and sizes of each configuration.
         report ([`~hf_mel.building.report.BuildReport`]): Report of the build.
     """
@@ -68,6 +68,9 @@ def dataset_card(builder_class: Any, infos: dict[str, datasets.DatasetInfo], rep
         counts=_counts_table(report),
         schema=_schema_tables(infos),
         problems=_problems_table(report),
+        left_out=markdown_table(
+            ["left out", "count"], [[kind.replace("_", " "), f"{n:,}"] for kind, n in report.left_out.items()]
+        ),
         leakage=_leakage_table(report),
         raw_files=markdown_table(
             ["file", "sha256"], [[file, f"`{digest}`"] for file, digest in sorted(report.raw_sha256.items())]

@@ -124,6 +124,8 @@ class BuildReport(CheckReport):
         raw_sha256 (`dict[str, str]`): Digest of each raw file that was read.
         data_sha256 (`str`, *optional*): One digest of all Parquet files, as in
             [`~hf_mel.data.loading.dataset_version`].
+        left_out (`dict[str, int]`): Number of raw records that were left out, by kind, of a builder that counts them.
+            `problems` then lists the first of each kind.
     """
 
     output: Path
@@ -134,6 +136,7 @@ class BuildReport(CheckReport):
     official: dict[str, dict[str, int | None]] = field(default_factory=dict)
     raw_sha256: dict[str, str] = field(default_factory=dict)
     data_sha256: str | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of `report.json`."""
@@ -148,5 +151,6 @@ class BuildReport(CheckReport):
             "official": self.official,
             "raw_sha256": dict(sorted(self.raw_sha256.items())),
             "data_sha256": self.data_sha256,
+            **({"left_out": self.left_out} if self.left_out else {}),
             **checks,
         }

@@ -28,7 +28,10 @@ def build(
         Path, typer.Option(help="The folder to write. An earlier build of the same data set is replaced.")
     ],
     raw_dir: Annotated[
-        Path | None, typer.Option(help="The folder of the released files, for data sets built from a release.")
+        Path | None,
+        typer.Option(
+            help="The folder of the released files, for data sets built from a release. A dump may be a file."
+        ),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="The folder of the mention images, if it is not inside the raw folder.")
@@ -95,6 +98,9 @@ def build(
 
       hf-mel data build wikimel --raw-dir RAW --images RAW/mention_images --output data/wikimel
 
+      hf-mel data build wikidata --raw-dir latest-all.json.gz --option classes=Q5 --option languages=en,de \\
+        --option min_sitelinks=5 --output data/wikidata-people
+
       hf-mel data build jsonl --mentions mine.jsonl --entities kb.csv --output data/mine
 
       hf-mel data build jsonl --mentions mine.csv --entities artists.csv --column text=caption --column name=artist \\
@@ -154,10 +160,12 @@ def build(
     load = f'load_dataset({in_python}), load_dataset({in_python}, "entities")'
     if not is_literal(report.output):  # load_dataset would look for the names that match it
         load = f'hf_mel.data.load_mentions({in_python}, "train"), hf_mel.data.load_entities({in_python})'
+    train = f"  train a model:     hf-mel train RECIPE --set data.dataset={quoted} --output RUN\n"
+    if "mentions" not in report.counts:
+        load, train = f"hf_mel.data.load_entities({in_python})", ""
     console.print(
         f"\nWritten to {folder} (card: README.md, all problems: report.json). What to type next:\n"
-        f"  in Python:         {load}\n"
-        f"  train a model:     hf-mel train RECIPE --set data.dataset={quoted} --output RUN\n"
+        f"  in Python:         {load}\n{train}"
         f"  use its entities:  hf-mel kb build RUN --dataset {quoted} --output KB",
         markup=False,
         highlight=False,
@@ -304,8 +312,13 @@ def _print_report(
         file, row, _ = entries[0]
         first = Text(safe_text(f"{file}, row {row}" if row else file))
         problems.add_row(
-            Text(_problem_words(kind), "bold red" if kind in report.fatal else ""), f"{len(entries):,}", first
+            Text(_problem_words(kind), "bold red" if kind in report.fatal else ""),
+            f"{getattr(report, 'left_out', {}).get(kind, len(entries)):,}",
+            first,
         )
+    for kind, count in getattr(report, "left_out", {}).items():
+        if kind not in report.problems:
+            problems.add_row(_problem_words(kind), f"{count:,}")
     for kind, count in report.duplicates.items():
         if count:
             problems.add_row(_problem_words(kind), f"{count:,}")

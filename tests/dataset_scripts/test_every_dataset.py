@@ -55,6 +55,10 @@ def _cases() -> list[tuple[str, str]]:
 CASES = _cases()
 
 
+def has_mentions(name: str) -> bool:
+    return "mentions" in find_builder(name).CONFIGS  # type: ignore[attr-defined]
+
+
 def filled(value: Any, folder: Path) -> Any:
     """`value` with the folder in its texts."""
     if isinstance(value, dict):
@@ -96,7 +100,8 @@ def test_datasets_3_finds_the_builder_in_a_copy_of_its_folder(name, tmp_path, mo
         builders = {value for value in classes if issubclass(value, datasets.DatasetBuilder)}
         assert {value for value in builders if value.__module__ == module.__name__} == {module.BUILDER_CLASS}
         assert module.BUILDER_CLASS.__name__ == find_builder(name).__name__
-        assert next(config.name for config in module.BUILDER_CLASS.BUILDER_CONFIGS) == "mentions"
+        names = [config.name for config in module.BUILDER_CLASS.BUILDER_CONFIGS]
+        assert names[0] == "mentions" or names == ["entities"]
     finally:
         for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "copies"]:
             del sys.modules[loaded]
@@ -105,7 +110,8 @@ def test_datasets_3_finds_the_builder_in_a_copy_of_its_folder(name, tmp_path, mo
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_it_loads_in_one_line_with_its_splits(name, layout, built):
     folder, expected = built(name, layout), layouts_of(name)[layout][1]
-    assert {split: len(rows) for split, rows in load_dataset(str(folder)).items()} == expected["mentions"]
+    default = expected["mentions"] if "mentions" in expected else expected["entities"]
+    assert {split: len(rows) for split, rows in load_dataset(str(folder)).items()} == default
     for config, splits in expected.items():
         actual = load_dataset(str(folder), config)
         assert {split: len(rows) for split, rows in actual.items()} == splits, config
@@ -151,7 +157,7 @@ def test_two_builds_are_the_same_byte_for_byte(name, built, tmp_path):
     assert [file for file in files[0] if files[0][file] != files[1][file]] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name, layout in CASES if not layout and has_mentions(name)])
 def test_it_trains_a_step(name, built, tmp_path):
     from transformers import BertConfig
 
