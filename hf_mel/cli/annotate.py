@@ -16,6 +16,7 @@ from hf_mel.cli.options import (
     Index,
     ModelArgument,
     Revision,
+    Split,
     TrustRemoteCode,
 )
 from hf_mel.cli.printing import print_annotated, print_json
@@ -55,10 +56,22 @@ def annotate(
         Path | None,
         typer.Option(
             help="The .jsonl file to which the texts of --input and their mentions are written, one text a line, in their "
-            "order; - for standard output. Until all are done, results are kept in .NAME.partial beside it.",
+            "order; - for standard output. Until all are done, results are kept in .NAME.partial beside it. With --dataset: "
+            "the JSON file for the figures.",
             dir_okay=False,
         ),
     ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="A data set whose texts are annotated and compared with its mentions, in place of --text or --input: "
+            "prints precision, recall and F1."
+        ),
+    ] = None,
+    split: Split = "test",
+    gold_spans: Annotated[
+        bool, typer.Option("--gold-spans", help="Link the gold mentions of --dataset, and search none.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an --output that was interrupted, and annotate only the rest.")
     ] = False,
@@ -146,12 +159,29 @@ def annotate(
 
       hf-mel annotate runs/mimic_wikimel --kb kb/wikimel --detector spacy:en_core_web_sm --labels PERSON \\
         --text "Hiddleston met Swift in Nashville."
+
+      hf-mel annotate runs/mimic_flags --kb kb/flags --dataset data/flags_mel --learn-from data/flags_mel
     """
-    if (text is None) == (input is None):
-        raise typer.BadParameter("Give a text, or a file of texts with --input.", param_hint="--text")
+    if sum(source is not None for source in (text, input, dataset)) != 1:
+        raise typer.BadParameter(
+            "Give a text, a file of texts with --input, or a data set with --dataset.", param_hint="--text"
+        )
+    if dataset is not None:
+        options_of_others = {
+            "--image": image,
+            "--html": html,
+            "--resume": resume,
+            "--json": as_json,
+            "--overlapping": overlapping,
+        }
+        for name, value in options_of_others.items():
+            if value:
+                raise typer.BadParameter("Leave it out with --dataset.", param_hint=name)
+    elif gold_spans:
+        raise typer.BadParameter("Give a data set with --dataset.", param_hint="--gold-spans")
     if input is not None and image is not None:
         raise typer.BadParameter("Give it in the column image of --input.", param_hint="--image")
-    if (input is None) != (output is None):
+    if dataset is None and (input is None) != (output is None):
         raise typer.BadParameter("Give --input and --output together.", param_hint="--output")
     if input is not None and as_json:
         raise typer.BadParameter("Leave it out: --output is written as JSON lines anyway.", param_hint="--json")
@@ -188,7 +218,13 @@ def annotate(
         index=index,
         first_stage=first_stage,
     )
+    if dataset is not None and gold_spans:
+        _evaluate(linker, dataset, split, None, output, batch_size, gold_spans=True)
+        return
     mention_detector = _open_detector(linker, detector, labels, learn_from, ignore_case, device)
+    if dataset is not None:
+        _evaluate(linker, dataset, split, mention_detector, output, batch_size)
+        return
     options: dict[str, Any] = {"overlapping": overlapping, "top_k": top_k, "batch_size": batch_size}
     if text is not None:
         content = typer.get_text_stream("stdin").read() if text == "-" else text
@@ -232,6 +268,43 @@ def _open_detector(
 
 
 _SPLITS = {"training": "train", "validation": "validation"}
+
+
+def _evaluate(
+    linker: EntityLinker,
+    dataset: str,
+    split: str,
+    detector: MentionDetector | None,
+    output: Path | None,
+    batch_size: int,
+    gold_spans: bool = False,
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hf_mel.data.loading import dataset_version, load_mentions
+    from hf_mel.evaluation.annotation_evaluator import annotation_rows, evaluate_annotations
+    from hf_mel.evaluation.tables import write_results
+
+    mentions = load_mentions(dataset, split)
+    results = evaluate_annotations(
+        linker, mentions, detector, gold_spans=gold_spans, batch_size=batch_size, progress=True
+    )
+    table = Table(
+        title=f"{results['num_mentions']:,} mentions in {results['num_texts']:,} texts, {results['kb_size']:,} entities"
+    )
+    for column in ("counted", "spans", "golds", "P", "R", "F1", "macro P", "R", "F1"):
+        table.add_column(column, justify="left" if column in ("counted", "spans") else "right")
+    for row in annotation_rows(results):
+        table.add_row(*row, end_section=row[1] == "strong" and row[0] == "linked, NIL")
+    Console().print(table)
+    if results["num_left_out"]:
+        typer.echo(f"{results['num_left_out']:,} mentions without a position in a text were left out.")
+    if output is not None:
+        describe = getattr(detector, "describe", None)
+        settings = {"detector": "gold spans" if gold_spans else describe() if describe else repr(detector)}
+        write_results({**results, **settings, "data": {**dataset_version(dataset), "split": split}}, output)
+        typer.echo(f"Written to {output}.")
 
 
 def _annotate_file(
