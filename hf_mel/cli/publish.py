@@ -131,7 +131,10 @@ def kb(
 @app.command()
 def metric(
     folder: Annotated[
-        str, typer.Argument(help="Folder of the metric, or [b]mel_ranking[/b], which comes with hf_mel.")
+        str,
+        typer.Argument(
+            help="Folder of the metric, or [b]mel_ranking[/b] or [b]mel_annotation[/b], which come with hf_mel."
+        ),
     ],
     repo: _Repo,
     yes: _Yes = False,

@@ -15,11 +15,12 @@ import gradio as gr
 from gradio.data_classes import FileData
 from handlers import Handlers, load_examples
 from service import MAX_ARCHIVE_BYTES, Refused, Service, Session, read_image
-from tabs import WORKERS, link_tab, many_mentions_tab, own_entities_tab
+from tabs import WORKERS, link_tab, many_mentions_tab, own_entities_tab, whole_text_tab
 
 HERE = Path(__file__).parent
 DEFAULT_MODELS = {"MIMIC on flags": "hf-mel/mimic-flags"}
 DEFAULT_KBS = {"Flags of 129 states": "hf-mel/flags-mel-kb"}
+SCRIPTS = ("selection.js", "mentions.js")
 #: Requests that may wait in the queue. Further ones are refused.
 WAITING = 64
 #: Lifetime of a visitor's files and knowledge bases, and the number of visitors they are kept for.
@@ -40,6 +41,7 @@ def build(service: Service) -> gr.Blocks:
         session = gr.State(Session(), time_to_live=SESSION_SECONDS, delete_callback=lambda state: state.close())
         gr.Markdown(INTRO)
         model_menu, kb_menu = link_tab(handlers, session)
+        whole_text_tab(handlers, model_menu, kb_menu, session)
         own_entities_tab(handlers, model_menu, kb_menu, session)
         many_mentions_tab(handlers, model_menu, kb_menu, session)
         add_api(service)
@@ -48,7 +50,7 @@ def build(service: Service) -> gr.Blocks:
 
 
 def add_api(service: Service) -> None:
-    """Adds the two endpoints for programs, `/link` and `/batch`. They know the Space's own knowledge bases only."""
+    """Adds the endpoints for programs, `/link`, `/annotate` and `/batch`. They know the Space's own knowledge bases only."""
     default_model, default_kb = next(iter(service.models)), next(iter(service.kbs))
 
     def link(
@@ -76,6 +78,21 @@ def add_api(service: Service) -> None:
             raise gr.Error(str(refused), print_exception=False) from refused
         return {**results[0].to_dict(), "seconds": seconds}
 
+    def annotate(
+        text: str,
+        image: FileData | None = None,
+        model: str = default_model,
+        kb: str = default_kb,
+        top_k: int = 5,
+    ) -> dict:
+        """Finds the names of the knowledge base in a text, and links them: spans, entities and scores."""
+        try:
+            picture = read_image(uploaded_path(image))
+            annotated, seconds = service.annotate(text, picture, model=model, kb=kb, top_k=top_k)
+        except Refused as refused:
+            raise gr.Error(str(refused), print_exception=False) from refused
+        return {**annotated.to_dict(), "seconds": seconds}
+
     def batch(file: FileData, model: str = default_model, kb: str = default_kb, top_k: int = 3) -> list[dict]:
         """Links every mention of a .csv, .tsv, .json or .jsonl file with the columns text and mention."""
         try:
@@ -84,6 +101,7 @@ def add_api(service: Service) -> None:
             raise gr.Error(str(refused), print_exception=False) from refused
 
     gr.api(link, api_name="link", concurrency_id="model", concurrency_limit=WORKERS)
+    gr.api(annotate, api_name="annotate", concurrency_id="model", concurrency_limit=WORKERS)
     gr.api(batch, api_name="batch", concurrency_id="model", concurrency_limit=WORKERS)
 
 
@@ -107,7 +125,7 @@ def launch(demo: gr.Blocks, **options: Any) -> Any:
     return demo.launch(
         theme=gr.themes.Default(),
         css_paths=HERE / "style.css",
-        head=f"<script>{(HERE / 'selection.js').read_text(encoding='utf-8')}</script>",
+        head="".join(f"<script>{(HERE / name).read_text(encoding='utf-8')}</script>" for name in SCRIPTS),
         max_file_size=MAX_ARCHIVE_BYTES,
         state_session_capacity=SESSIONS,
         footer_links=["api"],

@@ -9,9 +9,14 @@ from typing import Any
 
 import gradio as gr
 import render
-from service import Refused, Service, Session, parse_mentions, read_image, write_results
+from service import MAX_MENTIONS, Refused, Service, Session, parse_mentions, read_image, write_results
 
 EXAMPLES = Path(__file__).parent / "examples"
+#: A text with names of the knowledge base of the examples.
+EXAMPLE_POST = (
+    "Georgia drew with Ghana on Saturday. In the other match, Ireland lost to Italy.\n\nFans of Sudan and the Republic of "
+    "Korea sang all night."
+)
 
 
 def load_examples(linker: Any) -> list[dict[str, Any]]:
@@ -54,6 +59,24 @@ class Handlers:
                 evidence = render.evidence(text, explanation, picture, images[0], result.best.name)
                 answers.append({"result": result, "images": images, "evidence": evidence})
             return render.results(answers, seconds, note)
+        except Refused as refused:
+            return render.message(str(refused))
+
+    def annotate_text(self, text, image, model, kb, session):
+        """Finds and links the mentions of a text; returns the marked text with the evidence of each as HTML."""
+        try:
+            picture = read_image(image)
+            annotated, seconds = self.service.annotate(text or "", picture, model=model, kb=kb, session=session)
+            linker = self.service.linker(model, kb, session)
+            answers = []
+            for number, mention in enumerate(annotated.mentions):
+                answer = {"result": mention.link, "images": _candidate_images(linker, mention.link)}
+                if number < MAX_MENTIONS:  # explaining takes as long as linking
+                    explanation = self.service.explain(text, picture, mention.link, linker)
+                    name = mention.link.best.name
+                    answer["evidence"] = render.evidence(text, explanation, picture, answer["images"][0], name)
+                answers.append(answer)
+            return render.annotated_text(text, answers, seconds)
         except Refused as refused:
             return render.message(str(refused))
 

@@ -42,6 +42,42 @@ def results(answers: Sequence[dict[str, Any]], seconds: float, note: str = "") -
     return f'<div class="mel">{"".join(parts)}<p class="mel-time">Linked in {seconds:.2f} s.</p></div>'
 
 
+def annotated_text(text: str, answers: Sequence[dict[str, Any]], seconds: float) -> str:
+    """Returns a text with its mentions marked, and the decision and cards of each, which a click shows (mentions.js).
+
+    Args:
+        text (`str`): The text.
+        answers (sequence of `dict`): As in [`results`], in the order of the text.
+        seconds (`float`): Duration of finding and linking.
+    """
+    if not answers:
+        return message("No name of the knowledge base was found in this text.", "info")
+    parts, position = [], 0
+    for number, answer in enumerate(answers):
+        result = answer["result"]
+        meaning = "NIL: not in this knowledge base" if result.is_nil else result.best.name
+        parts.append(escape(text[position : result.start]))
+        parts.append(
+            f'<button type="button" class="mel-mention{" mel-mention-nil" if result.is_nil else ""}" data-mention="{number}" '
+            f'aria-expanded="{"true" if number == 0 else "false"}" title="{escape(meaning)}">'
+            f"{escape(text[result.start : result.end])}</button>"
+        )
+        position = result.end
+    parts.append(escape(text[position:]))
+    cards = "".join(
+        f'<div class="mel-found" data-mention="{number}"{"" if number == 0 else " hidden"}>{_answer(**answer)}</div>'
+        for number, answer in enumerate(answers)
+    )
+    num_nil = sum(answer["result"].is_nil for answer in answers)
+    counts = f"{len(answers)} mention{'' if len(answers) == 1 else 's'} found" + (
+        f", {num_nil} of them NIL" if num_nil else ""
+    )
+    return (
+        f'<div class="mel mel-post"><p class="mel-time">{counts}, linked in {seconds:.2f} s. Click a mention for its '
+        f'evidence.</p><p class="mel-text-marked" dir="auto">{"".join(parts)}</p>{cards}</div>'
+    )
+
+
 def _answer(result: Any, images: Sequence[Image.Image | None], evidence: str = "") -> str:
     best = result.best
     mention = f"<q>{escape(result.mention)}</q>"

@@ -237,6 +237,37 @@ class Service:
             results = linker(rows, top_k=int(top_k), units=units)
         return results, time.perf_counter() - start
 
+    def annotate(
+        self,
+        text: str,
+        image: Image.Image | None,
+        *,
+        model: str,
+        kb: str,
+        session: Session | None = None,
+        top_k: int = 3,
+    ) -> tuple[Any, float]:
+        """Finds the names of the knowledge base in a text, and links them together.
+
+        Args:
+            text (`str`): The text.
+            image (`Image.Image`, *optional*): Its photo.
+            model, kb, session, top_k: As in [`link`].
+
+        Returns:
+            `tuple[AnnotatedText, float]`: The mentions, and the seconds it took.
+
+        Raises:
+            Refused: The text is empty or too long.
+        """
+        check_length(text)
+        _check_top_k(top_k)
+        linker = self.linker(model, kb, session)
+        start = time.perf_counter()
+        with _refused_errors():
+            annotated = linker.annotate(text, image=image, top_k=int(top_k))
+        return annotated, time.perf_counter() - start
+
     def explain(self, text: str, image: Image.Image | None, result: Any, linker: EntityLinker) -> Any:
         """Returns the explanation of the best candidate, or `None` if it fails: the answer is shown without it."""
         mention = {"text": text, "mention": result.mention, "start": result.start, "end": result.end, "image": image}
@@ -383,16 +414,25 @@ def parse_mentions(text: str, mentions: str | None, spans: str | None) -> list[s
     return parsed
 
 
+def check_length(text: str) -> None:
+    """Checks that there is a text, and that it is not too long.
+
+    Raises:
+        Refused: It is missing or too long.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise Refused("Paste a caption or a text first.")
+    if len(text) > MAX_TEXT:
+        raise Refused(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are allowed.")
+
+
 def check_text(text: str, mentions: Sequence[str | tuple[int, int]]) -> None:
     """Checks that text and mentions can be linked.
 
     Raises:
         Refused: The text is missing or too long, or the mentions are missing, too many or not in the text.
     """
-    if not isinstance(text, str) or not text.strip():
-        raise Refused("Paste a caption first, the sentence that contains the mention.")
-    if len(text) > MAX_TEXT:
-        raise Refused(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} are allowed.")
+    check_length(text)
     if not mentions:
         raise Refused("Say which words to link: select them in the caption, or type them under “Mention”.")
     if len(mentions) > MAX_MENTIONS:

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 import render
-from handlers import EXAMPLES, Handlers
+from handlers import EXAMPLE_POST, EXAMPLES, Handlers
 from service import MAX_BATCH_ROWS, MAX_KB_ROWS, MAX_TEXT, MAX_TOP_K, TABLE_SUFFIXES
 
 #: Requests that run at the same time.
@@ -117,6 +117,42 @@ def link_tab(handlers: Handlers, session: gr.State) -> tuple[gr.Dropdown, gr.Dro
         handlers.compare_models, [*form, model, other_model, kb, other_kb, session], models_answer, **_MODEL_EVENT
     )
     return model, kb
+
+
+def whole_text_tab(handlers: Handlers, model: gr.Dropdown, kb: gr.Dropdown, session: gr.State) -> None:
+    """Adds the tab that finds and links all mentions of a text."""
+    with gr.Tab("A whole text"):
+        gr.Markdown(
+            "Paste a text, with its photo if there is one. Every name of the knowledge base in it is found and linked, with the model "
+            "and the knowledge base selected on the first page. Words that mean an entity without its name, such as *the "
+            "hosts*, are not found: link them on the first page."
+        )
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=300):
+                text = gr.Textbox(
+                    EXAMPLE_POST if handlers.examples else "",
+                    label="Text",
+                    lines=8,
+                    max_lines=16,
+                    max_length=MAX_TEXT,
+                    elem_id="post",
+                    placeholder="Georgia drew with Ghana.",
+                )
+                image = gr.Image(
+                    label="Photo (optional)",
+                    type="filepath",
+                    sources=["upload", "clipboard"],
+                    height=160,
+                    elem_id="post-photo",
+                )
+                image.preprocess = lambda payload: payload and (payload.path or "")  # type: ignore[method-assign,assignment,return-value]
+                button = gr.Button("Find and link", variant="primary", elem_id="post-go")
+            with gr.Column(scale=3, min_width=300):
+                answer = gr.HTML(
+                    render.message("The text will appear here, with its mentions marked.", "info"),
+                    elem_id="post-answer",
+                )
+    button.click(handlers.annotate_text, [text, image, model, kb, session], answer, **_MODEL_EVENT)
 
 
 def own_entities_tab(handlers: Handlers, model: gr.Dropdown, kb: gr.Dropdown, session: gr.State) -> None:

@@ -481,6 +481,16 @@ def test_text_from_users_and_models_never_becomes_markup(space):
     assert seen.text.count("<script>alert(1)</script>") >= 8  # visible as text
 
 
+def test_an_annotated_text_never_becomes_markup(space):
+    evil = "<script>alert(1)</script>"
+    first = replace(result("<b>"), mention="<b>x", start=len(evil), end=len(evil) + 4)
+    page = space.render.annotated_text(f"{evil}<b>x", [{"result": first, "images": [None, None]}], 0.1)
+    assert "<script" not in page
+    assert "<b>x" not in page
+    assert "&lt;b&gt;x</button>" in page
+    assert "No name of the knowledge base" in space.render.annotated_text("x", [], 0.1)
+
+
 def test_a_card_shows_how_the_units_contributed(space):
     seen = Tags(space.render.results([{"result": result(), "images": [None, None]}], 0.1))
     assert "Ahead of Bo mostly because of the image. Alone, the text would favour Bo." in seen.text
@@ -540,12 +550,27 @@ def test_the_api_accepts_the_span_of_a_mention(client):
         client.predict(text, "Georgia", start=3, api_name="/link")
 
 
-def test_the_api_links_a_batch_and_only_two_endpoints_are_public(client, tmp_path):
+def test_the_api_annotates_a_text(client, service):
+    text = "Georgia <b>met</b> Jordan, and georgia slept."
+    answer = client.predict(text, api_name="/annotate")
+    assert [(m["start"], m["end"], m["mention"]) for m in answer["mentions"]] == [
+        (0, 7, "Georgia"),
+        (19, 25, "Jordan"),
+    ]
+    expected, _ = service.annotate(text, None, model="small", kb="flags")
+    assert [m["entity_id"] for m in answer["mentions"]] == [m.entity_id for m in expected.mentions]
+    with pytest.raises(AppError, match="at most 2,000 are allowed"):
+        client.predict("x" * 2_001, api_name="/annotate")
+    with pytest.raises(AppError, match="Paste a caption or a text first"):
+        client.predict(" ", api_name="/annotate")
+
+
+def test_the_api_links_a_batch_and_only_three_endpoints_are_public(client, tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps({"text": TEXT, "mention": "Jordan"}))
     (row,) = client.predict(handle_file(str(tmp_path / "m.jsonl")), api_name="/batch")
     assert row["mention"] == "Jordan"
     assert row["entity_id"]
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/link", "/batch"}
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/link", "/annotate", "/batch"}
 
 
 def test_an_error_has_a_message_and_the_next_request_succeeds(client):

@@ -211,7 +211,7 @@ def test_units_can_be_chosen_and_two_models_compared(page):
 @pytest.mark.parametrize(
     ("text", "mention", "words"),
     [
-        ("", "", "Paste a caption first"),
+        ("", "", "Paste a caption or a text first"),
         ("Georgia won.", "", "Say which words to link"),
         ("Georgia won.", "Peru", "“Peru” is not in the caption"),
         ("<img src=x onerror=alert(1)>", "<b>", "“<b>” is not in the caption"),
@@ -235,6 +235,41 @@ def test_scripts_in_captions_and_names_are_shown_as_text(page, tmp_path):
     expect(page.locator("#answer .mel-card")).to_have_count(1)
     expect(page.locator("#answer .mel-card h3")).to_contain_text(evil)
     assert page.locator("#answer img[src=x]").count() == 0
+
+
+def test_a_whole_text_is_annotated_and_a_click_shows_the_evidence(page):
+    page.get_by_role("tab", name="A whole text").click()
+    press(page, "Find and link")
+    mentions = page.locator("#post-answer .mel-mention")
+    expect(mentions.first).to_be_visible()
+    assert mentions.all_inner_texts()[:4] == ["Georgia", "Ghana", "Ireland", "Italy"]
+    shown = page.locator("#post-answer .mel-found:visible")
+    expect(shown).to_have_count(1)
+    expect(shown.locator(".mel-decision")).to_contain_text("Georgia")
+    screenshot(page, "whole_text")
+    mentions.nth(2).click()
+    expect(shown).to_have_count(1)
+    expect(shown.locator(".mel-decision q")).to_have_text("Ireland")
+    expect(mentions.nth(2)).to_have_attribute("aria-expanded", "true")
+    expect(mentions.first).to_have_attribute("aria-expanded", "false")
+    screenshot(page, "whole_text_click")
+    page.locator("#post textarea").fill("<img src=x onerror=alert(1)> \u05d0 Ghana")
+    press(page, "Find and link")
+    expect(mentions).to_have_count(1)
+    assert page.locator("#post-answer img[src=x]").count() == 0
+    for text, words in (("nobody", "No name of the knowledge base"), ("", "Paste a caption or a text first")):
+        page.locator("#post textarea").fill(text)
+        press(page, "Find and link")
+        expect(page.locator("#post-answer [role=alert]")).to_contain_text(words)
+
+
+def test_a_whole_text_fits_a_narrow_screen(open_page):
+    page = open_page(width=390, height=800)
+    page.get_by_role("tab", name="A whole text").click()
+    press(page, "Find and link")
+    expect(page.locator("#post-answer .mel-mention").first).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    screenshot(page, "whole_text_narrow")
 
 
 def own_kb(page, table: Path, archive: Path | None = None) -> None:
