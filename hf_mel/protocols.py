@@ -121,8 +121,8 @@ class Retriever(Protocol):
     def unit_scores(self, mentions: Encodings, entities: Encodings) -> dict[str, Any]:
         """Returns the scores [M, N] of every interaction unit by name. Empty if there is one.
 
-        The row of a mention that lacks what a unit reads (its image) may be nan. `score` is the mean of the others, less
-        the NIL score of a retriever that learns one.
+        The row of a mention that lacks what a unit reads (its image) may be nan. `score` is the mean of the others, which
+        a retriever may weigh, less the NIL score of one that learns it.
         """
         ...
 

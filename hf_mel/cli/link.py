@@ -109,7 +109,7 @@ def link(
     """Link a mention in a text to the entities of a knowledge base.
 
     Prints the candidates with their scores. The score is the mean of the scores of the model's units, which are shown
-    beside it, less the NIL score of a model that learns one.
+    beside it. Models may weigh the units, and a model that learns NIL takes off the mention's NIL score.
 
     If the mention occurs several times, the first occurrence is linked. Use --start and --end to choose another one.
     A reranker can rank all mentions of a text together.

@@ -69,8 +69,8 @@ class Candidate:
         rank (`int`): 1 + number of candidates with a higher score. Equal scores have equal ranks.
         entity_id, name, description, attributes (`str`): Columns of the entity.
         score (`float`): Score of the model, higher is better.
-        unit_scores (`dict[str, float]`): Scores of the model's interaction units, whose mean is `score`, less the NIL
-            score of a model that learns one. Units that read what the mention lacks, such as its image, are left out. Empty
+        unit_scores (`dict[str, float]`): Scores of the model's interaction units, whose mean, which the model may weigh,
+            is `score`, less the NIL score of a model that learns one. Units that read what the mention lacks, such as its image, are left out. Empty
             for a model with a single unit.
         reranker_score (`float`, *optional*): Score of the reranker, by which the first `rerank_k` candidates are sorted.
             `None` for later candidates, and without a reranker.

@@ -60,6 +60,9 @@ class MelTrainingArguments(TrainingArguments):
             For a retriever: add this many times the logarithm of how often an entity is a gold in training to its scores
             inside the loss. With 1.0, the scores do not learn which entities are frequent, so that entities without
             training mentions are not put behind them. An entity counts half a mention more than it has.
+        simulated_nil (`float`, *optional*, defaults to 0.0):
+            For a retriever that learns NIL: share of the golds of a batch that are left out of it, so that their mentions are
+            NIL there. It is for data whose training split has few or no NIL mentions.
         augment_images (`bool`, *optional*, defaults to `False`):
             For a retriever: mirror, turn, zoom, move and light the images of mentions at random.
         eval_mentions (`int`, *optional*):
@@ -104,6 +107,10 @@ class MelTrainingArguments(TrainingArguments):
     prior_correction: float = field(
         default=0.0, metadata={"help": "Weight of a retriever's correction for how often entities are golds."}
     )
+    simulated_nil: float = field(
+        default=0.0,
+        metadata={"help": "Share of the golds of a retriever's batch that are left out, so that NIL is learned."},
+    )
     augment_images: bool = field(
         default=False, metadata={"help": "Change the images of a retriever's mentions at random."}
     )
@@ -145,6 +152,8 @@ class MelTrainingArguments(TrainingArguments):
             )
         if not 0 <= self.easy_share <= 1:
             raise ValueError(f"easy_share={self.easy_share} must be between 0 and 1.")
+        if not 0 <= self.simulated_nil < 1:
+            raise ValueError(f"simulated_nil={self.simulated_nil} must be at least 0 and below 1.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False, because the processor reads the columns.")
         if not torch.accelerator.is_available():

@@ -47,6 +47,8 @@ class RetrieverCollator:
             whole knowledge base. The draw depends on the seed and the mentions of the batch, as that of the images does.
         augment_images (`bool`, *optional*, defaults to `False`): Whether the images of mentions are changed at random
             ([`~hf_mel.training.augmentation.augmented_image`]).
+        simulated_nil (`float`, *optional*, defaults to 0.0): Share of the golds of a batch that are left out of it, so that
+            their mentions are NIL there. For a model that learns NIL, on data with few or no NIL mentions.
         log_prior (`Mapping[str, float]`, *optional*): Logarithm of how often each entity is a gold, by entity id. The batch
             has it as `entity_log_prior` [U], for a model that corrects for it.
     """
@@ -61,10 +63,12 @@ class RetrieverCollator:
         negatives: Mapping[str, Sequence[str]] | None = None,
         random_negatives: int = 0,
         augment_images: bool = False,
+        simulated_nil: float = 0.0,
         log_prior: Mapping[str, float] | None = None,
     ):
         self.inputs, self.random_image, self.seed, self.augment_images = inputs, random_image, seed, augment_images
         self.negatives, self.random_negatives, self.log_prior = negatives or {}, random_negatives, log_prior
+        self.simulated_nil = simulated_nil
         self.entities = LazyRows(entities)
         self._ids: list[str] = list(entities["entity_id"])
         self._row_of = {entity_id: row for row, entity_id in enumerate(self._ids)}
@@ -92,11 +96,16 @@ class RetrieverCollator:
                     remedy=_GOLD_REMEDY,
                 )
             columns.setdefault(gold, len(columns))
+        mention_ids = " ".join(str(mention.get("mention_id")) for mention in mentions)
+        left_out = self._draw_left_out(columns, mention_ids)
+        columns = {
+            entity_id: number for number, entity_id in enumerate(each for each in columns if each not in left_out)
+        }
         for mention in mentions:
             for entity_id in self.negatives.get(mention["mention_id"], ()):
-                columns.setdefault(entity_id, len(columns))
-        mention_ids = " ".join(str(mention.get("mention_id")) for mention in mentions)
-        for entity_id in self._draw_entities(columns, mention_ids):
+                if entity_id not in left_out:
+                    columns.setdefault(entity_id, len(columns))
+        for entity_id in self._draw_entities({**columns, **left_out}, mention_ids):
             columns[entity_id] = len(columns)
         entities: Sequence[Row] = self.entities.__getitems__([self._row_of[entity_id] for entity_id in columns])
         if self.random_image and self.inputs.prototypes is None:
@@ -113,6 +122,13 @@ class RetrieverCollator:
         if self.log_prior is not None:
             batch["entity_log_prior"] = torch.tensor([self.log_prior[entity_id] for entity_id in columns])
         return {**batch, "labels": torch.tensor([columns.get(mention["entity_id"], -1) for mention in mentions])}
+
+    def _draw_left_out(self, golds: Collection[str], mention_ids: str) -> dict[str, None]:
+        """Draws the golds whose mentions are NIL in this batch, but never all, so that a batch has entities."""
+        if not self.simulated_nil:
+            return {}
+        draw = random.Random(f"{self.seed} NIL {mention_ids}")
+        return dict.fromkeys([gold for gold in golds if draw.random() < self.simulated_nil][: len(golds) - 1])
 
     def _draw_entities(self, taken: Collection[str], mention_ids: str) -> list[str]:
         """Draws `random_negatives` entities that are not taken, or all if they are fewer. No batch is without entities."""

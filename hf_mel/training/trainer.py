@@ -110,7 +110,9 @@ class MelTrainer(BaseTrainer):
             unit = "document" if model.example_unit == "document" else "context"
             eval_dataset = _sample_examples(eval_dataset, unit, args.eval_mentions, args.seed)
             logger.warning("Evaluating on %d of %d mentions (eval_mentions).", len(eval_dataset), self.eval_total)
-        self.mentions = None if train_dataset is None else _trainable(train_dataset, learns_nil(model))
+        self.mentions = (
+            None if train_dataset is None else _trainable(train_dataset, learns_nil(model), args.simulated_nil > 0)
+        )
         rows: Any = None
         sampler: GroupingSampler | None = None
         collator: Any
@@ -150,7 +152,13 @@ class MelTrainer(BaseTrainer):
                 seed=args.seed,
                 random_negatives=args.random_negatives,
                 augment_images=args.augment_images,
+                simulated_nil=args.simulated_nil,
             )
+            if args.simulated_nil and not learns_nil(model):
+                raise RecipeError(
+                    f"simulated_nil is set, but {type(model).__name__} does not learn NIL.",
+                    remedy="Set model.config.nil_score: true, or remove training.simulated_nil.",
+                )
             if args.prior_correction and self.mentions is not None:
                 model_class: Any = type(model)
                 if "entity_log_prior" not in inspect.signature(model_class.forward).parameters:
@@ -340,13 +348,23 @@ def _sample_examples(mentions: datasets.Dataset, unit: str, count: int, seed: in
     return mentions.select(sorted(chosen))
 
 
-def _trainable(mentions: datasets.Dataset, learns_nil: bool) -> datasets.Dataset:
-    """Returns the mentions to train on. Unless the model learns NIL, NIL mentions are left out, and their number is logged."""
+def _trainable(mentions: datasets.Dataset, learns_nil: bool, is_simulated: bool = False) -> datasets.Dataset:
+    """Returns the mentions to train on. Unless the model learns NIL, NIL mentions are left out, and their number is logged.
+
+    Args:
+        mentions (`datasets.Dataset`): Mentions.
+        learns_nil, is_simulated (`bool`): Whether the model learns NIL, and whether NIL mentions are simulated.
+    """
     kept = [row for row, gold in enumerate(mentions["entity_id"]) if gold != NIL]
     if not kept:
         raise DataFormatError("The split has no mentions to train on: it is empty, or every gold is NIL.")
     if learns_nil:
         logger.info("Training learns NIL from %d mentions.", len(mentions) - len(kept))
+        if len(kept) == len(mentions) and not is_simulated:
+            logger.warning(
+                "The model learns NIL, but no training mention is NIL. Set training.simulated_nil, such as 0.1, or "
+                "model.config.nil_score: false."
+            )
         return mentions
     if len(kept) < len(mentions):
         logger.info("Training leaves out %d mentions whose gold is NIL.", len(mentions) - len(kept))

@@ -6,6 +6,9 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 #: Interaction units in the order of Figure 3: TGLU, VDLU, CMFU.
 UNITS = ("text", "vision", "cross_modal")
@@ -31,6 +34,10 @@ class MimicConfig(PreTrainedConfig):
             loss" (Table 2).
         unit_losses (`list[str]`, *optional*):
             The units whose loss (eq. 21) is added to the overall one (eq. 22). Default: all of `units`.
+        unit_weights (`list[float]`, *optional*):
+            Weights of `units`, in their order, in the mean of eq. 7. The units' scores have scales of their own, which their
+            losses decide, and a unit that learns the training texts by heart has large scores. Default: all equal, as in the
+            paper.
         text_pooling (`str`, *optional*, defaults to `"pooler"`):
             The global text feature: `"pooler"` (CLIP's end-of-text state), `"cls"` (as the paper says) or `"mean"`
             over the tokens that are not padding.
@@ -38,7 +45,8 @@ class MimicConfig(PreTrainedConfig):
             Normalisation of the global text features in eq. 8: `"layer_norm"` as in the published network, or `"l2"`,
             which makes S_T^G2G a cosine. With `"l2"`, FC(t_E^G) is normalised too, so that S_T^G2L (eq. 10) is also a
             cosine. The scores of the other units are not: they are sums over features and grow with training. In the mean
-            of eq. 7 a cosine counts for little beside them, so `"l2"` is meant for the text unit alone.
+            of eq. 7 a cosine counts for little beside them (a warning says so), so `"l2"` is meant for the text unit alone, or
+            with `unit_weights`.
         local_scale (`int` or `float`, *optional*, defaults to 1.0):
             Weight of S_T^G2L relative to S_T^G2G. Only with `global_norm="l2"`, where neither of them can grow.
         temperature (`int` or `float`, *optional*, defaults to 1.0):
@@ -90,6 +98,7 @@ class MimicConfig(PreTrainedConfig):
     projection_dim: int | None = None
     units: list[str] | None = None
     unit_losses: list[str] | None = None
+    unit_weights: list[int | float] | None = None
     text_pooling: str = "pooler"
     global_norm: str = "layer_norm"
     local_scale: int | float = 1.0
@@ -136,6 +145,17 @@ class MimicConfig(PreTrainedConfig):
             )
         if set(self.unit_losses or ()) - set(self.units):
             raise ValueError(f"unit_losses={self.unit_losses!r} names a unit that is not in units={self.units!r}.")
+        weights = self.unit_weights
+        if weights is not None and (len(weights) != len(self.units) or not all(weight > 0 for weight in weights)):
+            raise ValueError(
+                f"unit_weights={weights!r} must be one positive number for each of units={self.units!r}. Leave a unit out of "
+                "units to give it no weight."
+            )
+        if self.global_norm == "l2" and len(self.units) > 1 and "text" in self.units and weights is None:
+            logger.warning(
+                "global_norm='l2' makes the text unit's scores cosines, which count for little in the mean with the other "
+                "units. Give unit_weights, or use 'layer_norm'."
+            )
         for unit in self.units:
             missing = [
                 name

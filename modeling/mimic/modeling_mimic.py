@@ -680,18 +680,23 @@ class MimicModel(MimicPreTrainedModel):
     def _unit_weights(self, mentions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | float]:
         """Weight of each unit in the mean of eq. 7: unit name → [M], or one number if all mentions have all units.
 
-        A mention with no unit at all has weights of 0, so that its scores are equal.
+        `config.unit_weights` weighs the mean. A mention with no unit at all has weights of 0, so that its scores are equal.
         """
         present = self._units_present(mentions)
+        shares = dict(zip(present, self.config.unit_weights or [1.0] * len(present), strict=True))
         masks = [mask for mask in present.values() if mask is not None]
         if not masks:
-            return dict.fromkeys(present, 1 / len(present))
-        counts = {unit: masks[0].new_ones(len(masks[0])) if mask is None else mask for unit, mask in present.items()}
-        total = torch.stack(list(counts.values())).sum(0).clamp(min=1)
+            return {unit: share / sum(shares.values()) for unit, share in shares.items()}
+        counts = {
+            unit: shares[unit] * (masks[0].new_ones(len(masks[0])) if mask is None else mask)
+            for unit, mask in present.items()
+        }
+        total = torch.stack(list(counts.values())).sum(0)
+        total = total.masked_fill(total == 0, 1)
         return {unit: count / total for unit, count in counts.items()}
 
     def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """S [M, N] (eq. 7), the mean of the scores of the units whose modalities the mention has.
+        """S [M, N] (eq. 7), the (weighted) mean of the scores of the units whose modalities the mention has.
 
         With `config.nil_score`, less the mention's NIL score, which changes no rank.
         """
@@ -922,7 +927,8 @@ def _nan_where_absent(
 
 def _weighted_sum(scores: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor | float]) -> torch.Tensor:
     """Sum [M, N] of the units' scores [M, N] with weights [M], or one weight for all mentions."""
-    if all(isinstance(weight, float) for weight in weights.values()):  # all equal; dividing once rounds once
+    equal = all(isinstance(weight, float) for weight in weights.values()) and len(set(weights.values())) == 1
+    if equal:  # dividing once rounds once
         first, *others = scores.values()
         return sum(others, first) / len(scores)
     first, *others = (score * _column(weights[unit]) for unit, score in scores.items())

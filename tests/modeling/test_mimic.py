@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 
@@ -358,6 +359,49 @@ def test_priors_are_added_inside_the_losses_alone(nil):
     assert out.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("absent", [False, True])
+@torch.no_grad()
+def test_weights_of_the_units_weigh_the_mean_of_the_units_that_a_mention_has(absent):
+    options = {"missing_images": "absent"} if absent else {}
+    model = build(unit_weights=[0.5, 2, 1.5], mask_padding=True, **options)
+    batch = batch_for(model, mentions=3, entities=4)
+    if absent:
+        batch["mention_image_mask"] = torch.tensor([True, False, True])
+        batch["mention_text_mask"] = torch.tensor([True, True, False])
+        batch["entity_image_mask"] = torch.tensor([True, False, True, True])
+    mentions = model.encode_mentions(**{k: v for k, v in batch.items() if k.startswith("mention")})
+    entities = model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")})
+    text, vision, fused = (
+        model._all_unit_scores(mentions, entities)[unit] for unit in ("text", "vision", "cross_modal")
+    )
+    expected = (0.5 * text + 2 * vision + 1.5 * fused) / 4
+    if absent:
+        expected[1], expected[2] = text[1], vision[2]
+    for scores in (model.score(mentions, entities), model(**batch).scores):
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+    quick = model.quick_scores(mentions, entities)
+    rest = model.remaining_scores(mentions, entities, torch.full_like(quick, -torch.inf))
+    torch.testing.assert_close(quick + rest, expected, atol=1e-4, rtol=1e-4)
+    # The first stage weighs them, too: with one weight near all, its vectors are those of that unit.
+    alone = build(unit_weights=[1e-9, 1e-9, 1], mask_padding=True, **options)
+    products = alone.query_vectors(mentions) @ alone.index_vectors(entities).T
+    torch.testing.assert_close(products[0], fused[0], atol=1e-4, rtol=1e-4)
+
+
+def test_cosines_beside_other_units_are_warned_of(caplog):
+    fields = {"text_config": dict(BERT), "vision_config": dict(VIT), "global_norm": "l2"}
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        MimicConfig(**fields)
+        assert caplog.text.count("count for little in the mean") == 1
+        MimicConfig(**fields, unit_weights=[9, 1, 1])
+        MimicConfig(**fields, units=["text"])
+        assert caplog.text.count("count for little in the mean") == 1
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
 NIL_FORMS = {
     "published": {},
     "text unit": {"units": ["text"], "vision_config": None},
@@ -589,6 +633,8 @@ def test_the_configuration_survives_saving(tmp_path):
         ({"gate": "matrix"}, ["gate", "'vector'"]),
         ({"temperature": 0}, ["temperature"]),
         ({"local_scale": 0.5}, ["local_scale", "'l2'"]),
+        ({"unit_weights": [1, 2]}, ["unit_weights", "cross_modal"]),
+        ({"unit_weights": [1, 2, 0]}, ["unit_weights", "positive"]),
     ],
 )
 def test_impossible_configurations_are_refused(fields, words):

@@ -103,6 +103,39 @@ def test_random_negatives_are_other_entities_and_the_same_for_the_same_batch(gol
     assert labels == [mention["entity_id"] for mention in rows]
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=20), st.sampled_from([0.0, 0.5, 0.99]), st.integers(0, 6))
+def test_golds_that_are_left_out_make_their_mentions_nil(golds, share, count):
+    rows = [row(f"Q{gold}" if gold else NIL, i) for i, gold in enumerate(golds)]
+    spy = Spy()
+    collator = RetrieverCollator(
+        ModelInputs(LearnsNil(), spy),
+        ENTITIES,
+        negatives={"m0": ["Q1", "Q2", "Q3"]},
+        random_negatives=count,
+        simulated_nil=share,
+    )
+    batch = collator(rows)
+    columns = [entity["entity_id"] for entity in spy.entities]
+    assert len(set(columns)) == len(columns) > 0
+    missing = {f"Q{gold}" for gold in golds if gold} - set(columns)  # in no way a column of this batch
+    labels = [NIL if label < 0 else columns[label] for label in batch["labels"].tolist()]
+    assert labels == [NIL if r["entity_id"] in missing else r["entity_id"] for r in rows]
+    if share == 0:
+        assert not missing
+    if any(golds):
+        assert any(label != NIL for label in labels)  # never all are left out
+
+
+def test_the_share_of_golds_that_are_left_out():
+    spy, missing = Spy(), 0
+    collator = RetrieverCollator(ModelInputs(LearnsNil(), spy), ENTITIES, simulated_nil=0.25)
+    for number in range(100):
+        labels = collator([row(f"Q{k}", 20 * number + k) for k in range(1, 11)])["labels"]
+        missing += int((labels < 0).sum())
+    assert 200 < missing < 300
+
+
 def test_random_negatives_reach_every_entity_and_differ_between_batches():
     spy, seen = Spy(), []
     collator = RetrieverCollator(ModelInputs(None, spy), ENTITIES, random_negatives=2)

@@ -231,6 +231,16 @@ def test_a_model_that_learns_nil_trains_on_nil_mentions_and_on_random_negatives(
     batch = built.data_collator([built.train_dataset[k] for k in (0, 3)])
     assert batch["labels"].tolist() == [0, -1]
     assert len(batch["entity_input_ids"]) == 6
+    assert "no training mention is NIL" not in caplog.text
+    trainer(tmp_path, model, toy_mentions(8), simulated_nil=0.1)
+    assert "no training mention is NIL" not in caplog.text
+    with caplog.at_level(logging.INFO, logger="hf_mel.training.trainer"):
+        trainer(tmp_path, model, toy_mentions(8))
+    assert "no training mention is NIL" in caplog.text
+    with pytest.raises(RecipeError, match="ToyRetriever does not learn NIL"):
+        trainer(tmp_path, simulated_nil=0.1)
+    with pytest.raises(ValueError, match="simulated_nil=1"):
+        trainer(tmp_path, simulated_nil=1.0)
     with pytest.raises(ValueError, match="random_negatives=-1"):
         trainer(tmp_path, random_negatives=-1)
 
