@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from hf_mel.candidates.lists import CandidateLists as CandidateLists
     from hf_mel.candidates.make import make_candidates as make_candidates
     from hf_mel.candidates.make import retriever_candidates as retriever_candidates
+    from hf_mel.candidates.name_index import NameIndex as NameIndex
     from hf_mel.candidates.sources import document_candidates as document_candidates
     from hf_mel.candidates.sources import name_candidates as name_candidates
     from hf_mel.candidates.sources import prior_candidates as prior_candidates
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 #: Public name → its module, imported on first use of the name, because they import torch or datasets.
 _EXPORTS = {
     "CandidateLists": "hf_mel.candidates.lists",
+    "NameIndex": "hf_mel.candidates.name_index",
     "document_candidates": "hf_mel.candidates.sources",
     "make_candidates": "hf_mel.candidates.make",
     "name_candidates": "hf_mel.candidates.sources",

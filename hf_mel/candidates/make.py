@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 
 from hf_mel.candidates.lists import CandidateLists
+from hf_mel.candidates.name_index import NameIndex, name_weight_of
 from hf_mel.candidates.sources import (
     SCORERS,
     document_candidates,
@@ -39,6 +40,7 @@ _FIRST_SOURCES = ("name", "prior", "retriever", "release")
 SOURCES = (*_FIRST_SOURCES, "document")
 #: How names are compared, so that lists that an earlier version cached are made again.
 _NAMES = "case and accents folded, composite by surface form"
+_NAME_SCORES = "whole name 1, namesake 3/4, similar words"
 
 
 def default_cache() -> Path:
@@ -91,16 +93,19 @@ def make_candidates(
             "The source 'prior' needs mentions to count on.", remedy="Give a data set with a training split."
         )
     cache = None if cache_dir is None else Path(cache_dir)
-    inputs = fingerprint = None
+    inputs = fingerprint = names = None
     if "retriever" in sources:
         model, processor = load_retriever(retriever, device=device)  # type: ignore[arg-type]
         inputs = ModelInputs(model, processor, posts() if posts is not None and knows_posts(model) else None)
         fingerprint = None if cache is None else _fingerprint(inputs)
+        if name_weight_of(model):
+            names_by_entity = zip(entities["name"], entities["aliases"], strict=True)
+            names = NameIndex([name, *(aliases or ())] for name, aliases in names_by_entity)
 
     def rank_entities() -> CandidateLists:
         assert inputs is not None
         source = entities if cache is None else _cached_entities(inputs, fingerprint, entities, cache, progress)
-        return retriever_candidates(inputs, mentions, source, k=k, progress=progress)
+        return retriever_candidates(inputs, mentions, source, k=k, names=names, progress=progress)
 
     steps = {
         "name": _Step(
@@ -114,7 +119,11 @@ def make_candidates(
         "release": _Step(lambda: release_candidates(mentions, k=k)),
         # The digest of texts does not cover images, the fingerprints of `datasets` do.
         "retriever": _Step(
-            rank_entities, lambda: {"model": [fingerprint, *_fingerprints(mentions, entities, _posts(inputs))]}
+            rank_entities,
+            lambda: {
+                "model": [fingerprint, *_fingerprints(mentions, entities, _posts(inputs))],
+                **({} if names is None else {"name_weight": name_weight_of(model), "name_scores": _NAME_SCORES}),
+            },
         ),
     }
     lists = []
@@ -215,16 +224,21 @@ def retriever_candidates(
     entities: datasets.Dataset | EntitySource,
     *,
     k: int = 16,
+    names: NameIndex | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> CandidateLists:
     """Returns the k entities with the highest scores of a retriever, by exact ranking.
+
+    With `names`, the scores are those of the linker: the name scores are added with the weight in the retriever's
+    configuration.
 
     Args:
         inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A retriever in evaluation mode and its processor.
         mentions (`datasets.Dataset`): M mentions.
         entities (`datasets.Dataset` or [`~hf_mel.inference.entity_sources.EntitySource`]): N entities.
         k (`int`): Candidates per mention.
+        names ([`~hf_mel.candidates.name_index.NameIndex`], *optional*): Index of the names of the N entities.
         batch_size (`int`): Rows per forward pass.
         progress (`bool`): Whether to show progress bars.
     """
@@ -232,11 +246,15 @@ def retriever_candidates(
         encodings = encode_rows(inputs, entities, "entities", batch_size=batch_size, progress=progress)
         entities = EncodedEntities(list(entities["entity_id"]), encodings)
     description = {key: value for key, value in describe_model(inputs.model).items() if key != "config"}
+    weight = 0.0 if names is None else name_weight_of(inputs.model)
     top_rows: list[list[int]] = []
     top_scores: list[list[float]] = []
     if len(mentions):
         encodings = encode_rows(inputs, mentions, "mentions", batch_size=batch_size, progress=progress)
-        ranking = rank(inputs.model, encodings, entities, top_k=k, progress=progress)
+        added = None
+        if names is not None and weight:
+            added = names.scores([surface or "" for surface in mentions["mention"]]) * weight
+        ranking = rank(inputs.model, encodings, entities, top_k=k, added=added, progress=progress)
         top_rows, top_scores = ranking.top_rows.tolist(), ranking.top_scores.tolist()
     return ranked_candidates(
         mentions,
@@ -244,7 +262,7 @@ def retriever_candidates(
         top_rows,
         top_scores,
         source="retriever",
-        setting={"k": k, "retriever": description},
+        setting={"k": k, "retriever": description, **({"name_weight": weight} if weight else {})},
     )
 
 

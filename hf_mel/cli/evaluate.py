@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 
     from hf_mel.candidates import CandidateLists
     from hf_mel.evaluation import CandidateEvaluator, CandidateResult, FullResult, NilThreshold
+    from hf_mel.evaluation.name_weight import NameWeight
     from hf_mel.inference import ModelInputs
     from hf_mel.inference.selective import RiskCoverage
 
 #: Kind of model → the options that are an error with the other kind.
 _ONLY_FOR = {
-    "retriever": ("units", "nil_threshold", "nil_from", "precision"),
+    "retriever": ("units", "nil_threshold", "nil_from", "precision", "name_weight", "save_name_weight"),
     "reranker": ("candidates", "retriever", "joint", "candidate_weight", "bf16"),
 }
 
@@ -82,6 +83,22 @@ def evaluate(
             "threshold is that of the split of --nil-from, or else the one that the model stores."
         ),
     ] = None,
+    name_weight: Annotated[
+        str | None,
+        typer.Option(
+            help="Retriever: weight of the names. It is multiplied by the similarity of the mention and the best name or "
+            "alias of an entity, in \\[0, 1], and added to the score of the model: a number, where 0 adds nothing, or "
+            "[b]auto[/b] to choose the best one on the validation split. Default: the weight of the model, if any."
+        ),
+    ] = None,
+    save_name_weight: Annotated[
+        bool,
+        typer.Option(
+            "--save-name-weight",
+            help="Retriever: write the weight of the names into the folder of the model, so that [b]hf-mel link[/b] and "
+            "all others use it. A NIL threshold and a curve of precision that the model has are calibrated again.",
+        ),
+    ] = False,
     posts: Annotated[
         str,
         typer.Option(
@@ -149,6 +166,7 @@ def evaluate(
       hf-mel evaluate runs/mimic_flags --dataset data/flags_mel --units vision --predictions vision.jsonl
 
       hf-mel evaluate runs/mimic_flags --dataset data/flags_mel --split test --precision 0.9
+      hf-mel evaluate runs/mimic_flags --dataset data/flags_mel --name-weight auto --save-name-weight
 
       hf-mel evaluate runs/RERANKER --dataset data/wikimel --candidates cands/test.parquet
 
@@ -160,6 +178,13 @@ def evaluate(
     """
     k_list = _parse_ks(ks)
     weighted_source, weight = _parse_weight(candidate_weight)
+    weight_of_names = _parse_number("--name-weight", name_weight)
+    if save_name_weight and weight_of_names is None:
+        raise typer.BadParameter("Give the weight to save: --name-weight auto.", param_hint="--save-name-weight")
+    if units is not None and weight_of_names:
+        raise typer.BadParameter(
+            "It applies to the score of all units. Leave it or --units out.", param_hint="--name-weight"
+        )
     if nil_threshold is not None and math.isnan(nil_threshold):
         raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
     if precision is not None and not 0 < precision < 1:
@@ -180,6 +205,7 @@ def evaluate(
     from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
     from hf_mel.evaluation.strata import names_by_id
     from hf_mel.evaluation.tables import decision_lines, orders_table, results_table, write_records, write_results
+    from hf_mel.hub.saving import change_config
     from hf_mel.inference.checkpoints import load_linking_model
     from hf_mel.inference.inputs import ModelInputs
     from hf_mel.protocols import Reranker
@@ -244,9 +270,14 @@ def evaluate(
         results, records = reranked.to_dict(), reranked.records()
     else:
         _check_options(context, model, "retriever")
+        if save_name_weight and not Path(model, "config.json").is_file():
+            raise RecipeError(
+                f"{model!r} is no folder of a model that a weight could be saved in.",
+                remedy="Download it into a folder, or give --name-weight to every command.",
+            )
         inputs = ModelInputs.from_data(dataset, loaded, processor, posts, revision=dataset_revision, config=config)
         curve = None if precision is None or nil_from is not None else _stored_curve(loaded, model)
-        ranked, calibration, calibrated_on = _evaluate_retriever(
+        ranked, calibration, calibrated_on, chosen_weight = _evaluate_retriever(
             inputs,
             mentions,
             entities,
@@ -254,20 +285,33 @@ def evaluate(
             split_settings={**split_settings, "top_k": top_k, "entity_names": names_by_id(entities)},
             nil_threshold=nil_threshold,
             nil_mentions=nil_mentions,
+            name_weight=weight_of_names,
+            validation=load_split("validation") if weight_of_names == "auto" or save_name_weight else None,
             processes=processes,
             console=console,
         )
         results, records = ranked.to_dict(), ranked.records()
         results["wall_time_seconds"] = round(time.perf_counter() - start, 3)
         if calibration is not None:
-            results["nil_calibration"] = {"split": nil_from, **asdict(calibration)}
+            results["nil_calibration"] = {"split": nil_from or "validation", **asdict(calibration)}
         threshold = ranked.setting["nil_threshold"]
         if detection := ranked.nil_detection(train_golds):
             results["nil_detection"] = detection
+        if chosen_weight is not None:
+            results["chosen_name_weight"] = {"split": "validation", **asdict(chosen_weight)}
+        new_curve = None if calibrated_on is None else calibrated_on.risk_coverage(threshold)
         if precision is not None:
-            curve = curve if calibrated_on is None else calibrated_on.risk_coverage(threshold)
+            curve = curve if new_curve is None else new_curve
             assert curve is not None
             results["at_precision"] = ranked.at_precision(precision, curve, threshold)
+        if save_name_weight and processes.is_main_process:
+            changes: dict[str, Any] = {"name_weight": ranked.setting["name_weight"]}
+            if calibration is not None and getattr(loaded.config, "nil_threshold", None) is not None:
+                changes["nil_threshold"] = calibration.threshold
+            if new_curve is not None and getattr(loaded.config, "link_calibration", None) is not None:
+                changes["link_calibration"] = asdict(new_curve)
+            change_config(model, **changes)
+            console.print(f"The weight of the names is saved in {model}.", markup=False)
     console.print(results_table(results))
     for line in decision_lines(results):
         console.print(line, markup=False)
@@ -298,17 +342,20 @@ def _parse_weight(option: str | None) -> tuple[str | None, float | Literal["auto
     source, named, weight = option.rpartition("=")
     if named and not source:
         raise typer.BadParameter(f"{option!r} names no source before '='.", param_hint="--candidate-weight")
-    if weight == "auto":
-        return source or None, "auto"
+    return source or None, _parse_number("--candidate-weight", weight)
+
+
+def _parse_number(name: str, option: str | None) -> float | Literal["auto"] | None:
+    """Returns the value of an option that is a number of at least 0, "auto", or not given."""
+    if option is None or option == "auto":
+        return option  # type: ignore[return-value]
     try:
-        value = float(weight)
+        value = float(option)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise typer.BadParameter(
-            f"{weight!r} is neither a number of at least 0 nor auto.", param_hint="--candidate-weight"
-        )
-    return source or None, value
+    if not 0 <= value < math.inf:
+        raise typer.BadParameter(f"{option!r} is neither a number of at least 0 nor auto.", param_hint=name)
+    return value
 
 
 def _check_options(context: typer.Context, model: str, kind: Literal["retriever", "reranker"]) -> None:
@@ -333,12 +380,14 @@ def _evaluate_retriever(
     split_settings: dict[str, Any],
     nil_threshold: float | None,
     nil_mentions: datasets.Dataset | None,
+    name_weight: float | Literal["auto"] | None,
+    validation: datasets.Dataset | None,
     processes: PartialState,
     console: Console,
-) -> tuple[FullResult, NilThreshold | None, FullResult | None]:
-    """Evaluates a retriever, and first calibrates its NIL threshold if there are mentions for it.
+) -> tuple[FullResult, NilThreshold | None, FullResult | None, NameWeight | None]:
+    """Evaluates a retriever, and first chooses the weight of the names and the NIL threshold if there are mentions for it.
 
-    Returns the result, the calibration, and the result of the mentions for it.
+    Returns the result, the calibration, the result of the mentions for it, and the chosen weight.
 
     Args:
         inputs, mentions, entities: The retriever and the data.
@@ -346,10 +395,15 @@ def _evaluate_retriever(
         split_settings: Its other settings for the evaluation of `mentions`.
         nil_threshold: Threshold from the command line.
         nil_mentions: Mentions to calibrate the threshold on.
+        name_weight: Weight of the names from the command line.
+        validation: Mentions to choose it on, and to calibrate again what the model has stored.
         processes: Processes that share the entities.
         console: Console for messages.
     """
+    from hf_mel.candidates.name_index import name_weight_of
+    from hf_mel.errors import RecipeError
     from hf_mel.evaluation.full_evaluator import FullEvaluator, check_units, encode_entities
+    from hf_mel.evaluation.name_weight import choose_name_weight
 
     settings = {**settings, "progress": processes.is_main_process}
     if settings["units"] is not None:
@@ -367,9 +421,28 @@ def _evaluate_retriever(
         batch_size=settings["batch_size"],
         progress=settings["progress"],
     )
+    chosen = None
+    if name_weight == "auto":
+        assert validation is not None
+        if sharing is not None:
+            raise RecipeError("One process chooses the weight of the names.", remedy="Start one, or give a number.")
+        names = FullEvaluator(encoded, entity_names=split_settings["entity_names"]).name_index()
+        chosen = choose_name_weight(
+            inputs, validation, encoded, names, batch_size=settings["batch_size"], progress=settings["progress"]
+        )
+        console.print(f"Weight of the names, chosen on validation: {chosen.weight:g}", markup=False)
+        name_weight = chosen.weight
+    if settings["units"] is None:
+        settings["name_weight"] = name_weight_of(inputs.model, name_weight)
     calibration = calibrated_on = None
+    stored = [getattr(inputs.model.config, name, None) for name in ("nil_threshold", "link_calibration")]
+    finds_threshold = nil_mentions is not None or (validation is not None and stored[0] is not None)
+    if nil_threshold is None and nil_mentions is None and any(value is not None for value in stored):
+        nil_mentions = validation  # what the model has stored was calibrated on other scores
     if nil_mentions is not None:
-        calibrated_on = FullEvaluator(encoded, top_k=2, **settings)(inputs, nil_mentions, processes=sharing)
+        calibrator = FullEvaluator(encoded, top_k=2, entity_names=split_settings["entity_names"], **settings)
+        calibrated_on = calibrator(inputs, nil_mentions, processes=sharing)
+    if calibrated_on is not None and finds_threshold:
         calibration = calibrated_on.calibrate_nil_threshold()
         nil_threshold = calibration.threshold
     elif (
@@ -377,7 +450,7 @@ def _evaluate_retriever(
     ):  # the model's threshold applies to the score of all units
         nil_threshold = getattr(inputs.model.config, "nil_threshold", None)
     evaluator = FullEvaluator(encoded, nil_threshold=nil_threshold, **settings, **split_settings)
-    return evaluator(inputs, mentions, processes=sharing), calibration, calibrated_on
+    return evaluator(inputs, mentions, processes=sharing), calibration, calibrated_on, chosen
 
 
 def _stored_curve(loaded: Any, model: str) -> RiskCoverage:

@@ -17,6 +17,7 @@ from hf_mel.cli.options import (
     Index,
     InvertedNames,
     ModelArgument,
+    NameWeight,
     Revision,
     TrustRemoteCode,
 )
@@ -97,6 +98,7 @@ def link(
     rerank_k: Annotated[int, typer.Option(min=1, help="Number of candidates that the reranker reorders.")] = 16,
     index: Index = "exact",
     first_stage: FirstStage = None,
+    name_weight: NameWeight = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Mentions per pass over the knowledge base.")] = 32,
     device: Device = None,
@@ -109,7 +111,8 @@ def link(
     """Link a mention in a text to the entities of a knowledge base.
 
     Prints the candidates with their scores. The score is the mean of the scores of the model's units, which are shown
-    beside it. Models may weigh the units, and a model that learns NIL takes off the mention's NIL score.
+    beside it. Models may weigh the units, and a model that learns NIL takes off the mention's NIL score. With a name weight,
+    the similarity of the names times the weight is added.
 
     If the mention occurs several times, the first occurrence is linked. Use --start and --end to choose another one.
     A reranker can rank all mentions of a text together.
@@ -187,6 +190,7 @@ def link(
         rerank_k=rerank_k,
         index=index,
         first_stage=first_stage,
+        name_weight=name_weight,
     )
     if rows is None:
         if len(surfaces) == 1:

@@ -34,6 +34,15 @@ FirstStage = Annotated[
     int | None,
     typer.Option(min=1, help="Number of candidates that an index finds and the model scores. Default: 256."),
 ]
+NameWeight = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Weight of the names: it is multiplied by the similarity of the mention and the best name or alias of an "
+        "entity, in \\[0, 1], and added to the score of the model. [b]hf-mel evaluate --name-weight auto[/b] chooses one. "
+        "Default: the weight of the model, if any.",
+    ),
+]
 NameScorer = Annotated[
     str,
     typer.Option(help="How the source [b]name[/b] compares names: WRatio, composite (as in MMEL), jaro_winkler, …"),

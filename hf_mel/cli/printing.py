@@ -84,6 +84,7 @@ def print_link(result: LinkResult) -> None:
     best = result.best
     units = list(best.unit_scores) if len(best.unit_scores) > 1 else []
     is_reranked = any(candidate.reranker_score is not None for candidate in result.candidates)
+    has_names = any(candidate.name_score is not None for candidate in result.candidates)
     header = [
         "",
         "entity",
@@ -91,11 +92,12 @@ def print_link(result: LinkResult) -> None:
         *(["reranker"] if is_reranked else []),
         "score",
         *(unit.replace("_", " ") for unit in units),
+        *(["name"] if has_names else []),
     ]
     rows: list[list[Any]] = []
     for candidate in result.candidates:
         scores: list[float | None] = [*([candidate.reranker_score] if is_reranked else []), candidate.score]
-        scores += [candidate.unit_scores[unit] for unit in units]
+        scores += [candidate.unit_scores[unit] for unit in units] + ([candidate.name_score] if has_names else [])
         # Text objects are printed literally, so that a name in square brackets is not taken for markup.
         entity = [Text(shorten(candidate.name, 32)), Text(safe_text(candidate.entity_id))]
         rows.append([str(candidate.rank), *entity, *("–" if score is None else f"{score:.3f}" for score in scores)])

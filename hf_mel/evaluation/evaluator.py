@@ -83,8 +83,7 @@ class Evaluator:
         if isinstance(self.entities, datasets.Dataset):
             return names_by_id(self.entities)
         if isinstance(self.entities, KnowledgeBase):
-            rows = self.entities.rows(range(len(self.entities)))
-            return {row["entity_id"]: [row["name"], *row["aliases"]] for row in rows}
+            return dict(zip(self.entities.entity_ids, self.entities.names(), strict=True))
         return None
 
     def _setting(

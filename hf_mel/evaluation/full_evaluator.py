@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from hf_mel.candidates.name_index import NameIndex
 from hf_mel.data.loading import check_golds
+from hf_mel.errors import RecipeError
 from hf_mel.evaluation.evaluator import Evaluator, metrics_and_strata
 from hf_mel.evaluation.nil import NilThreshold, best_other_scores, calibrate_nil_threshold, nil_detection
 from hf_mel.inference.encode import encode_rows
@@ -195,12 +197,15 @@ class FullEvaluator(Evaluator):
         units (sequence of `str`, *optional*): Interaction units of the model. The score is the mean of theirs. Default:
             the score of the model.
         nil_threshold (`float`, *optional*): A mention is NIL if its best score is below this.
+        name_weight (`float`): Weight w of the names: w times the name score of an entity
+            ([`~hf_mel.candidates.name_index.NameIndex.scores`]) is added to its score.
         byte_budget (`int`): Memory for ranking, in bytes; see [`~hf_mel.inference.ranking.rank`].
     """
 
     top_k: int = 20
     units: Sequence[str] | None = None
     nil_threshold: float | None = None
+    name_weight: float = 0.0
     byte_budget: int = 2**29
 
     def __post_init__(self):
@@ -229,7 +234,7 @@ class FullEvaluator(Evaluator):
         Raises:
             [`~hf_mel.errors.UnknownEntityError`]: A gold is neither in the knowledge base nor NIL; names the mention.
             [`~hf_mel.errors.DuplicateIdError`]: A mention or entity id occurs twice.
-            [`~hf_mel.errors.RecipeError`]: The model has no such unit.
+            [`~hf_mel.errors.RecipeError`]: The model has no such unit, or the entities have no names to give weight to.
             [`~hf_mel.errors.DataFormatError`]: The mentions lack one of the columns `strata`.
             [`~hf_mel.errors.ScoreError`]: A score is nan or infinite.
             [`~hf_mel.errors.ImageError`]: An image is damaged.
@@ -243,6 +248,11 @@ class FullEvaluator(Evaluator):
         gold_rows = np.asarray([-1 if gold == NIL else row_of[gold] for gold in golds], dtype=np.int64)
         if self.units is not None and isinstance(entities, datasets.Dataset):
             check_units(inputs, mentions, entities, self.units)
+
+        added = None
+        if self.name_weight:
+            surfaces = [surface or "" for surface in mentions["mention"]]
+            added = self.name_index().scores(surfaces) * self.name_weight
 
         options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress}
         with evaluation_mode(model):
@@ -263,6 +273,7 @@ class FullEvaluator(Evaluator):
                 byte_budget=self.byte_budget,
                 tie_tolerance=self.tie_tolerance,
                 score=None if self.units is None else score_of_units(model, self.units),
+                added=added,
                 processes=processes,
                 progress=self.progress,
             )
@@ -281,9 +292,21 @@ class FullEvaluator(Evaluator):
                 num_nil=int((gold_rows < 0).sum()),
                 start=start,
                 units=None if self.units is None else list(self.units),
+                name_weight=self.name_weight,
                 nil_threshold=threshold_in_json(self.nil_threshold),
             ),
         )
+
+    def name_index(self) -> NameIndex:
+        """Returns the index of the names of the entities.
+
+        Raises:
+            [`~hf_mel.errors.RecipeError`]: The entities are encodings without names.
+        """
+        names = self._entity_names()
+        if names is None:
+            raise RecipeError("The entities have no names to compare.", remedy="Give entity_names, or no name_weight.")
+        return NameIndex(names[entity_id] for entity_id in self._entity_ids())
 
     def _metrics(self, ranking: RankingResult, gold_rows: np.ndarray, mask: np.ndarray) -> dict[str, float]:
         """Returns the metrics of the mentions that a mask [M] selects."""

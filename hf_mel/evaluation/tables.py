@@ -40,10 +40,11 @@ def results_table(results: Mapping[str, Any], title: str | None = None) -> Table
     """
     overall = results["metrics"]
     units = f", units {' + '.join(results['units'])}" if results.get("units") else ""
+    names = f", names × {results['name_weight']:g}" if results.get("name_weight") else ""
     against = f"{results['kb_size']:,} entities"
     if lists := results.get("candidates"):
         against = f"up to {lists['k']} candidates each, end to end"
-    title = title or f"{results['num_mentions']:,} mentions against {against} (ties {results['ties']}{units})"
+    title = title or f"{results['num_mentions']:,} mentions against {against} (ties {results['ties']}{units}{names})"
     table = Table("mentions", title=Text(title))
     table.add_column("in KB", justify="right")
     # The candidate protocol links every mention, so its only decision metric is F1, which becomes a column. The full

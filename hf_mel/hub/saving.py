@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
+
+from hf_mel.files import write_text
 
 #: The parts of a repository and the Auto class that loads each.
 _AUTO_CLASSES = {"model": "AutoModel", "config": "AutoConfig", "processor": "AutoProcessor"}
@@ -35,3 +39,14 @@ def save_model_repository(model: Any, processor: Any, folder: str | os.PathLike[
         # Undone, because other calls of save_pretrained (such as those for checkpoints) should not copy code.
         for part_class in registered:
             del part_class._auto_class
+
+
+def change_config(folder: str | os.PathLike[str], **fields: Any) -> None:
+    """Changes fields of the configuration in the folder of a model. The weights stay as they are.
+
+    Raises:
+        MelError: The file cannot be written.
+    """
+    path = Path(folder, "config.json")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    write_text(path, [json.dumps({**config, **fields}, indent=2, sort_keys=True, ensure_ascii=False), "\n"])

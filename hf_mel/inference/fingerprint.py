@@ -20,6 +20,7 @@ _IGNORED_FIELDS = {
     "dtype",
     "gradient_checkpointing",
     "link_calibration",
+    "name_weight",
     "nil_threshold",
     "output_attentions",
     "output_hidden_states",

@@ -17,6 +17,7 @@ from hf_mel.errors import KnowledgeBaseError, RecipeError, ScoreError, UnknownEn
 from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
 from hf_mel.inference.entity_sources import EntitySource
 from hf_mel.inference.execution import model_device
+from hf_mel.inference.sparse_scores import SparseScores
 from hf_mel.protocols import Encodings, TwoStepScores, leaves_out_missing_images
 
 ScoreFunction = Callable[[Encodings, Encodings], torch.Tensor]
@@ -65,6 +66,7 @@ def rank(
     byte_budget: int = 2**29,
     tie_tolerance: float = TIE_TOLERANCE,
     score: ScoreFunction | None = None,
+    added: SparseScores | None = None,
     prune: bool = True,
     processes: PartialState | None = None,
     progress: bool = False,
@@ -92,6 +94,8 @@ def rank(
             encodings of the mentions come on top.
         tie_tolerance (`float`): See above.
         score (`Callable`, *optional*): Replaces `model.score`: (mentions, entities) → scores [M, N].
+        added ([`~hf_mel.inference.sparse_scores.SparseScores`], *optional*): Scores of some pairs of the M mentions and the N
+            entities, finite, which are added to those of the model.
         prune (`bool`): Whether to skip pairs that cannot matter, if the model supports it.
         processes (`accelerate.PartialState`, *optional*): The processes that share the work. All of them call this, each
             with its part of the entities ([`~hf_mel.inference.entity_sources.part_of_process`]) and the same mentions,
@@ -109,7 +113,7 @@ def rank(
         `ValueError`: `top_k` is below 1, or the number of gold rows is not M.
     """
     two_steps = score is None and prune and isinstance(model, TwoStepScores)
-    scorer = _Pruned(model) if two_steps else _Plain(score or model.score)
+    scorer = _Pruned(model, added) if two_steps else _Plain(score or model.score, added)
     device = model_device(model)
     group = SingleProcess() if processes is None else ProcessGroup(processes)
     mentions, sizes = num_rows(mention_encodings), group.gather(len(entity_chunks))
@@ -146,7 +150,7 @@ def rank(
             with group.raise_together():
                 is_local = (golds >= start) & (golds < start + len(entity_chunks))
                 local_golds = torch.where(is_local, golds - start, -1)
-                scores = _gold_scores(scorer, mention_encodings, local_golds, entity_chunks)
+                scores = _gold_scores(scorer, mention_encodings, local_golds, entity_chunks, start)
             state.golds = _GoldCounts.start(golds, group.smallest(scores), tie_tolerance)
         with group.raise_together():
             for first, chunk in _checked_chunks(entity_chunks, chunk_size, two_steps):
@@ -364,19 +368,19 @@ def _checked_golds(gold_rows: Any, mentions: int, entities: int) -> torch.Tensor
 class _Plain:
     """Scores all pairs of a block."""
 
-    def __init__(self, score: ScoreFunction):
-        self.score = score
+    def __init__(self, score: ScoreFunction, added: SparseScores | None = None):
+        self.score, self.added = score, added
 
     def block(
-        self, mentions: Encodings, entities: Encodings, state: _RankingState, firsts: tuple[Any, Any]
+        self, mentions: Encodings, entities: Encodings, state: _RankingState, firsts: tuple[int, int]
     ) -> torch.Tensor:
         """Returns the scores [M, n] of a block; `firsts` are the numbers of its first mention and entity."""
         block = self.score(mentions, entities).float()
         _check_block(block, mentions, entities, firsts)
-        return block
+        return _with_added(block, self.added, firsts)
 
     def diagonal(self, mentions: Encodings, entities: Encodings, numbers: tuple[Any, Any]) -> torch.Tensor:
-        """Returns the scores [M] of mention i and entity i; `numbers` are the numbers of the mentions and of the entities."""
+        """Returns the model's scores [M] of mention i and entity i, whose numbers are `numbers`."""
         block = self.score(mentions, entities).float()
         _check_block(block, mentions, entities, numbers)
         return block.diagonal()
@@ -385,15 +389,16 @@ class _Plain:
 class _Pruned:
     """Scores the pairs of a block that can matter, by a model that scores in two steps; -inf for the others."""
 
-    def __init__(self, model: TwoStepScores):
-        self.model = model
+    def __init__(self, model: TwoStepScores, added: SparseScores | None = None):
+        self.model, self.added = model, added
 
     def block(
-        self, mentions: Encodings, entities: Encodings, state: _RankingState, firsts: tuple[Any, Any]
+        self, mentions: Encodings, entities: Encodings, state: _RankingState, firsts: tuple[int, int]
     ) -> torch.Tensor:
-        """See [`_Plain.block`]."""
+        """See [`_Plain.block`]. The added scores belong to the quick ones."""
         quick = self.model.quick_scores(mentions, entities)
         _check_block(quick, mentions, entities, firsts)
+        quick = _with_added(quick, self.added, firsts)
         # Another order of addition, or a block of another shape, may make a score slightly higher.
         rounding = _ROUNDING * quick.abs().amax(1)
         threshold, k = state.top_scores[:, -1], state.top_scores.shape[1]
@@ -435,9 +440,9 @@ class _Pruned:
 
 
 def _gold_scores(
-    scorer: _Plain | _Pruned, mentions: Encodings, golds: torch.Tensor, entities: EntitySource
+    scorer: _Plain | _Pruned, mentions: Encodings, golds: torch.Tensor, entities: EntitySource, start: int
 ) -> torch.Tensor:
-    """Returns the score [M] of each mention's gold; inf for a mention without one."""
+    """Returns the score [M] of each mention's gold; inf for a mention without one. `start` is the row of the first entity."""
     scores = torch.full(golds.shape, torch.inf, device=golds.device)
     with_gold = (golds >= 0).nonzero()[:, 0]
     for first in range(0, len(with_gold), _GOLD_MENTIONS):
@@ -445,7 +450,19 @@ def _gold_scores(
         rows = golds[batch]
         encodings = to_device(entities.encodings(rows.cpu().numpy()), golds.device)
         scores[batch] = scorer.diagonal(slice_encodings(mentions, batch), encodings, (batch, rows))
+        if scorer.added is not None:
+            for mention, row in zip(batch.tolist(), (rows + start).tolist(), strict=True):
+                scores[mention] += float(scorer.added.of(mention, np.asarray([row]))[0])
     return scores
+
+
+def _with_added(block: torch.Tensor, added: SparseScores | None, firsts: tuple[int, int]) -> torch.Tensor:
+    """Returns a block of scores with the added ones. A model may return a tensor that must not be changed in place."""
+    if added is None:
+        return block
+    block = block.clone()
+    added.add_to(block, *firsts)
+    return block
 
 
 def _checked_chunks(chunks: EntitySource, chunk_size: int, as_stored: bool) -> Iterator[tuple[int, Encodings]]:

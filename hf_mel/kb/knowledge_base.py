@@ -575,6 +575,14 @@ class KnowledgeBase:
         """
         return self._read_table(np.asarray(indices, dtype=np.int64), TEXT_COLUMNS).to_pylist()
 
+    def names(self) -> Iterator[list[str]]:
+        """Iterates over the names of every row: the name of the entity, and its aliases."""
+        for shard, table in enumerate(self._tables):
+            first, stop = np.searchsorted(self._active, self._starts[shard : shard + 2])
+            names, aliases = table.read_column("name"), table.read_column("aliases")
+            for row in (self._active[first:stop] - self._starts[shard]).tolist():
+                yield [names[row], *aliases[row]]
+
     def image(self, index: int) -> Image.Image | None:
         """Returns the first image of the entity in a row as RGB, or `None` if it has no image.
 

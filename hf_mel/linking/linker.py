@@ -9,12 +9,13 @@ import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import datasets
 import torch
 from tqdm.auto import tqdm
 
+from hf_mel.candidates.name_index import NameIndex, name_weight_of
 from hf_mel.data.entity_files import check_entity_rows
 from hf_mel.data.images import ImageSource, open_image
 from hf_mel.data.lazy_rows import LazyRows
@@ -30,6 +31,7 @@ from hf_mel.inference.probe import sees_images, sees_images_in_pairs, unread_col
 from hf_mel.inference.ranking import TIE_TOLERANCE, RankingResult, rank, score_of_units
 from hf_mel.inference.reranking import score_pairs
 from hf_mel.inference.selective import RiskCoverage, link_confidence
+from hf_mel.inference.sparse_scores import SparseScores
 from hf_mel.kb.entities import EntitiesLike, is_row_file
 from hf_mel.kb.indexes import open_index
 from hf_mel.kb.indexes.base import ExactIndex
@@ -68,12 +70,15 @@ class Candidate:
     Args:
         rank (`int`): 1 + number of candidates with a higher score. Equal scores have equal ranks.
         entity_id, name, description, attributes (`str`): Columns of the entity.
-        score (`float`): Score of the model, higher is better.
-        unit_scores (`dict[str, float]`): Scores of the model's interaction units, whose mean, which the model may weigh,
-            is `score`, less the NIL score of a model that learns one. Units that read what the mention lacks, such as its image, are left out. Empty
+        score (`float`): Score of the model, higher is better. With a name weight w, plus w · `name_score`.
+        unit_scores (`dict[str, float]`): Scores of the model's interaction units. Their mean, which the model may weigh,
+            less the NIL score of a model that learns one, is the score of the model. Units that read what the mention
+            lacks, such as its image, are left out. Empty
             for a model with a single unit.
         reranker_score (`float`, *optional*): Score of the reranker, by which the first `rerank_k` candidates are sorted.
             `None` for later candidates, and without a reranker.
+        name_score (`float`, *optional*): Similarity of the mention and the best name or alias, in [0, 1]
+            ([`~hf_mel.candidates.name_index.NameIndex.scores`]). `None` without a name weight.
     """
 
     rank: int
@@ -84,6 +89,7 @@ class Candidate:
     score: float
     unit_scores: dict[str, float]
     reranker_score: float | None = None
+    name_score: float | None = None
 
 
 @dataclass
@@ -137,6 +143,7 @@ class _RankedMention:
         scores (`list[float]`): Scores of the retriever.
         best_score (`float`): Best score of the retriever, which decides about NIL.
         reranker_scores (`list[float | None]`): Scores of the reranker, `None` for entities that it did not score.
+        name_scores (`list[float | None]`): Name scores, `None` without a name weight.
         num_tied (`int`): Number of entities with the best score of the retriever, or of the reranker.
         confidence (`float`): How sure the link to the retriever's best entity is.
     """
@@ -146,6 +153,7 @@ class _RankedMention:
     scores: list[float]
     best_score: float
     reranker_scores: list[float | None]
+    name_scores: list[float | None]
     num_tied: int = 1
     confidence: float = 0.0
 
@@ -153,8 +161,9 @@ class _RankedMention:
         """Sorts the first entities by the reranker's scores of them, and leaves the others in place."""
         order = sorted(range(len(reranker_scores)), key=lambda c: -reranker_scores[c])
         self.reranker_scores = [*(reranker_scores[c] for c in order), *self.reranker_scores[len(order) :]]
-        self.entity_rows = [self.entity_rows[c] for c in order] + self.entity_rows[len(order) :]
-        self.scores = [self.scores[c] for c in order] + self.scores[len(order) :]
+        for name in ("entity_rows", "scores", "name_scores"):
+            values = getattr(self, name)
+            setattr(self, name, [values[c] for c in order] + values[len(order) :])
         self.num_tied = sum(_equal(score, max(reranker_scores)) for score in reranker_scores)
 
     def ranks(self) -> list[int]:
@@ -199,6 +208,10 @@ class EntityLinker:
         index (`str`, *optional*, defaults to "exact"): "exact" scores all entities. Another kind of index, which
             [`~hf_mel.kb.indexes.build_index`] has built, finds `first_stage` entities, and only those are scored.
         first_stage (`int`, *optional*, defaults to 256): Number of entities that an index finds.
+        name_weight (`float`, *optional*): Weight w of the names: w times the name score of an entity
+            ([`~hf_mel.candidates.name_index.NameIndex.scores`]) is added to its score. An index misses no entity with a
+            name score. Default: the weight in the model's configuration, which `hf-mel evaluate --name-weight auto
+            --save-name-weight` puts there, or 0.
 
     Attributes:
         link_threshold (`float`, *optional*): Confidence from which on links are made; infinite if the validation split
@@ -223,6 +236,7 @@ class EntityLinker:
         rerank_k: int = 16,
         index: str = "exact",
         first_stage: int | None = None,
+        name_weight: float | None = None,
     ):
         if (reranker is None) != (reranker_processor is None):
             raise ValueError("Give reranker and reranker_processor together.")
@@ -244,6 +258,8 @@ class EntityLinker:
         self._gazetteer: tuple[Any, Gazetteer] | None = (
             None  # with the state of the knowledge base that it was built of
         )
+        self.name_weight = name_weight_of(model, name_weight)
+        self._names: tuple[tuple[int, int], NameIndex] | None = None
         model.eval()
         if reranker is not None:
             reranker.eval()
@@ -290,6 +306,7 @@ class EntityLinker:
         rerank_k: int = 16,
         index: str = "exact",
         first_stage: int | None = None,
+        name_weight: float | None = None,
         kb_revision: str | None = None,
         **kwargs: Any,
     ) -> EntityLinker:
@@ -302,7 +319,7 @@ class EntityLinker:
                 knowledge base that is deleted with the linker.
             mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in a file of
                 `entities`.
-            nil_threshold, precision, rerank_k, index, first_stage (*optional*): As in [`EntityLinker`].
+            nil_threshold, precision, rerank_k, index, first_stage, name_weight (*optional*): As in [`EntityLinker`].
             reranker (`str` or `os.PathLike`, *optional*): Folder or Hub id of the reranker.
             kb_revision (`str`, *optional*): Branch, tag or commit of a knowledge base on the Hub.
             kwargs: Arguments of [`~hf_mel.inference.checkpoints.load_retriever`]. `revision` applies to the retriever only,
@@ -346,6 +363,7 @@ class EntityLinker:
             rerank_k=rerank_k,
             index=index,
             first_stage=first_stage,
+            name_weight=name_weight,
         )
 
     # The overloads tell the type of the result. The implementation has the names and types of the options.
@@ -382,7 +400,8 @@ class EntityLinker:
                 another one. `image` is a path, bytes, a PIL image or a NumPy array.
             top_k (`int`): Number of candidates to return. A smaller knowledge base gives fewer.
             units (sequence of `str`, *optional*): Interaction units of the model. The score is the mean of theirs. No
-                mention is NIL then, because the threshold applies to the score of all units. Requires the index "exact".
+                mention is NIL then, and names do not count, because the threshold and the name weight apply to the score
+                of all units. Requires the index "exact".
             batch_size (`int`): Mentions per pass over the knowledge base.
             progress (`bool`): Whether to show a progress bar.
 
@@ -462,25 +481,21 @@ class EntityLinker:
         with torch.inference_mode():
             encodings = as_float(self.model.encode_mentions(**inputs))
             num_ranked = max(top_k, 2) if self.reranker is None else max(top_k, self.rerank_k)
-            ranking = self.index.find(encodings, num_ranked, units=units)
-            ranked = [
-                _RankedMention(
-                    row,
-                    entity_rows,
-                    scores,
-                    scores[0],
-                    [None] * len(scores),
-                    num_tied,
-                    float(link_confidence(scores[0], max(scores[1:], default=-math.inf), learns_nil(self.model))),
+            names = None if units or not self.name_weight else self._name_index().scores([r["mention"] for r in rows])
+            added = None if names is None else names * self.name_weight
+            ranking = self.index.find(encodings, num_ranked, units=units, added=added)
+            num_tied = self._count_ties(encodings, ranking, units, added)
+            ranked = []
+            for k, (row, scores) in enumerate(zip(rows, ranking.top_scores.tolist(), strict=True)):
+                top_rows, nothing = ranking.top_rows[k].numpy(), cast("list[float | None]", [None] * len(scores))
+                name_scores = nothing if names is None else names.of(k, top_rows).tolist()
+                second = max(scores[1:], default=-math.inf)
+                confidence = float(link_confidence(scores[0], second, learns_nil(self.model)))
+                ranked.append(
+                    _RankedMention(
+                        row, top_rows.tolist(), scores, scores[0], nothing, name_scores, num_tied[k], confidence
+                    )
                 )
-                for row, entity_rows, scores, num_tied in zip(
-                    rows,
-                    ranking.top_rows.tolist(),
-                    ranking.top_scores.tolist(),
-                    self._count_ties(encodings, ranking, units),
-                    strict=True,
-                )
-            ]
             if self.reranker is not None:
                 self._rerank(ranked, [self._example_key(mention) for mention in mentions])
             # Every entity is read once, however many mentions share it.
@@ -494,8 +509,19 @@ class EntityLinker:
                 for k, mention in enumerate(ranked)
             ]
 
+    def _name_index(self) -> NameIndex:
+        """Returns the index of the names, made again when the knowledge base has changed."""
+        state = (self.kb.num_physical_rows, len(self.kb))
+        if self._names is None or self._names[0] != state:
+            self._names = state, NameIndex(self.kb.names())
+        return self._names[1]
+
     def _count_ties(
-        self, encodings: Mapping[str, torch.Tensor], ranking: RankingResult, units: Sequence[str] | None
+        self,
+        encodings: Mapping[str, torch.Tensor],
+        ranking: RankingResult,
+        units: Sequence[str] | None,
+        added: SparseScores | None,
     ) -> list[int]:
         """Returns how many entities have the best score, for each of M mentions."""
         counts = [sum(_equal(score, scores[0]) for score in scores) for scores in ranking.top_scores.tolist()]
@@ -506,7 +532,8 @@ class EntityLinker:
             tied = {name: tensor[open_counts] for name, tensor in encodings.items()}
             score = None if units is None else score_of_units(self.model, units)
             golds = ranking.top_rows[open_counts, 0]
-            positions = rank(self.model, tied, self.kb, gold_rows=golds, top_k=1, score=score)
+            added = None if added is None else added.select(open_counts)
+            positions = rank(self.model, tied, self.kb, gold_rows=golds, top_k=1, score=score, added=added)
             assert positions.worst_rank is not None
             for number, count in zip(open_counts, positions.worst_rank.tolist(), strict=True):
                 counts[number] = count
@@ -525,6 +552,7 @@ class EntityLinker:
             **({} if self.precision is None else {"precision": self.precision}),
             "index": self.index.kind,
             "first_stage": getattr(self.index, "first_stage", None),
+            "name_weight": self.name_weight,
         }
 
     def _batches(self, mentions: Any, batch_size: int) -> Iterator[list[int]]:
@@ -617,6 +645,7 @@ class EntityLinker:
                 score=mention.scores[k],
                 unit_scores={unit: scores[k] for unit, scores in units.items()},
                 reranker_score=mention.reranker_scores[k],
+                name_score=mention.name_scores[k],
                 **{column: entities[row][column] for column in ("entity_id", "name", "description", "attributes")},
             )
             for k, row in enumerate(entity_rows)

@@ -29,7 +29,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         kb ([`~hf_mel.KnowledgeBase`], `str` or `os.PathLike`): A knowledge base that this model built, its folder, or its
             Hub id.
         kb_revision (`str`, *optional*): Branch, tag or commit of a knowledge base on the Hub.
-        nil_threshold (`float`, *optional*): See [`~hf_mel.EntityLinker`].
+        nil_threshold, name_weight (`float`, *optional*): See [`~hf_mel.EntityLinker`].
         top_k (`int`, *optional*, defaults to 10): Number of candidates to return. Also an argument of every call.
         kwargs: See `transformers.Pipeline`.
     """
@@ -46,6 +46,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         kb: Any = None,
         kb_revision: str | None = None,
         nil_threshold: float | None = None,
+        name_weight: float | None = None,
         **kwargs: Any,
     ):
         from hf_mel.errors import KnowledgeBaseError
@@ -63,7 +64,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
         processor: Any = self.processor
         if isinstance(kb, (str, os.PathLike)):
             kb = KnowledgeBase.from_pretrained(kb, revision=kb_revision)
-        self.linker = EntityLinker(self.model, processor, kb, nil_threshold=nil_threshold)
+        self.linker = EntityLinker(self.model, processor, kb, nil_threshold=nil_threshold, name_weight=name_weight)
 
     def _sanitize_parameters(self, top_k: int | None = None, **_: Any):
         return {}, ({} if top_k is None else {"top_k": top_k}), {}

@@ -16,6 +16,7 @@ from hf_mel.candidates.sources import name_candidates, prior_candidates, union_c
 from hf_mel.errors import RecipeError
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.linking.linker import EntityLinker
 from hf_mel.schema import mention_features
 from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model
 from tests.toy_documents import toy_documents
@@ -161,3 +162,30 @@ def test_released_candidates_join_others_but_not_other_priors():
 def test_without_a_cache_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(CandidateLists, "save", None)
     make_candidates("name", MENTIONS, ENTITIES)
+
+
+def test_candidates_of_a_retriever_with_a_name_weight_are_those_that_link_finds(tmp_path):
+    register()
+    model = toy_model()
+    model.config.name_weight = 1.5
+    model.save_pretrained(tmp_path / "run")
+    ToyProcessor().save_pretrained(tmp_path / "run")
+    names = [ENTITIES["name"][i] if i % 2 else ENTITIES["name"][i].split()[1] for i in range(len(MENTIONS))]
+    mentions = MENTIONS.remove_columns("mention").add_column("mention", names)
+    options = {"k": 4, "retriever": tmp_path / "run", "device": "cpu", "cache_dir": tmp_path / "cache"}
+    lists = make_candidates("retriever", mentions, ENTITIES, **options)
+    kb = KnowledgeBase.build(ENTITIES, model, ToyProcessor(), progress=False)
+    results = EntityLinker(model, ToyProcessor(), kb)(
+        [
+            {"text": row["text"], "mention": row["mention"], "start": -1, "end": -1, "image": row["image"]}
+            for row in mentions
+        ],
+        top_k=4,
+    )
+    assert lists.entity_ids == [[c.entity_id for c in result.candidates] for result in results]
+    assert lists.setting["name_weight"] == 1.5
+    model.config.name_weight = None
+    model.save_pretrained(tmp_path / "run")
+    assert (
+        make_candidates("retriever", mentions, ENTITIES, **options).entity_ids != lists.entity_ids
+    )  # not from the cache

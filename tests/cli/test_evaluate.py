@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -202,3 +203,51 @@ def test_an_infinite_threshold_is_written_as_json_and_nan_is_refused(run, tmp_pa
     assert outcome.exit_code == 2
     with pytest.raises(ValueError, match="nan"):
         FullEvaluator(toy_entities(), nil_threshold=float("nan"))
+
+
+def test_the_weight_of_the_names_is_chosen_on_validation_and_saved_for_linking(run, folder, tmp_path):
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    outcome = run("--name-weight", "auto", "--save-name-weight", "--output", tmp_path / "r.json", model=model)
+    assert outcome.exit_code == 0, outcome.output
+    results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    chosen = results["chosen_name_weight"]
+    assert chosen["split"] == "validation"
+    assert (
+        results["name_weight"]
+        == chosen["weight"]
+        == float(max(chosen["chosen_by_mrr"], key=chosen["chosen_by_mrr"].get))
+    )
+    assert json.loads((model / "config.json").read_text(encoding="utf-8"))["name_weight"] == chosen["weight"]
+    run("--output", tmp_path / "again.json", model=model)
+    again = json.loads((tmp_path / "again.json").read_text(encoding="utf-8"))
+    assert again["name_weight"] == chosen["weight"]
+    assert again["metrics"] == results["metrics"]
+    run("--output", tmp_path / "plain.json", "--name-weight", 0, model=model)
+    run("--output", tmp_path / "old.json")
+    plain, old = (json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("plain.json", "old.json"))
+    assert plain["metrics"] == old["metrics"]
+
+
+def test_a_saved_weight_comes_with_a_threshold_of_its_scores(run, folder, tmp_path):
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps({**config, "nil_threshold": 1.0}), encoding="utf-8")
+    run("--name-weight", "auto", "--save-name-weight", "--output", tmp_path / "r.json", model=model)
+    results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    saved = json.loads((model / "config.json").read_text(encoding="utf-8"))["nil_threshold"]
+    assert saved == results["nil_threshold"] == results["nil_calibration"]["threshold"] != 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name-weight", "much"], "neither a number of at least 0 nor auto"),
+        (["--name-weight", "-1"], "neither a number of at least 0 nor auto"),
+        (["--save-name-weight"], "Give the weight to save"),
+        (["--name-weight", "1", "--units", "text"], "all units"),
+    ],
+)
+def test_an_unusable_weight_of_the_names_is_an_error(run, arguments, message):
+    outcome = run(*arguments)
+    assert outcome.exit_code == 2
+    assert message in " ".join(outcome.output.replace("│", " ").split())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_mel.candidates.name_index import NAMESAKE_SCORE
 from hf_mel.errors import (
     DataFormatError,
     DuplicateIdError,
@@ -15,11 +16,13 @@ from hf_mel.errors import (
     UnknownEntityError,
 )
 from hf_mel.evaluation.full_evaluator import FullEvaluator
+from hf_mel.evaluation.name_weight import choose_name_weight
 from hf_mel.inference.encode import encode_rows
 from hf_mel.inference.entity_sources import EncodedEntities
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.selective import RiskCoverage
 from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.names import words_of
 from hf_mel.schema import NIL
 from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
 
@@ -307,3 +310,56 @@ def test_nil_is_also_simulated_by_leaving_out_golds_that_training_lacks():
     assert "left out" not in evaluate(top_k=1).nil_detection()
     with pytest.raises(ValueError, match="larger top_k"):
         evaluate(top_k=1).risk_coverage()
+
+
+def name_scores(mentions=MENTIONS, entities=ENTITIES) -> np.ndarray:
+    """Name scores [M, N] by comparing every mention and every name."""
+    words = [words_of(name) for name in entities["name"]]
+    return np.array(
+        [
+            [1.0 if words_of(surface) == name else NAMESAKE_SCORE * (words_of(surface) <= name) for name in words]
+            for surface in mentions["mention"]
+        ]
+    )
+
+
+def named(mentions=MENTIONS):
+    """The mentions, every other one with the name of another entity than its gold."""
+    names = ENTITIES["name"]
+    surfaces = [names[(3 * i) % 15] if i % 2 else names[(5 * i) % 15].split()[1] for i in range(len(mentions))]
+    return mentions.remove_columns("mention").add_column("mention", surfaces)
+
+
+@pytest.mark.parametrize("weight", [0.3, 5.0])
+@pytest.mark.parametrize("byte_budget", [1, 2**29])
+def test_the_names_are_added_to_the_scores(weight, byte_budget):
+    mentions = named()
+    result = evaluate(mentions, name_weight=weight, byte_budget=byte_budget)
+    scores = forward(mentions) + weight * name_scores(mentions)
+    ranks = [rank for rank in sorted_ranks(scores, mentions) if rank is not None]
+    assert result.metrics["mrr"] == pytest.approx(mean(1 / rank for rank in ranks))
+    assert result.ranking.top_scores[:, 0].tolist() == pytest.approx(scores.max(1).tolist(), abs=1e-5)
+    assert result.to_dict()["name_weight"] == weight
+    plain = evaluate(mentions)
+    assert plain.metrics["mrr"] != pytest.approx(result.metrics["mrr"])
+
+
+def test_the_weight_of_the_names_is_the_best_of_those_tried():
+    mentions, inputs = named(), ModelInputs(MODEL, PROCESSOR)
+    encoded = EncodedEntities(list(ENTITIES["entity_id"]), encode_rows(inputs, ENTITIES, "entities"))
+    names = FullEvaluator(ENTITIES).name_index()
+    chosen = choose_name_weight(inputs, mentions, encoded, names)
+    mrr_of = {weight: evaluate(mentions, name_weight=float(weight)).metrics["mrr"] for weight in chosen.chosen_by_mrr}
+    assert mrr_of == pytest.approx(chosen.chosen_by_mrr)
+    assert len(set(mrr_of.values())) > 1
+    assert chosen.weight == next(float(weight) for weight in mrr_of if mrr_of[weight] == max(mrr_of.values()))
+
+
+def test_names_need_entities_with_names_and_a_gold_to_choose_by():
+    inputs = ModelInputs(MODEL, PROCESSOR)
+    encoded = EncodedEntities(list(ENTITIES["entity_id"]), encode_rows(inputs, ENTITIES, "entities"))
+    with pytest.raises(RecipeError, match="no names"):
+        evaluate(entities=encoded, name_weight=1.0)
+    nil = MENTIONS.filter(lambda mention: mention["entity_id"] == NIL)
+    with pytest.raises(RecipeError, match="cannot be chosen"):
+        choose_name_weight(inputs, nil, encoded, FullEvaluator(ENTITIES).name_index())

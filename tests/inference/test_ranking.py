@@ -18,6 +18,7 @@ from hf_mel.inference import ranking
 from hf_mel.inference.entity_sources import EncodedEntities
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.ranking import RankingResult, rank
+from hf_mel.inference.sparse_scores import SparseScores
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.spaces.mel_ranking.mel_ranking import ranks_from_ids
 from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
@@ -107,6 +108,53 @@ class TwoSteps:
         self.pairs += below.numel()
         self.left_out += int(below.sum())
         return rest.masked_fill(below, -torch.inf)
+
+
+def sparse(matrix):
+    """The entries of a matrix [M, N] that are not 0."""
+    rows = [np.flatnonzero(row) for row in matrix]
+    return SparseScores.of_mentions([(at, row[at].astype(np.float32)) for at, row in zip(rows, matrix, strict=True)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(matrices, budgets, st.integers(1, 12), st.sampled_from(["plain", "two steps"]), st.data())
+def test_added_scores_are_those_of_a_matrix_that_is_added(scores, budget, k, form, data):
+    count, size = scores.shape
+    golds = data.draw(st.lists(st.integers(0, size - 1), min_size=count, max_size=count))
+    added, quick = (
+        data.draw(hnp.arrays(np.int64, scores.shape, elements=st.sampled_from([0, 0, 0, 1, 2, -2]))) for _ in range(2)
+    )
+    mentions = {"x": torch.tensor(quick).float(), "y": torch.tensor(scores - quick).float()}
+    model, entities = TwoSteps(cautious=True), source({"x": torch.eye(size), "y": torch.eye(size)})
+    if form == "plain":
+        model, (mentions, entities) = DotProduct(), table(scores)
+    result = rank(model, mentions, entities, gold_rows=golds, top_k=k, byte_budget=budget, added=sparse(added))
+    top, best, worst = brute_force(scores + added, golds, k)
+    assert result.top_rows.tolist() == top
+    assert result.top_scores.tolist() == [
+        [row[i] for i in rows] for row, rows in zip(scores + added, top, strict=True)
+    ]
+    assert result.best_rank.tolist() == best
+    assert result.worst_rank.tolist() == worst
+
+
+@given(matrices, st.data())
+def test_sparse_scores_are_those_of_their_matrix(matrix, data):
+    count, size = matrix.shape
+    scores = sparse(matrix)
+    rows = np.array(data.draw(st.lists(st.integers(0, size - 1), unique=True)), dtype=np.int64)
+    mentions = data.draw(st.lists(st.integers(0, count - 1)))
+
+    def dense(part, width):
+        block = torch.zeros(len(part), width)
+        part.add_to(block, 0, 0)
+        return block.tolist()
+
+    assert dense(scores, size) == matrix.tolist()
+    assert dense(scores * 3, size) == (matrix * 3).tolist()
+    assert dense(scores.select(mentions), size) == matrix[mentions].tolist()
+    assert dense(scores.among(np.sort(rows)), len(rows)) == matrix[:, np.sort(rows)].tolist()
+    assert all(scores.of(m, rows).tolist() == matrix[m, rows].tolist() for m in range(count))
 
 
 @settings(max_examples=200, deadline=None)

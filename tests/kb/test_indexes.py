@@ -15,6 +15,7 @@ import torch
 
 from hf_mel.errors import KnowledgeBaseError, MelError, MissingExtraError
 from hf_mel.hub.publish.kb_repo import kb_publication
+from hf_mel.inference.sparse_scores import SparseScores
 from hf_mel.kb.indexes import KINDS, base, build_index, faiss, open_index
 from hf_mel.kb.indexes.base import IndexRecord
 from hf_mel.kb.indexes.recall import recall
@@ -217,6 +218,32 @@ def test_too_few_candidates_fall_back_to_exact_ranking(kb, kind, monkeypatch):
     monkeypatch.setattr(type(index), "search", lambda self, queries, k: np.full((len(queries), k), -1))
     index.first_stage = 20
     assert_finds(index, kb, top_k=10)
+
+
+@pytest.mark.parametrize("kind", BUILT)
+@pytest.mark.parametrize("first_stage", [1, 20])
+def test_an_index_misses_no_entity_with_an_added_score(kb, kind, first_stage):
+    index = build(kb, kind)
+    index.first_stage = first_stage
+    generator = np.random.default_rng(0)
+    pairs = [np.sort(generator.choice(len(kb), 3, replace=False)) for _ in MENTIONS["text"]]
+    values = generator.uniform(0.1, 1, (len(pairs), 3)).astype(np.float32)
+    added = SparseScores.of_mentions(list(zip(pairs, values, strict=True)))
+    exact = open_index(kb, "exact", MODEL).find(MENTIONS, len(kb), added=added)
+    found = index.find(MENTIONS, 4, added=added)
+    total = products(kb)
+    for number, (rows, scores) in enumerate(zip(pairs, values, strict=True)):
+        total[number, rows] += scores
+        order = exact.top_rows[number].tolist()
+        assert order == np.argsort(-total[number], kind="stable").tolist()
+        # The entities that the index returns are in the exact order, with exact scores, and none with an added score is lost.
+        places = [order.index(row) for row in found.top_rows[number].tolist()]
+        assert places == sorted(places)
+        np.testing.assert_allclose(
+            found.top_scores[number], total[number, found.top_rows[number]], rtol=1e-5, atol=1e-6
+        )
+        worst = order.index(found.top_rows[number, -1].item())
+        assert all(row in found.top_rows[number] for row in rows if order.index(row) < worst)
 
 
 # Added and removed entities

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hf_mel.candidates.name_index import NameIndex
 from hf_mel.errors import (
     CalibrationError,
     DataFormatError,
@@ -269,7 +270,7 @@ def test_equal_scores_have_equal_ranks():
 
 
 def test_a_tie_of_the_reranker_is_said():
-    ranked = _RankedMention({}, [0, 1, 2, 3], [4.0, 3.0, 2.0, 2.0], 4.0, [None] * 4)
+    ranked = _RankedMention({}, [0, 1, 2, 3], [4.0, 3.0, 2.0, 2.0], 4.0, [None] * 4, [None] * 4)
     ranked.rerank([1.0, 5.0, 5.0])
     assert ranked.entity_rows == [1, 2, 0, 3]
     assert ranked.ranks() == [1, 1, 3, 4]
@@ -444,7 +445,8 @@ def test_a_result_is_plain_data(linker):
         "needs_review", "confidence"
     }  # fmt: skip
     assert set(data["candidates"][0]) == {
-        "rank", "entity_id", "name", "description", "attributes", "score", "unit_scores", "reranker_score"
+        "rank", "entity_id", "name", "description", "attributes", "score", "unit_scores", "reranker_score",
+        "name_score",
     }  # fmt: skip
     assert set(data["candidates"][0]["unit_scores"]) == {"text", "vision"}
 
@@ -651,3 +653,88 @@ def test_a_precision_without_calibration_or_with_a_reranker_is_an_error():
         EntityLinker(
             model, PROCESSOR, kb, precision=0.9, reranker=toy_reranker(), reranker_processor=ToyPairProcessor()
         )
+
+
+# Names
+
+WITH_ALIASES = WORLD.map(lambda row, k: {"aliases": [f"Alias {k}", f"Number {k % 3}"]}, with_indices=True)
+NAMED_MENTIONS = [
+    {"text": f"It is {surface}.", "mention": surface}
+    for surface in ("Alias 7", "number 1", "alias", "ENTITY b", "Entitty c", "nothing", "!")
+]
+
+
+@pytest.fixture(scope="module")
+def naming_linker() -> EntityLinker:
+    return EntityLinker(MODEL, PROCESSOR, build(WITH_ALIASES), name_weight=2.5)
+
+
+def test_the_score_of_the_names_is_added_to_that_of_the_model(naming_linker):
+    plain = EntityLinker(MODEL, PROCESSOR, naming_linker.kb)
+    for mention in NAMED_MENTIONS:
+        scores = {c.entity_id: c.score for c in plain(mention, top_k=30).candidates}
+        names = NameIndex([row["name"], *row["aliases"]] for row in WITH_ALIASES).scores([mention["mention"]])
+        expected = dict(zip(WORLD["entity_id"], names.of(0, np.arange(30)).tolist(), strict=True))
+        result = naming_linker(mention, top_k=30)
+        assert [c.name_score for c in result.candidates] == [expected[c.entity_id] for c in result.candidates]
+        assert [c.score for c in result.candidates] == pytest.approx(
+            [scores[c.entity_id] + 2.5 * expected[c.entity_id] for c in result.candidates], abs=1e-5
+        )
+        assert [c.score for c in result.candidates] == sorted((c.score for c in result.candidates), reverse=True)
+    assert naming_linker(NAMED_MENTIONS[0]).entity_id == WORLD[7]["entity_id"]
+    assert plain(NAMED_MENTIONS[0]).candidates[0].name_score is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_names_count_in_a_batch_as_for_a_single_mention(naming_linker, batch_size):
+    results = naming_linker(NAMED_MENTIONS, batch_size=batch_size)
+    assert_same(results, [naming_linker(mention) for mention in NAMED_MENTIONS])
+
+
+def test_names_do_not_count_for_chosen_units(naming_linker):
+    plain = EntityLinker(MODEL, PROCESSOR, naming_linker.kb)
+    assert_same(naming_linker(NAMED_MENTIONS, units=["text"]), plain(NAMED_MENTIONS, units=["text"]))
+
+
+def test_names_of_added_entities_count_and_those_of_removed_ones_do_not():
+    kb = build(WITH_ALIASES.select(range(20)))
+    linker = EntityLinker(MODEL, PROCESSOR, kb, name_weight=100.0)
+    mention = {"text": "Alias 25", "mention": "Alias 25"}
+    assert linker(mention).best.name_score < 1
+    kb.add(WITH_ALIASES.select(range(20, 30)), MODEL, PROCESSOR, progress=False)
+    assert linker(mention).entity_id == WORLD[25]["entity_id"]
+    kb.remove([WORLD[3]["entity_id"]])
+    assert linker(mention).entity_id == WORLD[25]["entity_id"]
+    kb.remove([WORLD[25]["entity_id"]])
+    assert linker(mention).best.name_score < 1
+
+
+def test_the_weight_is_the_argument_or_else_that_of_the_model(tmp_path):
+    model = toy_model()
+    model.config.name_weight = 0.5
+    model.save_pretrained(tmp_path)
+    PROCESSOR.save_pretrained(tmp_path)
+    register()
+    kb = build()  # by the model without a weight, which encodes the same
+    assert EntityLinker.from_pretrained(tmp_path, kb, device="cpu").name_weight == 0.5
+    assert EntityLinker.from_pretrained(tmp_path, kb, device="cpu", name_weight=0).name_weight == 0
+    assert EntityLinker(MODEL, PROCESSOR, kb).name_weight == 0
+    with pytest.raises(RecipeError, match="name weight"):
+        EntityLinker(MODEL, PROCESSOR, kb, name_weight=-1)
+
+
+def test_a_reranker_reorders_the_candidates_that_names_choose(naming_linker):
+    linker = EntityLinker(
+        MODEL,
+        PROCESSOR,
+        naming_linker.kb,
+        name_weight=2.5,
+        reranker=RERANKER,
+        reranker_processor=ToyPairProcessor(),
+        rerank_k=4,
+    )
+    for mention in NAMED_MENTIONS:
+        first, result = naming_linker(mention), linker(mention)
+        by_id = {c.entity_id: c.name_score for c in first.candidates}
+        assert {c.entity_id for c in result.candidates[:4]} == {c.entity_id for c in first.candidates[:4]}
+        assert [c.name_score for c in result.candidates] == [by_id[c.entity_id] for c in result.candidates]

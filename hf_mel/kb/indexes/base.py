@@ -32,6 +32,7 @@ from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_
 from hf_mel.inference.entity_sources import EncodedEntities
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.ranking import RankingResult, rank, score_of_units
+from hf_mel.inference.sparse_scores import SparseScores
 from hf_mel.protocols import Encodings, IndexVectors
 
 if TYPE_CHECKING:
@@ -66,13 +67,22 @@ class Index(ABC):
         self.kb, self.model = kb, model
 
     @abstractmethod
-    def find(self, mentions: Encodings, top_k: int, *, units: Sequence[str] | None = None) -> RankingResult:
+    def find(
+        self,
+        mentions: Encodings,
+        top_k: int,
+        *,
+        units: Sequence[str] | None = None,
+        added: SparseScores | None = None,
+    ) -> RankingResult:
         """Finds the `top_k` best entities of M mentions (or all entities, if fewer), scored by the model.
 
         Args:
             mentions (`Mapping[str, torch.Tensor]`): Encodings of the mentions, tensors with first axis M.
             top_k (`int`): Number of entities per mention.
             units (sequence of `str`, *optional*): Rank by the mean of these units only.
+            added ([`~hf_mel.inference.sparse_scores.SparseScores`], *optional*): Scores of some pairs of the M mentions and
+                the entities, which are added to those of the model. An index misses none of these entities.
 
         Returns:
             [`~hf_mel.inference.ranking.RankingResult`] with `top_scores` and `top_rows`.
@@ -87,10 +97,17 @@ class ExactIndex(Index):
 
     kind = "exact"
 
-    def find(self, mentions: Encodings, top_k: int, *, units: Sequence[str] | None = None) -> RankingResult:
+    def find(
+        self,
+        mentions: Encodings,
+        top_k: int,
+        *,
+        units: Sequence[str] | None = None,
+        added: SparseScores | None = None,
+    ) -> RankingResult:
         """Ranks all entities; see [`Index.find`]."""
         score = None if units is None else score_of_units(self.model, units)
-        return rank(self.model, mentions, self.kb, top_k=top_k, score=score)
+        return rank(self.model, mentions, self.kb, top_k=top_k, score=score, added=added)
 
 
 @dataclass(frozen=True)
@@ -180,7 +197,14 @@ class VectorIndex(Index):
         At least k of them are not removed, if so many are found. Missing positions are -1.
         """
 
-    def find(self, mentions: Encodings, top_k: int, *, units: Sequence[str] | None = None) -> RankingResult:
+    def find(
+        self,
+        mentions: Encodings,
+        top_k: int,
+        *,
+        units: Sequence[str] | None = None,
+        added: SparseScores | None = None,
+    ) -> RankingResult:
         """Finds candidates and ranks them by exact scores; see [`Index.find`]."""
         if units is not None:
             raise KnowledgeBaseError(
@@ -190,19 +214,23 @@ class VectorIndex(Index):
             )
         num_mentions, num_results = num_rows(mentions), min(top_k, len(self.kb))
         if max(self.first_stage, top_k) >= len(self.kb):
-            return rank(self.model, mentions, self.kb, top_k=top_k)
+            return rank(self.model, mentions, self.kb, top_k=top_k, added=added)
         result = RankingResult(
             torch.empty(num_mentions, num_results), torch.empty(num_mentions, num_results, dtype=torch.long)
         )
         for number, rows in enumerate(self.candidates(mentions, max(self.first_stage, top_k))):
             mention = slice_encodings(mentions, slice(number, number + 1))
+            of_mention = None if added is None else added.select([number])
+            if of_mention is not None:
+                rows = np.union1d(rows, of_mention.rows)
             if len(rows) < num_results:
-                ranked = rank(self.model, mention, self.kb, top_k=num_results)
+                ranked = rank(self.model, mention, self.kb, top_k=num_results, added=of_mention)
                 result.top_rows[number] = ranked.top_rows[0]
             else:
                 # Candidates ascend by row, so that ties are ordered as in the ranking of all entities.
                 candidates = EncodedEntities([str(row) for row in rows], self.kb.encodings(rows))
-                ranked = rank(self.model, mention, candidates, top_k=num_results)
+                of_mention = None if of_mention is None else of_mention.among(rows)
+                ranked = rank(self.model, mention, candidates, top_k=num_results, added=of_mention)
                 result.top_rows[number] = torch.from_numpy(rows)[ranked.top_rows[0]]
             result.top_scores[number] = ranked.top_scores[0]
         return result
