@@ -8,6 +8,7 @@ parsed again, so that an interrupted build goes on where it was. Memory holds a 
 from __future__ import annotations
 
 import bz2
+import gc
 import gzip
 import hashlib
 import io
@@ -110,7 +111,20 @@ def load_items(folder: Path, number: int) -> dict[str, Any]:
 
 
 def process_part(folder: Path, number: int, part: Part, selection: Selection) -> None:
-    """Reads a part and writes its records."""
+    """Reads a part and writes its records.
+
+    Values of JSON hold no cycles, so that the garbage collector, which took half of the time, is off meanwhile.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        _process_part(folder, number, part, selection)
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _process_part(folder: Path, number: int, part: Part, selection: Selection) -> None:
     records = Records()
     for file, first, data in part.contents:
         if part.lines:
