@@ -43,7 +43,8 @@ from hf_mel.files import building_folder, link_target, parquet_sha256, replace_f
 
 logger = logging.getLogger(__name__)
 
-_REPORT_FILE = "report.json"
+#: File of a built data set that lists everything that is missing or was left out.
+REPORT_FILE = "report.json"
 
 
 def build_dataset(
@@ -140,11 +141,18 @@ def build_dataset(
             config: _move_files(builders[config], config, stage, ready, config_note)
             for config, config_note in notes.items()
         }
-        report.data_sha256 = parquet_sha256(ready)
-        write_text(ready / _REPORT_FILE, [_report_json(report.to_dict())])
-        write_text(ready / "README.md", [dataset_card(builder_class, infos, report)])
+        write_report_and_card(ready, builder_class, infos, report)
         replace_folder(ready, target)
     return report
+
+
+def write_report_and_card(
+    folder: Path, builder_class: Any, infos: dict[str, datasets.DatasetInfo], report: BuildReport
+) -> None:
+    """Writes `report.json` and README.md beside the Parquet files of a data set, whose digest the report gets."""
+    report.data_sha256 = parquet_sha256(folder)
+    write_text(folder / REPORT_FILE, [_report_json(report.to_dict())])
+    write_text(folder / "README.md", [dataset_card(builder_class, infos, report)])
 
 
 def _builder_arguments(
@@ -382,7 +390,7 @@ def _check_replaceable(target: Path, name: str, overwrite: bool, sources: list[A
     if overwrite or not target.exists() or not any(target.iterdir()):
         return
     try:
-        built_dataset = json.loads((target / _REPORT_FILE).read_text(encoding="utf-8"))["dataset"]
+        built_dataset = json.loads((target / REPORT_FILE).read_text(encoding="utf-8"))["dataset"]
     except (OSError, ValueError, KeyError, TypeError):
         built_dataset = None
     if built_dataset != name:

@@ -138,6 +138,19 @@ class BuildReport(CheckReport):
     data_sha256: str | None = None
     left_out: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], output: Path) -> BuildReport:
+        """Returns the report with this content of `report.json`.
+
+        Raises:
+            KeyError, TypeError, AttributeError: It is not the content of a report.
+        """
+        problems = {
+            kind: [(file, *entry) for file, entries in listed["entries"].items() for entry in entries]
+            for kind, listed in content["problems"].items()
+        }
+        return cls(output=output, **{**content, "problems": problems})
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of `report.json`."""
         checks = super().to_dict()

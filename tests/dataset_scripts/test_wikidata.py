@@ -209,7 +209,8 @@ def test_a_build_that_was_killed_goes_on_and_gives_the_same_bytes(dump, tmp_path
         command = [sys.executable, "-c", _KILLED_BUILD, str(dump), str(tmp_path / "out" / "kb"), how]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ})
 
-    assert run("killed").returncode == -signal.SIGKILL
+    killed = run("killed")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == []
     again = run("again")
     assert again.returncode == 0, again.stderr
