@@ -11,6 +11,8 @@ import numpy as np
 
 #: Chance that the mentions of the calibration were luckier than others, so that the stated precision does not hold.
 CHANCE = 0.1
+# Starts of the sequences of tests. One start at the surest links would end at one wrong link among few.
+_STARTS = 4
 # Points of a curve. More make no threshold better: each is a share of the mentions.
 _POINTS = 50
 
@@ -90,11 +92,12 @@ class RiskCoverage:
     def threshold(self, precision: float, chance: float = CHANCE) -> float:
         """Returns the confidence from which on links are made, so that their precision is at least `precision`.
 
-        This is "learn then test" (Angelopoulos et al., 2021; fixed-sequence testing): thresholds are tested from the
-        surest links on. A threshold passes if so few wrong links, or fewer, had a probability of at most `chance` at a
-        precision just below the stated one (an exact binomial test). The first that fails ends the sequence. If the
-        mentions of the split and those to link are drawn alike, and one by one, the precision of the links is then at least
-        `precision`, except with a probability of `chance` over the draw of the split.
+        This is "learn then test" (Angelopoulos et al., 2021) with a fixed sequence of tests from four starts: the surest
+        links, and those at a quarter, half and three quarters of the curve. From each start on, thresholds are tested until
+        the first fails. A threshold passes if so few wrong links, or fewer, had a probability of at most `chance` / 4 at a
+        precision just below the stated one (an exact binomial test). The lowest that passes is taken. If the mentions of the
+        split and those to link are drawn alike, and one by one, the precision of the links is then at least `precision`,
+        except with a probability of `chance` over the draw of the split.
 
         Args:
             precision (`float`): The stated precision, above 0 and below 1.
@@ -108,13 +111,17 @@ class RiskCoverage:
         """
         if not 0 < precision < 1 or not 0 < chance < 1:
             raise ValueError(f"precision={precision} and chance={chance} must be above 0 and below 1.")
+        points = [
+            point
+            for point in zip(self.confidences, self.links, self.wrong, strict=True)
+            if precision ** point[1] <= chance / _STARTS  # fewer links show nothing, even if none is wrong
+        ]
         passed = math.inf
-        for confidence, links, wrong in zip(self.confidences, self.links, self.wrong, strict=True):
-            if precision**links > chance:
-                continue  # so few links show nothing, even if none is wrong
-            if _binomial_cdf(wrong, links, 1 - precision) > chance:
-                break
-            passed = confidence
+        for start in {len(points) * number // _STARTS for number in range(_STARTS)}:
+            for confidence, links, wrong in points[start:]:
+                if _binomial_cdf(wrong, links, 1 - precision) > chance / _STARTS:
+                    break
+                passed = min(passed, confidence)
         return passed
 
     def coverage(self, precision: float) -> float:
