@@ -32,17 +32,24 @@ def test_the_demo_runs_all_stages(demo_run):
     """Training stops after three steps."""
     folder, printed = demo_run
     for phrase in (
-        "1/5",
-        "5/5",
+        "1/6",
+        "6/6",
         "Test mentions, by what tells the states apart",
         "both together",
         "fused",
         "The right answer is",
+        "hf-mel annotate",
+        "Right: ",
         "hf-mel link",
         "For your own entities take a text encoder",
     ):
         assert phrase in printed
-    for file in ("data/flags_mel/README.md", "runs/mimic_flags/results_test.json", "kb/flags_mel/kb.json"):
+    for file in (
+        "data/flags_mel/README.md",
+        "runs/mimic_flags/results_test.json",
+        "kb/flags_mel/kb.json",
+        "runs/mimic_flags/post.html",
+    ):
         assert (folder / file).is_file()
 
 

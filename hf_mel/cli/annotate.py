@@ -295,8 +295,10 @@ def _evaluate(
     )
     for column in ("counted", "spans", "golds", "P", "R", "F1", "macro P", "R", "F1"):
         table.add_column(column, justify="left" if column in ("counted", "spans") else "right")
-    for row in annotation_rows(results):
-        table.add_row(*row, end_section=row[1] == "strong" and row[0] == "linked, NIL")
+    for number, row in enumerate(annotation_rows(results)):
+        if number and row[0] == "found":
+            table.add_section()
+        table.add_row(*row)
     Console().print(table)
     if results["num_left_out"]:
         typer.echo(f"{results['num_left_out']:,} mentions without a position in a text were left out.")

@@ -1,4 +1,4 @@
-"""`hf-mel demo`: every step on a generated data set, from building it to a linked mention."""
+"""`hf-mel demo`: every step on a generated data set, from building it to an annotated post."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_mel.cli.printing import show_logs
+from hf_mel.cli.printing import print_annotated, show_logs
 from hf_mel.terminal import safe_text
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ _UNITS = {"text": "text", "vision": "picture", "cross_modal": "fused"}
 def demo(
     folder: Annotated[Path, typer.Option(help="The folder in which data/, runs/ and kb/ are created.")] = Path("."),
 ) -> None:
-    """Build FlagsMEL, train a small MIMIC on it, evaluate it, build its knowledge base, link a mention.
+    """Build FlagsMEL, train a small MIMIC on it, evaluate it, build its knowledge base, link a mention, annotate
+    a whole post.
 
     Everything happens on this machine, from scratch, with no download. Each step prints the command that does it alone.
     A finished training is not repeated. Delete the run folder to train again.
@@ -32,21 +33,24 @@ def demo(
 
     from hf_mel.building.build import build_dataset
     from hf_mel.data.loading import dataset_version, load_entities, load_mentions
+    from hf_mel.detection.gazetteer import Gazetteer
     from hf_mel.evaluation.tables import write_results
     from hf_mel.inference.checkpoints import load_retriever
     from hf_mel.kb.knowledge_base import KnowledgeBase
+    from hf_mel.linking.annotations_page import write_annotations_page
     from hf_mel.linking.linker import EntityLinker
     from hf_mel.training.recipe import Recipe
     from hf_mel.training.run import run_recipe
 
     data, run, kb_folder = folder / "data" / _DATASET, folder / "runs" / _RECIPE, folder / "kb" / _DATASET
     results_file, photo = run / "results_test.json", run / "example.png"
+    post_photo, page = run / "post.png", run / "post.html"
     console = Console(highlight=False)
     logging.disable_progress_bar()  # of reading weights, which takes a tenth of a second here
 
     def step(number: int, title: str, command: str) -> None:
         console.print()
-        console.rule(f"[b]{number}/5  {title}", align="left")
+        console.rule(f"[b]{number}/6  {title}", align="left")
         console.print(f"$ {command}", style="dim", markup=False, soft_wrap=True)
 
     step(1, "Build the data set", f"hf-mel data build {_DATASET} --output {data}")
@@ -99,6 +103,32 @@ def demo(
     console.print("The score is the mean of the three scores beside it, each of one unit of the model.")
     console.print(f"The right answer is {gold['name']} ({gold['entity_id']}).")
 
+    post, golds = _example_post(mentions, kb)
+    post["image"].save(post_photo)
+    place = f"--learn-from {data} --image {post_photo} --html {page}"
+    step(
+        6,
+        "Annotate a whole post",
+        f"hf-mel annotate {run} --kb {kb_folder} --text {shlex.quote(post['text'])} {place}",
+    )
+    gazetteer = Gazetteer.from_kb(
+        kb, training=load_mentions(data, "train"), validation=load_mentions(data, "validation")
+    )
+    annotated = linker.annotate(post["text"], image=post_photo, detector=gazetteer)
+    console.print(
+        "No mention is marked. The gazetteer finds the names of the states and the surface forms of the training mentions, "
+        f"{len(gazetteer):,} in all. The model reads the photo with each."
+    )
+    print_annotated(annotated)
+    names = {entity_id: kb.rows([kb.row_of(entity_id)])[0]["name"] for _, entity_id in golds}
+    console.print("Right: " + ", ".join(f"{words} → {names[entity_id]}" for words, entity_id in golds) + ".")
+    write_annotations_page(
+        page,
+        [{**annotated.to_dict(), "photo": post["image"]}],
+        entity_image=lambda entity_id: kb.image(kb.row_of(entity_id)),
+        title="Annotated post",
+    )
+
     console.print()
     console.rule("[b]Done. Where things are", align="left")
     for content, location in (
@@ -106,8 +136,9 @@ def demo(
         ("model, card, training plot", run),
         ("results on test", results_file),
         ("knowledge base", kb_folder),
+        ("annotated post, for a browser", page),
     ):
-        console.print(f"  {content:<27} {location}", markup=False)
+        console.print(f"  {content:<30} {location}", markup=False)
     console.print("What to type next (after `make demo`, first: source .venv/bin/activate):")
     for command in (
         f'hf-mel link {run} --kb {kb_folder} --text "The hosts met in Accra." --mention "The hosts"',
@@ -123,6 +154,17 @@ def demo(
         markup=False,
         soft_wrap=True,
     )
+
+
+def _example_post(mentions: Any, kb: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Returns the first post with a photo and several mentions of known entities, and its mentions with their golds."""
+    contexts: dict[str, list[int]] = {}
+    for row, (context, gold) in enumerate(zip(mentions["context_id"], mentions["entity_id"], strict=True)):
+        if gold in kb:
+            contexts.setdefault(context, []).append(row)
+    posts = ([mentions[row] for row in rows] for rows in contexts.values() if len(rows) > 1)
+    rows = next(rows for rows in posts if rows[0]["image"] is not None)
+    return rows[0], [(row["mention"], row["entity_id"]) for row in sorted(rows, key=lambda row: row["start"])]
 
 
 def _evaluate(model: Any, processor: Any, mentions: Any, entities: Any, version: dict) -> dict[str, Any]:

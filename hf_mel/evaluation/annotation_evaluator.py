@@ -17,7 +17,7 @@ from hf_mel.schema import NIL
 from hf_mel.spaces.mel_annotation.mel_annotation import annotation_metrics
 
 #: Group of figures → what it says, in the order of tables.
-GROUPS = {"detection": "found", "linking": "linked", "in_kb": "linked, in KB", "nil": "linked, NIL"}
+GROUPS = {"detection": "found", "linking": "linked", "in_kb": "in KB", "nil": "NIL"}
 
 
 def evaluate_annotations(
@@ -97,11 +97,16 @@ def _texts_and_golds(
 
 
 def annotation_rows(results: dict[str, Any]) -> Sequence[tuple[str, ...]]:
-    """Returns the rows of a table: what is counted, how spans match, golds, and micro and macro P, R and F1 in percent."""
+    """Returns the rows of a table: what is counted, how spans match, golds, and micro and macro P, R and F1 in percent.
+
+    "found" counts the spans, "linked" spans with their entity or NIL, "in KB" and "NIL" the two kinds apart.
+    """
     rows = []
     for match in ("strong", "weak"):
         for group, label in GROUPS.items():
             figures = results[match][group]
+            if group == "nil" and not figures["num_gold"] and not figures["num_predicted"]:
+                continue  # the model has no threshold, and the data set no NIL
             names = [f"{kind}_{name}" for kind in ("micro", "macro") for name in ("precision", "recall", "f1")]
             rows.append((label, match, f"{figures['num_gold']:,}", *(f"{100 * figures[name]:.1f}" for name in names)))
     return rows

@@ -98,7 +98,7 @@ def _model_files(folder: Path) -> tuple[dict[str, Content], dict[str, str]]:
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             left_out[f"{path.name}/"] = "a folder"
-        elif path.name == "example.png":  # written by hf-mel demo
+        elif path.name in ("example.png", "post.png", "post.html"):  # written by hf-mel demo
             left_out[path.name] = "not part of the publication"
         elif reason := reason_to_skip(path, path.name, _MODEL_SUFFIXES):
             left_out[path.name] = reason
