@@ -15,6 +15,7 @@ from hf_mel.cli.options import (
     FirstStage,
     Index,
     ModelArgument,
+    NameWeight,
     Revision,
     Split,
     TrustRemoteCode,
@@ -123,6 +124,13 @@ def annotate(
         float | None,
         typer.Option(help="A mention is NIL if its best score is lower. Default: the threshold of the model, if any."),
     ] = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            help="Make only the links that are sure enough for this precision, such as [b]0.95[/b], on mentions like those "
+            "of the model's validation split. The others are for review: their [b]entity_id[/b] is null.",
+        ),
+    ] = None,
     reranker: Annotated[
         str | None,
         typer.Option(help="A reranker that reorders the best candidates: a run folder or a model."),
@@ -130,6 +138,7 @@ def annotate(
     rerank_k: Annotated[int, typer.Option(min=1, help="Number of candidates that the reranker reorders.")] = 16,
     index: Index = "exact",
     first_stage: FirstStage = None,
+    name_weight: NameWeight = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Mentions per pass over the knowledge base.")] = 32,
     device: Device = None,
@@ -141,8 +150,8 @@ def annotate(
 ) -> None:
     """Find the mentions of a text, and link each to an entity of a knowledge base.
 
-    A mention is linked to an entity, or is NIL: the knowledge base does not hold its entity. In JSON, a mention that was
-    not linked at all has the entity_id null.
+    A mention is linked to an entity, or is NIL: the knowledge base does not hold its entity. With --precision, a mention can
+    also be left to review. In JSON, such a mention, which was not linked, has the entity_id null.
 
     The names of the knowledge base are found without any download. They are not found where a text says it in other
     words ("the hosts"): a detector that knows such words, or --learn-from, finds these, too.
@@ -194,6 +203,8 @@ def annotate(
         raise typer.BadParameter("Give a file as --output.", param_hint="--html")
     if nil_threshold is not None and math.isnan(nil_threshold):
         raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
+    if precision is not None and not 0 < precision < 1:
+        raise typer.BadParameter("A precision is above 0 and below 1, such as 0.95.", param_hint="--precision")
     from hf_mel.linking.annotate_file import read_texts
     from hf_mel.linking.link_file import check_output
     from hf_mel.linking.linker import EntityLinker
@@ -217,6 +228,8 @@ def annotate(
         rerank_k=rerank_k,
         index=index,
         first_stage=first_stage,
+        name_weight=name_weight,
+        precision=precision,
     )
     if dataset is not None and gold_spans:
         _evaluate(linker, dataset, split, None, output, batch_size, gold_spans=True)
@@ -335,8 +348,9 @@ def _annotate_file(
         _write_page(html, records, linker, title=f"Annotated texts of {input}")
     log = partial(typer.echo, err=is_stream(output))  # the lines of the results may be on standard output
     log(
-        f"{summary.num_texts:,} texts annotated: {summary.num_mentions:,} mentions, {summary.num_nil:,} of them NIL; "
-        f"{summary.num_empty:,} texts without a mention. Written to {output}."
+        f"{summary.num_texts:,} texts annotated: {summary.num_mentions:,} mentions, {summary.num_nil:,} of them NIL"
+        + (f", {summary.num_review:,} left to review" if summary.num_review else "")
+        + f"; {summary.num_empty:,} texts without a mention. Written to {output}."
     )
     if html is not None:
         log(f"Written to {html}. Open it in a browser.")

@@ -6,7 +6,7 @@ import hashlib
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Protocol
 
 import ahocorasick
@@ -26,16 +26,13 @@ _FLOORS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 #: The floor without validation mentions.
 _DEFAULT_FLOOR = 0.1
 _MIN_LETTERS = 2
-_ROWS_PER_READ = 8192
 
 
 class NamedEntities(Protocol):
     """A knowledge base, as far as [`Gazetteer.from_kb`] reads it."""
 
-    def __len__(self) -> int: ...
-
-    def rows(self, indices: Any) -> list[dict[str, Any]]:
-        """Returns entities with `name` and `aliases`."""
+    def names(self) -> Iterable[list[str]]:
+        """Returns the name and the aliases of each entity."""
         ...
 
 
@@ -126,7 +123,7 @@ class Gazetteer:
             kb ([`~hf_mel.KnowledgeBase`]): The knowledge base.
             options: Arguments of [`Gazetteer`].
         """
-        return cls(_names_of(kb), **options)
+        return cls(chain.from_iterable(kb.names()), **options)
 
     def __len__(self) -> int:
         """The number of different folded names."""
@@ -189,13 +186,6 @@ class Gazetteer:
             spans = {(span.start, span.end) for span in self._detect(matches[text], floor)}
             counts.update(correct=len(spans & gold_spans), total=len(spans) + len(gold_spans))
         return 2 * counts["correct"] / max(1, counts["total"])
-
-
-def _names_of(kb: NamedEntities) -> Iterator[str]:
-    for first in range(0, len(kb), _ROWS_PER_READ):
-        for row in kb.rows(range(first, min(first + _ROWS_PER_READ, len(kb)))):
-            yield row["name"]
-            yield from row["aliases"] or ()
 
 
 def _spans_by_text(mentions: Sequence[Row]) -> dict[str, set[tuple[int, int]]]:

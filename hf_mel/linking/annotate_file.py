@@ -33,7 +33,8 @@ class AnnotateSummary:
     """Counts of [`annotate_file`].
 
     Args:
-        num_texts, num_mentions, num_nil (`int`): Texts, their mentions, and those of them that are NIL.
+        num_texts, num_mentions, num_nil, num_review (`int`): Texts, their mentions, those of them that are NIL, and those
+            that were not linked.
         num_empty (`int`): Texts without mentions.
         bad_rows (`list[MelError]`): Errors of the rows that were left out.
         num_resumed (`int`): Texts that an interrupted run had annotated before.
@@ -43,6 +44,7 @@ class AnnotateSummary:
     num_texts: int = 0
     num_mentions: int = 0
     num_nil: int = 0
+    num_review: int = 0
     num_empty: int = 0
     bad_rows: list[MelError] = field(default_factory=list)
     num_resumed: int = 0
@@ -54,6 +56,7 @@ class AnnotateSummary:
         self.num_texts += 1
         self.num_mentions += len(mentions)
         self.num_nil += sum(mention.get("is_nil", False) for mention in mentions)
+        self.num_review += sum(mention["entity_id"] is None for mention in mentions)
         self.num_empty += not mentions
         for mention in mentions:
             self.warnings.update(mention.get("warnings", ()))

@@ -9,6 +9,7 @@ from typing import Any
 from hf_mel.data.images import open_image
 from hf_mel.detection.spans import MentionDetector, MentionSpan, checked_spans
 from hf_mel.errors import DataFormatError, SpanError
+from hf_mel.schema import NIL
 
 #: A text to annotate: a string, or a mapping with `text`, and optionally `image` and `spans`.
 TextLike = str | Mapping[str, Any]
@@ -40,13 +41,15 @@ class AnnotatedMention:
 
     @property
     def entity_id(self) -> str | None:
-        """Id of the entity; "NIL" if the knowledge base does not hold it; `None` if the mention was not linked."""
+        """Id of the entity; "NIL" if the knowledge base does not hold it; `None` if the mention was not linked, for instance
+        because the link is not sure enough for the precision of the linker.
+        """
         return None if self.link is None else self.link.entity_id
 
     @property
     def name(self) -> str | None:
         """Name of the entity that it is linked to; `None` if it is NIL, or was not linked."""
-        return None if self.link is None or self.link.is_nil else self.link.best.name
+        return None if self.link is None or self.entity_id in (None, NIL) else self.link.best.name
 
     @property
     def score(self) -> float | None:

@@ -15,7 +15,6 @@ from hf_mel.detection.gazetteer import Gazetteer
 from hf_mel.detection.spans import resolve_overlaps
 from hf_mel.errors import DataFormatError, UnknownModelError
 from hf_mel.names import fold_name
-from tests.toy import toy_entities
 
 
 def surfaces(gazetteer, text):
@@ -92,14 +91,9 @@ def test_case_can_be_ignored():
 
 
 def test_a_knowledge_base_without_aliases():
-    entities = toy_entities(3)
-
     class Kb:
-        def __len__(self):
-            return len(entities)
-
-        def rows(self, indices):
-            return [{**entities[k], "aliases": None} for k in indices]
+        def names(self):
+            return [["Entity a"], ["Entity b"], ["Entity c", "Entity sea"]]
 
     assert surfaces(Gazetteer.from_kb(Kb()), "Entity b met Entity zz") == ["Entity b"]
 

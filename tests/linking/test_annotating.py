@@ -88,6 +88,11 @@ def test_nil_and_not_linked_differ(linker):
     assert (mention.entity_id, mention.name) == ("NIL", None)
     assert mention.to_dict()["entity_id"] == "NIL"
     assert mention.score == mention.link.best.score
+    unsure = EntityLinker(linker.model, linker.processor, linker.kb)
+    unsure.link_threshold = float("inf")  # no link is sure enough for a stated precision
+    [mention] = unsure.annotate("Entity b")
+    assert (mention.entity_id, mention.name, mention.to_dict()["entity_id"]) == (None, None, None)
+    assert len(mention.to_dict()["candidates"]) == 5
     unlinked = AnnotatedMention(0, 4, "Oslo", "GPE", 0.5)
     assert (unlinked.entity_id, unlinked.name, unlinked.score) == (None, None, None)
     assert unlinked.to_dict() == {
