@@ -196,6 +196,83 @@ def add(
 
 
 @app.command()
+def update(
+    kb: _Folder,
+    model: _Model,
+    dataset: Annotated[
+        str | None, typer.Option(help="The data set with the entities: a folder, or a data set on the Hub.")
+    ] = None,
+    entities: Annotated[Path | None, typer.Option(help=_ENTITIES_HELP)] = None,
+    column: Column = None,
+    ignore_other_columns: IgnoreOtherColumns = False,
+    inverted_names: InvertedNames = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print all ids that were added, changed and removed, as JSON.")
+    ] = False,
+    strict: _Strict = False,
+    batch_size: _BatchSize = 64,
+    wait: _Wait = 0,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+) -> None:
+    """Make a knowledge base hold exactly the entities of a newer data set or file.
+
+    Only new and changed entities are encoded. Those that are no longer there are removed, and listed. Indexes are kept.
+
+    Examples:
+
+      hf-mel kb update kb/people --model runs/mimic --dataset data/wikidata-people
+
+      hf-mel kb update kb/mine --model runs/mimic --entities mine.csv --json
+    """
+    if (dataset is None) == (entities is None):
+        raise typer.BadParameter("Give either --dataset or --entities.", param_hint="--dataset")
+    if entities is None and (column or ignore_other_columns or inverted_names):
+        raise typer.BadParameter("Give a file of --entities, or leave this out.", param_hint="--column")
+
+    from dataclasses import asdict
+
+    from hf_mel.cli.printing import print_json, print_plain, show_logs
+    from hf_mel.inference.checkpoints import load_retriever
+    from hf_mel.kb.knowledge_base import KnowledgeBase
+
+    opened = KnowledgeBase(kb)
+    mapping = None
+    if entities is not None:
+        mapping = _checked_mapping(entities, column, ignore_other_columns, inverted_names)
+    with opened.writing(wait=wait):
+        retriever, processor = load_retriever(
+            model, revision=revision, device=device, trust_remote_code=trust_remote_code
+        )
+        with show_logs():
+            done = opened.update(
+                dataset if entities is None else entities,
+                retriever,
+                processor,
+                batch_size=batch_size,
+                strict=strict,
+                mapping=mapping,
+            )
+        left_out = opened.left_out_images
+        indexes = opened.info()["indexes"]
+    if as_json:
+        print_json(asdict(done))
+        return
+    print_plain(
+        f"{kb} now has {_count_entities(len(opened))}: {len(done.added):,} added, {len(done.changed):,} changed, "
+        f"{len(done.removed):,} removed, {done.num_unchanged:,} unchanged and not encoded again."
+    )
+    if done.removed:
+        print_plain(
+            "Removed (--json lists all):\n" + "\n".join(first_lines([f"  {name}" for name in done.removed], 10))
+        )
+    for kind in indexes if done.added or done.changed else ():
+        print_plain(f"Next: hf-mel kb index {kb} --model {model} --kind {kind}   # adds the new rows to the index")
+    _print_left_out(opened, left_out)
+
+
+@app.command()
 def remove(
     kb: _Folder,
     ids: Annotated[list[str], typer.Argument(help="The ids of the entities.")],

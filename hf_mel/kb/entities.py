@@ -134,6 +134,14 @@ def content_sha256(rows: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
+def row_digest(row: Mapping[str, Any]) -> bytes:
+    """Returns a digest of an entity as it is stored ([`columns_to_store`]): its texts and its image."""
+    digest = hashlib.blake2b(repr([row[column] for column in TEXT_COLUMNS]).encode(), digest_size=16)
+    for image in row["images"]:
+        digest.update(image["bytes"])
+    return digest.digest()
+
+
 def columns_to_store(columns: dict[str, list], file: str | None) -> dict[str, list]:
     """Returns the columns of the schema with nulls replaced by empty values, and only the first image, as bytes.
 

@@ -32,6 +32,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ from hf_mel.kb.entities import (
     describe_bad_images,
     open_entities,
     read_left_out_images,
+    row_digest,
     write_left_out_images,
 )
 from hf_mel.kb.manifest import DTYPES, FORMAT, MANIFEST_NAME, VERSION, damage_error, read_manifest, write_manifest
@@ -87,6 +89,21 @@ logger = logging.getLogger(__name__)
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 #: Members that were renamed; the old names work until the next release.
 _RENAMED = {"stored": "num_physical_rows", "rows_of_stored": "rows_of_physical", "iter_stored": "iter_physical"}
+
+
+@dataclass(frozen=True)
+class KnowledgeBaseUpdate:
+    """What [`KnowledgeBase.update`] has changed.
+
+    Args:
+        added, changed, removed (`list[str]`): Ids of entities.
+        num_unchanged (`int`): Number of entities that were not encoded again.
+    """
+
+    added: list[str]
+    changed: list[str]
+    removed: list[str]
+    num_unchanged: int
 
 
 class KnowledgeBase:
@@ -413,22 +430,103 @@ class KnowledgeBase:
                     remedy="Remove the entity first, omit it, or replace it (replace=True, --replace).",
                 )
             replaced = self._active[[self._row_by_id[entity_id] for entity_id in existing]]
-            with write_errors(self.path):
-                _delete_others(self.path, self._manifest, ("encodings-", "entities-", ".adding-"))
-                work = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.path))
-            try:
-                writer = ShardWriter(work, _next_shard(self.path), self.dtype, self._manifest["encodings"])
-                inputs = _open_inputs(entities, name, model, processor, posts, bad_images)
-                left_out = _report_bad_images(bad_images)
-                _encode(source, name, inputs, writer, batch_size, progress)
-                shards = writer.close()
-                for entry in (shard[part] for shard in shards for part in ("encodings", "entities")):
-                    os.replace(work / entry["file"], self.path / entry["file"])
+            inputs = _open_inputs(entities, name, model, processor, posts, bad_images)
+            left_out = _report_bad_images(bad_images)
+            with self._new_shards(source, name, inputs, batch_size, progress) as shards:
                 write_left_out_images(self.path, self.left_out_images + left_out if left_out else [])
                 self._commit({"shards": self._manifest["shards"] + shards}, replaced)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
         return len(ids)
+
+    @contextmanager
+    def _new_shards(
+        self, source: datasets.Dataset, name: str | None, inputs: ModelInputs, batch_size: int, progress: bool
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Encodes entities into new shards, which the block adds to the manifest."""
+        with write_errors(self.path):
+            _delete_others(self.path, self._manifest, ("encodings-", "entities-", ".adding-"))
+            work = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.path))
+        try:
+            writer = ShardWriter(work, _next_shard(self.path), self.dtype, self._manifest["encodings"])
+            _encode(source, name, inputs, writer, batch_size, progress)
+            shards = writer.close()
+            for entry in (shard[part] for shard in shards for part in ("encodings", "entities")):
+                os.replace(work / entry["file"], self.path / entry["file"])
+            yield shards
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def update(
+        self,
+        entities: EntitiesLike,
+        model: Any,
+        processor: MelProcessor,
+        *,
+        batch_size: int = 64,
+        strict: bool = False,
+        mapping: ColumnMapping | None = None,
+        progress: bool = True,
+    ) -> KnowledgeBaseUpdate:
+        """Makes the knowledge base hold exactly the given entities. Only new and changed ones are encoded.
+
+        An entity has changed if a text or its first image has. Changed and new entities come to the end of the order.
+        The others keep their rows in the shards, so that indexes stay valid. The folder changes at once, or not at all.
+
+        Args:
+            entities, model, processor, batch_size, strict, mapping, progress: As in [`~KnowledgeBase.build`].
+
+        Returns:
+            [`KnowledgeBaseUpdate`]: The ids of what changed.
+
+        Raises:
+            KnowledgeBaseError: Another model or processor built this knowledge base, it is the Hub cache, or the model
+                represents entities by posts, whose changes the entities do not show.
+            LockedError: Another process changes the folder.
+            DuplicateIdError, DataFormatError, ImageError: As in [`~KnowledgeBase.build`].
+        """
+        if knows_posts(model):
+            raise KnowledgeBaseError(
+                "The model represents entities by the posts about them, so that an update would miss new posts.",
+                file=self.path,
+                remedy="Build the knowledge base again: hf-mel kb build.",
+            )
+        with self.writing():
+            self.check_made_by(model, processor)
+            bad_images: list[ImageError] | None = None if strict else []
+            source, name = open_entities(entities, bad_images, mapping)
+            ids = check_ids(source, name)
+            left_out = _report_bad_images(bad_images)
+            stored = self._digests(progress)
+            rows = [
+                row
+                for row, digest in enumerate(_source_digests(source, name, progress))
+                if stored.get(ids[row]) != digest
+            ]
+            given = set(ids)
+            removed = [entity_id for entity_id in self.entity_ids if entity_id not in given]
+            changed = [ids[row] for row in rows if ids[row] in stored]
+            added = [ids[row] for row in rows if ids[row] not in stored]
+            gone = self._active[[self._row_by_id[entity_id] for entity_id in removed + changed]]
+            if rows:
+                inputs = _open_inputs(entities, name, model, processor, None, None)
+                with self._new_shards(source.select(rows), name, inputs, batch_size, progress) as shards:
+                    self._commit({"shards": self._manifest["shards"] + shards}, gone)
+            elif removed:
+                self._commit({}, gone)
+            if not left_out:
+                (self.path / LEFT_OUT_NAME).unlink(missing_ok=True)
+            write_left_out_images(self.path, left_out)
+        return KnowledgeBaseUpdate(added, changed, removed, len(ids) - len(rows))
+
+    def _digests(self, progress: bool) -> dict[str, bytes]:
+        """Returns a digest of each row as it is stored, by id."""
+        digests: dict[str, bytes] = {}
+        with tqdm(total=len(self), desc="Comparing", unit="row", delay=1, disable=not progress) as bar:
+            for first in range(0, len(self), 1024):
+                rows = np.arange(first, min(first + 1024, len(self)))
+                for row in self._read_table(rows, [*TEXT_COLUMNS, "images"]).to_pylist():
+                    digests[row["entity_id"]] = row_digest(row)
+                bar.update(len(rows))
+        return digests
 
     def remove(self, ids: Sequence[str]) -> int:
         """Marks entities as removed, so that they are no longer ranked or shown. The folder changes at once.
@@ -815,6 +913,17 @@ def _encode(
             check_finite(encodings, writer.dtype, ids, name)
             writer.add(encodings, pa.Table.from_pydict(columns, schema=schema))
             first += len(ids)
+
+
+def _source_digests(source: datasets.Dataset, name: str | None, progress: bool) -> Iterator[bytes]:
+    """Yields the digest of each entity as it would be stored."""
+    undecoded = source.with_format("arrow")  # the plain format would decode every image
+    with tqdm(total=len(source), desc="Comparing", unit="row", delay=1, disable=not progress) as bar:
+        for first in range(0, len(source), 256):
+            columns = columns_to_store(undecoded[first : first + 256].to_pydict(), name)
+            for values in zip(*columns.values(), strict=True):
+                yield row_digest(dict(zip(columns, values, strict=True)))
+                bar.update()
 
 
 def _warn_of_unread_columns(source: datasets.Dataset, inputs: ModelInputs) -> None:

@@ -71,6 +71,22 @@ def test_a_knowledge_base_is_built_changed_and_described(tmp_path, model):
         assert word in printed
 
 
+def test_a_knowledge_base_is_updated_from_a_newer_file(tmp_path, model):
+    (tmp_path / "mine.csv").write_text("id,name\na,Ada\nb,Bob\nc,Cleo\n")
+    folder = tmp_path / "kb"
+    run("kb", "build", model, "--entities", tmp_path / "mine.csv", "--output", folder)
+    (tmp_path / "newer.csv").write_text("id,name\na,Ada\nc,Cleo Moor\nd,Dee\n")
+    arguments = ("kb", "update", folder, "--model", model, "--entities", tmp_path / "newer.csv")
+    printed = run(*arguments).stdout
+    assert "3 entities: 1 added, 1 changed, 1 removed, 1 unchanged" in printed
+    assert "Removed (--json lists all):\n  b" in printed
+    assert KnowledgeBase.from_pretrained(folder).entity_ids == ["a", "c", "d"]
+    assert json.loads(run(*arguments, "--json").stdout) == {
+        "added": [], "changed": [], "removed": [], "num_unchanged": 3
+    }  # fmt: skip
+    run("kb", "update", folder, "--model", model, ok=False)
+
+
 def test_bad_images_are_counted_in_the_closing_lines_and_refused_by_strict(tmp_path, model):
     (tmp_path / "mine.csv").write_text("id,name,image\na,Ada,gone.png\nb,Bob,\n")
     (tmp_path / "more.csv").write_text("id,name,image\nc,Cleo,lost.png\n")

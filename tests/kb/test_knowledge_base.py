@@ -985,3 +985,88 @@ def test_names_of_the_last_release_work_with_a_warning(tmp_path):
         assert kb.open_index("exact", MODEL).kb is kb
     with pytest.raises(AttributeError, match="nonsense"):
         _ = kb.nonsense
+
+
+# Updating
+
+
+def counting_model(counts: list[int]):
+    """A toy model that notes how many entities it encodes at a time."""
+    model = toy_model()
+    encode = model.encode_entities
+
+    def encode_entities(**inputs):
+        encodings = encode(**inputs)
+        counts.append(len(encodings["text"]))
+        return encodings
+
+    model.encode_entities = encode_entities  # type: ignore[method-assign]
+    return model
+
+
+def test_an_update_encodes_only_what_changed_and_holds_what_a_new_build_holds(tmp_path):
+    kb = build(WORLD, tmp_path / "kb")
+    rows = list(WORLD)
+    newer = [rows[k] for k in range(30) if k not in (3, 17)]
+    newer[4] = {**newer[4], "name": "Renamed"}
+    newer[9] = {**newer[9], "images": [Image.new("RGB", (3, 3), "red")]}
+    newer[12] = {**newer[12], "aliases": ["Another name"]}
+    newer += [{**rows[0], "entity_id": "new-1"}, {**rows[1], "entity_id": "new-2"}]
+    source = datasets.Dataset.from_list(newer, features=entity_features())
+    counts: list[int] = []
+    done = kb.update(source, counting_model(counts), PROCESSOR, batch_size=4, progress=False)
+    assert (done.added, done.removed) == (["new-1", "new-2"], [rows[3]["entity_id"], rows[17]["entity_id"]])
+    assert done.changed == [newer[k]["entity_id"] for k in (4, 9, 12)]
+    assert (done.num_unchanged, sum(counts)) == (25, 5)
+    moved = {*done.changed, *done.added}
+    expected = [row for row in source if row["entity_id"] not in moved]
+    expected += [row for row in source if row["entity_id"] in moved]
+    assert_holds(kb, expected)
+    assert_holds(KnowledgeBase.from_pretrained(tmp_path / "kb", verify=True), expected)
+    before = files(tmp_path / "kb")
+    assert kb.update(source, counting_model(counts), PROCESSOR, progress=False).num_unchanged == 30
+    assert sum(counts) == 5
+    assert files(tmp_path / "kb") == before
+
+
+def test_an_update_that_only_removes_writes_no_shard(tmp_path):
+    kb = build(WORLD, tmp_path / "kb")
+    done = kb.update(WORLD.select(range(10)), MODEL, PROCESSOR, progress=False)
+    assert done.removed == WORLD["entity_id"][10:]
+    assert kb.info()["shards"] == 1
+    assert_holds(kb, list(WORLD.select(range(10))))
+
+
+def test_an_index_stays_valid_after_an_update(tmp_path):
+    pytest.importorskip("faiss")
+    kb = build(WORLD, tmp_path / "kb")
+    build_index(kb, "faiss-flat", MODEL, PROCESSOR)
+    newer = [row if k != 5 else {**row, "name": "Other words"} for k, row in enumerate(WORLD) if k != 7]
+    kb.update(datasets.Dataset.from_list(newer, features=entity_features()), MODEL, PROCESSOR, progress=False)
+    index = open_index(kb, "faiss-flat", MODEL)
+    assert index.record.rows == 30
+    mentions = kb.encodings(range(3))
+    found = index.find(mentions, 29)
+    exact = open_index(kb, "exact", MODEL).find(mentions, 29)
+    assert found.top_rows.tolist() == exact.top_rows.tolist()
+
+
+def test_an_update_that_fails_changes_nothing(tmp_path, monkeypatch):
+    kb = build(WORLD, tmp_path / "kb")
+    before = files(tmp_path / "kb")
+    newer = datasets.Dataset.from_list([{**row, "name": "x"} for row in WORLD], features=entity_features())
+    monkeypatch.setattr(
+        shards, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
+    with pytest.raises(KnowledgeBaseError, match="No space left"):
+        kb.update(newer, MODEL, PROCESSOR, progress=False)
+    monkeypatch.undo()
+    assert files(tmp_path / "kb") == before
+    assert_holds(KnowledgeBase(tmp_path / "kb"), list(WORLD))
+
+
+def test_an_update_of_a_model_of_posts_is_refused():
+    model, processor = toy_posts_model(), ToyPostsProcessor()
+    kb = build(WORLD, model=model, processor=processor, posts=toy_posts(30))
+    with pytest.raises(KnowledgeBaseError, match="would miss new posts"):
+        kb.update(WORLD, model, processor)
