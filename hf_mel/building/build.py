@@ -27,6 +27,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 import hf_mel.dataset_scripts
@@ -39,12 +40,14 @@ from hf_mel.building.id_set import IdSet
 from hf_mel.building.report import MISSING_IMAGE, BuildReport, CheckReport
 from hf_mel.building.writer import SplitWriter, staged_file
 from hf_mel.errors import CountMismatchError, DataFormatError, ImageError, KnowledgeBaseError, MelError
-from hf_mel.files import building_folder, link_target, parquet_sha256, replace_folder, write_text
+from hf_mel.files import building_folder, link_target, local_path, parquet_sha256, replace_folder, write_text
 
 logger = logging.getLogger(__name__)
 
 #: File of a built data set that lists everything that is missing or was left out.
 REPORT_FILE = "report.json"
+#: File that lists the entities that an update has added, changed and removed.
+CHANGES_FILE = "changes.json"
 
 
 def build_dataset(
@@ -59,6 +62,7 @@ def build_dataset(
     seed: int | None = None,
     resize: int | None = None,
     strict: bool = False,
+    update: bool = False,
     config_options: Mapping[str, Any] | None = None,
 ) -> BuildReport:
     """Builds a data set into a folder that `datasets.load_dataset` and the Hub can read.
@@ -78,6 +82,9 @@ def build_dataset(
         resize (`int`, *optional*): Scale images down to at most this many pixels on the longest side
             ([`~hf_mel.data.images.resize_image`]).
         strict (`bool`): Raise an error for the first missing or broken image instead.
+        update (`bool`): Whether `raw_dir` is a newer release of the data set in `output`. Options that are not given
+            are those of the earlier build, and `changes.json` in the folder lists the ids of entities that were added,
+            changed (in any column but their images) and removed.
         config_options (mapping, *optional*): Other fields of the builder's configuration, by name.
 
     Returns:
@@ -94,6 +101,12 @@ def build_dataset(
         MelError: The builder lacks an option, another process builds into `output`, or the disk is full.
     """
     builder_class = find_builder(name)
+    if update:
+        earlier = _read_earlier(link_target(output), name)
+        settings = {"seed": seed, "resize": resize}
+        seed, resize = (earlier.options.get(key) if value is None else value for key, value in settings.items())
+        kept = {key: value for key, value in earlier.options.items() if key not in settings}
+        config_options = {**kept, **(config_options or {})}
     options = _builder_arguments(builder_class, raw_dir, images, entity_images, seed, config_options or {})
     if resize is not None and resize < 1:
         raise MelError(f"Images cannot be scaled to {resize} pixels.", remedy="Set resize to at least 1.")
@@ -142,6 +155,9 @@ def build_dataset(
             for config, config_note in notes.items()
         }
         write_report_and_card(ready, builder_class, infos, report)
+        if update:
+            changes = changed_entities(target, ready)
+            write_text(ready / CHANGES_FILE, [json.dumps(changes, indent=1, ensure_ascii=False), "\n"])
         replace_folder(ready, target)
     return report
 
@@ -153,6 +169,57 @@ def write_report_and_card(
     report.data_sha256 = parquet_sha256(folder)
     write_text(folder / REPORT_FILE, [_report_json(report.to_dict())])
     write_text(folder / "README.md", [dataset_card(builder_class, infos, report)])
+
+
+def _read_earlier(target: Path, name: str) -> BuildReport:
+    """Returns the report of the earlier build that is to be updated.
+
+    Raises:
+        DataFormatError: There is none.
+    """
+    try:
+        report = BuildReport.from_dict(json.loads((target / REPORT_FILE).read_text(encoding="utf-8")), target)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        report = None
+    if report is None or report.dataset != name:
+        raise DataFormatError(
+            f"The folder holds no build of {name!r} to update.",
+            file=target,
+            remedy="Give the output of an earlier build, or build without update (--raw-dir in place of --update).",
+        )
+    return report
+
+
+def changed_entities(earlier: Path, newer: Path) -> dict[str, list[str]]:
+    """Compares the entities of two builds in all columns of the newer one except images.
+
+    Returns:
+        `dict[str, list[str]]`: Ids that were `added` and `changed`, in the order of the newer build, and `removed`, in
+        that of the earlier one.
+    """
+    files = [sorted((folder / "entities").glob("*.parquet")) for folder in (earlier, newer)]
+    columns = [field.name for field in pq.read_schema(local_path(files[1][0])) if field.name != "images"]
+    digests: dict[str, bytes] = {}
+    for file in files[0]:
+        there = set(pq.read_schema(local_path(file)).names)
+        for table in read_parquet(file, [column for column in columns if column in there]):
+            digests.update((row["entity_id"], _row_digest(row, columns)) for row in table.to_pylist())
+    changes: dict[str, list[str]] = {"added": [], "changed": [], "removed": []}
+    for file in files[1]:
+        for table in read_parquet(file, columns):
+            for row in table.to_pylist():
+                before = digests.pop(row["entity_id"], None)
+                if before is None:
+                    changes["added"].append(row["entity_id"])
+                elif before != _row_digest(row, columns):
+                    changes["changed"].append(row["entity_id"])
+    changes["removed"] = list(digests)
+    return changes
+
+
+def _row_digest(row: Mapping[str, Any], columns: list[str]) -> bytes:
+    values = [row.get(column) for column in columns]
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).digest()
 
 
 def _builder_arguments(

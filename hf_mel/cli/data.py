@@ -34,6 +34,14 @@ def build(
             help="The folder of the released files, for data sets built from a release. A dump may be a file."
         ),
     ] = None,
+    update: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RAW",
+            help="Like --raw-dir, for a newer release of the data set in OUTPUT. Options that you leave out are those of "
+            "the earlier build, and changes.json lists the entities that were added, changed and removed.",
+        ),
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="The folder of the mention images, if it is not inside the raw folder.")
     ] = None,
@@ -107,6 +115,8 @@ def build(
       hf-mel data build jsonl --mentions mine.csv --entities artists.csv --column text=caption --column name=artist \\
         --ignore-other-columns --output data/artists
     """
+    if update is not None and raw_dir is not None:
+        raise typer.BadParameter("Give either --raw-dir or --update.", param_hint="--update")
     files = {"mentions": mentions, "entities": entities}
     options: dict[str, Any] = {key: str(file) for key, file in files.items() if file is not None}
     reading = {"column": column, "ignore_other_columns": ignore_other_columns, "inverted_names": inverted_names}
@@ -122,7 +132,7 @@ def build(
 
     from rich.console import Console
 
-    from hf_mel.building.build import build_dataset
+    from hf_mel.building.build import CHANGES_FILE, build_dataset
     from hf_mel.cli.printing import show_logs
     from hf_mel.data.folder_copies import is_literal
 
@@ -131,7 +141,7 @@ def build(
             report = build_dataset(
                 name,
                 output=output,
-                raw_dir=raw_dir,
+                raw_dir=raw_dir if update is None else update,
                 images=images,
                 entity_images=entity_images,
                 allow_count_mismatch=allow_count_mismatch,
@@ -139,6 +149,7 @@ def build(
                 seed=seed,
                 resize=resize,
                 strict=strict,
+                update=update is not None,
                 config_options=options,
             )
     except KeyboardInterrupt:
@@ -154,6 +165,10 @@ def build(
             "--strict stops at the first.",
             highlight=False,
         )
+    if update is not None:
+        changes = json.loads((report.output / CHANGES_FILE).read_text(encoding="utf-8"))
+        counts = ", ".join(f"{len(ids):,} {kind}" for kind, ids in changes.items())
+        console.print(f"Entities since the earlier build: {counts}. changes.json lists them.", highlight=False)
     if report.redistribution:
         console.print(f"Do not redistribute it: {report.redistribution.rstrip('.')}.", markup=False, highlight=False)
     folder = str(report.output)

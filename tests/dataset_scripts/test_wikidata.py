@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from hf_mel.building.build import build_dataset
+from hf_mel.cli.data import app
 from hf_mel.data.loading import load_entities
 from hf_mel.dataset_scripts.wikidata import parts
 from hf_mel.dataset_scripts.wikidata.documents import date_text
@@ -269,3 +271,38 @@ def is_running(pid: int) -> bool:
 )
 def test_dates_are_written_to_their_precision(time, precision, expected):
     assert date_text(time, precision) == expected
+
+
+def test_an_update_takes_the_options_of_the_earlier_build_and_lists_what_changed(dump, tmp_path):
+    output = tmp_path / "out"
+    build(dump, output, **OPTIONS)
+    entities = [entity for entity in release.entities() if entity["id"] not in ("Q103", "Q7")]
+    # Bo Falk gets a description, Ada Orme's occupation has another name, Cy Lund goes, and Eve Moor comes.
+    next(entity for entity in entities if entity["id"] == "Q102")["descriptions"] = release.terms(de="Müller")
+    entities.append(release.item(7, release.terms(en="artist")))
+    entities.append(release.item(120, release.terms(en="Eve Moor"), 7, P31=[release.item_value(5)]))
+    newer = tmp_path / "newer.json"
+    newer.write_text("\n".join(map(json.dumps, entities)))
+    build_dataset("wikidata", raw_dir=newer, output=output, update=True)
+    changes = json.loads((output / "changes.json").read_text())
+    assert changes == {"added": ["Q120"], "changed": ["Q101", "Q102"], "removed": ["Q103"]}
+    assert json.loads((output / "report.json").read_text())["options"] == OPTIONS
+    build_dataset("wikidata", raw_dir=newer, output=output, update=True, config_options={"min_sitelinks": "5"})
+    assert json.loads((output / "changes.json").read_text()) == {
+        "added": [],
+        "changed": ["Q101"],  # its second entity has nine pages
+        "removed": ["Q102", "Q109"],
+    }
+
+
+def test_an_update_needs_an_earlier_build(dump, tmp_path):
+    with pytest.raises(DataFormatError, match="holds no build of 'wikidata' to update"):
+        build_dataset("wikidata", raw_dir=dump, output=tmp_path / "out", update=True)
+
+
+def test_the_command_line_updates(dump, tmp_path):
+    build(dump, tmp_path / "out", **OPTIONS)
+    arguments = ["build", "wikidata", "--update", str(dump), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "Entities since the earlier build: 0 added, 0 changed, 0 removed." in done.output
+    assert CliRunner().invoke(app, [*arguments, "--raw-dir", str(dump)]).exit_code == 2
