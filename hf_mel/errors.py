@@ -114,6 +114,10 @@ class CalibrationError(MelError, ValueError):
     """A stated precision is asked of a model whose links are not calibrated."""
 
 
+class FilterError(MelError, ValueError):
+    """A filter of entities cannot be read, names a column that is not there, or is passed by no entity."""
+
+
 class HubError(MelError, RuntimeError):
     """The Hub cannot be reached, has no such repository or revision, or denies access."""
 

@@ -17,8 +17,12 @@ from hf_mel.cli.options import (
     ModelArgument,
     NameWeight,
     Revision,
+    Soft,
+    SoftBonus,
     Split,
     TrustRemoteCode,
+    Where,
+    check_soft,
 )
 from hf_mel.cli.printing import print_annotated, print_json
 from hf_mel.errors import MelError, first_lines
@@ -139,6 +143,9 @@ def annotate(
     index: Index = "exact",
     first_stage: FirstStage = None,
     name_weight: NameWeight = None,
+    where: Where = None,
+    soft: Soft = None,
+    soft_bonus: SoftBonus = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Mentions per pass over the knowledge base.")] = 32,
     device: Device = None,
@@ -201,6 +208,7 @@ def annotate(
         raise typer.BadParameter("Give a file of texts with --input.", param_hint=name)
     if html is not None and output is not None and is_stream(output):
         raise typer.BadParameter("Give a file as --output.", param_hint="--html")
+    check_soft(soft, soft_bonus)
     if nil_threshold is not None and math.isnan(nil_threshold):
         raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
     if precision is not None and not 0 < precision < 1:
@@ -230,6 +238,9 @@ def annotate(
         first_stage=first_stage,
         name_weight=name_weight,
         precision=precision,
+        where=where,
+        soft=soft,
+        soft_bonus=soft_bonus,
     )
     if dataset is not None and gold_spans:
         _evaluate(linker, dataset, split, None, output, batch_size, gold_spans=True)

@@ -19,7 +19,11 @@ from hf_mel.cli.options import (
     ModelArgument,
     NameWeight,
     Revision,
+    Soft,
+    SoftBonus,
     TrustRemoteCode,
+    Where,
+    check_soft,
 )
 from hf_mel.cli.printing import print_json, print_link
 from hf_mel.errors import MelError, first_lines
@@ -99,6 +103,9 @@ def link(
     index: Index = "exact",
     first_stage: FirstStage = None,
     name_weight: NameWeight = None,
+    where: Where = None,
+    soft: Soft = None,
+    soft_bonus: SoftBonus = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Mentions per pass over the knowledge base.")] = 32,
     device: Device = None,
@@ -133,6 +140,9 @@ def link(
       hf-mel link runs/mimic_flags --kb kb/flags --input letters.csv --column text=letter --column mention=person \\
         --output linked.jsonl
 
+      hf-mel link runs/mimic_wikimel --kb kb/wikimel --text "Blake saw angels." --mention Blake \\
+        --where "type = 'human' and born < 1800"
+
       hf-mel link sentence-transformers/all-MiniLM-L6-v2 --entities artists.csv --column name=artist \\
         --ignore-other-columns --text "Blake saw angels in Peckham." --mention Blake
     """
@@ -158,6 +168,7 @@ def link(
     if input is None and (resume or skip_bad_rows):
         name = "--resume" if resume else "--skip-bad-rows"
         raise typer.BadParameter("Give a file of mentions with --input.", param_hint=name)
+    check_soft(soft, soft_bonus)
     if nil_threshold is not None and math.isnan(nil_threshold):
         raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
     if precision is not None and not 0 < precision < 1:
@@ -191,6 +202,9 @@ def link(
         index=index,
         first_stage=first_stage,
         name_weight=name_weight,
+        where=where,
+        soft=soft,
+        soft_bonus=soft_bonus,
     )
     if rows is None:
         if len(surfaces) == 1:

@@ -43,6 +43,21 @@ NameWeight = Annotated[
         "Default: the weight of the model, if any.",
     ),
 ]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILTER",
+        help="Rank only the entities that pass a filter over columns of the knowledge base, for instance "
+        "[b]\"type = 'human' and born < 1900\"[/b]: =, !=, <, <=, >, >=, in, is null, and, or, not.",
+    ),
+]
+Soft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILTER", help="Give the entities that pass a filter --soft-bonus, in place of leaving others out."
+    ),
+]
+SoftBonus = Annotated[float | None, typer.Option(help="Bonus of --soft, in the units of the scores.")]
 NameScorer = Annotated[
     str,
     typer.Option(help="How the source [b]name[/b] compares names: WRatio, composite (as in MMEL), jaro_winkler, …"),
@@ -73,3 +88,9 @@ InvertedNames = Annotated[
         help='Entities are named as in "Turner, William": each gets the alias "William Turner".',
     ),
 ]
+
+
+def check_soft(soft: str | None, bonus: float | None) -> None:
+    """Raises an error if one of --soft and --soft-bonus is given without the other."""
+    if (soft is None) != (bonus is None):
+        raise typer.BadParameter("Give --soft and --soft-bonus together.", param_hint="--soft")

@@ -114,6 +114,39 @@ class EntityPart:
         return self.source.encodings(np.asarray(indices) + self.part.start)
 
 
+@dataclass
+class ChosenEntities:
+    """Any rows of an [`EntitySource`], as a source.
+
+    Args:
+        source ([`EntitySource`]): N entities.
+        rows (`np.ndarray` `[R]`): The chosen rows, ascending.
+    """
+
+    source: EntitySource
+    rows: np.ndarray
+
+    @property
+    def entity_ids(self) -> Sequence[str]:
+        """See [`EntitySource`]."""
+        return [self.source.entity_ids[row] for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def iter_chunks(
+        self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False
+    ) -> Iterator[tuple[int, Encodings]]:
+        """See [`EntitySource`]. Chunks are float32."""
+        rows = range(len(self)) if rows is None else rows
+        for first in range(rows.start, rows.stop, chunk_size):
+            yield first, self.encodings(range(first, min(first + chunk_size, rows.stop)))
+
+    def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
+        """See [`EntitySource`]."""
+        return self.source.encodings(self.rows[np.asarray(indices, dtype=np.int64)])
+
+
 def part_of_process(count: int, processes: PartialState) -> range:
     """Returns the rows of this process if `count` rows are shared among all processes, in order and evenly."""
     bounds = [count * k // processes.num_processes for k in range(processes.num_processes + 1)]

@@ -6,7 +6,7 @@ A knowledge base is a folder:
   entities, and the removed rows.
 - `encodings-00000.safetensors`, …: the encodings of one shard of rows, memory-mapped when read.
 - `entities-00000.parquet`, …: the same rows in the columns of [`~hf_mel.schema.entity_features`], with the first image
-  only.
+  only, and in further columns of their source, to filter by ([`~KnowledgeBase.where`]).
 - `index-….json` and the files it names, if an index was built: see [`~hf_mel.kb.indexes.base`].
 - `left_out_images.jsonl`, if images were missing or damaged: see [`~KnowledgeBase.left_out_images`].
 
@@ -69,12 +69,14 @@ from hf_mel.kb.entities import (
     row_digest,
     write_left_out_images,
 )
+from hf_mel.kb.filters import Filter
 from hf_mel.kb.manifest import DTYPES, FORMAT, MANIFEST_NAME, VERSION, damage_error, read_manifest, write_manifest
 from hf_mel.kb.shards import (
     EntityTable,
     ShardWriter,
     check_finite,
     entity_schema,
+    further_columns,
     group_by_block,
     map_encodings,
 )
@@ -160,7 +162,7 @@ class KnowledgeBase:
         is_active = np.ones(self._starts[-1], dtype=bool)
         is_active[self._manifest["removed"]] = False
         self._active = np.flatnonzero(is_active)  # physical row of each row
-        for name in ("entity_ids", "_row_by_id", "_row_by_physical"):
+        for name in ("entity_ids", "_row_by_id", "_row_by_physical", "_schema"):
             self.__dict__.pop(name, None)
 
     def _map_shards(self) -> None:
@@ -378,7 +380,7 @@ class KnowledgeBase:
                 writer = ShardWriter(work, 0, self.dtype)
                 for first, encodings in self.iter_chunks(1024, as_stored=True):
                     rows = np.arange(first, first + num_rows(encodings))
-                    writer.add(encodings, self._read_table(rows, [*TEXT_COLUMNS, "images"]))
+                    writer.add(encodings, self._read_table(rows, self._schema.names))
                     bar.update(len(rows))
                 write_manifest(work, self._manifest | {"shards": writer.close(), "removed": []})
                 write_left_out_images(work, self.left_out_images)
@@ -421,6 +423,7 @@ class KnowledgeBase:
             bad_images: list[ImageError] | None = None if strict else []
             source, name = open_entities(entities, bad_images, mapping)
             ids = check_ids(source, name)
+            self._check_columns(source, name)
             existing = [entity_id for entity_id in ids if entity_id in self._row_by_id]
             if existing and not replace:
                 raise DuplicateIdError(
@@ -681,6 +684,45 @@ class KnowledgeBase:
             for row in (self._active[first:stop] - self._starts[shard]).tolist():
                 yield [names[row], *aliases[row]]
 
+    @cached_property
+    def _schema(self) -> pa.Schema:
+        """The columns of all shards. A shard that lacks one has nulls there."""
+        return pa.unify_schemas([table.schema for table in self._tables])
+
+    @property
+    def columns(self) -> dict[str, pa.DataType]:
+        """The columns to filter by, and their types: the texts of entities, and the further columns of their source."""
+        return {field.name: field.type for field in self._schema if field.name != "images"}
+
+    def where(self, text: str) -> np.ndarray:
+        """Returns the rows of the entities that pass a filter, ascending.
+
+        Args:
+            text (`str`): The filter, such as "type = 'human' and born < 1900" ([`~hf_mel.kb.filters`]).
+
+        Raises:
+            FilterError: The filter cannot be read, or names a column that the entities do not have.
+        """
+        mask = Filter(text, self.columns).mask(self._read_column)
+        return np.flatnonzero(np.asarray(mask.to_numpy(zero_copy_only=False))[self._active])
+
+    def _read_column(self, name: str) -> pa.ChunkedArray:
+        """Returns a column of all physical rows."""
+        column_type = self._schema.field(name).type
+        chunks = [chunk for table in self._tables for chunk in table.read_array(name).cast(column_type).chunks]
+        return pa.chunked_array(chunks, column_type)
+
+    def _check_columns(self, source: datasets.Dataset, name: str | None) -> None:
+        """Checks that further columns of entities to add have the types of those that are there."""
+        for column, column_type in further_columns(source).items():
+            stored = self.columns.get(column, column_type)
+            if stored != column_type:
+                raise KnowledgeBaseError(
+                    f"The column {column!r} is {column_type}, and in the knowledge base it is {stored}.",
+                    file=name,
+                    remedy="Give it that type, or another name.",
+                )
+
     def image(self, index: int) -> Image.Image | None:
         """Returns the first image of the entity in a row as RGB, or `None` if it has no image.
 
@@ -801,13 +843,13 @@ class KnowledgeBase:
 
     def _read_table(self, rows: np.ndarray, columns: list[str]) -> pa.Table:
         physical = self._active[rows]
-        parts, positions = [entity_schema().empty_table().select(columns)], []
+        parts, positions = [self._schema.empty_table().select(columns)], []
         for shard, at in group_by_block(physical, self._starts):
             for table, inside in self._tables[shard].read(physical[at] - self._starts[shard], columns):
                 parts.append(table)
                 positions.append(at[inside])
         order = np.argsort(np.concatenate(positions)) if positions else np.array([], dtype=np.int64)
-        return pa.concat_tables(parts).take(pa.array(order))
+        return pa.concat_tables(parts, promote_options="default").take(pa.array(order))
 
     def _commit(self, changes: dict[str, Any], removed: np.ndarray) -> None:
         all_removed = sorted({*self._manifest["removed"], *removed.tolist()})
@@ -898,12 +940,13 @@ def _encode(
             remedy="Give a retriever; a reranker only orders the candidates that a retriever found.",
         )
     _warn_of_unread_columns(source, inputs)
-    schema = entity_schema()
+    schema, further = entity_schema(), further_columns(source)
     undecoded = source.with_format("arrow")  # the plain format would decode every image
     first = 0
     with evaluation_mode(inputs.model):
         for encodings in encode_batches(inputs, source, "entities", batch_size=batch_size, progress=progress):
-            columns = columns_to_store(undecoded[first : first + batch_size].to_pydict(), name)
+            batch = undecoded[first : first + batch_size]
+            columns = columns_to_store(batch.select(schema.names).to_pydict(), name)
             ids = columns["entity_id"]
             if num_rows(encodings) != len(ids):
                 raise KnowledgeBaseError(
@@ -911,7 +954,10 @@ def _encode(
                     remedy="Return one row per entity from encode_entities.",
                 )
             check_finite(encodings, writer.dtype, ids, name)
-            writer.add(encodings, pa.Table.from_pydict(columns, schema=schema))
+            table = pa.Table.from_pydict(columns, schema=schema)
+            for column, column_type in further.items():
+                table = table.append_column(pa.field(column, column_type), batch[column].cast(column_type))
+            writer.add(encodings, table)
             first += len(ids)
 
 

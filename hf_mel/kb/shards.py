@@ -12,6 +12,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -184,8 +185,38 @@ def check_finite(
 
 @cache
 def entity_schema() -> pa.Schema:
-    """Returns the Arrow schema of entity rows."""
+    """Returns the Arrow schema of entity rows, without further columns of their source."""
     return entity_features().arrow_schema
+
+
+def stored_type(column_type: pa.DataType) -> pa.DataType | None:
+    """Returns the type in which a further column of entities is stored, to filter by; `None` for one that is left out.
+
+    Texts, numbers, truth values, dates, times and lists of texts are stored.
+    """
+    types = pa.types
+    if types.is_string(column_type) or types.is_large_string(column_type):
+        return pa.string()
+    if types.is_integer(column_type):
+        return pa.int64()
+    if types.is_floating(column_type):
+        return pa.float64()
+    if types.is_boolean(column_type):
+        return column_type
+    if types.is_date(column_type):
+        return pa.date32()
+    if types.is_timestamp(column_type):
+        return pa.timestamp("us", column_type.tz)
+    if types.is_list(column_type) or types.is_large_list(column_type):
+        return pa.list_(pa.string()) if stored_type(column_type.value_type) == pa.string() else None
+    return None
+
+
+def further_columns(entities: datasets.Dataset) -> dict[str, pa.DataType]:
+    """Returns the columns of entities beside those of [`entity_schema`] that are stored, and the types that they get."""
+    names = [name for name in entities.column_names if name not in entity_schema().names]
+    types = {name: stored_type(entities.features.arrow_schema.field(name).type) for name in names}
+    return {name: column_type for name, column_type in types.items() if column_type is not None}
 
 
 def group_by_block(numbers: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -230,6 +261,8 @@ def map_encodings(path: Path, rows: int, layout: Mapping[str, Any]) -> dict[str,
 class EntityTable:
     """The entities of a shard, mapped into memory. They stay readable when the file is deleted.
 
+    The file has the columns of [`entity_schema`], and after them those of its source that are stored ([`stored_type`]).
+
     Args:
         path (`Path`): The Parquet file.
         rows (`int`): The number of rows in the manifest.
@@ -249,19 +282,29 @@ class EntityTable:
         file = pq.ParquetFile(pa.BufferReader(self._bytes))
         check_parquet(file, self.path)
         # Read as dictionaries, a string that occurs a million times is held once: see decode_table.
-        columns = [file.schema.column(number).path for number in range(len(file.schema))]
+        parts = (file.schema.column(number) for number in range(len(file.schema)))
+        columns = [part.path for part in parts if part.physical_type == "BYTE_ARRAY"]
         file = pq.ParquetFile(pa.BufferReader(self._bytes), metadata=file.metadata, read_dictionary=columns)
         if file.metadata.num_rows != self.num_rows:
             raise damage_error(self.path, f"its {file.metadata.num_rows} rows do not match {MANIFEST_NAME}")
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         return file, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns of the file, with the types in which they are returned."""
+        with read_errors(self.path):
+            schema = pq.read_schema(pa.BufferReader(self._bytes))
+            names = schema.names[len(entity_schema()) :]
+            stored = [pa.field(name, stored_type(schema.field(name).type)) for name in names]
+            return pa.schema([*entity_schema(), *stored], metadata=entity_schema().metadata)
+
     def read(self, rows: np.ndarray, columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
         """Reads rows of the shard.
 
         Args:
             rows (integers [R]): Rows of the shard, in any order.
-            columns (`list[str]`): The columns to read.
+            columns (`list[str]`): The columns to read. Those that the file lacks are left out.
 
         Yields:
             `tuple[pyarrow.Table, np.ndarray]`: Rows of one row group, and their positions in `rows`.
@@ -271,11 +314,12 @@ class EntityTable:
         """
         with read_errors(self.path):
             file, starts = self._parquet
+            columns = [column for column in columns if column in self.schema.names]
             for group, positions in group_by_block(rows, starts):
                 # Decoding a row group of texts takes less time than starting threads.
                 table = file.read_row_group(group, columns=columns, use_threads=False).select(columns)
                 taken = table.take(pa.array(rows[positions] - starts[group]))
-                yield decode_table(taken, self.path), positions
+                yield decode_table(taken, self.schema, self.path), positions
 
     def read_column(self, column: str) -> list[Any]:
         """Reads one column of all rows.
@@ -283,19 +327,32 @@ class EntityTable:
         Raises:
             KnowledgeBaseError: The file is damaged.
         """
+        return self.read_array(column).to_pylist()
+
+    def read_array(self, column: str) -> pa.ChunkedArray:
+        """Reads one column of all rows; nulls for a column that the file lacks.
+
+        Raises:
+            KnowledgeBaseError: The file is damaged.
+        """
         with read_errors(self.path):
             file, _ = self._parquet
-            table = file.read(columns=[column])
-            return decode_table(table, self.path).column(0).to_pylist()
+            if column not in self.schema.names:
+                return pa.chunked_array([pa.nulls(self.num_rows)])
+            return decode_table(file.read(columns=[column]), self.schema, self.path).column(0)
 
 
 def check_parquet(file: pq.ParquetFile, path: Path) -> None:
     """Checks the columns and the declared row-group sizes of an untrusted Parquet file before it is read.
 
     Raises:
-        KnowledgeBaseError: The columns are not those of [`entity_schema`], or a row group exceeds the limits.
+        KnowledgeBaseError: The columns are not those of [`entity_schema`] and others that are stored, or a row group exceeds
+            the limits.
     """
-    if not file.schema_arrow.equals(entity_schema()):
+    schema, base = file.schema_arrow, entity_schema()
+    others = [stored_type(field.type) for field in list(schema)[len(base) :]]
+    names = schema.names
+    if list(schema)[: len(base)] != list(base) or None in others or len(set(names)) < len(names):
         raise damage_error(path, "its columns are not those of entities")
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
@@ -306,7 +363,7 @@ def check_parquet(file: pq.ParquetFile, path: Path) -> None:
                 )
 
 
-def decode_table(table: pa.Table, path: Path) -> pa.Table:
+def decode_table(table: pa.Table, schema: pa.Schema, path: Path) -> pa.Table:
     """Converts dictionary-encoded columns to plain strings and bytes.
 
     Raises:
@@ -315,7 +372,6 @@ def decode_table(table: pa.Table, path: Path) -> pa.Table:
     size = sum(_decoded_bytes(chunk) for column in table.columns for chunk in column.chunks)
     if size > _MAX_READ_BYTES:
         raise damage_error(path, f"texts and images of {table.num_rows:,} rows decode to {size:,} bytes")
-    schema = entity_schema()
     return table.cast(pa.schema([schema.field(name) for name in table.column_names], metadata=schema.metadata))
 
 

@@ -7,11 +7,12 @@ import math
 import operator
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast, overload
 
 import datasets
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -21,20 +22,20 @@ from hf_mel.data.images import ImageSource, open_image
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.detection.gazetteer import Gazetteer
 from hf_mel.detection.spans import MentionDetector
-from hf_mel.errors import CalibrationError, DataFormatError, KnowledgeBaseError, SpanError
+from hf_mel.errors import CalibrationError, DataFormatError, FilterError, KnowledgeBaseError, SpanError
 from hf_mel.inference.checkpoints import load_reranker, load_retriever
 from hf_mel.inference.encodings import as_float, slice_encodings, to_device
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.fingerprint import describe_model
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.probe import sees_images, sees_images_in_pairs, unread_columns_in_pairs
-from hf_mel.inference.ranking import TIE_TOLERANCE, RankingResult, rank, score_of_units
+from hf_mel.inference.ranking import TIE_TOLERANCE, RankingResult, score_of_units
 from hf_mel.inference.reranking import score_pairs
 from hf_mel.inference.selective import RiskCoverage, link_confidence
 from hf_mel.inference.sparse_scores import SparseScores
 from hf_mel.kb.entities import EntitiesLike, is_row_file
 from hf_mel.kb.indexes import open_index
-from hf_mel.kb.indexes.base import ExactIndex
+from hf_mel.kb.indexes.base import ExactIndex, rank_rows
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.annotating import annotate_batches
 from hf_mel.linking.explaining import Explanation, explain
@@ -208,6 +209,11 @@ class EntityLinker:
         index (`str`, *optional*, defaults to "exact"): "exact" scores all entities. Another kind of index, which
             [`~hf_mel.kb.indexes.build_index`] has built, finds `first_stage` entities, and only those are scored.
         first_stage (`int`, *optional*, defaults to 256): Number of entities that an index finds.
+        where (`str`, *optional*): A filter: only entities that pass it are ranked, such as "type = 'human' and born < 1900"
+            ([`~hf_mel.kb.filters`]). It may be set later.
+        soft (`str`, *optional*): A filter: entities that pass it get `soft_bonus` on the score of the retriever, and the
+            others stay. It may be set later.
+        soft_bonus (`float`, *optional*): The bonus, in the units of the model's scores.
         name_weight (`float`, *optional*): Weight w of the names: w times the name score of an entity
             ([`~hf_mel.candidates.name_index.NameIndex.scores`]) is added to its score. An index misses no entity with a
             name score. Default: the weight in the model's configuration, which `hf-mel evaluate --name-weight auto
@@ -219,6 +225,7 @@ class EntityLinker:
 
     Raises:
         KnowledgeBaseError: The knowledge base or index is missing or damaged, or another model or processor built it.
+        FilterError: A filter cannot be read, names a column that is not there, or is passed by no entity.
         CalibrationError: `precision` is given, and the model has no calibration, or there is a reranker.
         MissingExtraError: The index needs a package that is not installed.
     """
@@ -237,6 +244,9 @@ class EntityLinker:
         index: str = "exact",
         first_stage: int | None = None,
         name_weight: float | None = None,
+        where: str | None = None,
+        soft: str | None = None,
+        soft_bonus: float | None = None,
     ):
         if (reranker is None) != (reranker_processor is None):
             raise ValueError("Give reranker and reranker_processor together.")
@@ -260,6 +270,15 @@ class EntityLinker:
         )
         self.name_weight = name_weight_of(model, name_weight)
         self._names: tuple[tuple[int, int], NameIndex] | None = None
+        if (soft is None) != (soft_bonus is None):
+            raise ValueError("Give soft and soft_bonus together.")
+        if soft_bonus is not None and not math.isfinite(soft_bonus):
+            raise ValueError(f"soft_bonus={soft_bonus} is no finite number.")
+        self.where, self.soft, self.soft_bonus = where, soft, soft_bonus
+        self._passing: dict[str, tuple[tuple[int, int], np.ndarray]] = {}
+        for text in (where, soft):
+            if text is not None:
+                self._rows_where(text)
         model.eval()
         if reranker is not None:
             reranker.eval()
@@ -307,6 +326,9 @@ class EntityLinker:
         index: str = "exact",
         first_stage: int | None = None,
         name_weight: float | None = None,
+        where: str | None = None,
+        soft: str | None = None,
+        soft_bonus: float | None = None,
         kb_revision: str | None = None,
         **kwargs: Any,
     ) -> EntityLinker:
@@ -319,7 +341,8 @@ class EntityLinker:
                 knowledge base that is deleted with the linker.
             mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in a file of
                 `entities`.
-            nil_threshold, precision, rerank_k, index, first_stage, name_weight (*optional*): As in [`EntityLinker`].
+            nil_threshold, precision, rerank_k, index, first_stage, name_weight, where, soft, soft_bonus (*optional*): As in
+                [`EntityLinker`].
             reranker (`str` or `os.PathLike`, *optional*): Folder or Hub id of the reranker.
             kb_revision (`str`, *optional*): Branch, tag or commit of a knowledge base on the Hub.
             kwargs: Arguments of [`~hf_mel.inference.checkpoints.load_retriever`]. `revision` applies to the retriever only,
@@ -364,6 +387,9 @@ class EntityLinker:
             index=index,
             first_stage=first_stage,
             name_weight=name_weight,
+            where=where,
+            soft=soft,
+            soft_bonus=soft_bonus,
         )
 
     # The overloads tell the type of the result. The implementation has the names and types of the options.
@@ -483,8 +509,14 @@ class EntityLinker:
             num_ranked = max(top_k, 2) if self.reranker is None else max(top_k, self.rerank_k)
             names = None if units or not self.name_weight else self._name_index().scores([r["mention"] for r in rows])
             added = None if names is None else names * self.name_weight
-            ranking = self.index.find(encodings, num_ranked, units=units, added=added)
-            num_tied = self._count_ties(encodings, ranking, units, added)
+            chosen = None if self.where is None else self._rows_where(self.where)
+            if self.soft is not None and self.soft_bonus is not None:
+                bonus = np.zeros(len(self.kb), dtype=np.float32)
+                bonus[self._rows_where(self.soft)] = self.soft_bonus
+                nothing_added = SparseScores.of_mentions([(np.empty(0), np.empty(0))] * len(rows))
+                added = replace(nothing_added if added is None else added, of_entities=bonus)
+            ranking = self.index.find(encodings, num_ranked, units=units, added=added, rows=chosen)
+            num_tied = self._count_ties(encodings, ranking, units, added, chosen)
             ranked = []
             for k, (row, scores) in enumerate(zip(rows, ranking.top_scores.tolist(), strict=True)):
                 top_rows, nothing = ranking.top_rows[k].numpy(), cast("list[float | None]", [None] * len(scores))
@@ -511,10 +543,32 @@ class EntityLinker:
 
     def _name_index(self) -> NameIndex:
         """Returns the index of the names, made again when the knowledge base has changed."""
-        state = (self.kb.num_physical_rows, len(self.kb))
-        if self._names is None or self._names[0] != state:
-            self._names = state, NameIndex(self.kb.names())
+        if self._names is None or self._names[0] != self._kb_state:
+            self._names = self._kb_state, NameIndex(self.kb.names())
         return self._names[1]
+
+    def _rows_where(self, text: str) -> np.ndarray:
+        """Returns the rows of the entities that pass a filter, found again when the knowledge base has changed.
+
+        Raises:
+            FilterError: As in [`EntityLinker`].
+        """
+        if text not in self._passing or self._passing[text][0] != self._kb_state:
+            rows = self.kb.where(text)
+            if not len(rows):
+                raise FilterError(
+                    f"None of the {len(self.kb):,} entities passes the filter {text!r}.",
+                    file=self.kb.path,
+                    remedy="Widen the filter.",
+                )
+            self._passing = {text: found for text, found in self._passing.items() if text in (self.where, self.soft)}
+            self._passing[text] = self._kb_state, rows
+        return self._passing[text][1]
+
+    @property
+    def _kb_state(self) -> tuple[int, int]:
+        """A value that changes when entities are added or removed."""
+        return self.kb.num_physical_rows, len(self.kb)
 
     def _count_ties(
         self,
@@ -522,18 +576,21 @@ class EntityLinker:
         ranking: RankingResult,
         units: Sequence[str] | None,
         added: SparseScores | None,
+        rows: np.ndarray | None,
     ) -> list[int]:
         """Returns how many entities have the best score, for each of M mentions."""
         counts = [sum(_equal(score, scores[0]) for score in scores) for scores in ranking.top_scores.tolist()]
         num_ranked = ranking.top_scores.shape[1]
-        open_counts = [number for number, count in enumerate(counts) if count == num_ranked < len(self.kb)]
+        num_entities = len(self.kb) if rows is None else len(rows)
+        open_counts = [number for number, count in enumerate(counts) if count == num_ranked < num_entities]
         if open_counts and isinstance(self.index, ExactIndex):
             # All entities that were returned are tied, so there may be more. This is rare: rank once more.
             tied = {name: tensor[open_counts] for name, tensor in encodings.items()}
             score = None if units is None else score_of_units(self.model, units)
             golds = ranking.top_rows[open_counts, 0]
             added = None if added is None else added.select(open_counts)
-            positions = rank(self.model, tied, self.kb, gold_rows=golds, top_k=1, score=score, added=added)
+            places = golds if rows is None else np.searchsorted(rows, golds.numpy())
+            positions = rank_rows(self.model, tied, self.kb, rows, gold_rows=places, top_k=1, score=score, added=added)
             assert positions.worst_rank is not None
             for number, count in zip(open_counts, positions.worst_rank.tolist(), strict=True):
                 counts[number] = count
@@ -553,6 +610,8 @@ class EntityLinker:
             "index": self.index.kind,
             "first_stage": getattr(self.index, "first_stage", None),
             "name_weight": self.name_weight,
+            **({} if self.where is None else {"where": self.where}),
+            **({} if self.soft is None else {"soft": self.soft, "soft_bonus": self.soft_bonus}),
         }
 
     def _batches(self, mentions: Any, batch_size: int) -> Iterator[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -244,6 +245,36 @@ def test_an_index_misses_no_entity_with_an_added_score(kb, kind, first_stage):
         )
         worst = order.index(found.top_rows[number, -1].item())
         assert all(row in found.top_rows[number] for row in rows if order.index(row) < worst)
+
+
+@pytest.mark.parametrize("kind", BUILT)
+@pytest.mark.parametrize("share", [2, 10, 60])
+@pytest.mark.parametrize("surplus", [0, 2])
+def test_an_index_finds_only_the_chosen_entities_in_their_exact_order(kb, kind, share, surplus, monkeypatch):
+    monkeypatch.setattr(base, "_SEARCH_SURPLUS", surplus)  # with 0, every choice is searched for
+    index = build(kb, kind)
+    index.first_stage = 6
+    rows = np.arange(0, len(kb), share)
+    bonus = np.where(np.arange(len(kb)) % 4 == 0, 0.5, 0).astype(np.float32)
+    added = SparseScores.of_mentions([(np.array([1, 2]), np.array([0.25, 0.5]))] * len(MENTIONS["text"]))
+    for scores in (None, added, dataclasses.replace(added, of_entities=bonus)):
+        exact = open_index(kb, "exact", MODEL).find(MENTIONS, len(kb), added=scores, rows=rows)
+        found = index.find(MENTIONS, 3, added=scores, rows=rows)
+        assert found.top_rows.shape[1] == min(3, len(rows))
+        total = products(kb)
+        for number in range(len(total)):
+            if scores is not None:
+                total[number] += scores.of(number, np.arange(len(kb)))
+            order = exact.top_rows[number].tolist()
+            assert order == rows[np.argsort(-total[number, rows], kind="stable")].tolist()
+            places = [order.index(row) for row in found.top_rows[number].tolist()]
+            assert places == sorted(set(places))
+            expected = total[number, found.top_rows[number]]
+            np.testing.assert_allclose(found.top_scores[number], expected, rtol=1e-5, atol=1e-6)
+            if (
+                surplus and kind != "faiss-pq"
+            ):  # the share is so small, or the search so wide, that all of the best are found
+                assert places == list(range(len(places)))
 
 
 # Added and removed entities

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import json
 import os
@@ -1070,3 +1071,63 @@ def test_an_update_of_a_model_of_posts_is_refused():
     kb = build(WORLD, model=model, processor=processor, posts=toy_posts(30))
     with pytest.raises(KnowledgeBaseError, match="would miss new posts"):
         kb.update(WORLD, model, processor)
+
+
+# Columns to filter by
+
+
+def typed_entities(count: int, **columns) -> datasets.Dataset:
+    rows = toy_entities(count)
+    for name, values in columns.items():
+        rows = rows.add_column(name, values)
+    return rows
+
+
+def test_further_columns_are_stored_copied_and_filtered_by(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_GROUP_ROWS", 3)
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 2000)
+    rows = typed_entities(
+        12,
+        types=[["human", "painter"] if k % 2 else None for k in range(12)],
+        born=[1800 + k if k % 3 else None for k in range(12)],
+        place=[f"Place {k}" for k in range(12)],
+        ratio=[k / 4 for k in range(12)],
+        day=[datetime.date(1900 + k, 1, 1) for k in range(12)],
+        vector=[[0.5, k] for k in range(12)],  # not stored
+    )
+    kb = KnowledgeBase.build(rows, MODEL, PROCESSOR, output=tmp_path / "kb", batch_size=4, progress=False)
+    assert len(kb.shards) > 1
+    assert list(kb.columns)[-5:] == ["types", "born", "place", "ratio", "day"]
+    assert kb.where("type = 'painter' and born >= 1805").tolist() == [5, 7, 11]
+    assert kb.where("day > '1909-12-31' or place = 'Place 0'").tolist() == [0, 10, 11]
+    assert kb.where("ratio < 0.5 and name = 'Entity a'").tolist() == [0]
+    kb.remove([rows["entity_id"][5], rows["entity_id"][0]])
+    assert kb.where("type = 'painter' and born >= 1805").tolist() == [5, 9]  # rows count those that are left
+    copy = kb.save(tmp_path / "copy", progress=False)
+    assert copy.columns == kb.columns
+    assert copy.where("type = 'painter' and born >= 1805").tolist() == [5, 9]
+    assert copy.rows([5]) == kb.rows([5])
+    assert set(copy.rows([5])[0]) == {"entity_id", "name", "description", "attributes", "aliases"}
+
+
+def test_added_entities_may_lack_columns_and_have_others_but_not_of_another_type(tmp_path):
+    kb = KnowledgeBase.build(
+        typed_entities(4, born=[1, 2, 3, 4]), MODEL, PROCESSOR, output=tmp_path / "kb", progress=False
+    )
+    more = typed_entities(8, place=[f"Place {k}" for k in range(8)]).select(range(4, 8))
+    kb.add(more, MODEL, PROCESSOR, progress=False)
+    assert kb.where("born >= 3").tolist() == [2, 3]
+    assert kb.where("born is null").tolist() == [4, 5, 6, 7]
+    assert kb.where("place = 'Place 6'").tolist() == [6]
+    assert len(kb.save(tmp_path / "copy", progress=False).where("place is null")) == 4
+    wrong = typed_entities(9, born=[str(k) for k in range(9)]).select([8])
+    with pytest.raises(KnowledgeBaseError, match="'born' is string, and in the knowledge base it is int64"):
+        kb.add(wrong, MODEL, PROCESSOR, progress=False)
+    assert len(kb) == 8
+
+
+def test_a_knowledge_base_without_further_columns_filters_by_its_texts():
+    kb = KnowledgeBase.build(toy_entities(5), MODEL, PROCESSOR, progress=False)
+    assert list(kb.columns) == ["entity_id", "name", "description", "attributes", "aliases"]
+    assert kb.where("entity_id in ('Q2', 'Q4')").tolist() == [1, 3]
+    assert not len(kb.where("name = 'nothing'"))

@@ -16,6 +16,7 @@ from hf_mel.candidates.name_index import NameIndex
 from hf_mel.errors import (
     CalibrationError,
     DataFormatError,
+    FilterError,
     ImageError,
     KnowledgeBaseError,
     RecipeError,
@@ -738,3 +739,131 @@ def test_a_reranker_reorders_the_candidates_that_names_choose(naming_linker):
         by_id = {c.entity_id: c.name_score for c in first.candidates}
         assert {c.entity_id for c in result.candidates[:4]} == {c.entity_id for c in first.candidates[:4]}
         assert [c.name_score for c in result.candidates] == [by_id[c.entity_id] for c in result.candidates]
+
+
+# Filters
+
+TYPED = WORLD.map(
+    lambda row, k: {
+        "types": ["human", "painter"] if k % 3 == 0 else ["city"] if k % 3 == 1 else [],
+        "born": 1800 + 10 * k if k % 7 else None,
+        "rating": k / 10,
+    },
+    with_indices=True,
+)
+FILTERS = [
+    "type = 'human'",
+    "type = 'city' and born < 1950",
+    "born is null",
+    "rating >= 0.5 or type = 'human'",
+    "born = 1810",
+]
+
+
+def passing_ids(text: str) -> set[str]:
+    """Ids of the entities that pass one of FILTERS, read row by row."""
+    return {
+        row["entity_id"]
+        for row in TYPED
+        if eval(  # of the texts above, translated to Python
+            text.replace("type = ", "types == ").replace(" is null", " is None").replace("born = ", "born == "),
+            {
+                "types": _AnyOf(row["types"]),
+                "born": _Unknown() if row["born"] is None and "null" not in text else row["born"],
+                "rating": row["rating"],
+            },
+        )
+    }
+
+
+class _AnyOf(list):
+    def __eq__(self, other):
+        return other in list(self)
+
+
+class _Unknown:
+    def __lt__(self, other):
+        return False
+
+    def __eq__(self, other):
+        return False
+
+
+@pytest.fixture(scope="module")
+def typed_kb() -> KnowledgeBase:
+    return build(TYPED)
+
+
+@pytest.mark.parametrize("text", FILTERS)
+@pytest.mark.parametrize("options", [{}, {"name_weight": 2.0}, {"soft": "born > 1900", "soft_bonus": 1.5}])
+def test_filtering_before_ranking_is_ranking_before_filtering(typed_kb, text, options):
+    filtered = EntityLinker(MODEL, PROCESSOR, typed_kb, where=text, **options)
+    everything = EntityLinker(MODEL, PROCESSOR, typed_kb, **options)
+    ids = passing_ids(text)
+    assert 0 < len(ids) < 30
+    for result, whole in zip(filtered(MENTIONS, top_k=30), everything(MENTIONS, top_k=30), strict=True):
+        expected = [c for c in whole.candidates if c.entity_id in ids]
+        assert [c.entity_id for c in result.candidates] == [c.entity_id for c in expected]
+        assert [c.score for c in result.candidates] == pytest.approx([c.score for c in expected], abs=1e-5)
+        assert result.candidates[0].rank == 1
+    assert_same(filtered(MENTIONS), [filtered(mention) for mention in MENTIONS])
+
+
+def test_only_entities_that_pass_are_scored(typed_kb, monkeypatch):
+    linker = EntityLinker(MODEL, PROCESSOR, typed_kb, where="type = 'human'")
+    scored = []
+    score = type(MODEL).score
+    monkeypatch.setattr(type(MODEL), "score", lambda self, m, e: scored.append(len(e["text"])) or score(self, m, e))
+    linker(MENTIONS[0])
+    assert sum(scored) == 10
+
+
+def test_a_soft_filter_adds_its_bonus_and_a_large_one_is_a_filter(typed_kb):
+    plain = EntityLinker(MODEL, PROCESSOR, typed_kb)
+    soft = EntityLinker(MODEL, PROCESSOR, typed_kb, soft="type = 'human'", soft_bonus=0.75)
+    ids = passing_ids("type = 'human'")
+    for result, before in zip(soft(MENTIONS, top_k=30), plain(MENTIONS, top_k=30), strict=True):
+        expected = {c.entity_id: c.score + 0.75 * (c.entity_id in ids) for c in before.candidates}
+        assert {c.entity_id: c.score for c in result.candidates} == pytest.approx(expected, abs=1e-5)
+        assert [c.score for c in result.candidates] == sorted((c.score for c in result.candidates), reverse=True)
+    large = EntityLinker(MODEL, PROCESSOR, typed_kb, soft="type = 'human'", soft_bonus=50)
+    hard = EntityLinker(MODEL, PROCESSOR, typed_kb, where="type = 'human'")
+    for one, other in zip(large(MENTIONS, top_k=10), hard(MENTIONS, top_k=10), strict=True):
+        assert {c.entity_id for c in one.candidates} == {c.entity_id for c in other.candidates} == ids
+
+
+def test_ties_are_counted_among_the_entities_that_pass():
+    names = ["Entity z", *["Entity a"] * 40]
+    rows = [{"entity_id": f"Q{k}", "name": name, "even": k % 2 == 0} for k, name in enumerate(names)]
+    empty = {"description": "", "attributes": "", "aliases": [], "images": []}
+    entities = datasets.Dataset.from_list(
+        [row | empty for row in rows], features=entity_features(even=datasets.Value("bool"))
+    )
+    mention = {"text": "Entity a", "mention": "Entity a"}
+    for where, ties in (("even = true and name = 'Entity a'", 20), ("name = 'Entity a'", 40)):
+        linker = EntityLinker(MODEL, PROCESSOR, build(entities), where=where)
+        assert linker(mention, top_k=3).num_tied == ties
+
+
+def test_an_empty_and_an_unknown_filter_are_said_before_linking(typed_kb):
+    with pytest.raises(FilterError, match="None of the 30 entities passes the filter 'born > 3000'"):
+        EntityLinker(MODEL, PROCESSOR, typed_kb, where="born > 3000")
+    with pytest.raises(FilterError, match=r"no column 'bron'.*born"):
+        EntityLinker(MODEL, PROCESSOR, typed_kb, soft="bron > 3000", soft_bonus=1.0)
+    with pytest.raises(FilterError, match="no column 'kind'"):
+        EntityLinker(MODEL, PROCESSOR, build(), where="kind = 'human'")
+    for options in ({"soft": "born > 1"}, {"soft_bonus": 1.0}, {"soft": "born > 1", "soft_bonus": float("nan")}):
+        with pytest.raises(ValueError, match="soft"):
+            EntityLinker(MODEL, PROCESSOR, typed_kb, **options)
+
+
+def test_a_filter_follows_the_knowledge_base_and_the_attribute():
+    kb = build(TYPED.select(range(20)))
+    linker = EntityLinker(MODEL, PROCESSOR, kb, where="type = 'human'")
+    assert {c.entity_id for c in linker(MENTIONS[0], top_k=30).candidates} == set(TYPED["entity_id"][:20:3])
+    kb.add(TYPED.select(range(20, 30)), MODEL, PROCESSOR, progress=False)
+    kb.remove([TYPED["entity_id"][0]])
+    assert {c.entity_id for c in linker(MENTIONS[0], top_k=30).candidates} == set(TYPED["entity_id"][3::3])
+    linker.where = None
+    assert len(linker(MENTIONS[0], top_k=30).candidates) == 29
+    assert linker.describe().get("where") is None

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ import torch
 from hf_mel.errors import KnowledgeBaseError, ScoreError
 from hf_mel.files import write_text
 from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
-from hf_mel.inference.entity_sources import EncodedEntities
+from hf_mel.inference.entity_sources import ChosenEntities
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.ranking import RankingResult, rank, score_of_units
 from hf_mel.inference.sparse_scores import SparseScores
@@ -47,6 +47,10 @@ _FORMAT, _VERSION = "hf_mel.index", 1
 _MAX_RECORD_BYTES = 8 << 20
 #: Limit on added entities that the index lacks, which are scored for every mention.
 _MAX_UNINDEXED = 4096
+#: A search under a filter finds this many times the entities of which enough should pass.
+_SEARCH_SURPLUS = 2
+#: And no more than these, which Milvus can return.
+_MAX_SEARCHED = 8192
 #: Bytes of encodings that are converted to vectors at a time.
 _CHUNK_BYTES = 64 << 20
 #: Size of the sample that determines mean and radius, and number of consecutive rows in it.
@@ -74,6 +78,7 @@ class Index(ABC):
         *,
         units: Sequence[str] | None = None,
         added: SparseScores | None = None,
+        rows: np.ndarray | None = None,
     ) -> RankingResult:
         """Finds the `top_k` best entities of M mentions (or all entities, if fewer), scored by the model.
 
@@ -82,7 +87,9 @@ class Index(ABC):
             top_k (`int`): Number of entities per mention.
             units (sequence of `str`, *optional*): Rank by the mean of these units only.
             added ([`~hf_mel.inference.sparse_scores.SparseScores`], *optional*): Scores of some pairs of the M mentions and
-                the entities, which are added to those of the model. An index misses none of these entities.
+                the entities, which are added to those of the model. An index misses none of these entities. Scores
+                `of_entities` count in the order of the entities that it finds, among all and among those with the best.
+            rows (`np.ndarray` `[R]`, *optional*): Find only these entities; rows of the knowledge base, ascending.
 
         Returns:
             [`~hf_mel.inference.ranking.RankingResult`] with `top_scores` and `top_rows`.
@@ -104,10 +111,37 @@ class ExactIndex(Index):
         *,
         units: Sequence[str] | None = None,
         added: SparseScores | None = None,
+        rows: np.ndarray | None = None,
     ) -> RankingResult:
         """Ranks all entities; see [`Index.find`]."""
         score = None if units is None else score_of_units(self.model, units)
-        return rank(self.model, mentions, self.kb, top_k=top_k, score=score, added=added)
+        return rank_rows(self.model, mentions, self.kb, rows, top_k=top_k, score=score, added=added)
+
+
+def rank_rows(
+    model: Any,
+    mentions: Encodings,
+    kb: KnowledgeBase,
+    rows: np.ndarray | None,
+    *,
+    added: SparseScores | None = None,
+    **options: Any,
+) -> RankingResult:
+    """Ranks some entities of a knowledge base exactly, reading and scoring no others.
+
+    Args:
+        model, mentions, added, options: As in [`~hf_mel.inference.ranking.rank`]; `added` is about all entities.
+        kb ([`~hf_mel.KnowledgeBase`]): The knowledge base.
+        rows (`np.ndarray` `[R]`, *optional*): The rows of the entities, ascending. Default: all.
+
+    Returns:
+        [`~hf_mel.inference.ranking.RankingResult`], whose `top_rows` are rows of the knowledge base.
+    """
+    if rows is None:
+        return rank(model, mentions, kb, added=added, **options)
+    added = None if added is None else added.among(rows)
+    ranked = rank(model, mentions, ChosenEntities(kb, rows), added=added, **options)
+    return replace(ranked, top_rows=torch.from_numpy(rows)[ranked.top_rows])
 
 
 @dataclass(frozen=True)
@@ -204,36 +238,58 @@ class VectorIndex(Index):
         *,
         units: Sequence[str] | None = None,
         added: SparseScores | None = None,
+        rows: np.ndarray | None = None,
     ) -> RankingResult:
-        """Finds candidates and ranks them by exact scores; see [`Index.find`]."""
+        """Finds candidates and ranks them by exact scores; see [`Index.find`].
+
+        If few entities may be found, all of them are ranked, which then costs less than a search that passes over most of
+        what it finds.
+        """
         if units is not None:
             raise KnowledgeBaseError(
                 f"The index {self.kind!r} finds candidates by all units, not by {', '.join(units)} alone.",
                 file=self.kb.path,
                 remedy="Use the index 'exact'.",
             )
-        num_mentions, num_results = num_rows(mentions), min(top_k, len(self.kb))
-        if max(self.first_stage, top_k) >= len(self.kb):
-            return rank(self.model, mentions, self.kb, top_k=top_k, added=added)
+        count, total = max(self.first_stage, top_k), len(self.kb)
+        choices = [rows]  # of entities, among which candidates are found
+        if added is not None and added.of_entities is not None and added.of_entities.any():
+            choices.append(_among(np.flatnonzero(added.of_entities == added.of_entities.max()), rows))
+        num_mentions, num_results = num_rows(mentions), min(top_k, total if rows is None else len(rows))
+        if rows is not None and not len(rows):
+            raise ValueError("There are no rows to find entities among.")
+        if count >= total or (rows is not None and self._too_few(rows, count)):
+            return rank_rows(self.model, mentions, self.kb, rows, top_k=top_k, added=added)
+        found = [self._candidates_among(mentions, choice, count) for choice in choices]
         result = RankingResult(
             torch.empty(num_mentions, num_results), torch.empty(num_mentions, num_results, dtype=torch.long)
         )
-        for number, rows in enumerate(self.candidates(mentions, max(self.first_stage, top_k))):
+        for number, candidates in enumerate(map(_union, zip(*found, strict=True))):
             mention = slice_encodings(mentions, slice(number, number + 1))
             of_mention = None if added is None else added.select([number])
             if of_mention is not None:
-                rows = np.union1d(rows, of_mention.rows)
-            if len(rows) < num_results:
-                ranked = rank(self.model, mention, self.kb, top_k=num_results, added=of_mention)
-                result.top_rows[number] = ranked.top_rows[0]
-            else:
-                # Candidates ascend by row, so that ties are ordered as in the ranking of all entities.
-                candidates = EncodedEntities([str(row) for row in rows], self.kb.encodings(rows))
-                of_mention = None if of_mention is None else of_mention.among(rows)
-                ranked = rank(self.model, mention, candidates, top_k=num_results, added=of_mention)
-                result.top_rows[number] = torch.from_numpy(rows)[ranked.top_rows[0]]
-            result.top_scores[number] = ranked.top_scores[0]
+                candidates = np.union1d(candidates, _among(of_mention.rows, rows))
+            # Candidates ascend by row, so that ties are ordered as in the ranking of all entities.
+            chosen = rows if len(candidates) < num_results else candidates
+            ranked = rank_rows(self.model, mention, self.kb, chosen, top_k=num_results, added=of_mention)
+            result.top_rows[number], result.top_scores[number] = ranked.top_rows[0], ranked.top_scores[0]
         return result
+
+    def _too_few(self, rows: np.ndarray, count: int) -> bool:
+        """Whether scoring all of these rows costs no more than scoring what a search must find to hold `count` of them."""
+        return len(rows) <= count or self._num_searched(rows, count) > min(len(rows), _MAX_SEARCHED)
+
+    def _num_searched(self, rows: np.ndarray, count: int) -> int:
+        """Returns how many entities a search must find so that `count` of these rows are likely among them."""
+        return int(_SEARCH_SURPLUS * count * len(self.kb) / len(rows))
+
+    def _candidates_among(self, mentions: Encodings, rows: np.ndarray | None, count: int) -> list[np.ndarray]:
+        """Returns up to about `count` candidates of each of M mentions that are among these rows, ascending."""
+        if rows is None:
+            return self.candidates(mentions, count)
+        if not len(rows) or self._too_few(rows, count):
+            return [rows] * num_rows(mentions)
+        return [_among(found, rows) for found in self.candidates(mentions, self._num_searched(rows, count))]
 
     def candidates(self, mentions: Encodings, count: int | None = None) -> list[np.ndarray]:
         """Returns the rows of the entities that the first stage finds for each of M mentions, ascending.
@@ -260,6 +316,16 @@ class VectorIndex(Index):
         num_added = self.kb.num_physical_rows - self.record.rows
         if num_added > _MAX_UNINDEXED:
             raise stale_index_error(self.kb, self.kind, f"it lacks {num_added:,} added entities")
+
+
+def _among(rows: np.ndarray, choice: np.ndarray | None) -> np.ndarray:
+    """Returns the rows that are among a choice, in their order; all of them without a choice."""
+    return rows if choice is None else rows[np.isin(rows, choice, assume_unique=True)]
+
+
+def _union(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the rows of all parts, ascending."""
+    return parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts))
 
 
 def check_gives_vectors(model: Any) -> None:
