@@ -38,11 +38,13 @@ class ColumnMapping:
         ignore_others (`bool`): Whether columns that hf_mel does not know are left out. Default: they are errors.
         inverted_names (`bool`): Whether names of entities are written "Surname, Forename". "Forename Surname" becomes an
             alias then.
+        kept (sequence of `str`): Further columns of a file of entities that are kept under their names, to filter by.
     """
 
     sources: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     ignore_others: bool = False
     inverted_names: bool = False
+    kept: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.sources = {
@@ -54,14 +56,19 @@ class ColumnMapping:
 
     @classmethod
     def parse(
-        cls, assignments: Iterable[str], *, ignore_others: bool = False, inverted_names: bool = False
+        cls,
+        assignments: Iterable[str],
+        *,
+        ignore_others: bool = False,
+        inverted_names: bool = False,
+        kept: Iterable[str] = (),
     ) -> ColumnMapping:
         """Reads assignments such as "name=artist" and "attributes=gender,placeOfBirth".
 
         Args:
             assignments (iterable of `str`): A column of hf_mel, "=", and columns of the file, separated by commas. A
                 column whose name has a comma stands in quotation marks.
-            ignore_others, inverted_names (`bool`): As in [`ColumnMapping`].
+            ignore_others, inverted_names, kept: As in [`ColumnMapping`].
 
         Raises:
             DataFormatError: An assignment has no "=", or two have the same column of hf_mel.
@@ -80,7 +87,7 @@ class ColumnMapping:
                 )
             cells = next(csv.reader([columns], skipinitialspace=True), [])
             sources[target] = [cell.strip() for cell in cells if cell.strip()]
-        return cls(sources, ignore_others=ignore_others, inverted_names=inverted_names)
+        return cls(sources, ignore_others=ignore_others, inverted_names=inverted_names, kept=tuple(kept))
 
     def check_targets(self, accepted: Iterable[str]) -> None:
         """Raises an error if a column is assigned that no file has.
@@ -105,6 +112,13 @@ class ColumnMapping:
         Raises:
             DataFormatError: Names the nearest columns of the files.
         """
+        for name in self.kept:
+            if self.columns_seen and name not in self.columns_seen:
+                raise DataFormatError(
+                    f"There is no column {name!r}, which --keep-column names.",
+                    file=file,
+                    remedy=f"{_suggestion(name, list(self.columns_seen))}The columns are {', '.join(self.columns_seen)}.",
+                )
         for target, columns in self.sources.items():
             for column in columns:
                 if self.columns_seen and _position(column, list(self.columns_seen)) is None:
@@ -128,7 +142,7 @@ class ColumnMapping:
             for target, columns in self.sources.items()
             if target in accepted and (not columns or any(_position(name, names) is not None for name in columns))
         }
-        return ColumnMapping(sources, self.ignore_others, self.inverted_names)
+        return ColumnMapping(sources, self.ignore_others, self.inverted_names, self.kept)
 
     def _assignment(self, target: str) -> str:
         return f"{target}={','.join(self.sources[target])}"

@@ -14,6 +14,7 @@ from hf_mel.cli.options import (
     FirstStage,
     IgnoreOtherColumns,
     InvertedNames,
+    KeepColumn,
     ModelArgument,
     Revision,
     TrustRemoteCode,
@@ -75,6 +76,7 @@ def build(
     column: Column = None,
     ignore_other_columns: IgnoreOtherColumns = False,
     inverted_names: InvertedNames = False,
+    keep_column: KeepColumn = None,
     posts: Annotated[
         str,
         typer.Option(
@@ -107,15 +109,15 @@ def build(
       hf-mel kb build sentence-transformers/all-MiniLM-L6-v2 --entities mine.csv --output kb/mine
 
       hf-mel kb build runs/artists --entities artists.csv --column name=artist --column attributes=sex,placeOfBirth \\
-        --ignore-other-columns --output kb/artists
+        --keep-column born --ignore-other-columns --output kb/artists
     """
     if (dataset is None) == (entities is None):
         raise typer.BadParameter("Give either --dataset or --entities.", param_hint="--dataset")
-    if entities is None and (column or ignore_other_columns or inverted_names):
+    if entities is None and (column or ignore_other_columns or inverted_names or keep_column):
         raise typer.BadParameter("Give a file of --entities, or leave this out.", param_hint="--column")
     mapping = None
     if entities is not None:
-        mapping = _checked_mapping(entities, column, ignore_other_columns, inverted_names)
+        mapping = _checked_mapping(entities, column, ignore_other_columns, inverted_names, keep_column)
 
     from hf_mel.cli.printing import print_plain, show_logs
     from hf_mel.inference.checkpoints import load_retriever
@@ -153,6 +155,7 @@ def add(
     column: Column = None,
     ignore_other_columns: IgnoreOtherColumns = False,
     inverted_names: InvertedNames = False,
+    keep_column: KeepColumn = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace entities whose id exists, instead of reporting an error.")
     ] = False,
@@ -174,7 +177,7 @@ def add(
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
     opened = KnowledgeBase(kb)
-    mapping = _checked_mapping(entities, column, ignore_other_columns, inverted_names)
+    mapping = _checked_mapping(entities, column, ignore_other_columns, inverted_names, keep_column)
     with opened.writing(wait=wait):
         retriever, processor = load_retriever(
             model, revision=revision, device=device, trust_remote_code=trust_remote_code
@@ -206,6 +209,7 @@ def update(
     column: Column = None,
     ignore_other_columns: IgnoreOtherColumns = False,
     inverted_names: InvertedNames = False,
+    keep_column: KeepColumn = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print all ids that were added, changed and removed, as JSON.")
     ] = False,
@@ -228,7 +232,7 @@ def update(
     """
     if (dataset is None) == (entities is None):
         raise typer.BadParameter("Give either --dataset or --entities.", param_hint="--dataset")
-    if entities is None and (column or ignore_other_columns or inverted_names):
+    if entities is None and (column or ignore_other_columns or inverted_names or keep_column):
         raise typer.BadParameter("Give a file of --entities, or leave this out.", param_hint="--column")
 
     from dataclasses import asdict
@@ -240,7 +244,7 @@ def update(
     opened = KnowledgeBase(kb)
     mapping = None
     if entities is not None:
-        mapping = _checked_mapping(entities, column, ignore_other_columns, inverted_names)
+        mapping = _checked_mapping(entities, column, ignore_other_columns, inverted_names, keep_column)
     with opened.writing(wait=wait):
         retriever, processor = load_retriever(
             model, revision=revision, device=device, trust_remote_code=trust_remote_code
@@ -447,7 +451,11 @@ def _print_info(kb: KnowledgeBase) -> None:
 
 
 def _checked_mapping(
-    entities: Path, column: list[str] | None, ignore_other_columns: bool, inverted_names: bool
+    entities: Path,
+    column: list[str] | None,
+    ignore_other_columns: bool,
+    inverted_names: bool,
+    keep_column: list[str] | None,
 ) -> ColumnMapping | None:
     """Checks the rows of a file of entities before a model is loaded, and returns what its columns become.
 
@@ -457,7 +465,11 @@ def _checked_mapping(
     from hf_mel.kb.entities import is_row_file
     from hf_mel.row_columns import ColumnMapping
 
-    options = {"ignore_others": ignore_other_columns, "inverted_names": inverted_names}
+    options: dict[str, Any] = {
+        "ignore_others": ignore_other_columns,
+        "inverted_names": inverted_names,
+        "kept": keep_column or (),
+    }
     if not is_row_file(entities) and not column and not any(options.values()):
         return None
     mapping = ColumnMapping.parse(column or (), **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -16,6 +16,7 @@ from hf_mel.cli.options import (
     IgnoreOtherColumns,
     Index,
     InvertedNames,
+    KeepColumn,
     ModelArgument,
     NameWeight,
     Revision,
@@ -64,6 +65,7 @@ def link(
     column: Column = None,
     ignore_other_columns: IgnoreOtherColumns = False,
     inverted_names: InvertedNames = False,
+    keep_column: KeepColumn = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -162,8 +164,9 @@ def link(
         raise typer.BadParameter("Give either --kb or --entities.", param_hint="--kb")
     if input is None and entities is None and column:
         raise typer.BadParameter("Give a file with --input or --entities.", param_hint="--column")
-    if entities is None and (ignore_other_columns or inverted_names):
+    if entities is None and (ignore_other_columns or inverted_names or keep_column):
         name = "--ignore-other-columns" if ignore_other_columns else "--inverted-names"
+        name = "--keep-column" if keep_column else name
         raise typer.BadParameter("Give a file of --entities, or leave this out.", param_hint=name)
     if input is None and (resume or skip_bad_rows):
         name = "--resume" if resume else "--skip-bad-rows"
@@ -181,7 +184,9 @@ def link(
 
     if output is not None:
         check_output(output)
-    mapping_of_entities, mapping_of_mentions = _mappings(entities, input, column, ignore_other_columns, inverted_names)
+    mapping_of_entities, mapping_of_mentions = _mappings(
+        entities, input, column, ignore_other_columns, inverted_names, keep_column
+    )
     rows = None
     if input is not None:
         rows = read_mentions(input, mapping=mapping_of_mentions, skip_bad_rows=skip_bad_rows)
@@ -248,6 +253,7 @@ def _mappings(
     column: list[str] | None,
     ignore_other_columns: bool,
     inverted_names: bool,
+    keep_column: list[str] | None,
 ) -> tuple[ColumnMapping | None, ColumnMapping | None]:
     """Returns what becomes of the columns of both files. An assignment counts for those that have its columns."""
     from hf_mel.kb.entities import is_row_file
@@ -255,7 +261,11 @@ def _mappings(
     from hf_mel.row_columns import ColumnMapping
     from hf_mel.row_files import ENTITY_COLUMNS, column_names
 
-    options = {"ignore_others": ignore_other_columns, "inverted_names": inverted_names}
+    options: dict[str, Any] = {
+        "ignore_others": ignore_other_columns,
+        "inverted_names": inverted_names,
+        "kept": keep_column or (),
+    }
     if entities is not None and not is_row_file(entities) and not any(options.values()):
         entities = None  # a data set has no columns with other names
     mapping = ColumnMapping.parse(column or (), **options)

@@ -74,6 +74,14 @@ Column = Annotated[
         "read. Can be repeated.",
     ),
 ]
+KeepColumn = Annotated[
+    Optional[list[str]],  # noqa: UP045 (typer evaluates this on Python 3.10)
+    typer.Option(
+        metavar="COLUMN",
+        help="Keep a further column of your file in the knowledge base, such as types or born, to filter by with "
+        "[b]--where[/b]. Can be repeated.",
+    ),
+]
 IgnoreOtherColumns = Annotated[
     bool,
     typer.Option(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,9 @@ def read_entity_file(
             which its entity then goes without. Without a list, the first one is raised.
 
     Returns:
-        `datasets.Dataset` of N entities (columns: [`~hf_mel.schema.entity_features`]). Images stay on disk and decode
+        `datasets.Dataset` of N entities (columns: [`~hf_mel.schema.entity_features`], and those that the mapping keeps:
+        whole numbers, numbers, dates (1999-12-31), truth values, texts or lists of texts, as their values are; `types` are
+        always lists, separated by "|"). Images stay on disk and decode
         to PIL on access.
 
     Raises:
@@ -56,7 +61,40 @@ def read_entity_file(
     undecoded = [
         {**row, "images": [{"path": str(image.absolute()), "bytes": None} for image in row["images"]]} for row in rows
     ]
-    return datasets.Dataset.from_list(undecoded, features=entity_features())
+    further: dict[str, Any] = {}
+    for name in () if mapping is None else mapping.kept:
+        values, further[name] = _typed_column([row[name] for row in undecoded])
+        for row, value in zip(undecoded, values, strict=True):
+            row[name] = value
+    return datasets.Dataset.from_list(undecoded, features=entity_features(**further))
+
+
+def _typed_column(values: list[Any]) -> tuple[list[Any], Any]:
+    """Returns the values of a column of a file, `None` for empty ones, and the feature that holds them.
+
+    A column is one of lists of texts, truth values, whole numbers, numbers, dates, or texts, the first that all values fit.
+    """
+    values = [None if value is None or value == "" else value for value in values]
+    present = [value for value in values if value is not None]
+    if any(isinstance(value, list) for value in present):
+        return [value or [] for value in values], [datasets.Value("string")]
+    if present and all(isinstance(value, bool) for value in present):
+        return values, datasets.Value("bool")
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in present]
+    kinds: list[tuple[str, Callable[[str], Any]]] = [
+        ("int64", int),
+        ("float64", float),
+        ("date32", datetime.date.fromisoformat),
+    ]
+    for name, parse in kinds:
+        try:
+            parsed = iter([parse(text) for text in texts])
+        except ValueError:
+            continue
+        if present:
+            return [None if value is None else next(parsed) for value in values], datasets.Value(name)
+    parsed = iter(texts)
+    return [None if value is None else next(parsed) for value in values], datasets.Value("string")
 
 
 def check_entity_rows(path: str | os.PathLike[str], mapping: ColumnMapping | None = None) -> None:
@@ -114,20 +152,40 @@ def _read(
     """
     mapping = mapping or ColumnMapping()
     mapping.check_targets(ENTITY_COLUMNS)
+    taken = {*ENTITY_COLUMNS, *ENTITY_COLUMNS.values(), *entity_features()}
+    for name in mapping.kept:
+        if name in taken:
+            raise DataFormatError(
+                f"The column {name!r} is kept anyway.", file=path, remedy="Leave it out of --keep-column."
+            )
+    accepted = {**ENTITY_COLUMNS, **{name: name for name in mapping.kept}}
     lines: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
-    records = read_rows(path, ENTITY_COLUMNS, mapping=mapping, required=("id", "name"), bad_rows=bad_rows)
+    records = read_rows(path, accepted, mapping=mapping, required=("id", "name"), bad_rows=bad_rows)
     for line, record in tqdm(records, desc=f"Reading {path.name}", unit=" entities", delay=1):
         try:
             if image_folder is not None:
                 _check_inside(path, line, record, image_folder)
-            rows.append(_checked_entity(path, line, record, lines, mapping.inverted_names, bad_images))
+            further = {name: _further_cell(path, line, record, name) for name in mapping.kept}
+            rows.append({**_checked_entity(path, line, record, lines, mapping.inverted_names, bad_images), **further})
         except MelError as error:
             bad_rows.append(error)
     mapping.check_used(path)
     if not rows and not bad_rows:
         raise KnowledgeBaseError("The file holds no entities.", file=path, remedy="Add at least one row.")
     return rows
+
+
+def _further_cell(path: Path, line: int, record: Mapping[str, Any], name: str) -> Any:
+    """Returns a cell of a column that is kept: a text, number, truth value or list of texts, or `None`."""
+    value = record.get(name)
+    if isinstance(value, list) or name == "types":
+        return texts_cell(path, line, record, name)
+    if isinstance(value, dict) or (isinstance(value, float) and not math.isfinite(value)):
+        raise DataFormatError(
+            f"The cell {name!r} is {value!r}.", file=path, row=line, remedy="Give a text, a number or a list of texts."
+        )
+    return value.strip() if isinstance(value, str) else value
 
 
 def _check_inside(path: Path, line: int, record: Mapping[str, Any], folder: Path) -> None:

@@ -135,10 +135,12 @@ def content_sha256(rows: datasets.Dataset) -> str:
 
 
 def row_digest(row: Mapping[str, Any]) -> bytes:
-    """Returns a digest of an entity as it is stored ([`columns_to_store`]): its texts and its image."""
+    """Returns a digest of an entity as it is stored: its texts, its image and the further columns that are not empty."""
     digest = hashlib.blake2b(repr([row[column] for column in TEXT_COLUMNS]).encode(), digest_size=16)
     for image in row["images"]:
         digest.update(image["bytes"])
+    further = {*row} - {*TEXT_COLUMNS, "images"}
+    digest.update(repr([(column, row[column]) for column in sorted(further) if row[column] is not None]).encode())
     return digest.digest()
 
 

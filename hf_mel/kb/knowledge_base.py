@@ -471,7 +471,7 @@ class KnowledgeBase:
     ) -> KnowledgeBaseUpdate:
         """Makes the knowledge base hold exactly the given entities. Only new and changed ones are encoded.
 
-        An entity has changed if a text or its first image has. Changed and new entities come to the end of the order.
+        An entity has changed if a text, its first image or a further column has. Changed and new entities come to the end of the order.
         The others keep their rows in the shards, so that indexes stay valid. The folder changes at once, or not at all.
 
         Args:
@@ -497,6 +497,7 @@ class KnowledgeBase:
             bad_images: list[ImageError] | None = None if strict else []
             source, name = open_entities(entities, bad_images, mapping)
             ids = check_ids(source, name)
+            self._check_columns(source, name)
             left_out = _report_bad_images(bad_images)
             stored = self._digests(progress)
             rows = [
@@ -526,7 +527,7 @@ class KnowledgeBase:
         with tqdm(total=len(self), desc="Comparing", unit="row", delay=1, disable=not progress) as bar:
             for first in range(0, len(self), 1024):
                 rows = np.arange(first, min(first + 1024, len(self)))
-                for row in self._read_table(rows, [*TEXT_COLUMNS, "images"]).to_pylist():
+                for row in self._read_table(rows, self._schema.names).to_pylist():
                     digests[row["entity_id"]] = row_digest(row)
                 bar.update(len(rows))
         return digests
@@ -940,35 +941,40 @@ def _encode(
             remedy="Give a retriever; a reranker only orders the candidates that a retriever found.",
         )
     _warn_of_unread_columns(source, inputs)
-    schema, further = entity_schema(), further_columns(source)
+    further = further_columns(source)
     undecoded = source.with_format("arrow")  # the plain format would decode every image
     first = 0
     with evaluation_mode(inputs.model):
         for encodings in encode_batches(inputs, source, "entities", batch_size=batch_size, progress=progress):
-            batch = undecoded[first : first + batch_size]
-            columns = columns_to_store(batch.select(schema.names).to_pydict(), name)
-            ids = columns["entity_id"]
+            table = _table_to_store(undecoded[first : first + batch_size], further, name)
+            ids = table["entity_id"].to_pylist()
             if num_rows(encodings) != len(ids):
                 raise KnowledgeBaseError(
                     f"The model returned {num_rows(encodings)} encodings of {len(ids)} entities.",
                     remedy="Return one row per entity from encode_entities.",
                 )
             check_finite(encodings, writer.dtype, ids, name)
-            table = pa.Table.from_pydict(columns, schema=schema)
-            for column, column_type in further.items():
-                table = table.append_column(pa.field(column, column_type), batch[column].cast(column_type))
             writer.add(encodings, table)
             first += len(ids)
 
 
+def _table_to_store(batch: pa.Table, further: Mapping[str, pa.DataType], name: str | None) -> pa.Table:
+    """Returns undecoded entities as they are stored: the columns of the schema, and `further` ones in these types."""
+    schema = entity_schema()
+    table = pa.Table.from_pydict(columns_to_store(batch.select(schema.names).to_pydict(), name), schema=schema)
+    for column, column_type in further.items():
+        table = table.append_column(pa.field(column, column_type), batch[column].cast(column_type))
+    return table
+
+
 def _source_digests(source: datasets.Dataset, name: str | None, progress: bool) -> Iterator[bytes]:
     """Yields the digest of each entity as it would be stored."""
+    further = further_columns(source)
     undecoded = source.with_format("arrow")  # the plain format would decode every image
     with tqdm(total=len(source), desc="Comparing", unit="row", delay=1, disable=not progress) as bar:
         for first in range(0, len(source), 256):
-            columns = columns_to_store(undecoded[first : first + 256].to_pydict(), name)
-            for values in zip(*columns.values(), strict=True):
-                yield row_digest(dict(zip(columns, values, strict=True)))
+            for row in _table_to_store(undecoded[first : first + 256], further, name).to_pylist():
+                yield row_digest(row)
                 bar.update()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 
 import pytest
@@ -292,3 +293,41 @@ def test_every_format_of_entities_is_checked(tmp_path, suffix, content):
     count, problems = check_entity_file(path)
     assert count == 2
     assert [problem.row for problem in problems] == [3 if suffix in (".csv", ".tsv") else 2]
+
+
+def test_kept_columns_have_the_type_of_their_values(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text(
+        "id,name,types,born,rating,day,note,other\n"
+        "Q1,Ann,human|painter,1850,1.5,1999-12-31,7,x\n"
+        "Q2,Ben,,,2,,old,x\n"
+        "Q3,Cleo,human,-44,,2000-01-01,,x\n",
+        encoding="utf-8",
+    )
+    kept = ("types", "born", "rating", "day", "note")
+    rows = read_entity_file(path, mapping=ColumnMapping(kept=kept, ignore_others=True))
+    assert rows.column_names == [*entity_features(), *kept]
+    assert rows["types"][:] == [["human", "painter"], [], ["human"]]
+    assert rows["born"][:] == [1850, None, -44]
+    assert rows["rating"][:] == [1.5, 2.0, None]
+    assert rows["day"][:] == [datetime.date(1999, 12, 31), None, datetime.date(2000, 1, 1)]
+    assert rows["note"][:] == ["7", "old", None]
+
+
+def test_kept_columns_of_json_and_those_that_are_not_there(read_entities, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    lines = [
+        {"id": "Q1", "name": "Ann", "types": ["human"], "alive": True, "born": 1850, "mixed": 1},
+        {"id": "Q2", "name": "Ben", "alive": False, "mixed": "one"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    rows = read_entity_file(path, mapping=ColumnMapping(kept=("types", "alive", "born", "mixed")))
+    assert (rows["types"][:], rows["alive"][:]) == ([["human"], []], [True, False])
+    assert (rows["born"][:], rows["mixed"][:]) == ([1850, None], ["1", "one"])
+    with pytest.raises(DataFormatError, match=r"no column 'birn'.*born"):
+        read_entity_file(path, mapping=ColumnMapping(kept=("birn",), ignore_others=True))
+    with pytest.raises(DataFormatError, match="'name' is kept anyway"):
+        read_entity_file(path, mapping=ColumnMapping(kept=("name",)))
+    path.write_text(json.dumps({"id": "Q1", "name": "Ann", "born": {"year": 1850}}), encoding="utf-8")
+    with pytest.raises(DataFormatError, match="'born' is"):
+        read_entity_file(path, mapping=ColumnMapping(kept=("born",)))

@@ -1085,7 +1085,7 @@ def typed_entities(count: int, **columns) -> datasets.Dataset:
 
 def test_further_columns_are_stored_copied_and_filtered_by(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "_GROUP_ROWS", 3)
-    monkeypatch.setattr(shards, "_SHARD_BYTES", 2000)
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 500)
     rows = typed_entities(
         12,
         types=[["human", "painter"] if k % 2 else None for k in range(12)],
@@ -1120,10 +1120,14 @@ def test_added_entities_may_lack_columns_and_have_others_but_not_of_another_type
     assert kb.where("born is null").tolist() == [4, 5, 6, 7]
     assert kb.where("place = 'Place 6'").tolist() == [6]
     assert len(kb.save(tmp_path / "copy", progress=False).where("place is null")) == 4
+    newer = typed_entities(4, born=[1, 2, None, 9])
+    assert kb.update(newer, MODEL, PROCESSOR, progress=False).changed == ["Q3", "Q4"]
+    assert kb.where("born >= 2").tolist() == [1, 3]
+    assert kb.update(newer, MODEL, PROCESSOR, progress=False).num_unchanged == 4
     wrong = typed_entities(9, born=[str(k) for k in range(9)]).select([8])
     with pytest.raises(KnowledgeBaseError, match="'born' is string, and in the knowledge base it is int64"):
         kb.add(wrong, MODEL, PROCESSOR, progress=False)
-    assert len(kb) == 8
+    assert len(kb) == 4
 
 
 def test_a_knowledge_base_without_further_columns_filters_by_its_texts():
