@@ -78,6 +78,18 @@ VARIANTS = [
     ("pfmel-fmel_flags", ATTRIBUTES, {"processor.entity_template": "{attributes}."}),
     ("pfmel-fmel_flags", "processor.options.max_entity_images=1", {"processor.max_entity_images": 1}),
     ("pfmel-text_wikimel", "", {"processor.use_images": False}),
+    ("mmel-text-list_wikimel", "model.config.joint_ranking=false", {"config.joint_ranking": False}),
+    *(
+        (f"{method}-text-list_wikimel", overrides, expected)
+        for method in ("mmel", "pfmel")
+        for overrides, expected in (
+            ("", {"config.list_weight": 40, "config.name_weight": 5, "processor.name_match": True}),
+            ("model.config.name_weight=null", {"config.name_weight": None}),
+            ("model.config.pooled_sides=false", {"config.pooled_sides": False}),
+            ("model.config.list_loss_weight=0", {"config.list_loss_weight": 0}),
+            ("candidates.train_file=runs/mimic-text-folds_wikimel/train.parquet", {}),
+        )
+    ),
     ("pfmel-text_wikimel", ATTRIBUTES, {"processor.entity_template": "{attributes}."}),
 ]
 PRETRAININGS = [
@@ -128,7 +140,7 @@ def rows() -> tuple[list[dict], list[dict]]:
     entities = []
     for k, row in enumerate(toy_entities(4)):
         account = {"screen_name": f"@user{k}", "location": "Here", "recent_posts": ["one", "two"]}
-        entities.append(dict(row) | account | {"images": pictures[: (2, 1, 0, 1)[k]]})
+        entities.append(dict(row) | account | {"images": pictures[: (2, 1, 0, 1)[k]], "list_score": -0.01 * k})
     return mentions, entities
 
 
