@@ -20,6 +20,8 @@ from hf_mel.schema import NIL
 
 #: The source of [`CandidateLists`] whose scores are p(e|m).
 PRIOR = "prior"
+#: The source whose scores are the share of each of the mention's namesakes.
+DICTIONARY = "dictionary"
 
 #: The source whose scores a reranker starts from.
 _RETRIEVER = "retriever"
@@ -76,23 +78,29 @@ class CandidateLists:
     def priors(self) -> dict[str, dict[str, float]] | None:
         """p(e|m) of the candidates by mention id and entity id; `None` without priors.
 
-        A candidate that no prior was given for is missing; its prior is 0.
+        Of the sources "prior" (counts of links) and "dictionary" (names), it is the mean if there are both, as in MM-nel
+        (§4.1). A candidate that neither gave is missing; its prior is 0.
 
         Raises:
             DataFormatError: A prior is negative or infinite; names the mention.
         """
-        if PRIOR not in self.scores:
+        halves = [self.scores[source] for source in (PRIOR, DICTIONARY) if source in self.scores]
+        if not halves:
             return None
         priors: dict[str, dict[str, float]] = {}
-        for mention_id, entity_ids, scores in zip(self.mention_ids, self.entity_ids, self.scores[PRIOR], strict=True):
-            priors[mention_id] = {e: float(s) for e, s in zip(entity_ids, scores, strict=True) if not math.isnan(s)}
-            for entity_id, prior in priors[mention_id].items():
-                if not 0 <= prior < math.inf:
-                    raise DataFormatError(
-                        f"The prior of the candidate {entity_id!r} is {prior}.",
-                        row=mention_id,
-                        remedy="Give probabilities p(e|m) as priors.",
-                    )
+        for mention_id, entity_ids, *scores in zip(self.mention_ids, self.entity_ids, *halves, strict=True):
+            priors[mention_id] = {}
+            for entity_id, *values in zip(entity_ids, *scores, strict=True):
+                given = [value for value in values if not math.isnan(value)]
+                for value in given:
+                    if not 0 <= value < math.inf:
+                        raise DataFormatError(
+                            f"The prior of the candidate {entity_id!r} is {value}.",
+                            row=mention_id,
+                            remedy="Give probabilities p(e|m) as priors.",
+                        )
+                if given:
+                    priors[mention_id][entity_id] = float(sum(given)) / len(halves)
         return priors
 
     @property

@@ -17,11 +17,13 @@ from hf_mel.candidates.lists import CandidateLists
 from hf_mel.candidates.name_index import NameIndex, name_weight_of
 from hf_mel.candidates.sources import (
     SCORERS,
+    dictionary_candidates,
     document_candidates,
     name_candidates,
     prior_candidates,
     ranked_candidates,
     release_candidates,
+    shared_candidates,
     union_candidates,
 )
 from hf_mel.errors import KnowledgeBaseError, RecipeError
@@ -36,8 +38,12 @@ from hf_mel.locks import writer_lock
 from hf_mel.protocols import knows_posts
 
 #: Sources that find candidates.
-_FIRST_SOURCES = ("name", "prior", "retriever", "release")
-SOURCES = (*_FIRST_SOURCES, "document")
+_FIRST_SOURCES = ("name", "prior", "dictionary", "retriever", "release")
+#: Sources that share what others find among the mentions of a document.
+_LATER_SOURCES = ("document", "shared")
+SOURCES = (*_FIRST_SOURCES, *_LATER_SOURCES)
+#: Maximal number of a mention's namesakes whose share is known to a union of several sources.
+_MAX_NAMESAKES = 1000
 #: How names are compared, so that lists that an earlier version cached are made again.
 _NAMES = "case and accents folded, composite by surface form"
 _NAME_SCORES = "whole name 1, namesake 3/4, similar words"
@@ -65,9 +71,10 @@ def make_candidates(
     """Returns the candidates of M mentions.
 
     Args:
-        source (`str`): "name", "prior", "retriever" or "release" (the columns `candidates` and `candidate_priors`), or
-            several joined by "+" ("name+prior"), which take turns. After others, "document": a mention for which they
-            find nothing gets the candidates of the other mentions of its document.
+        source (`str`): "name", "prior", "dictionary", "retriever" or "release" (the columns `candidates` and
+            `candidate_priors`), or several joined by "+" ("name+prior"), which take turns. After others, "document": a
+            mention for which they find nothing gets the candidates of the other mentions of its document; and "shared":
+            every mention also gets the first 4 of each other mention of its document, which do not count for `k`.
         mentions (`datasets.Dataset`): M rows of the schema.
         entities (`datasets.Dataset`): N rows of the schema.
         k (`int`): Maximal number of candidates per mention.
@@ -107,6 +114,7 @@ def make_candidates(
         source = entities if cache is None else _cached_entities(inputs, fingerprint, entities, cache, progress)
         return retriever_candidates(inputs, mentions, source, k=k, names=names, progress=progress)
 
+    longest = k if sources == ["dictionary"] else max(k, _MAX_NAMESAKES)
     steps = {
         "name": _Step(
             lambda: name_candidates(mentions, entities, k=k, scorer=scorer, progress=progress),
@@ -115,6 +123,9 @@ def make_candidates(
         "prior": _Step(
             lambda: prior_candidates(mentions, training, k=k),  # type: ignore[arg-type]
             lambda: {"training": _digest(training), "names": _NAMES},  # type: ignore[arg-type]
+        ),
+        "dictionary": _Step(
+            lambda: dictionary_candidates(mentions, entities, k=longest), lambda: {"names": _NAMES, "longest": longest}
         ),
         "release": _Step(lambda: release_candidates(mentions, k=k)),
         # The digest of texts does not cover images, the fingerprints of `datasets` do.
@@ -128,7 +139,7 @@ def make_candidates(
     }
     lists = []
     for name in sources:
-        if name == "document":  # needs all other lists
+        if name in _LATER_SOURCES:  # need all other lists
             continue
         step = steps[name]
         if cache is None or step.depends_on is None:
@@ -148,9 +159,12 @@ def make_candidates(
             "The release ships priors of its candidates, and 'prior' would count others.",
             remedy="Leave 'prior' or 'release' out.",
         )
-    candidates = lists[0] if len(lists) == 1 else union_candidates(lists, k=k)
     if "document" in sources:
-        candidates = union_candidates([candidates, document_candidates(mentions, candidates, k=k)], k=k)
+        merged = lists[0] if len(lists) == 1 else union_candidates(lists, k=k)
+        lists.append(document_candidates(mentions, merged, k=k))
+    candidates = lists[0] if len(lists) == 1 else union_candidates(lists, k=k)
+    if "shared" in sources:
+        candidates = union_candidates(lists, k=k, shared=shared_candidates(mentions, candidates))
     return candidates
 
 
@@ -201,13 +215,13 @@ def check_source(source: str, *, k: int, scorer: str, retriever: Any) -> None:
         if name not in SOURCES:
             raise RecipeError(
                 f"Candidates cannot come from {name!r}.",
-                remedy=f"Give one of {', '.join(_FIRST_SOURCES)}, or several joined by '+'; '+document' may end them.",
+                remedy=f"Give one of {', '.join(_FIRST_SOURCES)}, or several joined by '+'; '+document' and '+shared' may end them.",
             )
     if len(set(sources)) < len(sources):
         raise RecipeError(f"{source!r} names a source twice.", remedy="Name each source once.")
-    if sources == ["document"]:
+    if not set(sources).difference(_LATER_SOURCES):
         raise RecipeError(
-            "'document' shares the candidates of other sources and finds none.",
+            f"{source!r} shares the candidates of other sources and finds none.",
             remedy="Name other sources before it, for instance prior+name+document.",
         )
     if k < 1:

@@ -1,4 +1,4 @@
-"""Sources of candidates: names, priors, the release, a document, a ranking, and the union of several."""
+"""Sources of candidates: names, priors, a dictionary, the release, a document, a ranking, and the union of several."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,10 @@ import numpy as np
 from rapidfuzz import distance, fuzz, process
 from tqdm.auto import tqdm
 
-from hf_mel.candidates.lists import PRIOR, CandidateLists
+from hf_mel.candidates.lists import DICTIONARY, PRIOR, CandidateLists
 from hf_mel.data.examples import example_groups
 from hf_mel.errors import DataFormatError
-from hf_mel.names import WORD, fold_name
+from hf_mel.names import WORD, fold_name, namesakes_of
 from hf_mel.schema import NIL
 
 #: Maximal number of name similarities in memory at a time.
@@ -158,6 +159,39 @@ def prior_candidates(mentions: datasets.Dataset, training: datasets.Dataset, *, 
     )
 
 
+def dictionary_candidates(mentions: datasets.Dataset, entities: datasets.Dataset, *, k: int = 100) -> CandidateLists:
+    """Returns the namesakes of the surface form: the entities whose name or alias has all its words.
+
+    The score of an entity is 1 / N, if the whole knowledge base has N namesakes of the surface form. This is the half of the
+    prior that MM-nel (§4.1) and the models it follows take from a dictionary of names; [`prior_candidates`] is the other
+    half. The order is that of a digest of the entity id. A mention without a surface form (a visual mention) has no
+    candidates.
+
+    Args:
+        mentions (`datasets.Dataset`): M mentions.
+        entities (`datasets.Dataset`): N entities.
+        k (`int`): Maximal number of candidates per mention.
+
+    Raises:
+        `ValueError`: `k` is below 1.
+    """
+    _check_k(k)
+    columns = (entities["entity_id"], entities["name"], entities["aliases"])
+    names = {entity_id: [name, *(aliases or ())] for entity_id, name, aliases in zip(*columns, strict=True)}
+    surfaces = [surface or "" for surface in mentions["mention"]]
+    lists: dict[str, list[str]] = {}
+    shares: dict[str, list[float]] = {}
+    for surface, namesakes in namesakes_of(dict.fromkeys(surfaces), names).items():
+        lists[surface] = sorted(namesakes, key=_digest)[:k]
+        shares[surface] = [1 / len(namesakes) for _ in lists[surface]]
+    return CandidateLists(
+        list(mentions["mention_id"]),
+        [lists[surface] for surface in surfaces],
+        {DICTIONARY: [shares[surface] for surface in surfaces]},
+        {"source": "dictionary", "k": k},
+    )
+
+
 def release_candidates(mentions: datasets.Dataset, *, k: int = 100) -> CandidateLists:
     """Returns the candidates that the release ships, ordered by prior if it ships priors.
 
@@ -245,20 +279,61 @@ def document_candidates(mentions: datasets.Dataset, lists: CandidateLists, *, k:
     )
 
 
-def union_candidates(lists: Sequence[CandidateLists], *, k: int) -> CandidateLists:
+def shared_candidates(mentions: datasets.Dataset, lists: CandidateLists, *, first: int = 4) -> CandidateLists:
+    """Returns, for each mention, the first candidates of the other mentions of its document.
+
+    What one mention of a document means, others often mean, too, such as an image and the text beside it. The score of an
+    entity is the sum of 1 / place over the lists of the other mentions. Equal scores are ordered by a digest of the entity
+    id.
+
+    Args:
+        mentions (`datasets.Dataset`): M mentions, whole documents ([`~hf_mel.data.examples.example_groups`]).
+        lists ([`CandidateLists`]): Their candidates from other sources.
+        first (`int`): Number of candidates to take from each other mention.
+
+    Raises:
+        `ValueError`: `first` is below 1.
+    """
+    _check_k(first)
+    lists = lists.for_mentions(mentions)
+    entity_ids: list[list[str]] = [[] for _ in range(len(lists))]
+    scores: list[list[float]] = [[] for _ in range(len(lists))]
+    for document in example_groups(mentions, "document"):
+        votes: dict[str, Fraction] = defaultdict(Fraction)
+        for row in document:
+            for place, entity_id in enumerate(lists.entity_ids[row][:first]):
+                votes[entity_id] += Fraction(1, place + 1)
+        for row in document:
+            of_others = dict(votes)
+            for place, entity_id in enumerate(lists.entity_ids[row][:first]):
+                of_others[entity_id] -= Fraction(1, place + 1)
+            shared = [entity_id for entity_id, vote in of_others.items() if vote > 0]
+            entity_ids[row] = sorted(shared, key=lambda entity_id: (-of_others[entity_id], _digest(entity_id)))
+            scores[row] = [float(of_others[entity_id]) for entity_id in entity_ids[row]]
+    return CandidateLists(
+        list(mentions["mention_id"]), entity_ids, {"shared": scores}, {"source": "shared", "first": first}
+    )
+
+
+def union_candidates(
+    lists: Sequence[CandidateLists], *, k: int, shared: CandidateLists | None = None
+) -> CandidateLists:
     """Merges the candidates of several sources, which take turns: the best of each, then the second of each, up to `k`.
 
     Args:
-        lists (sequence of [`CandidateLists`]): Lists of the same mentions in the same order, each source once.
+        lists (sequence of [`CandidateLists`]): Lists of the same mentions in the same order, each source once. A list may be
+            longer than `k`; its scores of candidates that other sources give are kept.
         k (`int`): Maximal number of candidates per mention.
+        shared ([`CandidateLists`], *optional*): Further candidates of the same mentions, which follow after the `k`.
 
     Raises:
         `ValueError`: There are no lists, their mentions differ, a source occurs twice, or `k` is below 1.
     """
     _check_k(k)
-    if not lists or any(part.mention_ids != lists[0].mention_ids for part in lists):
+    parts = [*lists, *([] if shared is None else [shared])]
+    if not lists or any(part.mention_ids != lists[0].mention_ids for part in parts):
         raise ValueError("A union needs lists of the same mentions in the same order.")
-    sources = [source for part in lists for source in part.scores]
+    sources = [source for part in parts for source in part.scores]
     if len(set(sources)) < len(sources):
         raise ValueError(f"A source occurs twice: {', '.join(sources)}.")
     merged: list[list[str]] = []
@@ -267,14 +342,16 @@ def union_candidates(lists: Sequence[CandidateLists], *, k: int) -> CandidateLis
         candidates = [part.entity_ids[row] for part in lists]
         turns = (ids[place] for place in range(max(map(len, candidates))) for ids in candidates if place < len(ids))
         taken = list(dict.fromkeys(turns))[:k]
+        if shared is not None:
+            taken = list(dict.fromkeys([*taken, *shared.entity_ids[row]]))
         merged.append(taken)
-        for part in lists:
+        for part in parts:
             place_of = {entity_id: place for place, entity_id in enumerate(part.entity_ids[row])}
             for source, values in part.scores.items():
                 scores[source].append([values[row][place_of[e]] if e in place_of else math.nan for e in taken])
-    setting = {"source": "+".join(part.setting.get("source", "?") for part in lists), "k": k}
+    setting = {"source": "+".join(part.setting.get("source", "?") for part in parts), "k": k}
     return CandidateLists(
-        list(lists[0].mention_ids), merged, scores, {**setting, "of": [dict(part.setting) for part in lists]}
+        list(lists[0].mention_ids), merged, scores, {**setting, "of": [dict(part.setting) for part in parts]}
     )
 
 

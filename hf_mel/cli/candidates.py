@@ -19,9 +19,10 @@ def candidates(
     source: Annotated[
         str,
         typer.Option(
-            help="[b]name[/b] (similar names), [b]prior[/b] (counts in the training split), [b]retriever[/b] (a trained "
-            "model), [b]release[/b] (candidates in the data set), or several joined by +. End with [b]+document[/b] to "
-            "give mentions without candidates those of their document."
+            help="[b]name[/b] (similar names), [b]prior[/b] (counts in the training split), [b]dictionary[/b] (names with "
+            "all words of the mention), [b]retriever[/b] (a trained model), [b]release[/b] (candidates in the data set), "
+            "or several joined by +. End with [b]+document[/b] to give mentions without candidates those of their "
+            "document, or with [b]+shared[/b] to give every mention the first candidates of the others."
         ),
     ] = "name",
     k: Annotated[int, typer.Option("--k", min=1, help="Maximum number of candidates per mention.")] = 100,

@@ -110,8 +110,9 @@ def evaluate(
         str | None,
         typer.Option(
             help="Reranker: a file that [b]hf-mel candidates[/b] wrote, or a source: [b]name[/b], [b]prior[/b], "
-            "[b]retriever[/b], [b]release[/b], or several joined by +. End with [b]+document[/b] to give mentions "
-            "without candidates those of their document."
+            "[b]dictionary[/b], [b]retriever[/b], [b]release[/b], or several joined by +. End with [b]+document[/b] to give "
+            "mentions without candidates those of their document, or with [b]+shared[/b] to give every mention the first "
+            "candidates of the others."
         ),
     ] = None,
     num_candidates: Annotated[

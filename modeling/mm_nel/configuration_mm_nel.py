@@ -30,6 +30,10 @@ class MmNelConfig(PreTrainedConfig):
             Number of those to rank: the first by prior, and of the rest the first by similarity to the context.
         attention_words (`int`, *optional*, defaults to 25):
             R: number of context words that local attention keeps.
+        local_scale (`int` or `float`, *optional*, defaults to 1):
+            Value at which the diagonals A and B of local attention start. The paper's models start at 1, which suits word
+            vectors of GloVe's length (about 6). Shorter ones need more, or else all beliefs start nearly equal: about 20
+            for vectors of length 1.
         mention_in_context (`bool`, *optional*, defaults to `False`):
             Whether the words of a mention belong to its context. In the models that the paper follows they do not,
             because the prior says which entities have a name. Set it if the data have no prior.
@@ -62,6 +66,9 @@ class MmNelConfig(PreTrainedConfig):
             Dropout of that Transformer.
         margin (`int` or `float`, *optional*, defaults to 0.2):
             Margin of eq. 8. The paper does not give its value.
+        triplet_reduction (`str`, *optional*, defaults to `"mean"`):
+            Whether eq. 8 is the `"mean"` or the `"sum"` over the negatives of a mention. Eq. 5 is a sum, so that the sum
+            brings both to one scale in eq. 11.
         joint (`str`, *optional*, defaults to `"transport"`):
             `"transport"` links the mentions of both modalities together (§4.3); `"none"` links each modality alone.
         beta (`int` or `float`, *optional*, defaults to 0.1):
@@ -79,6 +86,11 @@ class MmNelConfig(PreTrainedConfig):
             Number of mentions of the other modality that correct the scores of a mention; `None` means all.
         correction_weight (`int` or `float`, *optional*, defaults to 0.5):
             Weight of that correction, in units of the spread of the mention's scores.
+        image_correction_weight (`int` or `float`, *optional*):
+            That weight for visual mentions, which textual ones correct. The default is `correction_weight`.
+        agreement_weight (`int` or `float`, *optional*, defaults to 0):
+            Share of the candidates' agreement in the cost c(x, y) of a textual and a visual mention; the rest is the
+            paper's cosine. They agree as far as both score an entity high. The paper has only the cosine, which is 0.
     """
 
     model_type: ClassVar[str] = "mm_nel"
@@ -94,6 +106,7 @@ class MmNelConfig(PreTrainedConfig):
     prior_candidates: int = 4
     context_candidates: int = 3
     attention_words: int = 25
+    local_scale: int | float = 1.0
     mention_in_context: bool = False
     relation_window: int = 6
     num_relations: int = 3
@@ -111,6 +124,7 @@ class MmNelConfig(PreTrainedConfig):
     intermediate_size: int = 1200
     image_dropout: int | float = 0.1
     margin: int | float = 0.2
+    triplet_reduction: str = "mean"
     joint: str = "transport"
     beta: int | float = 0.1
     gw_weight: int | float = 0.5
@@ -120,6 +134,8 @@ class MmNelConfig(PreTrainedConfig):
     transport_weight: int | float = 1.0
     transport_matches: int | None = 1
     correction_weight: int | float = 0.5
+    image_correction_weight: int | float | None = None
+    agreement_weight: int | float = 0.0
 
     def __post_init__(self, **kwargs):
         self._ignore_transport_backend(kwargs.pop("transport_backend", "torch"))
@@ -150,6 +166,8 @@ class MmNelConfig(PreTrainedConfig):
     def _check(self) -> None:
         if self.joint not in ("transport", "none"):
             raise ValueError(f"joint={self.joint!r} is not one of 'transport', 'none'.")
+        if self.triplet_reduction not in ("mean", "sum"):
+            raise ValueError(f"triplet_reduction={self.triplet_reduction!r} is not one of 'mean', 'sum'.")
         positive = ["vocab_size", "word_dim", "hidden_size", "num_candidates", "attention_words", "lbp_iterations"]
         positive += ["score_hidden_size", "num_image_layers", "num_attention_heads", "intermediate_size"]
         positive += ["sinkhorn_iterations", "gw_iterations"]
@@ -160,6 +178,8 @@ class MmNelConfig(PreTrainedConfig):
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1.")
         not_negative = ["prior_candidates", "context_candidates", "relation_window", "num_relations", "gamma"]
         not_negative += ["margin", "transport_weight", "correction_weight"]
+        if self.image_correction_weight is not None:
+            not_negative.append("image_correction_weight")
         for field in not_negative:
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
@@ -173,11 +193,12 @@ class MmNelConfig(PreTrainedConfig):
         for field in ("lbp_damping", "min_prior"):
             if not 0 < getattr(self, field) <= 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be above 0 and at most 1.")
-        for field in ("beta", "transport_tolerance"):
+        for field in ("beta", "transport_tolerance", "local_scale"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field}={getattr(self, field)} must be above 0.")
-        if not 0 <= self.gw_weight <= 1:
-            raise ValueError(f"gw_weight={self.gw_weight} must be from 0 to 1.")
+        for field in ("gw_weight", "agreement_weight"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be from 0 to 1.")
         if self.sees_images and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}."

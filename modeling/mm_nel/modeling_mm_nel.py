@@ -112,9 +112,9 @@ class LocalAttention(nn.Module):
 
     def __init__(self, config: MmNelConfig):
         super().__init__()
-        self.num_words = config.attention_words  # R
-        self.attention = nn.Parameter(torch.ones(config.word_dim))  # A
-        self.score = nn.Parameter(torch.ones(config.word_dim))  # B
+        self.num_words, self.scale = config.attention_words, config.local_scale  # R and the start of A and B
+        self.attention = nn.Parameter(torch.full((config.word_dim,), float(self.scale)))  # A
+        self.score = nn.Parameter(torch.full((config.word_dim,), float(self.scale)))  # B
 
     def forward(self, entities, mask, words, word_mask) -> torch.Tensor:
         """Scores candidates by the context of their mention.
@@ -249,8 +249,8 @@ class MmNelPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.1 if module is getattr(self, "word_embeddings", None) else 0.02)
         elif isinstance(module, LocalAttention):
-            init.ones_(module.attention)
-            init.ones_(module.score)
+            init.constant_(module.attention, module.scale)
+            init.constant_(module.score, module.scale)
         elif isinstance(module, Relations):
             init.normal_(module.entity, std=0.1)
             init.normal_(module.mention, std=0.1)
@@ -606,14 +606,17 @@ class MmNelModel(MmNelPreTrainedModel):
         return ModalityBatch(similarity, mask, entity, embeddings, has_image[:, 0], columns, image_mask)
 
     def _triplet_loss(self, images: ModalityBatch, gold: torch.Tensor) -> torch.Tensor:
-        """Returns eq. 8 as a mean over the negatives of a mention, then over mentions."""
+        """Returns eq. 8 as a mean or sum over the negatives of a mention, then as a mean over mentions."""
         image_mask = cast(torch.Tensor, images.image_mask)
         positive = image_mask & (images.columns == gold.unsqueeze(1))
         negative = image_mask & ~positive & positive.any(1, keepdim=True)
         gold_scores = images.scores.masked_fill(~positive, 0.0).sum(1, keepdim=True)
         hinge = F.relu(self.config.margin - gold_scores + images.scores).masked_fill(~negative, 0.0)
         usable = negative.any(1)
-        return (hinge.sum(1) / negative.sum(1).clamp(min=1)).sum() / usable.sum().clamp(min=1)
+        loss = hinge.sum(1)
+        if self.config.triplet_reduction == "mean":
+            loss = loss / negative.sum(1).clamp(min=1)
+        return loss.sum() / usable.sum().clamp(min=1)
 
     # ---- joint disambiguation (§4.3)
 
@@ -645,7 +648,12 @@ class MmNelModel(MmNelPreTrainedModel):
         text_present, image_present = rows >= 0, columns >= 0
         x = _unit(text.embeddings.to(wide)[rows.clamp(min=0)])
         y = _unit(images.embeddings.to(wide)[columns.clamp(min=0)])
-        costs = 1 - x @ y.transpose(1, 2), 1 - x @ x.transpose(1, 2), 1 - y @ y.transpose(1, 2)
+        across = 1 - x @ y.transpose(1, 2)
+        weight = self.config.agreement_weight
+        if weight:
+            agreement = _agreement(text, images, rows.clamp(min=0), columns.clamp(min=0))
+            across = (1 - weight) * across + weight * (1 - agreement.to(wide))
+        costs = across, 1 - x @ x.transpose(1, 2), 1 - y @ y.transpose(1, 2)
         p, q = (mask.to(wide) / mask.sum(1, keepdim=True) for mask in (text_present, image_present))
         config = self.config
         limits = (config.gw_iterations, config.sinkhorn_iterations, config.transport_tolerance)
@@ -670,9 +678,11 @@ class MmNelModel(MmNelPreTrainedModel):
     def _correct(self, text: ModalityBatch, images: ModalityBatch, plan: torch.Tensor) -> None:
         """Adds to the scores of each modality the scaled scores of the mentions it is matched with (Algorithm 1)."""
         scaled_text, scaled_images = text.scaled_scores(), images.scaled_scores()
-        for side, other, other_scores, mass in (
-            (text, images, scaled_images, plan),
-            (images, text, scaled_text, plan.T),
+        image_weight = self.config.image_correction_weight
+        image_weight = self.config.correction_weight if image_weight is None else image_weight
+        for side, other, other_scores, mass, weight in (
+            (text, images, scaled_images, plan, self.config.correction_weight),
+            (images, text, scaled_text, plan.T, image_weight),
         ):
             count = min(mass.shape[1], self.config.transport_matches or mass.shape[1])
             mass, matched = mass.topk(count, dim=1)
@@ -687,7 +697,34 @@ class MmNelModel(MmNelPreTrainedModel):
                 correction = correction + torch.where(mass[:, k : k + 1] > 0, term, 0.0)  # 0 · nan would be nan
             spread = side.spread()
             unit = torch.where(spread > 0, spread, 1.0)
-            side.scores = side.scores + self.config.correction_weight * unit * correction.to(side.scores.dtype)
+            side.scores = side.scores + weight * unit * correction.to(side.scores.dtype)
+
+
+@torch.no_grad()
+def _agreement(text: ModalityBatch, images: ModalityBatch, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Returns how far candidates of textual and visual mentions agree, from 0 to 1.
+
+    It is the largest product of the scaled scores of both mentions among the candidates that they share; 0 without one.
+
+    Args:
+        text, images: The mentions of both modalities.
+        rows, columns (`torch.Tensor` [D, n], [D, k]): The mentions of D documents in `text` and `images`.
+
+    Returns:
+        `torch.Tensor` [D, n, k].
+    """
+    text_scores = text.scaled_scores().masked_fill(~text.mask, 0.0)
+    image_scores = images.scaled_scores().masked_fill(~images.compared, 0.0)
+    agreement = text_scores.new_zeros(*rows.shape, columns.shape[1])
+    for place in range(
+        text.mask.shape[1]
+    ):  # one candidate at a time, to hold [D, n, k, S] numbers and not S times as many
+        entities = text.entities[rows, place]
+        same = entities[:, :, None, None] == images.entities[columns].unsqueeze(1)
+        same &= (text.mask[rows, place][:, :, None, None]) & images.compared[columns].unsqueeze(1)
+        best = torch.where(same, image_scores[columns].unsqueeze(1), 0.0).amax(-1)
+        agreement = torch.maximum(agreement, text_scores[rows, place].unsqueeze(2) * best)
+    return agreement
 
 
 def _rows_by_document(

@@ -118,7 +118,7 @@ def test_processes_that_start_together_share_one_encoding(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("fuzzy", {}, "'fuzzy'.*name, prior, retriever"),
+        ("fuzzy", {}, "'fuzzy'.*name, prior, dictionary, retriever"),
         ("name+name", {}, "twice"),
         ("name", {"k": 0}, "too few"),
         ("name", {"scorer": "soundex"}, "'soundex'.*WRatio"),
@@ -144,6 +144,19 @@ def test_mentions_without_candidates_get_those_of_their_document():
             assert len(shared.entity_ids[i]) == 4
             assert set(shared.entity_ids[i]) <= of_document
     assert set(shared.scores) == {"name", "document"}
+
+
+def test_mentions_of_a_document_share_candidates_beyond_k():
+    documents = toy_documents(12)
+    plain = make_candidates("name+dictionary+document", documents, ENTITIES, k=4)
+    shared = make_candidates("name+dictionary+document+shared", documents, ENTITIES, k=4)
+    for i, ids in enumerate(plain.entity_ids):
+        of_others = {e for j in range(12) if j % 3 == i % 3 and i != j for e in plain.entity_ids[j][:4]}
+        assert shared.entity_ids[i][: len(ids)] == ids
+        assert set(shared.entity_ids[i]) == {*ids, *of_others}
+    assert shared.longest > 4
+    with pytest.raises(RecipeError, match="finds none"):
+        make_candidates("document+shared", documents, ENTITIES, k=4)
 
 
 def test_released_candidates_join_others_but_not_other_priors():

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from hf_mel.candidates import sources as module
 from hf_mel.candidates.lists import CandidateLists
 from hf_mel.candidates.sources import (
+    dictionary_candidates,
     document_candidates,
     name_candidates,
     prior_candidates,
     release_candidates,
+    shared_candidates,
     union_candidates,
 )
 from hf_mel.errors import DataFormatError, MelError, RecipeError, UnknownEntityError
@@ -174,6 +176,68 @@ def test_the_prior_is_the_share_of_uses_without_the_mention_itself(uses, surface
 def make(ids, source="name", scores=None, **setting) -> CandidateLists:
     scores = [[float(-c) for c in range(len(each))] for each in ids] if scores is None else scores
     return CandidateLists([f"m{i}" for i in range(len(ids))], ids, {source: scores}, {"source": source, **setting})
+
+
+@given(
+    st.lists(st.sampled_from(["Ann", "ann bo", "Bó", "bo ann", "cy", "", "-"]), min_size=1, max_size=5),
+    st.lists(
+        st.lists(st.sampled_from(["Ann Bo", "Bo", "cy ann", "Cy"]), min_size=1, max_size=2), min_size=1, max_size=6
+    ),
+    st.integers(1, 4),
+)
+def test_the_dictionary_has_an_equal_share_for_each_namesake(surfaces, names, k):
+    lists = dictionary_candidates(mentions_of(surfaces), entities_of(names), k=k)
+
+    def words(name):
+        return set("".join({"ó": "o", "-": " "}.get(letter, letter) for letter in name.lower()).split())
+
+    for surface, ids, shares in zip(surfaces, lists.entity_ids, lists.scores["dictionary"], strict=True):
+        namesakes = {
+            f"Q{i}" for i, each in enumerate(names) if words(surface) and any(words(surface) <= words(n) for n in each)
+        }
+        assert len(ids) == len(set(ids)) == min(k, len(namesakes))
+        assert set(ids) <= namesakes
+        assert shares == [pytest.approx(1 / len(namesakes)) for _ in ids]
+
+
+def test_a_prior_is_the_mean_of_counts_and_dictionary():
+    scores = {"prior": [[0.5, math.nan, math.nan], [1.0]], "dictionary": [[0.25, 0.25, math.nan], [math.nan]]}
+    lists = CandidateLists(["a", "b"], [["Q1", "Q2", "Q3"], ["Q1"]], scores)
+    assert lists.priors == {"a": {"Q1": 0.375, "Q2": 0.125}, "b": {"Q1": 0.5}}
+    assert CandidateLists(["b"], [["Q1"]], {"dictionary": [[0.2]]}).priors == {"b": {"Q1": 0.2}}
+
+
+def test_a_union_keeps_scores_of_candidates_beyond_k_that_another_source_gives():
+    names = CandidateLists(["a"], [["Q1", "Q2", "Q3"]], {"dictionary": [[0.3, 0.3, 0.3]]})
+    ranked = CandidateLists(["a"], [["Q3", "Q4"]], {"retriever": [[9.0, 8.0]]})
+    union = union_candidates([ranked, names], k=2)
+    assert union.entity_ids == [["Q3", "Q1"]]
+    assert union.scores["dictionary"] == [[0.3, 0.3]]
+    more = union_candidates(
+        [ranked, names], k=1, shared=CandidateLists(["a"], [["Q2", "Q5"]], {"shared": [[1.0, 0.5]]})
+    )
+    assert more.entity_ids == [["Q3", "Q2", "Q5"]]
+    np.testing.assert_equal(more.scores["dictionary"], [[0.3, 0.3, math.nan]])
+    np.testing.assert_equal(more.scores["shared"], [[math.nan, 1.0, 0.5]])
+
+
+@given(
+    st.lists(st.lists(st.sampled_from("QRSTU"), max_size=4, unique=True), min_size=1, max_size=8), st.integers(1, 3)
+)
+def test_mentions_share_their_first_candidates_with_their_document(listed, first):
+    names = [f"d{i % 2}" for i in range(len(listed))]
+    mentions = mentions_of(["x"] * len(listed)).add_column("document_id", names)
+    lists = CandidateLists(list(mentions["mention_id"]), listed, {"name": [[1.0] * len(each) for each in listed]})
+    shared = shared_candidates(mentions, lists, first=first)
+    for i in range(len(listed)):
+        votes = Counter()
+        for j, each in enumerate(listed):
+            for place, entity_id in enumerate(each[:first]):
+                votes[entity_id] += (1 / (place + 1)) * (names[i] == names[j] and i != j)
+        votes = {entity_id: vote for entity_id, vote in votes.items() if vote}
+        assert set(shared.entity_ids[i]) == set(votes)
+        assert shared.scores["shared"][i] == pytest.approx(sorted(votes.values(), reverse=True))
+        assert [votes[entity_id] for entity_id in shared.entity_ids[i]] == pytest.approx(shared.scores["shared"][i])
 
 
 def test_a_union_takes_turns_and_keeps_the_scores_of_each_source():

@@ -201,9 +201,10 @@ def image_vector(w, config, pixels) -> np.ndarray:
     return sum(x) / 64
 
 
-def triplet_loss(scores: dict[int, float], gold: int, margin: float) -> float:
-    """Returns the mean of eq. 8 over the negatives of one mention."""
-    return float(np.mean([max(0.0, margin - scores[gold] + value) for c, value in scores.items() if c != gold]))
+def triplet_loss(scores: dict[int, float], gold: int, config) -> float:
+    """Returns the mean or sum of eq. 8 over the negatives of one mention."""
+    hinges = [max(0.0, config.margin - scores[gold] + value) for c, value in scores.items() if c != gold]
+    return float(np.mean(hinges) if config.triplet_reduction == "mean" else np.sum(hinges))
 
 
 def cosine_cost(a, b) -> float:
@@ -241,9 +242,22 @@ def pair_cost(within, other, plan) -> np.ndarray:
     return out
 
 
-def transport(x, y, config) -> tuple[np.ndarray, float]:
-    """Returns the plan between two lists of embeddings, and its cost."""
+def rescaled(scores: dict[int, float]) -> dict[int, float]:
+    """Returns scores from 0, the worst, to 1, the best; 0 if all are equal."""
+    low, high = min(scores.values(), default=0), max(scores.values(), default=0)
+    return {entity: (score - low) / (high - low) if high > low else 0.0 for entity, score in scores.items()}
+
+
+def agreement(text_scores: dict[int, float], image_scores: dict[int, float]) -> float:
+    """Returns the largest product of the scaled scores of two mentions for an entity that is a candidate of both."""
+    one, two = rescaled(text_scores), rescaled(image_scores)
+    return max((one[entity] * two[entity] for entity in one.keys() & two.keys()), default=0.0)
+
+
+def transport(x, y, config, agreements) -> tuple[np.ndarray, float]:
+    """Returns the plan between two lists of embeddings whose mentions' candidates agree so far, and its cost."""
     cross, within, other = costs(x, y)
+    cross = (1 - config.agreement_weight) * cross + config.agreement_weight * (1 - agreements)
     plan = np.full(cross.shape, 1 / cross.size)
     a = config.gw_weight
     for _ in range(500):
@@ -254,13 +268,14 @@ def transport(x, y, config) -> tuple[np.ndarray, float]:
     return plan, float(((1 - a) * plan * cross).sum() + a * (plan * pair_cost(within, other, plan)).sum())
 
 
-def corrected(scores, other_scores, mass, config, compared=None) -> dict[int, float]:
+def corrected(scores, other_scores, mass, config, weight, compared=None) -> dict[int, float]:
     """Applies Algorithm 1 to one mention.
 
     Args:
         scores: {entity: score} of the mention's candidates.
         other_scores: For each mention of the other modality, {entity: score}.
         mass: The mass of the plan between the mention and each of those.
+        weight: The weight of the correction.
         compared: The scores that determine its spread. The default is all scores.
     """
     compared = list(scores.values()) if compared is None else compared
@@ -276,7 +291,7 @@ def corrected(scores, other_scores, mass, config, compared=None) -> dict[int, fl
             low, high = min(other_scores[k].values()), max(other_scores[k].values())
             if entity in other_scores[k] and high > low:
                 added += mass[k] / total * (other_scores[k][entity] - low) / (high - low)
-        out[entity] = score + config.correction_weight * (spread or 1.0) * added
+        out[entity] = score + weight * (spread or 1.0) * added
     return out
 
 
@@ -311,20 +326,23 @@ def link(model, document, entities, keep_gold=False):
                 scores[c] = shown[c] = 1 - cosine_cost(vectors[k], image_vector(w, config, picture))
         similar[k], compared[k] = scores, shown
         if mention["gold"] in shown and len(shown) > 1:
-            triplet.append(triplet_loss(shown, mention["gold"], config.margin))
-    plan = cost = None
-    if config.joint == "transport" and textual and vectors:
-        plan, cost = transport([f for *_, f in linked], list(vectors.values()), config)
+            triplet.append(triplet_loss(shown, mention["gold"], config))
 
     def by_entity(k, scores):
         return {document[k]["candidates"][c]["entity"]: value for c, value in scores.items()}
 
     text_scores = [by_entity(k, scores) for k, (scores, _, _) in zip(textual, linked, strict=True)]
     image_scores = [by_entity(k, compared[k]) for k in vectors]
+    plan = cost = None
+    if config.joint == "transport" and textual and vectors:
+        agreements = np.array([[agreement(one, two) for two in image_scores] for one in text_scores])
+        plan, cost = transport([f for *_, f in linked], list(vectors.values()), config, agreements)
+    weight = config.correction_weight
+    image_weight = weight if config.image_correction_weight is None else config.image_correction_weight
     out = [None] * len(document)
     for r, (k, (scores, rest, _)) in enumerate(zip(textual, linked, strict=True)):
         if plan is not None:
-            final = corrected(text_scores[r], image_scores, plan[r], config)
+            final = corrected(text_scores[r], image_scores, plan[r], config, weight)
             scores = {c: final[document[k]["candidates"][c]["entity"]] for c in scores}
         low = min(scores.values())
         scores = scores | {c: low - 1 - place for place, c in enumerate(rest)}
@@ -332,9 +350,8 @@ def link(model, document, entities, keep_gold=False):
     for k in visual:
         scores = similar[k]
         if plan is not None and k in vectors:
-            final = corrected(
-                by_entity(k, scores), text_scores, plan[:, list(vectors).index(k)], config, [*compared[k].values()]
-            )
+            mass = plan[:, list(vectors).index(k)]
+            final = corrected(by_entity(k, scores), text_scores, mass, config, image_weight, [*compared[k].values()])
             scores = {c: final[document[k]["candidates"][c]["entity"]] for c in scores}
         out[k] = [scores[c] for c in range(len(scores))]
     return {

@@ -178,6 +178,8 @@ def check(model, docs, keep_gold=False):
         {"gw_weight": 0, "transport_matches": 2, "lbp_iterations": 1},
         {"gw_weight": 1, "transport_matches": None, "correction_weight": 2.0, "num_relations": 1},
         {"transport_weight": 1, "context_candidates": 0},
+        {"agreement_weight": 0.5, "image_correction_weight": 0.2, "triplet_reduction": "sum"},
+        {"agreement_weight": 1, "gw_weight": 0, "image_correction_weight": 0, "context_candidates": 0},
     ],
     ids=str,
 )
@@ -643,6 +645,16 @@ print("loaded")
     assert run.stdout.strip() == "loaded", run.stderr
 
 
+def test_local_attention_starts_at_its_scale(tmp_path):
+    model = MmNelModel(MmNelConfig(**SMALL, local_scale=20))
+    with torch.no_grad():
+        model.local.score[0] = 3
+    model.save_pretrained(tmp_path)
+    for each in (model, MmNelModel.from_pretrained(tmp_path)):
+        assert each.local.attention.tolist() == [20.0] * 6
+        assert each.local.score.tolist() == [3.0, *[20.0] * 5]
+
+
 def test_every_parameter_has_a_gradient():
     model, (batch, labels) = build(train_words=True).train(), tensors(documents(("tttvv", "ttvv", "tv"), seed=2))
     with warnings.catch_warnings():
@@ -688,6 +700,10 @@ def test_scores_under_autocast_are_finite_and_float32():
     ("fields", "words"),
     [
         ({"joint": "maybe"}, ["joint='maybe'", "'transport'"]),
+        ({"triplet_reduction": "max"}, ["triplet_reduction='max'", "'sum'"]),
+        ({"agreement_weight": 1.5}, ["agreement_weight=1.5"]),
+        ({"image_correction_weight": -1}, ["image_correction_weight=-1"]),
+        ({"local_scale": 0}, ["local_scale=0"]),
         ({"transport_backend": "gpu"}, ["transport_backend", "'pot'"]),
         ({"image_size": 20}, ["image_size=20", "multiple of 8"]),
         ({"hidden_size": 10, "num_attention_heads": 3}, ["hidden_size=10", "num_attention_heads=3"]),
