@@ -1,4 +1,4 @@
-"""A small workspace for README, docs, examples and the notebook: what `make demo` leaves, in a minute less."""
+"""Settings of Hypothesis, and a small workspace for README, docs, examples and the notebook: what `make demo` leaves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ import io
 from pathlib import Path
 
 import datasets
+import hypothesis
 import pytest
+
+# No test is timed: a busy machine must not fail one.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).parent.parent
 #: Mentions of each split in the small form of FlagsMEL, and its posts.
