@@ -116,7 +116,7 @@ def write_dump(path: Path, items: list[dict[str, Any]], count: int, line_bytes: 
     temporary.replace(path)
 
 
-def measure_steps(dump: Path, seconds: float = 60.0) -> dict[str, float]:
+def measure_steps(dump: Path, seconds: float = 10.0) -> dict[str, float]:
     """Returns CPU seconds and lines of unpacking, and of reading parts, in this process, for about `seconds` each."""
     config = wikidata.WikidataConfig(**dict(option.split("=") for option in _OPTIONS))
     selection, _ = wikidata._selection(config)

@@ -339,7 +339,9 @@ class EntityTable:
             file, _ = self._parquet
             if column not in self.schema.names:
                 return pa.chunked_array([pa.nulls(self.num_rows)])
-            return decode_table(file.read(columns=[column]), self.schema, self.path).column(0)
+            # Arrow cannot read lists of several row groups at once as dictionaries.
+            groups = (file.read_row_group(group, columns=[column]) for group in range(file.num_row_groups))
+            return pa.concat_tables([decode_table(group, self.schema, self.path) for group in groups]).column(0)
 
 
 def check_parquet(file: pq.ParquetFile, path: Path) -> None:

@@ -988,6 +988,15 @@ def test_names_of_the_last_release_work_with_a_warning(tmp_path):
         _ = kb.nonsense
 
 
+def test_names_and_lists_are_read_from_several_row_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_GROUP_ROWS", 64)
+    rows = [{"entity_id": f"Q{k}", "name": f"name {k}", "aliases": [f"alias {k}", "same"]} for k in range(300)]
+    kb = build(dataset(*rows), tmp_path / "kb", batch_size=100)
+    assert kb._tables[0]._parquet[0].num_row_groups > 1
+    assert [*kb.names()] == [[row["name"], *row["aliases"]] for row in rows]
+    assert len(kb.where("aliases = 'alias 7'")) == 1
+
+
 # Updating
 
 
