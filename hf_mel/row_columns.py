@@ -201,6 +201,11 @@ class ColumnPlan:
                 assigned.add(key)
             if len(columns) > 1:
                 self._joined.add(key)
+        for name in mapping.kept:  # also one that is read into another column
+            position = _position(name, self.names)
+            if position is not None and accepted is not None and name in accepted:
+                self._add(name, [position], name)
+                unread.discard(position)
         for position in sorted(unread):
             name = self.names[position]
             own_key = self._key(name)

@@ -314,6 +314,14 @@ def test_kept_columns_have_the_type_of_their_values(tmp_path):
     assert rows["note"][:] == ["7", "old", None]
 
 
+def test_a_column_can_be_joined_and_kept(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("id,name,gender,born\nQ1,Ann,Female,1850\n", encoding="utf-8")
+    mapping = ColumnMapping({"attributes": ["gender", "born"]}, kept=("born", "gender"))
+    row = read_entity_file(path, mapping=mapping)[0]
+    assert (row["attributes"], row["born"], row["gender"]) == ("Gender: Female. Born: 1850.", 1850, "Female")
+
+
 def test_kept_columns_of_json_and_those_that_are_not_there(read_entities, tmp_path):
     path = tmp_path / "mine.jsonl"
     lines = [
