@@ -62,7 +62,7 @@ def demo(
     )
 
     step(2, "Train a small MIMIC", f"hf-mel train {_RECIPE} --set data.dataset={data} --output {run}")
-    console.print("The model starts from random weights. It needs two to five minutes on two free cores.")
+    console.print("The model starts from random weights. It needs a few minutes on two free cores.")
     with show_logs():
         run_recipe(Recipe.load(_RECIPE, [f"data.dataset={data}"]), output=run, resume=True)
 
@@ -78,10 +78,11 @@ def demo(
         "three. MRR: mean of 1/rank. The last columns rank by the text alone, by the picture alone, and by a fusion of both alone."
     )
     if overall["num_nil"]:
-        rejected = overall["metrics"].get("nil_recall", 0) * overall["num_nil"]
+        recall, precision = (overall["metrics"].get(f"nil_{share}", 0.0) for share in ("recall", "precision"))
+        right = f", and is right about {100 * precision:.0f} % of those it finds" if precision == precision else ""
         console.print(
-            f"{overall['num_nil']} more mentions name a state that is not in the knowledge base (NIL). The model rejects "
-            f"{rejected:.0f} of them: so small a model scores a wrong state as high as the right one."
+            f"{overall['num_nil']} more mentions name a state that is not in the knowledge base (NIL). The model finds "
+            f"{100 * recall:.0f} % of them{right}."
         )
 
     step(4, "Build the knowledge base", f"hf-mel kb build {run} --dataset {data} --output {kb_folder}")
@@ -100,7 +101,9 @@ def demo(
     result = linker(text=example["text"], start=example["start"], end=example["end"], image=photo, top_k=5)
     console.print(_candidates_table(result, example["mention"]))
     gold = kb.rows([kb.row_of(example["entity_id"])])[0]
-    console.print("The score is the mean of the three scores beside it, each of one unit of the model.")
+    console.print(
+        "The score is a weighted mean of the three scores beside it, each of one unit of the model, less a score of NIL."
+    )
     console.print(f"The right answer is {gold['name']} ({gold['entity_id']}).")
 
     post, golds = _example_post(mentions, kb)
