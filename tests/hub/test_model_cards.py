@@ -241,6 +241,25 @@ def test_a_threshold_from_simulated_nil_mentions_is_suggested_but_not_set():
     assert "config.nil_threshold" not in card
 
 
+def test_the_card_shows_risk_and_coverage_in_about_ten_rows():
+    links = list(range(4, 161, 4))
+    curve = {
+        "confidences": [float(-n) for n in links],
+        "links": links,
+        "wrong": [n // 8 for n in links],
+        "mentions": 200,
+    }
+    card = model_card(run_info(risk_coverage=curve))
+    lines = card.splitlines()
+    first = lines.index("| mentions linked | least confidence | precision |") + 2
+    rows = [line.strip("| ").split(" | ") for line in lines[first : lines.index("", first)]]
+    assert rows == [[f"{n / 2:.0f} %", f"{-n:.3g}", f"{100 * (1 - (n // 8) / n):.1f}"] for n in range(16, 161, 16)]
+    for empty in (None, {"confidences": [], "links": [], "wrong": [], "mentions": 0}):
+        assert "mentions linked" not in model_card(run_info(risk_coverage=empty))
+    one = {"confidences": [0.5], "links": [3], "wrong": [1], "mentions": 4}
+    assert "| 75 % | 0.5 | 66.7 |" in model_card(run_info(risk_coverage=one))
+
+
 def test_the_card_of_a_model_trained_from_scratch_on_a_local_build_names_no_repositories():
     info = run_info(citation="", nil=None, best=None, repo_id="me/mine")
     info["model"] |= {"text": None, "vision": None}
