@@ -8,12 +8,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from hf_mel.building.build import build_dataset
 from hf_mel.cli.annotate import annotate
+from hf_mel.data.loading import load_entities, load_mentions
+from hf_mel.detection.gazetteer import Gazetteer
 from hf_mel.errors import DataFormatError
 from hf_mel.evaluation.annotation_evaluator import annotation_rows, evaluate_annotations
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
 from hf_mel.spaces.mel_annotation.mel_annotation import annotation_metrics
+from tests.dataset_scripts.aida_conll_release import write as write_aida
 from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model, write_toy_dataset
 
 MENTIONS = toy_mentions(20, nil_every=6)
@@ -81,3 +85,29 @@ def test_the_command_prints_and_writes_the_figures(tmp_path, linker):
     assert "100.0" in done.stdout
     for options in (["--image", "a.png"], ["--text", "a"], ["--json"]):
         assert CliRunner().invoke(app, [*arguments, *options]).exit_code == 2
+
+
+def test_texts_of_aida(tmp_path):
+    """Every layout of AIDA builds the same columns, so one stands for all."""
+    raw = write_aida(tmp_path / "raw")
+    options = {"entities": str(raw / "texts.jsonl")}
+    build_dataset(
+        "aida_conll", raw_dir=raw, output=tmp_path / "data", config_options=options, allow_count_mismatch=True
+    )
+    model, processor = toy_model(), ToyProcessor()
+    kb = KnowledgeBase.build(load_entities(tmp_path / "data"), model, processor, progress=False)
+    linker = EntityLinker(model, processor, kb)
+    train = load_mentions(tmp_path / "data", "train")
+    given = evaluate_annotations(linker, train, gold_spans=True)
+    # "Nordby beat Falk", "The Harbour Cup" and "The Nobody left", whose mention has no entity.
+    assert (given["num_texts"], given["num_mentions"], given["strong"]["nil"]["num_gold"]) == (3, 4, 1)
+    assert given["strong"]["detection"]["micro_f1"] == 1
+    # The names are "Nordby", "Harbour Cup", "Ada Falk", …: "Falk" alone and "Nobody" are none.
+    assert evaluate_annotations(linker, train)["strong"]["detection"]["num_correct"] == 2
+    learned = Gazetteer.from_kb(kb, training=train)
+    assert evaluate_annotations(linker, train, learned)["strong"]["detection"]["num_correct"] == 4
+    test = evaluate_annotations(linker, load_mentions(tmp_path / "data", "test"), learned)
+    assert (
+        test["strong"]["detection"] | {"num_gold": 1, "num_predicted": 1, "num_correct": 1}
+        == test["strong"]["detection"]
+    )
