@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 	@echo "Installed. To use it in this shell: source $(BIN)/activate"
 
-demo: setup  ## the whole way on the embedded data set: build, train, evaluate, build a KB, link a mention
+demo: setup  ## the whole way on the embedded data set: build, train, evaluate, build a KB, link a mention, annotate a post
 	@HF_HUB_OFFLINE=1 $(BIN)/hf-mel demo
 
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q

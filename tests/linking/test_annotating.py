@@ -174,6 +174,7 @@ def test_long_texts_are_windowed(linker, processor):
     annotated = Recorder(linker.model, processor, kb).annotate(text)
     assert [m.mention for m in annotated] == [f"Entity {'abcdefghijkl'[k % 12]}" for k in range(40)]
     assert all(text[m.start : m.end] == m.mention for m in annotated)
+    assert all((m.link.start, m.link.end) == (m.start, m.end) for m in annotated)
     longest = 4000 if type(processor) is ToyProcessor else 300
     for row, mention in zip(rows, annotated, strict=True):
         assert row["text"] in text
