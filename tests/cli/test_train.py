@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -41,6 +42,19 @@ def test_train_ends_with_the_table_the_files_and_the_next_commands(recipe, tmp_p
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, RecipeError)
     assert CliRunner().invoke(app, [*arguments, "--resume"]).exit_code == 0
+
+
+def test_out_of_fold_lists_end_with_their_recall_and_the_option_that_reads_them(recipe, tmp_path):
+    output = tmp_path / "runs/folds"
+    options = ("task=candidates", "folds.k=4", "training.num_train_epochs=1")
+    arguments = ["train", str(recipe), *(part for each in options for part in ("--set", each)), "--output", str(output)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    printed = " ".join(done.stdout.split())
+    recall = json.loads((output / "results.json").read_text())["candidates"]["recall"]
+    assert "Trained 2 retrievers" in printed
+    assert f"{100 * recall['recall@4']:.1f} at 4" in printed
+    assert f"--set candidates.train_file={output / 'train.parquet'}" in printed
 
 
 def test_train_py_prints_an_error_in_one_line(tmp_path, monkeypatch, capsys):
