@@ -47,7 +47,13 @@ def test_train_ends_with_the_table_the_files_and_the_next_commands(recipe, tmp_p
 def test_out_of_fold_lists_end_with_their_recall_and_the_option_that_reads_them(recipe, tmp_path):
     output = tmp_path / "runs/folds"
     options = ("task=candidates", "folds.k=4", "training.num_train_epochs=1")
-    arguments = ["train", str(recipe), *(part for each in options for part in ("--set", each)), "--output", str(output)]
+    arguments = [
+        "train",
+        str(recipe),
+        *(part for each in options for part in ("--set", each)),
+        "--output",
+        str(output),
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     printed = " ".join(done.stdout.split())
