@@ -720,6 +720,8 @@ class EntityLinker:
                 warnings.append(
                     "The NIL threshold may not fit: scores of a mention without an image are a mean over fewer units."
                 )
+            if threshold is not None and len(units) < len(unit_scores):
+                warnings.append("The stated precision may not hold: it is one for mentions with and without an image.")
         if mention.row["image"] is not None and not sees_images:
             warnings.append("The image was not used, because the model reads only text.")
         warnings += self._left_out_warnings(mention.row)

@@ -350,6 +350,10 @@ def test_a_threshold_for_scores_of_other_units_is_said(linker_without_vision, mo
     monkeypatch.setattr(linker_without_vision, "nil_threshold", threshold)
     result = linker_without_vision(text="Entity c", mention="Entity c")
     assert any("NIL threshold may not fit" in warning for warning in result.warnings) == is_said
+    assert not any("precision" in warning for warning in result.warnings)
+    monkeypatch.setattr(linker_without_vision, "link_threshold", 0.0)
+    result = linker_without_vision(text="Entity c", mention="Entity c")
+    assert any("stated precision may not hold" in warning for warning in result.warnings)
 
 
 def test_a_mention_that_lacks_all_chosen_units_is_said(linker_without_vision):
