@@ -48,7 +48,7 @@ def test_rows_and_report_of_a_dump(dump, tmp_path):
     report = build(dump, tmp_path / "out", properties="P106,P27,P569,P570,P2048", **OPTIONS)
     rows = rows_of(tmp_path / "out")
     # Q109 is an instance of Q15, which was merged into Q16, below Q5. The classes have a cycle.
-    assert list(rows) == ["Q101", "Q102", "Q103", "Q106", "Q109"]
+    assert list(rows) == ["Q101", "Q102", "Q103", "Q106", "Q109", "Q111"]
     assert rows["Q101"] == {
         "entity_id": "Q101",
         "name": "Ada Orme",
@@ -71,9 +71,11 @@ def test_rows_and_report_of_a_dump(dump, tmp_path):
     assert rows["Q102"]["attributes"] == "Date of birth: 195X."
     assert (rows["Q102"]["born"], rows["Q103"]["born"]) == (None, -44)
     assert rows["Q103"]["name"] == "Cy Lund"
+    assert rows["Q106"]["founded"] == 1988  # the preferred date
+    assert rows["Q111"]["types"][:3] == ["below a merged class", "Q16 is below human", "human"]
     assert rows["Q109"]["types"] == ["Q16 is below human", "human", "person", "agent"]
     expected = {
-        "line_not_json": 1, "not_an_item": 1, "too_few_sitelinks": 8, "no_label": 1, "not_of_classes": 5,
+        "line_not_json": 1, "not_an_item": 1, "too_few_sitelinks": 9, "no_label": 1, "not_of_classes": 5,
         "repeated_id": 1, "malformed_entity": 1, "deleted_id": 1, "merged_id": 2, "value_without_label": 1,
         "property_without_label": 4,
     }  # fmt: skip
@@ -105,7 +107,7 @@ def test_packed_dumps_and_documents_give_the_rows_of_the_dump(dump, tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, "Q5 Q215627 Q24229398 Q215380 Q7 Q30 Q11573 Q101 Q103 Q105 Q106 Q107 Q109 Q16"),
+        ({}, "Q5 Q215627 Q24229398 Q215380 Q7 Q30 Q11573 Q101 Q103 Q105 Q106 Q107 Q109 Q16 Q17 Q111"),
         ({"classes": "Q215380"}, "Q106"),
         ({"having": "P18"}, "Q101"),
         ({"having": "P106=Q8", "languages": "de"}, "Q101"),
@@ -291,7 +293,7 @@ def test_an_update_takes_the_options_of_the_earlier_build_and_lists_what_changed
     assert json.loads((output / "changes.json").read_text()) == {
         "added": [],
         "changed": ["Q101"],  # its second entity has nine pages
-        "removed": ["Q102", "Q109"],
+        "removed": ["Q102", "Q109", "Q111"],
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from tests.dataset_scripts.fixtures import write_json
 
 OPTIONS: dict[str, Any] = {"config_options": {"languages": "en,de", "classes": "Q215627", "min_sitelinks": "2"}}
-SPLITS = {"entities": {"kb": 5}}
+SPLITS = {"entities": {"kb": 6}}
 
 
 def terms(**texts: str) -> dict[str, Any]:
@@ -91,7 +91,8 @@ def entities() -> list[Any]:
         item(103, terms(mul="Cy Lund"), 2, P31=human, P569=[date("-0044-03-15T00:00:00Z")]),
         item(104, terms(fr="Sans nom"), 5, P31=human),
         item(105, terms(en="Few Links"), 1, P31=human),
-        item(106, terms(en="The Drums"), 9, P31=[item_value(215380)]),
+        item(106, terms(en="The Drums"), 9, P31=[item_value(215380)], P571=[
+            date("+1990-00-00T00:00:00Z", 9), {**date("+1988-00-00T00:00:00Z", 9), "rank": "preferred"}]),
         item(107, terms(en="No Class"), 9),
         item(101, terms(en="Ada again"), 9, P31=human),
         item(108, {"en": "broken"}, 9, P31=human),
@@ -100,6 +101,8 @@ def entities() -> list[Any]:
         {**item(110, terms(en="Old Id"), 1, P31=human), "redirects": {"from": "Q110", "to": "Q106"}},
         item(16, terms(en="Q16 is below human"), 0, P279=[item_value(5)]),
         {"id": "Q15", "type": "item", "redirects": {"from": "Q15", "to": "Q16"}, "labels": terms(en="old class")},
+        item(17, terms(en="below a merged class"), 0, P279=[item_value(15)]),
+        item(111, terms(en="Fay Hill"), 4, P31=[item_value(17)]),
     ]  # fmt: skip
 
 
