@@ -116,7 +116,7 @@ class Tables:
                         self._problem("not_of_classes", "", "")
                 elif item["id"] in seen:
                     if log:
-                        self._problem("repeated_id", "", id_of(item["id"]), "the first entity is kept")
+                        self._problem("repeated_id", "entities/kb", id_of(item["id"]), "the first entity is kept")
                 else:
                     if item["id"] in self._repeated:
                         seen.add(item["id"])
@@ -152,7 +152,9 @@ class Tables:
                     if text:
                         texts.append(text)
                     else:
-                        self._problem("value_without_label", "", id_of(item["id"]), f"{id_of(reference)}: {value}")
+                        self._problem(
+                            "value_without_label", "entities/kb", id_of(item["id"]), f"{id_of(reference)}: {value}"
+                        )
                 if not texts:
                     continue
                 label = self._label(reference)
@@ -161,7 +163,7 @@ class Tables:
                     label = self._property_names.get(property_id, property_id)
                     if property_id not in unnamed:
                         unnamed.add(property_id)
-                        self._problem("property_without_label", "", property_id, f"it is called {label}")
+                        self._problem("property_without_label", "entities/kb", property_id, f"it is called {label}")
                 facts.append(f"{label[:1].upper()}{label[1:]}: {', '.join(dict.fromkeys(texts))}.")
             yield {
                 "entity_id": id_of(item["id"]),

@@ -81,7 +81,7 @@ def test_rows_and_report_of_a_dump(dump, tmp_path):
     }  # fmt: skip
     assert report.left_out == expected
     assert report.problems["line_not_json"][0][:2] == ("dump.json", "5")
-    assert report.problems["repeated_id"] == [("", "Q101", "the first entity is kept")]
+    assert report.problems["repeated_id"] == [("entities/kb", "Q101", "the first entity is kept")]
     assert report.problems["no_label"] == [("dump.json", "17", "Q104")]
     assert report.problems["merged_id"][1] == ("dump.json", "Q15", "Q16")
     assert "too_few_sitelinks" not in report.problems
