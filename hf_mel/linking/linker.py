@@ -22,7 +22,7 @@ from hf_mel.data.images import ImageSource, open_image
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.detection.gazetteer import Gazetteer
 from hf_mel.detection.spans import MentionDetector
-from hf_mel.errors import CalibrationError, DataFormatError, FilterError, KnowledgeBaseError, SpanError
+from hf_mel.errors import CalibrationError, DataFormatError, FilterError, KnowledgeBaseError, MelError, SpanError
 from hf_mel.inference.checkpoints import load_reranker, load_retriever
 from hf_mel.inference.encodings import as_float, slice_encodings, to_device
 from hf_mel.inference.execution import model_device
@@ -842,18 +842,15 @@ class EntityLinker:
             single |= {k: v for k, v in (("image", image), ("spans", spans)) if v is not None}
             texts = [single]
         results: list[Any] = [None] * len(texts)
-        with tqdm(total=len(texts), desc="Annotating", unit="text", delay=1, disable=not progress) as bar:
-            for batch, annotated in annotate_batches(
-                self,
-                texts,
-                detector or self.gazetteer,
-                overlapping=overlapping,
-                top_k=top_k,
-                batch_size=batch_size,
-            ):
-                for k, result in zip(batch, annotated, strict=True):
-                    results[k] = result
-                bar.update(len(batch))
+        options: dict[str, Any] = {"overlapping": overlapping, "top_k": top_k, "batch_size": batch_size}
+        try:
+            with tqdm(total=len(texts), desc="Annotating", unit="text", delay=1, disable=not progress) as bar:
+                for batch, annotated in annotate_batches(self, texts, detector or self.gazetteer, **options):
+                    for k, result in zip(batch, annotated, strict=True):
+                        results[k] = result
+                    bar.update(len(batch))
+        except MelError as error:
+            raise (error.changed(row=None) if is_single else error) from error
         return results[0] if is_single else results
 
     @property

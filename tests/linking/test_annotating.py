@@ -78,8 +78,12 @@ def test_an_image_belongs_to_all_mentions_of_its_text(linker, tmp_path):
     both = linker.annotate([{"text": TEXT, "image": image}, {"text": TEXT}])
     approx_equal(both[0], [mention.link for mention in annotated])
     approx_equal(both[1], [mention.link for mention in linker.annotate(TEXT)])
-    with pytest.raises(ImageError):
+    with pytest.raises(ImageError) as error:
         linker.annotate(TEXT, image=tmp_path / "missing.png")
+    assert error.value.row is None  # there is one text only
+    with pytest.raises(ImageError) as error:
+        linker.annotate([TEXT, {"text": TEXT, "image": tmp_path / "missing.png"}])
+    assert error.value.row == 1
 
 
 def test_nil_and_not_linked_differ(linker):
