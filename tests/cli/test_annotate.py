@@ -50,6 +50,8 @@ def test_a_text_is_annotated(arguments, tmp_path):
     assert [(m["start"], m["end"], len(m["candidates"])) for m in result["mentions"]] == [(3, 11, 2), (20, 28, 2)]
     nil = json.loads(run(*arguments, *options, "--json", "--nil-threshold", 1e9).stdout)
     assert [m["entity_id"] for m in nil["mentions"]] == ["NIL", "NIL"]
+    only = json.loads(run(*arguments, *options, "--json", "--where", "name = 'Entity c'").stdout)
+    assert [m["entity_id"] for m in only["mentions"]] == ["Q3", "Q3"]
     assert json.loads(run(*arguments, "--text", "-", "--json", input="Entity b").stdout)["text"] == "Entity b"
     assert "The text is empty." in run(*arguments, "--text", "").stdout
 
