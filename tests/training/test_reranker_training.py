@@ -186,7 +186,7 @@ def test_a_recipe_trains_a_reranker_and_records_its_candidates(base, tmp_path):
     folder = run_recipe(Recipe.from_dict(base), tmp_path / "run")
     results = json.loads((folder / "results.json").read_text())
     assert results["candidates"] == {
-        "source": "name+prior", "k": 4, "scorer": "WRatio", "retriever": None, "file": None,
+        "source": "name+prior", "k": 4, "scorer": "WRatio", "retriever": None, "file": None, "train_file": None,
     }  # fmt: skip
     validation = results["validation"]
     assert validation["protocol"] == END_TO_END
