@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from hf_mel.dataset_scripts.wikidata.documents import (
     Records,
@@ -349,10 +348,9 @@ class _Workers:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            pickle.dump((number, part), process.stdin, protocol=5)
-            process.stdin.flush()
-            error = pickle.load(process.stdout)
-        except (OSError, EOFError, ValueError) as failure:
+            _send_part(process.stdin, number, part)
+            error = json.loads(process.stdout.readline())
+        except (OSError, ValueError) as failure:
             raise MelError(
                 "A process that reads the dump has ended (out of memory, or killed).",
                 file=part.contents[0][0],
@@ -360,7 +358,7 @@ class _Workers:
                 remedy="Repeat the command: finished parts are kept.",
             ) from failure
         if error is not None:
-            raise error
+            raise OSError(*error["os_error"]) if "os_error" in error else RuntimeError(error["text"])
 
     def _start(self) -> subprocess.Popen:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
@@ -373,24 +371,41 @@ class _Workers:
         )
         self._processes.append(process)
         assert process.stdin is not None
-        pickle.dump((self._folder, self._selection), process.stdin, protocol=5)
+        ids = self._selection.ids
+        selection = {**asdict(self._selection), "ids": None if ids is None else sorted(ids)}
+        process.stdin.write(json.dumps([str(self._folder), selection]).encode() + b"\n")
         return process
 
 
-def _work(parts: BinaryIO, answers: BinaryIO) -> None:
-    """Reads parts from a stream until it ends, and answers each with `None` or an error."""
-    folder, selection = pickle.load(parts)
-    while True:
-        try:
-            number, part = pickle.load(parts)
-        except EOFError:
+def _send_part(stream: IO[bytes], number: int, part: Part) -> None:
+    """Writes a part: a line of JSON that says how many bytes of each file follow, and the bytes."""
+    files = [[file, first, len(data)] for file, first, data in part.contents]
+    stream.write(json.dumps([number, part.lines, files]).encode() + b"\n")
+    for _, _, data in part.contents:
+        stream.write(data)
+    stream.flush()
+
+
+def _work(parts: IO[bytes], answers: IO[bytes]) -> None:
+    """Reads parts from a stream until it ends, and answers each with a line of JSON: `null`, or the error."""
+    folder, fields = json.loads(parts.readline())
+    fields |= {"languages": tuple(fields["languages"]), "properties": tuple(fields["properties"])}
+    fields |= {"required": tuple(tuple(pair) for pair in fields["required"])}
+    selection = Selection(**fields | {"ids": None if fields["ids"] is None else frozenset(fields["ids"])})
+    # The parent may be killed in the middle of a part: half of one must not look finished.
+    while (header := parts.readline()).endswith(b"\n"):
+        number, lines, files = json.loads(header)
+        contents = [(file, first, parts.read(length)) for file, first, length in files]
+        if any(len(data) < length for (_, _, data), (_, _, length) in zip(contents, files, strict=True)):
             return
+        answer: dict[str, Any] | None = None
         try:
-            process_part(folder, number, part, selection)
-            error = None
+            process_part(Path(folder), number, Part(lines, contents), selection)
+        except OSError as failure:  # a full disk
+            answer = {"os_error": [failure.errno, failure.strerror]}
         except Exception as failure:  # the parent raises it
-            error = failure
-        pickle.dump(error, answers, protocol=5)
+            answer = {"text": f"{type(failure).__name__}: {failure}"}
+        answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
 
 

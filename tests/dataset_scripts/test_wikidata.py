@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from typer.testing import CliRunner
 from hf_mel.building.build import build_dataset
 from hf_mel.cli.data import app
 from hf_mel.data.loading import load_entities
-from hf_mel.dataset_scripts.wikidata import parts
+from hf_mel.dataset_scripts.wikidata import documents, parts
 from hf_mel.dataset_scripts.wikidata.documents import date_text
 from hf_mel.errors import DataFormatError, KnowledgeBaseError, MelError, MissingExtraError
 from tests.dataset_scripts import wikidata_release as release
@@ -223,6 +225,32 @@ def test_a_build_that_was_killed_goes_on_and_gives_the_same_bytes(dump, tmp_path
     assert numbers
     assert bytes_of(tmp_path / "out" / "kb") == bytes_of(tmp_path / "whole")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["kb"]
+
+
+@pytest.mark.parametrize("cut", [1, 5, None])
+def test_a_worker_finishes_whole_parts_only(tmp_path, cut):
+    whole = parts.Part(True, [("ä.json", 1, b'{"type": "item", "id": "Q1"}\n'), ("b.json", 7, b"[\n")])
+    stream, answers = io.BytesIO(), io.BytesIO()
+    stream.write(json.dumps([str(tmp_path), asdict(documents.Selection(("en",), ()))]).encode() + b"\n")
+    for number in range(2):
+        parts._send_part(stream, number, whole)
+    length = stream.tell()
+    end_of_header = stream.getvalue().rindex(b"]]]\n") + 4
+    stops = {None: length, 1: length - 1, 5: end_of_header - 5}
+    parts._work(io.BytesIO(stream.getvalue()[: stops[cut]]), answers)
+    finished = 2 if cut is None else 1
+    assert answers.getvalue() == b"null\n" * finished
+    assert sorted(path.name for path in tmp_path.glob("*.items")) == [f"{n:06d}.items" for n in range(finished)]
+    parts.process_part(tmp_path / "..", 0, whole, documents.Selection(("en",), ()))
+    assert (tmp_path / "000000.items").read_bytes() == (tmp_path / ".." / "000000.items").read_bytes()
+
+
+def test_an_error_of_a_worker_is_raised_by_its_parent(tmp_path):
+    with parts._Workers(tmp_path / "missing", documents.Selection(("en",), (), ids=frozenset({1}))) as workers:
+        for number in range(2):
+            workers.process(number, parts.Part(True, [("x", 1, b"[")]))
+        with pytest.raises(OSError, match="No such file"):
+            workers.finish()
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):
