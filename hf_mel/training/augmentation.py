@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 
@@ -40,12 +41,5 @@ def augmented_image(image: Image.Image, draw: random.Random) -> Image.Image:
 
 
 def _with_border(image: Image.Image, border: int) -> Image.Image:
-    """Returns the image with `border` pixels of its mirror image on every side."""
-    width, height = image.size
-    wide = Image.new("RGB", (width + 2 * border, height + 2 * border))
-    mirrored = ImageOps.mirror(image)
-    for column, row in ((-1, -1), (0, -1), (1, -1), (-1, 0), (1, 0), (-1, 1), (0, 1), (1, 1), (0, 0)):
-        tile = mirrored if column else image
-        tile = ImageOps.flip(tile) if row else tile
-        wide.paste(tile, (border + column * width, border + row * height))
-    return wide
+    """Returns the image with `border` pixels of its mirror image on every side, mirrored again where it is narrower."""
+    return Image.fromarray(np.pad(np.asarray(image), ((border, border), (border, border), (0, 0)), mode="symmetric"))
