@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hf_mel.linking.annotating import AnnotatedText
-    from hf_mel.linking.linker import Candidate, LinkResult
+    from hf_mel.linking.results import Candidate, LinkResult
 
 
 class _LinePrinter(logging.Handler):
@@ -75,7 +75,7 @@ def print_link(result: LinkResult) -> None:
     """Prints the candidates of a mention with their scores, and the decision of the linker.
 
     Args:
-        result ([`~hf_mel.linking.linker.LinkResult`]): The linked mention.
+        result ([`~hf_mel.linking.results.LinkResult`]): The linked mention.
     """
     from rich.console import Console
     from rich.text import Text

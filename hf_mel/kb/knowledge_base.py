@@ -30,8 +30,8 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,45 +45,46 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from hf_mel.data.image_checks import without_bad_images
 from hf_mel.data.images import open_image
 from hf_mel.errors import DuplicateIdError, HubError, ImageError, KnowledgeBaseError, UnknownEntityError
-from hf_mel.files import building_folder, file_sha256, link_target, replace_folder, write_errors
+from hf_mel.files import building_folder, file_sha256, write_errors
 from hf_mel.hub_errors import hub_errors
-from hf_mel.inference.encode import encode_batches
 from hf_mel.inference.encodings import as_float, concat_encodings, num_rows, slice_encodings
-from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.fingerprint import describe_model, describe_processor, model_difference, processor_difference
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.inference.probe import unread_columns
+from hf_mel.kb.encoding import open_inputs, report_bad_images, source_digests, write_encodings
 from hf_mel.kb.entities import (
     LEFT_OUT_NAME,
     TEXT_COLUMNS,
     EntitiesLike,
     check_ids,
-    columns_to_store,
     content_sha256,
-    describe_bad_images,
     open_entities,
     read_left_out_images,
     row_digest,
     write_left_out_images,
 )
 from hf_mel.kb.filters import Filter
+from hf_mel.kb.folders import (
+    delete_unnamed_entries,
+    install_kb,
+    kb_lock,
+    lock_existing,
+    manifest_text,
+    next_shard_number,
+    temporary_folder_beside,
+    writable_target,
+)
 from hf_mel.kb.manifest import DTYPES, FORMAT, MANIFEST_NAME, VERSION, damage_error, read_manifest, write_manifest
 from hf_mel.kb.shards import (
     EntityTable,
     ShardWriter,
-    check_finite,
-    entity_schema,
     further_columns,
     group_by_block,
     map_encodings,
 )
-from hf_mel.locks import writer_lock
-from hf_mel.protocols import MelProcessor, Retriever, knows_posts
+from hf_mel.protocols import MelProcessor, knows_posts
 from hf_mel.row_columns import ColumnMapping
-from hf_mel.schema import DESCRIBING_COLUMNS
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ class KnowledgeBase:
 
     def _reload(self) -> None:
         """Opens the current state of the folder."""
-        attempted = _manifest_text(self.path)
+        attempted = manifest_text(self.path)
         while True:
             try:
                 self._manifest_text, self._manifest = read_manifest(self.path)
@@ -153,7 +154,7 @@ class KnowledgeBase:
                 break
             except KnowledgeBaseError:
                 # Another process may have replaced the files since we read their names.
-                text = _manifest_text(self.path)
+                text = manifest_text(self.path)
                 if text == attempted:
                     raise
                 attempted = text
@@ -235,12 +236,12 @@ class KnowledgeBase:
                 f"dtype={dtype!r} is not supported.", remedy=f"Choose one of {', '.join(DTYPES)}."
             )
         temporary = tempfile.TemporaryDirectory(prefix="hf_mel-kb-") if output is None else None
-        target = _writable_target(Path(temporary.name, "kb") if temporary else Path(os.fspath(output)))  # type: ignore[arg-type]
+        target = writable_target(Path(temporary.name, "kb") if temporary else Path(os.fspath(output)))  # type: ignore[arg-type]
         bad_images: list[ImageError] | None = None if strict else []
         source, name = open_entities(entities, bad_images, mapping)
         check_ids(source, name)
-        inputs = _open_inputs(entities, name, model, processor, posts, bad_images)
-        left_out = _report_bad_images(bad_images)
+        inputs = open_inputs(entities, name, model, processor, posts, bad_images)
+        left_out = report_bad_images(bad_images)
         prototypes = inputs.prototypes
         fingerprints = {
             "model": describe_model(model),
@@ -250,7 +251,7 @@ class KnowledgeBase:
         fingerprint = json.dumps(
             {**fingerprints, "dtype": dtype, "entities": content_sha256(source), "posts": posts_sha256}, sort_keys=True
         )
-        with building_folder(target, fingerprint) as stage, _lock_existing(target):
+        with building_folder(target, fingerprint) as stage, lock_existing(target):
             work = stage / "kb"
             work.mkdir(exist_ok=True)
             writer = ShardWriter(work, 0, dtype, notes=stage / "notes")
@@ -260,7 +261,7 @@ class KnowledgeBase:
                 )
             remaining = source.select(range(writer.num_finished, len(source)))
             if len(remaining):
-                _encode(remaining, name, inputs, writer, batch_size, progress)
+                write_encodings(remaining, name, inputs, writer, batch_size, progress)
             shards = writer.close()
             write_manifest(
                 work,
@@ -275,7 +276,7 @@ class KnowledgeBase:
                 },
             )
             write_left_out_images(work, left_out)
-            _install(work, target)
+            install_kb(work, target)
         kb = cls(target)
         kb._temporary = temporary
         return kb
@@ -345,7 +346,7 @@ class KnowledgeBase:
             path = self.path / entry["file"]
             if path.exists() and file_sha256(path) == entry["sha256"]:
                 continue
-            if _manifest_text(self.path) != self._manifest_text:
+            if manifest_text(self.path) != self._manifest_text:
                 raise KnowledgeBaseError(
                     "The knowledge base was changed by another process since it was opened.",
                     file=self.path,
@@ -370,11 +371,11 @@ class KnowledgeBase:
                 base is damaged.
             LockedError: Another process changes the knowledge base at `path`.
         """
-        target = _writable_target(Path(path))
+        target = writable_target(Path(path))
         in_place = target.resolve() == self.path.resolve()
-        with self.writing() if in_place else _lock_existing(target):
+        with self.writing() if in_place else lock_existing(target):
             with (
-                _temporary_folder(target) as work,
+                temporary_folder_beside(target) as work,
                 tqdm(total=len(self), desc="Saving", unit="row", delay=1, disable=not progress) as bar,
             ):
                 writer = ShardWriter(work, 0, self.dtype)
@@ -384,7 +385,7 @@ class KnowledgeBase:
                     bar.update(len(rows))
                 write_manifest(work, self._manifest | {"shards": writer.close(), "removed": []})
                 write_left_out_images(work, self.left_out_images)
-                _install(work, target)
+                install_kb(work, target)
             if in_place:
                 self._reload()
         return KnowledgeBase(target)
@@ -433,8 +434,8 @@ class KnowledgeBase:
                     remedy="Remove the entity first, omit it, or replace it (replace=True, --replace).",
                 )
             replaced = self._active[[self._row_by_id[entity_id] for entity_id in existing]]
-            inputs = _open_inputs(entities, name, model, processor, posts, bad_images)
-            left_out = _report_bad_images(bad_images)
+            inputs = open_inputs(entities, name, model, processor, posts, bad_images)
+            left_out = report_bad_images(bad_images)
             with self._new_shards(source, name, inputs, batch_size, progress) as shards:
                 write_left_out_images(self.path, self.left_out_images + left_out if left_out else [])
                 self._commit({"shards": self._manifest["shards"] + shards}, replaced)
@@ -446,11 +447,11 @@ class KnowledgeBase:
     ) -> Iterator[list[dict[str, Any]]]:
         """Encodes entities into new shards, which the block adds to the manifest."""
         with write_errors(self.path):
-            _delete_others(self.path, self._manifest, ("encodings-", "entities-", ".adding-"))
+            delete_unnamed_entries(self.path, self._manifest, ("encodings-", "entities-", ".adding-"))
             work = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.path))
         try:
-            writer = ShardWriter(work, _next_shard(self.path), self.dtype, self._manifest["encodings"])
-            _encode(source, name, inputs, writer, batch_size, progress)
+            writer = ShardWriter(work, next_shard_number(self.path), self.dtype, self._manifest["encodings"])
+            write_encodings(source, name, inputs, writer, batch_size, progress)
             shards = writer.close()
             for entry in (shard[part] for shard in shards for part in ("encodings", "entities")):
                 os.replace(work / entry["file"], self.path / entry["file"])
@@ -498,11 +499,11 @@ class KnowledgeBase:
             source, name = open_entities(entities, bad_images, mapping)
             ids = check_ids(source, name)
             self._check_columns(source, name)
-            left_out = _report_bad_images(bad_images)
+            left_out = report_bad_images(bad_images)
             stored = self._digests(progress)
             rows = [
                 row
-                for row, digest in enumerate(_source_digests(source, name, progress))
+                for row, digest in enumerate(source_digests(source, name, progress))
                 if stored.get(ids[row]) != digest
             ]
             given = set(ids)
@@ -511,7 +512,7 @@ class KnowledgeBase:
             added = [ids[row] for row in rows if ids[row] not in stored]
             gone = self._active[[self._row_by_id[entity_id] for entity_id in removed + changed]]
             if rows:
-                inputs = _open_inputs(entities, name, model, processor, None, None)
+                inputs = open_inputs(entities, name, model, processor, None, None)
                 with self._new_shards(source.select(rows), name, inputs, batch_size, progress) as shards:
                     self._commit({"shards": self._manifest["shards"] + shards}, gone)
             elif removed:
@@ -583,8 +584,8 @@ class KnowledgeBase:
         if self._writer == writer:
             yield
             return
-        with _lock(self.path, wait):
-            if _manifest_text(self.path) != self._manifest_text:
+        with kb_lock(self.path, wait):
+            if manifest_text(self.path) != self._manifest_text:
                 self._reload()
             self._writer = writer
             try:
@@ -899,185 +900,3 @@ def _index_function(name: str) -> Any:
     )
     # Imported by name: indexes import this module, and these methods go with the next release.
     return getattr(importlib.import_module("hf_mel.kb.indexes"), name)
-
-
-def _open_inputs(
-    entities: EntitiesLike,
-    name: str | None,
-    model: Any,
-    processor: MelProcessor,
-    posts: str | datasets.Dataset | None,
-    bad_images: list[ImageError] | None,
-) -> ModelInputs:
-    """Returns the inputs of a model, with posts whose images have been checked as those of the entities have."""
-    inputs = ModelInputs.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
-    if inputs.prototypes is None or inputs.prototypes.posts is None:
-        return inputs
-    return ModelInputs(model, processor, without_bad_images(inputs.prototypes.posts, file=name, bad_images=bad_images))
-
-
-def _report_bad_images(bad_images: list[ImageError] | None) -> list[dict[str, Any]]:
-    if bad_images:
-        logger.warning(
-            "%s missing or damaged, and left out. The first: %s",
-            "1 image is" if len(bad_images) == 1 else f"{len(bad_images):,} images are",
-            bad_images[0],
-        )
-    return describe_bad_images(bad_images or ())
-
-
-def _encode(
-    source: datasets.Dataset,
-    name: str | None,
-    inputs: ModelInputs,
-    writer: ShardWriter,
-    batch_size: int,
-    progress: bool,
-) -> None:
-    """Encodes entities batch by batch and passes encodings and rows to `writer`."""
-    if not isinstance(inputs.model, Retriever):
-        raise KnowledgeBaseError(
-            f"{type(inputs.model).__name__} cannot encode entities without a mention.",
-            remedy="Give a retriever; a reranker only orders the candidates that a retriever found.",
-        )
-    _warn_of_unread_columns(source, inputs)
-    further = further_columns(source)
-    undecoded = source.with_format("arrow")  # the plain format would decode every image
-    first = 0
-    with evaluation_mode(inputs.model):
-        for encodings in encode_batches(inputs, source, "entities", batch_size=batch_size, progress=progress):
-            table = _table_to_store(undecoded[first : first + batch_size], further, name)
-            ids = table["entity_id"].to_pylist()
-            if num_rows(encodings) != len(ids):
-                raise KnowledgeBaseError(
-                    f"The model returned {num_rows(encodings)} encodings of {len(ids)} entities.",
-                    remedy="Return one row per entity from encode_entities.",
-                )
-            check_finite(encodings, writer.dtype, ids, name)
-            writer.add(encodings, table)
-            first += len(ids)
-
-
-def _table_to_store(batch: pa.Table, further: Mapping[str, pa.DataType], name: str | None) -> pa.Table:
-    """Returns undecoded entities as they are stored: the columns of the schema, and `further` ones in these types."""
-    schema = entity_schema()
-    table = pa.Table.from_pydict(columns_to_store(batch.select(schema.names).to_pydict(), name), schema=schema)
-    for column, column_type in further.items():
-        table = table.append_column(pa.field(column, column_type), batch[column].cast(column_type))
-    return table
-
-
-def _source_digests(source: datasets.Dataset, name: str | None, progress: bool) -> Iterator[bytes]:
-    """Yields the digest of each entity as it would be stored."""
-    further = further_columns(source)
-    undecoded = source.with_format("arrow")  # the plain format would decode every image
-    with tqdm(total=len(source), desc="Comparing", unit="row", delay=1, disable=not progress) as bar:
-        for first in range(0, len(source), 256):
-            for row in _table_to_store(undecoded[first : first + 256], further, name).to_pylist():
-                yield row_digest(row)
-                bar.update()
-
-
-def _warn_of_unread_columns(source: datasets.Dataset, inputs: ModelInputs) -> None:
-    """Logs which text columns have values that the processor does not read, because users see them beside results."""
-    filled = [
-        column
-        for column in DESCRIBING_COLUMNS
-        if column in source.column_names and any(any(value or ()) for value in source[column])
-    ]
-    if unread := unread_columns(inputs.processor, filled, posts=knows_posts(inputs.model)):
-        logger.warning(
-            "%s does not read all columns that the entities fill. These change no score: %s. To use them, train a model "
-            "whose processor reads them.",
-            type(inputs.processor).__name__,
-            ", ".join(unread),
-        )
-
-
-def _writable_target(path: Path) -> Path:
-    """Returns the folder that a new knowledge base at `path` is written to: `path`, or the folder that it links to."""
-    target = link_target(path)
-    if target.exists() and not target.is_dir():
-        raise KnowledgeBaseError("This path exists and is not a folder.", file=path, remedy="Choose another output.")
-    if target.exists() and any(target.iterdir()) and not (target / MANIFEST_NAME).is_file():
-        raise KnowledgeBaseError(
-            "The folder is not empty and holds no knowledge base.", file=path, remedy="Choose another output."
-        )
-    return target
-
-
-def _manifest_text(folder: Path) -> str | None:
-    try:
-        return (folder / MANIFEST_NAME).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def _next_shard(folder: Path) -> int:
-    """Returns a number that no shard of the knowledge base has had. Removed shards had lower ones."""
-    names = (re.fullmatch(r"(?:encodings|entities)-(\d+)\.\w+", path.name, re.ASCII) for path in folder.iterdir())
-    return 1 + max((int(name[1]) for name in names if name), default=-1)
-
-
-def _delete_others(folder: Path, manifest: Mapping[str, Any], prefixes: tuple[str, ...]) -> None:
-    """Deletes entries whose names start with a prefix and that the manifest does not name."""
-    names = {shard[part]["file"] for shard in manifest["shards"] for part in ("encodings", "entities")}
-    for path in folder.iterdir():
-        if path.name.startswith(prefixes) and path.name not in names:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def _lock(folder: Path, wait: float = 0.0) -> AbstractContextManager[None]:
-    """Returns the lock that a writer of a knowledge base holds."""
-    return writer_lock(
-        folder / ".writer.lock",
-        busy="The knowledge base is being changed",
-        remedy="Repeat this later, or wait for the other process: --wait SECONDS, or kb.writing(wait=SECONDS).",
-        target=folder,
-        wait=wait,
-    )
-
-
-def _lock_existing(target: Path) -> AbstractContextManager[None]:
-    """Returns the lock of the knowledge base that is about to be replaced, if there is one."""
-    return _lock(target) if (target / MANIFEST_NAME).is_file() else nullcontext()
-
-
-@contextmanager
-def _temporary_folder(target: Path) -> Iterator[Path]:
-    """Yields a folder beside `target`, which is deleted after the block unless it was renamed."""
-    with write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        work.chmod(0o755)  # mkdtemp makes it private
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _install(work: Path, target: Path) -> None:
-    """Moves the finished knowledge base `work` to `target`. The caller holds the lock of one that it replaces.
-
-    An existing folder stays, and gets new files under names that it does not have. It is thus never without a knowledge
-    base, and open readers keep theirs. Indexes of the old one are deleted.
-    """
-    with write_errors(target):
-        if not (target / MANIFEST_NAME).is_file():
-            replace_folder(work, target)
-            return
-        _, manifest = read_manifest(work)
-        for number, shard in enumerate(manifest["shards"], start=_next_shard(target)):
-            for part in ("encodings", "entities"):
-                name = re.sub(r"\d+", f"{number:05d}", shard[part]["file"])
-                os.replace(work / shard[part]["file"], target / name)
-                shard[part]["file"] = name
-        write_manifest(target, manifest)
-        if (work / LEFT_OUT_NAME).is_file():
-            os.replace(work / LEFT_OUT_NAME, target / LEFT_OUT_NAME)
-        else:
-            (target / LEFT_OUT_NAME).unlink(missing_ok=True)
-        _delete_others(target, manifest, ("encodings-", "entities-", "index-", ".index-"))

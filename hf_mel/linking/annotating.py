@@ -9,6 +9,7 @@ from typing import Any
 from hf_mel.data.images import open_image
 from hf_mel.detection.spans import MentionDetector, MentionSpan, checked_spans
 from hf_mel.errors import DataFormatError, SpanError
+from hf_mel.linking.results import LinkResult
 from hf_mel.schema import NIL
 
 #: A text to annotate: a string, or a mapping with `text`, and optionally `image` and `spans`.
@@ -29,7 +30,7 @@ class AnnotatedMention:
         mention (`str`): Its words, as in the text.
         label (`str`): The kind of thing that it names, in the words of the detector. May be empty.
         detection_score (`float`, *optional*): How sure the detector is. `None` if it does not say.
-        link ([`~hf_mel.linking.linker.LinkResult`], *optional*): Candidates, scores and decision. `None` if it was not linked.
+        link ([`~hf_mel.linking.results.LinkResult`], *optional*): Candidates, scores and decision. `None` if it was not linked.
     """
 
     start: int
@@ -37,7 +38,7 @@ class AnnotatedMention:
     mention: str
     label: str = ""
     detection_score: float | None = None
-    link: Any = None
+    link: LinkResult | None = None
 
     @property
     def entity_id(self) -> str | None:

@@ -17,7 +17,9 @@ from tqdm.auto import tqdm
 from hf_mel.data.images import verify_image
 from hf_mel.errors import DataFormatError, MelError, first_lines
 from hf_mel.files import file_sha256, is_stream, link_target, open_stream, write_text
-from hf_mel.linking.linker import EntityLinker, LinkResult, check_mention
+from hf_mel.linking.linker import EntityLinker
+from hf_mel.linking.mentions import locate_mention
+from hf_mel.linking.results import LinkResult
 from hf_mel.locks import writer_lock
 from hf_mel.row_columns import ColumnMapping
 from hf_mel.row_files import MAX_LISTED, ROW_SUFFIXES, int_cell, read_rows, text_cell
@@ -245,7 +247,7 @@ def _input_row(path: Path, line: int, row: dict[str, Any]) -> InputRow:
         for column in mention.keys() & {"start", "end"}:
             row[column] = mention[column] = int_cell(path, line, mention, column)
         mention["image"] = path.parent / mention["image"] if mention.get("image") else None
-        check_mention(mention, line)
+        locate_mention(mention, line)
         if mention["image"] is not None:
             verify_image(mention["image"], row=line)
     except MelError as error:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast, overload
 
@@ -22,14 +21,14 @@ from hf_mel.data.images import ImageSource, open_image
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.detection.gazetteer import Gazetteer
 from hf_mel.detection.spans import MentionDetector
-from hf_mel.errors import CalibrationError, DataFormatError, FilterError, KnowledgeBaseError, MelError, SpanError
+from hf_mel.errors import CalibrationError, DataFormatError, FilterError, KnowledgeBaseError, MelError
 from hf_mel.inference.checkpoints import load_reranker, load_retriever
 from hf_mel.inference.encodings import as_float, slice_encodings, to_device
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.fingerprint import describe_model
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.probe import sees_images, sees_images_in_pairs, unread_columns_in_pairs
-from hf_mel.inference.ranking import TIE_TOLERANCE, RankingResult, score_of_units
+from hf_mel.inference.ranking import RankingResult, score_of_units
 from hf_mel.inference.reranking import score_pairs
 from hf_mel.inference.selective import RiskCoverage, link_confidence
 from hf_mel.inference.sparse_scores import SparseScores
@@ -39,6 +38,8 @@ from hf_mel.kb.indexes.base import ExactIndex, rank_rows
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.annotating import annotate_batches
 from hf_mel.linking.explaining import Explanation, explain
+from hf_mel.linking.mentions import MENTION_DEFAULTS, MentionLike, context_key, locate_mention
+from hf_mel.linking.results import Candidate, LinkResult, RankedMention, scores_equal
 from hf_mel.protocols import (
     LimitsTexts,
     LocatesTokens,
@@ -49,135 +50,9 @@ from hf_mel.protocols import (
     ranks_jointly_by_default,
 )
 from hf_mel.row_columns import ColumnMapping
-from hf_mel.row_files import other_unicode_form
-from hf_mel.schema import DESCRIBING_COLUMNS, NIL, NO_SPAN, threshold_in_json
+from hf_mel.schema import DESCRIBING_COLUMNS, NIL
 
 logger = logging.getLogger(__name__)
-
-#: A mention to link. A textual mention has a `text`, its position as `mention`, as `start` and `end`, or as all three, and
-#: optionally an `image`. A visual mention, which only a reranker of documents reads, has the `modality` "image" and an
-#: `image`. Mentions of one document share a `document_id`.
-MentionLike = Mapping[str, Any]
-
-_EXAMPLE = '{"text": "Swift on stage.", "mention": "Swift"}'
-# Columns of the schema that a mention to link may lack.
-_DEFAULTS = {"mention_id": "", "context_id": "", "mention_type": "", "topic": "", "image": None, "candidates": ()}
-
-
-@dataclass
-class Candidate:
-    """An entity that a mention may refer to.
-
-    Args:
-        rank (`int`): 1 + number of candidates with a higher score. Equal scores have equal ranks.
-        entity_id, name, description, attributes (`str`): Columns of the entity.
-        score (`float`): Score of the model, higher is better. With a name weight w, plus w · `name_score`.
-        unit_scores (`dict[str, float]`): Scores of the model's interaction units. Their mean, which the model may weigh,
-            less the NIL score of a model that learns one, is the score of the model. Units that read what the mention
-            lacks, such as its image, are left out. Empty
-            for a model with a single unit.
-        reranker_score (`float`, *optional*): Score of the reranker, by which the first `rerank_k` candidates are sorted.
-            `None` for later candidates, and without a reranker.
-        name_score (`float`, *optional*): Similarity of the mention and the best name or alias, in [0, 1]
-            ([`~hf_mel.candidates.name_index.NameIndex.scores`]). `None` without a name weight.
-    """
-
-    rank: int
-    entity_id: str
-    name: str
-    description: str
-    attributes: str
-    score: float
-    unit_scores: dict[str, float]
-    reranker_score: float | None = None
-    name_score: float | None = None
-
-
-@dataclass
-class LinkResult:
-    """The result of linking one mention.
-
-    Args:
-        mention (`str`): Surface form of the mention.
-        start, end (`int`): Characters of the mention in the text, end exclusive; -1 if it was given with -1.
-        entity_id (`str`, *optional*): Id of the best candidate, or "NIL"; `None` if the link is left to a reviewer.
-        is_nil (`bool`): Whether the best score of the retriever is below `nil_threshold`.
-        nil_threshold (`float`, *optional*): The threshold. `None` if there is none, so that no mention is NIL.
-        num_tied (`int`): Number of entities of the knowledge base that have the best score, usually 1. Of several, the
-            first of the knowledge base is taken. An index counts only the entities that it returns.
-        candidates (`list[Candidate]`): The best `top_k` entities, best first. A mention that is NIL has them too.
-        warnings (`list[str]`): Sentences for the user, for instance that an image was not used.
-        needs_review (`bool`): Whether the link is not made, because it is less sure than the stated precision asks.
-        confidence (`float`, *optional*): How sure the link is ([`~hf_mel.inference.selective.link_confidence`]). `None`
-            without a stated precision.
-    """
-
-    mention: str
-    start: int
-    end: int
-    entity_id: str | None
-    is_nil: bool
-    nil_threshold: float | None
-    candidates: list[Candidate]
-    warnings: list[str] = field(default_factory=list)
-    num_tied: int = 1
-    needs_review: bool = False
-    confidence: float | None = None
-
-    @property
-    def best(self) -> Candidate:
-        """The best candidate, also if the mention is NIL."""
-        return self.candidates[0]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the result as plain data for JSON. An infinite threshold, which JSON lacks, becomes the nearest float."""
-        return {**asdict(self), "nil_threshold": threshold_in_json(self.nil_threshold)}
-
-
-@dataclass
-class _RankedMention:
-    """A mention and the entities ranked for it, best first.
-
-    Args:
-        row (`dict`): The mention as a row of the schema.
-        entity_rows (`list[int]`): Rows of the entities in the knowledge base.
-        scores (`list[float]`): Scores of the retriever.
-        best_score (`float`): Best score of the retriever, which decides about NIL.
-        reranker_scores (`list[float | None]`): Scores of the reranker, `None` for entities that it did not score.
-        name_scores (`list[float | None]`): Name scores, `None` without a name weight.
-        num_tied (`int`): Number of entities with the best score of the retriever, or of the reranker.
-        confidence (`float`): How sure the link to the retriever's best entity is.
-    """
-
-    row: dict[str, Any]
-    entity_rows: list[int]
-    scores: list[float]
-    best_score: float
-    reranker_scores: list[float | None]
-    name_scores: list[float | None]
-    num_tied: int = 1
-    confidence: float = 0.0
-
-    def rerank(self, reranker_scores: list[float]) -> None:
-        """Sorts the first entities by the reranker's scores of them, and leaves the others in place."""
-        order = sorted(range(len(reranker_scores)), key=lambda c: -reranker_scores[c])
-        self.reranker_scores = [*(reranker_scores[c] for c in order), *self.reranker_scores[len(order) :]]
-        for name in ("entity_rows", "scores", "name_scores"):
-            values = getattr(self, name)
-            setattr(self, name, [values[c] for c in order] + values[len(order) :])
-        self.num_tied = sum(_equal(score, max(reranker_scores)) for score in reranker_scores)
-
-    def ranks(self) -> list[int]:
-        """Returns 1 + the number of better entities for each entity. Reranked entities come before the others."""
-        ranks: list[int] = []
-        keys = [
-            (ranked is not None, score if ranked is None else ranked)
-            for score, ranked in zip(self.scores, self.reranker_scores, strict=True)
-        ]
-        for place, (is_reranked, score) in enumerate(keys):
-            group, first_score = keys[ranks[-1] - 1] if ranks else (None, 0.0)
-            ranks.append(ranks[-1] if group is is_reranked and _equal(score, first_score) else place + 1)
-        return ranks
 
 
 class EntityLinker:
@@ -450,7 +325,7 @@ class EntityLinker:
         if mentions is None:
             mentions = single
         if isinstance(mentions, Mapping):
-            return self._link_batch([mentions], [_locate(mentions, None)], [None], top_k, units)[0]
+            return self._link_batch([mentions], [locate_mention(mentions, None)], [None], top_k, units)[0]
         # Lazy rows decode the images of one batch at a time.
         many: Any = LazyRows(mentions) if isinstance(mentions, datasets.Dataset) else mentions
         results: list[Any] = [None] * len(many)
@@ -484,7 +359,7 @@ class EntityLinker:
         Raises:
             As in [`EntityLinker.__call__`].
         """
-        spans = [_locate(mentions[k], k) for k in range(len(mentions))]
+        spans = [locate_mention(mentions[k], k) for k in range(len(mentions))]
         for batch in self._batches(mentions, batch_size):
             if any(k not in done for k in batch):
                 batch_mentions, batch_spans = [mentions[k] for k in batch], [spans[k] for k in batch]
@@ -524,7 +399,7 @@ class EntityLinker:
                 second = max(scores[1:], default=-math.inf)
                 confidence = float(link_confidence(scores[0], second, learns_nil(self.model)))
                 ranked.append(
-                    _RankedMention(
+                    RankedMention(
                         row, top_rows.tolist(), scores, scores[0], nothing, name_scores, num_tied[k], confidence
                     )
                 )
@@ -579,7 +454,7 @@ class EntityLinker:
         rows: np.ndarray | None,
     ) -> list[int]:
         """Returns how many entities have the best score, for each of M mentions."""
-        counts = [sum(_equal(score, scores[0]) for score in scores) for scores in ranking.top_scores.tolist()]
+        counts = [sum(scores_equal(score, scores[0]) for score in scores) for scores in ranking.top_scores.tolist()]
         num_ranked = ranking.top_scores.shape[1]
         num_entities = len(self.kb) if rows is None else len(rows)
         open_counts = [number for number, count in enumerate(counts) if count == num_ranked < num_entities]
@@ -632,9 +507,9 @@ class EntityLinker:
         """Returns a key that is equal for mentions that the reranker reads or ranks together."""
         if getattr(self.reranker, "example_unit", None) == "document" and mention.get("document_id"):
             return "document", mention["document_id"]
-        return _context_key(mention)
+        return context_key(mention)
 
-    def _rerank(self, ranked: list[_RankedMention], example_keys: list[Any]) -> None:
+    def _rerank(self, ranked: list[RankedMention], example_keys: list[Any]) -> None:
         """Reorders the first `rerank_k` entities of every mention."""
         number_of = {key: number for number, key in enumerate(dict.fromkeys(example_keys))}
         rows = [
@@ -678,7 +553,7 @@ class EntityLinker:
 
     def _link_result(
         self,
-        mention: _RankedMention,
+        mention: RankedMention,
         encodings: Mapping[str, torch.Tensor],
         entities: Mapping[int, Mapping[str, Any]],
         top_k: int,
@@ -688,7 +563,7 @@ class EntityLinker:
         """Returns the result of one mention.
 
         Args:
-            mention ([`_RankedMention`]): The mention and its entities.
+            mention ([`RankedMention`]): The mention and its entities.
             encodings: Encodings of the mention, with first axis 1.
             entities: Row in the knowledge base → entity, for the first `top_k` entities.
             top_k, nil_threshold, chosen_units: Number of candidates, and the threshold and the units that apply.
@@ -875,7 +750,7 @@ class EntityLinker:
             UnknownEntityError: The knowledge base has no such entity.
             SpanError, DataFormatError, ImageError: As in [`EntityLinker.__call__`].
         """
-        mention_row = self._mention_row(mention, _locate(mention, None), None)
+        mention_row = self._mention_row(mention, locate_mention(mention, None), None)
         kb_row = self.kb.row_of(entity_id)
         image = self.kb.image(kb_row) if self._sees_images else None
         entity = {**self.kb.rows([kb_row])[0], "images": [] if image is None else [image]}
@@ -885,7 +760,7 @@ class EntityLinker:
     def _mention_row(mention: MentionLike, span: tuple[str, int, int], position: int | None) -> dict[str, Any]:
         """Returns a mention as a row of the schema with an opened image."""
         surface, start, end = span
-        row = {**_DEFAULTS, "text": "", **mention, "mention": surface, "start": start, "end": end}
+        row = {**MENTION_DEFAULTS, "text": "", **mention, "mention": surface, "start": start, "end": end}
         if row["image"] is not None:
             row["image"] = open_image(row["image"], row=position)
         return row
@@ -903,120 +778,3 @@ class EntityLinker:
     @cached_property
     def _reranker_sees_images(self) -> bool:
         return self.reranker_processor is not None and sees_images_in_pairs(self.reranker_processor)
-
-
-def _context_key(mention: MentionLike) -> Any:
-    """Returns a key that is equal for the mentions of one context."""
-    if mention.get("context_id"):
-        return mention["context_id"]
-    image = mention.get("image")
-    return mention.get("text"), image if isinstance(image, str | os.PathLike | bytes | None) else id(image)
-
-
-def check_mention(mention: MentionLike, row: int | str | None = None) -> None:
-    """Checks that a mention has a text and a place in it, as [`EntityLinker.__call__`] does.
-
-    Args:
-        mention (mapping): The mention.
-        row (`int` or `str`, *optional*): Its position in a list or file, for error messages.
-
-    Raises:
-        SpanError, DataFormatError: As in [`EntityLinker.__call__`].
-    """
-    _locate(mention, row)
-
-
-def _locate(mention: MentionLike, row: int | str | None) -> tuple[str, int, int]:
-    """Checks a mention, and returns its surface form, start and end.
-
-    Args:
-        mention: The mention.
-        row (`int` or `str`, *optional*): Position in the list of mentions, for error messages.
-    """
-    if not isinstance(mention, Mapping):
-        raise DataFormatError(
-            f"The mention is a {type(mention).__name__} instead of a mapping.", row=row, remedy=f"Give {_EXAMPLE}."
-        )
-    visual = mention.get("modality") == "image"
-    for key in ("text", "mention"):
-        value = mention.get(key)
-        if value is None and key == "text" and not visual:
-            raise DataFormatError("The mention has no text=.", row=row, remedy=f"Give {_EXAMPLE}.")
-        if value is not None and not isinstance(value, str):
-            raise DataFormatError(f"{key}={value!r} is not a string.", row=row, remedy=f"Give {_EXAMPLE}.")
-    if visual:
-        if mention.get("image") is None:
-            raise DataFormatError("The visual mention has no image=.", row=row, remedy="Give its picture as image=.")
-        return "", NO_SPAN, NO_SPAN
-    text: str = mention["text"]
-    surface: Any = mention.get("mention")
-    start, end = _offset(mention, "start", row), _offset(mention, "end", row)
-    if surface is None and start is None and end is None:
-        raise SpanError(
-            "Nothing says where the mention is in its text.", row=row, remedy=f"Give {_EXAMPLE}, or start= and end=."
-        )
-    if surface is not None and not surface.strip():
-        raise SpanError("mention= is empty.", row=row, remedy="Give the words of the text that name the entity.")
-    if start is None or end is None:
-        if start is not None or end is not None:
-            raise SpanError(
-                f"{'end' if end is None else 'start'}= is missing.",
-                row=row,
-                remedy="Give start= and end=, or neither.",
-            )
-        start = text.find(surface)
-        end = start + len(surface)
-        if start < 0:
-            raise SpanError(
-                f"The mention {_quote(surface)} is not in its text.", row=row, remedy=_find_remedy(text, surface)
-            )
-    elif start == end == NO_SPAN and surface is not None:
-        pass  # a mention that is not located
-    elif not (0 <= start < end <= len(text)) or (surface is None and not text[start:end].strip()):
-        raise SpanError(
-            f"start={start}, end={end} holds no mention in a text of {len(text)} characters.",
-            row=row,
-            remedy="Count characters from 0; end= is the first character after the mention.",
-        )
-    elif surface is not None and text[start:end] != surface:
-        raise SpanError(
-            f"The text at start={start}, end={end} is {_quote(text[start:end])}, not {_quote(surface)}.",
-            row=row,
-            remedy="Count characters from 0; end= is the first character after the mention. Or leave out both, to link "
-            "the first occurrence.",
-        )
-    return text[start:end] if surface is None else surface, start, end
-
-
-def _offset(mention: MentionLike, key: str, row: int | str | None) -> int | None:
-    """Returns `start` or `end` of a mention, which may be any integer type, such as NumPy's."""
-    value = mention.get(key)
-    if value is None:
-        return None
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise DataFormatError(
-            f"{key}={value!r} is not an integer.", row=row, remedy="Count the characters of the text from 0."
-        ) from None
-
-
-def _find_remedy(text: str, surface: str) -> str:
-    """Returns what to do about a mention that its text does not contain."""
-    if remedy := other_unicode_form(text, surface):
-        return remedy
-    if surface.casefold() in text.casefold():
-        return "Write it exactly as in the text: upper and lower case differ."
-    return "Write it exactly as in the text."
-
-
-def _equal(score: float, other: float) -> bool:
-    """Whether two scores differ by no more than rounding, as in [`~hf_mel.inference.ranking.rank`]."""
-    return abs(score - other) <= TIE_TOLERANCE * max(1.0, abs(other))
-
-
-def _quote(text: str) -> str:
-    """Returns the text in quotes, shortened to 40 characters."""
-    return repr(text if len(text) <= 40 else text[:39] + "…")

@@ -23,7 +23,7 @@ class MultimodalEntityLinkingPipeline(Pipeline):
     ```
 
     A call takes one mention or a list of mentions, as [`~hf_mel.EntityLinker`] does. It returns one dict or a list of
-    dicts, the output of [`~hf_mel.linking.linker.LinkResult.to_dict`].
+    dicts, the output of [`~hf_mel.linking.results.LinkResult.to_dict`].
 
     Args:
         kb ([`~hf_mel.KnowledgeBase`], `str` or `os.PathLike`): A knowledge base that this model built, its folder, or its

@@ -28,7 +28,8 @@ from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.reranking import score_pairs
 from hf_mel.kb import shards
 from hf_mel.kb.knowledge_base import KnowledgeBase
-from hf_mel.linking.linker import EntityLinker, _RankedMention
+from hf_mel.linking.linker import EntityLinker
+from hf_mel.linking.results import RankedMention
 from hf_mel.schema import NIL, entity_features
 from tests.toy import ToyPairProcessor, ToyProcessor, register, toy_entities, toy_mentions, toy_model, toy_reranker
 from tests.toy_documents import ToyDocumentProcessor, toy_document_reranker
@@ -271,7 +272,7 @@ def test_equal_scores_have_equal_ranks():
 
 
 def test_a_tie_of_the_reranker_is_said():
-    ranked = _RankedMention({}, [0, 1, 2, 3], [4.0, 3.0, 2.0, 2.0], 4.0, [None] * 4, [None] * 4)
+    ranked = RankedMention({}, [0, 1, 2, 3], [4.0, 3.0, 2.0, 2.0], 4.0, [None] * 4, [None] * 4)
     ranked.rerank([1.0, 5.0, 5.0])
     assert ranked.entity_rows == [1, 2, 0, 3]
     assert ranked.ranks() == [1, 1, 3, 4]

@@ -24,7 +24,8 @@ from PIL import Image
 
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.explaining import Explanation
-from hf_mel.linking.linker import Candidate, EntityLinker, LinkResult
+from hf_mel.linking.linker import EntityLinker
+from hf_mel.linking.results import Candidate, LinkResult
 from hf_mel.row_files import ROW_SUFFIXES
 from tests.spaces.small_model import small_model
 from tests.toy import ToyPairProcessor, ToyProcessor, register, toy_entities, toy_model, toy_reranker
