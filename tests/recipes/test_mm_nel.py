@@ -22,7 +22,7 @@ PAPER = (
     {"num_candidates": 30},
 )
 VARIANTS = [
-    *((name, "", {"joint": "transport"}) for name in ("mm_nel_flags", "mm_nel_m3el")),
+    *((name, "", {"joint": "transport"}) for name in ("mm_nel_flags", "mm_nel-plain_flags", "mm_nel_m3el")),
     *((name, "", {"joint": "none"}) for name in ("mm_nel-text_wikimel", "mm_nel_aida")),
     ("mm_nel_flags", "model.config.joint=none", {"joint": "none", "num_relations": 3}),
     ("mm_nel_flags", "model.config.joint=none model.config.num_relations=0", {"joint": "none", "num_relations": 0}),
