@@ -81,7 +81,7 @@ def id_of(reference: int) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is read of each document, and which items become candidates.
+    """The choice of what is read of each document, and of the items that become candidates.
 
     Args:
         languages (tuple of `str`): Language codes, the most wanted first.
@@ -101,7 +101,7 @@ class Selection:
 
 @dataclass
 class Records:
-    """What some documents hold, as values of JSON.
+    """The contents of some documents, as values of JSON.
 
     Args:
         labels (`list[list]`): [reference, label] of every item and property that has a label.

@@ -60,7 +60,7 @@ class Part:
 
 @dataclass
 class Summary:
-    """What is known when all parts have been read: their number, the sha256 of each file, and the layout."""
+    """The result of reading all parts: their number, the sha256 of each file, and the layout."""
 
     num_parts: int
     sha256: dict[str, str]

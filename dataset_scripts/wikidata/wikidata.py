@@ -55,7 +55,7 @@ PROPERTIES = {
 
 @dataclass
 class WikidataConfig(ReleaseConfig):
-    """Which items are taken, and what is read of them. Lists have commas.
+    """Options of the build: the items that are taken, and what is read of them. Lists have commas.
 
     Args:
         languages (`str`): Languages of labels, descriptions and aliases, the most wanted first ("en,de"). A text is in

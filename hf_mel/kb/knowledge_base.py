@@ -96,7 +96,7 @@ _RENAMED = {"stored": "num_physical_rows", "rows_of_stored": "rows_of_physical",
 
 @dataclass(frozen=True)
 class KnowledgeBaseUpdate:
-    """What [`KnowledgeBase.update`] has changed.
+    """The changes that [`KnowledgeBase.update`] made.
 
     Args:
         added, changed, removed (`list[str]`): Ids of entities.

@@ -325,7 +325,7 @@ class MmelModel(MmelPreTrainedModel):
 
     @property
     def example_unit(self) -> str:
-        """What a training example is, as [`hf_mel.protocols.Reranker`] describes it."""
+        """The unit of a training example, as [`hf_mel.protocols.Reranker`] describes it."""
         return self.config.training_unit
 
     @property
