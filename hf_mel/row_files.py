@@ -98,13 +98,7 @@ def read_rows(
             file=path,
             remedy="Convert the file to one of these formats. Save a spreadsheet as CSV in UTF-8.",
         )
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataFormatError(
-            f"The file cannot be read ({error.strerror}).", file=path, remedy="Check the path."
-        ) from error
-    text = decode_utf8(path, data)
+    text = read_utf8(path)
     header = _Header(path, columns, mapping or ColumnMapping(), required, keep_others)
     yield from readers[suffix](path, text, header, _raise if bad_rows is None else bad_rows.append)
 
@@ -142,12 +136,18 @@ def _raise(error: DataFormatError) -> None:
     raise error
 
 
-def decode_utf8(path: Path, data: bytes) -> str:
-    """Decodes UTF-8.
+def read_utf8(path: Path) -> str:
+    """Returns the text of a file in UTF-8.
 
     Raises:
-        DataFormatError: The file has another encoding; names the one that fits.
+        DataFormatError: The file cannot be read, or has another encoding; names the one that fits.
     """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataFormatError(
+            f"The file cannot be read ({error.strerror}).", file=path, remedy="Check the path."
+        ) from error
     marks = {
         b"\xff\xfe\x00\x00": "UTF-32",
         b"\x00\x00\xfe\xff": "UTF-32",

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from hf_mel.errors import DataFormatError
-from hf_mel.row_files import decode_utf8
+from hf_mel.row_files import read_utf8
 
 #: Suffixes of files that hold one text each.
 TEXT_SUFFIXES = (".txt", ".md", ".html", ".htm")
@@ -54,13 +54,7 @@ def read_text_file(path: str | os.PathLike[str]) -> str:
         DataFormatError: The file cannot be read, or is not UTF-8.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataFormatError(
-            f"The file cannot be read ({error.strerror}).", file=path, remedy="Check the path."
-        ) from error
-    text = decode_utf8(path, data)
+    text = read_utf8(path)
     return html_text(text) if path.suffix.lower() in (".html", ".htm") else text
 
 

@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from hf_mel.data.images import verify_image
 from hf_mel.data.text_files import TEXT_SUFFIXES, read_text_file, text_files
 from hf_mel.detection.spans import MentionDetector
-from hf_mel.errors import DataFormatError, MelError
+from hf_mel.errors import MelError
 from hf_mel.linking.annotating import AnnotatedText, annotate_batches, check_text
-from hf_mel.linking.link_file import InputRow, unlinkable_rows_error, write_results
+from hf_mel.linking.link_file import InputRow, checked_rows, read_input_rows, write_results
 from hf_mel.linking.linker import EntityLinker
 from hf_mel.row_columns import ColumnMapping
-from hf_mel.row_files import parse_json, read_rows, text_cell
+from hf_mel.row_files import parse_json, text_cell
 
 #: Columns of a file of texts that are read, whose names may differ in case.
 TEXT_COLUMNS = {name: name for name in ("text", "image", "spans")}
@@ -95,13 +95,8 @@ def read_texts(
     elif path.suffix.lower() in TEXT_SUFFIXES:
         rows = [_file_row(1, path, path.parent)]
     else:
-        rows = _table_of_texts(path, mapping or ColumnMapping())
-    if not rows:
-        raise DataFormatError("The file holds no texts.", file=path, remedy="Add at least one row.")
-    bad = [row.error for row in rows if row.error is not None]
-    if bad and not skip_bad_rows:
-        raise unlinkable_rows_error(path, bad, len(rows))
-    return rows
+        rows = read_input_rows(path, TEXT_COLUMNS, _text_of, mapping=mapping, added_columns=_ADDED_COLUMNS)
+    return checked_rows(path, rows, "texts", skip_bad_rows)
 
 
 def annotate_file(
@@ -170,42 +165,19 @@ def _file_row(number: int, file: Path, folder: Path) -> InputRow:
     return InputRow(number, row, {"text": row["text"]})
 
 
-def _table_of_texts(path: Path, mapping: ColumnMapping) -> list[InputRow]:
-    mapping.check_targets(TEXT_COLUMNS)
-    unreadable: list[DataFormatError] = []
-    records = read_rows(path, TEXT_COLUMNS, mapping=mapping, required=["text"], keep_others=True, bad_rows=unreadable)
-    rows = []
-    for line, row in records:
-        for column in _ADDED_COLUMNS:
-            if column in row:
-                raise DataFormatError(
-                    f"The row has the column {column!r}, which the output adds.",
-                    file=path,
-                    row=line,
-                    remedy="Rename or remove it in all rows.",
-                )
-        rows.append(_text_row(path, line, row))
-    mapping.check_used(path)
-    rows += [InputRow(int(error.row or 0), {"row": error.row}, {}, error) for error in unreadable]
-    return sorted(rows, key=lambda row: row.line)
-
-
-def _text_row(path: Path, line: int, row: dict[str, Any]) -> InputRow:
-    try:
-        text: dict[str, Any] = {"text": row.get("text")}
-        if image := text_cell(path, line, row, "image"):
-            text["image"] = path.parent / image
-            verify_image(text["image"], row=line)
-        spans = row.get("spans")
-        if isinstance(spans, str):
-            spans = parse_json(spans, file=path, row=line) if spans.strip() else None
-        if spans is not None:
-            row["spans"] = text["spans"] = spans
-        check_text(text, line)
-    except MelError as error:
-        message = error.message if error.file in (None, path) else f"{error.file}: {error.message}"
-        return InputRow(line, row, {}, error.changed(message=message, file=path, row=line))
-    return InputRow(line, row, text)
+def _text_of(path: Path, line: int, row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the text of a row of a table, whose spans are read if they are JSON."""
+    text: dict[str, Any] = {"text": row.get("text")}
+    if image := text_cell(path, line, row, "image"):
+        text["image"] = path.parent / image
+        verify_image(text["image"], row=line)
+    spans = row.get("spans")
+    if isinstance(spans, str):
+        spans = parse_json(spans, file=path, row=line) if spans.strip() else None
+    if spans is not None:
+        row["spans"] = text["spans"] = spans
+    check_text(text, line)
+    return text
 
 
 def read_annotated(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:

@@ -90,16 +90,38 @@ def read_mentions(
         DataFormatError: The file cannot be read, has no rows, or has a column `linked` or `error`, which the output adds;
             or it has bad rows, and `skip_bad_rows` is not set. Names all bad rows.
     """
-    path = Path(path)
+    rows = read_input_rows(Path(path), MENTION_COLUMNS, _mention_of, mapping=mapping, added_columns=_ADDED_COLUMNS)
+    return checked_rows(Path(path), rows, "mentions", skip_bad_rows)
+
+
+def read_input_rows(
+    path: Path,
+    columns: Mapping[str, str],
+    read_row: Callable[[Path, int, dict[str, Any]], dict[str, Any]],
+    *,
+    mapping: ColumnMapping | None,
+    added_columns: Sequence[str],
+) -> list[InputRow]:
+    """Reads the rows of a file for [`write_results`], in their order. A bad row gets an `error`.
+
+    Args:
+        path (`Path`): A file that [`~hf_mel.row_files.read_rows`] reads, with a column `text`.
+        columns (mapping): Columns that are read; the others are kept.
+        read_row: Takes the path, a line and its row, and returns what is linked. Raises a [`~hf_mel.errors.MelError`] for a
+            bad row.
+        mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in the file.
+        added_columns (sequence of `str`): Columns of the output that no row may have.
+
+    Raises:
+        DataFormatError: The file cannot be read, or a row has one of the `added_columns`.
+    """
     mapping = mapping or ColumnMapping()
-    mapping.check_targets(MENTION_COLUMNS)
+    mapping.check_targets(columns)
     unreadable: list[DataFormatError] = []
-    records = read_rows(
-        path, MENTION_COLUMNS, mapping=mapping, required=["text"], keep_others=True, bad_rows=unreadable
-    )
+    records = read_rows(path, columns, mapping=mapping, required=["text"], keep_others=True, bad_rows=unreadable)
     rows = []
     for line, row in records:
-        for column in _ADDED_COLUMNS:
+        for column in added_columns:
             if column in row:
                 raise DataFormatError(
                     f"The row has the column {column!r}, which the output adds.",
@@ -107,15 +129,27 @@ def read_mentions(
                     row=line,
                     remedy="Rename or remove it in all rows.",
                 )
-        rows.append(_input_row(path, line, row))
+        try:
+            rows.append(InputRow(line, row, read_row(path, line, row)))
+        except MelError as error:
+            message = error.message if error.file in (None, path) else f"{error.file}: {error.message}"
+            rows.append(InputRow(line, row, {}, error.changed(message=message, file=path, row=line)))
     mapping.check_used(path)
     rows += [InputRow(int(error.row or 0), {"row": error.row}, {}, error) for error in unreadable]
-    rows.sort(key=lambda row: row.line)
+    return sorted(rows, key=lambda row: row.line)
+
+
+def checked_rows(path: Path, rows: list[InputRow], content: str, skip_bad_rows: bool) -> list[InputRow]:
+    """Returns the rows of a file of "mentions" or "texts" if they can be linked.
+
+    Raises:
+        DataFormatError: There are none, or there are bad rows and `skip_bad_rows` is not set. Names all bad rows.
+    """
     if not rows:
-        raise DataFormatError("The file holds no mentions.", file=path, remedy="Add at least one row.")
+        raise DataFormatError(f"The file holds no {content}.", file=path, remedy="Add at least one row.")
     bad = [row.error for row in rows if row.error is not None]
     if bad and not skip_bad_rows:
-        raise unlinkable_rows_error(path, bad, len(rows))
+        raise _bad_rows_error(path, bad, len(rows))
     return rows
 
 
@@ -237,27 +271,20 @@ def write_results(
         ) from error
 
 
-def _input_row(path: Path, line: int, row: dict[str, Any]) -> InputRow:
+def _mention_of(path: Path, line: int, row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the mention of a row, whose offsets become integers."""
     is_table = path.suffix.lower() in (".csv", ".tsv")
     mention = {column: cell for column, cell in row.items() if not (is_table and cell == "")}
-    try:
-        for column in ("text", "mention", "image"):
-            is_required = column == "text" and row.get("modality") != "image"
-            text_cell(path, line, mention, column, is_required)
-        for column in mention.keys() & {"start", "end"}:
-            row[column] = mention[column] = int_cell(path, line, mention, column)
-        mention["image"] = path.parent / mention["image"] if mention.get("image") else None
-        locate_mention(mention, line)
-        if mention["image"] is not None:
-            verify_image(mention["image"], row=line)
-    except MelError as error:
-        return InputRow(line, row, {}, _with_file(error, path, line))
-    return InputRow(line, row, mention)
-
-
-def _with_file(error: MelError, path: Path, line: int) -> MelError:
-    message = error.message if error.file in (None, path) else f"{error.file}: {error.message}"
-    return error.changed(message=message, file=path, row=line)
+    for column in ("text", "mention", "image"):
+        is_required = column == "text" and row.get("modality") != "image"
+        text_cell(path, line, mention, column, is_required)
+    for column in mention.keys() & {"start", "end"}:
+        row[column] = mention[column] = int_cell(path, line, mention, column)
+    mention["image"] = path.parent / mention["image"] if mention.get("image") else None
+    locate_mention(mention, line)
+    if mention["image"] is not None:
+        verify_image(mention["image"], row=line)
+    return mention
 
 
 def _with_lines(
@@ -272,7 +299,7 @@ def _with_lines(
         raise error.changed(row=rows[error.row].line) from error
 
 
-def unlinkable_rows_error(path: Path, bad: Sequence[MelError], total: int) -> MelError:
+def _bad_rows_error(path: Path, bad: Sequence[MelError], total: int) -> MelError:
     """Returns one error for the bad rows of a file, which names them and the option that leaves them out."""
     if len(bad) == 1:
         remedy = f"{bad[0].remedy or ''} Or leave the row out with --skip-bad-rows.".strip()
