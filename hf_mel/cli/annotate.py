@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,24 +9,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_mel.cli.options import (
+    AsJson,
     Column,
     Device,
     FirstStage,
     Index,
+    KbRevision,
+    LinkedEntities,
+    LinkedKb,
+    LinkPrecision,
+    MentionsPerPass,
     ModelArgument,
     NameWeight,
+    NilThreshold,
+    RerankerOption,
+    RerankK,
     Revision,
     Soft,
     SoftBonus,
     Split,
+    TextImage,
     TrustRemoteCode,
     Where,
-    check_soft,
+    check_link_options,
 )
-from hf_mel.cli.printing import print_annotated, print_json
-from hf_mel.errors import MelError, first_lines
+from hf_mel.cli.printing import kept_results, print_annotated, print_bad_rows, print_json
 from hf_mel.files import is_stream
-from hf_mel.terminal import safe_text
 
 if TYPE_CHECKING:
     from hf_mel.detection.spans import MentionDetector
@@ -36,18 +43,10 @@ if TYPE_CHECKING:
 
 def annotate(
     model: ModelArgument,
-    kb: Annotated[
-        str | None,
-        typer.Option(help="A knowledge base that this model built: a folder (hf-mel kb build), or one on the Hub."),
-    ] = None,
-    entities: Annotated[
-        Path | None,
-        typer.Option(
-            help="A file of entities in place of --kb, as for [b]hf-mel kb build[/b]. They are encoded each time."
-        ),
-    ] = None,
+    kb: LinkedKb = None,
+    entities: LinkedEntities = None,
     text: Annotated[str | None, typer.Option(help="The text. - reads it from standard input.")] = None,
-    image: Annotated[Path | None, typer.Option(help="The image that belongs to the text.")] = None,
+    image: TextImage = None,
     input: Annotated[
         Path | None,
         typer.Option(
@@ -124,36 +123,22 @@ def annotate(
         ),
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Number of candidates of each mention.")] = 5,
-    nil_threshold: Annotated[
-        float | None,
-        typer.Option(help="A mention is NIL if its best score is lower. Default: the threshold of the model, if any."),
-    ] = None,
-    precision: Annotated[
-        float | None,
-        typer.Option(
-            help="Make only the links that are sure enough for this precision, such as [b]0.95[/b], on mentions like those "
-            "of the model's validation split. The others are for review: their [b]entity_id[/b] is null.",
-        ),
-    ] = None,
-    reranker: Annotated[
-        str | None,
-        typer.Option(help="A reranker that reorders the best candidates: a run folder or a model."),
-    ] = None,
-    rerank_k: Annotated[int, typer.Option(min=1, help="Number of candidates that the reranker reorders.")] = 16,
+    nil_threshold: NilThreshold = None,
+    precision: LinkPrecision = None,
+    reranker: RerankerOption = None,
+    rerank_k: RerankK = 16,
     index: Index = "exact",
     first_stage: FirstStage = None,
     name_weight: NameWeight = None,
     where: Where = None,
     soft: Soft = None,
     soft_bonus: SoftBonus = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Mentions per pass over the knowledge base.")] = 32,
+    as_json: AsJson = False,
+    batch_size: MentionsPerPass = 32,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
-    kb_revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a knowledge base on the Hub.")
-    ] = None,
+    kb_revision: KbRevision = None,
 ) -> None:
     """Find the mentions of a text, and link each to an entity of a knowledge base.
 
@@ -208,11 +193,7 @@ def annotate(
         raise typer.BadParameter("Give a file of texts with --input.", param_hint=name)
     if html is not None and output is not None and is_stream(output):
         raise typer.BadParameter("Give a file as --output.", param_hint="--html")
-    check_soft(soft, soft_bonus)
-    if nil_threshold is not None and math.isnan(nil_threshold):
-        raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
-    if precision is not None and not 0 < precision < 1:
-        raise typer.BadParameter("A precision is above 0 and below 1, such as 0.95.", param_hint="--precision")
+    check_link_options(soft, soft_bonus, nil_threshold, precision)
     from hf_mel.linking.annotate_file import read_texts
     from hf_mel.linking.link_file import check_output
     from hf_mel.linking.linker import EntityLinker
@@ -344,16 +325,9 @@ def _annotate_file(
     options: dict[str, Any],
 ) -> None:
     from hf_mel.linking.annotate_file import annotate_file, read_annotated
-    from hf_mel.row_files import MAX_LISTED
 
-    try:
+    with kept_results(output, input, "done"):
         summary = annotate_file(linker, rows, output, detector, resume=resume, progress=True, **options)
-    except KeyboardInterrupt:
-        if not is_stream(output):
-            typer.echo("Interrupted. What is done is kept: repeat the command with --resume to go on.", err=True)
-        raise
-    except MelError as error:
-        raise error.changed(file=error.file or input) from error
     if html is not None:
         records = ({"file": f"Text {number}", **record} for number, record in enumerate(read_annotated(output), 1))
         _write_page(html, records, linker, title=f"Annotated texts of {input}")
@@ -369,10 +343,7 @@ def _annotate_file(
         log(f"{summary.num_resumed:,} of the texts were annotated before the interruption.")
     for warning, count in summary.warnings.items():
         log(f"For {count:,} mentions: {warning}")
-    if summary.bad_rows:
-        log(f'{len(summary.bad_rows):,} rows were not annotated. Each has an "error" in the output:')
-        for line in first_lines([f"row {bad.row}: {safe_text(bad.message)}" for bad in summary.bad_rows], MAX_LISTED):
-            log(f"  {line}")
+    print_bad_rows(summary.bad_rows, "annotated", log)
 
 
 def _write_page(path: Path, records: Any, linker: EntityLinker, title: str) -> None:

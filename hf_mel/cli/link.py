@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -10,26 +9,34 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from hf_mel.cli.options import (
+    AsJson,
     Column,
     Device,
     FirstStage,
     IgnoreOtherColumns,
     Index,
     InvertedNames,
+    KbRevision,
     KeepColumn,
+    LinkedEntities,
+    LinkedKb,
+    LinkPrecision,
+    MentionsPerPass,
     ModelArgument,
     NameWeight,
+    NilThreshold,
+    RerankerOption,
+    RerankK,
     Revision,
     Soft,
     SoftBonus,
+    TextImage,
     TrustRemoteCode,
     Where,
-    check_soft,
+    check_link_options,
 )
-from hf_mel.cli.printing import print_json, print_link
-from hf_mel.errors import MelError, first_lines
+from hf_mel.cli.printing import kept_results, print_bad_rows, print_json, print_link
 from hf_mel.files import is_stream
-from hf_mel.terminal import safe_text
 
 if TYPE_CHECKING:
     from hf_mel.row_columns import ColumnMapping
@@ -37,22 +44,14 @@ if TYPE_CHECKING:
 
 def link(
     model: ModelArgument,
-    kb: Annotated[
-        str | None,
-        typer.Option(help="A knowledge base that this model built: a folder (hf-mel kb build), or one on the Hub."),
-    ] = None,
-    entities: Annotated[
-        Path | None,
-        typer.Option(
-            help="A file of entities in place of --kb, as for [b]hf-mel kb build[/b]. They are encoded each time."
-        ),
-    ] = None,
+    kb: LinkedKb = None,
+    entities: LinkedEntities = None,
     text: Annotated[str | None, typer.Option(help="The text that contains the mention.")] = None,
     mention: Annotated[
         Optional[list[str]],  # noqa: UP045 (typer evaluates this on Python 3.10)
         typer.Option(help="The mention, exactly as in the text. Repeat the option for several mentions of one text."),
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="The image that belongs to the text.")] = None,
+    image: TextImage = None,
     start: Annotated[int | None, typer.Option(help="First character of the mention, counted from 0.")] = None,
     end: Annotated[int | None, typer.Option(help="First character after the mention.")] = None,
     input: Annotated[
@@ -86,36 +85,22 @@ def link(
         ),
     ] = False,
     top_k: Annotated[int, typer.Option(min=1, help="Number of candidates to show.")] = 10,
-    nil_threshold: Annotated[
-        float | None,
-        typer.Option(help="A mention is NIL if its best score is lower. Default: the threshold of the model, if any."),
-    ] = None,
-    precision: Annotated[
-        float | None,
-        typer.Option(
-            help="Make only the links that are sure enough for this precision, such as [b]0.95[/b], on mentions like those "
-            "of the model's validation split. The others are for review: their [b]entity_id[/b] is null.",
-        ),
-    ] = None,
-    reranker: Annotated[
-        str | None,
-        typer.Option(help="A reranker that reorders the best candidates: a run folder or a model."),
-    ] = None,
-    rerank_k: Annotated[int, typer.Option(min=1, help="Number of candidates that the reranker reorders.")] = 16,
+    nil_threshold: NilThreshold = None,
+    precision: LinkPrecision = None,
+    reranker: RerankerOption = None,
+    rerank_k: RerankK = 16,
     index: Index = "exact",
     first_stage: FirstStage = None,
     name_weight: NameWeight = None,
     where: Where = None,
     soft: Soft = None,
     soft_bonus: SoftBonus = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Mentions per pass over the knowledge base.")] = 32,
+    as_json: AsJson = False,
+    batch_size: MentionsPerPass = 32,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
-    kb_revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a knowledge base on the Hub.")
-    ] = None,
+    kb_revision: KbRevision = None,
 ) -> None:
     """Link a mention in a text to the entities of a knowledge base.
 
@@ -171,16 +156,11 @@ def link(
     if input is None and (resume or skip_bad_rows):
         name = "--resume" if resume else "--skip-bad-rows"
         raise typer.BadParameter("Give a file of mentions with --input.", param_hint=name)
-    check_soft(soft, soft_bonus)
-    if nil_threshold is not None and math.isnan(nil_threshold):
-        raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
-    if precision is not None and not 0 < precision < 1:
-        raise typer.BadParameter("A precision is above 0 and below 1, such as 0.95.", param_hint="--precision")
+    check_link_options(soft, soft_bonus, nil_threshold, precision)
     if len(surfaces) > 1 and (start is not None or end is not None):
         raise typer.BadParameter("Give --start and --end only for a single mention.", param_hint="--start")
     from hf_mel.linking.link_file import check_output, link_file, read_mentions
     from hf_mel.linking.linker import EntityLinker
-    from hf_mel.row_files import MAX_LISTED
 
     if output is not None:
         check_output(output)
@@ -225,14 +205,8 @@ def link(
         return
 
     assert output is not None
-    try:
+    with kept_results(output, input, "linked"):
         summary = link_file(linker, rows, output, top_k=top_k, batch_size=batch_size, resume=resume, progress=True)
-    except KeyboardInterrupt:
-        if not is_stream(output):
-            typer.echo("Interrupted. What is linked is kept: repeat the command with --resume to go on.", err=True)
-        raise
-    except MelError as error:
-        raise error.changed(file=error.file or input) from error
     # The lines of the results may be on standard output.
     log = partial(typer.echo, err=is_stream(output))
     review = "" if precision is None else f", {summary.num_review:,} left to review"
@@ -241,10 +215,7 @@ def link(
         log(f"{summary.num_resumed:,} of them were linked before the interruption.")
     for warning, count in summary.warnings.items():
         log(f"For {count:,} of them: {warning}")
-    if summary.bad_rows:
-        log(f'{len(summary.bad_rows):,} rows were not linked. Each has an "error" in the output:')
-        for line in first_lines([f"row {bad.row}: {safe_text(bad.message)}" for bad in summary.bad_rows], MAX_LISTED):
-            log(f"  {line}")
+    print_bad_rows(summary.bad_rows, "linked", log)
 
 
 def _mappings(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -58,6 +60,36 @@ Soft = Annotated[
     ),
 ]
 SoftBonus = Annotated[float | None, typer.Option(help="Bonus of --soft, in the units of the scores.")]
+LinkedKb = Annotated[
+    str | None,
+    typer.Option(help="A knowledge base that this model built: a folder (hf-mel kb build), or one on the Hub."),
+]
+LinkedEntities = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file of entities in place of --kb, as for [b]hf-mel kb build[/b]. They are encoded each time."
+    ),
+]
+TextImage = Annotated[Path | None, typer.Option(help="The image that belongs to the text.")]
+NilThreshold = Annotated[
+    float | None,
+    typer.Option(help="A mention is NIL if its best score is lower. Default: the threshold of the model, if any."),
+]
+LinkPrecision = Annotated[
+    float | None,
+    typer.Option(
+        help="Make only the links that are sure enough for this precision, such as [b]0.95[/b], on mentions like those "
+        "of the model's validation split. The others are for review: their [b]entity_id[/b] is null.",
+    ),
+]
+RerankerOption = Annotated[
+    str | None,
+    typer.Option(help="A reranker that reorders the best candidates: a run folder or a model."),
+]
+RerankK = Annotated[int, typer.Option(min=1, help="Number of candidates that the reranker reorders.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+MentionsPerPass = Annotated[int, typer.Option(min=1, help="Mentions per pass over the knowledge base.")]
+KbRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a knowledge base on the Hub.")]
 NameScorer = Annotated[
     str,
     typer.Option(help="How the source [b]name[/b] compares names: WRatio, composite (as in MMEL), jaro_winkler, …"),
@@ -98,7 +130,13 @@ InvertedNames = Annotated[
 ]
 
 
-def check_soft(soft: str | None, bonus: float | None) -> None:
-    """Raises an error if one of --soft and --soft-bonus is given without the other."""
-    if (soft is None) != (bonus is None):
+def check_link_options(
+    soft: str | None, soft_bonus: float | None, nil_threshold: float | None, precision: float | None
+) -> None:
+    """Raises an error for values of these options that no linker takes."""
+    if (soft is None) != (soft_bonus is None):
         raise typer.BadParameter("Give --soft and --soft-bonus together.", param_hint="--soft")
+    if nil_threshold is not None and math.isnan(nil_threshold):
+        raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
+    if precision is not None and not 0 < precision < 1:
+        raise typer.BadParameter("A precision is above 0 and below 1, such as 0.95.", param_hint="--precision")

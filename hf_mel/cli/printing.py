@@ -8,10 +8,11 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_mel.errors import MelError, first_lines
 from hf_mel.files import is_stream
 from hf_mel.terminal import safe_text
 
@@ -62,6 +63,37 @@ def message_console(*outputs: Path | None, quiet: bool = False) -> Console:
     from rich.console import Console
 
     return Console(quiet=quiet, stderr=any(output is not None and is_stream(output) for output in outputs))
+
+
+@contextlib.contextmanager
+def kept_results(output: Path, input: Path | None, what: str) -> Iterator[None]:
+    """Says, if the block is interrupted, that its results so far are kept, and names the input in its errors.
+
+    Args:
+        output (`Path`): The file of the results. A stream keeps nothing for --resume.
+        input (`Path`, *optional*): The file that is read.
+        what (`str`): "linked" or "done": what is kept.
+    """
+    import typer
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not is_stream(output):
+            typer.echo(f"Interrupted. What is {what} is kept: repeat the command with --resume to go on.", err=True)
+        raise
+    except MelError as error:
+        raise error.changed(file=error.file or input) from error
+
+
+def print_bad_rows(bad_rows: Sequence[MelError], what: str, log: Callable[[str], None]) -> None:
+    """Prints the rows of a file that were not "linked" or "annotated", the first of many."""
+    from hf_mel.row_files import MAX_LISTED  # imports datasets
+
+    if bad_rows:
+        log(f'{len(bad_rows):,} rows were not {what}. Each has an "error" in the output:')
+        for line in first_lines([f"row {bad.row}: {safe_text(bad.message)}" for bad in bad_rows], MAX_LISTED):
+            log(f"  {line}")
 
 
 def print_plain(text: str, console: Console | None = None) -> None:
