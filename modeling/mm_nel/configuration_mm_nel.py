@@ -15,7 +15,8 @@ class MmNelConfig(PreTrainedConfig):
     of the multi-relational model that it follows (Le & Titov, ACL 2018), or of the local model behind that (Ganea &
     Hofmann, EMNLP 2017).
 
-    Rows of the paper's tables: "Naïve" is `joint="none"`; a local model without coherence is `num_relations=0`.
+    Rows of the paper's tables: "Naïve" is `joint="none"`; MulRel is that without images; Ganea and Hofmann's global model
+    has `num_relations=1` and `uniform_relations=True` too; their local model, without coherence, is `num_relations=0`.
 
     Args:
         vocab_size, word_dim (`int`, *optional*, defaults to 30522 and 300):
@@ -41,12 +42,18 @@ class MmNelConfig(PreTrainedConfig):
             Number of context words in a mention embedding, half of them on each side.
         num_relations (`int`, *optional*, defaults to 3):
             K of eq. 2. With 0, each mention is linked by its own context, without coherence.
+        uniform_relations (`bool`, *optional*, defaults to `False`):
+            Whether all other mentions of a document count alike, α = 1/(n - 1) in eq. 3, as in Ganea & Hofmann. The paper
+            learns the weights.
         lbp_iterations (`int`, *optional*, defaults to 10):
             Number of rounds of belief propagation.
         lbp_damping (`int` or `float`, *optional*, defaults to 0.5):
             Weight of the new message in each round; 1 means no damping.
         score_hidden_size (`int`, *optional*, defaults to 100):
             Width of the layer that combines belief and prior.
+        score_max_norm (`int` or `float`, *optional*):
+            Largest norm of the incoming weights of a unit of that layer and of the output after it; 1 in Ganea & Hofmann.
+            `None` does not limit it.
         min_prior (`int` or `float`, *optional*, defaults to 0.001):
             Lower bound of the prior, applied before its logarithm.
         dropout (`int` or `float`, *optional*, defaults to 0.3):
@@ -110,9 +117,11 @@ class MmNelConfig(PreTrainedConfig):
     mention_in_context: bool = False
     relation_window: int = 6
     num_relations: int = 3
+    uniform_relations: bool = False
     lbp_iterations: int = 10
     lbp_damping: int | float = 0.5
     score_hidden_size: int = 100
+    score_max_norm: int | float | None = None
     min_prior: int | float = 0.001
     dropout: int | float = 0.3
     gamma: int | float = 0.01
@@ -183,6 +192,8 @@ class MmNelConfig(PreTrainedConfig):
         for field in not_negative:
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
+        if self.uniform_relations and not self.num_relations:
+            raise ValueError("uniform_relations=True needs a relation. Set num_relations=1.")
         if self.prior_candidates + self.context_candidates < 1:
             raise ValueError(
                 "prior_candidates and context_candidates are both 0, which leaves no candidate. Raise one of them."
@@ -196,6 +207,8 @@ class MmNelConfig(PreTrainedConfig):
         for field in ("beta", "transport_tolerance", "local_scale"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field}={getattr(self, field)} must be above 0.")
+        if self.score_max_norm is not None and not self.score_max_norm > 0:
+            raise ValueError(f"score_max_norm={self.score_max_norm} must be above 0.")
         for field in ("gw_weight", "agreement_weight"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be from 0 to 1.")

@@ -143,10 +143,15 @@ class Relations(nn.Module):
     def __init__(self, config: MmNelConfig):
         super().__init__()
         self.entity = nn.Parameter(torch.empty(config.num_relations, config.word_dim))  # R_k
-        self.mention = nn.Parameter(torch.empty(config.num_relations, config.hidden_size))  # D_k
+        if not config.uniform_relations:
+            self.mention = nn.Parameter(torch.empty(config.num_relations, config.hidden_size))  # D_k
 
     def weights(self, mentions: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """Returns α [G, K, n, n] of eq. 3-4, from mention embeddings [G, n, d] and their mask `present` [G, n]."""
+        if not hasattr(self, "mention"):  # Ganea & Hofmann, 2017
+            pairs = distinct_pairs(present).to(mentions.dtype)
+            alpha = pairs / pairs.sum(-1, keepdim=True).clamp(min=1)
+            return alpha.unsqueeze(1).expand(-1, len(self.entity), -1, -1)
         d = mentions.shape[-1]
         logits = (mentions.unsqueeze(1) * self.mention.unsqueeze(1)) @ mentions.transpose(1, 2).unsqueeze(1) / d**0.5
         return _softmax_or_zeros(logits, distinct_pairs(present).unsqueeze(1))
@@ -253,7 +258,8 @@ class MmNelPreTrainedModel(PreTrainedModel):
             init.constant_(module.score, module.scale)
         elif isinstance(module, Relations):
             init.normal_(module.entity, std=0.1)
-            init.normal_(module.mention, std=0.1)
+            if hasattr(module, "mention"):
+                init.normal_(module.mention, std=0.1)
 
 
 class MmNelModel(MmNelPreTrainedModel):
@@ -493,9 +499,16 @@ class MmNelModel(MmNelPreTrainedModel):
 
         belief = self._beliefs(context, candidates, mentions, psi, selected)
         log_prior = prior.gather(1, columns).to(belief.dtype).clamp(min=self.config.min_prior).log()
-        hidden = F.relu(self.score_fc1(torch.stack([belief, log_prior], -1)))
-        rho = self.score_fc2(self.dropout(hidden)).squeeze(-1)
+        hidden = F.relu(self._score_layer(self.score_fc1, torch.stack([belief, log_prior], -1)))
+        rho = self._score_layer(self.score_fc2, self.dropout(hidden)).squeeze(-1)
         return ModalityBatch(rho, selected, entity, mentions, torch.ones_like(selected[:, 0]), columns), cut_rank
+
+    def _score_layer(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        """Applies a layer of ρ, the norm of the incoming weights of each unit being at most `score_max_norm`."""
+        if self.config.score_max_norm is None:
+            return layer(x)
+        norm = layer.weight.norm(dim=1, keepdim=True)
+        return F.linear(x, layer.weight / (norm / self.config.score_max_norm).clamp(min=1), layer.bias)
 
     def _select_candidates(self, mask, prior, similarity, gold) -> tuple[torch.Tensor, torch.Tensor]:
         """Selects the candidates to rank: the first by prior, then the first of the rest by similarity.

@@ -82,8 +82,12 @@ def embedding(w, config, mention) -> np.ndarray:
 
 
 def alpha(w, mentions) -> np.ndarray:
-    """Returns α [n, n, K] of eq. 3-4."""
-    n, d, relations = len(mentions), len(mentions[0]), w["relations.mention"]
+    """Returns α [n, n, K] of eq. 3-4, or 1/(n - 1) of a model without D_k."""
+    n, d = len(mentions), len(mentions[0])
+    if "relations.mention" not in w:
+        shares = [[1 / (n - 1) if i != j else 0.0 for j in range(n)] for i in range(n)]
+        return np.stack([shares] * len(w["relations.entity"]), -1)
+    relations = w["relations.mention"]
     out = np.zeros((n, n, len(relations)))
     for k, diagonal in enumerate(relations):
         for i in range(n):
@@ -129,8 +133,18 @@ def max_marginals(local, pair, iterations, damping) -> list[list[float]]:
 
 def rho(w, config, belief: float, prior: float) -> float:
     inputs = np.array([belief, math.log(max(prior, config.min_prior))])
-    hidden = np.maximum(0, w["score_fc1.weight"] @ inputs + w["score_fc1.bias"])
-    return float((w["score_fc2.weight"] @ hidden + w["score_fc2.bias"])[0])
+    first, second = (clipped(w[f"score_fc{k}.weight"], config.score_max_norm) for k in (1, 2))
+    hidden = np.maximum(0, first @ inputs + w["score_fc1.bias"])
+    return float((second @ hidden + w["score_fc2.bias"])[0])
+
+
+def clipped(matrix, limit) -> np.ndarray:
+    """Returns a matrix whose rows are scaled down to a norm of at most `limit`."""
+    rows = []
+    for row in matrix:
+        norm = math.sqrt(sum(x * x for x in row))
+        rows.append(row * limit / norm if limit is not None and norm > limit else row)
+    return np.array(rows)
 
 
 def link_text(w, config, mentions, entities, keep_gold=False):

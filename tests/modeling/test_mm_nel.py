@@ -180,6 +180,7 @@ def check(model, docs, keep_gold=False):
         {"transport_weight": 1, "context_candidates": 0},
         {"agreement_weight": 0.5, "image_correction_weight": 0.2, "triplet_reduction": "sum"},
         {"agreement_weight": 1, "gw_weight": 0, "image_correction_weight": 0, "context_candidates": 0},
+        {"joint": "none", "num_relations": 1, "uniform_relations": True, "score_max_norm": 1},
     ],
     ids=str,
 )
@@ -229,6 +230,24 @@ def brute_max_marginals(local, pair):
         for i in range(n):
             best[i][choice[i]] = max(best[i][choice[i]], total)
     return best
+
+
+def test_uniform_relations_of_two_mentions_are_exact():
+    """Two mentions with two candidates: belief propagation equals all four assignments of Ganea and Hofmann's score."""
+    model = build(num_relations=1, uniform_relations=True, lbp_damping=1.0)
+    draw = torch.Generator().manual_seed(0)
+    entities = torch.randn(1, 2, 2, 6, generator=draw, dtype=torch.float64)
+    psi = torch.randn(1, 2, 2, generator=draw, dtype=torch.float64)
+    mask = torch.ones(1, 2, 2, dtype=torch.bool)
+    pairs = model.relations(entities, torch.zeros(1, 2, 8, dtype=torch.float64), mask[..., 0])
+    marginals = max_product(psi, pairs, mask, 10, 1.0)[0].detach().numpy()
+    relation = model.relations.entity[0].detach().numpy()
+    best = np.full((2, 2), -np.inf)
+    for a, b in itertools.product(range(2), repeat=2):
+        coherence = 2 / (2 - 1) * sum(entities[0, 0, a].numpy() * relation * entities[0, 1, b].numpy())
+        total = psi[0, 0, a].item() + psi[0, 1, b].item() + coherence
+        best[0, a], best[1, b] = max(best[0, a], total), max(best[1, b], total)
+    np.testing.assert_allclose(marginals[:, 0] - marginals[:, 1], best[:, 0] - best[:, 1], atol=1e-9)
 
 
 @pytest.mark.parametrize("edges", [[(0, 1)], [(0, 1), (1, 2), (1, 3)], [(0, 1), (1, 2), (2, 3)]], ids=str)
@@ -606,7 +625,9 @@ def test_word_vectors_from_a_transformers_model(tmp_path):
 # ---- Hub and training
 
 
-@pytest.mark.parametrize("fields", [{}, {"image_size": None}, {"num_relations": 0}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"image_size": None}, {"num_relations": 0}, {"uniform_relations": True}], ids=str
+)
 def test_save_and_load(tmp_path, fields):
     model = build(**fields)
     model.save_pretrained(tmp_path)
@@ -704,6 +725,8 @@ def test_scores_under_autocast_are_finite_and_float32():
         ({"agreement_weight": 1.5}, ["agreement_weight=1.5"]),
         ({"image_correction_weight": -1}, ["image_correction_weight=-1"]),
         ({"local_scale": 0}, ["local_scale=0"]),
+        ({"score_max_norm": 0}, ["score_max_norm=0"]),
+        ({"uniform_relations": True, "num_relations": 0}, ["num_relations=1"]),
         ({"transport_backend": "gpu"}, ["transport_backend", "'pot'"]),
         ({"image_size": 20}, ["image_size=20", "multiple of 8"]),
         ({"hidden_size": 10, "num_attention_heads": 3}, ["hidden_size=10", "num_attention_heads=3"]),

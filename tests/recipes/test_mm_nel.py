@@ -24,6 +24,12 @@ PAPER = (
 VARIANTS = [
     *((name, "", {"joint": "transport"}) for name in ("mm_nel_flags", "mm_nel-plain_flags", "mm_nel_m3el")),
     *((name, "", {"joint": "none"}) for name in ("mm_nel-text_wikimel", "mm_nel_aida")),
+    *((f"mulrel{data}", "", {"num_relations": 3, "lbp_damping": 0.3}) for data in ("_aida", "-text_wikimel")),
+    *((f"ganea{data}", "", {"uniform_relations": True, "num_relations": 1}) for data in ("_aida", "-text_wikimel")),
+    *(
+        (f"ganea{data}", "model.config.num_relations=0 model.config.uniform_relations=false", {"num_relations": 0})
+        for data in ("_aida", "-text_wikimel")
+    ),
     ("mm_nel_flags", "model.config.joint=none", {"joint": "none", "num_relations": 3}),
     ("mm_nel_flags", "model.config.joint=none model.config.num_relations=0", {"joint": "none", "num_relations": 0}),
     ("mm_nel-text_wikimel", "model.config.num_relations=0", {"num_relations": 0}),
