@@ -93,7 +93,7 @@ def test_a_method_imports_torch_transformers_and_its_own_folder(path):
 
 @pytest.mark.parametrize("path", files("dataset_scripts"), ids=str)
 def test_a_builder_imports_datasets_and_the_lowest_floors(path):
-    assert roots(path) <= {"datasets", "numpy", "PIL", "hf_mel", "orjson"}
+    assert roots(path) <= {"datasets", "numpy", "PIL", "pyarrow", "hf_mel", "orjson"}
     ours = {name for name in imports(path) if name.startswith("hf_mel")}
     shared = [name for name in ours if name.startswith("hf_mel.dataset_scripts.")]
     own_folder = module_name(path).rsplit(".", 1)[0]

@@ -99,6 +99,18 @@ class Selection:
     ids: frozenset[int] | None = None
 
 
+def wanted_languages(selection: Selection) -> tuple[str, ...]:
+    """Returns the languages of the labels, descriptions and aliases that are read."""
+    return (*selection.languages, _ANY_LANGUAGE)
+
+
+def needed_properties(selection: Selection) -> set[str]:
+    """Returns the ids of all properties that are read."""
+    years = {property_id for properties in YEARS.values() for property_id in properties}
+    required = {property_id for property_id, _ in selection.required}
+    return {_INSTANCE_OF, _SUBCLASS_OF, _IMAGE, _COORDINATES, *years, *PLACES, *required, *selection.properties}
+
+
 @dataclass
 class Records:
     """The contents of some documents, as values of JSON.

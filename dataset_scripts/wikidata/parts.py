@@ -1,4 +1,4 @@
-"""Reads a dump, or a folder of entity documents, in parts, on all cores.
+"""Reads a dump, a folder of entity documents, or Parquet tables, in parts, on all cores.
 
 The input is cut into parts of about 32 MiB. Where it is cut depends on the input alone. A worker turns each part into
 [`~hf_mel.dataset_scripts.wikidata.documents.Records`] and writes them to two files. A part whose files are there is not
@@ -35,6 +35,7 @@ from hf_mel.dataset_scripts.wikidata.documents import (
     read_line,
     to_json,
 )
+from hf_mel.dataset_scripts.wikidata.parquet_tables import has_tables, table_documents
 from hf_mel.errors import DataFormatError, MelError
 
 #: Bytes of a part, at least. More make fewer files and need more memory.
@@ -71,26 +72,27 @@ def read_parts(source: str | os.PathLike[str], folder: Path, selection: Selectio
     """Reads everything, and writes the records of each part into `folder` ([`load_labels`], [`load_items`]).
 
     Args:
-        source (`str` or `os.PathLike`): A dump, or a folder of dumps and documents.
+        source (`str` or `os.PathLike`): A dump, or a folder of dumps and documents, or of Parquet tables.
         folder (`Path`): Folder for the records, which may hold those of an interrupted run of the same call.
         selection ([`~hf_mel.dataset_scripts.wikidata.documents.Selection`]): What is read of each document.
 
     Raises:
-        DataFormatError: The source cannot be read, is cut off, or holds no file of the kind.
+        DataFormatError: The source cannot be read, is cut off, or holds no file of the kind; or a table is not sorted.
         OSError: The disk is full.
     """
     summary_file = folder / _SUMMARY
     if summary_file.is_file():
         return Summary(**json.loads(summary_file.read_text(encoding="utf-8")))
     folder.mkdir(parents=True, exist_ok=True)
-    files = _files(Path(source))
     sha256: dict[str, str] = {}
     num_parts = 0
     layouts: set[str] = set()
+    has_parquet = has_tables(Path(source))
+    parts = _table_parts(Path(source), selection, sha256) if has_parquet else _parts(_files(Path(source)), sha256)
     with ExitStack() as stack:
         workers = stack.enter_context(_Workers(folder, selection))
-        for part in _parts(files, sha256):
-            layouts.add("JSON dump" if part.lines else "entity documents")
+        for part in parts:
+            layouts.add("Parquet tables" if has_parquet else "JSON dump" if part.lines else "entity documents")
             workers.process(num_parts, part)
             num_parts += 1
         workers.finish()
@@ -167,14 +169,14 @@ def _files(source: Path) -> list[Path]:
         raise DataFormatError(
             "This path is no file and no folder.",
             file=source,
-            remedy="Give a dump (.json, .json.gz or .json.bz2), or a folder of entity documents.",
+            remedy="Give a dump (.json, .json.gz or .json.bz2), or a folder of entity documents or of Parquet tables.",
         )
     files = sorted(path for path in source.iterdir() if path.name.lower().endswith(_SUFFIXES) and path.is_file())
     if not files:
         raise DataFormatError(
             f"The folder holds no file that ends in {', '.join(_SUFFIXES)}.",
             file=source,
-            remedy="Give a dump (.json, .json.gz or .json.bz2), or a folder of entity documents.",
+            remedy="Give a dump (.json, .json.gz or .json.bz2), or a folder of entity documents or of Parquet tables.",
         )
     return files
 
@@ -200,6 +202,22 @@ def _parts(files: list[Path], sha256: dict[str, str]) -> Iterator[Part]:
             documents, size = [], 0
     if documents:
         yield Part(False, documents)
+
+
+def _table_parts(source: Path, selection: Selection, sha256: dict[str, str]) -> Iterator[Part]:
+    """Cuts the entities of Parquet tables into parts. Their numbers are lines."""
+    first = number = 1
+    lines: list[bytes] = []
+    size = 0
+    for document in table_documents(source, selection, sha256):
+        lines.append(document)
+        size += len(document) + 1
+        number += 1
+        if size >= PART_BYTES:
+            yield Part(True, [(source.name, first, b"\n".join(lines))])
+            lines, size, first = [], 0, number
+    if lines:
+        yield Part(True, [(source.name, first, b"\n".join(lines))])
 
 
 def _line_parts(path: Path, sha256: dict[str, str]) -> Iterator[Part]:

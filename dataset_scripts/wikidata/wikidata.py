@@ -1,7 +1,8 @@
 """Wikidata as a knowledge base: items of a JSON dump, or of entity documents, without mentions.
 
-`data_dir` is a dump (`.json`, `.json.gz` or `.json.bz2`, one entity a line), or a folder of dumps and of documents as
-`Special:EntityData` and `wbgetentities` give them. See [`WikidataConfig`] for the options. The dump is read once
+`data_dir` is a dump (`.json`, `.json.gz` or `.json.bz2`, one entity a line), a folder of dumps and of documents as
+`Special:EntityData` and `wbgetentities` give them, or a folder of Parquet tables
+([`~hf_mel.dataset_scripts.wikidata.parquet_tables`]). See [`WikidataConfig`] for the options. The dump is read once
 ([`~hf_mel.dataset_scripts.wikidata.parts`]). The tree of classes and the labels of values are in the same dump, so that
 rows are made from what was read when its end is reached ([`~hf_mel.dataset_scripts.wikidata.tables`]).
 """
@@ -84,7 +85,10 @@ class Wikidata(ReleaseBuilder):
     LICENSE = "cc0-1.0"
     LANGUAGES = ()
     HOMEPAGE = "https://www.wikidata.org/wiki/Wikidata:Database_download"
-    DOWNLOAD = "the JSON dump, latest-all.json.gz, or entity documents of Special:EntityData or wbgetentities"
+    DOWNLOAD = (
+        "the JSON dump, latest-all.json.gz, or entity documents of Special:EntityData or wbgetentities, or the Parquet"
+        " tables permutans/wikidata-labels, -aliases, -descriptions, -links and -claims of the Hub"
+    )
     REDISTRIBUTION = ""
     CITATION = """\
 @article{vrandecic-krotzsch-2014-wikidata,

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -104,6 +106,83 @@ def test_packed_dumps_and_documents_give_the_rows_of_the_dump(dump, tmp_path):
     for name in ("a.json.gz", "b.json.bz2", "c.jsonl", "documents"):
         build(tmp_path / name, tmp_path / f"{name}.out", **OPTIONS)
         assert rows_of(tmp_path / f"{name}.out") == expected, name
+
+
+def write_lines(path: Path, entities: list[Any]) -> Path:
+    path.write_text("\n".join(json.dumps(entity) for entity in entities), encoding="utf-8")
+    return path
+
+
+def test_parquet_tables_give_the_rows_of_a_dump_of_the_same_entities(tmp_path, monkeypatch):
+    options = {**OPTIONS, "properties": "P106,P27,P569,P570,P2048"}
+    build(write_lines(tmp_path / "dump.jsonl", release.tabular_entities()), tmp_path / "expected", **options)
+    release.write_tables(tmp_path / "tables")
+    report = build(tmp_path / "tables", tmp_path / "out", **options)
+    rows = rows_of(tmp_path / "out")
+    assert rows == rows_of(tmp_path / "expected")
+    assert rows["Q101"]["attributes"].endswith("P2048: 1.75 metre.")
+    assert (rows["Q101"]["latitude"], rows["Q101"]["died"], rows["Q101"]["aliases"][0]) == (49.25, 1911, "A. Orme")
+    assert report.layout == "Parquet tables"
+    assert {"claims/part-1-of-9.parquet", "wikidata-labels/de/part-1-of-9.parquet"} <= set(report.raw_sha256)
+    assert not any("/fr/" in name for name in report.raw_sha256)
+    monkeypatch.setattr(parts, "PART_BYTES", 500)
+    build(tmp_path / "tables", tmp_path / "parts", **options)
+    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "out")
+
+
+def test_more_than_nine_files_of_a_table_are_read_in_the_order_of_their_numbers(tmp_path):
+    release.write_tables(tmp_path / "whole", rows_of_a_file=100)
+    release.write_tables(tmp_path / "many", rows_of_a_file=1)
+    assert len(list((tmp_path / "many" / "claims").iterdir())) > 10
+    for name in ("whole", "many"):
+        build(tmp_path / name, tmp_path / f"{name}.out", **OPTIONS)
+    assert rows_of(tmp_path / "many.out") == rows_of(tmp_path / "whole.out")
+
+
+def _unsort(table: Path) -> None:
+    first, second = sorted(table.iterdir())[:2]
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
+
+
+def _cut(table: Path) -> None:
+    file = sorted(table.iterdir())[1]
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def _rename_column(table: Path) -> None:
+    file = sorted(table.iterdir())[0]
+    content = pq.read_table(file)
+    pq.write_table(
+        content.rename_columns(["other" if name == "property" else name for name in content.column_names]), file
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_unsort, "not sorted by id: 'Q.*' comes after 'Q"),
+        (_cut, "The table cannot be read"),
+        (_rename_column, r"lacks the columns \['property'\]"),
+        (shutil.rmtree, "no table of claims"),
+    ],
+)
+def test_damaged_tables_are_an_error_and_nothing_is_written(tmp_path, damage, message):
+    release.write_tables(tmp_path / "tables")
+    damage(tmp_path / "tables" / "claims")
+    with pytest.raises(DataFormatError, match=message):
+        build(tmp_path / "tables", tmp_path / "out" / "kb", **OPTIONS)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_sitelinks_of_tables_need_their_table(tmp_path):
+    release.write_tables(tmp_path / "tables")
+    shutil.rmtree(tmp_path / "tables" / "links")
+    with pytest.raises(DataFormatError, match="no table of links, which min_sitelinks counts"):
+        build(tmp_path / "tables", tmp_path / "out", min_sitelinks="1")
+    build(tmp_path / "tables", tmp_path / "out", classes="Q5")
+    assert {row["sitelinks"] for row in rows_of(tmp_path / "out").values()} == {0}
 
 
 @pytest.mark.parametrize(

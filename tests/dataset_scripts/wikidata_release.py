@@ -9,6 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from tests.dataset_scripts.fixtures import write_json
 
 OPTIONS: dict[str, Any] = {"config_options": {"languages": "en,de", "classes": "Q215627", "min_sitelinks": "2"}}
@@ -123,3 +126,80 @@ def write_documents(folder: Path) -> None:
 
 
 LAYOUTS = {"documents": (write_documents, SPLITS)}
+
+
+def tabular_entities() -> list[Any]:
+    """The entities that tables can hold: each once, and none that is malformed, merged or deleted."""
+    kept = {}
+    for entity in entities():
+        if entity.get("type") in ("item", "property") and "redirects" not in entity and entity["id"] != "Q108":
+            kept.setdefault(entity["id"], entity)
+    return list(kept.values())
+
+
+def write_tables(folder: Path, rows_of_a_file: int = 3) -> None:
+    """Writes the entities as the tables of wikidata-pq, sorted by id, the claims in several files."""
+    tables: dict[str, list[dict[str, Any]]] = {name: [] for name in ("claims", "links")}
+    for entity in sorted(tabular_entities(), key=lambda entity: entity["id"]):
+        entity_id = entity["id"]
+        for table, single in (("labels", True), ("descriptions", True), ("aliases", False)):
+            for language, given in dict(entity.get(table) or {}).items():
+                for term in [given] if single else given:
+                    row = {"id": entity_id, "language": language, "value": term["value"]}
+                    tables.setdefault(f"wikidata-{table}/{language}", []).append(row)
+        tables["links"] += [
+            {"id": entity_id, "site": site, "title": "x"} for site in dict(entity.get("sitelinks") or {})
+        ]
+        for property_id, statements in dict(entity.get("claims") or {}).items():
+            tables["claims"] += [
+                {"id": entity_id, "property": property_id, "datavalue": _fields(statement), "rank": statement["rank"]}
+                for statement in statements
+            ]
+    for name, rows in tables.items():
+        (folder / name).mkdir(parents=True)
+        size = rows_of_a_file if name == "claims" else len(rows)
+        for start in range(0, len(rows), size):
+            features = _TABLE_SCHEMAS.get(name)
+            table = pa.Table.from_pylist(rows[start : start + size], schema=features)
+            pq.write_table(table, folder / name / f"part-{start // size + 1}-of-9.parquet")
+
+
+def _fields(statement: dict[str, Any]) -> dict[str, Any] | None:
+    snak = statement["mainsnak"]
+    if snak["snaktype"] != "value":
+        return None
+    content, kind = snak["datavalue"]["value"], snak["datavalue"]["type"]
+    if kind == "string":
+        return {"datavalue__string": content}
+    if kind == "wikibase-entityid":
+        return {"id": f"Q{content['numeric-id']}"}
+    if kind == "globecoordinate":
+        return {**content, **{axis: {f"{axis}__number": content[axis]} for axis in ("latitude", "longitude")}}
+    if kind == "time":
+        return {**content, "precision": {"precision__integer": content["precision"]}}
+    return content
+
+
+def _numbers(name: str) -> pa.DataType:
+    return pa.struct([(f"{name}__integer", pa.int64()), (f"{name}__number", pa.float64())])
+
+
+_TEXT_FIELDS = ("id", "datavalue__string", "text", "language", "amount", "unit", "time", "calendarmodel", "globe")
+_TABLE_SCHEMAS = {
+    "claims": pa.schema(
+        [
+            ("id", pa.string()),
+            ("property", pa.string()),
+            (
+                "datavalue",
+                pa.struct(
+                    [
+                        *((name, pa.string()) for name in _TEXT_FIELDS),
+                        *((name, _numbers(name)) for name in ("precision", "latitude", "longitude")),
+                    ]
+                ),
+            ),
+            ("rank", pa.string()),
+        ]
+    )
+}
