@@ -39,6 +39,9 @@ class MelTrainingArguments(TrainingArguments):
         negatives_from (`int`, *optional*):
             For a reranker: draw negatives from this many of the other candidates, counted from the start of the list.
             These are the hardest if the list is sorted by score. `None`: all other candidates.
+        fill_short_lists (`bool`, *optional*, defaults to `True`):
+            For a reranker: whether random entities of the knowledge base are negatives of a mention that has fewer than
+            `num_negatives` other candidates. With `False`, training reads its list as it is, as evaluation does.
         hard_negatives (`int`, *optional*, defaults to 0):
             For a reranker: how many of the `num_negatives` are not drawn, but the first of the other candidates.
         context_negatives (`bool`, *optional*, defaults to `False`):
@@ -86,6 +89,9 @@ class MelTrainingArguments(TrainingArguments):
     num_negatives: int = field(default=1, metadata={"help": "Number of a reranker's negatives per mention."})
     negatives_from: int | None = field(
         default=None, metadata={"help": "Draw a reranker's negatives from this many of the first other candidates."}
+    )
+    fill_short_lists: bool = field(
+        default=True, metadata={"help": "Fill a reranker's lists with random entities up to num_negatives."}
     )
     hard_negatives: int = field(
         default=0, metadata={"help": "How many of a reranker's negatives are the first of the other candidates."}

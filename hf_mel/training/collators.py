@@ -179,8 +179,8 @@ class PairCollator:
     """Turns training examples into the batch of a [`~hf_mel.protocols.Reranker`].
 
     A mention comes with its gold and `num_negatives` other entities. Negatives are drawn from the mention's candidates,
-    and from the whole knowledge base if these are too few. No gold of an example is a negative in it, and no negative
-    occurs in it twice. The gold's position is random, so only `labels` reveals it. With `context_golds`, the golds of
+    and from the whole knowledge base if these are too few; without `fill_short_lists`, the list is then shorter, as in
+    evaluation. No gold of an example is a negative in it, and no negative occurs in it twice. The gold's position is random, so only `labels` reveals it. With `context_golds`, the golds of
     the other mentions of its context are further negatives of a mention.
 
     In a "document", candidates of one mention are evidence for the others. Each mention has a separate list, as in
@@ -207,6 +207,8 @@ class PairCollator:
             mentions of its context are negatives of a mention, beside the `num_negatives`.
         negatives_from (`int`, *optional*): Draw negatives from this many of the other candidates, counted from the start
             of the list. `None`: all other candidates.
+        fill_short_lists (`bool`, *optional*, defaults to `True`): Whether random entities are negatives of a mention with
+            fewer than `num_negatives` other candidates. A mention whose only candidate is its gold has no negative without.
         unit (`str`, *optional*, defaults to `"mention"`): The model's `example_unit`. From a "context",
             `mentions_per_example` mentions are drawn, with repetition if it has fewer. A "document" gives all mentions.
         mentions_per_example (`int`, *optional*, defaults to 1): Number of mentions to draw from a "context".
@@ -230,6 +232,7 @@ class PairCollator:
         hard_negatives: int = 0,
         negatives_from: int | None = None,
         context_golds: Mapping[str, Sequence[str]] | None = None,
+        fill_short_lists: bool = True,
         unit: str = "mention",
         mentions_per_example: int = 1,
         random_image: bool = True,
@@ -239,7 +242,7 @@ class PairCollator:
             raise ValueError(f"num_negatives={num_negatives} must be at least 1.")
         self.inputs, self.candidates, self.priors, self.list_scores = inputs, candidates, priors, list_scores
         self.num_negatives, self.hard_negatives, self.negatives_from = num_negatives, hard_negatives, negatives_from
-        self.context_golds = context_golds or {}
+        self.context_golds, self.fill_short_lists = context_golds or {}, fill_short_lists
         self.unit, self.mentions_per_example = unit, mentions_per_example
         self.random_image, self.seed, self.epoch = random_image, seed, 0
         self.entities = LazyRows(entities)
@@ -342,6 +345,8 @@ class PairCollator:
         negatives = eligible[: min(self.hard_negatives, self.num_negatives)]
         eligible = eligible[len(negatives) :]
         negatives += draw.sample(eligible, min(self.num_negatives - len(negatives), len(eligible)))
+        if not self.fill_short_lists:
+            return negatives
         num_missing = min(self.num_negatives, len(self._ids) - len(excluded)) - len(negatives)
         while num_missing > 0:
             row = draw.randrange(len(self._ids))

@@ -135,6 +135,7 @@ class MelTrainer(BaseTrainer):
                 num_negatives=args.num_negatives,
                 hard_negatives=args.hard_negatives,
                 negatives_from=args.negatives_from,
+                fill_short_lists=args.fill_short_lists,
                 context_golds=_golds_by_context(self.mentions) if args.context_negatives else None,
                 unit=unit,
                 mentions_per_example=getattr(model, "mentions_per_example", 1),

@@ -61,6 +61,32 @@ def test_each_mention_has_its_gold_and_negatives_of_its_list_first(rows, negativ
         assert len(others & of_list) == min(negatives, len(of_list))
 
 
+@pytest.mark.parametrize("negatives", [1, 4, 11])
+@pytest.mark.parametrize("unit", ["mention", "document"])
+def test_without_filling_a_list_has_the_gold_and_its_own_candidates_only(negatives, unit):
+    spy, examples = Spy(), Examples(MENTIONS, unit)
+    tensors = batch(
+        spy, examples.__getitems__(range(len(examples))), num_negatives=negatives, fill_short_lists=False, unit=unit
+    )
+    golds = dict(zip(MENTIONS["mention_id"], MENTIONS["entity_id"], strict=True))
+    made = ids(spy)
+    assert len(made) == 20 and min(len(listed) for _, listed in made) == 1  # some have no candidates
+    for (mention, listed), label in zip(made, tensors["labels"].tolist(), strict=True):
+        others = set(CANDIDATES[mention]) - {golds[mention]}
+        assert listed[label] == golds[mention]
+        assert set(listed) <= others | {golds[mention]}
+        assert len(listed) == len(set(listed)) == 1 + min(negatives, len(others))
+
+
+@pytest.mark.parametrize("unit", ["mention", "context"])
+def test_a_batch_of_short_lists_has_a_finite_loss_and_is_padded(unit):
+    examples = Examples(MENTIONS, unit).__getitems__(range(6))
+    options = {"unit": unit, "mentions_per_example": 2, "num_negatives": 5, "fill_short_lists": False}
+    made = batch(ToyPairProcessor(), examples, **options)
+    assert not made["pair_mask"].all()
+    assert toy_reranker(unit=unit)(**made).loss.isfinite()
+
+
 @pytest.mark.parametrize("first", [1, 2, 3])
 def test_negatives_come_from_the_first_of_the_other_candidates(first):
     golds = {mention["mention_id"]: mention["entity_id"] for mention in MENTIONS}
