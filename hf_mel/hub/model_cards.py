@@ -190,9 +190,11 @@ def _data_table(data: Mapping[str, Any]) -> str:
         [f"{kind} for validation (`{data['validation_split']}`)", f"{data[f'validation_{kind}']:,}"],
         ["entities of the knowledge base", f"{data['entities']:,}"],
     ]
+    for extra in data.get("extra_datasets", ()):
+        rows.insert(3, ["further data set for training", f"`{extra['dataset']}`, sha256 `{extra['sha256']}`"])
     if data.get("train_nil"):
         role = "from which NIL is learned" if data.get("nil_is_learned") else "left out because their entity is NIL"
-        rows.insert(4, [f"training mentions {role}", f"{data['train_nil']:,}"])
+        rows.insert(-2, [f"training mentions {role}", f"{data['train_nil']:,}"])
     return markdown_table(["", ""], rows)
 
 

@@ -46,6 +46,7 @@ def run_linking(folder: RunFolder) -> FinishedTraining | None:
     train = load_mentions(data.dataset, data.train_split, data.revision, config=data.config)
     validation = load_mentions(data.dataset, data.validation_split, data.revision, config=data.config)
     entities = load_entities(data.dataset, revision=data.revision)
+    train, entities = with_extra_datasets(recipe, train, entities)
     set_seed(arguments.seed)
     model, processor = build_model(recipe, texts_of(train, entities))
     lists: dict[str, Any] = {}
@@ -89,6 +90,44 @@ def run_linking(folder: RunFolder) -> FinishedTraining | None:
     return _evaluate(recipe, trainer, train, validation, entities)
 
 
+def with_extra_datasets(
+    recipe: Recipe, train: datasets.Dataset, entities: datasets.Dataset
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Returns the training mentions and the entities of a recipe's data set and of its `data.extra_datasets`.
+
+    Ids of mentions, contexts and documents of a further data set start with its number and name, so that they are no ids of
+    another. An entity that several data sets have is that of the first. A column that a data set lacks is empty.
+
+    Args:
+        recipe ([`~hf_mel.training.recipe.Recipe`]): The recipe.
+        train, entities (`datasets.Dataset`): Training mentions and entities of `data.dataset`.
+
+    Raises:
+        RecipeError: two data sets have columns of the same name and different types.
+        MelError: as for [`~hf_mel.data.loading.load_mentions`].
+    """
+    data, mention_parts, entity_parts = recipe.data, [train], [entities]
+    entity_ids = set(entities["entity_id"])
+    for number, dataset in enumerate(data.extra_datasets, 2):
+        name = f"{number}:{dataset_version(dataset)['dataset']}"
+        mentions = load_mentions(dataset, data.train_split, config=data.config)
+        for column in {"mention_id", "context_id", "document_id"} & set(mentions.column_names):
+            ids = [f"{name}:{value}" if value else value for value in mentions[column]]
+            mentions = mentions.remove_columns(column).add_column(column, ids)
+        mention_parts.append(mentions)
+        rows = load_entities(dataset)
+        rows = rows.select([row for row, entity_id in enumerate(rows["entity_id"]) if entity_id not in entity_ids])
+        entity_ids.update(rows["entity_id"])
+        entity_parts.append(rows)
+    try:
+        return datasets.concatenate_datasets(mention_parts), datasets.concatenate_datasets(entity_parts)
+    except ValueError as error:  # features that cannot be aligned
+        raise recipe.error(
+            f"The data sets {[data.dataset, *data.extra_datasets]} have columns that do not fit ({error}).",
+            "Build them with this version of hf_mel.",
+        ) from error
+
+
 def with_extra_mentions(recipe: Recipe, train: datasets.Dataset, entities: datasets.Dataset) -> datasets.Dataset:
     """Returns the training mentions, and those that `data.extra_mentions` makes of posts and entities."""
     data, parts = recipe.data, [train.select_columns(list(mention_features()))]
@@ -128,6 +167,7 @@ def _evaluate(
         inputs = trainer.inputs.without_mention_features()
         evaluation = FullEvaluator(entities, **options)(inputs, validation)
         nil = evaluation.calibrate_nil_threshold() if len(validation) and len(entities) > 1 else None
+    extra_datasets = [dataset_version(dataset) for dataset in recipe.data.extra_datasets]
     curve = None
     if not trainer.reranks and len(validation) and hasattr(model.config, "link_calibration"):
         curve = evaluation.risk_coverage(None if nil is None or nil.simulated else nil.threshold)
@@ -145,6 +185,7 @@ def _evaluate(
             "train_mentions": len(train),
             "train_nil": list(train["entity_id"]).count(NIL),
             **({"nil_is_learned": True} if learns_nil(model) else {}),
+            **({"extra_datasets": extra_datasets} if extra_datasets else {}),
             "validation_split": recipe.data.validation_split,
             "validation_mentions": len(validation),
             "entities": len(entities),

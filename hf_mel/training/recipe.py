@@ -109,6 +109,8 @@ class DataRecipe:
         extra_mentions (`dict`): For linking with a retriever, further training mentions by their source, with a number.
             `posts: n` takes every post of the data set n times. `entities: n` makes n mentions of every entity
             ([`~hf_mel.data.posts.entities_as_mentions`]).
+        extra_datasets (`list[str]`): For linking, folders or Hub ids of further data sets. Their mentions of `train_split`
+            and their entities are added for training; validation stays that of `dataset`.
     """
 
     dataset: str = ""
@@ -118,6 +120,7 @@ class DataRecipe:
     validation_split: str = "validation"
     posts_split: str | None = None
     extra_mentions: dict[str, Any] = field(default_factory=dict)
+    extra_datasets: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -308,6 +311,14 @@ class Recipe:
             raise self.error(
                 f"data.extra_mentions does not apply to the task {self.task!r}.", "Remove data.extra_mentions."
             )
+        if not all(isinstance(dataset, str) and dataset for dataset in self.data.extra_datasets):
+            raise self.error(
+                f"The value {self.data.extra_datasets!r} of data.extra_datasets is not a list of folders and Hub ids."
+            )
+        if self.data.extra_datasets and self.task != "linking":
+            raise self.error(
+                f"data.extra_datasets does not apply to the task {self.task!r}.", "Remove data.extra_datasets."
+            )
         if self.candidates is not None and (self.candidates.source == "file") != bool(self.candidates.file):
             raise self.error("candidates.source: file and candidates.file need each other.", "Give both or neither.")
         if bool(model.type) == bool(model.from_pretrained):
@@ -456,11 +467,13 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "str | None": (str, type(None)),
     "bool": bool,
     "int": int,
+    "list[str]": list,
     "dict[str, Any]": dict,
     "dict[str, Any] | None": (dict, type(None)),
 }
 _TYPE_NAMES: dict[type, str] = {
     dict: "a mapping",
+    list: "a list",
     str: "a string",
     bool: "true or false",
     int: "a whole number",
@@ -480,7 +493,7 @@ def _build_section(section: Any, content: Any, name: str, file: str | None) -> A
     _check_keys(content, types, name, file)
     values = {}
     for key, value in content.items():
-        if value is None and types[key].startswith("dict"):
+        if value is None and types[key].startswith(("dict", "list")):
             continue  # An empty `config:` in the file.
         value = as_bool(value) if types[key] == "bool" else _read_words(value, types[key].startswith("dict"))
         _check_type(value, _TYPES[types[key]], f"{name}.{key}", file)

@@ -336,7 +336,9 @@ def test_a_model_is_published_with_its_card_and_results_but_without_pickles(hub,
     folder = model_folder(tmp_path / "run")
     (folder / "checkpoints").mkdir()
     (folder / "optimizer.pt").write_bytes(b"pickle")
-    (folder / "recipe.yaml").write_text("data: {dataset: /home/somebody/data/planets}\n")
+    (folder / "recipe.yaml").write_text(
+        "data: {dataset: /home/somebody/data/planets, extra_datasets: [/home/somebody/moons, org/stars]}\n"
+    )
     test = {"model": {"weights": "w1"}, "metrics": {"hits@1": 0.25, "mrr": 0.5, "num_ranked": 9}}
     test |= {"data": {"split": "test"}, "strata": {}, "units": None, "ties": "realistic"}
     (folder / "results_test.json").write_text(json.dumps(test))
@@ -367,7 +369,9 @@ def test_a_model_is_published_with_its_card_and_results_but_without_pickles(hub,
     card = files["README.md"].decode()
     assert 'from_pretrained("org/toy"' in card
     assert "| `test` | 9 | 25.0 |" in card
-    assert yaml.safe_load(files["recipe.yaml"]) == {"data": {"dataset": "planets"}}
+    assert yaml.safe_load(files["recipe.yaml"]) == {
+        "data": {"dataset": "planets", "extra_datasets": ["moons", "org/stars"]}
+    }
     entries = yaml.safe_load(files[".eval_results/hf_mel.yaml"])
     assert [entry["value"] for entry in entries] == [25.0, 50.0, 50.0, 61.23]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from hf_mel.building.build import build_dataset
 from hf_mel.candidates.make import make_candidates
 from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
 from hf_mel.inference.checkpoints import load_reranker
@@ -13,6 +16,7 @@ from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
 from hf_mel.training.assemble import build_model
 from hf_mel.training.run import run_recipe
+from tests.dataset_scripts import aida_conll_release, m3el_release
 from tests.recipes.test_rerankers import encoders, load, step  # noqa: F401 (a fixture)
 from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model, write_toy_dataset
 from tests.toy_documents import toy_documents
@@ -93,3 +97,20 @@ def test_trains_evaluates_and_links(encoders, tmp_path, joint):  # noqa: F811
     linker = EntityLinker(toy_model(), ToyProcessor(), kb, reranker=model, reranker_processor=processor)
     linked = linker([dict(row) for row in toy_mentions(4)], top_k=3)
     assert all(len(result.candidates) == 3 for result in linked)
+
+
+def test_trains_on_the_documents_and_priors_of_two_releases(encoders, tmp_path):  # noqa: F811
+    """Table 4: M3EL, whose mentions have documents and images, and AIDA, whose mentions are text alone."""
+    m3el_release.write(tmp_path / "m3el_raw")
+    (tmp_path / "aida_raw").mkdir()
+    aida_conll_release.write(tmp_path / "aida_raw")
+    build_dataset("m3el", raw_dir=tmp_path / "m3el_raw", output=tmp_path / "m3el")
+    build_dataset("aida_conll", raw_dir=tmp_path / "aida_raw", output=tmp_path / "aida", allow_count_mismatch=True)
+    recipe = load("mm_nel_m3el", "", encoders)
+    recipe.data.dataset, recipe.data.extra_datasets = str(tmp_path / "m3el"), [str(tmp_path / "aida")]
+    recipe.data.validation_split = "train"  # the validation mentions of the small release have no candidates
+    recipe.training.update({"num_train_epochs": 1, "use_cpu": True, "disable_tqdm": True})
+    run = run_recipe(recipe, tmp_path / "run")
+    data = json.loads((run / "results.json").read_text())["data"]
+    assert (data["train_mentions"], data["entities"]) == (5 + 4, 3 + 6)
+    assert load_reranker(run)[0].config.model_type == "mm_nel"

@@ -70,7 +70,8 @@ def test_without_filling_a_list_has_the_gold_and_its_own_candidates_only(negativ
     )
     golds = dict(zip(MENTIONS["mention_id"], MENTIONS["entity_id"], strict=True))
     made = ids(spy)
-    assert len(made) == 20 and min(len(listed) for _, listed in made) == 1  # some have no candidates
+    assert len(made) == 20
+    assert min(len(listed) for _, listed in made) == 1  # some have no candidates
     for (mention, listed), label in zip(made, tensors["labels"].tolist(), strict=True):
         others = set(CANDIDATES[mention]) - {golds[mention]}
         assert listed[label] == golds[mention]

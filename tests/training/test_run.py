@@ -15,13 +15,13 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-from hf_mel.data.loading import dataset_version, load_entities, load_mentions
+from hf_mel.data.loading import check_golds, dataset_version, load_entities, load_mentions
 from hf_mel.errors import LockedError, MissingExtraError, RecipeError
 from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.training import run_folder
 from hf_mel.training.assemble import build_model
-from hf_mel.training.linking_run import with_extra_mentions
+from hf_mel.training.linking_run import with_extra_datasets, with_extra_mentions
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run import run_recipe
 from hf_mel.training.run_folder import training_arguments
@@ -123,6 +123,40 @@ def test_posts_are_taken_as_often_as_the_recipe_says(tmp_path):
     assert len(mentions) == len(train) + 2 * len(toy_posts())
     assert len(set(mentions["mention_id"])) == len(mentions)
     assert mentions["entity_id"][len(train) :] == toy_posts()["entity_id"][:] * 2
+
+
+def test_a_model_is_trained_on_two_data_sets(dataset, tmp_path):
+    more = write_dataset(tmp_path / "more", mentions=10, entities=15)
+    recipe = Recipe.from_dict(recipe_dict(dataset, num_train_epochs=1))
+    recipe.data.extra_datasets = [str(more), str(dataset)]
+    folder = run_recipe(recipe, tmp_path / "both")
+    data = results_of(folder)["data"]
+    assert (data["train_mentions"], data["train_nil"], data["entities"]) == (24 + 10 + 24, 2 * 4, 15)
+    assert data["validation_mentions"] == 12
+    assert [version["dataset"] for version in data["extra_datasets"]] == ["more", dataset.name]
+    card = (folder / "README.md").read_text()
+    assert f"`more`, sha256 `{dataset_version(more)['sha256']}`" in card
+
+
+def test_ids_of_two_data_sets_stay_apart_and_their_entities_meet(dataset, tmp_path):
+    more = write_dataset(tmp_path / "more", mentions=10, entities=15)
+    recipe = Recipe.from_dict(recipe_dict(dataset))
+    train, entities = load_mentions(dataset, "train"), load_entities(dataset)
+    first = train.add_column("candidate_priors", [[0.5]] * len(train))
+    recipe.data.extra_datasets = [str(more)]
+    mentions, all_entities = with_extra_datasets(recipe, first, entities)
+    check_golds(mentions, all_entities["entity_id"])
+    assert all_entities["entity_id"][:] == [f"Q{number}" for number in range(1, 16)]
+    assert mentions.select_columns(train.column_names)[:24] == train[:24]
+    others = mentions.select(range(24, 34))
+    assert not set(others["context_id"]) & set(train["context_id"])
+    assert others["candidate_priors"][:] == [None] * 10
+    kept = [name for name in train.column_names if name not in ("mention_id", "context_id", "image")]
+    assert others.select_columns(kept)[:] == load_mentions(more, "train").select_columns(kept)[:]
+
+    lengths = train.remove_columns("text").add_column("text", [len(text) for text in train["text"]])
+    with pytest.raises(RecipeError, match="columns that do not fit"):
+        with_extra_datasets(recipe, lengths, entities)
 
 
 def test_the_card_runs_where_hf_mel_is_not_installed(finished, tmp_path):

@@ -231,14 +231,18 @@ def _verified_dataset(dataset: str, revision: str | None, sha256: str | None) ->
     return {"dataset": dataset, "revision": version["revision"]}
 
 
+def _without_folder(dataset: str) -> str:
+    return Path(dataset).name if Path(dataset).is_absolute() else dataset
+
+
 def _recipe_without_paths(path: Path, dataset: str | None) -> bytes:
-    """The recipe, with the data set's Hub id or folder name in place of an absolute path."""
+    """The recipe, with the data set's Hub id, or the folder names of data sets in place of absolute paths."""
     try:
         recipe = yaml.safe_load(content_bytes(path))
-        trained_on = recipe["data"]["dataset"]
-        recipe["data"]["dataset"] = dataset or (
-            Path(trained_on).name if Path(trained_on).is_absolute() else trained_on
-        )
+        data = recipe["data"]
+        data["dataset"] = dataset or _without_folder(data["dataset"])
+        if "extra_datasets" in data:  # recipes of earlier versions have none
+            data["extra_datasets"] = [_without_folder(extra) for extra in data["extra_datasets"]]
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise PublishError(
             f"The file is not a recipe ({error}).", file=path, remedy="Remove it, or train again."
