@@ -31,7 +31,7 @@ def commands(text: str) -> list[str]:
     """Returns the hf-mel command lines in a page."""
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     lines = [re.sub(r"^(\w+=\S+ )+", "", line) for line in lines]  # strips the variables of `FOO=bar hf-mel …`
-    return [line for line in lines if line.startswith(("hf-mel ", "accelerate launch "))]
+    return [line for line in lines if line.startswith(("hf-mel ", "accelerate launch ", "torchrun "))]
 
 
 COMMANDS = sorted({line for text in TEXTS.values() for line in commands(text)})
@@ -40,6 +40,8 @@ COMMANDS = sorted({line for text in TEXTS.values() for line in commands(text)})
 def arguments(line: str) -> list[str]:
     """Returns the arguments of hf-mel in a command line."""
     words = shlex.split(line, comments=True)
+    if words[:2] == ["torchrun", "--nproc_per_node"]:
+        words = ["accelerate", "launch", *words[3:]]
     if words[:3] == ["accelerate", "launch", "train.py"]:
         return ["train", *words[3:]]
     if words[:4] == ["accelerate", "launch", "-m", "hf_mel"]:

@@ -149,5 +149,9 @@ class ChosenEntities:
 
 def part_of_process(count: int, processes: PartialState) -> range:
     """Returns the rows of this process if `count` rows are shared among all processes, in order and evenly."""
-    bounds = [count * k // processes.num_processes for k in range(processes.num_processes + 1)]
-    return range(bounds[processes.process_index], bounds[processes.process_index + 1])
+    return part_of(count, processes.process_index, processes.num_processes)
+
+
+def part_of(count: int, number: int, num_parts: int) -> range:
+    """Returns the rows of the part `number` if `count` rows are divided into `num_parts`, in order and evenly."""
+    return range(count * number // num_parts, count * (number + 1) // num_parts)

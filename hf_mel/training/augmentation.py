@@ -8,6 +8,15 @@ import random
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+# Numbers that one picture takes from the source of draws.
+_DRAWS = 8
+
+
+def skip_image(draw: random.Random) -> None:
+    """Takes as many numbers as [`augmented_image`] does, for a picture that another process changes."""
+    for _ in range(_DRAWS):
+        draw.random()
+
 
 def augmented_image(image: Image.Image, draw: random.Random) -> Image.Image:
     """Returns an RGB image as if it had been taken from another place, in another light.

@@ -14,11 +14,13 @@ from torch.utils.data import Dataset
 from hf_mel.data.examples import example_groups
 from hf_mel.data.lazy_rows import LazyRow, LazyRows, with_scores
 from hf_mel.errors import UnknownEntityError
+from hf_mel.inference.entity_sources import part_of
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import images_per_entity, learns_nil
 from hf_mel.schema import NIL, Row
-from hf_mel.training.augmentation import augmented_image
+from hf_mel.training.augmentation import augmented_image, skip_image
 from hf_mel.training.sampling import surface_key
+from hf_mel.training.shared_batches import SHARED_SIZES, part_rows
 
 _GOLD_REMEDY = (
     "Train on mentions whose entity is in the knowledge base. NIL mentions are for evaluation, and for a retriever that "
@@ -51,6 +53,9 @@ class RetrieverCollator:
             their mentions are NIL there. For a model that learns NIL, on data with few or no NIL mentions.
         log_prior (`Mapping[str, float]`, *optional*): Logarithm of how often each entity is a gold, by entity id. The batch
             has it as `entity_log_prior` [U], for a model that corrects for it.
+
+    Attributes:
+        part (`tuple[int, int]`): The number of this process and of all processes that share a batch. The trainer sets it.
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class RetrieverCollator:
     ):
         self.inputs, self.random_image, self.seed, self.augment_images = inputs, random_image, seed, augment_images
         self.negatives, self.random_negatives, self.log_prior = negatives or {}, random_negatives, log_prior
-        self.simulated_nil = simulated_nil
+        self.simulated_nil, self.part = simulated_nil, (0, 1)
         self.entities = LazyRows(entities)
         self._ids: list[str] = list(entities["entity_id"])
         self._row_of = {entity_id: row for row, entity_id in enumerate(self._ids)}
@@ -78,7 +83,8 @@ class RetrieverCollator:
 
         Returns:
             `dict` of the processor's `mention_*` tensors (first axis M) and `entity_*` tensors (first axis U), and
-            `labels` [M], the column of each mention's gold, or -1 for NIL.
+            `labels` [M], the column of each mention's gold, or -1 for NIL. If processes share the batch, the tensors of the
+            processor have the rows of this process only, and `shared_sizes` is [M, U].
 
         Raises:
             UnknownEntityError: a gold is not in the knowledge base, or is NIL and the model does not learn NIL.
@@ -107,21 +113,32 @@ class RetrieverCollator:
                     columns.setdefault(entity_id, len(columns))
         for entity_id in self._draw_entities({**columns, **left_out}, mention_ids):
             columns[entity_id] = len(columns)
-        entities: Sequence[Row] = self.entities.__getitems__([self._row_of[entity_id] for entity_id in columns])
+        chosen = part_rows([self._row_of[entity_id] for entity_id in columns], self.part)
+        entities: Sequence[Row] = self.entities.__getitems__(list(chosen))
         if self.random_image and self.inputs.prototypes is None:
             entities = [self._with_random_image(entity, mention_ids) for entity in entities]  # type: ignore[arg-type]
         entities = self.inputs.entity_rows(entities, without=[mention["text"] for mention in mentions])
-        processor, rows = self.inputs.processor, self.inputs.mention_rows(mentions)
+        processor, rows = self.inputs.processor, self.inputs.mention_rows(part_rows(mentions, self.part))
         if self.augment_images:
-            draw = random.Random(f"{self.seed} images {mention_ids}")
-            rows = [
-                row if row["image"] is None else ChainMap({"image": augmented_image(row["image"], draw)}, row)  # type: ignore[arg-type]
-                for row in rows
-            ]
+            rows = self._with_changed_images(rows, mentions, mention_ids)
         batch = {**processor(mentions=rows), **processor(entities=entities)}
         if self.log_prior is not None:
             batch["entity_log_prior"] = torch.tensor([self.log_prior[entity_id] for entity_id in columns])
+        if self.part[1] > 1:
+            batch[SHARED_SIZES] = torch.tensor([len(mentions), len(columns)])
         return {**batch, "labels": torch.tensor([columns.get(mention["entity_id"], -1) for mention in mentions])}
+
+    def _with_changed_images(self, rows: Sequence[Row], mentions: Sequence[Row], mention_ids: str) -> list[Row]:
+        """Changes the images of this process's rows as if it changed those of all mentions of the batch."""
+        draw = random.Random(f"{self.seed} images {mention_ids}")
+        for mention in mentions[: part_of(len(mentions), *self.part).start]:
+            read = mention.undecoded if isinstance(mention, LazyRow) else mention.__getitem__
+            if read("image") is not None:
+                skip_image(draw)
+        return [
+            row if row["image"] is None else ChainMap({"image": augmented_image(row["image"], draw)}, row)  # type: ignore[arg-type]
+            for row in rows
+        ]
 
     def _draw_left_out(self, golds: Collection[str], mention_ids: str) -> dict[str, None]:
         """Draws the golds whose mentions are NIL in this batch, but never all, so that a batch has entities."""
@@ -218,6 +235,7 @@ class PairCollator:
 
     Attributes:
         epoch (`int`): The epoch. The trainer sets it.
+        part (`tuple[int, int]`): The number of this process and of all processes that share a batch. The trainer sets it.
     """
 
     def __init__(
@@ -244,7 +262,7 @@ class PairCollator:
         self.num_negatives, self.hard_negatives, self.negatives_from = num_negatives, hard_negatives, negatives_from
         self.context_golds, self.fill_short_lists = context_golds or {}, fill_short_lists
         self.unit, self.mentions_per_example = unit, mentions_per_example
-        self.random_image, self.seed, self.epoch = random_image, seed, 0
+        self.random_image, self.seed, self.epoch, self.part = random_image, seed, 0, (0, 1)
         self.entities = LazyRows(entities)
         self._ids: list[str] = list(entities["entity_id"])
         self._row_of = {entity_id: row for row, entity_id in enumerate(self._ids)}
@@ -257,7 +275,8 @@ class PairCollator:
 
         Returns:
             `dict` of the processor's `pair_*` tensors (first axes M and C = 1 + negatives), with the mentions of one
-            example side by side, and `labels` [M], the column of each mention's gold.
+            example side by side, and `labels` [M], the column of each mention's gold. If processes share the batch, M are
+            the mentions of this process's examples, and `shared_sizes` says how many count, and how many there are in all.
 
         Raises:
             UnknownEntityError: a gold or a candidate is not in the knowledge base; names the mention.
@@ -266,7 +285,7 @@ class PairCollator:
         lists: list[list[int]] = []
         labels: list[int] = []
         draws: list[random.Random] = []
-        for example in examples:
+        for example in part_rows(examples, self.part):
             draw = random.Random(f"{self.seed} {self.epoch} {example[0]['mention_id']}")
             drawn_mentions = self._draw_mentions(example, draw)
             excluded = {self._find_row(mention["entity_id"], mention, "gold") for mention in drawn_mentions}
@@ -304,7 +323,15 @@ class PairCollator:
             ]
         remaining = iter(entities)
         pairs = [(mention, [next(remaining) for _ in rows]) for mention, rows in zip(mentions, lists, strict=True)]
-        return {**self.inputs.processor(pairs=pairs), "labels": torch.tensor(labels)}
+        batch = {**self.inputs.processor(pairs=pairs), "labels": torch.tensor(labels)}
+        if self.part[1] > 1:
+            # A process without an example of its own takes one that does not count.
+            counted = len(mentions) if len(part_of(len(examples), *self.part)) else 0
+            batch[SHARED_SIZES] = torch.tensor([counted, sum(map(self._num_mentions, examples))])
+        return batch
+
+    def _num_mentions(self, example: Sequence[Row]) -> int:
+        return self.mentions_per_example if self.unit == "context" else len(example)
 
     def _prior(self, mention_id: str, entity_id: str) -> float | None:
         return None if self.priors is None else self.priors.get(mention_id, {}).get(entity_id, 0.0)

@@ -12,7 +12,9 @@ from collections import Counter
 from typing import Any
 
 import datasets
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
@@ -34,6 +36,7 @@ from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.base_trainer import BaseTrainer
 from hf_mel.training.collators import Examples, PairCollator, RetrieverCollator
 from hf_mel.training.sampling import EasyShareSampler, GroupingSampler, grouping_sampler
+from hf_mel.training.shared_batches import SHARED_SIZES, gathered_encodings, unsharded_loader
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +45,17 @@ class MelTrainer(BaseTrainer):
     """`transformers.Trainer` for a [`~hf_mel.protocols.Retriever`] or a [`~hf_mel.protocols.Reranker`].
 
     The batch of a retriever has B mentions, their gold entities, `mined_negatives` more for each mention and
-    `random_negatives` more for all. Every entity of the batch that is not a mention's gold is its negative. In a distributed run, each process draws negatives from its
-    own batch. Evaluation ranks all entities for every mention of `eval_dataset` (`eval_mrr`, `eval_hits@1`, …).
+    `random_negatives` more for all. Every entity of the batch that is not a mention's gold is its negative. Evaluation ranks all entities for every mention of `eval_dataset` (`eval_mrr`, `eval_hits@1`, …).
 
     The batch of a reranker has B examples. A mention comes with its gold and with negatives from its candidates
     ([`~hf_mel.training.collators.PairCollator`]). Evaluation follows the candidate protocol end to end, and ranks jointly
     if the model does: for `eval_mrr`, a gold that is not among the candidates counts as 0.
 
-    Resuming, mixed precision, gradient accumulation and distributed training work as in the Trainer.
+    P processes with batches of B train as one process with a batch of P·B: they share every batch, each encodes its part, and
+    the negatives of a mention are the entities of the whole batch. They share the evaluation of a retriever, too. What a
+    model computes from a batch as such, as batch normalisation does, it computes from the part of its process.
+
+    Resuming, mixed precision and gradient accumulation work as in the Trainer.
 
     Args:
         model ([`~hf_mel.protocols.Retriever`] or [`~hf_mel.protocols.Reranker`]): The model to train.
@@ -179,6 +185,7 @@ class MelTrainer(BaseTrainer):
             callbacks=callbacks,
             **kwargs,
         )
+        collator.part = (args.process_index, args.world_size)
         self.inputs.precompute(entities=entities, mentions=self.mentions, progress=self.shows_progress)
         if self.reranks:
             self.inputs.precompute(mentions=eval_dataset, progress=self.shows_progress)
@@ -187,6 +194,40 @@ class MelTrainer(BaseTrainer):
             collator.negatives = _mined_negatives(self.inputs, self.mentions, entities, args, self.shows_progress)
         if self.mentions is not None and self.is_world_process_zero():
             self._warn_of_left_out_texts(self.mentions)
+
+    def get_train_dataloader(self) -> Any:
+        """Returns the data loader of the training mentions. Of several processes, all read every batch, of P·B mentions."""
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        if self.train_dataset is None:
+            raise ValueError("The trainer has no train_dataset. Pass one to MelTrainer.")
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_size=self._train_batch_size * args.world_size,
+            sampler=self.sampler,
+            collate_fn=self.collator,
+            drop_last=args.dataloader_drop_last,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return unsharded_loader(loader, self.accelerator.device)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Computes the loss of a batch. Its mean over processes is the loss of the batch that they share."""
+        sizes = inputs.pop(SHARED_SIZES, None)
+        if sizes is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        if not self.reranks:
+            with gathered_encodings(self.accelerator.unwrap_model(model), *sizes.tolist()):
+                return super().compute_loss(model, inputs, *args, **kwargs)
+        num_counted, num_mentions = sizes.tolist()
+        outcome = super().compute_loss(model, inputs, *args, **kwargs)
+        loss, *others = outcome if isinstance(outcome, tuple) else (outcome,)
+        loss = loss * (num_counted * self.args.world_size / num_mentions)
+        return (loss, *others) if others else loss
 
     def evaluate(  # type: ignore[override]
         self,
@@ -202,8 +243,8 @@ class MelTrainer(BaseTrainer):
             metric_key_prefix (`str`): Prefix of every metric's name, followed by an underscore.
 
         Returns:
-            `dict[str, float]`: the metrics. All processes evaluate, and all return the numbers of the first, so that they
-            agree on the best checkpoint.
+            `dict[str, float]`: the metrics. Processes share the entities of a retriever. Otherwise all evaluate, and all return
+            the numbers of the first, so that they agree on the best checkpoint.
         """
         mentions: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if mentions is None:
@@ -212,7 +253,8 @@ class MelTrainer(BaseTrainer):
         if not self.reranks:
             # With a frozen mention encoder, the mentions are encoded once for all evaluations.
             self.inputs.precompute(mentions=mentions, progress=self.shows_progress)
-        result = self._evaluate_inputs(self.inputs, mentions)
+        processes = PartialState() if self.args.world_size > 1 and not self.reranks else None
+        result = self._evaluate_inputs(self.inputs, mentions, processes=processes)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(mentions))
         if self.args.world_size > 1:
@@ -256,7 +298,7 @@ class MelTrainer(BaseTrainer):
             left_out.warn(kind)
 
     def _evaluate_inputs(
-        self, inputs: ModelInputs, mentions: datasets.Dataset, **options: Any
+        self, inputs: ModelInputs, mentions: datasets.Dataset, *, processes: PartialState | None = None, **options: Any
     ) -> FullResult | CandidateResult:
         options = {
             "batch_size": self.args.per_device_eval_batch_size,
@@ -265,7 +307,7 @@ class MelTrainer(BaseTrainer):
         }
         with self.accelerator.autocast():
             if not self.reranks:
-                return FullEvaluator(self.entities, **options)(inputs, mentions)
+                return FullEvaluator(self.entities, **options)(inputs, mentions, processes=processes)
             assert self.eval_candidates is not None
             return CandidateEvaluator(self.entities, **options)(inputs, mentions, self.eval_candidates)
 
