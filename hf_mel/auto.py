@@ -15,7 +15,14 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 #: Folder of each method in `modeling/`, which is its model type too → the prefix of its class names.
-_METHODS = {"imn": "Imn", "mimic": "Mimic", "mm_nel": "MmNel", "mmel": "Mmel", "pfmel": "Pfmel"}
+_METHODS = {
+    "ghmfc": "Ghmfc",
+    "imn": "Imn",
+    "mimic": "Mimic",
+    "mm_nel": "MmNel",
+    "mmel": "Mmel",
+    "pfmel": "Pfmel",
+}
 #: Auto class → the module of transformers that holds it.
 _AUTO_MODULES = {
     "AutoConfig": "transformers.models.auto.configuration_auto",

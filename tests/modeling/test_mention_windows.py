@@ -14,6 +14,7 @@ from hf_mel.data.posts import entity_as_post
 from hf_mel.inference.probe import unread_columns, unread_columns_in_pairs
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
+from hf_mel.modeling.ghmfc import GhmfcProcessor
 from hf_mel.modeling.imn import ImnProcessor
 from hf_mel.modeling.mimic import MimicConfig, MimicModel, MimicProcessor
 from hf_mel.modeling.mm_nel import MmNelProcessor
@@ -38,12 +39,18 @@ ENTITY = {
     "images": [],
 }
 LIMITS = {
+    GhmfcProcessor: {"max_length": 40},
     MimicProcessor: {"max_length": 40},
     ImnProcessor: {"max_length": 40},
     MmelProcessor: {"max_length": 50},
     PfmelProcessor: {"max_length": 50},
     MmNelProcessor: {"context_words": 30},
 }
+#: Processors of retrievers that read the rows of entities.
+OF_RETRIEVERS = (
+    GhmfcProcessor,
+    MimicProcessor,
+)
 METHODS = pytest.mark.parametrize("method", LIMITS)
 #: MM-nel reads bags of words, so an occurrence differs from another by its window only.
 MARKING_METHODS = pytest.mark.parametrize("method", [method for method in LIMITS if method is not MmNelProcessor])
@@ -62,7 +69,7 @@ def make(method, tokenizer, **options):
 def reads(processor, text, mention, start=-1, end=-1):
     """The words that a processor reads of a mention."""
     row = {"mention": mention, "text": text, "start": start, "end": end, "image": None}
-    if isinstance(processor, MimicProcessor | ImnProcessor):
+    if isinstance(processor, (*OF_RETRIEVERS, ImnProcessor)):
         ids = processor(mentions=[row])["mention_input_ids"][0]
     else:
         batch = processor(pairs=[(row, [ENTITY])])
@@ -71,7 +78,7 @@ def reads(processor, text, mention, start=-1, end=-1):
 
 
 def tensors_of_entity(processor, entity):
-    if isinstance(processor, MimicProcessor):
+    if isinstance(processor, OF_RETRIEVERS):
         return processor(entities=[entity])
     if isinstance(processor, ImnProcessor):
         return processor(posts=[entity_as_post(entity, post_columns(processor))])
@@ -127,7 +134,7 @@ def test_the_mention_is_always_in_the_window(method, text, mention):
     tokens = " ".join(tokenizer.tokenize(mention))
     read = " ".join(tokenizer.tokenize(reads(processor, text, mention)))
     # MIMIC and the rerankers also name the mention apart from its text.
-    named = {MimicProcessor: 1, MmelProcessor: 1, PfmelProcessor: 1}
+    named = {GhmfcProcessor: 1, MimicProcessor: 1, MmelProcessor: 1, PfmelProcessor: 1}
     assert read.count(tokens) >= 1 + named.get(method, 0)
     if method is not MmNelProcessor:
         assert f"« {tokens} »" in read
@@ -149,7 +156,7 @@ def test_a_mention_longer_than_the_window_fits(tokenizer, method):
 def test_every_column_of_an_entity_is_read(tokenizer, method):
     processor = make(method, tokenizer, **({"max_length": 90} if "max_length" in LIMITS[method] else {}))
     columns = ["name", "aliases", "description", "attributes"]
-    if isinstance(processor, MimicProcessor | ImnProcessor):
+    if isinstance(processor, (*OF_RETRIEVERS, ImnProcessor)):
         assert unread_columns(processor, columns, posts=isinstance(processor, ImnProcessor)) == []
     else:
         assert unread_columns_in_pairs(processor, columns) == []
@@ -168,6 +175,7 @@ def test_a_processor_saved_before_reads_what_it_read(tokenizer, method, tmp_path
     for field in ("mention_marks", "entity_columns", "fact_columns"):
         config.pop(field, None)
     old = {
+        GhmfcProcessor: {"mention_template": "{text}", "entity_template": "{name}. {attributes}"},
         MimicProcessor: {"mention_template": "{mention} [SEP] {text}", "entity_template": "{name} [SEP] {attributes}"},
         ImnProcessor: {"mention_template": "{text}"},
         MmelProcessor: {"entity_template": "name_attributes"},
@@ -178,6 +186,7 @@ def test_a_processor_saved_before_reads_what_it_read(tokenizer, method, tmp_path
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(processor, method)
     expected = {
+        GhmfcProcessor: "[CLS] rain in georgia [SEP]",
         MimicProcessor: "[CLS] georgia [SEP] rain in georgia [SEP]",
         ImnProcessor: "[CLS] rain in georgia [SEP]",
         MmelProcessor: "[CLS] mention : georgia . context : rain in georgia . entity : accra",
@@ -198,12 +207,12 @@ def test_a_processor_tells_how_much_it_leaves_out(tokenizer, method):
         {"mention": "Accra", "text": text, "start": -1, "end": -1}
         for text in ("rain in Accra", "rain fell " * 20 + "in Accra")
     ]
-    if isinstance(processor, MimicProcessor | ImnProcessor):
+    if isinstance(processor, (*OF_RETRIEVERS, ImnProcessor)):
         short, long = processor.num_left_out(mentions=rows)
         one, same = rows[1], rows[1] | {"text": "rain " + rows[1]["text"]}
         assert processor.num_left_out(mentions=[one, same]) == [long, long + 1]
         texts = {"posts": [{"text": "rain"}, {"text": "rain " * 50}]}
-        if isinstance(processor, MimicProcessor):
+        if isinstance(processor, OF_RETRIEVERS):
             texts = {"entities": [ENTITY, ENTITY | {"attributes": "rain " * 50}]}
         counts = processor.num_left_out(**texts)
         assert counts[0] == 0 < counts[1]
