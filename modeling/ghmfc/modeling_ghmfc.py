@@ -401,7 +401,9 @@ class GhmfcModel(GhmfcPreTrainedModel):
     def _fused(self, side: str, input_ids, attention_mask, pixel_values, image_mask):
         """Returns vectors [B, output_size] of length 1, and for the contrastive loss the mean word and cell (G9)."""
         words, mask = self._words(input_ids, attention_mask)
-        cells = cell_mask = has_image = None
+        cells: torch.Tensor | None = None
+        cell_mask: Any = None
+        has_image: Any = None
         if hasattr(self, "vision_model"):
             if pixel_values is None or image_mask is None:
                 raise ValueError(
