@@ -34,11 +34,9 @@ if TYPE_CHECKING:
     from hf_mel.inference import ModelInputs
     from hf_mel.inference.selective import RiskCoverage
 
-#: Kind of model → the options that are an error with the other kind.
-_ONLY_FOR = {
-    "retriever": ("units", "nil_threshold", "nil_from", "precision", "name_weight", "save_name_weight"),
-    "reranker": ("candidates", "retriever", "joint", "candidate_weight", "bf16"),
-}
+#: Options that are an error if the model ranks candidates, and options that are an error if it ranks all entities.
+_ONLY_FOR_ALL = ("units", "nil_threshold", "nil_from", "precision", "name_weight", "save_name_weight")
+_ONLY_FOR_CANDIDATES = ("candidates", "retriever", "joint", "candidate_weight", "bf16")
 
 
 def evaluate(
@@ -109,7 +107,8 @@ def evaluate(
     candidates: Annotated[
         str | None,
         typer.Option(
-            help="Reranker: a file that [b]hf-mel candidates[/b] wrote, or a source: [b]name[/b], [b]prior[/b], "
+            help="Reranker, or a retriever that is to rank these alone: a file that [b]hf-mel candidates[/b] wrote, or a "
+            "source: [b]name[/b], [b]prior[/b], "
             "[b]dictionary[/b], [b]retriever[/b], [b]release[/b], or several joined by +. End with [b]+document[/b] to give "
             "mentions without candidates those of their document, or with [b]+shared[/b] to give every mention the first "
             "candidates of the others."
@@ -154,6 +153,7 @@ def evaluate(
 
     A retriever ranks all entities of the knowledge base for every mention. A reranker reorders the candidates of every
     mention. Its results are reported end to end and with the gold added, beside the order of the candidates' own scores.
+    With --candidates, a retriever ranks these alone, too, as in papers whose data sets give a list with every mention.
 
     H@1, H@3 and H@10 are called P@1, R@3 and R@10 in some papers.
 
@@ -170,6 +170,8 @@ def evaluate(
       hf-mel evaluate runs/mimic_flags --dataset data/flags_mel --name-weight auto --save-name-weight
 
       hf-mel evaluate runs/RERANKER --dataset data/wikimel --candidates cands/test.parquet
+
+      hf-mel evaluate runs/imn_tweets --dataset data/tweets_mel --candidates release --ks 1,3
 
       hf-mel evaluate runs/RERANKER --dataset data/wikimel --split validation --candidates name --candidate-weight auto
 
@@ -237,10 +239,14 @@ def evaluate(
         "train_golds": train_golds,
         "data_version": {**version, "split": split, **({} if config == "mentions" else {"config": config})},
     }
-    if isinstance(loaded, Reranker):
-        _check_options(context, model, "reranker")
+    is_reranker = isinstance(loaded, Reranker)
+    if is_reranker or candidates is not None:
+        _check_options(context, model, is_reranker, ranks_all=False)
         if processes.num_processes > 1:
-            raise RecipeError("Only a retriever can be evaluated by several processes.", remedy="Start one process.")
+            raise RecipeError(
+                "Only a retriever that ranks all entities can be evaluated by several processes.",
+                remedy="Start one process.",
+            )
         if candidates is None:
             raise missing_candidates_error(
                 repr(model),
@@ -267,10 +273,12 @@ def evaluate(
             **settings,
             **split_settings,
         )
-        reranked = _evaluate_reranker(evaluator, ModelInputs(loaded, processor), mentions, lists, bf16, console)
+        inputs = ModelInputs.from_data(dataset, loaded, processor, posts, revision=dataset_revision, config=config)
+        _print_leaked(inputs, mentions, console)
+        reranked = _evaluate_on_candidates(evaluator, inputs, mentions, lists, bf16, console)
         results, records = reranked.to_dict(), reranked.records()
     else:
-        _check_options(context, model, "retriever")
+        _check_options(context, model, is_reranker, ranks_all=True)
         if save_name_weight and not Path(model, "config.json").is_file():
             raise RecipeError(
                 f"{model!r} is no folder of a model that a weight could be saved in.",
@@ -359,17 +367,24 @@ def _parse_number(name: str, option: str | None) -> float | Literal["auto"] | No
     return value
 
 
-def _check_options(context: typer.Context, model: str, kind: Literal["retriever", "reranker"]) -> None:
-    """Raises a RecipeError for an option that only the other kind of model takes."""
+def _check_options(context: typer.Context, model: str, is_reranker: bool, ranks_all: bool) -> None:
+    """Raises a RecipeError for an option that does not apply to what the model ranks."""
     from hf_mel.errors import RecipeError
 
-    other = "reranker" if kind == "retriever" else "retriever"
     source_of = context.get_parameter_source
-    given = [name for name in _ONLY_FOR[other] if getattr(source_of(name), "name", "DEFAULT") != "DEFAULT"]
+    other = _ONLY_FOR_CANDIDATES if ranks_all else _ONLY_FOR_ALL
+    if not is_reranker and not ranks_all:
+        other = (*other, "joint", "bf16")
+    given = [name for name in other if getattr(source_of(name), "name", "DEFAULT") != "DEFAULT"]
     if given:
-        task = "ranks all entities" if kind == "retriever" else "reranks candidates"
         options = " and ".join("--" + name.replace("_", "-") for name in given)
-        raise RecipeError(f"{model!r} {task} and cannot use {options}.", remedy=f"Leave out options for {other}s.")
+        if ranks_all:
+            task, remedy = "ranks all entities", "Leave out options for rerankers, or give --candidates."
+        else:
+            task, remedy = "reranks candidates", "Leave out options for retrievers."
+            if not is_reranker:
+                task, remedy = "ranks the candidates alone", "Leave it out, or leave out --candidates."
+        raise RecipeError(f"{model!r} {task} and cannot use {options}.", remedy=remedy)
 
 
 def _evaluate_retriever(
@@ -409,11 +424,7 @@ def _evaluate_retriever(
     settings = {**settings, "progress": processes.is_main_process}
     if settings["units"] is not None:
         check_units(inputs, mentions, entities, settings["units"])
-    if inputs.prototypes is not None and (num_leaked := inputs.prototypes.num_leaked(mentions)):
-        console.print(
-            f"The text of {num_leaked:,} of {len(mentions):,} mentions is also a post about their gold entity. Results "
-            "on these mentions do not carry over to other texts."
-        )
+    _print_leaked(inputs, mentions, console)
     sharing = processes if processes.num_processes > 1 else None
     encoded = encode_entities(
         inputs,
@@ -454,6 +465,15 @@ def _evaluate_retriever(
     return evaluator(inputs, mentions, processes=sharing), calibration, calibrated_on, chosen
 
 
+def _print_leaked(inputs: ModelInputs, mentions: datasets.Dataset, console: Console) -> None:
+    """Prints how many mentions have the text of a post about their gold, for a model that reads posts."""
+    if inputs.prototypes is not None and (num_leaked := inputs.prototypes.num_leaked(mentions)):
+        console.print(
+            f"The text of {num_leaked:,} of {len(mentions):,} mentions is also a post about their gold entity. Results "
+            "on these mentions do not carry over to other texts."
+        )
+
+
 def _stored_curve(loaded: Any, model: str) -> RiskCoverage:
     """Returns the risk–coverage curve that a retriever stores."""
     from hf_mel.errors import CalibrationError
@@ -468,7 +488,7 @@ def _stored_curve(loaded: Any, model: str) -> RiskCoverage:
     return RiskCoverage.from_dict(content)
 
 
-def _evaluate_reranker(
+def _evaluate_on_candidates(
     evaluator: CandidateEvaluator,
     inputs: ModelInputs,
     mentions: datasets.Dataset,
@@ -476,7 +496,7 @@ def _evaluate_reranker(
     bf16: bool,
     console: Console,
 ) -> CandidateResult:
-    """Evaluates a reranker, in bfloat16 if asked for."""
+    """Evaluates a model on candidates, in bfloat16 if asked for."""
     import torch
 
     from hf_mel.inference.execution import model_device

@@ -1,4 +1,4 @@
-"""The candidate protocol: a reranker reorders the candidates of each mention, end to end and with the gold added."""
+"""The candidate protocol: a model orders the candidates of each mention, end to end and with the gold added."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hf_mel.evaluation.evaluator import Evaluator, metrics_and_strata
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.ranking import TIE_TOLERANCE
-from hf_mel.inference.reranking import score_pairs
-from hf_mel.protocols import ranks_jointly, ranks_jointly_by_default, reads_list_scores
+from hf_mel.inference.reranking import score_listed, score_pairs
+from hf_mel.protocols import Reranker, ranks_jointly, ranks_jointly_by_default, reads_list_scores
 from hf_mel.schema import NIL
 
 # The metrics are defined in a Space because `evaluate.load` needs a file that imports nothing of this package.
@@ -31,7 +31,7 @@ END_TO_END = "candidates (end to end)"
 #: The protocol in which a gold that is not among the candidates is added to them, as in published tables.
 GOLD_ADDED = "candidates (gold added)"
 # Orders of the candidates, as results name them.
-_RERANKER, _JOINT, _COMBINED = "reranker", "reranker, jointly", "reranker + candidates"
+_RERANKER, _JOINT, _RETRIEVER = "reranker", "reranker, jointly", "retriever"
 #: Weights of the list scores that [`choose_candidate_weight`] tries. With 0 the reranker decides alone.
 CANDIDATE_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
@@ -44,7 +44,7 @@ class CandidateResult:
         orders (`dict`): Metrics of every order of the candidates by [`END_TO_END`] and [`GOLD_ADDED`]: {protocol: {order:
             {"metrics": …, "strata": {stratification: {group: metrics}}}}}. The orders are "reranker"; "reranker, jointly"
             (the mentions of a context ranked together); "candidates: <source>", the order of the scores of a source; and,
-            with a weight, "reranker + candidates".
+            with a weight, "reranker + candidates". A retriever's order is "retriever".
         order (`str`): The main order: "reranker + candidates" if there is a weight, else "reranker, jointly" or
             "reranker", as the evaluator was asked.
         mention_ids (`list` of `str` `[M]`): Ids of the mentions.
@@ -97,7 +97,10 @@ class CandidateResult:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class CandidateEvaluator(Evaluator):
-    """Evaluates a reranker: reorders the candidates of M mentions, and compares the order with that of their sources.
+    """Evaluates a model on candidates: orders those of M mentions, and compares the order with that of their sources.
+
+    The model is a reranker, or a retriever that ranks the candidates alone, as in papers whose data sets give a list with
+    every mention. A retriever's score is then that of the model, without a name weight.
 
     There are two protocols. End to end, a gold that is not among the candidates is a miss. With the gold added, it becomes
     one of them. Mentions whose gold is NIL are not ranked.
@@ -151,7 +154,7 @@ class CandidateEvaluator(Evaluator):
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.entities, datasets.Dataset):
-            raise TypeError("A reranker reads rows. Give the entities as a datasets.Dataset.")
+            raise TypeError("Candidates are read as rows. Give the entities as a datasets.Dataset.")
         if isinstance(self.candidate_weight, int | float) and not 0 <= self.candidate_weight < np.inf:
             raise RecipeError(f"The weight of the candidates is {self.candidate_weight}.", remedy="Give 0 or more.")
         if self.candidate_source is not None and self.candidate_weight is None:
@@ -163,7 +166,7 @@ class CandidateEvaluator(Evaluator):
         """Evaluates a model on M mentions.
 
         Args:
-            inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A reranker and its processor.
+            inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A reranker or a retriever, and its processor.
             mentions (`datasets.Dataset`): M mention rows of the schema.
             candidates ([`~hf_mel.candidates.lists.CandidateLists`]): Candidates of these and possibly other mentions. If
                 their scores include p(e|m) ("prior"), the model gets it with every candidate.
@@ -196,11 +199,13 @@ class CandidateEvaluator(Evaluator):
         list_scores = None if self.candidate_weight is None else padded.scaled_list_scores(self.candidate_source)
 
         scores = self._scores(inputs, mentions, padded, priors, candidates.relative_scores)
-        order = _JOINT if (ranks_jointly_by_default(model) if self.joint is None else self.joint) else _RERANKER
+        order = _RERANKER if isinstance(model, Reranker) else _RETRIEVER
+        if ranks_jointly_by_default(model) if self.joint is None else self.joint:
+            order = _JOINT
         weighting: dict[str, Any] = {}
         if list_scores is not None:
             weighting = self._add_weighted_order(scores, order, *list_scores, padded.gold_columns)
-            order = _COMBINED
+            order = _with_candidates(order)
         in_kb = np.asarray([gold != NIL for gold in golds], dtype=bool)
         orders: dict[str, dict[str, dict[str, Any]]] = {}
         ranks: dict[str, np.ndarray] = {}
@@ -271,11 +276,16 @@ class CandidateEvaluator(Evaluator):
         priors: Mapping[str, Mapping[str, float]] | None,
         list_scores: Mapping[str, Mapping[str, float]] | None,
     ) -> dict[str, dict[str, torch.Tensor]]:
-        """Returns the reranker's scores [M, C] by protocol and order, -inf for entries that are not candidates."""
+        """Returns the model's scores [M, C] by protocol and order, -inf for entries that are not candidates."""
         entities: Any = self.entities
         joint = ranks_jointly(inputs.model)
         options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress}
         scores: dict[str, dict[str, torch.Tensor]] = {protocol: {} for protocol in padded.masks}
+        if not isinstance(inputs.model, Reranker):
+            listed = score_listed(inputs, mentions, entities, padded.rows, **options)
+            for protocol, mask in padded.masks.items():
+                scores[protocol][_RETRIEVER] = listed.masked_fill(~mask, -torch.inf)
+            return scores
         if inputs.model.pairs_are_independent:
             scored = score_pairs(
                 inputs,
@@ -335,7 +345,7 @@ class CandidateEvaluator(Evaluator):
         assert weight is not None
         for scores_of_orders in scores.values():
             weighted = float(weight) * torch.from_numpy(list_scores)
-            scores_of_orders[_COMBINED] = scores_of_orders[order].double() + weighted
+            scores_of_orders[_with_candidates(order)] = scores_of_orders[order].double() + weighted
         return {"weight": float(weight), "reranker": order, **weighting, **chosen}
 
     def _metrics(
@@ -359,6 +369,11 @@ class CandidateEvaluator(Evaluator):
             "num_mentions": int(mask.sum()),
             "num_nil": int(mask.sum() - ranked.sum()),
         }
+
+
+def _with_candidates(order: str) -> str:
+    """Returns the name of an order to whose scores those of the candidates are added."""
+    return f"{_RETRIEVER if order == _RETRIEVER else _RERANKER} + candidates"
 
 
 def choose_candidate_weight(

@@ -1,4 +1,6 @@
-"""Scoring candidate lists with a reranker: pairs in length-sorted batches, each image encoded once, contexts whole."""
+"""Scoring candidate lists: with a reranker, whose pairs come in length-sorted batches with each image encoded once and whole
+contexts, or with a retriever, which encodes each mention and candidate once.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,8 @@ from tqdm.auto import tqdm
 from hf_mel.data.examples import example_groups
 from hf_mel.data.lazy_rows import LazyRow, LazyRows, with_rgb_images, with_scores
 from hf_mel.errors import ScoreError, UnknownEntityError
+from hf_mel.inference.encode import encode_rows
+from hf_mel.inference.encodings import slice_encodings, to_device
 from hf_mel.inference.execution import evaluation_mode, model_device
 from hf_mel.inference.features.image_features import ImageFeatures
 from hf_mel.inference.inputs import ModelInputs
@@ -22,6 +26,8 @@ from hf_mel.schema import Row
 
 #: Pairs that are sorted together, and whose features are held for ranking jointly. Bounds memory.
 _CHUNK_PAIRS = 8192
+#: Mentions that a retriever scores with all their candidates at a time. Few of these pairs are wanted, so it is small.
+_LISTED_MENTIONS = 8
 
 
 @dataclass
@@ -136,6 +142,66 @@ def score_pairs(
                 images.forget_mentions()
     inputs.left_out.warn("pairs")
     return result
+
+
+@torch.no_grad()
+def score_listed(
+    inputs: ModelInputs,
+    mentions: datasets.Dataset,
+    entities: datasets.Dataset,
+    candidates: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> torch.Tensor:
+    """Scores M mentions with their candidates by a retriever, in evaluation mode. Only entities in a list are encoded.
+
+    Args:
+        inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A retriever and its processor.
+        mentions (`datasets.Dataset`): M mentions.
+        entities (`datasets.Dataset`): N entities.
+        candidates (M sequences of `int`): Rows of `entities`, 0 to C for each mention.
+        batch_size (`int`): Rows per forward pass.
+        progress (`bool`): Whether to show progress bars.
+
+    Returns:
+        `torch.Tensor` `[M, C]`: the scores, on the CPU as float32; -inf without a candidate.
+
+    Raises:
+        [`~hf_mel.errors.ScoreError`]: A score is nan or infinite; names the mention and the entity.
+    """
+    scores = torch.full((len(mentions), max(map(len, candidates), default=0)), -torch.inf)
+    rows = sorted({row for listed in candidates for row in listed})
+    if not rows:
+        return scores
+    place_of = {row: place for place, row in enumerate(rows)}
+    model, device = inputs.model, model_device(inputs.model)
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    with evaluation_mode(model):
+        entity_encodings = encode_rows(inputs, entities.select(rows), "entities", **options)
+        mention_encodings = encode_rows(inputs, mentions, "mentions", **options)
+        for first in range(0, len(mentions), _LISTED_MENTIONS):
+            numbers = range(first, min(first + _LISTED_MENTIONS, len(mentions)))
+            places = sorted({place_of[row] for number in numbers for row in candidates[number]})
+            if not places:
+                continue
+            column_of = {place: column for column, place in enumerate(places)}
+            block = model.score(
+                to_device(slice_encodings(mention_encodings, slice(numbers.start, numbers.stop)), device),
+                to_device(slice_encodings(entity_encodings, places), device),
+            )
+            for number, of_mention in zip(numbers, block.float().cpu(), strict=True):
+                columns = [column_of[place_of[row]] for row in candidates[number]]
+                scores[number, : len(columns)] = of_mention[columns]
+    wrong = [(i, c) for i, listed in enumerate(candidates) for c in range(len(listed)) if not scores[i, c].isfinite()]
+    if wrong:
+        mention, column = wrong[0]
+        raise ScoreError(
+            f"The score with entity {entities['entity_id'][candidates[mention][column]]!r} is {scores[mention, column]}.",
+            row=mentions["mention_id"][mention],
+            remedy="Look for nan or overflow in the weights and in the encodings of these two rows.",
+        )
+    return scores
 
 
 @dataclass

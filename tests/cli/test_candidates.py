@@ -16,7 +16,7 @@ from hf_mel.cli.candidates import candidates
 from hf_mel.cli.evaluate import evaluate
 from hf_mel.cli.link import link
 from hf_mel.errors import RecipeError, UnknownModelError
-from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
+from hf_mel.evaluation.candidate_evaluator import END_TO_END, CandidateEvaluator
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
@@ -131,11 +131,27 @@ def test_the_candidate_weight_is_chosen_on_validation_and_set_on_test(run, tmp_p
         run(evaluate, "model", "--dataset", "toy_candidates", "--candidate-weight", "2")
 
 
+def test_a_retriever_is_evaluated_on_candidates(run, folder, tmp_path):
+    arguments = ["model", "--dataset", "toy_candidates", "--candidates", "name", "--num-candidates", 3]
+    outcome = run(evaluate, *arguments, "--ks", "1,3", "--output", tmp_path / "r.json")
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["protocol"] == END_TO_END
+    assert (results["order"], results["candidates"]["k"]) == ("retriever", 3)
+    assert set(results["orders"]) == {"retriever", "candidates: name"}
+    assert results["metrics"]["hits@3"] <= results["candidates"]["recall"]["recall@3"]
+    assert "candidates: name" in outcome.stdout
+    run(evaluate, *arguments, "--candidate-weight", "2", "--output", tmp_path / "w.json")
+    assert json.loads((tmp_path / "w.json").read_text())["order"] == "retriever + candidates"
+
+
 def test_options_that_do_not_apply_are_refused(run, folder):
     with pytest.raises(RecipeError, match=r"none were given.*--candidates retriever --retriever"):
         run(evaluate, "reranker", "--dataset", "toy_candidates")
-    with pytest.raises(RecipeError, match="ranks all entities"):
-        run(evaluate, "model", "--dataset", "toy_candidates", "--candidates", "name")
+    with pytest.raises(RecipeError, match=r"ranks all entities and cannot use --retriever.*or give --candidates"):
+        run(evaluate, "model", "--dataset", "toy_candidates", "--retriever", "model")
+    for option in (("--units", "text"), ("--joint",), ("--nil-threshold", "1")):
+        with pytest.raises(RecipeError, match=rf"ranks the candidates alone and cannot use {option[0][:5]}"):
+            run(evaluate, "model", "--dataset", "toy_candidates", "--candidates", "name", *option)
     with pytest.raises(RecipeError, match=r"cannot use --units.*Leave out options for retrievers"):
         run(evaluate, "reranker", "--dataset", "toy_candidates", "--candidates", "name", "--units", "text")
     with pytest.raises(RecipeError, match="'fuzzy'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_mel.candidates.lists import CandidateLists
-from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
+from hf_mel.errors import DataFormatError, RecipeError, ScoreError, UnknownEntityError
 from hf_mel.evaluation.candidate_evaluator import CANDIDATE_WEIGHTS, END_TO_END, GOLD_ADDED, CandidateEvaluator
+from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.evaluation.tables import orders_table, results_table
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.inference.reranking import score_pairs
+from hf_mel.inference.reranking import score_listed, score_pairs
 from hf_mel.schema import NIL
-from tests.toy import ToyPairProcessor, toy_entities, toy_mentions, toy_reranker
+from tests.toy import ToyPairProcessor, ToyProcessor, toy_entities, toy_mentions, toy_model, toy_reranker
 from tests.toy_documents import ToyDocumentProcessor, toy_document_reranker, toy_documents
 
 ENTITIES, MENTIONS = toy_entities(12), toy_mentions(12, nil_every=5)
@@ -507,3 +509,53 @@ def test_a_model_may_rank_jointly_only_if_asked():
         )
         assert result.order == order
         assert "reranker, jointly" in result.orders[END_TO_END]
+
+
+# Retrievers
+
+RETRIEVER = ModelInputs(toy_model(), ToyProcessor())
+
+
+@cache
+def scores_of_single_pairs() -> torch.Tensor:
+    """Returns the scores [12, 12] of every mention and entity, each encoded and scored alone."""
+    model = RETRIEVER.model
+    with torch.no_grad():
+        mentions = [model.encode_mentions(**RETRIEVER.mentions([row])) for row in MENTIONS]
+        entities = [model.encode_entities(**RETRIEVER.entities([row])) for row in ENTITIES]
+        return torch.stack([torch.cat([model.score(m, e)[0] for e in entities]) for m in mentions])
+
+
+@settings(max_examples=20, deadline=None)
+@given(ROWS, st.integers(1, 5))
+def test_a_retriever_scores_each_listed_pair_as_it_scores_it_alone(rows, batch_size):
+    scores = score_listed(RETRIEVER, MENTIONS, ENTITIES, rows, batch_size=batch_size)
+    expected = torch.full((12, max(map(len, rows))), -torch.inf)
+    for i, listed in enumerate(rows):
+        expected[i, : len(listed)] = scores_of_single_pairs()[i, listed]
+    torch.testing.assert_close(scores, expected)
+
+
+def test_a_retriever_ranks_lists_of_all_entities_as_it_ranks_all_entities():
+    settings = {"ks": (1, 3), "progress": False}
+    listed = CandidateEvaluator(ENTITIES, **settings)(RETRIEVER, MENTIONS, lists_of([range(12)] * 12))
+    full = FullEvaluator(ENTITIES, **settings)(RETRIEVER, MENTIONS)
+    assert listed.order == "retriever"
+    for name in ("hits@1", "hits@3", "mrr", "mr"):
+        assert listed.metrics[name] == pytest.approx(full.metrics[name])
+    expected = [record["rank"] for record in full.records()]
+    assert [record["rank"] for record in listed.records()] == expected
+
+
+def test_a_retriever_is_scored_on_mentions_without_candidates():
+    result = CandidateEvaluator(ENTITIES, ks=(1,), progress=False)(RETRIEVER, MENTIONS, lists_of([[]] * 12))
+    assert result.metrics["hits@1"] == 0
+    assert result.orders[GOLD_ADDED]["retriever"]["metrics"]["hits@1"] == 1  # the gold is the only candidate
+
+
+def test_a_score_of_a_retriever_that_is_nan_names_its_mention():
+    model = toy_model()
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(ScoreError, match=r"row m2: The score with entity 'Q4' is nan"):
+        score_listed(ModelInputs(model, ToyProcessor()), MENTIONS, ENTITIES, [[], [], [3]] + [[]] * 9)
