@@ -8,6 +8,7 @@ processor turns these into tensors with `processor(posts=rows, entities=rows, pa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,10 +18,12 @@ from transformers import MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING, set_seed
 
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.data.loading import check_golds, dataset_version, load_entities, load_mentions, load_posts
+from hf_mel.detection.gazetteer import Gazetteer
 from hf_mel.errors import DataFormatError
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.names import fold_name
 from hf_mel.protocols import MelProcessor
-from hf_mel.schema import NIL
+from hf_mel.schema import NIL, NO_SPAN, mention_features
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.assemble import build_model
 from hf_mel.training.base_trainer import BaseTrainer
@@ -29,6 +32,8 @@ from hf_mel.training.recipe import Recipe
 from hf_mel.training.run_folder import FinishedTraining, RunFolder
 from hf_mel.training.sampling import grouping_sampler
 from hf_mel.training.tokenizer import texts_of
+
+logger = logging.getLogger(__name__)
 
 #: Epoch of the draws in every evaluation, so that all evaluations see the same batches.
 _EVALUATION_EPOCH = -1
@@ -111,17 +116,67 @@ def as_posts(rows: datasets.Dataset) -> datasets.Dataset:
 
     Returns:
         `datasets.Dataset`: rows with `mention_id`, `mention`, `text`, `image` and `entity_id`. The `mention_id` of a post is
-        its `post_id`, and its `mention` is empty.
+        its `post_id`, and its `mention` is empty if it was not looked for ([`with_found_mentions`]).
 
     Raises:
         DataFormatError: no row is left.
     """
     if "post_id" in rows.column_names:
-        rows = rows.rename_column("post_id", "mention_id").add_column("mention", [""] * len(rows))
+        rows = rows.rename_column("post_id", "mention_id")
+        if "mention" not in rows.column_names:
+            rows = rows.add_column("mention", [""] * len(rows))
     kept = [row for row, entity_id in enumerate(rows["entity_id"]) if entity_id != NIL]
     if not kept:
         raise DataFormatError("The split has no posts to pre-train on: it is empty, or every gold is NIL.")
     return rows if len(kept) == len(rows) else rows.select(kept)
+
+
+def with_found_mentions(posts: datasets.Dataset, entities: datasets.Dataset) -> datasets.Dataset:
+    """Finds a mention in every post: a name or alias of an entity ([`~hf_mel.detection.gazetteer.Gazetteer`]).
+
+    The longest name of the post's own entity is its mention, or else the longest name that is found. A post whose entity is NIL
+    gets the entity that has the longest name of which it is the only bearer; without one it keeps NIL. A post without a name
+    has an empty mention.
+
+    Args:
+        posts (`datasets.Dataset`): P posts of the schema.
+        entities (`datasets.Dataset`): The knowledge base, N rows.
+
+    Returns:
+        `datasets.Dataset`: the posts, with `mention`, `start` and `end` (-1 without a mention).
+    """
+    columns = entities.select_columns(["entity_id", "name", "aliases"])[:]
+    ids_of_name: dict[str, set[str]] = {}
+    all_names: list[str] = []
+    for entity_id, name, aliases in zip(*columns.values(), strict=True):
+        names = [each for each in (name, *(aliases or ())) if each]
+        all_names += names
+        for each in names:
+            ids_of_name.setdefault(fold_name(each), set()).add(entity_id)
+    texts = [text or "" for text in posts["text"]]
+    found = Gazetteer(all_names)(texts)
+    golds, mentions, spans = [], [], []
+    for gold, text, of_text in zip(posts["entity_id"], texts, found, strict=True):
+        bearers = [(span, ids_of_name.get(fold_name(text[span.start : span.end]), set())) for span in of_text]
+        bearers.sort(key=lambda each: (each[0].start - each[0].end, each[0].start))  # the longest first
+        if gold == NIL:
+            gold = next((min(ids) for _, ids in bearers if len(ids) == 1), NIL)
+        span = next((span for span, ids in bearers if gold in ids), bearers[0][0] if bearers else None)
+        golds.append(gold)
+        mentions.append("" if span is None else text[span.start : span.end])
+        spans.append((NO_SPAN, NO_SPAN) if span is None else (span.start, span.end))
+    logger.info("Found a mention in %d of %d posts.", sum(map(bool, mentions)), len(posts))
+    rows = posts.remove_columns(
+        [name for name in ("entity_id", "mention", "start", "end") if name in posts.column_names]
+    )
+    for column, values in (
+        ("entity_id", golds),
+        ("mention", mentions),
+        ("start", [start for start, _ in spans]),
+        ("end", [end for _, end in spans]),
+    ):
+        rows = rows.add_column(column, values, feature=mention_features()[column])
+    return rows
 
 
 def pretraining_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[nn.Module, Any]:
@@ -177,6 +232,8 @@ def run_pretraining(folder: RunFolder) -> FinishedTraining | None:
         train = load_mentions(data.dataset, data.train_split, data.revision, config=data.config)
     else:
         train = load_posts(data.dataset, data.posts_split, revision=data.revision)
+        if data.find_mentions:
+            train = with_found_mentions(train, entities)
     train = as_posts(train)
     validation = as_posts(load_mentions(data.dataset, data.validation_split, data.revision, config=data.config))
     set_seed(folder.arguments.seed)

@@ -106,6 +106,9 @@ class DataRecipe:
         train_split, validation_split (`str`): Splits to train on, and to select the best checkpoint with.
         posts_split (`str`, *optional*): Split of the data set's posts to pre-train on, instead of the mentions of
             `train_split`.
+        find_mentions (`bool`): With `posts_split`, whether names of entities in the posts are their mentions
+            ([`~hf_mel.training.pretraining.with_found_mentions`]). A post whose entity is NIL, that is, unknown, is about
+            the entity that is named in it.
         extra_mentions (`dict`): For linking with a retriever, further training mentions by their source, with a number.
             `posts: n` takes every post of the data set n times. `entities: n` makes n mentions of every entity
             ([`~hf_mel.data.posts.entities_as_mentions`]).
@@ -119,6 +122,7 @@ class DataRecipe:
     train_split: str = "train"
     validation_split: str = "validation"
     posts_split: str | None = None
+    find_mentions: bool = False
     extra_mentions: dict[str, Any] = field(default_factory=dict)
     extra_datasets: list[str] = field(default_factory=list)
 
@@ -288,6 +292,8 @@ class Recipe:
                 f"data.posts_split does not apply to the task {self.task!r}.",
                 "Remove data.posts_split, or set task: pretraining.",
             )
+        if self.data.find_mentions and self.data.posts_split is None:
+            raise self.error("data.find_mentions needs posts.", "Set data.posts_split, or remove data.find_mentions.")
         if self.folds is not None and self.task != "candidates":
             raise self.error(
                 f"The section 'folds' does not apply to the task {self.task!r}.",

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
@@ -14,20 +15,21 @@ import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.schema import NIL
+from hf_mel.schema import NIL, NO_SPAN
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.pretraining import (
     PretrainingCollator,
     PretrainingTrainer,
     as_posts,
     pretraining_model,
+    with_found_mentions,
 )
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run import run_recipe
 from hf_mel.training.run_folder import RunFolder
 from hf_mel.training.sampling import BATCH_GROUPINGS, grouping_sampler
 from tests.toy import toy_entities, toy_mentions
-from tests.training.toy_run import recipe_dict, write_dataset
+from tests.training.toy_run import add_posts, recipe_dict, write_dataset
 
 UNSAVED = {"save_strategy": "no", "load_best_model_at_end": False, "disable_tqdm": True}
 
@@ -133,6 +135,38 @@ def test_mentions_and_posts_become_rows_of_the_same_form():
         as_posts(mentions.select([]))
 
 
+def test_names_in_posts_are_their_mentions_by_hand():
+    names = [
+        ("Q1", "Ghana", ["Republic of Ghana"]),
+        ("Q2", "Accra", []),
+        ("Q3", "Ada Falk", []),
+        ("Q4", "Ada Falk", []),
+    ]
+    entities = datasets.Dataset.from_list(
+        [{"entity_id": entity_id, "name": name, "aliases": aliases} for entity_id, name, aliases in names]
+    )
+    cases = [  # entity, text → entity, mention
+        ("Q1", "The Republic of Ghana, or GHANA.", "Q1", "Republic of Ghana"),
+        ("Q2", "The Republic of Ghana has Accra.", "Q2", "Accra"),  # its own entity, though shorter
+        ("Q3", "The Republic of Ghana has one.", "Q3", "Republic of Ghana"),  # another's
+        ("Q2", "Nothing here.", "Q2", ""),
+        (NIL, "In Accra, the Republic of Ghana", "Q1", "Republic of Ghana"),  # the longest
+        (NIL, "Ada Falk was in Ghana.", "Q1", "Ghana"),  # two entities have the longer name
+        (NIL, "Ada Falk was there.", NIL, "Ada Falk"),
+        (NIL, "", NIL, ""),
+    ]
+    posts = datasets.Dataset.from_list(
+        [{"post_id": f"p{k}", "entity_id": case[0], "text": case[1], "image": None} for k, case in enumerate(cases)]
+    )
+    rows = with_found_mentions(posts, entities)
+    assert [(row["entity_id"], row["mention"]) for row in rows] == [case[2:] for case in cases]
+    for row in rows:
+        assert row["text"][row["start"] : row["end"]] == row["mention"] if row["mention"] else row["start"] == NO_SPAN
+    kept = as_posts(rows)
+    assert kept["mention_id"][:] == ["p0", "p1", "p2", "p3", "p4", "p5"]
+    assert kept["mention"][0] == "Republic of Ghana"
+
+
 def pfmel_recipe(dataset, **training):
     content = recipe_dict(dataset, **training)
     text = content["model"]["config"]["text_config"] | {"num_hidden_layers": 1, "max_position_embeddings": 66}
@@ -140,6 +174,18 @@ def pfmel_recipe(dataset, **training):
     content["model"] = {"type": "pfmel", "config": {"text_config": text, "vision_config": vision}}
     content["processor"]["options"] = {"max_length": 64}
     return content | {"task": "pretraining"}
+
+
+def test_posts_are_trained_on_with_the_names_in_them(tmp_path, caplog):
+    dataset = write_dataset(tmp_path / "data")
+    posts = add_posts(dataset)
+    content = pfmel_recipe(dataset, num_train_epochs=1)
+    content["data"] |= {"posts_split": "kb", "find_mentions": True}
+    with caplog.at_level("INFO", logger="hf_mel.training.pretraining"):
+        folder = run_recipe(Recipe.from_dict(content), tmp_path / "run")
+    data = json.loads((folder / "results.json").read_text())["data"]
+    assert (data["train_split"], data["train_posts"]) == ("kb", len(posts))
+    assert f"of {len(posts)} posts" in caplog.text
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fixed images", "trained images"])

@@ -92,7 +92,7 @@ def test_overrides_change_nested_values_and_create_missing_sections(tmp_path):
         (
             MINIMAL,
             ("data.zzz=x",),
-            r"unknown key 'data.zzz'. Known keys: config, dataset, extra_datasets, extra_mentions, posts_split, revision, train_split",
+            r"unknown key 'data.zzz'. Known keys: config, dataset, extra_datasets, extra_mentions, find_mentions, posts_split, revision, train_split",
         ),
         (MINIMAL, ("training.seed",), r"The option --set 'training.seed' is not key=value"),
         (MINIMAL, ("a..b=1",), r"The option --set 'a..b=1' is not key=value"),
@@ -112,6 +112,7 @@ def test_overrides_change_nested_values_and_create_missing_sections(tmp_path):
             r"unknown key 'data.extra_mentions.entity'. Did you mean 'entit",
         ),
         (MINIMAL, ("data.extra_datasets=data/more",), r"'data/more' of data.extra_datasets is not a list"),
+        (MINIMAL, ("task=pretraining", "data.find_mentions=true"), r"data.find_mentions needs posts"),
         (MINIMAL, ("data.extra_datasets=[1]",), r"\[1\] of data.extra_datasets is not a list of folders and Hub ids"),
         (
             MINIMAL,

@@ -27,8 +27,7 @@ from hf_mel.training.run import run_recipe
 from hf_mel.training.run_folder import training_arguments
 from hf_mel.training.trainer import MelTrainer
 from tests.processes import lock_holder
-from tests.toy_posts import toy_posts
-from tests.training.toy_run import recipe_dict, write_dataset
+from tests.training.toy_run import add_posts, recipe_dict, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -111,18 +110,14 @@ def test_posts_and_entities_are_further_training_mentions(dataset, tmp_path):
 
 def test_posts_are_taken_as_often_as_the_recipe_says(tmp_path):
     dataset = write_dataset(tmp_path / "posted")
-    card = (dataset / "README.md").read_text()
-    config = "- config_name: posts\n  data_files:\n  - {split: kb, path: posts/kb.parquet}\n---"
-    (dataset / "README.md").write_text(config.join(card.rsplit("---", 1)))
-    (dataset / "posts").mkdir()
-    toy_posts().to_parquet(dataset / "posts/kb.parquet")
+    posts = add_posts(dataset)
     recipe = Recipe.from_dict(recipe_dict(dataset, num_train_epochs=1))
     recipe.data.extra_mentions = {"posts": 2, "entities": 0}
     train, entities = load_mentions(dataset, "train"), load_entities(dataset)
     mentions = with_extra_mentions(recipe, train, entities)
-    assert len(mentions) == len(train) + 2 * len(toy_posts())
+    assert len(mentions) == len(train) + 2 * len(posts)
     assert len(set(mentions["mention_id"])) == len(mentions)
-    assert mentions["entity_id"][len(train) :] == toy_posts()["entity_id"][:] * 2
+    assert mentions["entity_id"][len(train) :] == posts["entity_id"][:] * 2
 
 
 def test_a_model_is_trained_on_two_data_sets(dataset, tmp_path):

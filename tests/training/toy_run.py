@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
+
 from tests.toy import toy_entities, toy_mentions
+from tests.toy_posts import toy_posts
 
 _README = """---
 configs:
@@ -33,6 +36,17 @@ def write_dataset(folder: Path, mentions: int = 24, entities: int = 12, nil_ever
     toy_entities(entities).to_parquet(folder / "entities/kb.parquet")
     (folder / "README.md").write_text(_README)
     return folder
+
+
+def add_posts(folder: Path) -> datasets.Dataset:
+    """Adds the toy posts to a data set that [`write_dataset`] wrote, and returns them."""
+    card = (folder / "README.md").read_text()
+    config = "- config_name: posts\n  data_files:\n  - {split: kb, path: posts/kb.parquet}\n---"
+    (folder / "README.md").write_text(config.join(card.rsplit("---", 1)))
+    (folder / "posts").mkdir()
+    posts = toy_posts()
+    posts.to_parquet(folder / "posts/kb.parquet")
+    return posts
 
 
 def recipe_dict(dataset: Path, **training) -> dict:
