@@ -263,7 +263,7 @@ class Reranker(Protocol):
 
     A model that needs `list_score` says so ([`reads_list_scores`]).
 
-    Optional abilities: [`EncodesImages`], [`RanksJointly`]. Optional attributes: `max_mentions` (`int` or `None`, the
+    Optional abilities: [`EncodesImages`], [`FitsFeatures`], [`RanksJointly`]. Optional attributes: `max_mentions` (`int` or `None`, the
     maximal number of mentions per example; see [`max_mentions`]) and `mentions_per_example` (`int`, see `example_unit`).
     """
 
@@ -312,6 +312,23 @@ class EncodesImages(Protocol):
 def image_features_are_fixed(model: Any) -> bool:
     """Returns whether training leaves the model's image features unchanged (its attribute of this name)."""
     return bool(getattr(model, "image_features_are_fixed", False))
+
+
+@runtime_checkable
+class FitsFeatures(Protocol):
+    """A reranker that is fitted without gradients. Training calls `fit` once, on the features of all pairs."""
+
+    def pair_features(self, **pair_inputs: Any) -> Any:
+        """Returns the features [M, C, d] of `pair_*` tensors with first axes M, C."""
+        ...
+
+    def fit(self, features: Any, labels: Any, seed: int = 0) -> None:
+        """Fits the model on features [P, d] of P pairs and their labels [P] (bool, True for a mention and its gold).
+
+        Raises:
+            ImportError: A package that fits it is not installed; the message names it.
+        """
+        ...
 
 
 @runtime_checkable

@@ -12,25 +12,35 @@ from collections import Counter
 from typing import Any
 
 import datasets
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from hf_mel.candidates.lists import CandidateLists, missing_candidates_error
 from hf_mel.candidates.make import retriever_candidates
 from hf_mel.data.examples import example_groups
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.data.loading import check_golds
-from hf_mel.errors import DataFormatError, RecipeError
+from hf_mel.errors import DataFormatError, MissingExtraError, RecipeError
 from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator, CandidateResult
 from hf_mel.evaluation.full_evaluator import FullEvaluator, FullResult
 from hf_mel.evaluation.strata import names_by_id
 from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.names import namesakes_of
-from hf_mel.protocols import MelProcessor, Reranker, Retriever, learns_nil, max_mentions, reads_list_scores
+from hf_mel.protocols import (
+    FitsFeatures,
+    MelProcessor,
+    Reranker,
+    Retriever,
+    learns_nil,
+    max_mentions,
+    reads_list_scores,
+)
 from hf_mel.schema import NIL
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.base_trainer import BaseTrainer
@@ -228,6 +238,54 @@ class MelTrainer(BaseTrainer):
         loss, *others = outcome if isinstance(outcome, tuple) else (outcome,)
         loss = loss * (num_counted * self.args.world_size / num_mentions)
         return (loss, *others) if others else loss
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains as the Trainer does, or fits a model that is fitted without gradients ([`~hf_mel.protocols.FitsFeatures`]).
+
+        Fitting reads the training mentions `num_train_epochs` times, with other negatives each time. It writes no
+        checkpoint, so that an interrupted run starts again.
+
+        Raises:
+            MissingExtraError: a package that fits the model is not installed.
+            RecipeError: a model that is fitted is trained by several processes, or on pairs of one kind.
+        """
+        if not isinstance(self.model, FitsFeatures):
+            return super().train(*args, **kwargs)
+        if self.args.world_size > 1:
+            raise RecipeError(
+                f"{type(self.model).__name__} is fitted by one process, but {self.args.world_size} were started.",
+                remedy="Train it without accelerate launch.",
+            )
+        features, labels, epochs = [], [], math.ceil(self.args.num_train_epochs)
+        with evaluation_mode(self.model):
+            for epoch in range(epochs):
+                self.state.epoch = epoch
+                self.callback_handler.on_epoch_begin(self.args, self.state, self.control)  # sets the collator's epoch
+                loader = tqdm(
+                    self.get_train_dataloader(),
+                    desc="Features",
+                    unit="batch",
+                    delay=1,
+                    disable=not self.shows_progress,
+                )
+                for batch in loader:
+                    batch = self._prepare_inputs(batch)
+                    golds, mask = batch.pop("labels"), batch["pair_mask"].bool()
+                    is_gold = torch.arange(mask.shape[1], device=mask.device) == golds.unsqueeze(1)
+                    features.append(self.model.pair_features(**batch)[mask].cpu())
+                    labels.append(is_gold[mask].cpu())
+        try:
+            self.model.fit(torch.cat(features), torch.cat(labels), seed=self.args.seed)
+        except ImportError as error:
+            raise MissingExtraError(str(error)) from error
+        except ValueError as error:
+            raise RecipeError(f"The model cannot be fitted: {error}") from error
+        self.state.epoch, self.state.global_step = float(epochs), sum(map(len, labels))
+        metrics: dict[str, float] = {}
+        if self.eval_dataset is not None:
+            metrics = self.evaluate()
+            self.state.best_global_step = self.state.global_step
+        return TrainOutput(self.state.global_step, 0.0, metrics)
 
     def evaluate(  # type: ignore[override]
         self,
