@@ -143,7 +143,7 @@ class ExtraTreesProcessor(ProcessorMixin):
             "pair_context": torch.tensor(context, dtype=torch.int64),
         }
         scores = [row.get("list_score") for candidates in lists for row in candidates]
-        if scores and None not in scores:
+        if None not in scores:
             batch["pair_list_score"] = torch.zeros(shape)
             batch["pair_list_score"][mask] = torch.tensor(scores, dtype=torch.float32)
         if self.use_text:
