@@ -7,6 +7,7 @@ without scikit-learn. `README.md` in this folder says what of the original is kn
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,11 @@ class Forest(nn.Module):
     A row goes to the left child if its value of `feature` is at most `threshold`. `left` is -1 in a leaf, whose `value` is
     the probability of the positive class.
     """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    feature: torch.Tensor
+    root: torch.Tensor
 
     def __init__(self, num_trees: int, num_nodes: int):
         super().__init__()
@@ -293,7 +299,7 @@ class ExtraTreesModel(PreTrainedModel):
         pair_features: torch.Tensor,
         pair_mask: torch.Tensor,
         labels: torch.LongTensor | None = None,
-        **pair_inputs: torch.Tensor,
+        **pair_inputs: Any,
     ) -> ExtraTreesOutput:
         """Scores the candidates of M mentions.
 
