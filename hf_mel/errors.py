@@ -15,7 +15,12 @@ class MelError(Exception):
         file (`str` or `os.PathLike`, *optional*): The file with the problem.
         row (`int` or `str`, *optional*): The row, record id or key inside that file.
         remedy (`str`, *optional*): What the user can do, in the imperative.
+
+    Attributes:
+        exit_status (`int`): The exit status of a command line that ends with this error.
     """
+
+    exit_status = 1
 
     def __init__(
         self,
@@ -100,6 +105,16 @@ class LockedError(MelError, RuntimeError):
 
 class RecipeError(MelError, ValueError):
     """A recipe or a model configuration cannot be used as written."""
+
+
+class TrainingError(MelError, RuntimeError):
+    """A training cannot go on: its loss is no number, or a checkpoint cannot be written."""
+
+
+class StoppedError(MelError, RuntimeError):
+    """A training was stopped by a signal, after it had saved a checkpoint. The exit status is that of SIGTERM."""
+
+    exit_status = 143
 
 
 class MissingExtraError(MelError, ImportError):

@@ -47,7 +47,7 @@ app.command()(demo)
 
 
 def main(app: typer.Typer = app) -> None:
-    """Runs the command line. A `MelError` ends it with one message and exit status 1, without a traceback."""
+    """Runs the command line. A `MelError` ends it with one message and its exit status, without a traceback."""
     print_in_any_encoding()
     try:
         app()
@@ -64,4 +64,4 @@ def main(app: typer.Typer = app) -> None:
 
         Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/]", end=" ")
         print(safe_text(str(error), keep_lines=True), file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.exit_status)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
 
-from hf_mel.errors import RecipeError
+from hf_mel.errors import RecipeError, TrainingError
+from hf_mel.files import write_text
 from hf_mel.protocols import MelProcessor
 from hf_mel.training.arguments import MelTrainingArguments
+from hf_mel.training.collators import BATCH_IDS
 from hf_mel.training.sampling import GroupingSampler
 
 logger = logging.getLogger(__name__)
@@ -62,6 +69,7 @@ class BaseTrainer(Trainer):
             args._n_gpu = 1
         self.processor: Any = processor
         self.collator, self.sampler = collator, sampler
+        collator.names_rows = True
         config = getattr(model, "config", None)
         has_use_cache = hasattr(config, "use_cache")
         super().__init__(
@@ -124,6 +132,60 @@ class BaseTrainer(Trainer):
         """Loads the weights of a checkpoint. The Trainer would silently skip weights that saving renames (ViT)."""
         saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Does the forward and backward pass of a batch, whose rows the collator names under [`BATCH_IDS`].
+
+        Raises:
+            TrainingError: the loss is nan or infinite. The ids of the rows are written beside the checkpoints.
+        """
+        ids = inputs.pop(BATCH_IDS, [])
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        # The Trainer would log the mean of the last losses instead, and go on.
+        if not torch.isfinite(loss):
+            raise self._not_finite(f"The loss is {loss.item()}", self.state.global_step + 1, ids)
+        return loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Evaluates a batch, as the Trainer does."""
+        inputs.pop(BATCH_IDS, None)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Saves a checkpoint.
+
+        Raises:
+            TrainingError: a weight is nan or infinite, or the checkpoint cannot be written. Earlier ones stay.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise self._not_finite(f"The weight {name} has become nan or infinite", self.state.global_step, [])
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise TrainingError(
+                f"The checkpoint of step {self.state.global_step} cannot be written ({error}).",
+                file=self.args.output_dir,
+                remedy="Make room on the disk, and repeat the command with --resume. It continues from the checkpoint before.",
+            ) from error
+
+    def _not_finite(self, problem: str, step: int, ids: Sequence[str]) -> TrainingError:
+        """Returns the error of a training that has left the numbers, and writes the ids of the batch, if there are any."""
+        folder = Path(self.args.output_dir)
+        last = max(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime, default=None)
+        kept = f"The last good checkpoint is {last.parent}." if last else "No checkpoint was saved before."
+        where = ""
+        if ids:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f"not_finite-{self.args.process_index}.json"
+            content = {"step": step, "epoch": self.state.epoch, "problem": problem, "ids": list(ids)}
+            write_text(file, [json.dumps(content, indent=1), "\n"])
+            where = f" The ids of its batch are in {file}."
+        return TrainingError(
+            f"{problem} at step {step}.{where} {kept}",
+            remedy=f"{'Look at these rows, or train' if ids else 'Train'} with a lower training.learning_rate or without half "
+            "precision (training.bf16=false).",
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model and the processor.

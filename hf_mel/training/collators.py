@@ -22,6 +22,9 @@ from hf_mel.training.augmentation import augmented_image, skip_image
 from hf_mel.training.sampling import surface_key
 from hf_mel.training.shared_batches import SHARED_SIZES, part_rows
 
+#: Key of a batch under which a collator names its rows, if its attribute `names_rows` is set. The trainer takes it out.
+BATCH_IDS = "batch_ids"
+
 _GOLD_REMEDY = (
     "Train on mentions whose entity is in the knowledge base. NIL mentions are for evaluation, and for a retriever that "
     "learns NIL."
@@ -73,7 +76,7 @@ class RetrieverCollator:
     ):
         self.inputs, self.random_image, self.seed, self.augment_images = inputs, random_image, seed, augment_images
         self.negatives, self.random_negatives, self.log_prior = negatives or {}, random_negatives, log_prior
-        self.simulated_nil, self.part = simulated_nil, (0, 1)
+        self.simulated_nil, self.part, self.names_rows = simulated_nil, (0, 1), False
         self.entities = LazyRows(entities)
         self._ids: list[str] = list(entities["entity_id"])
         self._row_of = {entity_id: row for row, entity_id in enumerate(self._ids)}
@@ -126,6 +129,8 @@ class RetrieverCollator:
             batch["entity_log_prior"] = torch.tensor([self.log_prior[entity_id] for entity_id in columns])
         if self.part[1] > 1:
             batch[SHARED_SIZES] = torch.tensor([len(mentions), len(columns)])
+        if self.names_rows:
+            batch[BATCH_IDS] = [mention["mention_id"] for mention in mentions]
         return {**batch, "labels": torch.tensor([columns.get(mention["entity_id"], -1) for mention in mentions])}
 
     def _with_changed_images(self, rows: Sequence[Row], mentions: Sequence[Row], mention_ids: str) -> list[Row]:
@@ -263,6 +268,7 @@ class PairCollator:
         self.context_golds, self.fill_short_lists = context_golds or {}, fill_short_lists
         self.unit, self.mentions_per_example = unit, mentions_per_example
         self.random_image, self.seed, self.epoch, self.part = random_image, seed, 0, (0, 1)
+        self.names_rows = False
         self.entities = LazyRows(entities)
         self._ids: list[str] = list(entities["entity_id"])
         self._row_of = {entity_id: row for row, entity_id in enumerate(self._ids)}
@@ -328,6 +334,8 @@ class PairCollator:
             # A process without an example of its own takes one that does not count.
             counted = len(mentions) if len(part_of(len(examples), *self.part)) else 0
             batch[SHARED_SIZES] = torch.tensor([counted, sum(map(self._num_mentions, examples))])
+        if self.names_rows:
+            batch[BATCH_IDS] = [mention["mention_id"] for mention in mentions]
         return batch
 
     def _num_mentions(self, example: Sequence[Row]) -> int:
@@ -415,6 +423,7 @@ class PretrainingCollator:
     ):
         self.inputs, self.random_image = inputs, random_image
         self.same_surface, self.seed, self.epoch = same_surface, seed, 0
+        self.names_rows = False
         self.entities = LazyRows(entities)
         self._row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
 
@@ -444,7 +453,8 @@ class PretrainingCollator:
             partners.append(draw.choice(others) if others else number)
             entities.append(_with_drawn_image(entity, self.inputs.processor, draw, self.random_image))
         batch = {"posts": self.inputs.mention_rows(posts), "entities": self.inputs.entity_rows(entities)}
-        return dict(self.inputs.processor(**batch, partners=partners))
+        tensors = dict(self.inputs.processor(**batch, partners=partners))
+        return {**tensors, BATCH_IDS: [post["mention_id"] for post in posts]} if self.names_rows else tensors
 
 
 def _with_drawn_image(entity: LazyRow, processor: Any, draw: random.Random, random_image: bool) -> LazyRow:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -16,7 +17,7 @@ import transformers
 import yaml
 from transformers import Trainer
 
-from hf_mel.errors import MelError, MissingExtraError, RecipeError
+from hf_mel.errors import MelError, MissingExtraError, RecipeError, StoppedError
 from hf_mel.evaluation.evaluator import device_name, software_versions
 from hf_mel.evaluation.tables import write_results
 from hf_mel.files import write_text
@@ -26,6 +27,7 @@ from hf_mel.locks import writer_lock
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.plot import plot_training
 from hf_mel.training.recipe import Recipe, as_bool
+from hf_mel.training.stopping import StopsOnSigterm
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +127,25 @@ class RunFolder:
         return (self.path / RESULTS).exists()
 
     def train(self, trainer: Trainer) -> None:
-        """Writes the recipe, then trains, from the last checkpoint if the run is resumed."""
+        """Writes the recipe, then trains, from the last checkpoint if the run is resumed.
+
+        Raises:
+            StoppedError: the process got SIGTERM. There is a checkpoint of the last step.
+            TrainingError: the loss is no number, or a checkpoint cannot be written.
+        """
         if trainer.is_world_process_zero():
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / RECIPE, [self.recipe.to_yaml()])
-        trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        stopping = StopsOnSigterm()
+        trainer.add_callback(stopping)
+        with stopping.listening():
+            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        if stopping.stopped_at is not None:
+            raise StoppedError(
+                f"Training was stopped by SIGTERM after step {stopping.stopped_at} of {trainer.state.max_steps}, which is saved.",
+                file=self.path,
+                remedy="Repeat the command with --resume to go on.",
+            )
 
     def write(self, finished: FinishedTraining) -> None:
         """Writes the model repository, the log and its plot, the card and the results, then removes the checkpoints."""
@@ -297,5 +313,14 @@ def _differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
 
 def _last_checkpoint(folder: Path) -> Path | None:
     """Returns the complete checkpoint with the highest step, if any."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{_CHECKPOINT_STATE}")]
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{_CHECKPOINT_STATE}") if _is_json(path)]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(file: Path) -> bool:
+    """Whether a file was written to its end."""
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

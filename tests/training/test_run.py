@@ -251,7 +251,7 @@ def test_an_incomplete_checkpoint_is_ignored(tmp_path):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
         if complete:
-            (checkpoint / "trainer_state.json").touch()
+            (checkpoint / "trainer_state.json").write_text("{}")
     assert run_folder._last_checkpoint(tmp_path).name == "checkpoint-10"
     assert run_folder._last_checkpoint(tmp_path / "none") is None
 
