@@ -171,7 +171,7 @@ class BaseTrainer(Trainer):
 
     def _not_finite(self, problem: str, step: int, ids: Sequence[str]) -> TrainingError:
         """Returns the error of a training that has left the numbers, and writes the ids of the batch, if there are any."""
-        folder = Path(self.args.output_dir)
+        folder = Path(self.args.output_dir or ".")
         last = max(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime, default=None)
         kept = f"The last good checkpoint is {last.parent}." if last else "No checkpoint was saved before."
         where = ""
