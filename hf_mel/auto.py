@@ -20,6 +20,7 @@ _METHODS = {
     "ghmfc": "Ghmfc",
     "imn": "Imn",
     "mimic": "Mimic",
+    "modal_fusion": "ModalFusion",
     "mm_nel": "MmNel",
     "mmel": "Mmel",
     "pfmel": "Pfmel",

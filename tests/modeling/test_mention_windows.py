@@ -19,6 +19,7 @@ from hf_mel.modeling.imn import ImnProcessor
 from hf_mel.modeling.mimic import MimicConfig, MimicModel, MimicProcessor
 from hf_mel.modeling.mm_nel import MmNelProcessor
 from hf_mel.modeling.mmel import MmelProcessor
+from hf_mel.modeling.modal_fusion import ModalFusionProcessor
 from hf_mel.modeling.pfmel import PfmelProcessor
 from hf_mel.protocols import LimitsTexts, post_columns
 from hf_mel.schema import entity_features
@@ -41,6 +42,7 @@ ENTITY = {
 LIMITS = {
     GhmfcProcessor: {"max_length": 40},
     MimicProcessor: {"max_length": 40},
+    ModalFusionProcessor: {"max_length": 40},
     ImnProcessor: {"max_length": 40},
     MmelProcessor: {"max_length": 50},
     PfmelProcessor: {"max_length": 50},
@@ -50,6 +52,7 @@ LIMITS = {
 OF_RETRIEVERS = (
     GhmfcProcessor,
     MimicProcessor,
+    ModalFusionProcessor,
 )
 METHODS = pytest.mark.parametrize("method", LIMITS)
 #: MM-nel reads bags of words, so an occurrence differs from another by its window only.
@@ -134,7 +137,7 @@ def test_the_mention_is_always_in_the_window(method, text, mention):
     tokens = " ".join(tokenizer.tokenize(mention))
     read = " ".join(tokenizer.tokenize(reads(processor, text, mention)))
     # MIMIC and the rerankers also name the mention apart from its text.
-    named = {GhmfcProcessor: 1, MimicProcessor: 1, MmelProcessor: 1, PfmelProcessor: 1}
+    named = {**dict.fromkeys(OF_RETRIEVERS, 1), MmelProcessor: 1, PfmelProcessor: 1}
     assert read.count(tokens) >= 1 + named.get(method, 0)
     if method is not MmNelProcessor:
         assert f"« {tokens} »" in read
@@ -176,6 +179,7 @@ def test_a_processor_saved_before_reads_what_it_read(tokenizer, method, tmp_path
         config.pop(field, None)
     old = {
         GhmfcProcessor: {"mention_template": "{text}", "entity_template": "{name}. {attributes}"},
+        ModalFusionProcessor: {"mention_template": "{text}", "entity_template": "{name}. {attributes}"},
         MimicProcessor: {"mention_template": "{mention} [SEP] {text}", "entity_template": "{name} [SEP] {attributes}"},
         ImnProcessor: {"mention_template": "{text}"},
         MmelProcessor: {"entity_template": "name_attributes"},
@@ -187,6 +191,7 @@ def test_a_processor_saved_before_reads_what_it_read(tokenizer, method, tmp_path
     assert isinstance(processor, method)
     expected = {
         GhmfcProcessor: "[CLS] rain in georgia [SEP]",
+        ModalFusionProcessor: "[CLS] rain in georgia [SEP]",
         MimicProcessor: "[CLS] georgia [SEP] rain in georgia [SEP]",
         ImnProcessor: "[CLS] rain in georgia [SEP]",
         MmelProcessor: "[CLS] mention : georgia . context : rain in georgia . entity : accra",

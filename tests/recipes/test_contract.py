@@ -38,9 +38,13 @@ ROWS = [
     ("hiecoatt_wikimel", ""),
     ("hiecoatt_flags", ""),
     ("hiecoatt-text_wikimel", ""),
+    *((f"{row}_{data}", "") for row in ("dzmned", "jmel", "velml") for data in ("wikimel", "flags")),
+    *((f"{row}-text_wikimel", "") for row in ("dzmned", "jmel", "velml")),
+    ("dzmned_tweets", ""),
+    ("jmel_tweets", ""),
 ]
 #: One row of every method, whose model repository is loaded without hf_mel.
-REMOTE = [("ghmfc_flags", "")]
+REMOTE = [("ghmfc_flags", ""), ("dzmned_flags", "")]
 
 ENTITIES, MENTIONS = toy_entities(8), toy_mentions(8, entities=8)
 
