@@ -12,12 +12,16 @@ present:
 - `split_files`: `train.json`, `dev.json` and `test.json`, each in the form above.
 - `split_ids`: `Weibo-MEL.json` and `splits.json`, an object of lists of sample ids under `train`, `dev` and `test`.
 - `hashed`: `Weibo-MEL.json` alone. The split of a post follows from its text (`split_of_context`).
+
+IMN represents an entity by its timeline (61,200 posts, 122 an entity), which its authors collected and did not release. Timelines of
+yours become the configuration `posts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hf_mel.dataset_scripts.builder import ReleaseBuilder
@@ -33,15 +37,17 @@ from hf_mel.dataset_scripts.mapping import (
     entity_image_reader,
     entity_names,
     read_entity_texts,
+    read_json_lines,
     read_keyed_records,
     read_splits,
     split_of_context,
 )
-from hf_mel.dataset_scripts.release import ReleaseLog
+from hf_mel.dataset_scripts.release import Release, ReleaseLog
 from hf_mel.errors import DataFormatError
 
 _SAMPLES = "Weibo-MEL.json"
 _SPLIT_FILES = {"train": "train.json", "validation": "dev.json", "test": "test.json"}
+_POST_KEYS = ("id", "entity_id", "text", "image")
 _KEYS = ("id", "sentence", "mentions", "entities", "answer", "imgPath")
 
 
@@ -51,9 +57,12 @@ class WeiboMelConfig(MappedConfig):
 
     Args:
         entities (`str`, *optional*): JSON lines with `id`, `title` and `text`: descriptions of the entities.
+        timelines (`str`, *optional*): JSON lines with `id`, `entity_id`, `text` and possibly `image`, a file name in a folder
+            `timeline_images` beside the file: posts about the entities.
     """
 
     entities: str | None = None
+    timelines: str | None = None
 
 
 class WeiboMel(ReleaseBuilder):
@@ -82,12 +91,22 @@ class WeiboMel(ReleaseBuilder):
     #: Unknown: only the number of posts (25,602) was published.
     OFFICIAL_COUNTS: dict[str, dict[str, int]] = {}
 
+    CONFIGS = {
+        "mentions": "One row per mention.",
+        "entities": "The knowledge base.",
+        "posts": "The timelines of the entities.",
+    }
     LAYOUTS = {
         "split_files": list(_SPLIT_FILES.values()),
         "split_ids": [_SAMPLES, "splits.json"],
         "hashed": [_SAMPLES],
     }
     BUILDER_CONFIG_CLASS = WeiboMelConfig
+
+    @classmethod
+    def configs_in(cls, data_dir: Any, options: Mapping[str, Any]) -> list[str]:
+        """Returns the configurations that the user gave files for."""
+        return [config for config in cls.CONFIGS if config != "posts" or options.get("timelines") is not None]
 
     def open_release(self) -> ReleaseLog:
         """Reads the mapping file, too."""
@@ -126,6 +145,39 @@ class WeiboMel(ReleaseBuilder):
                 "aliases": [title for title in titles if title != name],
                 "images": read_entity_images(entity_id),
             }
+
+    def posts(self) -> Iterator[dict[str, Any]]:
+        """Yields the posts of the timelines, each once. Posts about entities that are no gold are left out."""
+        release, path = self.release, Path(self.config.timelines)
+        if not path.is_file():
+            raise DataFormatError(
+                "The file of timelines is not a file.",
+                file=path,
+                remedy="Give a file of JSON lines with id, entity_id, text and image.",
+            )
+        entity_ids = entity_names(sample for _, sample in self._samples(None))
+        release.problems.clear()  # those of the mentions, which `mentions` logs
+        timelines = Release(path.parent, {"timelines": [path.name]})
+        folder, keys, seen = timelines.find_folder(None, "timeline_images"), Keys(_POST_KEYS), set()
+        required = {"id": ID, "entity_id": ID, "text": TEXT}
+        for row, record in read_json_lines(timelines, path.name):
+            values = keys.read(timelines, path.name, row, record, required, {"image": TEXT})
+            if values["entity_id"] not in entity_ids:
+                release.problem("post_about_no_gold", path.name, row, values["entity_id"])
+            elif values["id"] in seen:
+                release.problem("repeated_post", path.name, row, values["id"])
+            else:
+                seen.add(values["id"])
+                image = read_image(folder, values["image"]) if values["image"] else None
+                if image is None and values["image"]:
+                    release.problem("missing_post_image", path.name, row, values["image"])
+                yield {
+                    "post_id": values["id"],
+                    "entity_id": values["entity_id"],
+                    "text": values["text"],
+                    "image": image,
+                }
+        release.merge(timelines)
 
     def _samples(self, split: str | None) -> Iterator[tuple[str, Sample]]:
         """Yields the samples of a split (`None`: of all splits), each with the name of its file."""

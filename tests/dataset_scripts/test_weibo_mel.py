@@ -68,6 +68,32 @@ def test_entities_by_hand(raw, tmp_path):
     assert set(builder.release.sha256) == {"Weibo-MEL.json", "splits.json", "texts.jsonl"}
 
 
+def test_posts_by_hand(raw, tmp_path):
+    rows, builder = rows_of(WeiboMel, raw, "posts", tmp_path, timelines=str(raw / "more/timelines.jsonl"))
+    blue = {"bytes": (raw / "more/timeline_images/1.png").read_bytes(), "path": None}
+    assert [tuple(row.values()) for row in rows["kb"]] == [
+        ("1", "Q901", "今天发布新品", blue),
+        ("2", "902", "", None),
+        ("4", "Q903", "花开了", None),
+    ]
+    assert builder.release.problems == {
+        "missing_post_image": [("timelines.jsonl", "2", "gone.jpg")],
+        "post_about_no_gold": [("timelines.jsonl", "4", "Q999")],
+        "repeated_post": [("timelines.jsonl", "3", "1")],
+    }
+    assert set(builder.release.sha256) == {"Weibo-MEL.json", "splits.json", "timelines.jsonl"}
+    with pytest.raises(DataFormatError, match="timelines is not a file"):
+        rows_of(WeiboMel, raw, "posts", tmp_path, timelines=str(raw / "none.jsonl"))
+    (raw / "more/timelines.jsonl").write_text('{"id": "1", "text": "x"}')
+    with pytest.raises(DataFormatError, match=r"row 1: The row lacks 'entity_id'"):
+        rows_of(WeiboMel, raw, "posts", tmp_path, timelines=str(raw / "more/timelines.jsonl"))
+
+
+def test_posts_are_built_only_with_timelines():
+    assert WeiboMel.configs_in(None, {}) == ["mentions", "entities"]
+    assert WeiboMel.configs_in(None, {"timelines": "file"}) == ["mentions", "entities", "posts"]
+
+
 def test_split_files_come_first(raw, tmp_path):
     for name, key in (("train", "7001"), ("dev", "7004"), ("test", "7005")):
         sample = {k: v for k, v in SAMPLES[key].items() if k != "id"}

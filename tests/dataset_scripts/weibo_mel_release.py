@@ -9,8 +9,19 @@ from typing import Any
 
 from tests.dataset_scripts.fixtures import picture, write_json
 
-OPTIONS: dict[str, Any] = {"config_options": {"entities": "{folder}/texts.jsonl"}, "allow_count_mismatch": True}
-SPLITS = {"mentions": {"train": 4, "validation": 1, "test": 2}, "entities": {"kb": 4}}
+OPTIONS: dict[str, Any] = {
+    "config_options": {"entities": "{folder}/texts.jsonl", "timelines": "{folder}/more/timelines.jsonl"},
+    "allow_count_mismatch": True,
+}
+SPLITS = {"mentions": {"train": 4, "validation": 1, "test": 2}, "entities": {"kb": 4}, "posts": {"kb": 3}}
+
+POSTS: list[dict[str, Any]] = [
+    {"id": 1, "entity_id": "Q901", "text": "今天发布新品", "image": "1.png"},
+    {"id": "2", "entity_id": 902, "text": "", "image": "gone.jpg"},
+    {"id": "1", "entity_id": "Q903", "text": "又一次"},
+    {"id": "3", "entity_id": "Q999", "text": "无关"},
+    {"id": "4", "entity_id": "Q903", "text": "花开了", "image": None},
+]
 
 SAMPLES: dict[str, dict[str, Any]] = {
     "7001": {
@@ -63,4 +74,8 @@ def write(folder: Path) -> Path:
     ]
     lines = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in texts)
     (folder / "texts.jsonl").write_text(f"\ufeff{lines}\r\n\r\n", encoding="utf-8", newline="")
+    (folder / "more" / "timeline_images").mkdir(parents=True, exist_ok=True)
+    (folder / "more" / "timeline_images" / "1.png").write_bytes(picture("blue", form="PNG"))
+    posts = "\n".join(json.dumps(post, ensure_ascii=False) for post in POSTS)
+    (folder / "more" / "timelines.jsonl").write_text(posts, encoding="utf-8")
     return folder

@@ -25,7 +25,7 @@ from tests.toy_posts import toy_posts
 
 SPACES = {"[2,3]": [2, 3], "[3]": [3], "[]": []}
 VARIANTS = [
-    *((name, "", {}) for name in ("imn-pretraining_flags", "imn-text_wikimel", "imn_tweets")),
+    *((name, "", {}) for name in ("imn-pretraining_flags", "imn-text_wikimel", "imn_tweets", "imn_weibo")),
     ("imn-posts_flags", "", {"encoder_init": "paired", "entity_prototype": True}),
     ("imn-posts_flags", "model.config.co_attention=false", {"co_attention": False}),
     (
