@@ -1,7 +1,8 @@
-"""Grouping of mentions into the examples of a reranker: single mentions, contexts or documents."""
+"""Grouping of mentions into the examples of a reranker: single mentions, contexts or documents; and parts of a split."""
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ from hf_mel.schema import Row
 
 #: Values of `example_unit` of a [`~hf_mel.protocols.Reranker`].
 EXAMPLE_UNITS = ("mention", "context", "document")
+#: Ways to choose a part of the mentions of a split.
+PART_ORDERS = ("first", "random")
 _GROUP_COLUMNS = ("context_id", "document_id")
 
 
@@ -58,3 +61,47 @@ def example_groups(
                 remedy=f"Divide it, and give every part another {kind}_id.",
             )
     return list(groups.values())
+
+
+def part_of_mentions(
+    mentions: datasets.Dataset, fraction: float, order: str = "random", seed: int = 0
+) -> datasets.Dataset:
+    """Returns a part of M mentions, in their order.
+
+    Args:
+        mentions (`datasets.Dataset`): M mentions.
+        fraction (`float`): The share of the mentions, above 0 and at most 1.
+        order (`str`): "first" takes the first round(fraction * M) mentions, at least one. "random" draws documents, or
+            contexts without them, until at least so many mentions are chosen. With the same seed, a smaller part lies in
+            a larger one.
+        seed (`int`): Seed of the draw.
+
+    Raises:
+        ValueError: The fraction or the order is not one of these.
+    """
+    if not 0 < fraction <= 1 or order not in PART_ORDERS:
+        raise ValueError(f"{fraction!r} is no fraction of mentions, or {order!r} none of {', '.join(PART_ORDERS)}.")
+    if fraction == 1:
+        return mentions
+    count = max(1, round(fraction * len(mentions)))
+    if order == "first":
+        return mentions.select(range(min(count, len(mentions))))
+    return sample_examples(mentions, "document", count, seed)
+
+
+def sample_examples(mentions: datasets.Dataset, unit: str, count: int, seed: int) -> datasets.Dataset:
+    """Samples whole examples until at least `count` mentions are chosen, and keeps the order of the mentions.
+
+    Args:
+        mentions, unit: As in [`example_groups`].
+        count (`int`): Number of mentions.
+        seed (`int`): Seed of the draw.
+    """
+    groups = example_groups(mentions, unit)
+    random.Random(seed).shuffle(groups)
+    chosen: list[int] = []
+    for group in groups:
+        if len(chosen) >= count:
+            break
+        chosen += group
+    return mentions.select(sorted(chosen))

@@ -14,7 +14,7 @@ from transformers import set_seed
 from hf_mel.candidates.lists import CandidateLists
 from hf_mel.candidates.make import retriever_candidates
 from hf_mel.data.examples import example_groups
-from hf_mel.data.loading import dataset_version, load_entities, load_mentions
+from hf_mel.data.loading import dataset_version, load_entities
 from hf_mel.errors import DataFormatError
 from hf_mel.evaluation.evaluator import software_versions
 from hf_mel.evaluation.settings import KS
@@ -22,12 +22,13 @@ from hf_mel.evaluation.tables import write_results
 from hf_mel.files import write_text
 from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.protocols import Retriever
+from hf_mel.protocols import Retriever, knows_posts
 from hf_mel.training.assemble import build_model
 from hf_mel.training.recipe import FoldsRecipe, Recipe
 from hf_mel.training.run_folder import CHECKPOINTS, RECIPE, RESULTS, RunFolder, training_arguments
 from hf_mel.training.tokenizer import texts_of
 from hf_mel.training.trainer import MelTrainer
+from hf_mel.training.training_part import training_mentions, training_posts
 
 #: The file that a reranker's recipe names as `candidates.train_file`.
 TRAIN_LISTS = "train.parquet"
@@ -73,7 +74,7 @@ def write_fold_lists(folder: RunFolder) -> None:
     """
     recipe = dataclasses.replace(folder.recipe, training=_without_evaluation(folder.recipe))
     data, setting = recipe.data, recipe.folds or FoldsRecipe()
-    train = load_mentions(data.dataset, data.train_split, data.revision, config=data.config)
+    train = training_mentions(recipe)
     entities = load_entities(data.dataset, revision=data.revision)
     parts = fold_rows(train, setting.count, folder.arguments.seed)
     is_first = PartialState().is_main_process
@@ -126,10 +127,8 @@ def _train(recipe: Recipe, folder: RunFolder, mentions: datasets.Dataset, entiti
     model, processor = build_model(recipe, texts_of(mentions, entities))
     if not isinstance(model, Retriever):
         raise recipe.error(f"{type(model).__name__} is not a retriever.", "Give the model of a retriever's recipe.")
-    data = recipe.data
-    inputs = ModelInputs.from_data(
-        data.dataset, model, processor, revision=data.revision, config=data.config, train_split=data.train_split
-    )
+    posts = training_posts(recipe, training_mentions(recipe)) if knows_posts(model) else None
+    inputs = ModelInputs(model, processor, posts)
     trainer = MelTrainer(
         model, arguments, train_dataset=mentions, entities=entities, processing_class=processor, inputs=inputs
     )

@@ -11,18 +11,19 @@ from transformers import set_seed
 from hf_mel.candidates.lists import CandidateLists
 from hf_mel.candidates.make import check_source, default_cache, make_candidates
 from hf_mel.data.loading import dataset_version, load_entities, load_mentions, load_posts
-from hf_mel.data.posts import entities_as_mentions, posts_as_mentions, posts_of
+from hf_mel.data.posts import entities_as_mentions, posts_as_mentions
 from hf_mel.errors import RecipeError, UnknownSplitError
 from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
 from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.protocols import Reranker, learns_nil
+from hf_mel.protocols import Reranker, knows_posts, learns_nil
 from hf_mel.schema import NIL, mention_features
 from hf_mel.training.assemble import build_model
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run_folder import FinishedTraining, RunFolder
 from hf_mel.training.tokenizer import texts_of
 from hf_mel.training.trainer import MelTrainer
+from hf_mel.training.training_part import training_mentions, training_posts
 
 
 def run_linking(folder: RunFolder) -> FinishedTraining | None:
@@ -43,7 +44,7 @@ def run_linking(folder: RunFolder) -> FinishedTraining | None:
     """
     recipe, arguments, data = folder.recipe, folder.arguments, folder.recipe.data
     _check_candidate_source(recipe)
-    train = load_mentions(data.dataset, data.train_split, data.revision, config=data.config)
+    train = training_mentions(recipe)
     validation = load_mentions(data.dataset, data.validation_split, data.revision, config=data.config)
     entities = load_entities(data.dataset, revision=data.revision)
     train, entities = with_extra_datasets(recipe, train, entities)
@@ -57,9 +58,7 @@ def run_linking(folder: RunFolder) -> FinishedTraining | None:
         }
     elif recipe.candidates is not None:
         raise recipe.error(f"{type(model).__name__} ranks all entities.", "Remove the section 'candidates'.")
-    inputs = ModelInputs.from_data(
-        data.dataset, model, processor, revision=data.revision, config=data.config, train_split=data.train_split
-    )
+    inputs = ModelInputs(model, processor, training_posts(recipe, train) if knows_posts(model) else None)
     if recipe.task == "knowledge":
         if inputs.prototypes is None:
             raise recipe.error(
@@ -183,6 +182,7 @@ def _evaluate(
             **version,
             "train_split": "posts" if recipe.task == "knowledge" else recipe.data.train_split,
             "train_mentions": len(train),
+            **({} if recipe.data.train_fraction == 1 else {"train_fraction": recipe.data.train_fraction}),
             "train_nil": list(train["entity_id"]).count(NIL),
             **({"nil_is_learned": True} if learns_nil(model) else {}),
             **({"extra_datasets": extra_datasets} if extra_datasets else {}),
@@ -241,12 +241,7 @@ def candidates_from_recipe(
         scorer=section.scorer,
         training=training,
         retriever=section.retriever,
-        posts=lambda: posts_of(
-            recipe.data.dataset,
-            revision=recipe.data.revision,
-            config=recipe.data.config,
-            train_split=recipe.data.train_split,
-        ),
+        posts=lambda: training_posts(recipe, training),
         cache_dir=default_cache(),
         progress=True,
     )

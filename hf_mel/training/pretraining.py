@@ -32,6 +32,7 @@ from hf_mel.training.recipe import Recipe
 from hf_mel.training.run_folder import FinishedTraining, RunFolder
 from hf_mel.training.sampling import grouping_sampler
 from hf_mel.training.tokenizer import texts_of
+from hf_mel.training.training_part import training_mentions
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +230,7 @@ def run_pretraining(folder: RunFolder) -> FinishedTraining | None:
     recipe, data = folder.recipe, folder.recipe.data
     entities = load_entities(data.dataset, revision=data.revision)
     if data.posts_split is None:
-        train = load_mentions(data.dataset, data.train_split, data.revision, config=data.config)
+        train = training_mentions(recipe)
     else:
         train = load_posts(data.dataset, data.posts_split, revision=data.revision)
         if data.find_mentions:

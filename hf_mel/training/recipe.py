@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from hf_mel.data.examples import PART_ORDERS
 from hf_mel.errors import MissingExtraError, RecipeError, UnknownModelError
 from hf_mel.files import package_folder
 
@@ -114,6 +115,11 @@ class DataRecipe:
             ([`~hf_mel.data.posts.entities_as_mentions`]).
         extra_datasets (`list[str]`): For linking, folders or Hub ids of further data sets. Their mentions of `train_split`
             and their entities are added for training; validation stays that of `dataset`.
+        train_fraction (`float`, *optional*, defaults to 1.0): Share of the mentions of `train_split` to train on. The
+            others are as if the data set did not have them: priors and captions come from this part too.
+        train_order (`str`, *optional*, defaults to `"random"`): Which part it is: "random" draws whole documents or
+            contexts by `training.seed`, "first" takes the first mentions of the release
+            ([`~hf_mel.data.examples.part_of_mentions`]).
     """
 
     dataset: str = ""
@@ -125,6 +131,8 @@ class DataRecipe:
     find_mentions: bool = False
     extra_mentions: dict[str, Any] = field(default_factory=dict)
     extra_datasets: list[str] = field(default_factory=list)
+    train_fraction: float = 1.0
+    train_order: str = "random"
 
 
 @dataclass
@@ -307,6 +315,19 @@ class Recipe:
             )
         if not self.data.dataset:
             raise self.error("The section 'data' has no 'dataset'.", "Give a folder or a Hub id.")
+        if not 0 < self.data.train_fraction <= 1:
+            raise self.error(
+                f"The value {self.data.train_fraction!r} of data.train_fraction is not above 0 and at most 1."
+            )
+        if self.data.train_order not in PART_ORDERS:
+            raise self.error(
+                f"The value {self.data.train_order!r} of data.train_order is not one of {', '.join(PART_ORDERS)}."
+            )
+        if self.data.train_fraction < 1 and self.data.posts_split is not None:
+            raise self.error(
+                "data.train_fraction is a part of the mentions, and data.posts_split trains on posts.",
+                "Remove one of them.",
+            )
         self.check_keys("data.extra_mentions", self.data.extra_mentions, ("posts", "entities"))
         for key, count in self.data.extra_mentions.items():
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
@@ -474,6 +495,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "bool": bool,
     "int": int,
     "list[str]": list,
+    "float": (int, float),
     "dict[str, Any]": dict,
     "dict[str, Any] | None": (dict, type(None)),
 }
@@ -483,6 +505,7 @@ _TYPE_NAMES: dict[type, str] = {
     str: "a string",
     bool: "true or false",
     int: "a whole number",
+    float: "a number",
     type(None): "null",
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import random
 import time
 import warnings
 from collections import Counter
@@ -22,7 +21,7 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from hf_mel.candidates.lists import CandidateLists, missing_candidates_error
 from hf_mel.candidates.make import retriever_candidates
-from hf_mel.data.examples import example_groups
+from hf_mel.data.examples import example_groups, sample_examples
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.data.loading import check_golds
 from hf_mel.errors import DataFormatError, MissingExtraError, RecipeError
@@ -124,7 +123,7 @@ class MelTrainer(BaseTrainer):
         self.eval_total = None if eval_dataset is None else len(eval_dataset)
         if isinstance(model, Reranker) and eval_dataset is not None and args.eval_mentions is not None:
             unit = "document" if model.example_unit == "document" else "context"
-            eval_dataset = _sample_examples(eval_dataset, unit, args.eval_mentions, args.seed)
+            eval_dataset = sample_examples(eval_dataset, unit, args.eval_mentions, args.seed)
             logger.warning("Evaluating on %d of %d mentions (eval_mentions).", len(eval_dataset), self.eval_total)
         self.mentions = (
             None if train_dataset is None else _trainable(train_dataset, learns_nil(model), args.simulated_nil > 0)
@@ -435,18 +434,6 @@ def _check_candidates(
     if reads_list_scores(model):
         lists.check_relative_scores()
     lists.for_mentions(mentions).rows(entities["entity_id"])
-
-
-def _sample_examples(mentions: datasets.Dataset, unit: str, count: int, seed: int) -> datasets.Dataset:
-    """Samples whole contexts or documents until at least `count` mentions are chosen, and keeps their order."""
-    groups = example_groups(mentions, unit)
-    random.Random(seed).shuffle(groups)
-    chosen: list[int] = []
-    for group in groups:
-        if len(chosen) >= count:
-            break
-        chosen += group
-    return mentions.select(sorted(chosen))
 
 
 def _trainable(mentions: datasets.Dataset, learns_nil: bool, is_simulated: bool = False) -> datasets.Dataset:
