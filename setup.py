@@ -1,11 +1,12 @@
 """Finds the packages; everything else is in pyproject.toml.
 
-The four wings are top-level folders, each what one kind of Hub repository carries, and install below `hf_mel`.
+The five wings are top-level folders and install below `hf_mel`. Four are each what one kind of Hub repository carries, the fifth
+holds the suites of `hf-mel bench`.
 """
 
 from setuptools import find_packages, setup
 
-WINGS = ("modeling", "dataset_scripts", "spaces", "recipes")
+WINGS = ("modeling", "dataset_scripts", "spaces", "recipes", "suites")
 
 setup(
     packages=[

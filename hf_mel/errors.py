@@ -117,6 +117,14 @@ class StoppedError(MelError, RuntimeError):
     exit_status = 143
 
 
+class SuiteError(MelError, ValueError):
+    """A suite of runs cannot be used as written."""
+
+
+class ComparisonError(MelError, ValueError):
+    """Results cannot be compared: they have other protocols, data or mentions, or lack what the comparison needs."""
+
+
 class MissingExtraError(MelError, ImportError):
     """An optional dependency is not installed; the remedy names the extra."""
 

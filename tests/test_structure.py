@@ -24,6 +24,7 @@ FLOORS = [
     ["linking", "hub"],
     ["evaluation"],
     ["training"],
+    ["bench"],
     ["cli"],
     ["auto"],
     ["__main__", "__init__"],
@@ -35,6 +36,7 @@ WINGS = {
     "dataset_scripts": ["building"],
     "spaces": ["evaluation", "cli", "hub"],
     "recipes": ["training"],
+    "suites": ["bench"],
 }
 
 

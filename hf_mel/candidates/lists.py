@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -136,6 +137,11 @@ class CandidateLists:
                 "sources without a retriever.",
                 remedy="Make the candidates from one source: retriever, or name.",
             )
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the mentions and their candidates, which is the same for the same lists, however they were made."""
+        return hashlib.sha256(json.dumps([self.mention_ids, self.entity_ids]).encode()).hexdigest()
 
     @property
     def longest(self) -> int:

@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from hf_mel.cli import data, kb, publish
+from hf_mel.cli import bench, data, kb, publish
 from hf_mel.cli.annotate import annotate
 from hf_mel.cli.candidates import candidates
 from hf_mel.cli.convert import convert
@@ -44,6 +44,7 @@ app.add_typer(publish.app, name="publish")
 app.command()(convert)
 app.command()(space)
 app.command()(demo)
+app.add_typer(bench.app, name="bench")
 
 
 def main(app: typer.Typer = app) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import asdict
 from functools import partial
@@ -48,7 +49,11 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(dir_okay=False, help="The JSON file for the results.")] = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="The .jsonl file for the ranked candidates of every mention."),
+        typer.Option(
+            dir_okay=False,
+            help="The .jsonl file for the rank of every mention's gold and its best candidates. With --output, "
+            "[b]hf-mel bench compare[/b] can test the results against others.",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows encoded or pairs scored at a time.")] = 64,
     top_k: Annotated[int, typer.Option(min=1, help="Retriever: candidates per mention in the predictions.")] = 20,
@@ -208,10 +213,12 @@ def evaluate(
     from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
     from hf_mel.evaluation.strata import names_by_id
     from hf_mel.evaluation.tables import decision_lines, orders_table, results_table, write_records, write_results
+    from hf_mel.files import file_sha256, is_stream
     from hf_mel.hub.saving import change_config
     from hf_mel.inference.checkpoints import load_linking_model
     from hf_mel.inference.inputs import ModelInputs
     from hf_mel.protocols import Reranker
+    from hf_mel.training.training_part import part_trained_on
 
     if weight == "auto" and split.startswith("test"):
         raise RecipeError(
@@ -222,7 +229,7 @@ def evaluate(
     mentions, entities = load_split(split), load_entities(dataset, revision=dataset_revision)
     nil_mentions = None if nil_from is None else load_split(nil_from)
     try:
-        train_golds = None if split == "train" else set(load_split("train")["entity_id"])
+        train_golds = None if split == "train" else set(part_trained_on(model, load_split("train"))["entity_id"])
     except UnknownSplitError:
         train_golds = None
     version = dataset_version(dataset, revision=dataset_revision)
@@ -328,6 +335,9 @@ def evaluate(
         console.print(orders_table(results))
     if processes.is_main_process and predictions is not None:
         write_records(records, predictions)
+        if output is not None and not is_stream(predictions) and not is_stream(output):
+            file = os.path.relpath(predictions.resolve(), output.resolve().parent)
+            results["predictions"] = {"file": file, "sha256": file_sha256(predictions)}
         console.print(f"Candidates of every mention: {predictions}", markup=False)
     if processes.is_main_process and output is not None:
         write_results(results, output)

@@ -252,6 +252,7 @@ class CandidateEvaluator(Evaluator):
                 candidates={
                     **candidates.setting,
                     "k": candidates.longest,
+                    "sha256": candidates.sha256,
                     "mean_length": float(np.mean(lengths)) if lengths else 0.0,
                     "without": lengths.count(0),
                     **(

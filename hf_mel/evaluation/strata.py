@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from hf_mel.errors import DataFormatError
 from hf_mel.names import namesakes_of, words_of
@@ -33,6 +35,7 @@ def strata_of(
       its gold, otherwise "unambiguous". A namesake is an entity with a name or alias that has all words of the surface
       form, regardless of case, accents and order ([`~hf_mel.names.namesakes_of`]). A mention
       whose gold is NIL, or whose surface form has no word, as a visual mention, has no group.
+    - "image of mention": "with" or "without", if there are mentions of both kinds.
     - "gold in training", given `train_golds`: "seen" or "unseen". A mention whose gold is NIL has no group.
 
     Args:
@@ -76,12 +79,29 @@ def strata_of(
             else "unambiguous"
             for surface, gold in zip(surfaces, mentions["entity_id"], strict=True)
         ]
+    if "image" in mentions.column_names:
+        pictured = has_image(mentions)
+        if any(pictured) and not all(pictured):
+            strata["image of mention"] = ["with" if is_pictured else "without" for is_pictured in pictured]
     if train_golds is not None:
         seen = frozenset(train_golds)
         strata["gold in training"] = [
             None if gold == NIL else "seen" if gold in seen else "unseen" for gold in mentions["entity_id"]
         ]
     return strata
+
+
+def has_image(mentions: datasets.Dataset) -> list[bool]:
+    """Returns for each of M mentions whether it has an image, without decoding any."""
+    pictured: list[bool] = []
+    for batch in mentions.select_columns(["image"]).with_format("arrow").iter(1000):
+        column = batch["image"].combine_chunks()
+        present = pc.is_valid(column)
+        if pa.types.is_struct(column.type):
+            parts = [pc.is_valid(pc.struct_field(column, name)) for name in ("bytes", "path")]
+            present = pc.and_(present, pc.or_(*parts))
+        pictured += present.to_pylist()
+    return pictured
 
 
 def names_by_id(entities: datasets.Dataset) -> dict[str, list[str]] | None:

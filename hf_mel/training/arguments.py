@@ -73,6 +73,10 @@ class MelTrainingArguments(TrainingArguments):
             instead of all. Reranking all of them after every epoch can take longer than the epoch.
         early_stopping_patience (`int`, *optional*):
             Stop after this many consecutive evaluations without an improvement of `metric_for_best_model`.
+        max_minutes (`float`, *optional*):
+            Stop after this many minutes of training, without those of evaluations and checkpoints: processor time of the
+            process on a CPU, so that other work on the machine costs nothing, and the clock otherwise. The learning rate
+            falls linearly to 0 with the time or the steps, whichever runs out first. A resumed run goes on counting.
         bf16 (`bool` or `str`, *optional*, defaults to `"auto"`):
             Whether to train in bfloat16 mixed precision. `"auto"` is `True` if the processor or GPU computes in bfloat16
             natively, and `False` otherwise or if `fp16` is set. The attribute is always a `bool`.
@@ -126,6 +130,7 @@ class MelTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Number of evaluations without improvement before training stops."}
     )
+    max_minutes: float | None = field(default=None, metadata={"help": "Minutes of training after which it stops."})
 
     bf16: bool | str = field(  # type: ignore[assignment]
         default="auto", metadata={"help": "bfloat16 mixed precision; 'auto': if the hardware has it natively."}
@@ -158,6 +163,10 @@ class MelTrainingArguments(TrainingArguments):
             )
         if not 0 <= self.easy_share <= 1:
             raise ValueError(f"easy_share={self.easy_share} must be between 0 and 1.")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"max_minutes={self.max_minutes} must be above 0.")
+        if self.max_minutes is not None and self.lr_scheduler_type != "linear":
+            raise ValueError("max_minutes needs lr_scheduler_type: linear, which it stretches over the time.")
         if not 0 <= self.simulated_nil < 1:
             raise ValueError(f"simulated_nil={self.simulated_nil} must be at least 0 and below 1.")
         if self.remove_unused_columns:

@@ -84,7 +84,15 @@ def _load_pretrained(recipe: Recipe) -> tuple[Any, Any]:
     return model, processor
 
 
-def _build_new(recipe: Recipe, texts: Iterable[str]) -> tuple[Any, Any]:
+def check_fields(recipe: Recipe) -> tuple[Any, Any]:
+    """Returns the model and processor classes of a new model, after a check of the fields that its recipe names.
+
+    Args:
+        recipe ([`~hf_mel.training.recipe.Recipe`]): A recipe with `model.type`.
+
+    Raises:
+        RecipeError: the model type or a field is unknown.
+    """
     kind, fields = str(recipe.model.type), dict(recipe.model.config)
     config_class = _config_class(recipe, kind, "model.type")
     if config_class not in MODEL_MAPPING or config_class not in PROCESSOR_MAPPING:
@@ -96,7 +104,11 @@ def _build_new(recipe: Recipe, texts: Iterable[str]) -> tuple[Any, Any]:
     model_class: Any = MODEL_MAPPING[config_class]
     processor_class: Any = PROCESSOR_MAPPING[config_class]
     recipe.check_keys("processor.options", recipe.processor.options, inspect.signature(processor_class).parameters)
+    return model_class, processor_class
 
+
+def _build_new(recipe: Recipe, texts: Iterable[str]) -> tuple[Any, Any]:
+    model_class, processor_class = check_fields(recipe)
     with tempfile.TemporaryDirectory() as scratch:
         references = {"text": recipe.model.text, "vision": recipe.model.vision}
         weights = {side: _resolve_encoder(recipe, ref, Path(scratch, side)) for side, ref in references.items() if ref}

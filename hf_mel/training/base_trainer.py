@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
-from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import EarlyStoppingCallback, IntervalStrategy, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 
 from hf_mel.errors import RecipeError, TrainingError
 from hf_mel.files import write_text
@@ -86,6 +91,9 @@ class BaseTrainer(Trainer):
             del config.use_cache  # The Trainer sets it on every model, and it would be saved in config.json.
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        self.clock = None if args.max_minutes is None else _TrainingClock(60 * args.max_minutes)
+        if self.clock is not None:
+            self.add_callback(self.clock)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(_Progress())
@@ -97,6 +105,25 @@ class BaseTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupingSampler | None:
         return self.sampler
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Creates the Trainer's scheduler, or with `max_minutes` one that also falls with the time.
+
+        Args:
+            num_training_steps (`int`): Number of steps.
+            optimizer (`torch.optim.Optimizer`, *optional*): The optimizer. Default: that of the trainer.
+        """
+        if self.clock is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        clock, warmup = self.clock, self.args.get_warmup_steps(num_training_steps) / max(1, num_training_steps)
+
+        def factor(step: int) -> float:
+            done = min(1.0, max(step / max(1, num_training_steps), clock.share))
+            return done / warmup if done < warmup else (1 - done) / (1 - warmup) if warmup < 1 else 1.0
+
+        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """Creates the Trainer's optimizer, with separate groups for parameters inside and outside the encoders.
@@ -196,6 +223,57 @@ class BaseTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.processor.save_pretrained(output_dir or self.args.output_dir)
+
+
+class _TrainingClock(TrainerCallback, ExportableState):
+    """Stops training after a time, which evaluations and checkpoints do not count for, and is saved in checkpoints.
+
+    On a CPU it is the processor time of the process.
+
+    Args:
+        budget (`float`): Seconds of training.
+        spent (`float`, *optional*, defaults to 0.0): Seconds that have been spent.
+    """
+
+    def __init__(self, budget: float, spent: float = 0.0):
+        self.budget, self.spent = budget, spent
+        self._mark: float | None = None
+        self._now = time.perf_counter
+
+    @property
+    def share(self) -> float:
+        """The share of the budget that is spent."""
+        return min(1.0, self.spent / self.budget)
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps."""
+        return {"args": {"budget": self.budget, "spent": self.spent}, "attributes": {}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if isinstance(kept, dict):  # of the checkpoint from which training goes on
+            self.spent = kept["args"]["spent"]
+        self._now = time.process_time if args.device.type == "cpu" else time.perf_counter
+        self._mark = self._now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        assert self._mark is not None
+        now = self._now()
+        self.spent, self._mark = self.spent + now - self._mark, now
+        if args.world_size > 1:
+            self.spent = broadcast_object_list([self.spent])[0]  # all processes stop after the same step
+        if self.spent >= self.budget:
+            control.should_training_stop = True
+            # With strategies by epoch, the Trainer itself evaluates and saves when training stops.
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.STEPS
+            control.should_save |= args.save_strategy == SaveStrategy.STEPS
+        return control
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._mark = self._now()
+
+    def on_save(self, args, state, control, **kwargs):
+        self._mark = self._now()
 
 
 class _EpochSetter(TrainerCallback):

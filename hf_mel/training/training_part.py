@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import datasets
+import yaml
 
 from hf_mel.data.examples import part_of_mentions
 from hf_mel.data.loading import load_mentions
 from hf_mel.data.posts import SOURCE_TEXT, captions_as_posts, posts_of
 from hf_mel.training.recipe import Recipe
+from hf_mel.training.run_folder import RECIPE
 
 
 def training_mentions(recipe: Recipe) -> datasets.Dataset:
@@ -36,3 +40,19 @@ def training_posts(recipe: Recipe, mentions: datasets.Dataset) -> datasets.Datas
     if posts is not None and SOURCE_TEXT in posts.column_names and data.train_fraction < 1:
         return captions_as_posts(mentions)
     return posts
+
+
+def part_trained_on(model: str, mentions: datasets.Dataset) -> datasets.Dataset:
+    """Returns the part of a training split that a model was trained on: all of it, unless its recipe says otherwise.
+
+    Args:
+        model (`str`): A run folder, which holds its recipe, or any other model.
+        mentions (`datasets.Dataset`): The mentions of the training split.
+    """
+    file = Path(model) / RECIPE
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data, seed = content["data"], int((content.get("training") or {}).get("seed", 0))
+        return part_of_mentions(mentions, data["train_fraction"], data["train_order"], seed)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return mentions  # no run folder, or one of before data.train_fraction

@@ -1,0 +1,215 @@
+"""Which results may stand in one table: those of the same protocol on the same data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_mel.errors import ComparisonError, DataFormatError
+from hf_mel.files import file_sha256
+from hf_mel.schema import NIL
+
+#: Parts of a protocol → what they are called in messages.
+_WORDS = {
+    "protocol": "protocol",
+    "kb_size": "size of the knowledge base",
+    "data": "data",
+    "split": "split",
+    "config": "configuration of the mentions",
+    "num_mentions": "number of mentions",
+    "ties": "treatment of ties",
+    "candidates": "candidate lists",
+}
+
+
+def protocol_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what two results must have in common to stand in one table.
+
+    Args:
+        results (`Mapping`): The results of an evaluation, as `hf-mel evaluate --output` writes them.
+
+    Returns:
+        `dict`: "protocol", "kb_size", "data" (sha256, or the name without one), "split", "config", "num_mentions", "ties"
+        and "candidates": `None` if the whole knowledge base is ranked, or else source, length and digest of the lists.
+
+    Raises:
+        DataFormatError: These are no results of an evaluation.
+    """
+    try:
+        data = results["data"] or {}
+        lists = results.get("candidates")
+        return {
+            "protocol": results["protocol"],
+            "kb_size": results["kb_size"],
+            "data": data.get("sha256") or data.get("dataset"),
+            "split": data.get("split"),
+            "config": data.get("config", "mentions"),
+            "num_mentions": results["num_mentions"],
+            "ties": results["ties"],
+            "candidates": None
+            if lists is None
+            else {"source": lists.get("source"), "k": lists.get("k"), "sha256": lists.get("sha256")},
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataFormatError(
+            f"These are no results of an evaluation: {error} is missing.",
+            remedy="Give the file that `hf-mel evaluate --output` wrote.",
+        ) from None
+
+
+def check_comparable(protocols: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks that results may stand in one table.
+
+    Args:
+        protocols (`Mapping`): The output of [`protocol_of`] by the name of the results.
+
+    Raises:
+        ComparisonError: Two of them have different protocols; names both, and what differs.
+    """
+    names = list(protocols)
+    for name in names[1:]:
+        first, other = protocols[names[0]], protocols[name]
+        differing = [key for key in _WORDS if first.get(key) != other.get(key)]
+        if differing:
+            told = "; ".join(
+                f"{_WORDS[key]}: {_shown(first.get(key))} and {_shown(other.get(key))}" for key in differing
+            )
+            raise ComparisonError(
+                f"{names[0]!r} and {name!r} cannot stand in one table, because they differ in {told}.",
+                remedy="Evaluate both on the same data, with the same knowledge base and the same candidates.",
+            )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{key} {str(item)[:12]}" for key, item in value.items())
+    return str(value)[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def protocol_line(protocol: Mapping[str, Any]) -> str:
+    """Returns a protocol as a sentence for the caption of a table."""
+    lists = protocol["candidates"]
+    if lists is None:
+        ranked = f"all {protocol['kb_size']:,} entities are ranked for every mention"
+    else:
+        ranked = (
+            f"the candidates of {lists['source'] or 'a file'}, up to {lists['k']} for each mention, of {protocol['kb_size']:,} "
+            "entities; a gold that is not among them is a miss"
+        )
+    return f"{protocol['num_mentions']:,} mentions of {protocol['split'] or 'an unnamed split'}; {ranked}; ties {protocol['ties']}"
+
+
+def load_results(path: Path) -> dict[str, Any]:
+    """Reads the results of an evaluation.
+
+    Raises:
+        DataFormatError: The file cannot be read, or holds no results of an evaluation.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataFormatError(
+            f"The results cannot be read ({error}).", file=path, remedy="Write them with `hf-mel evaluate --output`."
+        ) from None
+    if not isinstance(content, dict):
+        raise DataFormatError("These are no results of an evaluation.", file=path)
+    try:
+        protocol_of(content)
+    except DataFormatError as error:
+        raise error.changed(file=path) from None
+    return content
+
+
+class MentionRanks:
+    """The rank of the gold of every mention whose gold is in the knowledge base.
+
+    Args:
+        ranks (`Mapping[str, float]`): Rank by mention id; `inf` for a gold that was not retrieved.
+    """
+
+    def __init__(self, ranks: Mapping[str, float]):
+        self.ids = sorted(ranks)
+        self.ranks = np.asarray([ranks[mention_id] for mention_id in self.ids], dtype=np.float64)
+
+    @classmethod
+    def load(cls, predictions: Path) -> MentionRanks:
+        """Reads the predictions of an evaluation.
+
+        Raises:
+            DataFormatError: The file cannot be read, or a record lacks its rank.
+        """
+        ranks: dict[str, float] = {}
+        number = 0
+        try:
+            with predictions.open(encoding="utf-8") as file:
+                for line in file:
+                    number += 1
+                    record = json.loads(line)
+                    if record["entity_id"] != NIL:
+                        ranks[record["mention_id"]] = float("inf") if record["rank"] is None else float(record["rank"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataFormatError(
+                f"The predictions cannot be read ({error}).",
+                file=predictions,
+                row=number or None,
+                remedy="Write them with `hf-mel evaluate --predictions`.",
+            ) from None
+        return cls(ranks)
+
+    @classmethod
+    def of_results(cls, path: Path, results: Mapping[str, Any]) -> MentionRanks:
+        """Reads the predictions that belong to results.
+
+        Args:
+            path (`Path`): The file of the results.
+            results (`Mapping`): Its content.
+
+        Raises:
+            ComparisonError: The results were written without predictions, or these have changed since.
+        """
+        entry = results.get("predictions")
+        remedy = "Evaluate again with --output and --predictions."
+        if not entry:
+            raise ComparisonError(
+                "The results have no predictions, so no test can pair mentions.", file=path, remedy=remedy
+            )
+        file = path.parent / entry["file"]
+        if not file.is_file():
+            raise ComparisonError(f"The predictions {file} of the results are missing.", file=path, remedy=remedy)
+        if file_sha256(file) != entry["sha256"]:
+            raise ComparisonError(
+                f"The predictions {file} are not those of the results: they were written again since.",
+                file=path,
+                remedy=remedy,
+            )
+        return cls.load(file)
+
+    def scores(self, metric: str) -> np.ndarray:
+        """Returns what each mention contributes to a metric, [M]: 1 or 0 for "hits@k", 1 / rank for "mrr"."""
+        return 1 / self.ranks if metric == "mrr" else (self.ranks <= int(metric.partition("@")[2])).astype(np.float64)
+
+
+def mean_scores(ranks: list[MentionRanks], metric: str, names: list[str] | None = None) -> np.ndarray:
+    """Returns what each mention contributes to a metric, averaged over runs, [M].
+
+    Args:
+        ranks (`list` of [`MentionRanks`]): The ranks of each run, such as one for each seed.
+        metric (`str`): "hits@k" or "mrr".
+        names (`list` of `str`, *optional*): Names of the runs, for errors.
+
+    Raises:
+        ComparisonError: The runs have other mentions.
+    """
+    for number, run in enumerate(ranks):
+        if run.ids != ranks[0].ids:
+            differing = sorted(set(run.ids) ^ set(ranks[0].ids))
+            name, first = (names[number], names[0]) if names else (number, 0)
+            raise ComparisonError(
+                f"{first!r} and {name!r} have other mentions, among them {differing[0]!r}.",
+                remedy="Evaluate both on the same split.",
+            )
+    return np.mean([run.scores(metric) for run in ranks], axis=0)

@@ -1,0 +1,232 @@
+"""Results of a suite: its cells as rows with mean and standard deviation over seeds, and tests of their differences."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_mel.bench.cells import (
+    CELL,
+    EVALUATION,
+    RUN,
+    Cell,
+    PreparedCell,
+    RowKey,
+    grid_cells,
+    prepared_cells,
+)
+from hf_mel.bench.comparability import MentionRanks, check_comparable, mean_scores, protocol_of
+from hf_mel.bench.grid import read_json
+from hf_mel.bench.significance import Difference, corrected, paired_difference
+from hf_mel.bench.suite import Suite
+
+#: Metrics whose differences are tested.
+TESTED = ("hits@1", "mrr")
+#: The correction for many comparisons, by its name in statsmodels.
+CORRECTION = "holm"
+#: Entries of metrics that count and are not averaged.
+_COUNTS = ("num_ranked", "num_mentions", "num_nil", "num_missed")
+
+
+def suite_results(suite: Suite, runs: Path, command: str) -> dict[str, Any]:
+    """Returns the results of a suite, as far as its cells are finished.
+
+    Args:
+        suite ([`~hf_mel.bench.suite.Suite`]): The suite.
+        runs (`Path`): The folder of its runs.
+        command (`str`): The command that runs it.
+
+    Returns:
+        `dict`: "suite", "title", "description", "command", "budget", "prepared" (what prepared runs took), "rows" and
+        "tests". A row has "name", "data", "protocol", "metrics", "strata", "cost", "versions", "code", "commands", and for
+        seeds without a result "empty" with the reason.
+
+    Raises:
+        ComparisonError: The seeds of a row were evaluated by different protocols.
+        MissingExtraError: The packages for tests are not installed, and the suite has `compare_with`.
+    """
+    cells: dict[RowKey, list[Cell]] = {}
+    for cell in grid_cells(suite, runs):
+        cells.setdefault(cell.row, []).append(cell)
+    rows = [_row(key, group) for key, group in cells.items()]
+    return {
+        "suite": suite.name,
+        "title": suite.title,
+        "description": suite.description,
+        "command": command,
+        "budget": {"max_steps": suite.budget.max_steps, "minutes": suite.budget.minutes},
+        "compare_with": suite.compare_with,
+        "prepared": [_prepared(cell) for cell in prepared_cells(suite, runs)],
+        "rows": rows,
+        "tests": _tests(suite, rows, cells),
+    }
+
+
+def tables_of(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Divides rows into tables: one for each data set and protocol, in the order of their first row.
+
+    Rows without any result are in the first table of their data set.
+    """
+    tables: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    first_of: dict[str, tuple[str, str]] = {}
+    rows = list(rows)
+    for row in rows:
+        if row["protocol"] is not None:
+            key = row["data"], json.dumps(row["protocol"], sort_keys=True)
+            first_of.setdefault(row["data"], key)
+            tables.setdefault(key, [])
+    for row in rows:
+        if row["protocol"] is not None:
+            tables[row["data"], json.dumps(row["protocol"], sort_keys=True)].append(row)
+        else:
+            tables.setdefault(first_of.get(row["data"], (row["data"], "")), []).append(row)
+    return list(tables.values())
+
+
+def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
+    """Returns mean, sample standard deviation (`None` for one seed) and values of a figure over seeds."""
+    known = [float(value) for value in values if value is not None]
+    return {
+        "mean": statistics.fmean(known) if known else None,
+        "std": statistics.stdev(known) if len(known) > 1 else None,
+        "values": list(values),
+    }
+
+
+def _prepared(cell: PreparedCell) -> dict[str, Any]:
+    record = read_json(cell.folder / CELL) or {}
+    results = read_json(cell.folder / RUN / "results.json") or {}
+    return {
+        "name": cell.prepared.name,
+        "seed": cell.seed,
+        "recipe": cell.prepared.recipe,
+        "state": record.get("state", "not run"),
+        "reason": record.get("reason"),
+        "spent": (record.get("spent") or {}).get("train"),
+        "parameters": (results.get("model") or {}).get("parameters"),
+        "commands": record.get("commands", []),
+    }
+
+
+def _row(key: RowKey, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Returns a row of the results."""
+    records = {cell.seed: read_json(cell.folder / CELL) for cell in cells}
+    finished = [cell for cell in cells if (records[cell.seed] or {}).get("state") == "finished"]
+    evaluations = {cell.seed: json.loads((cell.folder / EVALUATION).read_text(encoding="utf-8")) for cell in finished}
+    protocols = {f"{key.label}, seed {seed}": protocol_of(results) for seed, results in evaluations.items()}
+    check_comparable(protocols)
+    first = next(iter(evaluations.values()), None)
+    empty = [
+        {"seed": cell.seed, "reason": (records[cell.seed] or {}).get("reason") or "It has not been run yet."}
+        for cell in cells
+        if cell not in finished
+    ]
+    kept = [records[cell.seed] for cell in finished]
+    return {
+        "name": key.label,
+        "system": key.system,
+        "data": key.data,
+        "train_fraction": key.train_fraction,
+        "sweep": None if key.field is None else {"field": key.field, "value": json.loads(str(key.value))},
+        "recipe": cells[0].recipe_name,
+        "order": cells[0].system.order,
+        "note": cells[0].system.note,
+        "seeds": [cell.seed for cell in finished],
+        "protocol": next(iter(protocols.values()), None),
+        "metrics": {} if first is None else _averaged([results["metrics"] for results in evaluations.values()]),
+        "strata": _strata([results["strata"] for results in evaluations.values()]),
+        "cost": _cost(finished, kept, list(evaluations.values())),
+        "versions": None if first is None else first.get("software"),
+        "code": [record.get("code") for record in kept],
+        "machine": kept[0].get("machine") if kept else None,
+        "commands": kept[0]["commands"] if kept else [],
+        "empty": empty,
+    }
+
+
+def _averaged(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns every metric over seeds; counts, which do not depend on the seed, as they are."""
+    return {
+        name: metrics[0][name] if name in _COUNTS else over_seeds([part.get(name) for part in metrics])
+        for name in metrics[0]
+        if name in _COUNTS or metrics[0][name] is None or isinstance(metrics[0][name], int | float)
+    }
+
+
+def _strata(strata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not strata:
+        return {}
+    return {
+        stratification: {
+            group: _averaged([part[stratification][group] for part in strata if group in part.get(stratification, {})])
+            for group in groups
+        }
+        for stratification, groups in strata[0].items()
+    }
+
+
+def _cost(cells: Sequence[Cell], records: Sequence[Any], evaluations: Sequence[Any]) -> dict[str, Any]:
+    """Returns what training and evaluation took. Times of a resumed training are those of its last part."""
+    if not cells:
+        return {}
+    trained = [read_json(cell.folder / RUN / "results.json") or {} for cell in cells]
+    logs = [read_json(cell.folder / RUN / "training_log.json") or [] for cell in cells]
+    train = [(record["spent"].get("train") or {}) for record in records]
+    evaluate = [(record["spent"].get("evaluate") or {}) for record in records]
+    steps = [max((entry.get("step", 0) for entry in log), default=None) for log in logs]
+    speeds = [
+        results["num_mentions"] / results["wall_time_seconds"] if results.get("wall_time_seconds") else None
+        for results in evaluations
+    ]
+    return {
+        "parameters": (trained[0].get("model") or {}).get("parameters"),
+        "train_mentions": (trained[0].get("data") or {}).get("train_mentions"),
+        "steps": steps[0] if len(set(steps)) == 1 else over_seeds(steps)["mean"],
+        "train_seconds": over_seeds([spent.get("seconds") for spent in train])["mean"],
+        "train_cpu_seconds": over_seeds([spent.get("cpu_seconds") or None for spent in train])["mean"],
+        "evaluate_seconds": over_seeds([spent.get("seconds") for spent in evaluate])["mean"],
+        "evaluate_cpu_seconds": over_seeds([spent.get("cpu_seconds") or None for spent in evaluate])["mean"],
+        "mentions_per_second": over_seeds(speeds)["mean"],
+        "peak_bytes": max((spent.get("peak_bytes", 0) for spent in [*train, *evaluate]), default=0) or None,
+        "resumed": any(spent.get("resumed") for spent in train),
+        "device": evaluations[0].get("device"),
+    }
+
+
+def _tests(
+    suite: Suite, rows: Sequence[dict[str, Any]], cells: Mapping[RowKey, Sequence[Cell]]
+) -> list[dict[str, Any]]:
+    """Returns the tests of all rows against the row to compare with, corrected within a table and a metric."""
+    cells_of = {(key.data, key.label): group for key, group in cells.items()}
+    tests: list[dict[str, Any]] = []
+    for table in tables_of(rows):
+        filled = [row for row in table if row["protocol"] is not None]
+        wanted = [row for name in suite.compare_with for row in filled if name in (row["name"], row["system"])]
+        if not wanted:
+            continue
+        against = wanted[0]
+        others = [row for row in filled if row is not against]
+        for metric in TESTED:
+            second = _scores_of(against, cells_of, metric)
+            differences: list[Difference] = [
+                paired_difference(_scores_of(row, cells_of, metric), second) for row in others
+            ]
+            for row, difference in zip(others, corrected(differences, CORRECTION), strict=True):
+                tests.append(
+                    {"data": row["data"], "row": row["name"], "against": against["name"], "metric": metric}
+                    | {"correction": CORRECTION, "comparisons": len(others)}
+                    | difference.to_dict()
+                )
+    return tests
+
+
+def _scores_of(row: Mapping[str, Any], cells_of: Mapping[tuple[str, str], Sequence[Cell]], metric: str) -> Any:
+    chosen = [cell for cell in cells_of[row["data"], row["name"]] if cell.seed in row["seeds"]]
+    ranks = []
+    for cell in chosen:
+        path = cell.folder / EVALUATION
+        ranks.append(MentionRanks.of_results(path, json.loads(path.read_text(encoding="utf-8"))))
+    return mean_scores(ranks, metric, [cell.label for cell in chosen])

@@ -1,0 +1,1 @@
+"""Suites that come with hf_mel: grids of runs for `hf-mel bench`."""
