@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hf_mel.bench.suite import RUN_REFERENCE, Prepared, Suite, System, recipe_overrides
+from hf_mel.bench.suite import LIST_ORDER, RUN_REFERENCE, Prepared, Suite, System, recipe_overrides
 from hf_mel.errors import RecipeError
 from hf_mel.files import file_sha256
 from hf_mel.training.recipe import Recipe
@@ -21,7 +21,7 @@ from hf_mel.training.recipe import Recipe
 CELL, RUN, EVALUATION, PREDICTIONS, LOG = "cell.json", "run", "evaluation.json", "predictions.jsonl", "log.txt"
 
 #: Options of `hf-mel evaluate` that only one kind of model takes, so that those of a whole suite are for this kind.
-_OPTIONS_OF = {
+_OPTIONS_OF: dict[str, set[str]] = {
     "reranker": {"candidates", "num_candidates", "scorer", "retriever", "joint", "candidate_weight", "bf16"},
     "retriever": {"units", "nil_threshold", "nil_from", "precision", "name_weight", "top_k"},
 }
@@ -116,7 +116,8 @@ class Cell:
         data = self.suite.data[self.row.data]
         shared = {**self.suite.evaluate, **data.evaluate}
         if self.system.order is not None:
-            reranks, own = True, {"candidates": self.system.order}
+            reranks, own = True, {} if self.system.order == LIST_ORDER else {"candidates": self.system.order}
+            own |= {} if self.seed == 0 else {"seed": self.seed}
         else:
             section = self.recipe(resolved=False).candidates
             reranks, own = section is not None, {}
@@ -298,9 +299,8 @@ def grid_cells(suite: Suite, runs: Path) -> list[Cell]:
                 for value in [None] if sweep is None else sweep.values:
                     field = None if sweep is None else sweep.field
                     row = RowKey(name, system.name, fraction, field, None if sweep is None else json.dumps(value))
-                    seeds = (
-                        [(system.seeds or suite.seeds)[0]] if system.order is not None else system.seeds or suite.seeds
-                    )
+                    # An order depends on a seed only if it is drawn, which its own `seeds` say.
+                    seeds = system.seeds or (suite.seeds if system.order is None else [0])
                     for seed in seeds:
                         values: dict[str, Any] = {**data_values(suite, name), **suite.set, **system.set}
                         if fraction != 1:

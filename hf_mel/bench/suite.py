@@ -41,6 +41,8 @@ EVALUATE_OPTIONS = (
     "top_k",
     "units",
 )
+#: The order of the candidates that a suite gives to rerankers.
+LIST_ORDER = "list"
 #: A reference to the run folder of a prepared run, inside a value of a suite.
 RUN_REFERENCE = re.compile(r"\brun:([A-Za-z0-9][A-Za-z0-9._-]*)")
 
@@ -129,8 +131,10 @@ class System:
     Args:
         name (`str`): Its name in tables.
         recipe (`str` or `dict`): A recipe file or the name of a shipped recipe; or one for each data set by its name.
-        order (`str`, *optional*): In place of a recipe, the candidates whose own order is evaluated: a source or a file, as
-            for `hf-mel evaluate --candidates`.
+        order (`str`, *optional*): In place of a recipe, a source of candidates whose own order is evaluated, as for
+            `hf-mel evaluate --no-model --candidates`. Such a source ranks the knowledge base and keeps the first
+            `num_candidates`, so its row stands beside systems that rank all of it; MR, which needs all ranks, is left out.
+            "list" is the order of the candidates that the suite gives to rerankers, and stands beside these.
         set (`dict`): Values of the recipe.
         data (`list`, *optional*): Names of the data sets. Default: all of the suite.
         seeds, train_fractions (`list`, *optional*): Default: those of the suite.

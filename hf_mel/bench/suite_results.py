@@ -21,7 +21,7 @@ from hf_mel.bench.cells import (
 from hf_mel.bench.comparability import MentionRanks, check_comparable, mean_scores, protocol_of
 from hf_mel.bench.grid import read_json
 from hf_mel.bench.significance import Difference, corrected, paired_difference
-from hf_mel.bench.suite import Suite
+from hf_mel.bench.suite import LIST_ORDER, Suite
 
 #: Metrics whose differences are tested.
 TESTED = ("hits@1", "mrr")
@@ -116,7 +116,16 @@ def _row(key: RowKey, cells: Sequence[Cell]) -> dict[str, Any]:
     records = {cell.seed: read_json(cell.folder / CELL) for cell in cells}
     finished = [cell for cell in cells if (records[cell.seed] or {}).get("state") == "finished"]
     evaluations = {cell.seed: json.loads((cell.folder / EVALUATION).read_text(encoding="utf-8")) for cell in finished}
+    order, note = cells[0].system.order, cells[0].system.note
     protocols = {f"{key.label}, seed {seed}": protocol_of(results) for seed, results in evaluations.items()}
+    if order not in (None, LIST_ORDER):
+        # A source ranks the knowledge base and keeps the first places, which are those of a ranking of all of it.
+        kept = [protocol["candidates"]["k"] for protocol in protocols.values()]
+        protocols = {
+            name: {**protocol, "protocol": "full", "candidates": None} for name, protocol in protocols.items()
+        }
+        if kept:
+            note = f"{note} The first {max(kept):,} places of a ranking without a model; other golds count as misses.".strip()
     check_comparable(protocols)
     first = next(iter(evaluations.values()), None)
     empty = [
@@ -124,7 +133,10 @@ def _row(key: RowKey, cells: Sequence[Cell]) -> dict[str, Any]:
         for cell in cells
         if cell not in finished
     ]
-    kept = [records[cell.seed] for cell in finished]
+    kept_records = [records[cell.seed] for cell in finished]
+    metrics = {} if first is None else _averaged([results["metrics"] for results in evaluations.values()])
+    if order not in (None, LIST_ORDER):
+        metrics.pop("mr", None)
     return {
         "name": key.label,
         "system": key.system,
@@ -132,17 +144,17 @@ def _row(key: RowKey, cells: Sequence[Cell]) -> dict[str, Any]:
         "train_fraction": key.train_fraction,
         "sweep": None if key.field is None else {"field": key.field, "value": json.loads(str(key.value))},
         "recipe": cells[0].recipe_name,
-        "order": cells[0].system.order,
-        "note": cells[0].system.note,
+        "order": order,
+        "note": note,
         "seeds": [cell.seed for cell in finished],
         "protocol": next(iter(protocols.values()), None),
-        "metrics": {} if first is None else _averaged([results["metrics"] for results in evaluations.values()]),
+        "metrics": metrics,
         "strata": _strata([results["strata"] for results in evaluations.values()]),
-        "cost": _cost(finished, kept, list(evaluations.values())),
+        "cost": _cost(finished, kept_records, list(evaluations.values())),
         "versions": None if first is None else first.get("software"),
-        "code": [record.get("code") for record in kept],
-        "machine": kept[0].get("machine") if kept else None,
-        "commands": kept[0]["commands"] if kept else [],
+        "code": [record.get("code") for record in kept_records],
+        "machine": kept_records[0].get("machine") if kept_records else None,
+        "commands": kept_records[0]["commands"] if kept_records else [],
         "empty": empty,
     }
 

@@ -45,7 +45,7 @@ systems:
       candidates.retriever: run:retriever
       training.learning_rate: 1e-5
   - name: order of the list
-    order: retriever
+    order: list
     data: [wikimel]
 """
 
@@ -156,8 +156,8 @@ def test_a_prepared_run_may_be_a_folder_that_exists(tmp_path):
         ("training.learning_rate", "training.learning_rat", r"row 23: .*unknown key 'training.learning_rat'. Did you mean 'learning_rate'"),
         ("training.learning_rate", "model.config.hidden_siz", r"row 23: .*unknown key 'model.config.hidden_siz'. Did you mean"),
         ("name: order of the list", "name: MMEL", r"row 30: Two systems are named 'MMEL'"),
-        ("order: retriever", "ordr: retriever", r"row 31: Unknown field 'ordr' in systems.2"),
-        ("order: retriever\n", "note: nothing\n", r"row 30: A system has either a recipe or an order"),
+        ("order: list", "ordr: list", r"row 31: Unknown field 'ordr' in systems.2"),
+        ("order: list\n", "note: nothing\n", r"row 30: A system has either a recipe or an order"),
         ("candidates.retriever: run:retriever", "candidates.retriever: run:retreiver", r"row 28: .*run 'retreiver', which is not prepared before. Did you mean 'retriever'"),
         ("seeds: [0, 1]", "seeds: [0, 0]", r"row 5: 'seeds' is empty or names a value twice"),
         ("seeds: [0, 1]", "seeds: [0, x]", r"row 5: 'x' in 'seeds' is not a whole number"),
