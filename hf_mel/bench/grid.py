@@ -34,13 +34,15 @@ from hf_mel.bench.cells import (
 )
 from hf_mel.bench.suite import Suite
 from hf_mel.data.loading import dataset_version
-from hf_mel.errors import LockedError, MelError
+from hf_mel.errors import LockedError, MelError, StoppedError
 from hf_mel.evaluation.tables import display_value, write_results
 from hf_mel.locks import writer_lock
 
 #: Written before anything runs, so that what an interrupted cell has left is not taken for that of other inputs.
 _INPUTS = "inputs.json"
 _LOCK = ".writer.lock"
+#: Exit statuses of a command that was asked to stop.
+_STOPPED = (StoppedError.exit_status, -signal.SIGTERM, -signal.SIGINT)
 #: Name of the environment variable that silences progress bars, which would fill the log.
 _SILENT = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
@@ -53,14 +55,15 @@ class Spent:
         seconds, cpu_seconds (`float`): Wall-clock time, and time of all its processes on all cores.
         peak_bytes (`int`): Largest memory of one of its processes.
         error (`str`, *optional*): Why it failed.
-        locked (`bool`): Whether it failed because another process writes to the same folder.
+        stopped (`bool`): Whether it is to be run again, because it was asked to stop, or another process writes to the same
+            folder.
     """
 
     seconds: float
     cpu_seconds: float = 0.0
     peak_bytes: int = 0
     error: str | None = None
-    locked: bool = False
+    stopped: bool = False
 
 
 #: Runs `hf-mel` with arguments, appends its output to a file, and says what it took.
@@ -106,7 +109,7 @@ def run_command(launcher: Sequence[str] = ()) -> RunCommand:
                 file.seek(position)
                 printed = file.read().decode(errors="replace")
             spent.error = failure_reason(printed, code)
-            spent.locked = spent.error.startswith(LockedError.__name__)
+            spent.stopped = spent.error.startswith(LockedError.__name__) or code in _STOPPED
         return spent
 
     return run
@@ -133,7 +136,7 @@ def failure_reason(printed: str, code: int) -> str:
 
 @dataclass
 class Progress:
-    """How many cells of a suite are finished, empty because they failed, or left to another process."""
+    """How many cells of a suite are finished, empty because they failed, or left: stopped, or run by another process."""
 
     finished: int = 0
     failed: int = 0
@@ -191,8 +194,8 @@ def run_suite(
                 record = _run_cell(
                     cell, versions, run, reason, retry, delete_models, lambda text, p=prefix: log(p + text)
                 )
-        except LockedError:
-            log(prefix + "another process runs it")
+        except LockedError as error:
+            log(f"{prefix}left: {error.message}")
             progress.left += 1
             continue
         if record["state"] == "finished":
@@ -283,8 +286,8 @@ def _run_cell(
             log("training …" if stage == "train" else "evaluating …")
             was_started = (cell.folder / RUN / "recipe.yaml").exists()
             spent = run(arguments, cell.folder / LOG)
-            if spent.locked:
-                raise LockedError(spent.error or "", file=cell.folder)
+            if spent.stopped:
+                raise LockedError(spent.error or "It was stopped.", file=cell.folder)
             record["spent"][stage] = asdict(spent) | ({"resumed": True} if stage == "train" and was_started else {})
             if spent.error is not None or not finished.exists():
                 record |= {"stage": stage, "reason": spent.error or f"The command wrote no {finished.name}."}

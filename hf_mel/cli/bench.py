@@ -104,7 +104,7 @@ def run(
     if progress is not None and (progress.failed or progress.left):
         console.print(
             f"{progress.finished} cells are finished, {progress.failed} are empty (reasons above and in the notes of the "
-            f"tables; --retry runs them again), {progress.left} are run by another process.",
+            f"tables; --retry runs them again), {progress.left} were stopped or are run by another process.",
             markup=False,
         )
 
