@@ -95,10 +95,7 @@ def corrected(differences: Sequence[Difference], method: str = "holm") -> list[D
     """
     if not differences:
         return []
-    try:
-        from statsmodels.stats.multitest import multipletests
-    except ImportError as error:
-        raise _missing("statsmodels") from error
+    multipletests = _multipletests()
     columns = [
         multipletests([getattr(item, name) for item in differences], method=method)[1]
         for name in ("p_bootstrap", "p_t")
@@ -120,6 +117,19 @@ def _bootstrap_means(differences: np.ndarray, resamples: int, seed: int) -> np.n
     parts = [min(256, resamples - first) for first in range(0, resamples, 256)]
     drawn = [generator.multinomial(len(differences), shares, size=size) @ values for size in parts]
     return np.concatenate(drawn) / len(differences)
+
+
+def check_packages() -> None:
+    """Raises a [`~hf_mel.errors.MissingExtraError`] if a package for tests is not installed."""
+    _scipy_stats(), _multipletests()
+
+
+def _multipletests() -> Any:
+    try:
+        from statsmodels.stats.multitest import multipletests
+    except ImportError as error:
+        raise _missing("statsmodels") from error
+    return multipletests
 
 
 def _scipy_stats() -> Any:

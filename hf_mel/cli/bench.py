@@ -81,6 +81,7 @@ def run(
     from rich.console import Console
 
     from hf_mel.bench.grid import launcher_words, run_command, run_suite
+    from hf_mel.bench.significance import check_packages
     from hf_mel.bench.suite import Suite
     from hf_mel.bench.suite_results import suite_results
     from hf_mel.bench.suite_tables import write_suite
@@ -92,6 +93,8 @@ def run(
         if show:
             _list_cells(loaded, folder)
             return
+        if loaded.compare_with:
+            check_packages()  # before hours of training
         progress = None
         if not report:
             runner = run_command(launcher_words(launch))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from hf_mel.bench.significance import Difference, corrected, paired_difference
+from hf_mel.bench.significance import Difference, check_packages, corrected, paired_difference
 from hf_mel.errors import ComparisonError, MissingExtraError
 
 
@@ -104,6 +104,7 @@ def test_mentions_that_cannot_be_paired(first, second):
     [
         ("scipy", lambda: paired_difference(np.array([1.0, 0]), np.array([0.0, 1]))),
         ("statsmodels.stats.multitest", lambda: corrected([of_p(0.1, 0.1)])),
+        ("statsmodels.stats.multitest", check_packages),
     ],
 )
 def test_a_missing_package_names_the_extra(monkeypatch, module, call):
