@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 #: Folder of each method in `modeling/`, which is its model type too → the prefix of its class names.
 _METHODS = {
     "extra_trees": "ExtraTrees",
+    "context_rnn": "ContextRnn",
     "ghmfc": "Ghmfc",
     "imn": "Imn",
     "mimic": "Mimic",

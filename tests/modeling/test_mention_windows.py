@@ -14,6 +14,7 @@ from hf_mel.data.posts import entity_as_post
 from hf_mel.inference.probe import unread_columns, unread_columns_in_pairs
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
+from hf_mel.modeling.context_rnn import ContextRnnProcessor
 from hf_mel.modeling.ghmfc import GhmfcProcessor
 from hf_mel.modeling.imn import ImnProcessor
 from hf_mel.modeling.mimic import MimicConfig, MimicModel, MimicProcessor
@@ -40,6 +41,7 @@ ENTITY = {
     "images": [],
 }
 LIMITS = {
+    ContextRnnProcessor: {"context_words": 30},
     GhmfcProcessor: {"max_length": 40},
     MimicProcessor: {"max_length": 40},
     ModalFusionProcessor: {"max_length": 40},
@@ -54,9 +56,10 @@ OF_RETRIEVERS = (
     MimicProcessor,
     ModalFusionProcessor,
 )
+#: Processors that tell the mention by the place of its words.
+WITHOUT_MARKS = (ContextRnnProcessor, MmNelProcessor)
 METHODS = pytest.mark.parametrize("method", LIMITS)
-#: MM-nel reads bags of words, so an occurrence differs from another by its window only.
-MARKING_METHODS = pytest.mark.parametrize("method", [method for method in LIMITS if method is not MmNelProcessor])
+MARKING_METHODS = pytest.mark.parametrize("method", [method for method in LIMITS if method not in WITHOUT_MARKS])
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +142,7 @@ def test_the_mention_is_always_in_the_window(method, text, mention):
     # MIMIC and the rerankers also name the mention apart from its text.
     named = {**dict.fromkeys(OF_RETRIEVERS, 1), MmelProcessor: 1, PfmelProcessor: 1}
     assert read.count(tokens) >= 1 + named.get(method, 0)
-    if method is not MmNelProcessor:
+    if method not in WITHOUT_MARKS:
         assert f"« {tokens} »" in read
 
 
@@ -150,7 +153,7 @@ def test_a_mention_longer_than_the_window_fits(tokenizer, method):
     for text in (mention, f"rain fell {mention} rain"):
         row = {"mention": mention, "text": text, "start": text.index(mention), "end": text.index(mention) + 640}
         assert "georgia" in reads(processor, **row)
-        if method is not MmNelProcessor:  # MM-nel never cuts a mention
+        if method not in WITHOUT_MARKS:  # they do not have `max_length`
             ids = processor.tokenizer(reads(processor, **row), add_special_tokens=False)["input_ids"]
             assert len(ids) <= processor.max_length
 
@@ -184,6 +187,7 @@ def test_a_processor_saved_before_reads_what_it_read(tokenizer, method, tmp_path
         ImnProcessor: {"mention_template": "{text}"},
         MmelProcessor: {"entity_template": "name_attributes"},
         PfmelProcessor: {"entity_template": "{name}. {description}. {attributes}."},
+        ContextRnnProcessor: {"fact_columns": ["description", "attributes"]},
         MmNelProcessor: {},
     }[method]
     path.write_text(json.dumps(config | old))
@@ -196,6 +200,7 @@ def test_a_processor_saved_before_reads_what_it_read(tokenizer, method, tmp_path
         ImnProcessor: "[CLS] rain in georgia [SEP]",
         MmelProcessor: "[CLS] mention : georgia . context : rain in georgia . entity : accra",
         PfmelProcessor: "[CLS] rain in georgia . georgia is [SEP] accra . capital of ghana . country : ghana . [SEP]",
+        ContextRnnProcessor: "rain in georgia",
         MmNelProcessor: "rain in georgia",
     }[method]
     assert reads(processor, "rain in Georgia", "Georgia").startswith(expected)

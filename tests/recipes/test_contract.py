@@ -31,6 +31,14 @@ from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_mo
 
 #: Recipe and overrides of every row that is built here, one method after the other.
 ROWS = [
+    ("arnn_wikimel", ""),
+    ("arnn_tweets", ""),
+    ("arnn-text_wikimel", ""),
+    ("arnn-bert-text_wikimel", ""),
+    ("att_tweets", ""),
+    ("att_flags", ""),
+    ("att_flags", "model.vision=null model.config.images=none"),
+    ("att-text_wikimel", ""),
     ("ghmfc_wikimel", ""),
     ("ghmfc_wikimel", "model.vision=null"),
     ("ghmfc_flags", ""),
@@ -44,7 +52,7 @@ ROWS = [
     ("jmel_tweets", ""),
 ]
 #: One row of every method, whose model repository is loaded without hf_mel.
-REMOTE = [("ghmfc_flags", ""), ("dzmned_flags", "")]
+REMOTE = [("arnn-text_wikimel", ""), ("att_flags", ""), ("ghmfc_flags", ""), ("dzmned_flags", "")]
 
 ENTITIES, MENTIONS = toy_entities(8), toy_mentions(8, entities=8)
 
