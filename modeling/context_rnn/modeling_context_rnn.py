@@ -53,7 +53,7 @@ class WordMap(nn.Linear):
 class EntityVectors(nn.Module):
     """Entity vectors, made of the mean word vectors of an entity's name and of its facts."""
 
-    def __init__(self, config: ContextRnnConfig):
+    def __init__(self, config):
         super().__init__()
         self.name_map = WordMap(config.word_dim, config.word_dim)
         self.fact_map = WordMap(config.word_dim, config.word_dim, bias=False)

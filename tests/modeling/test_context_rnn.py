@@ -49,6 +49,8 @@ VARIANTS = {
         "loss": "binary",
         "vision_config": dict(CNN),
         "freeze_vision": False,
+        "text_image_threshold": -1,
+        "candidate_image_threshold": -1,
     },
 }
 #: Words left of, in and right of each of four mentions, and the numbers of their candidates.
