@@ -62,7 +62,8 @@ class MelTrainingArguments(TrainingArguments):
         prior_correction (`float`, *optional*, defaults to 0.0):
             For a retriever: add this many times the logarithm of how often an entity is a gold in training to its scores
             inside the loss. With 1.0, the scores do not learn which entities are frequent, so that entities without
-            training mentions are not put behind them. An entity counts half a mention more than it has.
+            training mentions are not put behind them. For scores that are cosines, take less, such as 0.01. An entity counts
+            half a mention more than it has.
         simulated_nil (`float`, *optional*, defaults to 0.0):
             For a retriever that learns NIL: share of the golds of a batch that are left out of it, so that their mentions are
             NIL there. It is for data whose training split has few or no NIL mentions.

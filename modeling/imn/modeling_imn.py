@@ -764,12 +764,20 @@ class ImnModel(ImnPreTrainedModel):
                 rows.append(torch.cat(columns, 1))
             return torch.cat(rows)
 
-    def forward(self, *, labels: torch.LongTensor | None = None, **inputs: torch.Tensor | None) -> ImnOutput:
+    def forward(
+        self,
+        *,
+        labels: torch.LongTensor | None = None,
+        entity_log_prior: torch.Tensor | None = None,
+        **inputs: torch.Tensor | None,
+    ) -> ImnOutput:
         """Scores M mentions against N entities and, given labels, computes the loss.
 
         Args:
             labels (`torch.LongTensor` [M], *optional*): Column of each mention's gold among the N entities. All other
                 columns are negatives, so every entity may have one column only.
+            entity_log_prior (`torch.Tensor` [N], *optional*): Added to the scores inside the loss, so that the scores need
+                not learn which entities are frequent (not in the paper).
             inputs: Arguments of [`~ImnModel.encode_mentions`] and [`~ImnModel.encode_entities`].
         """
         sides: dict[str, dict[str, torch.Tensor | None]] = {"mention": {}, "entity": {}}
@@ -785,9 +793,10 @@ class ImnModel(ImnPreTrainedModel):
         if labels is not None:
             weights = list(self.config.loss_weights or ())
             space_scores = self.space_scores(mentions, entities)
-            loss = weights[3] * self._margin_loss(scores, labels)
+            prior = 0.0 if entity_log_prior is None else entity_log_prior
+            loss = weights[3] * self._margin_loss(scores + prior, labels)
             for space, values in space_scores.items():
-                loss = loss + weights[space - 1] * self._margin_loss(values, labels)  # eq. 14
+                loss = loss + weights[space - 1] * self._margin_loss(values + prior, labels)  # eq. 14
         return ImnOutput(loss=loss, scores=scores, unit_scores={}, space_scores=space_scores)
 
     def _margin_loss(self, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -206,6 +206,28 @@ def test_scores_and_loss_equal_the_equations_of_the_paper(name):
     assert out.unit_scores == model.unit_scores({}, {}) == {}
 
 
+@pytest.mark.parametrize("name", FEW)
+def test_a_prior_of_entities_is_added_to_all_scores_of_the_loss_and_to_no_others(name):
+    model = build(**VARIANTS[name])
+    batch, labels, prior = batch_for(model), torch.tensor([2, 0, 2, 1]), torch.tensor([0.3, -0.2, 0.05])
+    with torch.no_grad():
+        plain, out = model(**batch, labels=labels), model(**batch, labels=labels, entity_log_prior=prior)
+    torch.testing.assert_close(out.scores, plain.scores)
+    config = model.config
+    expected = 0.0
+    for weight, scores in [
+        (config.loss_weights[3], plain.scores),
+        *((config.loss_weights[space - 1], values) for space, values in plain.space_scores.items()),
+    ]:
+        for m, gold in enumerate(labels.tolist()):
+            for e in range(3):
+                if e != gold:
+                    gap = scores[m, e] + prior[e] - scores[m, gold] - prior[gold]
+                    expected += weight * max(0.0, config.margin + gap.item()) / 4
+    assert out.loss.item() == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(model(**batch, labels=labels, entity_log_prior=torch.zeros(3)).loss, plain.loss)
+
+
 def test_batch_norms_use_batch_statistics_in_training():
     model = build()
     batch = batch_for(model, entities=5)
