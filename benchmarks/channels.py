@@ -50,7 +50,7 @@ class _Grown:
             for start in range(0, min(_BLOCK, self.size - first), chunk_size):
                 yield first + start, {name: tensor[start : start + chunk_size] for name, tensor in block.items()}
 
-    def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
+    def encodings(self, indices: Sequence[int] | np.ndarray, *, as_stored: bool = False) -> Encodings:
         """See [`~hf_mel.inference.entity_sources.EntitySource`]. Only real rows are asked for: golds."""
         return self.source.resample(torch.as_tensor(indices))
 

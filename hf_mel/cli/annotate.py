@@ -18,7 +18,6 @@ from hf_mel.cli.options import (
     LinkedEntities,
     LinkedKb,
     LinkPrecision,
-    MentionsPerPass,
     ModelArgument,
     NameWeight,
     NilThreshold,
@@ -134,7 +133,10 @@ def annotate(
     soft: Soft = None,
     soft_bonus: SoftBonus = None,
     as_json: AsJson = False,
-    batch_size: MentionsPerPass = 32,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Mentions per pass over the knowledge base. Default: 256, and 32 with a reranker."),
+    ] = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
@@ -281,7 +283,7 @@ def _evaluate(
     split: str,
     detector: MentionDetector | None,
     output: Path | None,
-    batch_size: int,
+    batch_size: int | None,
     gold_spans: bool = False,
 ) -> None:
     from rich.console import Console

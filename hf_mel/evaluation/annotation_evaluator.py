@@ -26,7 +26,7 @@ def evaluate_annotations(
     detector: MentionDetector | None = None,
     *,
     gold_spans: bool = False,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Annotates the texts of a data set and compares the mentions with its own.

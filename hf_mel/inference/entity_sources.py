@@ -38,8 +38,8 @@ class EntitySource(Protocol):
         """
         ...
 
-    def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
-        """Returns the encodings of the rows `indices`, in any order."""
+    def encodings(self, indices: Sequence[int] | np.ndarray, *, as_stored: bool = False) -> Encodings:
+        """Returns the encodings of the rows `indices`, in any order. `as_stored` is that of `iter_chunks`."""
         ...
 
 
@@ -75,10 +75,11 @@ class EncodedEntities:
             chunk = slice_encodings(self.tensors, slice(first - start, min(first + chunk_size, rows.stop) - start))
             yield first, chunk if as_stored else as_float(chunk)
 
-    def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
+    def encodings(self, indices: Sequence[int] | np.ndarray, *, as_stored: bool = False) -> Encodings:
         """See [`EntitySource`]."""
         start = 0 if self.part is None else self.part.start
-        return as_float(slice_encodings(self.tensors, torch.as_tensor(indices, dtype=torch.long) - start))
+        chosen = slice_encodings(self.tensors, torch.as_tensor(indices, dtype=torch.long) - start)
+        return chosen if as_stored else as_float(chosen)
 
 
 @dataclass
@@ -109,9 +110,9 @@ class EntityPart:
         for first, chunk in self.source.iter_chunks(chunk_size, rows=source_rows, as_stored=as_stored):
             yield first - self.part.start, chunk
 
-    def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
+    def encodings(self, indices: Sequence[int] | np.ndarray, *, as_stored: bool = False) -> Encodings:
         """See [`EntitySource`]."""
-        return self.source.encodings(np.asarray(indices) + self.part.start)
+        return self.source.encodings(np.asarray(indices) + self.part.start, as_stored=as_stored)
 
 
 @dataclass
@@ -137,14 +138,15 @@ class ChosenEntities:
     def iter_chunks(
         self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False
     ) -> Iterator[tuple[int, Encodings]]:
-        """See [`EntitySource`]. Chunks are float32."""
+        """See [`EntitySource`]."""
         rows = range(len(self)) if rows is None else rows
         for first in range(rows.start, rows.stop, chunk_size):
-            yield first, self.encodings(range(first, min(first + chunk_size, rows.stop)))
+            chosen = self.rows[first : min(first + chunk_size, rows.stop)]
+            yield first, self.source.encodings(chosen, as_stored=as_stored)
 
-    def encodings(self, indices: Sequence[int] | np.ndarray) -> Encodings:
+    def encodings(self, indices: Sequence[int] | np.ndarray, *, as_stored: bool = False) -> Encodings:
         """See [`EntitySource`]."""
-        return self.source.encodings(self.rows[np.asarray(indices, dtype=np.int64)])
+        return self.source.encodings(self.rows[np.asarray(indices, dtype=np.int64)], as_stored=as_stored)
 
 
 def part_of_process(count: int, processes: PartialState) -> range:

@@ -67,6 +67,7 @@ def rank(
     tie_tolerance: float = TIE_TOLERANCE,
     score: ScoreFunction | None = None,
     added: SparseScores | None = None,
+    among: torch.Tensor | None = None,
     prune: bool = True,
     processes: PartialState | None = None,
     progress: bool = False,
@@ -96,6 +97,8 @@ def rank(
         score (`Callable`, *optional*): Replaces `model.score`: (mentions, entities) → scores [M, N].
         added ([`~hf_mel.inference.sparse_scores.SparseScores`], *optional*): Scores of some pairs of the M mentions and the N
             entities, finite, which are added to those of the model.
+        among (`torch.Tensor` `[M, N]`, *optional*): True for the pairs that are ranked (bool). The others get the score -inf,
+            and come last. Not with `gold_rows` or `processes`.
         prune (`bool`): Whether to skip pairs that cannot matter, if the model supports it.
         processes (`accelerate.PartialState`, *optional*): The processes that share the work. All of them call this, each
             with its part of the entities ([`~hf_mel.inference.entity_sources.part_of_process`]) and the same mentions,
@@ -110,16 +113,18 @@ def rank(
         [`~hf_mel.errors.ScoreError`]: A score is nan or infinite; names the mention and the entity row.
         [`~hf_mel.errors.KnowledgeBaseError`]: The source has no entities, or its chunks do not add up to N rows.
         [`~hf_mel.errors.UnknownEntityError`]: A gold row is outside the knowledge base.
-        `ValueError`: `top_k` is below 1, or the number of gold rows is not M.
+        `ValueError`: `top_k` is below 1, the number of gold rows is not M, or `among` is given with golds or processes.
     """
     two_steps = score is None and prune and isinstance(model, TwoStepScores)
-    scorer = _Pruned(model, added) if two_steps else _Plain(score or model.score, added)
+    scorer = _Pruned(model, added, among) if two_steps else _Plain(score or model.score, added, among)
     device = model_device(model)
     group = SingleProcess() if processes is None else ProcessGroup(processes)
     mentions, sizes = num_rows(mention_encodings), group.gather(len(entity_chunks))
     start, entities = sum(sizes[: group.index]), sum(sizes)
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}.")
+    if among is not None and (gold_rows is not None or processes is not None):
+        raise ValueError("Positions of golds, and processes, are not supported among chosen pairs.")
     if not entities:
         raise KnowledgeBaseError("The knowledge base has no entities to rank.", remedy="Give at least one entity.")
     golds = None if gold_rows is None else _checked_golds(gold_rows, mentions, entities).to(device)
@@ -368,8 +373,8 @@ def _checked_golds(gold_rows: Any, mentions: int, entities: int) -> torch.Tensor
 class _Plain:
     """Scores all pairs of a block."""
 
-    def __init__(self, score: ScoreFunction, added: SparseScores | None = None):
-        self.score, self.added = score, added
+    def __init__(self, score: ScoreFunction, added: SparseScores | None = None, among: torch.Tensor | None = None):
+        self.score, self.added, self.among = score, added, among
 
     def block(
         self, mentions: Encodings, entities: Encodings, state: _RankingState, firsts: tuple[int, int]
@@ -377,7 +382,9 @@ class _Plain:
         """Returns the scores [M, n] of a block; `firsts` are the numbers of its first mention and entity."""
         block = self.score(mentions, entities).float()
         _check_block(block, mentions, entities, firsts)
-        return _with_added(block, self.added, firsts)
+        left_out = _left_out(block, self.among, firsts)
+        block = _with_added(block, self.added, firsts)
+        return block if left_out is None else block.masked_fill(left_out, -torch.inf)
 
     def diagonal(self, mentions: Encodings, entities: Encodings, numbers: tuple[Any, Any]) -> torch.Tensor:
         """Returns the model's scores [M] of mention i and entity i, whose numbers are `numbers`."""
@@ -389,8 +396,8 @@ class _Plain:
 class _Pruned:
     """Scores the pairs of a block that can matter, by a model that scores in two steps; -inf for the others."""
 
-    def __init__(self, model: TwoStepScores, added: SparseScores | None = None):
-        self.model, self.added = model, added
+    def __init__(self, model: TwoStepScores, added: SparseScores | None = None, among: torch.Tensor | None = None):
+        self.model, self.added, self.among = model, added, among
 
     def block(
         self, mentions: Encodings, entities: Encodings, state: _RankingState, firsts: tuple[int, int]
@@ -401,6 +408,9 @@ class _Pruned:
         quick = _with_added(quick, self.added, firsts)
         # Another order of addition, or a block of another shape, may make a score slightly higher.
         rounding = _ROUNDING * quick.abs().amax(1)
+        left_out = _left_out(quick, self.among, firsts)
+        if left_out is not None:
+            quick = quick.masked_fill(left_out, -torch.inf)
         threshold, k = state.top_scores[:, -1], state.top_scores.shape[1]
         best = best_remaining = None
         if k <= quick.shape[1] and (threshold == -torch.inf).any():
@@ -408,11 +418,13 @@ class _Pruned:
             # give one, because they cannot be better than the k best.
             best = quick.topk(k).indices
             floor = torch.full_like(quick, torch.inf).scatter_(1, best, -torch.inf)
+            floor = floor if left_out is None else floor.masked_fill_(left_out, torch.inf)
             best_remaining = self.model.remaining_scores(mentions, entities, floor).gather(1, best)
             threshold = torch.maximum(threshold, (quick.gather(1, best) + best_remaining).amin(1))
         if state.golds is not None:
             threshold = torch.minimum(threshold, state.golds.below)
         floor = (threshold - rounding - _ROUNDING * threshold.abs())[:, None] - quick
+        floor = floor if left_out is None else floor.masked_fill_(left_out, torch.inf)
         if best is None or best_remaining is None:
             remaining = self.model.remaining_scores(mentions, entities, floor)
         else:
@@ -463,6 +475,14 @@ def _with_added(block: torch.Tensor, added: SparseScores | None, firsts: tuple[i
     block = block.clone()
     added.add_to(block, *firsts)
     return block
+
+
+def _left_out(block: torch.Tensor, among: torch.Tensor | None, firsts: tuple[int, int]) -> torch.Tensor | None:
+    """Returns which pairs of a block are not ranked, [m, n]; `None` if all are. `firsts`: see [`_Plain.block`]."""
+    if among is None:
+        return None
+    (m, n), (first_mention, first_entity) = block.shape, firsts
+    return ~among[first_mention : first_mention + m, first_entity : first_entity + n].to(block.device)
 
 
 def _checked_chunks(chunks: EntitySource, chunk_size: int, as_stored: bool) -> Iterator[tuple[int, Encodings]]:

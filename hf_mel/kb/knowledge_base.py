@@ -734,13 +734,15 @@ class KnowledgeBase:
         row = self._read_table(np.array([index]), ["entity_id", "images"]).to_pylist()[0]
         return open_image(row["images"][0], file=self.path, row=row["entity_id"]) if row["images"] else None
 
-    def encodings(self, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
+    def encodings(self, indices: Sequence[int] | np.ndarray, *, as_stored: bool = False) -> dict[str, torch.Tensor]:
         """Returns encodings of entities: CPU tensors with first axis R, floating-point ones as float32.
 
         Args:
             indices (integers [R]): Rows, in any order.
+            as_stored (`bool`): Whether floating-point tensors keep the dtype of the file.
         """
-        return as_float(self._gather(self._active[np.asarray(indices, dtype=np.int64)]))
+        encodings = self._gather(self._active[np.asarray(indices, dtype=np.int64)])
+        return encodings if as_stored else as_float(encodings)
 
     def iter_chunks(
         self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False

@@ -107,7 +107,7 @@ def annotate_file(
     *,
     overlapping: bool = False,
     top_k: int = 5,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     resume: bool = False,
     progress: bool = False,
 ) -> AnnotateSummary:

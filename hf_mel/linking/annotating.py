@@ -6,6 +6,8 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from hf_mel.data.images import open_image
 from hf_mel.detection.spans import MentionDetector, MentionSpan, checked_spans
 from hf_mel.errors import DataFormatError, SpanError
@@ -16,7 +18,11 @@ from hf_mel.schema import NIL
 TextLike = str | Mapping[str, Any]
 
 _EXAMPLE = '{"text": "Swift on stage.", "image": "photo.jpg"}'
-_TEXTS_PER_BATCH = 64
+#: Texts that are annotated together. They are many, so that few passes over the knowledge base are made, but their pictures
+#: are in memory together, and an interrupted run loses the work of a batch.
+_TEXTS_PER_BATCH, _IMAGES_PER_BATCH, _CHARACTERS_PER_BATCH = 512, 64, 1 << 16
+#: Mentions per pass over the knowledge base. A reranker reads the images of all of their candidates.
+_MENTIONS_PER_PASS, _MENTIONS_PER_PASS_OF_RERANKER = 256, 32
 #: A mention is linked in at most so many characters around it, and in fewer if the model does not read them.
 _MAX_CONTEXT, _MIN_CONTEXT = 4_000, 200
 
@@ -129,7 +135,7 @@ def annotate_batches(
     *,
     overlapping: bool = False,
     top_k: int = 5,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     done: Container[int] = (),
 ) -> Iterator[tuple[list[int], list[AnnotatedText]]]:
     """Annotates texts batch by batch, so that results can be kept as they come.
@@ -148,15 +154,31 @@ def annotate_batches(
     """
     for number, text in enumerate(texts):
         check_text(text, number)
-    left = [number for number in range(len(texts)) if number not in done]
-    for first in range(0, len(left), _TEXTS_PER_BATCH):
-        batch = left[first : first + _TEXTS_PER_BATCH]
-        contents: list[Mapping[str, Any]] = []
-        for number in batch:
-            text = texts[number]
-            contents.append({"text": text} if isinstance(text, str) else text)
+    if batch_size is None:
+        batch_size = _MENTIONS_PER_PASS if linker.reranker is None else _MENTIONS_PER_PASS_OF_RERANKER
+    for batch, contents in _batches(texts, done):
         spans = _find_spans(contents, batch, detector, overlapping)
         yield batch, _link_spans(linker, contents, batch, spans, top_k, batch_size)
+
+
+def _batches(texts: Sequence[TextLike], done: Container[int]) -> Iterator[tuple[list[int], list[Mapping[str, Any]]]]:
+    """Yields the positions and the contents of the texts of each batch."""
+    batch: list[int] = []
+    contents: list[Mapping[str, Any]] = []
+    total, limits = np.zeros(3), (_TEXTS_PER_BATCH, _IMAGES_PER_BATCH, _CHARACTERS_PER_BATCH)
+    for number, text in enumerate(texts):
+        if number in done:
+            continue
+        content = {"text": text} if isinstance(text, str) else text
+        size = np.array([1, content.get("image") is not None, len(content["text"])])
+        if batch and (total + size > limits).any():
+            yield batch, contents
+            batch, contents, total = [], [], np.zeros(3)
+        batch.append(number)
+        contents.append(content)
+        total = total + size
+    if batch:
+        yield batch, contents
 
 
 def _find_spans(
@@ -195,12 +217,13 @@ def _link_spans(
     """Links the spans of a batch of texts."""
     rows: list[dict[str, Any]] = []
     shifts: list[int] = []
-    for content, number, spans_of_text in zip(contents, batch, spans, strict=True):
+    contexts = _contexts(linker, [content["text"] for content in contents], spans)
+    for content, number, spans_of_text, contexts_of_text in zip(contents, batch, spans, contexts, strict=True):
         text = content["text"]
         image = content.get("image")
         if image is not None:
             image = open_image(image, row=number)  # once for all mentions of the text
-        for span, (first, last) in zip(spans_of_text, _contexts(linker, text, spans_of_text), strict=True):
+        for span, (first, last) in zip(spans_of_text, contexts_of_text, strict=True):
             key = f"{number} {first} {last}"
             rows.append(
                 {
@@ -232,24 +255,30 @@ def _link_spans(
     return annotated
 
 
-def _contexts(linker: Any, text: str, spans: list[MentionSpan]) -> list[tuple[int, int]]:
-    """Returns the part of a text in which each of its mentions is linked.
+def _contexts(linker: Any, texts: list[str], spans: list[list[MentionSpan]]) -> list[list[tuple[int, int]]]:
+    """Returns the part of its text in which each mention of each text is linked.
 
     It is the whole text if the model reads each mention in it. A longer text is cut into windows, which overlap by half.
     Each mention is linked in the one in whose middle it stands, together with the others of that window. The windows are
     halved until the model reads the last mention of each.
     """
-    size = max(len(text), 1) if len(text) <= _MAX_CONTEXT else _MAX_CONTEXT
-    while True:
-        contexts = [_window(text, span, size) for span in spans]
-        last_mentions = dict(zip(contexts, spans, strict=True))
-        is_read = all(
-            linker.reads_mention(text[first:last], span.start - first, span.end - first)
-            for (first, last), span in last_mentions.items()
-        )
-        if is_read or size <= _MIN_CONTEXT:
-            return contexts
-        size = max(size // 2, _MIN_CONTEXT)
+    contexts: list[list[tuple[int, int]]] = [[] for _ in texts]
+    sizes = [max(len(text), 1) if len(text) <= _MAX_CONTEXT else _MAX_CONTEXT for text in texts]
+    left = [number for number, spans_of_text in enumerate(spans) if spans_of_text]
+    while left:
+        windows, last_mentions, numbers = [], [], []
+        for number in left:
+            contexts[number] = [_window(texts[number], span, sizes[number]) for span in spans[number]]
+            for (first, last), span in dict(zip(contexts[number], spans[number], strict=True)).items():
+                windows.append(texts[number][first:last])
+                last_mentions.append((span.start - first, span.end - first))
+                numbers.append(number)
+        is_read = linker.reads_mentions(windows, last_mentions)
+        unread = {number for number, read in zip(numbers, is_read, strict=True) if not read}
+        left = [number for number in left if number in unread and sizes[number] > _MIN_CONTEXT]
+        for number in left:
+            sizes[number] = max(sizes[number] // 2, _MIN_CONTEXT)
+    return contexts
 
 
 def _window(text: str, span: MentionSpan, size: int) -> tuple[int, int]:

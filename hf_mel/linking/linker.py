@@ -23,7 +23,7 @@ from hf_mel.detection.gazetteer import Gazetteer
 from hf_mel.detection.spans import MentionDetector
 from hf_mel.errors import CalibrationError, DataFormatError, FilterError, KnowledgeBaseError, MelError
 from hf_mel.inference.checkpoints import load_reranker, load_retriever
-from hf_mel.inference.encodings import as_float, slice_encodings, to_device
+from hf_mel.inference.encodings import as_float, concat_encodings, slice_encodings, to_device
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.fingerprint import describe_model
 from hf_mel.inference.inputs import ModelInputs
@@ -53,6 +53,9 @@ from hf_mel.row_columns import ColumnMapping
 from hf_mel.schema import DESCRIBING_COLUMNS, NIL
 
 logger = logging.getLogger(__name__)
+
+#: Mentions that are encoded together, and candidates that are scored by unit together. More are no faster on a CPU.
+_ENCODED_TOGETHER, _SCORED_TOGETHER = 32, 64
 
 
 class EntityLinker:
@@ -378,9 +381,8 @@ class EntityLinker:
             self._mention_row(mention, span, position)
             for mention, span, position in zip(mentions, spans, positions, strict=True)
         ]
-        inputs = self._inputs.mentions(rows)
         with torch.inference_mode():
-            encodings = as_float(self.model.encode_mentions(**inputs))
+            encodings = self._encode(rows)
             num_ranked = max(top_k, 2) if self.reranker is None else max(top_k, self.rerank_k)
             names = None if units or not self.name_weight else self._name_index().scores([r["mention"] for r in rows])
             added = None if names is None else names * self.name_weight
@@ -409,12 +411,22 @@ class EntityLinker:
             entity_rows = sorted({row for mention in ranked for row in mention.entity_rows[:top_k]})
             entities = dict(zip(entity_rows, self.kb.rows(entity_rows), strict=True))
             nil_threshold = None if units else self.nil_threshold
+            unit_scores, left_out = self._unit_scores(ranked, encodings, top_k), self._left_out_warnings(rows)
             return [
-                self._link_result(
-                    mention, slice_encodings(encodings, slice(k, k + 1)), entities, top_k, nil_threshold, units
-                )
-                for k, mention in enumerate(ranked)
+                self._link_result(mention, scores, entities, top_k, nil_threshold, units, warnings)
+                for mention, scores, warnings in zip(ranked, unit_scores, left_out, strict=True)
             ]
+
+    def _encode(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Encodes the M mentions of a batch: those with texts of similar lengths together, because a text is padded to the
+        longest one beside it.
+        """
+        order = sorted(range(len(rows)), key=lambda number: len(rows[number]["text"] or ""))
+        parts = []
+        for first in range(0, len(order), _ENCODED_TOGETHER):
+            inputs = self._inputs.mentions([rows[number] for number in order[first : first + _ENCODED_TOGETHER]])
+            parts.append(as_float(self.model.encode_mentions(**inputs)))
+        return slice_encodings(concat_encodings(parts), np.argsort(order).tolist())
 
     def _name_index(self) -> NameIndex:
         """Returns the index of the names, made again when the knowledge base has changed."""
@@ -551,27 +563,44 @@ class EntityLinker:
                 ", ".join(filled),
             )
 
+    def _unit_scores(
+        self, ranked: list[RankedMention], encodings: Mapping[str, torch.Tensor], top_k: int
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Yields, for each of M mentions, the scores of its first `top_k` entities: unit name → [k].
+
+        Several mentions are scored with the entities of all of them, because one call costs more than a few pairs.
+        """
+        step, device = max(1, _SCORED_TOGETHER // top_k), model_device(self.model)
+        for first in range(0, len(ranked), step):
+            lists = [mention.entity_rows[:top_k] for mention in ranked[first : first + step]]
+            kb_rows = np.unique(np.concatenate(lists))
+            mentions = slice_encodings(encodings, slice(first, first + len(lists)))
+            scores = self.model.unit_scores(mentions, to_device(self.kb.encodings(kb_rows), device))
+            for number, rows in enumerate(lists):
+                places = torch.from_numpy(np.searchsorted(kb_rows, rows))
+                yield {unit: of_unit[number].cpu()[places] for unit, of_unit in scores.items()}
+
     def _link_result(
         self,
         mention: RankedMention,
-        encodings: Mapping[str, torch.Tensor],
+        unit_scores: Mapping[str, torch.Tensor],
         entities: Mapping[int, Mapping[str, Any]],
         top_k: int,
         nil_threshold: float | None,
         chosen_units: Sequence[str] | None,
+        left_out: list[str],
     ) -> LinkResult:
         """Returns the result of one mention.
 
         Args:
             mention ([`RankedMention`]): The mention and its entities.
-            encodings: Encodings of the mention, with first axis 1.
+            unit_scores: Unit name → scores of the first `top_k` entities.
             entities: Row in the knowledge base → entity, for the first `top_k` entities.
             top_k, nil_threshold, chosen_units: Number of candidates, and the threshold and the units that apply.
+            left_out: What [`_left_out_warnings`] says of the mention.
         """
         entity_rows = mention.entity_rows[:top_k]
-        entity_encodings = to_device(self.kb.encodings(entity_rows), model_device(self.model))
-        unit_scores = self.model.unit_scores(encodings, entity_encodings)
-        units = {unit: scores[0].tolist() for unit, scores in unit_scores.items() if not scores.isnan().all()}
+        units = {unit: scores.tolist() for unit, scores in unit_scores.items() if not scores.isnan().all()}
         ranks = mention.ranks()
         candidates = [
             Candidate(
@@ -599,7 +628,7 @@ class EntityLinker:
                 warnings.append("The stated precision may not hold: it is one for mentions with and without an image.")
         if mention.row["image"] is not None and not sees_images:
             warnings.append("The image was not used, because the model reads only text.")
-        warnings += self._left_out_warnings(mention.row)
+        warnings += left_out
         if mention.num_tied > 1 and not is_nil:
             least = "" if isinstance(self.index, ExactIndex) or self.reranker is not None else "At least "
             warnings.append(
@@ -633,32 +662,50 @@ class EntityLinker:
             return "The mention has no image. The model reads a blank picture in its place, and its scores count."
         return "The mention has no image" + (", so only the text decides." if all(left_out) else ".")
 
-    def _left_out_warnings(self, row: dict[str, Any]) -> list[str]:
-        """Returns a sentence if the retriever does not read the whole text of a mention."""
-        if not isinstance(self.processor, LimitsTexts) or not any(self.processor.num_left_out(mentions=[row])):
-            return []
-        if self._reads_place(row) is False:
-            return ["The text is longer than the model reads, and the mention stands in the part that it left out."]
-        return ["The text is longer than the model reads, so a part of it was left out."]
+    def _left_out_warnings(self, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+        """Returns, for each of M mentions, a sentence if the retriever does not read its whole text."""
+        is_read = self._are_read(rows)
+        return [
+            []
+            if whole
+            else ["The text is longer than the model reads, and the mention stands in the part that it left out."]
+            if place is False
+            else ["The text is longer than the model reads, so a part of it was left out."]
+            for whole, place in is_read
+        ]
 
-    def _reads_place(self, row: Mapping[str, Any]) -> bool | None:
-        """Returns whether the retriever reads the place of a mention in its text; `None` if it does not say."""
-        if not isinstance(self.processor, LocatesTokens) or not 0 <= row["start"] < row["end"]:
-            return None
-        read = [span for span in self.processor.text_spans([row])[0] if span is not None]
-        return any(start < row["end"] and end > row["start"] for start, end in read)
+    def _are_read(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[bool, bool | None]]:
+        """Returns, for each of M mentions, whether the retriever reads its whole text, and whether it reads its place.
 
-    def reads_mention(self, text: str, start: int, end: int) -> bool:
-        """Returns whether the retriever reads a mention in its text, or the whole text if it does not locate mentions.
-
-        Args:
-            text (`str`): The text.
-            start, end (`int`): Characters of the mention, end exclusive.
+        The place is `None` if the whole text is read, and if the retriever does not locate mentions.
         """
         if not isinstance(self.processor, LimitsTexts):
-            return True
-        row = self._mention_row({"text": text}, (text[start:end], start, end), None)
-        return not any(self.processor.num_left_out(mentions=[row])) or bool(self._reads_place(row))
+            return [(True, None)] * len(rows)
+        is_whole = [not count for count in self.processor.num_left_out(mentions=rows)]
+        cut = (
+            []
+            if not isinstance(self.processor, LocatesTokens)
+            else [number for number, row in enumerate(rows) if not is_whole[number] and 0 <= row["start"] < row["end"]]
+        )
+        places: list[bool | None] = [None] * len(rows)
+        if cut:
+            for number, spans in zip(cut, self.processor.text_spans([rows[number] for number in cut]), strict=True):
+                start, end = rows[number]["start"], rows[number]["end"]
+                places[number] = any(span is not None and span[0] < end and span[1] > start for span in spans)
+        return list(zip(is_whole, places, strict=True))
+
+    def reads_mentions(self, texts: Sequence[str], spans: Sequence[tuple[int, int]]) -> list[bool]:
+        """Returns whether the retriever reads mentions in their texts, or the whole texts if it does not locate mentions.
+
+        Args:
+            texts (sequence of `str` `[M]`): The text of each mention.
+            spans (sequence of `tuple[int, int]` `[M]`): Start and end of each mention, end exclusive.
+        """
+        rows = [
+            self._mention_row({"text": text}, (text[start:end], start, end), None)
+            for text, (start, end) in zip(texts, spans, strict=True)
+        ]
+        return [whole or bool(place) for whole, place in self._are_read(rows)]
 
     def annotate(
         self,
@@ -669,7 +716,7 @@ class EntityLinker:
         detector: MentionDetector | None = None,
         overlapping: bool = False,
         top_k: int = 5,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         progress: bool = False,
     ) -> Any:
         """Finds the mentions of texts, and links them. With a reranker, the mentions of a text are ranked together.
@@ -694,7 +741,7 @@ class EntityLinker:
             overlapping (`bool`): Whether to keep mentions that overlap, instead of the longest
                 ([`~hf_mel.detection.spans.resolve_overlaps`]).
             top_k (`int`): Number of candidates of each mention.
-            batch_size (`int`): Mentions per pass over the knowledge base.
+            batch_size (`int`, *optional*): Mentions per pass over the knowledge base. Default: 256, and 32 with a reranker.
             progress (`bool`): Whether to show a progress bar.
 
         Returns:

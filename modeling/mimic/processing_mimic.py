@@ -191,7 +191,7 @@ class MimicProcessor(ProcessorMixin):
         if self.use_text:
             options = {"max_length": self.max_length, "padding": "max_length", "return_tensors": "pt"}
             if side == "mention" and "{window}" in self.mention_template:
-                encoded = self.tokenizer.pad({"input_ids": [ids for ids, _ in self._windows(rows)]}, **options)
+                encoded = self.tokenizer.pad({"input_ids": [ids for _, ids, _ in self._windows(rows)]}, **options)
             else:
                 encoded = self.tokenizer(
                     self._texts(side, rows), truncation=True, return_attention_mask=True, **options
@@ -231,10 +231,11 @@ class MimicProcessor(ProcessorMixin):
         Raises:
             `ValueError`: The tokenizer gives no offsets.
         """
-        return [spans + [None] * (self.max_length - len(spans)) for _, spans in self._windows(mentions)]
+        spans = [[text.span(*offset) for offset in offsets] for text, _, offsets in self._windows(mentions)]
+        return [spans_of_row + [None] * (self.max_length - len(spans_of_row)) for spans_of_row in spans]
 
-    def _windows(self, rows) -> list[tuple[list[int], list[tuple[int, int] | None]]]:
-        """Up to `max_length` tokens of each mention, and the span of each token in the `text` of its row.
+    def _windows(self, rows) -> list[tuple[_MentionText, list[int], list[tuple[int, int]]]]:
+        """The filled template of each mention, up to `max_length` of its tokens, and the characters of each in the template.
 
         If there are more, those of `{window}` that are farthest from the mention are left out, then the last ones.
         """
@@ -254,7 +255,7 @@ class MimicProcessor(ProcessorMixin):
         for text, ids, offsets, special in zip(texts, *columns, strict=True):
             window = (text.start, text.end) if "{window}" in self.mention_template else (0, 0)
             kept = _kept_tokens(offsets, special, self.max_length, window, text.mention)
-            windows.append(([ids[k] for k in kept], [text.span(*offsets[k]) for k in kept]))
+            windows.append((text, [ids[k] for k in kept], [offsets[k] for k in kept]))
         return windows
 
     def _mention_text(self, row: Mapping[str, Any]) -> _MentionText:

@@ -138,6 +138,26 @@ def test_added_scores_are_those_of_a_matrix_that_is_added(scores, budget, k, for
     assert result.worst_rank.tolist() == worst
 
 
+@settings(max_examples=200, deadline=None)
+@given(matrices, budgets, st.integers(1, 12), st.sampled_from(["plain", "cautious", "exact"]), st.data())
+def test_only_the_chosen_pairs_are_ranked(scores, budget, k, form, data):
+    size = scores.shape[1]
+    among = data.draw(hnp.arrays(bool, scores.shape))
+    added, quick = (data.draw(hnp.arrays(np.int64, scores.shape, elements=st.integers(-2, 2))) for _ in range(2))
+    mentions = {"x": torch.tensor(quick).float(), "y": torch.tensor(scores - quick).float()}
+    model, entities = TwoSteps(form == "cautious"), source({"x": torch.eye(size), "y": torch.eye(size)})
+    if form == "plain":
+        model, (mentions, entities) = DotProduct(), table(scores)
+    options = {"top_k": k, "byte_budget": budget, "added": sparse(added), "among": torch.from_numpy(among)}
+    result = rank(model, mentions, entities, **options)
+    for row, chosen, rows, tops in zip(
+        scores + added, among, result.top_rows, result.top_scores.tolist(), strict=True
+    ):
+        best = sorted(np.flatnonzero(chosen), key=lambda i: (-row[i], i))[:k]
+        assert rows[: len(best)].tolist() == best
+        assert tops == [row[i] for i in best] + [-np.inf] * (min(k, size) - len(best))
+
+
 @given(matrices, st.data())
 def test_sparse_scores_are_those_of_their_matrix(matrix, data):
     count, size = matrix.shape

@@ -247,6 +247,44 @@ def test_an_index_misses_no_entity_with_an_added_score(kb, kind, first_stage):
         assert all(row in found.top_rows[number] for row in rows if order.index(row) < worst)
 
 
+class TwoStepRetriever(ToyRetriever):
+    """The toy model, whose vision unit is scored second, and only where the score reaches the floor."""
+
+    def quick_scores(self, mentions, entities):
+        return self.unit_scores(mentions, entities)["text"] / 2
+
+    def remaining_scores(self, mentions, entities, floor):
+        rest = self.unit_scores(mentions, entities)["vision"] / 2
+        return rest.masked_fill(rest < floor, -torch.inf)
+
+
+@pytest.mark.parametrize("kind", BUILT)
+@pytest.mark.parametrize("model_class", [ToyRetriever, TwoStepRetriever])
+@pytest.mark.parametrize("few", [False, True])
+def test_mentions_together_are_ranked_as_each_alone(kb, kind, model_class, few, monkeypatch):
+    model = model_class(MODEL.config)
+    model.load_state_dict(MODEL.state_dict())
+    index = build(kb, kind, model)
+    index.first_stage = 12
+    if few:  # some mentions have too few candidates, and are ranked among all entities
+        search = type(index).search
+
+        def search_few(self, queries, k):
+            found = search(self, queries, k)
+            found[queries[:, 0] > 0, 2:] = -1
+            return found
+
+        monkeypatch.setattr(type(index), "search", search_few)
+    pairs = [(np.array([k, k + 40, k + 80]), np.array([0.5, 0.25, 2])) for k in range(len(MENTIONS["text"]))]
+    for added in (None, SparseScores.of_mentions(pairs)):
+        together = index.find(MENTIONS, 5, added=added)
+        for number in range(len(pairs)):
+            mention = {name: tensor[number : number + 1] for name, tensor in MENTIONS.items()}
+            alone = index.find(mention, 5, added=None if added is None else added.select([number]))
+            assert together.top_rows[number].tolist() == alone.top_rows[0].tolist()
+            np.testing.assert_allclose(together.top_scores[number], alone.top_scores[0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", BUILT)
 @pytest.mark.parametrize("share", [2, 10, 60])
 @pytest.mark.parametrize("surplus", [0, 2])

@@ -11,6 +11,7 @@ from PIL import Image
 from hf_mel.detection.spans import MentionSpan
 from hf_mel.errors import DataFormatError, MelError
 from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.linking import annotating
 from hf_mel.linking.annotate_file import annotate_file, read_annotated, read_texts
 from hf_mel.linking.annotations_page import write_annotations_page
 from hf_mel.linking.linker import EntityLinker
@@ -108,7 +109,8 @@ class Stop(Exception):
     pass
 
 
-def test_an_interrupted_run_goes_on(linker, tmp_path):
+def test_an_interrupted_run_goes_on(linker, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotating, "_TEXTS_PER_BATCH", 64)
     rows = read_texts(write(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS]))
     run(linker, rows, tmp_path / "whole.jsonl")
     asked = []

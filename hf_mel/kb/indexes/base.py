@@ -33,7 +33,7 @@ from hf_mel.inference.entity_sources import ChosenEntities
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.ranking import RankingResult, rank, score_of_units
 from hf_mel.inference.sparse_scores import SparseScores
-from hf_mel.protocols import Encodings, IndexVectors
+from hf_mel.protocols import Encodings, IndexVectors, TwoStepScores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +47,8 @@ _FORMAT, _VERSION = "hf_mel.index", 1
 _MAX_RECORD_BYTES = 8 << 20
 #: Limit on added entities that the index lacks, which are scored for every mention.
 _MAX_UNINDEXED = 4096
+#: Mentions whose candidates are ranked together.
+_RANKED_TOGETHER = 8
 #: A search under a filter finds this many times the entities of which enough should pass.
 _SEARCH_SURPLUS = 2
 #: And no more than these, which Milvus can return.
@@ -264,15 +266,25 @@ class VectorIndex(Index):
         result = RankingResult(
             torch.empty(num_mentions, num_results), torch.empty(num_mentions, num_results, dtype=torch.long)
         )
-        for number, candidates in enumerate(map(_union, zip(*found, strict=True))):
-            mention = slice_encodings(mentions, slice(number, number + 1))
-            of_mention = None if added is None else added.select([number])
-            if of_mention is not None:
-                candidates = np.union1d(candidates, _among(of_mention.rows, rows))
-            # Candidates ascend by row, so that ties are ordered as in the ranking of all entities.
-            chosen = rows if len(candidates) < num_results else candidates
-            ranked = rank_rows(self.model, mention, self.kb, chosen, top_k=num_results, added=of_mention)
-            result.top_rows[number], result.top_scores[number] = ranked.top_rows[0], ranked.top_scores[0]
+        candidates = list(map(_union, zip(*found, strict=True)))
+        if added is not None:
+            candidates = [np.union1d(lists, _among(added[k][0], rows)) for k, lists in enumerate(candidates)]
+        enough = [number for number, lists in enumerate(candidates) if len(lists) >= num_results]
+        groups = [[number] for number in range(num_mentions) if len(candidates[number]) < num_results]
+        # Only the first of two steps is computed for the candidates of other mentions, so several mentions cost less together.
+        step = _RANKED_TOGETHER if isinstance(self.model, TwoStepScores) else 1
+        groups += [enough[first : first + step] for first in range(0, len(enough), step)]
+        for numbers in groups:
+            of_group = slice_encodings(mentions, numbers)
+            added_to_group = None if added is None else added.select(numbers)
+            lists = [candidates[number] for number in numbers]
+            # Rows ascend, so that ties are ordered as in the ranking of all entities.
+            chosen = rows if len(lists[0]) < num_results else np.unique(np.concatenate(lists))
+            among = None if len(numbers) == 1 else _memberships(chosen, lists)
+            ranked = rank_rows(
+                self.model, of_group, self.kb, chosen, top_k=num_results, added=added_to_group, among=among
+            )
+            result.top_rows[numbers], result.top_scores[numbers] = ranked.top_rows, ranked.top_scores
         return result
 
     def _too_few(self, rows: np.ndarray, count: int) -> bool:
@@ -321,6 +333,14 @@ class VectorIndex(Index):
 def _among(rows: np.ndarray, choice: np.ndarray | None) -> np.ndarray:
     """Returns the rows that are among a choice, in their order; all of them without a choice."""
     return rows if choice is None else rows[np.isin(rows, choice, assume_unique=True)]
+
+
+def _memberships(rows: np.ndarray, lists: Sequence[np.ndarray]) -> torch.Tensor:
+    """Returns which rows [U], ascending, are in each of M lists of some of them: [M, U]."""
+    among = torch.zeros(len(lists), len(rows), dtype=torch.bool)
+    for number, members in enumerate(lists):
+        among[number, torch.from_numpy(np.searchsorted(rows, members))] = True
+    return among
 
 
 def _union(parts: Sequence[np.ndarray]) -> np.ndarray:
