@@ -5,9 +5,8 @@ The parts are detection, preparing (tokens and images), encoding, names (if they
 hardly depends on other programs, and its time on the clock. With one thread, and nothing else on the machine, both are the
 same.
 
-The texts are those of a test split. The knowledge base is one that a run built (`--kb`), or it grows: the first entities are
-those of the data set, and each further one has resampled encodings ([`benchmarks.sources.Resampled`]) and a made-up name
-([`benchmarks.channels.grown_names`]). A million entities take about 20 GB on the disk.
+The texts are those of a test split. The knowledge base is one that a run built (`--kb`), or it grows
+([`benchmarks.sources.Resampled.named_kb`]).
 
     python -m benchmarks.annotating --model runs/mimic-text_wikimel --dataset data/wikimel --threads 1 --index faiss-pq
     python -m benchmarks.annotating … --sizes 18880,1000000
@@ -22,18 +21,16 @@ from collections.abc import Callable
 from typing import Any
 
 import datasets
-import numpy as np
 
 from benchmarks import harness
-from benchmarks.channels import grown_names
 from benchmarks.sources import Resampled
 from hf_mel.data.loading import load_mentions
 from hf_mel.detection.detectors import open_detector
-from hf_mel.errors import KnowledgeBaseError, MelError
+from hf_mel.errors import KnowledgeBaseError
+from hf_mel.inference.checkpoints import load_retriever
 from hf_mel.kb.indexes import build_index, open_index
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
-from hf_mel.schema import entity_features
 
 PARTS = ("detection", "preparing", "encoding", "names", "ranking")
 
@@ -57,31 +54,6 @@ class Stopwatch:
                 self.clock[part] += time.perf_counter() - clock
 
         return run
-
-
-def grown_kb(source: Resampled, size: int) -> KnowledgeBase:
-    """Returns the knowledge base of the real entities and of made-up ones up to `size`. The first call builds it."""
-    model, processor = source.builder(size)
-    folder = source.scratch / f"named-{size}"
-    try:
-        kb = KnowledgeBase.from_pretrained(folder)
-        kb.check_made_by(model, processor)
-        return kb
-    except MelError:
-        harness.say(f"building a knowledge base of {size:,} named entities")
-    originals = np.arange(size) % len(source.entities)
-    texts = {name: np.array(source.entities[name], dtype=object)[originals] for name in ("description", "attributes")}
-    columns = {
-        "entity_id": [f"Q{row}" for row in range(size)],
-        "name": [names[0] for names in grown_names(list(source.entities["name"]), size)],
-        **{name: values.tolist() for name, values in texts.items()},
-        "aliases": [[]] * size,
-        "images": [[]] * size,
-    }
-    entities = datasets.Dataset.from_dict(columns, features=entity_features())
-    return KnowledgeBase.build(
-        entities, model, processor, output=folder, batch_size=256, dtype="bfloat16", progress=False
-    )
 
 
 def measure(linker: EntityLinker, texts: list[dict[str, Any]], detector_name: str) -> dict[str, Any]:
@@ -164,9 +136,9 @@ def main() -> None:
     source = None if args.kb else Resampled(args.scratch, args.model, args.dataset)
     results = []
     for size in [None] if source is None else map(int, args.sizes.split(",")):
-        kb = KnowledgeBase.from_pretrained(args.kb) if size is None or source is None else grown_kb(source, size)
-        options = {"kb": kb, "name_weight": args.name_weight, "device": args.device}
-        linker = EntityLinker.from_pretrained(args.model, **options)
+        kb = KnowledgeBase.from_pretrained(args.kb) if size is None or source is None else source.named_kb(size)
+        model, processor = load_retriever(args.model) if source is None else source.builder(len(kb))
+        linker = EntityLinker(model.to(args.device), processor, kb, name_weight=args.name_weight)
         if args.index != "exact":
             try:
                 linker.index = open_index(kb, args.index, linker.model)

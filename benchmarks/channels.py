@@ -1,9 +1,8 @@
 """Benchmark of the channels that find candidates: recall@k of vectors, of names, and of both, as the entities grow.
 
-The first entities are the real ones of a data set. Each further one has the resampled encodings of a real entity
-([`benchmarks.sources.Resampled`]) and a made-up name: the words before the last one of a real name, and the last word of
-another, so that namesakes grow with the entities. Every ranking is exact. Names alone leave many ties, and a gold counts by
-the mean of its best and worst possible place. The work of the index of names is measured in CPU seconds.
+The first entities are the real ones of a data set, and the others are made up ([`benchmarks.sources.Resampled.named_kb`]), so
+that namesakes grow with the entities. Every ranking is exact. Names alone leave many ties, and a gold counts by the mean of
+its best and worst possible place. The work of the index of names is measured in CPU seconds.
 
     python -m benchmarks.channels --model runs/mimic-text_wikimel --dataset data/wikimel --name-weight 0.95
     python -m benchmarks.channels --model runs/mimic-text_wikimel --dataset data/wikimel --sizes 1000000 --names-only
@@ -12,56 +11,18 @@ the mean of its best and worst possible place. The work of the index of names is
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks import harness
-from benchmarks.sources import Resampled
+from benchmarks.sources import Resampled, grown_names
 from hf_mel.candidates.name_index import NameIndex
+from hf_mel.inference.entity_sources import EntityPart
 from hf_mel.inference.ranking import rank
-from hf_mel.protocols import Encodings
 
 KS = (1, 8, 64)
-_BLOCK = 4096
-
-
-class _Grown:
-    """The first `size` real and resampled entities, made anew in blocks whenever they are read."""
-
-    def __init__(self, source: Resampled, size: int):
-        self.source, self.size = source, size
-        self.entity_ids = range(size)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def _block(self, number: int) -> Encodings:
-        return self.source.resample(torch.arange(number * _BLOCK, min((number + 1) * _BLOCK, self.size)))
-
-    def iter_chunks(
-        self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False
-    ) -> Iterator[tuple[int, Encodings]]:
-        """See [`~hf_mel.inference.entity_sources.EntitySource`]. A chunk lies within one block."""
-        for first in range(0, self.size, _BLOCK):
-            block = self._block(first // _BLOCK)
-            for start in range(0, min(_BLOCK, self.size - first), chunk_size):
-                yield first + start, {name: tensor[start : start + chunk_size] for name, tensor in block.items()}
-
-    def encodings(self, indices: Sequence[int] | np.ndarray, *, as_stored: bool = False) -> Encodings:
-        """See [`~hf_mel.inference.entity_sources.EntitySource`]. Only real rows are asked for: golds."""
-        return self.source.resample(torch.as_tensor(indices))
-
-
-def grown_names(names: Sequence[str], size: int, seed: int = 0) -> Iterator[list[str]]:
-    """Yields the names of `size` entities: the real ones, and then made-up ones."""
-    generator = np.random.default_rng(seed)
-    pairs = generator.integers(len(names), size=(max(0, size - len(names)), 2)).tolist()
-    yield from ([name] for name in names[:size])
-    for first, last in pairs:
-        yield [" ".join([*names[first].split()[:-1], names[last].split()[-1]])]
 
 
 def place_by_names(scores: tuple[np.ndarray, np.ndarray], gold: int, size: int) -> float:
@@ -94,8 +55,10 @@ def main() -> None:
     row_of = {entity_id: row for row, entity_id in enumerate(source.entities["entity_id"])}
     golds = [row_of[entity_id] for entity_id in chosen["entity_id"]]
     results: list[dict[str, Any]] = []
-    encoded = None
-    for size in map(int, args.sizes.split(",")):
+    sizes = [int(size) for size in args.sizes.split(",")]
+    if not args.names_only:
+        kb, encoded = source.named_kb(max(sizes)), source.mentions(len(golds))[0]
+    for size in sizes:
         begin = time.process_time()
         index = NameIndex(grown_names(list(source.entities["name"]), size))
         built = time.process_time()
@@ -111,10 +74,7 @@ def main() -> None:
             "names": recalls(by_name),
         }
         if not args.names_only:
-            if encoded is None:
-                source.builder(size)  # encodes the real entities
-                encoded = source.mentions(len(golds))[0]
-            entities: Any = _Grown(source, size)
+            entities = EntityPart(kb, range(size))
             for channel, added in (("vectors", None), ("both", scores * args.name_weight)):
                 ranked = rank(source.model, encoded, entities, gold_rows=golds, top_k=1, added=added)
                 assert ranked.best_rank is not None

@@ -17,11 +17,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import BertConfig, ViTConfig
@@ -200,12 +201,17 @@ def train(model: MimicModel, people: People, steps: int, batch_size: int = 64, s
 
 
 class _RowProcessor:
-    """Processor that turns rows with the ids Q0, Q1, … into tensors, by row number."""
+    """Processor that turns entities with the ids Q0, Q1, … into tensors, by row number, and leaves mentions to another."""
 
-    def __init__(self, inputs: Any):
-        self._inputs = inputs
+    def __init__(self, inputs: Any, processor: Any = None):
+        self._inputs, self._processor = inputs, processor
 
-    def __call__(self, entities: Sequence[Any]) -> dict[str, torch.Tensor]:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def __call__(self, entities: Sequence[Any] = (), **mentions: Any) -> Any:
+        if mentions:
+            return self._processor(**mentions)
         rows = torch.tensor([int(row["entity_id"][1:]) for row in entities])
         return {f"entity_{name}": tensor for name, tensor in self._inputs(rows).items()}
 
@@ -378,7 +384,38 @@ class Resampled(Source):
             self._deviation = {
                 name: tensor.flatten(0, -2).std(0) for name, tensor in self._real.items() if tensor.is_floating_point()
             }
-        return _LookupModel(self.model, self.resample), _RowProcessor(lambda rows: {"rows": rows})
+        return _LookupModel(self.model, self.resample), _RowProcessor(lambda rows: {"rows": rows}, self.processor)
+
+    def named_kb(self, size: int) -> KnowledgeBase:
+        """Returns a knowledge base of `size` entities with texts. The first call builds it; a million take 18 GB on the disk.
+
+        The first entities are the real ones. Each further one has resampled encodings, a made-up name ([`grown_names`]),
+        and the texts of a real one.
+        """
+        model, processor = self.builder(size)
+        folder = self.scratch / f"named-{size}"
+        try:
+            kb = KnowledgeBase.from_pretrained(folder)
+            kb.check_made_by(model, processor)
+            return kb
+        except MelError:
+            say(f"building a knowledge base of {size:,} named entities")
+        originals = np.arange(size) % len(self.entities)
+        texts = {
+            name: np.array(list(self.entities[name]), dtype=object)[originals]
+            for name in ("description", "attributes")
+        }
+        columns = {
+            "entity_id": [f"Q{row}" for row in range(size)],
+            "name": [names[0] for names in grown_names(list(self.entities["name"]), size)],
+            **{name: values.tolist() for name, values in texts.items()},
+            "aliases": [[]] * size,
+            "images": [[]] * size,
+        }
+        entities = datasets.Dataset.from_dict(columns, features=entity_features())
+        return KnowledgeBase.build(
+            entities, model, processor, output=folder, batch_size=256, dtype="bfloat16", progress=False
+        )
 
     def resample(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the encodings of rows: real ones, and copies with noise."""
@@ -395,6 +432,18 @@ class Resampled(Source):
             noisy = noisy * (tensor.norm(dim=-1, keepdim=True) / noisy.norm(dim=-1, keepdim=True).clamp(min=1e-6))
             encoded[name] = torch.where(is_copy.view(-1, *[1] * (tensor.dim() - 1)), noisy, tensor)
         return encoded
+
+
+def grown_names(names: Sequence[str], size: int, seed: int = 0) -> Iterator[list[str]]:
+    """Yields the names of `size` entities: the real ones, and then made-up ones.
+
+    A made-up name has the words before the last one of a real name, and the last word of another.
+    """
+    generator = np.random.default_rng(seed)
+    pairs = generator.integers(len(names), size=(max(0, size - len(names)), 2)).tolist()
+    yield from ([name] for name in names[:size])
+    for first, last in pairs:
+        yield [" ".join([*names[first].split()[:-1], names[last].split()[-1]])]
 
 
 class _LookupModel:
