@@ -49,7 +49,7 @@ from hf_mel.data.images import open_image
 from hf_mel.errors import DuplicateIdError, HubError, ImageError, KnowledgeBaseError, UnknownEntityError
 from hf_mel.files import building_folder, file_sha256, write_errors
 from hf_mel.hub_errors import hub_errors
-from hf_mel.inference.encodings import as_float, concat_encodings, num_rows, slice_encodings
+from hf_mel.inference.encodings import as_float, num_rows, slice_encodings
 from hf_mel.inference.fingerprint import describe_model, describe_processor, model_difference, processor_difference
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.kb.encoding import open_inputs, report_bad_images, source_digests, write_encodings
@@ -829,21 +829,21 @@ class KnowledgeBase:
 
     def _gather(self, physical: np.ndarray) -> dict[str, torch.Tensor]:
         """Returns the encodings of physical rows, in the given order and the dtype of the file."""
-        parts, positions = [], []
-        for shard, at in group_by_block(physical, self._starts):
-            local = physical[at] - self._starts[shard]
-            tensors = self._encodings[shard]
-            is_contiguous = local[-1] - local[0] + 1 == len(local) and (np.diff(local) == 1).all()
-            if is_contiguous:  # a slice is a view of the mapped file, an index tensor makes a copy
-                parts.append(slice_encodings(tensors, slice(int(local[0]), int(local[-1]) + 1)))
-            else:
-                parts.append(slice_encodings(tensors, torch.from_numpy(local)))
-            positions.append(at)
-        if not parts:
-            return slice_encodings(self._encodings[0], slice(0, 0))
-        order = np.concatenate(positions)
-        joined = parts[0] if len(parts) == 1 else concat_encodings(parts)
-        return joined if (np.diff(order) > 0).all() else slice_encodings(joined, torch.from_numpy(np.argsort(order)))
+        blocks = list(group_by_block(physical, self._starts))
+        if len(blocks) < 2:
+            shard = blocks[0][0] if blocks else 0
+            return slice_encodings(self._encodings[shard], _as_index(physical - self._starts[shard]))
+        gathered = {
+            name: tensor.new_empty((len(physical), *tensor.shape[1:])) for name, tensor in self._encodings[0].items()
+        }
+        for shard, at in blocks:
+            source, target = _as_index(physical[at] - self._starts[shard]), _as_index(at)
+            for name, tensor in self._encodings[shard].items():
+                if isinstance(target, slice) and not isinstance(source, slice):  # copied once
+                    torch.index_select(tensor, 0, source, out=gathered[name][target])
+                else:
+                    gathered[name][target] = tensor[source]
+        return gathered
 
     def _read_table(self, rows: np.ndarray, columns: list[str]) -> pa.Table:
         physical = self._active[rows]
@@ -884,6 +884,13 @@ class KnowledgeBase:
             _warn_deprecated(name, f"KnowledgeBase.{_RENAMED[name]}")
             return getattr(self, _RENAMED[name])
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _as_index(rows: np.ndarray) -> slice | torch.Tensor:
+    """Returns row numbers as an index of tensors: a slice, which gives a view, if they follow one another."""
+    if len(rows) and (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows)
 
 
 def _warn_deprecated(name: str, replacement: str) -> None:
