@@ -13,8 +13,11 @@ from hf_mel.cli.options import (
     Column,
     Device,
     FirstStage,
+    IgnoreOtherColumns,
     Index,
+    InvertedNames,
     KbRevision,
+    KeepColumn,
     LinkedEntities,
     LinkedKb,
     LinkPrecision,
@@ -30,7 +33,9 @@ from hf_mel.cli.options import (
     TextImage,
     TrustRemoteCode,
     Where,
+    check_column_options,
     check_link_options,
+    column_mappings,
 )
 from hf_mel.cli.printing import kept_results, print_annotated, print_bad_rows, print_json
 from hf_mel.files import is_stream
@@ -55,6 +60,9 @@ def annotate(
         ),
     ] = None,
     column: Column = None,
+    ignore_other_columns: IgnoreOtherColumns = False,
+    inverted_names: InvertedNames = False,
+    keep_column: KeepColumn = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -190,26 +198,32 @@ def annotate(
         raise typer.BadParameter("Leave it out: --output is written as JSON lines anyway.", param_hint="--json")
     if (kb is None) == (entities is None):
         raise typer.BadParameter("Give either --kb or --entities.", param_hint="--kb")
-    if input is None and (resume or skip_bad_rows or column):
-        name = "--resume" if resume else "--skip-bad-rows" if skip_bad_rows else "--column"
+    check_column_options(entities, input, column, ignore_other_columns, inverted_names, keep_column)
+    if input is None and (resume or skip_bad_rows):
+        name = "--resume" if resume else "--skip-bad-rows"
         raise typer.BadParameter("Give a file of texts with --input.", param_hint=name)
     if html is not None and output is not None and is_stream(output):
         raise typer.BadParameter("Give a file as --output.", param_hint="--html")
     check_link_options(soft, soft_bonus, nil_threshold, precision)
-    from hf_mel.linking.annotate_file import read_texts
+    from hf_mel.data.text_files import TEXT_SUFFIXES
+    from hf_mel.linking.annotate_file import TEXT_COLUMNS, read_texts
     from hf_mel.linking.link_file import check_output
     from hf_mel.linking.linker import EntityLinker
-    from hf_mel.row_columns import ColumnMapping
 
+    if output is not None and input is not None:
+        check_output(output)
+    is_table = input is not None and not input.is_dir() and input.suffix.lower() not in TEXT_SUFFIXES
+    mapping_of_entities, mapping_of_texts = column_mappings(
+        entities, input if is_table else None, TEXT_COLUMNS, column, ignore_other_columns, inverted_names, keep_column
+    )
     rows = None
     if input is not None:
-        assert output is not None
-        check_output(output)
-        rows = read_texts(input, mapping=ColumnMapping.parse(column or ()), skip_bad_rows=skip_bad_rows)
+        rows = read_texts(input, mapping=mapping_of_texts, skip_bad_rows=skip_bad_rows)
     linker = EntityLinker.from_pretrained(
         model,
         kb,
         entities=entities,
+        mapping=mapping_of_entities,
         nil_threshold=nil_threshold,
         device=device,
         trust_remote_code=trust_remote_code,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -33,13 +33,15 @@ from hf_mel.cli.options import (
     TextImage,
     TrustRemoteCode,
     Where,
+    check_column_options,
     check_link_options,
+    column_mappings,
 )
 from hf_mel.cli.printing import kept_results, print_bad_rows, print_json, print_link
 from hf_mel.files import is_stream
 
 if TYPE_CHECKING:
-    from hf_mel.row_columns import ColumnMapping
+    pass
 
 
 def link(
@@ -147,25 +149,20 @@ def link(
         raise typer.BadParameter("Leave it out: --output is written as JSON lines anyway.", param_hint="--json")
     if (kb is None) == (entities is None):
         raise typer.BadParameter("Give either --kb or --entities.", param_hint="--kb")
-    if input is None and entities is None and column:
-        raise typer.BadParameter("Give a file with --input or --entities.", param_hint="--column")
-    if entities is None and (ignore_other_columns or inverted_names or keep_column):
-        name = "--ignore-other-columns" if ignore_other_columns else "--inverted-names"
-        name = "--keep-column" if keep_column else name
-        raise typer.BadParameter("Give a file of --entities, or leave this out.", param_hint=name)
+    check_column_options(entities, input, column, ignore_other_columns, inverted_names, keep_column)
     if input is None and (resume or skip_bad_rows):
         name = "--resume" if resume else "--skip-bad-rows"
         raise typer.BadParameter("Give a file of mentions with --input.", param_hint=name)
     check_link_options(soft, soft_bonus, nil_threshold, precision)
     if len(surfaces) > 1 and (start is not None or end is not None):
         raise typer.BadParameter("Give --start and --end only for a single mention.", param_hint="--start")
-    from hf_mel.linking.link_file import check_output, link_file, read_mentions
+    from hf_mel.linking.link_file import MENTION_COLUMNS, check_output, link_file, read_mentions
     from hf_mel.linking.linker import EntityLinker
 
     if output is not None:
         check_output(output)
-    mapping_of_entities, mapping_of_mentions = _mappings(
-        entities, input, column, ignore_other_columns, inverted_names, keep_column
+    mapping_of_entities, mapping_of_mentions = column_mappings(
+        entities, input, MENTION_COLUMNS, column, ignore_other_columns, inverted_names, keep_column
     )
     rows = None
     if input is not None:
@@ -216,36 +213,3 @@ def link(
     for warning, count in summary.warnings.items():
         log(f"For {count:,} of them: {warning}")
     print_bad_rows(summary.bad_rows, "linked", log)
-
-
-def _mappings(
-    entities: Path | None,
-    mentions: Path | None,
-    column: list[str] | None,
-    ignore_other_columns: bool,
-    inverted_names: bool,
-    keep_column: list[str] | None,
-) -> tuple[ColumnMapping | None, ColumnMapping | None]:
-    """Returns what becomes of the columns of both files. An assignment counts for those that have its columns."""
-    from hf_mel.kb.entities import is_row_file
-    from hf_mel.linking.link_file import MENTION_COLUMNS
-    from hf_mel.row_columns import ColumnMapping
-    from hf_mel.row_files import ENTITY_COLUMNS, column_names
-
-    options: dict[str, Any] = {
-        "ignore_others": ignore_other_columns,
-        "inverted_names": inverted_names,
-        "kept": keep_column or (),
-    }
-    if entities is not None and not is_row_file(entities) and not any(options.values()):
-        entities = None  # a data set has no columns with other names
-    mapping = ColumnMapping.parse(column or (), **options)
-    files = [(entities, ENTITY_COLUMNS), (mentions, MENTION_COLUMNS)]
-    mapping.check_targets({name: key for file, columns in files if file for name, key in columns.items()})
-    names = [column_names(file, columns, mapping) if file and column else [] for file, columns in files]
-    mapping.check_used(entities if mentions is None else mentions if entities is None else None)
-    restricted = [
-        None if file is None else mapping.restricted(columns, file_names)
-        for (file, columns), file_names in zip(files, names, strict=True)
-    ]
-    return restricted[0], restricted[1]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from hf_mel.kb.indexes import Kind
+
+if TYPE_CHECKING:
+    from hf_mel.row_columns import ColumnMapping
 
 ModelArgument = Annotated[
     str, typer.Argument(help="A run folder, a model folder, or a model or text encoder on the Hub.")
@@ -140,3 +145,60 @@ def check_link_options(
         raise typer.BadParameter("nan is no threshold. Give a number.", param_hint="--nil-threshold")
     if precision is not None and not 0 < precision < 1:
         raise typer.BadParameter("A precision is above 0 and below 1, such as 0.95.", param_hint="--precision")
+
+
+def check_column_options(
+    entities: Path | None,
+    rows: Path | None,
+    column: list[str] | None,
+    ignore_other_columns: bool,
+    inverted_names: bool,
+    keep_column: list[str] | None,
+) -> None:
+    """Refuses options about columns that no file is given for."""
+    if rows is None and entities is None and column:
+        raise typer.BadParameter("Give a file with --input or --entities.", param_hint="--column")
+    options = {
+        "--keep-column": keep_column,
+        "--ignore-other-columns": ignore_other_columns,
+        "--inverted-names": inverted_names,
+    }
+    for name, value in options.items():
+        if entities is None and value:
+            raise typer.BadParameter("Give a file of --entities, or leave this out.", param_hint=name)
+
+
+def column_mappings(
+    entities: Path | None,
+    rows: Path | None,
+    row_columns: Mapping[str, str],
+    column: list[str] | None,
+    ignore_other_columns: bool,
+    inverted_names: bool,
+    keep_column: list[str] | None,
+) -> tuple[ColumnMapping | None, ColumnMapping | None]:
+    """Returns what becomes of the columns of a file of entities, and of a file of rows to link, which has `row_columns`.
+
+    An assignment counts for the files that have its columns.
+    """
+    from hf_mel.kb.entities import is_row_file
+    from hf_mel.row_columns import ColumnMapping
+    from hf_mel.row_files import ENTITY_COLUMNS, column_names
+
+    options: dict[str, Any] = {
+        "ignore_others": ignore_other_columns,
+        "inverted_names": inverted_names,
+        "kept": keep_column or (),
+    }
+    if entities is not None and not is_row_file(entities) and not any(options.values()):
+        entities = None  # a data set has no columns with other names
+    mapping = ColumnMapping.parse(column or (), **options)
+    files = [(entities, ENTITY_COLUMNS), (rows, row_columns)]
+    mapping.check_targets({name: key for file, columns in files if file for name, key in columns.items()})
+    names = [column_names(file, columns, mapping) if file and column else [] for file, columns in files]
+    mapping.check_used(entities if rows is None else rows if entities is None else None)
+    of_entities, of_rows = (
+        None if file is None else mapping.restricted(columns, file_names)
+        for (file, columns), file_names in zip(files, names, strict=True)
+    )
+    return of_entities, None if of_rows is None else replace(of_rows, kept=())  # kept columns are those of entities

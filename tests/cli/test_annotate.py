@@ -113,3 +113,21 @@ def test_an_output_with_another_suffix_is_refused(arguments, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"text": "Entity b"}\n')
     with pytest.raises(MelError, match="JSON lines"):
         run(*arguments, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.csv")
+
+
+def test_entities_of_a_table_with_columns_of_other_names(arguments, tmp_path):
+    (tmp_path / "artists.csv").write_text('id,artist,born,room\n1,"Turner, William",1775,3\n2,"Moore, Henry",1898,4\n')
+    (tmp_path / "letters.csv").write_text("letter\nWilliam Turner met Henry Moore.\n")
+    table = ("--entities", tmp_path / "artists.csv", "--column", "name=artist", "--inverted-names")
+    options = (*table, "--ignore-other-columns", "--keep-column", "born", "--where", "born < 1800")
+    files = ("--input", tmp_path / "letters.csv", "--output", tmp_path / "out.jsonl")
+    run(arguments[0], *options, "--column", "text=letter", *files)
+    mentions = json.loads((tmp_path / "out.jsonl").read_text())["mentions"]
+    linked = [
+        (mention["mention"], [candidate["entity_id"] for candidate in mention["candidates"]]) for mention in mentions
+    ]
+    assert linked == [("William Turner", ["1"]), ("Henry Moore", ["1"])]
+    with pytest.raises(MelError, match="room"):
+        run(arguments[0], *table, "--keep-column", "born", "--text", "William Turner")
+    for option in ("--inverted-names", "--ignore-other-columns"):
+        assert "--entities" in run(*arguments, option, "--text", "Entity b", ok=False).output
