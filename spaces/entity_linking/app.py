@@ -62,6 +62,7 @@ def add_api(service: Service) -> None:
         top_k: int = 5,
         nil_threshold: float | None = None,
         start: int | None = None,
+        where: str | None = None,
     ) -> dict:
         """Links one mention of a text, with or without an image, and returns its candidates with their scores."""
         try:
@@ -72,7 +73,7 @@ def add_api(service: Service) -> None:
                     raise Refused(f"“{mention[:80]}” does not start at character {start} of the text.")
                 place = (start, start + len(mention))
             results, seconds = service.link(
-                text, [place], picture, model=model, kb=kb, top_k=top_k, nil_threshold=nil_threshold
+                text, [place], picture, model=model, kb=kb, top_k=top_k, nil_threshold=nil_threshold, where=where
             )
         except Refused as refused:
             raise gr.Error(str(refused), print_exception=False) from refused
@@ -84,11 +85,12 @@ def add_api(service: Service) -> None:
         model: str = default_model,
         kb: str = default_kb,
         top_k: int = 5,
+        where: str | None = None,
     ) -> dict:
         """Finds the names of the knowledge base in a text, and links them: spans, entities and scores."""
         try:
             picture = read_image(uploaded_path(image))
-            annotated, seconds = service.annotate(text, picture, model=model, kb=kb, top_k=top_k)
+            annotated, seconds = service.annotate(text, picture, model=model, kb=kb, top_k=top_k, where=where)
         except Refused as refused:
             raise gr.Error(str(refused), print_exception=False) from refused
         return {**annotated.to_dict(), "seconds": seconds}

@@ -37,7 +37,7 @@ class Handlers:
     def __init__(self, service: Service, examples: list[dict[str, Any]]):
         self.service, self.examples = service, examples
 
-    def answer(self, text, mentions, spans, image, model, kb, top_k, threshold, session, note=""):
+    def answer(self, text, mentions, spans, image, model, kb, top_k, threshold, where, session, note=""):
         """Links the mentions of a caption; returns the answers as HTML."""
         try:
             picture = read_image(image)
@@ -50,6 +50,7 @@ class Handlers:
                 session=session,
                 top_k=top_k or 5,
                 nil_threshold=threshold,
+                where=where,
             )
             linker = self.service.linker(model, kb, session)
             answers = []
@@ -62,11 +63,12 @@ class Handlers:
         except Refused as refused:
             return render.message(str(refused))
 
-    def annotate_text(self, text, image, model, kb, session):
+    def annotate_text(self, text, image, where, model, kb, session):
         """Finds and links the mentions of a text; returns the marked text with the evidence of each as HTML."""
         try:
             picture = read_image(image)
-            annotated, seconds = self.service.annotate(text or "", picture, model=model, kb=kb, session=session)
+            options = {"model": model, "kb": kb, "session": session, "where": where}
+            annotated, seconds = self.service.annotate(text or "", picture, **options)
             linker = self.service.linker(model, kb, session)
             answers = []
             for number, mention in enumerate(annotated.mentions):
@@ -86,18 +88,18 @@ class Handlers:
         mentions, spans = "\n".join(example["mentions"]), json.dumps(example["spans"])
         return [example["text"], mentions, spans, str(EXAMPLES / example["image"])]
 
-    def answer_example(self, number: int, model, kb, top_k, threshold, session):
+    def answer_example(self, number: int, model, kb, top_k, threshold, where, session):
         """Links the mentions of an example; returns the answers as HTML."""
         text, mentions, spans, image = self.example_form(number)
         note = self.examples[number]["note"]
-        return self.answer(text, mentions, spans, image, model, kb, top_k, threshold, session, note)
+        return self.answer(text, mentions, spans, image, model, kb, top_k, threshold, where, session, note)
 
-    def compare_evidence(self, text, mentions, spans, image, model, kb, session):
+    def compare_evidence(self, text, mentions, spans, image, model, kb, where, session):
         """Links the first mention with all scoring units, then with each alone; returns the columns as HTML."""
         try:
             picture = read_image(image)
             asked = (text or "", parse_mentions(text or "", mentions, spans)[:1], picture)
-            options = {"model": model, "kb": kb, "session": session, "top_k": 3}
+            options = {"model": model, "kb": kb, "session": session, "top_k": 3, "where": where}
             (result,), _ = self.service.link(*asked, **options)
             linker = self.service.linker(model, kb, session)
             columns = [("All together", result, _candidate_images(linker, result))]
@@ -115,14 +117,15 @@ class Handlers:
         except Refused as refused:
             return render.message(str(refused))
 
-    def compare_models(self, text, mentions, spans, image, model, other, kb, other_kb, session):
+    def compare_models(self, text, mentions, spans, image, model, other, kb, other_kb, where, session):
         """Links the first mention with two models; returns the columns as HTML."""
         try:
             picture = read_image(image)
             asked = (text or "", parse_mentions(text or "", mentions, spans)[:1], picture)
             columns = []
             for name, base in ((model, kb), (other, other_kb)):
-                (result,), _ = self.service.link(*asked, model=name, kb=base, session=session, top_k=5)
+                options = {"model": name, "kb": base, "session": session, "top_k": 5, "where": where}
+                (result,), _ = self.service.link(*asked, **options)
                 images = _candidate_images(self.service.linker(name, base, session), result)
                 columns.append((f"{name} · {base}", result, images))
             return render.comparison(columns)

@@ -45,6 +45,7 @@ _log = logging.getLogger(__name__)
 
 #: Limits of one request. A CPU Space has two cores and many visitors.
 MAX_TEXT = 2_000
+MAX_FILTER = 500
 MAX_MENTIONS = 8
 MAX_TOP_K = 20
 MAX_IMAGE_BYTES = 8 << 20
@@ -201,6 +202,7 @@ class Service:
         top_k: int = 5,
         nil_threshold: float | None = None,
         units: Sequence[str] | None = None,
+        where: str | None = None,
     ) -> tuple[list[Any], float]:
         """Links the mentions of one text together.
 
@@ -213,18 +215,19 @@ class Service:
             top_k (`int`): Number of candidates.
             nil_threshold (`float`, *optional*): Replaces the model's own threshold.
             units (sequence of `str`, *optional*): The scoring units to use; all by default.
+            where (`str`, *optional*): A filter, which the entities have to pass.
 
         Returns:
             `tuple[list[LinkResult], float]`: One result per mention, and the seconds it took.
 
         Raises:
-            Refused: An input is missing, too long or invalid, or a mention is not in the text.
+            Refused: An input is missing, too long or invalid, a mention is not in the text, or no entity passes the filter.
         """
         check_text(text, mentions)
         _check_top_k(top_k)
         if nil_threshold is not None and not _is_number(nil_threshold):
             raise Refused("The NIL threshold must be a number.")
-        linker = self.linker(model, kb, session)
+        linker = _filtered(self.linker(model, kb, session), where)
         if nil_threshold is not None:
             linker = copy.copy(linker)
             linker.nil_threshold = nil_threshold
@@ -246,23 +249,24 @@ class Service:
         kb: str,
         session: Session | None = None,
         top_k: int = 3,
+        where: str | None = None,
     ) -> tuple[Any, float]:
         """Finds the names of the knowledge base in a text, and links them together.
 
         Args:
             text (`str`): The text.
             image (`Image.Image`, *optional*): Its photo.
-            model, kb, session, top_k: As in [`link`].
+            model, kb, session, top_k, where: As in [`link`].
 
         Returns:
             `tuple[AnnotatedText, float]`: The mentions, and the seconds it took.
 
         Raises:
-            Refused: The text is empty or too long.
+            Refused: The text is empty or too long, or the filter cannot be read, or no entity passes it.
         """
         check_length(text)
         _check_top_k(top_k)
-        linker = self.linker(model, kb, session)
+        linker = _filtered(self.linker(model, kb, session), where)
         start = time.perf_counter()
         with _refused_errors():
             annotated = linker.annotate(text, image=image, top_k=int(top_k))
@@ -442,6 +446,21 @@ def check_text(text: str, mentions: Sequence[str | tuple[int, int]]) -> None:
             raise Refused("Every mention must be a string.")
         if isinstance(mention, str) and mention not in text:
             raise Refused(f"“{_truncate(mention, 80)}” is not in the caption. Copy it exactly from the caption.")
+
+
+def _filtered(linker: EntityLinker, where: str | None) -> EntityLinker:
+    """Returns the linker, or a copy of it that links only to entities that pass a filter.
+
+    Raises:
+        Refused: The filter is no text, or too long.
+    """
+    if where is None or (isinstance(where, str) and not where.strip()):
+        return linker
+    if not isinstance(where, str) or len(where) > MAX_FILTER:
+        raise Refused(f"The filter must be a text of at most {MAX_FILTER} characters.")
+    linker = copy.copy(linker)
+    linker.where = where
+    return linker
 
 
 def read_image(source: str | os.PathLike[str] | None) -> Image.Image | None:

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 import render
 from handlers import EXAMPLE_POST, EXAMPLES, Handlers
-from service import MAX_BATCH_ROWS, MAX_KB_ROWS, MAX_TEXT, MAX_TOP_K, TABLE_SUFFIXES
+from service import MAX_BATCH_ROWS, MAX_FILTER, MAX_KB_ROWS, MAX_TEXT, MAX_TOP_K, TABLE_SUFFIXES
 
 #: Requests that run at the same time.
 WORKERS = 2
@@ -33,7 +33,7 @@ def link_tab(handlers: Handlers, session: gr.State) -> tuple[gr.Dropdown, gr.Dro
     first_answer = _NO_ANSWER
     if handlers.examples:
         form_values = handlers.example_form(0)
-        first_answer = handlers.answer_example(0, models[0], kbs[0], 5, None, None)
+        first_answer = handlers.answer_example(0, models[0], kbs[0], 5, None, None, None)
     with gr.Tab("Link a mention"):
         example_buttons = []
         if handlers.examples:
@@ -86,6 +86,7 @@ def link_tab(handlers: Handlers, session: gr.State) -> tuple[gr.Dropdown, gr.Dro
                         label="NIL threshold",
                         info="Below this score, a mention is not linked to any entry. Empty: the model's own threshold.",
                     )
+                    where = _filter_field("where")
             with gr.Column(scale=3, min_width=300):
                 with gr.Tab("Answer"):
                     answer = gr.HTML(first_answer, elem_id="answer")
@@ -103,7 +104,7 @@ def link_tab(handlers: Handlers, session: gr.State) -> tuple[gr.Dropdown, gr.Dro
                     models_button = gr.Button("Compare the models")
                     models_answer = gr.HTML(elem_id="models")
 
-    form, options = [text, mentions, spans, image], [model, kb, top_k, threshold, session]
+    form, options = [text, mentions, spans, image], [model, kb, top_k, threshold, where, session]
     for event in (link_button.click, mentions.submit):
         event(handlers.answer, [*form, *options], answer, **_MODEL_EVENT)
     for number, button in enumerate(example_buttons):
@@ -112,11 +113,28 @@ def link_tab(handlers: Handlers, session: gr.State) -> tuple[gr.Dropdown, gr.Dro
         button.click(partial(handlers.answer_example, number), options, answer, **_MODEL_EVENT)
     for model_menu, kb_menu in ((model, kb), (other_model, other_kb)):
         model_menu.change(handlers.update_kbs, [model_menu, kb_menu, session], kb_menu, **_MODEL_EVENT)
-    evidence_button.click(handlers.compare_evidence, [*form, model, kb, session], evidence_answer, **_MODEL_EVENT)
+    evidence_button.click(
+        handlers.compare_evidence, [*form, model, kb, where, session], evidence_answer, **_MODEL_EVENT
+    )
     models_button.click(
-        handlers.compare_models, [*form, model, other_model, kb, other_kb, session], models_answer, **_MODEL_EVENT
+        handlers.compare_models,
+        [*form, model, other_model, kb, other_kb, where, session],
+        models_answer,
+        **_MODEL_EVENT,
     )
     return model, kb
+
+
+def _filter_field(element: str) -> gr.Textbox:
+    """Adds the field of a filter of entities."""
+    return gr.Textbox(
+        label="Only entities with (optional)",
+        lines=1,
+        max_length=MAX_FILTER,
+        elem_id=element,
+        placeholder="type = 'human' and born < 1900",
+        info="A condition on the columns of the knowledge base; texts and dates in single quotes.",
+    )
 
 
 def whole_text_tab(handlers: Handlers, model: gr.Dropdown, kb: gr.Dropdown, session: gr.State) -> None:
@@ -146,13 +164,14 @@ def whole_text_tab(handlers: Handlers, model: gr.Dropdown, kb: gr.Dropdown, sess
                     elem_id="post-photo",
                 )
                 image.preprocess = lambda payload: payload and (payload.path or "")  # type: ignore[method-assign,assignment,return-value]
+                where = _filter_field("post-where")
                 button = gr.Button("Find and link", variant="primary", elem_id="post-go")
             with gr.Column(scale=3, min_width=300):
                 answer = gr.HTML(
                     render.message("The text will appear here, with its mentions marked.", "info"),
                     elem_id="post-answer",
                 )
-    button.click(handlers.annotate_text, [text, image, model, kb, session], answer, **_MODEL_EVENT)
+    button.click(handlers.annotate_text, [text, image, where, model, kb, session], answer, **_MODEL_EVENT)
 
 
 def own_entities_tab(handlers: Handlers, model: gr.Dropdown, kb: gr.Dropdown, session: gr.State) -> None:

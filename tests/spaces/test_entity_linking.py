@@ -117,7 +117,7 @@ def test_comparing_the_units_without_a_photo_says_what_a_missing_photo_does(
     space, service, session, tmp_path, monkeypatch
 ):
     compare = space.handlers.Handlers(service, []).compare_evidence
-    ask = (TEXT, "Georgia", "", None, "small", "flags", session)
+    ask = (TEXT, "Georgia", "", None, "small", "flags", None, session)
     answer = compare(*ask)
     assert "one kind of evidence here" in answer
     assert "no image, so only the text decides" in answer
@@ -564,6 +564,16 @@ def test_the_api_annotates_a_text(client, service):
         client.predict("x" * 2_001, api_name="/annotate")
     with pytest.raises(AppError, match="Paste a caption or a text first"):
         client.predict(" ", api_name="/annotate")
+
+
+def test_the_api_takes_a_constraint(client):
+    answer = client.predict("Georgia won.", "Georgia", where="name in ('Ghana', 'Togo')", api_name="/link")
+    assert {candidate["name"] for candidate in answer["candidates"]} == {"Ghana", "Togo"}
+    answer = client.predict("Georgia met Ghana.", where="name = 'Togo'", api_name="/annotate")
+    assert [[c["name"] for c in mention["candidates"]] for mention in answer["mentions"]] == [["Togo"]] * 2
+    for where, words in (("born < 1900", "no column 'born'"), ("x" * 501, "at most 500 characters")):
+        with pytest.raises(AppError, match=words):
+            client.predict("Georgia won.", where=where, api_name="/annotate")
 
 
 def test_the_api_links_a_batch_and_only_three_endpoints_are_public(client, tmp_path):

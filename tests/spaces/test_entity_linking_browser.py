@@ -263,6 +263,31 @@ def test_a_whole_text_is_annotated_and_a_click_shows_the_evidence(page):
         expect(page.locator("#post-answer [role=alert]")).to_contain_text(words)
 
 
+def test_a_constraint_limits_the_entities_of_both_tabs(page):
+    def constrain(element, condition, button):
+        page.locator(element).locator("textarea, input").first.fill(condition)
+        press(page, button)
+
+    page.get_by_role("button", name="Model, knowledge base, options").click()
+    ask(page, "Georgia won.", "Georgia")
+    constrain("#where", "name in ('Ghana', 'Togo')", "Link")
+    expect(page.locator("#answer .mel-card")).to_have_count(2)
+    screenshot(page, "constraint")
+    constrain("#where", "born < 1900", "Link")
+    expect(page.locator("#answer [role=alert]")).to_contain_text("no column 'born'")
+    page.get_by_role("tab", name="A whole text").click()
+    constrain("#post-where", "name = 'Ghana'", "Find and link")
+    decision = page.locator("#post-answer .mel-found:visible .mel-decision")
+    expect(decision).to_contain_text("Georgia")
+    expect(decision).to_contain_text("Ghana")
+    screenshot(page, "whole_text_constraint")
+    constrain("#post-where", "name = '<img src=x onerror=alert(1)>'", "Find and link")
+    expect(page.locator("#post-answer [role=alert]")).to_contain_text("None of the 129 entities passes")
+    assert page.locator("#post-answer img[src=x]").count() == 0
+    constrain("#post-where", "", "Find and link")
+    expect(page.locator("#post-answer .mel-found .mel-card").nth(3)).to_be_attached()
+
+
 def test_a_whole_text_fits_a_narrow_screen(open_page):
     page = open_page(width=390, height=800)
     page.get_by_role("tab", name="A whole text").click()
