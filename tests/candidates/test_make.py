@@ -202,3 +202,15 @@ def test_candidates_of_a_retriever_with_a_name_weight_are_those_that_link_finds(
     assert (
         make_candidates("retriever", mentions, ENTITIES, **options).entity_ids != lists.entity_ids
     )  # not from the cache
+
+
+def test_the_digest_of_lists_is_that_of_mentions_and_candidates():
+    lists = CandidateLists(["a", "b"], [["x", "y"], []], {"name": [[2.0, 1.0], []]}, {"k": 2})
+    same = CandidateLists(["a", "b"], [["x", "y"], []], {}, {"source": "file"})
+    assert lists.sha256 == same.sha256
+    for ids, entities in (
+        (["b", "a"], [["x", "y"], []]),
+        (["a", "b"], [["y", "x"], []]),
+        (["a", "b"], [["x"], ["y"]]),
+    ):
+        assert CandidateLists(ids, entities, {}).sha256 != lists.sha256

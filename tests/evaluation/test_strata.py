@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_mel.errors import DataFormatError
-from hf_mel.evaluation.strata import names_by_id, strata_of
+from hf_mel.evaluation.strata import has_image, names_by_id, strata_of
 from hf_mel.schema import NIL
+from tests.toy import toy_mentions
 
 
 def mentions(**columns):
@@ -95,3 +96,20 @@ def test_names_come_from_the_rows_that_have_them():
 def test_an_unknown_column_is_an_error():
     with pytest.raises(DataFormatError, match=r"no column genre .*context_id, entity_id"):
         strata_of(mentions(), ["genre"])
+
+
+def test_mentions_with_and_without_an_image_are_told_apart_without_decoding():
+    mentions = toy_mentions(12, 6)
+    pictured = [row["image"] is not None for row in mentions]
+    assert len(set(pictured)) == 2
+    assert has_image(mentions) == pictured
+    chosen = mentions.select([5, 2, 9, 2])
+    assert has_image(chosen) == [pictured[row] for row in (5, 2, 9, 2)]
+    damaged = datasets.Dataset.from_dict({"image": [{"bytes": b"no image", "path": None}, None]}).cast_column(
+        "image", datasets.Image()
+    )
+    assert has_image(damaged) == [True, False]
+    labels = strata_of(mentions)["image of mention"]
+    assert labels == ["with" if is_pictured else "without" for is_pictured in pictured]
+    only = mentions.select([row for row, is_pictured in enumerate(pictured) if is_pictured])
+    assert "image of mention" not in strata_of(only)

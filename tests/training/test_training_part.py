@@ -16,7 +16,7 @@ from hf_mel.errors import RecipeError
 from hf_mel.training.linking_run import candidates_from_recipe
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run import run_recipe
-from hf_mel.training.training_part import training_mentions, training_posts
+from hf_mel.training.training_part import part_trained_on, training_mentions, training_posts
 from tests.toy import toy_entities
 from tests.training.test_run import results_of
 from tests.training.toy_run import recipe_dict, write_dataset
@@ -113,3 +113,16 @@ def test_a_run_trains_on_the_part_and_knows_nothing_else_of_the_split(tmp_path):
     recipe.candidates = None
     data = results_of(run_recipe(recipe, tmp_path / "run"))["data"]
     assert (data["train_mentions"], data["train_fraction"]) == (6, 0.25)
+
+
+def test_an_evaluation_knows_the_part_that_a_run_was_trained_on(tmp_path):
+    mentions = mentions_of(list(range(40)))
+    recipe = recipe_dict(tmp_path, seed=5)
+    recipe["data"]["train_fraction"] = 0.25
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.yaml").write_text(Recipe.from_dict(recipe).to_yaml())
+    part = part_trained_on(str(tmp_path / "run"), mentions)
+    assert list(part["mention_id"]) == list(part_of_mentions(mentions, 0.25, "random", 5)["mention_id"])
+    (tmp_path / "run/recipe.yaml").write_text("name: of before\ndata: {dataset: x}\n")
+    for other in (str(tmp_path / "run"), "an/id-of-the-hub"):
+        assert part_trained_on(other, mentions) is mentions
