@@ -108,6 +108,11 @@ class Cell:
         assert self.recipe_name is not None
         return Recipe.load(self.recipe_name, recipe_overrides(self._resolve(self.set) if resolved else self.set))
 
+    @property
+    def reranks(self) -> bool:
+        """Whether candidates are evaluated, and not a ranking of all entities."""
+        return self.system.order is not None or self.recipe(resolved=False).candidates is not None
+
     def evaluate_options(self, resolved: bool = True) -> dict[str, Any]:
         """Returns the options of `hf-mel evaluate`, those of the system before those of the data set and the suite.
 

@@ -66,8 +66,9 @@ class Spent:
     stopped: bool = False
 
 
-#: Runs `hf-mel` with arguments, appends its output to a file, and says what it took.
-RunCommand = Callable[[Sequence[str], Path], Spent]
+#: Runs `hf-mel` with arguments, appends its output to a file, and says what it took. The last argument says whether it must be
+#: one process.
+RunCommand = Callable[[Sequence[str], Path, bool], Spent]
 
 
 def run_command(launcher: Sequence[str] = ()) -> RunCommand:
@@ -75,11 +76,12 @@ def run_command(launcher: Sequence[str] = ()) -> RunCommand:
 
     Args:
         launcher (sequence of `str`): Words before `-m hf_mel`, such as `accelerate launch --num_processes 2`. Default:
-            Python; with several GPUs, `accelerate launch` with a process for each.
+            Python; with several GPUs, `accelerate launch` with a process for each. A command that must be one process is
+            started by Python.
     """
     words = list(launcher) or _default_launcher()
 
-    def run(arguments: Sequence[str], log: Path) -> Spent:
+    def run(arguments: Sequence[str], log: Path, alone: bool = False) -> Spent:
         start = time.perf_counter()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
@@ -87,7 +89,7 @@ def run_command(launcher: Sequence[str] = ()) -> RunCommand:
             output.flush()
             position = output.tell()
             process = subprocess.Popen(
-                [*words, "-m", "hf_mel", *arguments],
+                [*([sys.executable] if alone else words), "-m", "hf_mel", *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -285,7 +287,8 @@ def _run_cell(
                 continue
             log("training …" if stage == "train" else "evaluating …")
             was_started = (cell.folder / RUN / "recipe.yaml").exists()
-            spent = run(arguments, cell.folder / LOG)
+            # Several processes share the entities of a retriever. A reranker's candidates are ranked by one.
+            spent = run(arguments, cell.folder / LOG, stage == "evaluate" and isinstance(cell, Cell) and cell.reranks)
             if spent.stopped:
                 raise LockedError(spent.error or "It was stopped.", file=cell.folder)
             record["spent"][stage] = asdict(spent) | ({"resumed": True} if stage == "train" and was_started else {})

@@ -225,6 +225,8 @@ def test_commands_run_in_a_process_of_their_own(tmp_path):
     assert (good.stopped, bad.stopped) == (False, False)
     script.write_text("import sys\nsys.exit(143)\n")
     assert run(["train"], tmp_path / "log.txt").stopped
+    assert run(["--help"], tmp_path / "other.txt", True).error is None  # one process, without the launcher
+    assert "Usage" in (tmp_path / "other.txt").read_text()
     log = (tmp_path / "log.txt").read_text()
     assert re.findall(r"^\$ (.*)$", log, re.MULTILINE) == ["hf-mel train", "hf-mel train x", "hf-mel train"]
 

@@ -86,6 +86,7 @@ def test_the_cells_of_a_suite(tmp_path):
     assert part.recipe().training["max_steps"] == 100
     assert part.recipe().training["learning_rate"] == 1e-5
     assert whole.recipe().data.train_fraction == 1
+    assert (mimic.reranks, whole.reranks, order.reranks) == (False, True, True)
     assert part.references == ["retriever"]
     assert mimic.references == []
     prepared = prepared_cells(suite, Path("runs"))

@@ -57,7 +57,7 @@ class InProcess:
         self.commands: list[list[str]] = []
         self.stop_before = stop_before
 
-    def __call__(self, arguments: Sequence[str], log: Path) -> Spent:
+    def __call__(self, arguments: Sequence[str], log: Path, alone: bool = False) -> Spent:
         if self.stop_before == len(self.commands):
             raise KeyboardInterrupt
         self.commands.append(list(arguments))
