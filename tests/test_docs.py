@@ -91,7 +91,7 @@ def test_recipes_named_in_pages_exist():
         for path, text in TEXTS.items()
         if path != "docs/changelog.md"
         for name in re.findall(
-            r"`((?:mimic|imn|mm_nel|mm-nel|mmel|pfmel)[a-z-]*_(?:flags|wikimel|tweets|aida))`", text
+            r"`((?:adapt|mimic|imn|mm_nel|mm-nel|mmel|pfmel)[a-z-]*_(?:flags|wikimel|tweets|aida))`", text
         )
     }
     assert len(named) > 5

@@ -77,7 +77,7 @@ def table_documents(source: Path, selection: Selection, sha256: dict[str, str]) 
 
 
 def _table_folders(source: Path) -> dict[str, Path]:
-    folders = {}
+    folders: dict[str, Path] = {}
     for table in TABLES:
         for folder in (source / table, source / f"wikidata-{table}"):
             if folder.is_dir() and next(folder.rglob("*.parquet"), None) is not None:
@@ -212,5 +212,8 @@ def _number(value: Any) -> Any:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from hf_mel.cli import bench, data, kb, publish
+from hf_mel.cli.adapt import adapt
 from hf_mel.cli.annotate import annotate
 from hf_mel.cli.candidates import candidates
 from hf_mel.cli.convert import convert
@@ -26,7 +27,7 @@ from hf_mel.terminal import print_in_any_encoding, safe_text
 app = typer.Typer(
     name="hf-mel",
     help="Multimodal entity linking, from raw data sets to linked mentions.\n\n"
-    "The usual order: [b]data build[/b] → [b]train[/b] → [b]evaluate[/b] → [b]kb build[/b] → [b]link[/b] or [b]annotate[/b] → [b]publish[/b]. "
+    "The usual order: [b]data build[/b] → [b]train[/b] (or without labels [b]adapt[/b]) → [b]evaluate[/b] → [b]kb build[/b] → [b]link[/b] or [b]annotate[/b] → [b]publish[/b]. "
     "[b]demo[/b] does all of it once, on a small data set that it generates.",
     rich_markup_mode="rich",
     no_args_is_help=True,
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.command()(candidates)
 app.command()(train)
+app.command()(adapt)
 app.command()(evaluate)
 app.add_typer(kb.app, name="kb")
 app.command()(link)

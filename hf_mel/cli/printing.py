@@ -223,3 +223,45 @@ def _candidate_table(title: Any, header: list[str], rows: list[list[Any]]) -> Ta
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def print_adaptation(folder: Path, source: str) -> None:
+    """Prints what an adaptation made and left out, whether it helped, where the model is, and the next commands.
+
+    Args:
+        folder (`Path`): The run folder.
+        source (`str`): What the model was adapted to: a file of entities, a data set or a knowledge base.
+    """
+    from hf_mel.training.recipe import Recipe
+
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
+    data, metrics = results["data"], results["validation"]["metrics"]
+    posts = f", {data['train_posts']:,} of them posts" if data["train_posts"] else ""
+    print_plain(
+        f"Made {data['train_mentions']:,} mentions of {data['trained_entities']:,} of {data['entities']:,} entities for "
+        f"training{posts}, and {data['validation_mentions']:,} others for validation."
+    )
+    if left_out := data["left_out_entities"]:
+        print_plain(
+            f"Left out {left_out:,} {'entity' if left_out == 1 else 'entities'}, so that mentions of them are NIL "
+            f"({metrics['num_nil']:,} of the validation). The model links to them too, but has not learned from them."
+        )
+    before = next((entry["eval_hits@1"] for entry in log if entry["step"] == 0 and "eval_hits@1" in entry), None)
+    after, ranked = metrics["hits@1"], results["validation"]["kb_size"]
+    start = "" if before is None else f"{100 * before:.1f} before, "
+    print_plain(f"H@1 of the mentions made for validation, among {ranked:,} entities: {start}{100 * after:.1f} now.")
+    if before is not None and after <= before:
+        print_plain("That is no gain: the model before is probably the better one for these entities.")
+    print_plain(
+        f"Adapted in {results['run']['seconds'] / 60:.1f} minutes. Model, processor, card, recipe and results: {folder}"
+    )
+    # A file whose columns have other names needs the same options again.
+    columns = Recipe.load(folder / "recipe.yaml").data.columns
+    is_kb, is_file = (Path(source) / "kb.json").is_file(), Path(source).is_file()
+    entities = "--entities FILE" if is_kb else f"--{'entities' if is_file else 'dataset'} {source}"
+    entities += " (and the same --column …)" if columns else ""
+    kb = f"kb/{Path(source).name.partition('.')[0]}{'-adapted' if is_kb else ''}"
+    print_plain(
+        f'Next: hf-mel kb build {folder} {entities} --output {kb}\n      hf-mel link {folder} --kb {kb} --text "…" --mention "…"'
+    )

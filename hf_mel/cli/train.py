@@ -42,7 +42,7 @@ def train(
     from accelerate import PartialState
     from rich.console import Console
 
-    from hf_mel.cli.printing import show_logs
+    from hf_mel.cli.printing import print_adaptation, show_logs
     from hf_mel.evaluation.tables import orders_table, results_table
     from hf_mel.training import run_folder
     from hf_mel.training.recipe import Recipe
@@ -52,6 +52,9 @@ def train(
         loaded = Recipe.load(recipe, overrides or ())
         folder = run_recipe(loaded, output=output, resume=resume)
     if not PartialState().is_main_process:
+        return
+    if loaded.task == "adaptation":
+        print_adaptation(folder, loaded.data.dataset)
         return
     results = json.loads((folder / run_folder.RESULTS).read_text(encoding="utf-8"))
     minutes = f"{results['run']['seconds'] / 60:.1f} minutes"

@@ -85,6 +85,7 @@ from hf_mel.kb.shards import (
 )
 from hf_mel.protocols import MelProcessor, knows_posts
 from hf_mel.row_columns import ColumnMapping
+from hf_mel.schema import entity_features
 
 logger = logging.getLogger(__name__)
 
@@ -677,6 +678,12 @@ class KnowledgeBase:
             indices (integers [R]): Rows, in any order.
         """
         return self._read_table(np.asarray(indices, dtype=np.int64), TEXT_COLUMNS).to_pylist()
+
+    def as_dataset(self) -> datasets.Dataset:
+        """Returns all entities as rows in the columns of [`~hf_mel.schema.entity_features`], each with its first image."""
+        features = entity_features()
+        table = self._read_table(np.arange(len(self)), list(features))
+        return datasets.Dataset.from_dict(table.to_pydict(), features=features)
 
     def names(self) -> Iterator[list[str]]:
         """Iterates over the names of every row: the name of the entity, and its aliases."""

@@ -67,8 +67,9 @@ class MelTrainingArguments(TrainingArguments):
         simulated_nil (`float`, *optional*, defaults to 0.0):
             For a retriever that learns NIL: share of the golds of a batch that are left out of it, so that their mentions are
             NIL there. It is for data whose training split has few or no NIL mentions.
-        augment_images (`bool`, *optional*, defaults to `False`):
-            For a retriever: mirror, turn, zoom, move and light the images of mentions at random.
+        augment_images (`bool` or `str`, *optional*, defaults to `False`):
+            For a retriever: mirror, turn, zoom, move and light the images of mentions at random. `"strong"` also cuts, blurs
+            and coarsens them, for mentions that show their entity's own image.
         eval_mentions (`int`, *optional*):
             For a reranker: evaluate on a fixed random sample of about this many mentions (whole contexts or documents)
             instead of all. Reranking all of them after every epoch can take longer than the epoch.
@@ -122,8 +123,8 @@ class MelTrainingArguments(TrainingArguments):
         default=0.0,
         metadata={"help": "Share of the golds of a retriever's batch that are left out, so that NIL is learned."},
     )
-    augment_images: bool = field(
-        default=False, metadata={"help": "Change the images of a retriever's mentions at random."}
+    augment_images: bool | str = field(
+        default=False, metadata={"help": "Change the images of a retriever's mentions at random; 'strong': more."}
     )
     eval_mentions: int | None = field(
         default=None, metadata={"help": "Evaluate a reranker on a random sample of about this many mentions."}
@@ -162,6 +163,8 @@ class MelTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"hard_negatives={self.hard_negatives} are some of the num_negatives={self.num_negatives}, so not more."
             )
+        if not isinstance(self.augment_images, bool) and self.augment_images != "strong":
+            raise ValueError(f"augment_images={self.augment_images!r} is not True, False or 'strong'.")
         if not 0 <= self.easy_share <= 1:
             raise ValueError(f"easy_share={self.easy_share} must be between 0 and 1.")
         if self.max_minutes is not None and self.max_minutes <= 0:

@@ -18,7 +18,7 @@ from hf_mel.inference.entity_sources import part_of
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import images_per_entity, learns_nil
 from hf_mel.schema import NIL, Row
-from hf_mel.training.augmentation import augmented_image, skip_image
+from hf_mel.training.augmentation import augmented_image, photographed_image, skip_image
 from hf_mel.training.sampling import surface_key
 from hf_mel.training.shared_batches import SHARED_SIZES, part_rows
 
@@ -50,8 +50,9 @@ class RetrieverCollator:
             every batch with the mention. A missing mention has none.
         random_negatives (`int`, *optional*, defaults to 0): Number of further entities of every batch, drawn from the
             whole knowledge base. The draw depends on the seed and the mentions of the batch, as that of the images does.
-        augment_images (`bool`, *optional*, defaults to `False`): Whether the images of mentions are changed at random
-            ([`~hf_mel.training.augmentation.augmented_image`]).
+        augment_images (`bool` or `str`, *optional*, defaults to `False`): Whether the images of mentions are changed at
+            random ([`~hf_mel.training.augmentation.augmented_image`]); `"strong"` for images that are entities' own
+            ([`~hf_mel.training.augmentation.photographed_image`]).
         simulated_nil (`float`, *optional*, defaults to 0.0): Share of the golds of a batch that are left out of it, so that
             their mentions are NIL there. For a model that learns NIL, on data with few or no NIL mentions.
         log_prior (`Mapping[str, float]`, *optional*): Logarithm of how often each entity is a gold, by entity id. The batch
@@ -70,7 +71,7 @@ class RetrieverCollator:
         seed: int = 0,
         negatives: Mapping[str, Sequence[str]] | None = None,
         random_negatives: int = 0,
-        augment_images: bool = False,
+        augment_images: bool | str = False,
         simulated_nil: float = 0.0,
         log_prior: Mapping[str, float] | None = None,
     ):
@@ -135,13 +136,14 @@ class RetrieverCollator:
 
     def _with_changed_images(self, rows: Sequence[Row], mentions: Sequence[Row], mention_ids: str) -> list[Row]:
         """Changes the images of this process's rows as if it changed those of all mentions of the batch."""
-        draw = random.Random(f"{self.seed} images {mention_ids}")
+        draw, strong = random.Random(f"{self.seed} images {mention_ids}"), self.augment_images == "strong"
+        change = photographed_image if strong else augmented_image
         for mention in mentions[: part_of(len(mentions), *self.part).start]:
             read = mention.undecoded if isinstance(mention, LazyRow) else mention.__getitem__
             if read("image") is not None:
-                skip_image(draw)
+                skip_image(draw, strong)
         return [
-            row if row["image"] is None else ChainMap({"image": augmented_image(row["image"], draw)}, row)  # type: ignore[arg-type]
+            row if row["image"] is None else ChainMap({"image": change(row["image"], draw)}, row)  # type: ignore[arg-type]
             for row in rows
         ]
 

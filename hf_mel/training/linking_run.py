@@ -86,7 +86,21 @@ def run_linking(folder: RunFolder) -> FinishedTraining | None:
     folder.train(trainer)
     if not trainer.is_world_process_zero():
         return None
-    return _evaluate(recipe, trainer, train, validation, entities)
+    extra_datasets = [dataset_version(dataset) for dataset in data.extra_datasets]
+    return evaluate_training(
+        recipe,
+        trainer,
+        validation,
+        {
+            **dataset_version(data.dataset, revision=data.revision),
+            "train_split": "posts" if recipe.task == "knowledge" else data.train_split,
+            "train_mentions": len(train),
+            **({} if data.train_fraction == 1 else {"train_fraction": data.train_fraction}),
+            "train_nil": list(train["entity_id"]).count(NIL),
+            **({"extra_datasets": extra_datasets} if extra_datasets else {}),
+            "validation_split": data.validation_split,
+        },
+    )
 
 
 def with_extra_datasets(
@@ -144,16 +158,21 @@ def with_extra_mentions(recipe: Recipe, train: datasets.Dataset, entities: datas
     return datasets.concatenate_datasets([part.select_columns(list(features)).cast(features) for part in parts])
 
 
-def _evaluate(
-    recipe: Recipe,
-    trainer: MelTrainer,
-    train: datasets.Dataset,
-    validation: datasets.Dataset,
-    entities: datasets.Dataset,
+def evaluate_training(
+    recipe: Recipe, trainer: MelTrainer, validation: datasets.Dataset, data: dict[str, Any], is_real: bool = True
 ) -> FinishedTraining:
-    """Evaluates the trained model in full precision and calibrates the NIL threshold of a retriever."""
+    """Evaluates a trained model in full precision, and calibrates the NIL threshold of a retriever.
+
+    Args:
+        recipe ([`~hf_mel.training.recipe.Recipe`]): The recipe.
+        trainer ([`~hf_mel.training.trainer.MelTrainer`]): The trainer, after training.
+        validation (`datasets.Dataset`): The mentions of validation.
+        data (`dict`): What the results say about the data: the version, the splits, and the training mentions.
+        is_real (`bool`): Whether the mentions of validation are real ones. What made ones calibrate is not stored.
+    """
     model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processor
-    version = dataset_version(recipe.data.dataset, revision=recipe.data.revision)
+    entities = trainer.eval_entities
+    version = {key: data[key] for key in ("dataset", "revision", "sha256")}
     options: dict[str, Any] = {"batch_size": trainer.args.per_device_eval_batch_size, "data_version": version}
     evaluation: Any
     nil = None
@@ -166,29 +185,26 @@ def _evaluate(
         inputs = trainer.inputs.without_mention_features()
         evaluation = FullEvaluator(entities, **options)(inputs, validation)
         nil = evaluation.calibrate_nil_threshold() if len(validation) and len(entities) > 1 else None
-    extra_datasets = [dataset_version(dataset) for dataset in recipe.data.extra_datasets]
     curve = None
-    if not trainer.reranks and len(validation) and hasattr(model.config, "link_calibration"):
+    if not is_real:
+        for name in ("nil_threshold", "link_calibration"):
+            if hasattr(model.config, name):
+                setattr(model.config, name, None)
+    elif not trainer.reranks and len(validation) and hasattr(model.config, "link_calibration"):
         curve = evaluation.risk_coverage(None if nil is None or nil.simulated else nil.threshold)
         model.config.link_calibration = dataclasses.asdict(curve)
     # A threshold calibrated on simulated NIL mentions is not stored: it would enable NIL on data that has none.
-    if nil is not None and not nil.simulated and hasattr(model.config, "nil_threshold"):
+    if is_real and nil is not None and not nil.simulated and hasattr(model.config, "nil_threshold"):
         model.config.nil_threshold = nil.threshold
     return FinishedTraining(
         trainer,
         model,
         processor,
         data={
-            **version,
-            "train_split": "posts" if recipe.task == "knowledge" else recipe.data.train_split,
-            "train_mentions": len(train),
-            **({} if recipe.data.train_fraction == 1 else {"train_fraction": recipe.data.train_fraction}),
-            "train_nil": list(train["entity_id"]).count(NIL),
+            **data,
             **({"nil_is_learned": True} if learns_nil(model) else {}),
-            **({"extra_datasets": extra_datasets} if extra_datasets else {}),
-            "validation_split": recipe.data.validation_split,
             "validation_mentions": len(validation),
-            "entities": len(entities),
+            "entities": len(trainer.entities),
             **({"validation_mentions_of": trainer.eval_total} if trainer.reranks else {}),
         },
         results={

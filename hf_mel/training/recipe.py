@@ -19,7 +19,7 @@ from hf_mel.errors import MissingExtraError, RecipeError, UnknownModelError
 from hf_mel.files import package_folder
 
 #: The tasks that a recipe can train a model for.
-TASKS = ("linking", "pretraining", "knowledge", "candidates")
+TASKS = ("linking", "pretraining", "knowledge", "candidates", "adaptation")
 
 
 class RecipeYamlLoader(yaml.SafeLoader):
@@ -101,7 +101,8 @@ class DataRecipe:
     """Section `data:` of a recipe.
 
     Args:
-        dataset (`str`): Folder or Hub id of a data set in the schema of [`hf_mel.schema`].
+        dataset (`str`): Folder or Hub id of a data set in the schema of [`hf_mel.schema`]. For the task "adaptation", also a
+            file of entities, or a knowledge base: a folder, or one on the Hub.
         revision (`str`, *optional*): Branch, tag or commit of a data set on the Hub.
         config (`str`): Configuration with the mentions, for a data set that has several.
         train_split, validation_split (`str`): Splits to train on, and to select the best checkpoint with.
@@ -120,6 +121,7 @@ class DataRecipe:
         train_order (`str`, *optional*, defaults to `"random"`): Which part it is: "random" draws whole documents or
             contexts by `training.seed`, "first" takes the first mentions of the release
             ([`~hf_mel.data.examples.part_of_mentions`]).
+        columns (`dict`): For a file of entities, the arguments of its [`~hf_mel.row_columns.ColumnMapping`].
     """
 
     dataset: str = ""
@@ -133,6 +135,7 @@ class DataRecipe:
     extra_datasets: list[str] = field(default_factory=list)
     train_fraction: float = 1.0
     train_order: str = "random"
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -174,14 +177,38 @@ class FoldsRecipe:
 
 
 @dataclass
+class AdaptationRecipe:
+    """Section `adaptation:` of a recipe with that task: what is made of the entities.
+
+    Args:
+        per_entity (`int`, *optional*, defaults to 4): Mentions made of each entity for training.
+        posts (`int`, *optional*, defaults to 1): How many times each post about an entity is a training mention.
+        limit (`int`, *optional*, defaults to 4000): Maximum number of training mentions. Beyond it, every entity has fewer,
+            and then some entities have none: whole groups of entities whose names end in the same word, drawn at random.
+        validation (`int`, *optional*, defaults to 500): Number of other mentions, by which the checkpoint is selected.
+        ranked (`int`, *optional*, defaults to 2000): Maximum number of entities that are ranked for these.
+        nil (`float`, *optional*, defaults to 0.05): Share of the entities that are left out of training. Mentions of them
+            are NIL, in validation, and in training for a model that learns NIL.
+    """
+
+    per_entity: int = 4
+    posts: int = 1
+    limit: int = 4000
+    validation: int = 500
+    ranked: int = 2000
+    nil: float = 0.05
+
+
+@dataclass
 class Recipe:
     """One training run: model, processor, data and training arguments.
 
     Args:
         name (`str`): The run folder is `runs/<name>`.
         task (`str`): "linking"; "pretraining" on posts, a stage before linking; "knowledge", an optional stage between
-            the two that trains on the posts that serve as entity prototypes; or "candidates", which writes the lists of
-            the training split that a reranker learns from, each by a retriever that was not trained on its mention.
+            the two that trains on the posts that serve as entity prototypes; "candidates", which writes the lists of
+            the training split that a reranker learns from, each by a retriever that was not trained on its mention; or
+            "adaptation", which trains a retriever on mentions made from the knowledge base alone.
         description (`str`): One line about the model.
         license (`str`): Licence identifier of the trained model, as the Hub spells it.
         citation (`str`): BibTeX for the model card.
@@ -190,6 +217,7 @@ class Recipe:
         data ([`DataRecipe`]): The data set and its splits.
         candidates ([`CandidatesRecipe`], *optional*): For a reranker, the candidates of the mentions.
         folds ([`FoldsRecipe`], *optional*): For the task "candidates", the number of retrievers and of candidates.
+        adaptation ([`AdaptationRecipe`], *optional*): For the task "adaptation", what is made of the entities.
         training (`dict`): Fields of [`~hf_mel.training.arguments.MelTrainingArguments`].
         source (`str`, *optional*): File that the recipe was read from. Errors name it; it is not saved.
     """
@@ -204,6 +232,7 @@ class Recipe:
     processor: ProcessorRecipe = field(default_factory=ProcessorRecipe)
     candidates: CandidatesRecipe | None = None
     folds: FoldsRecipe | None = None
+    adaptation: AdaptationRecipe | None = None
     training: dict[str, Any] = field(default_factory=dict)
     source: str | None = None
 
@@ -265,6 +294,8 @@ class Recipe:
             sections["candidates"] = _build_section(CandidatesRecipe, content["candidates"], "candidates", file)
         if content.get("folds") is not None:
             sections["folds"] = _build_section(FoldsRecipe, content["folds"], "folds", file)
+        if content.get("adaptation") is not None:
+            sections["adaptation"] = _build_section(AdaptationRecipe, content["adaptation"], "adaptation", file)
         training = content.get("training") or {}
         _check_type(training, dict, "training", file)
         recipe = cls(**plain, **sections, training=_read_words(training, False), source=file)
@@ -309,6 +340,10 @@ class Recipe:
             )
         if self.folds is not None and (self.folds.count < 2 or self.folds.k < 1):
             raise self.error("folds.count must be at least 2, and folds.k at least 1.")
+        if self.adaptation is not None:
+            self._check_adaptation(self.adaptation)
+        if self.data.columns and self.task != "adaptation":
+            raise self.error(f"data.columns does not apply to the task {self.task!r}.", "Remove data.columns.")
         if self.task == "candidates" and self.candidates is not None:
             raise self.error(
                 "The task 'candidates' makes candidates and reads none.", "Remove the section 'candidates'."
@@ -382,6 +417,18 @@ class Recipe:
                     f"The value {size!r} of processor.tokenizer.vocab_size is not a whole number of at least 100."
                 )
             self.processor.tokenizer = {"vocab_size": size}
+
+    def _check_adaptation(self, adaptation: AdaptationRecipe) -> None:
+        if self.task != "adaptation":
+            raise self.error(
+                f"The section 'adaptation' does not apply to the task {self.task!r}.",
+                "Remove the section, or set task: adaptation.",
+            )
+        for name, least in (("per_entity", 1), ("posts", 0), ("limit", 1), ("validation", 1), ("ranked", 2)):
+            if getattr(adaptation, name) < least:
+                raise self.error(f"adaptation.{name} is {getattr(adaptation, name)}, and must be at least {least}.")
+        if not 0 <= adaptation.nil <= 0.5:
+            raise self.error(f"adaptation.nil is {adaptation.nil}, and must be between 0 and 0.5.")
 
     def resolve_weights(self, reference: str) -> str:
         """Returns the Hub id or folder of pretrained weights.
@@ -484,6 +531,7 @@ def _is_text(key: str) -> bool:
         "data": DataRecipe,
         "candidates": CandidatesRecipe,
         "folds": FoldsRecipe,
+        "adaptation": AdaptationRecipe,
     }
     section, _, name = key.rpartition(".")
     return section in sections and _field_types(sections[section]).get(name, "").startswith("str")

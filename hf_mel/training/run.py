@@ -8,6 +8,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from hf_mel.training.adaptation import run_adaptation
 from hf_mel.training.fold_lists import write_fold_lists
 from hf_mel.training.linking_run import run_linking
 from hf_mel.training.pretraining import run_pretraining
@@ -47,7 +48,8 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
             if recipe.task == "candidates":
                 write_fold_lists(folder)
                 return folder.path
-            finished = run_pretraining(folder) if recipe.task == "pretraining" else run_linking(folder)
+            runs = {"pretraining": run_pretraining, "adaptation": run_adaptation}
+            finished = runs.get(recipe.task, run_linking)(folder)
             if finished is not None:
                 folder.write(finished)
             PartialState().wait_for_everyone()

@@ -245,6 +245,8 @@ def training_arguments(recipe: Recipe, output_dir: str | os.PathLike[str]) -> Me
         default, expected = fields[key].default, None
         if key == "bf16":
             expected = None if value == "auto" or isinstance(value, bool) else "true, false or 'auto'"
+        elif key == "augment_images":
+            expected = None if value == "strong" or isinstance(value, bool) else "true, false or 'strong'"
         elif isinstance(default, bool):
             expected = None if isinstance(value, bool) else "true or false"
         elif isinstance(default, (int, float)):

@@ -73,6 +73,8 @@ class MelTrainer(BaseTrainer):
             their number is logged, unless the model is a retriever that learns NIL ([`~hf_mel.protocols.learns_nil`]).
         eval_dataset (`datasets.Dataset`, *optional*): Mentions to evaluate on.
         entities (`datasets.Dataset`): The knowledge base.
+        eval_entities (`datasets.Dataset`, *optional*): For a retriever, a part of the knowledge base that is ranked in
+            evaluation, instead of the whole.
         processing_class ([`~hf_mel.protocols.MelProcessor`]): The model's processor, saved with every checkpoint. It
             becomes the attribute `processor`.
         train_candidates, eval_candidates ([`~hf_mel.candidates.lists.CandidateLists`], *optional*): For a reranker, the
@@ -105,6 +107,7 @@ class MelTrainer(BaseTrainer):
         eval_dataset: datasets.Dataset | None = None,
         *,
         entities: datasets.Dataset,
+        eval_entities: datasets.Dataset | None = None,
         processing_class: MelProcessor,
         train_candidates: CandidateLists | None = None,
         eval_candidates: CandidateLists | None = None,
@@ -114,10 +117,14 @@ class MelTrainer(BaseTrainer):
     ):
         self.inputs = ModelInputs(model, processing_class) if inputs is None else inputs
         self.entities, self.eval_candidates = entities, eval_candidates
+        self.eval_entities = entities if eval_entities is None else eval_entities
         self.reranks = isinstance(model, Reranker)
-        for mentions, lists in ((train_dataset, train_candidates), (eval_dataset, eval_candidates)):
+        for mentions, ranked, lists in (
+            (train_dataset, entities, train_candidates),
+            (eval_dataset, self.eval_entities, eval_candidates),
+        ):
             if mentions is not None:
-                check_golds(mentions, entities["entity_id"])
+                check_golds(mentions, ranked["entity_id"])
                 if self.reranks:
                     _check_candidates(model, mentions, lists, entities)
         self.eval_total = None if eval_dataset is None else len(eval_dataset)
@@ -364,7 +371,7 @@ class MelTrainer(BaseTrainer):
         }
         with self.accelerator.autocast():
             if not self.reranks:
-                return FullEvaluator(self.entities, **options)(inputs, mentions, processes=processes)
+                return FullEvaluator(self.eval_entities, **options)(inputs, mentions, processes=processes)
             assert self.eval_candidates is not None
             return CandidateEvaluator(self.entities, **options)(inputs, mentions, self.eval_candidates)
 

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_mel.training.augmentation import augmented_image
+from hf_mel.training.augmentation import augmented_image, photographed_image
 
 
 def halves(width: int, height: int) -> Image.Image:
@@ -53,3 +53,31 @@ def test_the_picture_given_is_not_changed(seed):
     before = image.tobytes()
     augmented_image(image, random.Random(seed))
     assert image.tobytes() == before
+
+
+@example(width=1, height=12, seed=2)
+@settings(max_examples=30)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
+def test_a_photographed_picture_keeps_its_size_and_a_plain_one_stays_plain(width, height, seed):
+    image = Image.new("RGB", (width, height), (120, 120, 120))
+    changed = np.asarray(photographed_image(image, random.Random(seed)))
+    assert changed.shape == (height, width, 3)
+    assert changed.min() == changed.max()
+
+
+def test_photographed_pictures_show_a_part_and_are_coarser():
+    """Stripes of one pixel lose their contrast, and a corner of another colour is often left out."""
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8)[None, :, None], (48, 24, 3)))
+
+    def contrast(change) -> float:
+        return float(np.mean([np.asarray(change(stripes, random.Random(seed))).std() for seed in range(40)]))
+
+    assert contrast(photographed_image) < 0.6 * contrast(augmented_image)
+    corner = Image.new("RGB", (48, 48), (200, 0, 0))
+    corner.paste((0, 0, 200), (0, 0, 6, 6))
+
+    def is_seen(change, seed: int) -> bool:
+        picture = np.asarray(change(corner, random.Random(seed))).astype(int)
+        return bool((picture[..., 2] > picture[..., 0]).any())
+
+    assert sum(is_seen(photographed_image, seed) for seed in range(60)) < 30

@@ -166,6 +166,9 @@ def test_only_images_of_mentions_are_changed_and_by_the_seed():
     assert changed[1] == plain[1]
     assert shown(random_image=False, augment_images=True) == changed
     assert shown(random_image=False, augment_images=True, seed=1) != changed
+    strong = shown(random_image=False, augment_images="strong")
+    assert strong not in (plain, changed)
+    assert shown(random_image=False, augment_images="strong") == strong
 
 
 def _colours(count: int) -> datasets.Dataset:

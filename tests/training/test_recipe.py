@@ -92,7 +92,7 @@ def test_overrides_change_nested_values_and_create_missing_sections(tmp_path):
         (
             MINIMAL,
             ("data.zzz=x",),
-            r"unknown key 'data.zzz'. Known keys: config, dataset, extra_datasets, extra_mentions",
+            r"unknown key 'data.zzz'. Known keys: columns, config, dataset, extra_datasets, extra_mentions",
         ),
         (MINIMAL, ("training.seed",), r"The option --set 'training.seed' is not key=value"),
         (MINIMAL, ("a..b=1",), r"The option --set 'a..b=1' is not key=value"),

@@ -399,6 +399,7 @@ def test_settings_that_do_not_fit_the_method_are_rejected(dataset, override, mes
         ("training.output_dir=x", "The recipe has an unknown key 'training.output_dir'"),
         ("training.learning_rate=fast", "The value 'fast' of training.learning_rate is not a number"),
         ("training.bf16=yes please", "The value 'yes please' of training.bf16 is not true, false or 'auto'"),
+        ("training.augment_images=much", "The value 'much' of training.augment_images is not true, false or 'strong'"),
         ("training.num_train_epochs=true", "The value True of training.num_train_epochs is not a number"),
         ("training.batch_grouping=name", "The training arguments are not valid: batch_grouping='name' is not one of"),
         (

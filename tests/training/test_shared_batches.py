@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_mel.training.augmentation import augmented_image, skip_image
+from hf_mel.training.augmentation import augmented_image, photographed_image, skip_image
 from hf_mel.training.shared_batches import gathered_encodings, part_rows
 from tests.training.shared_training import train_all
 
@@ -28,10 +28,11 @@ def test_parts_have_every_row_once_unless_there_are_fewer_rows_than_parts(count,
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_a_skipped_image_takes_as_many_draws_as_a_changed_one():
+@pytest.mark.parametrize(("change", "strong"), [(augmented_image, False), (photographed_image, True)])
+def test_a_skipped_image_takes_as_many_draws_as_a_changed_one(change, strong):
     first, second = random.Random(3), random.Random(3)
-    augmented_image(Image.new("RGB", (7, 5)), first)
-    skip_image(second)
+    change(Image.new("RGB", (7, 5)), first)
+    skip_image(second, strong)
     assert first.random() == second.random()
 
 

@@ -1,0 +1,117 @@
+"""`hf-mel adapt`: trains a model on mentions made from a knowledge base, without a labelled mention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from hf_mel.cli.options import Column, IgnoreOtherColumns, InvertedNames, ModelArgument
+
+_CONFIGURED = {"limit": "adaptation.limit", "seed": "training.seed"}
+
+
+def adapt(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option(help="The run folder to write.")],
+    entities: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .jsonl, .ndjson, .json, .csv or .tsv file of your own entities, as for [b]hf-mel kb build[/b]."
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="A data set: a folder, or one on the Hub. Its entities and posts are read, no mention."),
+    ] = None,
+    kb: Annotated[
+        str | None,
+        typer.Option(help="A knowledge base: a folder that [b]hf-mel kb build[/b] wrote, or one on the Hub."),
+    ] = None,
+    column: Column = None,
+    ignore_other_columns: IgnoreOtherColumns = False,
+    inverted_names: InvertedNames = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of training mentions. Default: that of the recipe, 4000.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything that is drawn. Default: 0.")] = None,
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045 (typer evaluates this on Python 3.10)
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe. Repeat it to change several."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run. A finished run is not changed.")
+    ] = False,
+) -> None:
+    """Adapt a model to your entities without a label: it learns from mentions that are made of them.
+
+    Names, aliases and parts of names are put into sentences of descriptions and attributes, from which the name was taken
+    out. Posts about the entities are mentions too, and for a model that reads images, pictures of the entities, cut,
+    blurred and lit. Entities with similar names share a batch. Some entities are left out, so that it shows how well the
+    model tells that a mention means none of the others. The checkpoint is chosen by other mentions made in the same way.
+
+    MODEL is a retriever that you trained, or a text encoder such as sentence-transformers/all-MiniLM-L6-v2. The recipe
+    that the command fills in is kept in the run folder: [b]adapt-model[/b] or [b]adapt-encoder[/b].
+
+    Mentions that are made are no real ones. If you have some hundred mentions with their entities, measure with
+    [b]hf-mel evaluate[/b] whether it helps, and train on them.
+
+    Examples:
+
+      hf-mel adapt sentence-transformers/all-MiniLM-L6-v2 --entities mine.jsonl --output runs/mine
+
+      hf-mel adapt runs/mimic_flags --dataset data/flags_mel --output runs/flags-adapted
+
+      hf-mel adapt runs/mine --kb kb/mine --limit 20000 --set training.num_train_epochs=2 --output runs/mine-2
+    """
+    given = [source for source in (entities, dataset, kb) if source is not None]
+    if len(given) != 1:
+        raise typer.BadParameter("Give one of --entities, --dataset and --kb.", param_hint="--entities")
+    if entities is None and (column or ignore_other_columns or inverted_names):
+        raise typer.BadParameter("Give a file of --entities, or leave this out.", param_hint="--column")
+
+    from accelerate import PartialState
+
+    from hf_mel.cli.printing import print_adaptation, show_logs
+    from hf_mel.training.adaptation import adaptation_recipe
+    from hf_mel.training.run import run_recipe
+
+    columns = None if entities is None else _columns(entities, column, ignore_other_columns, inverted_names)
+    source = str(given[0]) if kb is None else _kb_folder(kb)
+    values = {"limit": limit, "seed": seed}
+    sets = [f"{_CONFIGURED[name]}={value}" for name, value in values.items() if value is not None]
+    with show_logs():
+        recipe = adaptation_recipe(
+            model, source, name=output.resolve().name, columns=columns, overrides=[*sets, *(overrides or ())]
+        )
+        folder = run_recipe(recipe, output=output, resume=resume)
+    if not PartialState().is_main_process:
+        return
+    print_adaptation(folder, source)
+
+
+def _columns(
+    entities: Path, column: list[str] | None, ignore_other_columns: bool, inverted_names: bool
+) -> dict[str, Any] | None:
+    """Checks the file of entities before a model is loaded, and returns the arguments of its column mapping."""
+    from hf_mel.data.entity_files import check_entity_rows
+    from hf_mel.row_columns import ColumnMapping
+
+    mapping = ColumnMapping.parse(column or (), ignore_others=ignore_other_columns, inverted_names=inverted_names)
+    check_entity_rows(entities, mapping)
+    arguments = {
+        "sources": {target: list(sources) for target, sources in mapping.sources.items()},
+        "ignore_others": ignore_other_columns,
+        "inverted_names": inverted_names,
+    }
+    return {name: value for name, value in arguments.items() if value} or None
+
+
+def _kb_folder(kb: str) -> str:
+    """Returns the folder of a knowledge base, downloaded if it is on the Hub."""
+    from hf_mel.kb.knowledge_base import KnowledgeBase
+
+    if Path(kb).exists():
+        return kb
+    return str(KnowledgeBase.from_pretrained(kb).path)
