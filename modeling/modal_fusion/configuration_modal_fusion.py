@@ -47,6 +47,9 @@ class ModalFusionConfig(PreTrainedConfig):
             What is fused into the vector of an entity, out of `"text"` and `"image"`. Default: what the model reads.
         text_pooling (`str`, *optional*, defaults to `"cls"`):
             Pooling of the text encoder: `"cls"`, or `"mean"` over the tokens.
+        aligned_start (`bool`, *optional*, defaults to `False`):
+            Whether the linear maps of both sides start as the same orthogonal projections, so that before training a
+            mention and an entity with the same features have the same vector. Not in the papers.
         dropout (`int` or `float`, *optional*, defaults to 0.1):
             Dropout of the modalities.
         loss (`str`, *optional*, defaults to `"adaptive_hinge"`):
@@ -89,6 +92,7 @@ class ModalFusionConfig(PreTrainedConfig):
     hidden_size: int = 512
     entity_modalities: list[str] | None = None
     text_pooling: str = "cls"
+    aligned_start: bool = False
     dropout: int | float = 0.1
     loss: str = "adaptive_hinge"
     margin: int | float = 0.2

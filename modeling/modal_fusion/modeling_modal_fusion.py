@@ -54,6 +54,14 @@ class ModalFusionOutput(ModelOutput):
     losses: dict[str, torch.Tensor] | None = None
 
 
+class _AlignedLinear(nn.Linear):
+    """Linear map without a bias at first, whose weight starts as one orthogonal matrix for all maps of its shape."""
+
+
+class _IdentityLinear(nn.Linear):
+    """Linear map that starts as the identity."""
+
+
 class LastStates(nn.Module):
     """Bi-LSTM over a sequence: the last states of both directions, joined (D1 and D3)."""
 
@@ -92,10 +100,11 @@ class ModalityFusion(nn.Module):
         super().__init__()
         dim = config.hidden_size
         self.has_attention = config.fusion == "attention"
-        self.maps = nn.ModuleDict({name: nn.Linear(width, dim) for name, width in widths.items()})
+        linear = _AlignedLinear if config.aligned_start else nn.Linear
+        self.maps = nn.ModuleDict({name: linear(width, dim) for name, width in widths.items()})
         self.dropout = nn.Dropout(config.dropout)
         if not self.has_attention:
-            self.joint = nn.Linear(len(widths) * dim, dim)
+            self.joint = linear(len(widths) * dim, dim)
         elif len(widths) > 1:
             self.attention = nn.Linear(len(widths) * dim, len(widths))
 
@@ -132,7 +141,16 @@ class ModalFusionPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):  # PyTorch's default initialisation
+        if isinstance(module, _AlignedLinear):
+            # One seed, so that both sides start as the same projection.
+            shared = torch.empty(module.weight.shape)
+            nn.init.orthogonal_(shared, generator=torch.Generator().manual_seed(0))
+            init.copy_(module.weight, shared.to(module.weight))
+            init.zeros_(module.bias)
+        elif isinstance(module, _IdentityLinear):
+            init.eye_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):  # PyTorch's default initialisation
             init.kaiming_uniform_(module.weight, a=5**0.5)
             if module.bias is not None:
                 bound = module.in_features**-0.5
@@ -185,7 +203,7 @@ class ModalFusionModel(ModalFusionPreTrainedModel):
             self.char_embeddings = nn.Embedding(config.char_vocab_size, config.char_dim)
             self.characters = LastStates(config.char_dim, config.char_hidden_size)
             mention_widths["characters"] = 2 * config.char_hidden_size
-            self.label_map = nn.Linear(dim, dim)  # f of D5
+            self.label_map = (_IdentityLinear if config.aligned_start else nn.Linear)(dim, dim)  # f of D5
             self.lexical_map = nn.Linear(dim, 2 * config.char_hidden_size)
         self.mention_fusion = ModalityFusion(config, mention_widths)
         self.entity_fusion = ModalityFusion(config, entity_widths)

@@ -241,6 +241,35 @@ def test_every_trained_parameter_has_a_gradient(fields):
     assert not any(p.requires_grad for p in build().train().vision_model.parameters())
 
 
+@pytest.mark.parametrize("fields", [VELML, JMEL, {"char_hidden_size": 5}], ids=["VELML", "JMEL", "DZMNED"])
+def test_with_an_aligned_start_equal_texts_have_equal_vectors(fields):
+    texts = {"input_ids": torch.randint(2, 59, (4, 6)), "attention_mask": torch.ones(4, 6, dtype=torch.int64)}
+    batch = {f"{side}_{name}": tensor for side in ("mention", "entity") for name, tensor in texts.items()}
+    for aligned in (True, False):
+        torch.manual_seed(0)
+        config = ModalFusionConfig(
+            text_config=dict(BERT), **SMALL | {"hidden_size": 24, "aligned_start": aligned} | fields
+        )
+        model = ModalFusionModel(config).eval()
+        chars = codes_of(STRINGS[:4])
+        with torch.no_grad():
+            mentions = model.encode_mentions(
+                **{k: v for k, v in batch.items() if k.startswith("m")}, mention_char_ids=chars
+            )
+            entities = model.encode_entities(
+                **{k: v for k, v in batch.items() if k.startswith("e")}, entity_char_ids=chars
+            )
+            cosines = (mentions.label @ entities.label.T).diagonal()
+            if fields == VELML and aligned:  # one projection, which keeps angles
+                states = model.text_model(**texts).last_hidden_state[:, 0]
+                unit_states = torch.nn.functional.normalize(states, dim=-1)
+                torch.testing.assert_close(mentions.label @ entities.label.T, unit_states @ unit_states.T)
+        if fields != {"char_hidden_size": 5} or not aligned:  # the characters join DZMNED's mentions
+            assert (cosines > 0.999).all() == aligned
+        else:
+            assert (cosines > 0.3).all()
+
+
 def test_linking_does_not_change_the_characters_if_the_edit_loss_does():
     for weight, learns in ((1, False), (0, True)):
         model = build(edit_loss_weight=weight)

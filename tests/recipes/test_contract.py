@@ -131,32 +131,37 @@ def test_a_row_trains_saves_loads_ranks_and_links(name, overrides, encoders, tmp
     assert result.best.name.startswith("Entity")
 
 
-@pytest.mark.parametrize(("name", "overrides"), REMOTE)
-def test_remote_code_loads_without_the_package(name, overrides, encoders, tmp_path):  # noqa: F811
-    """Model and processor of a repository score plain rows without hf_mel installed."""
-    model, processor = build(name, overrides, encoders)
-    save_model_repository(model.eval(), processor, tmp_path)
+def test_remote_code_loads_without_the_package(encoders, tmp_path):  # noqa: F811
+    """Model and processor of every repository score plain rows without hf_mel installed."""
     mentions = [{**dict(row), "image": None} for row in MENTIONS.select(range(2))]
     entities = [{**dict(row), "images": []} for row in ENTITIES]
-    if isinstance(model, Retriever):
-        call = "model.score(model.encode_mentions(**processor(mentions=mentions)), model.encode_entities(**processor(entities=entities)))"
-    else:
-        call = "model(**processor(pairs=[(mention, entities) for mention in mentions])).scores"
-    names = {"model": model, "processor": processor, "mentions": mentions, "entities": entities}
-    with torch.no_grad():
-        torch.save(eval(call, names), tmp_path / "scores.pt")
+    calls = {
+        True: "model.score(model.encode_mentions(**processor(mentions=mentions)), "
+        "model.encode_entities(**processor(entities=entities)))",
+        False: "model(**processor(pairs=[(mention, entities) for mention in mentions])).scores",
+    }
+    rows = []
+    for number, (name, overrides) in enumerate(REMOTE):
+        model, processor = build(name, overrides, encoders)
+        folder = tmp_path / str(number)
+        save_model_repository(model.eval(), processor, folder)
+        names = {"model": model, "processor": processor, "mentions": mentions, "entities": entities}
+        rows.append((str(folder), calls[isinstance(model, Retriever)]))
+        with torch.no_grad():
+            torch.save(eval(rows[-1][1], names), folder / "scores.pt")
     program = f"""
 import sys
 sys.modules["hf_mel"] = None  # makes every import of it fail
 import torch
 from transformers import AutoModel, AutoProcessor
-model = AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
 mentions, entities = {mentions!r}, {entities!r}
-with torch.no_grad():
-    torch.testing.assert_close({call}, torch.load({str(tmp_path / "scores.pt")!r}), atol=1e-5, rtol=1e-5)
-for part in (model, processor):
-    assert type(part).__module__.startswith("transformers_modules"), type(part)
+for folder, call in {rows!r}:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        torch.testing.assert_close(eval(call), torch.load(f"{{folder}}/scores.pt"), atol=1e-5, rtol=1e-5, msg=folder)
+    for part in (model, processor):
+        assert type(part).__module__.startswith("transformers_modules"), type(part)
 print("loaded")
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
