@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 #: Folder of each method in `modeling/`, which is its model type too → the prefix of its class names.
 _METHODS = {
+    "candidate_graph": "CandidateGraph",
     "extra_trees": "ExtraTrees",
     "context_rnn": "ContextRnn",
     "ghmfc": "Ghmfc",

@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoProcessor
 
 import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.hub.saving import save_model_repository
+from hf_mel.modeling.candidate_graph import CandidateGraphConfig, CandidateGraphModel, CandidateGraphProcessor
 from hf_mel.modeling.extra_trees import ExtraTreesConfig, ExtraTreesModel, ExtraTreesProcessor
 from hf_mel.protocols import MelProcessor, Reranker
 from hf_mel.training.tokenizer import texts_of, train_wordpiece
@@ -44,7 +45,17 @@ def extra_trees():
     return model, processor
 
 
-METHODS = {"extra_trees": extra_trees}
+def graph(**fields):
+    tokenizer = make_tokenizer()
+    config = CandidateGraphConfig(vocab_size=len(tokenizer), word_dim=6, mlp_sizes=[7], threshold=0.1, **fields)
+    return CandidateGraphModel(config), CandidateGraphProcessor.from_parts(tokenizer)
+
+
+def dgcn():
+    return graph(graph="dynamic", graph_size=5, num_graph_layers=3, share_layers=True, window=None, loss="margin")
+
+
+METHODS = {"dgcn": dgcn, "extra_trees": extra_trees, "ncel": graph}
 
 
 @pytest.fixture(params=METHODS, scope="module")
@@ -126,7 +137,8 @@ def test_pairs_are_independent_if_it_says_so(method):
 def test_a_mention_without_candidates_changes_nothing(method):
     rows = pairs()
     expected = scores(method, rows)
-    found = scores(method, [*rows, (rows[0][0], [])])
+    other = rows[0][0] | {"document_id": "d9", "context_id": "c9"}
+    found = scores(method, [*rows, (other, [])])
     torch.testing.assert_close(found[:-1], expected, atol=2e-5, rtol=1e-4)
     assert torch.isneginf(found[-1]).all()
     assert torch.isneginf(scores(method, [(rows[0][0], [])])).all()
