@@ -16,15 +16,17 @@ from typing import Any, NamedTuple
 
 #: Folder of each method in `modeling/`, which is its model type too → the prefix of its class names.
 _METHODS = {
+    "bi_encoder": "BiEncoder",
     "candidate_graph": "CandidateGraph",
-    "extra_trees": "ExtraTrees",
     "context_rnn": "ContextRnn",
+    "cross_encoder": "CrossEncoder",
+    "extra_trees": "ExtraTrees",
     "ghmfc": "Ghmfc",
     "imn": "Imn",
     "mimic": "Mimic",
-    "modal_fusion": "ModalFusion",
     "mm_nel": "MmNel",
     "mmel": "Mmel",
+    "modal_fusion": "ModalFusion",
     "pfmel": "Pfmel",
 }
 #: Auto class → the module of transformers that holds it.
