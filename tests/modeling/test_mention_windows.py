@@ -14,7 +14,9 @@ from hf_mel.data.posts import entity_as_post
 from hf_mel.inference.probe import unread_columns, unread_columns_in_pairs
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
+from hf_mel.modeling.bi_encoder import BiEncoderProcessor
 from hf_mel.modeling.context_rnn import ContextRnnProcessor
+from hf_mel.modeling.cross_encoder import CrossEncoderProcessor
 from hf_mel.modeling.ghmfc import GhmfcProcessor
 from hf_mel.modeling.imn import ImnProcessor
 from hf_mel.modeling.mimic import MimicConfig, MimicModel, MimicProcessor
@@ -42,6 +44,8 @@ ENTITY = {
 }
 LIMITS = {
     ContextRnnProcessor: {"context_words": 30},
+    BiEncoderProcessor: {"max_length": 40},
+    CrossEncoderProcessor: {"max_length": 50},
     GhmfcProcessor: {"max_length": 40},
     MimicProcessor: {"max_length": 40},
     ModalFusionProcessor: {"max_length": 40},
@@ -52,6 +56,7 @@ LIMITS = {
 }
 #: Processors of retrievers that read the rows of entities.
 OF_RETRIEVERS = (
+    BiEncoderProcessor,
     GhmfcProcessor,
     MimicProcessor,
     ModalFusionProcessor,
@@ -98,7 +103,7 @@ def test_the_words_beside_a_late_mention_are_read(tokenizer, method):
     accra, tokyo = (f"{filler}in {city} Georgia" for city in ("Accra", "Tokyo"))
     start = len(filler) + len("in Accra ")
     read = [reads(processor, text, "Georgia", start, start + len("Georgia")) for text in (accra, tokyo)]
-    contexts = [text.partition("entity : ")[0].partition("is [SEP]")[0] for text in read]  # without a candidate
+    contexts = [text.partition("entity : ")[0].partition("[SEP] accra")[0] for text in read]  # without a candidate
     assert [("accra" in text, "tokyo" in text) for text in contexts] == [(True, False), (False, True)]
 
 
@@ -140,7 +145,7 @@ def test_the_mention_is_always_in_the_window(method, text, mention):
     tokens = " ".join(tokenizer.tokenize(mention))
     read = " ".join(tokenizer.tokenize(reads(processor, text, mention)))
     # MIMIC and the rerankers also name the mention apart from its text.
-    named = {**dict.fromkeys(OF_RETRIEVERS, 1), MmelProcessor: 1, PfmelProcessor: 1}
+    named = {**dict.fromkeys(OF_RETRIEVERS, 1), CrossEncoderProcessor: 1, MmelProcessor: 1, PfmelProcessor: 1}
     assert read.count(tokens) >= 1 + named.get(method, 0)
     if method not in WITHOUT_MARKS:
         assert f"« {tokens} »" in read
@@ -181,6 +186,11 @@ def test_a_processor_saved_before_reads_what_it_read(tokenizer, method, tmp_path
     for field in ("mention_marks", "entity_columns", "fact_columns"):
         config.pop(field, None)
     old = {
+        BiEncoderProcessor: {
+            "mention_template": "{mention} [SEP] {text}",
+            "entity_template": "{name} [SEP] {attributes}",
+        },
+        CrossEncoderProcessor: {"mention_template": "{mention} | {text}", "entity_template": "{name}. {description}"},
         GhmfcProcessor: {"mention_template": "{text}", "entity_template": "{name}. {attributes}"},
         ModalFusionProcessor: {"mention_template": "{text}", "entity_template": "{name}. {attributes}"},
         MimicProcessor: {"mention_template": "{mention} [SEP] {text}", "entity_template": "{name} [SEP] {attributes}"},
@@ -194,6 +204,8 @@ def test_a_processor_saved_before_reads_what_it_read(tokenizer, method, tmp_path
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(processor, method)
     expected = {
+        BiEncoderProcessor: "[CLS] georgia [SEP] rain in georgia [SEP]",
+        CrossEncoderProcessor: "[CLS] georgia | rain in georgia [SEP] accra . capital of ghana [SEP]",
         GhmfcProcessor: "[CLS] rain in georgia [SEP]",
         ModalFusionProcessor: "[CLS] rain in georgia [SEP]",
         MimicProcessor: "[CLS] georgia [SEP] rain in georgia [SEP]",

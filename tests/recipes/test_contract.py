@@ -39,6 +39,9 @@ ROWS = [
     ("att_flags", ""),
     ("att_flags", "model.vision=null model.config.images=none"),
     ("att-text_wikimel", ""),
+    ("bi-encoder_flags", ""),
+    ("colbert-text_wikimel", ""),
+    ("cross-encoder-text_wikimel", "model.config.list_weight=null model.config.name_weight=null"),
     ("ghmfc_wikimel", ""),
     ("ghmfc_wikimel", "model.vision=null"),
     ("ghmfc_flags", ""),
@@ -52,7 +55,14 @@ ROWS = [
     ("jmel_tweets", ""),
 ]
 #: One row of every method, whose model repository is loaded without hf_mel.
-REMOTE = [("arnn-text_wikimel", ""), ("att_flags", ""), ("ghmfc_flags", ""), ("dzmned_flags", "")]
+REMOTE = [
+    ("arnn-text_wikimel", ""),
+    ("att_flags", ""),
+    ("bi-encoder_flags", ""),
+    ("cross-encoder-text_wikimel", "model.config.list_weight=null model.config.name_weight=null"),
+    ("ghmfc_flags", ""),
+    ("dzmned_flags", ""),
+]
 
 ENTITIES, MENTIONS = toy_entities(8), toy_mentions(8, entities=8)
 
