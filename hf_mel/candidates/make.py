@@ -17,9 +17,12 @@ from hf_mel.candidates.lists import CandidateLists
 from hf_mel.candidates.name_index import NameIndex, name_weight_of
 from hf_mel.candidates.sources import (
     SCORERS,
+    bm25_candidates,
     dictionary_candidates,
     document_candidates,
+    exact_candidates,
     name_candidates,
+    namesake_candidates,
     prior_candidates,
     ranked_candidates,
     release_candidates,
@@ -38,7 +41,7 @@ from hf_mel.locks import writer_lock
 from hf_mel.protocols import knows_posts
 
 #: Sources that find candidates.
-_FIRST_SOURCES = ("name", "prior", "dictionary", "retriever", "release")
+_FIRST_SOURCES = ("name", "exact", "bm25", "prior", "dictionary", "namesake", "retriever", "release")
 #: Sources that share what others find among the mentions of a document.
 _LATER_SOURCES = ("document", "shared")
 SOURCES = (*_FIRST_SOURCES, *_LATER_SOURCES)
@@ -65,14 +68,15 @@ def make_candidates(
     retriever: str | os.PathLike[str] | None = None,
     device: str | None = None,
     posts: Callable[[], datasets.Dataset | None] | None = None,
+    seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> CandidateLists:
     """Returns the candidates of M mentions.
 
     Args:
-        source (`str`): "name", "prior", "dictionary", "retriever" or "release" (the columns `candidates` and
-            `candidate_priors`), or several joined by "+" ("name+prior"), which take turns. After others, "document": a
+        source (`str`): "name", "exact", "bm25", "prior", "dictionary", "namesake", "retriever" or "release" (the columns
+            `candidates` and `candidate_priors`), or several joined by "+" ("name+prior"), which take turns. After others, "document": a
             mention for which they find nothing gets the candidates of the other mentions of its document; and "shared":
             every mention also gets the first 4 of each other mention of its document, which do not count for `k`.
         mentions (`datasets.Dataset`): M rows of the schema.
@@ -84,6 +88,7 @@ def make_candidates(
         device (`str`, *optional*): Device of the retriever. Default: a GPU if there is one.
         posts (`Callable`, *optional*): Returns the posts about the entities, for a retriever that represents entities
             by posts.
+        seed (`int`): Seed of the order of namesakes.
         cache_dir (`str` or `os.PathLike`, *optional*): Cache of finished lists and of the entities a retriever encoded,
             keyed by a digest of everything they depend on. Default: no cache.
         progress (`bool`): Whether to show progress bars.
@@ -126,6 +131,14 @@ def make_candidates(
         ),
         "dictionary": _Step(
             lambda: dictionary_candidates(mentions, entities, k=longest), lambda: {"names": _NAMES, "longest": longest}
+        ),
+        "exact": _Step(lambda: exact_candidates(mentions, entities, k=k)),
+        "bm25": _Step(
+            lambda: bm25_candidates(mentions, entities, k=k, progress=progress),
+            lambda: {"names": _NAMES, "query": "surface form"},
+        ),
+        "namesake": _Step(
+            lambda: namesake_candidates(mentions, entities, k=k, seed=seed), lambda: {"names": _NAMES, "seed": seed}
         ),
         "release": _Step(lambda: release_candidates(mentions, k=k)),
         # The digest of texts does not cover images, the fingerprints of `datasets` do.

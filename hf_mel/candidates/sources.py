@@ -17,10 +17,12 @@ from tqdm.auto import tqdm
 
 from hf_mel.candidates.lists import DICTIONARY, PRIOR, CandidateLists
 from hf_mel.data.examples import example_groups
-from hf_mel.errors import DataFormatError
+from hf_mel.errors import DataFormatError, MissingExtraError
 from hf_mel.names import WORD, fold_name, namesakes_of
 from hf_mel.schema import NIL
 
+#: Columns of an entity that BM25 reads.
+_TEXT_COLUMNS = ["entity_id", "name", "aliases", "description", "attributes"]
 #: Maximal number of name similarities in memory at a time.
 _CHUNK_SCORES = 2**23
 
@@ -190,6 +192,113 @@ def dictionary_candidates(mentions: datasets.Dataset, entities: datasets.Dataset
         {DICTIONARY: [shares[surface] for surface in surfaces]},
         {"source": "dictionary", "k": k},
     )
+
+
+def exact_candidates(mentions: datasets.Dataset, entities: datasets.Dataset, *, k: int = 100) -> CandidateLists:
+    """Returns the entities that have the surface form as their name, with score 1, or as an alias, with score 1/2.
+
+    Case and accents do not count ([`~hf_mel.names.fold_name`]). Equal scores are ordered by a digest of the entity id. A
+    mention without a surface form (a visual mention) has no candidates.
+
+    Args:
+        mentions (`datasets.Dataset`): M mentions.
+        entities (`datasets.Dataset`): N entities.
+        k (`int`): Maximal number of candidates per mention.
+
+    Raises:
+        `ValueError`: `k` is below 1.
+    """
+    _check_k(k)
+    scores_by_name: dict[str, dict[str, float]] = defaultdict(dict)
+    for entity_id, name, aliases in zip(entities["entity_id"], entities["name"], entities["aliases"], strict=True):
+        for alias in aliases or ():
+            scores_by_name[fold_name(alias)][entity_id] = 0.5
+        scores_by_name[fold_name(name)][entity_id] = 1.0
+    lists: list[list[str]] = []
+    scores: list[list[float]] = []
+    for surface in mentions["mention"]:
+        score_of = scores_by_name.get(fold_name(surface), {}) if surface else {}
+        lists.append(_best_first(score_of)[:k])
+        scores.append([score_of[entity_id] for entity_id in lists[-1]])
+    return CandidateLists(list(mentions["mention_id"]), lists, {"exact": scores}, {"source": "exact", "k": k})
+
+
+def namesake_candidates(
+    mentions: datasets.Dataset, entities: datasets.Dataset, *, k: int = 100, seed: int = 0
+) -> CandidateLists:
+    """Returns the namesakes of the surface form, as [`dictionary_candidates`], in an order that is drawn at random.
+
+    It is what every method should beat: a choice among equal names. The score is the drawn number, in [0, 1). It depends on
+    the seed, the mention and the entity only.
+
+    Args:
+        mentions (`datasets.Dataset`): M mentions.
+        entities (`datasets.Dataset`): N entities.
+        k (`int`): Maximal number of candidates per mention.
+        seed (`int`): Seed of the order.
+
+    Raises:
+        `ValueError`: `k` is below 1.
+    """
+    namesakes = dictionary_candidates(mentions, entities, k=k if k < 1 else max(k, len(entities)))
+    lists: list[list[str]] = []
+    scores: list[list[float]] = []
+    for mention_id, entity_ids in zip(namesakes.mention_ids, namesakes.entity_ids, strict=True):
+        draws = {
+            entity_id: int.from_bytes(_digest(f"{seed} {mention_id} {entity_id}")[:6], "big") / 2**48
+            for entity_id in entity_ids
+        }
+        lists.append(_best_first(draws)[:k])
+        scores.append([draws[entity_id] for entity_id in lists[-1]])
+    return CandidateLists(
+        namesakes.mention_ids, lists, {"namesake": scores}, {"source": "namesake", "k": k, "seed": seed}
+    )
+
+
+def bm25_candidates(
+    mentions: datasets.Dataset, entities: datasets.Dataset, *, k: int = 100, progress: bool = False
+) -> CandidateLists:
+    """Returns the entities whose texts fit that of the mention best by BM25.
+
+    The text of an entity is its name, aliases, description and attributes; the query is the surface form. A word is a run of
+    letters and digits, without case and accents. An entity that shares no word with the query is no candidate. Equal scores
+    are ordered by a digest of the entity id.
+
+    Args:
+        mentions (`datasets.Dataset`): M mentions.
+        entities (`datasets.Dataset`): N entities.
+        k (`int`): Maximal number of candidates per mention.
+        progress (`bool`): Whether to show a progress bar.
+
+    Raises:
+        MissingExtraError: The package bm25s is not installed.
+        `ValueError`: `k` is below 1.
+    """
+    _check_k(k)
+    try:
+        import bm25s
+    except ImportError as error:
+        raise MissingExtraError(
+            "Candidates by BM25 need the package bm25s, which is not installed.",
+            remedy='Run pip install "hf_mel[bm25]".',
+        ) from error
+    rows = sorted(
+        entities.select_columns(_TEXT_COLUMNS), key=lambda row: _digest(row["entity_id"])
+    )  # order of equal scores
+    ids = [row["entity_id"] for row in rows]
+    texts = [[row["name"], *(row["aliases"] or ()), row["description"], row["attributes"]] for row in rows]
+    index = bm25s.BM25()
+    index.index([WORD.findall(fold_name(" ".join(filter(None, text)))) for text in texts], show_progress=False)
+    lists: list[list[str]] = []
+    scores: list[list[float]] = []
+    for surface in tqdm(mentions["mention"], desc="Comparing words", unit="mention", delay=1, disable=not progress):
+        words = [word for word in WORD.findall(fold_name(surface or "")) if word in index.vocab_dict]
+        values = index.get_scores(words) if words else np.zeros(len(ids), dtype=np.float32)
+        top = _top_columns(values[None], k)[0]
+        top = top[values[top] > 0]
+        lists.append([ids[column] for column in top])
+        scores.append(values[top].tolist())
+    return CandidateLists(list(mentions["mention_id"]), lists, {"bm25": scores}, {"source": "bm25", "k": k})
 
 
 def release_candidates(mentions: datasets.Dataset, *, k: int = 100) -> CandidateLists:
@@ -393,6 +502,11 @@ def _top_columns(scores: np.ndarray, k: int) -> np.ndarray:
         columns = np.broadcast_to(np.arange(k), scores.shape)
     order = np.argsort(-np.take_along_axis(scores, columns, 1), axis=1, kind="stable")
     return np.take_along_axis(columns, order, 1)
+
+
+def _best_first(scores: Mapping[str, float]) -> list[str]:
+    """Returns entity ids by score, equal scores by a digest of the id."""
+    return sorted(scores, key=lambda entity_id: (-scores[entity_id], _digest(entity_id)))
 
 
 def _digest(entity_id: str) -> bytes:

@@ -19,8 +19,9 @@ def candidates(
     source: Annotated[
         str,
         typer.Option(
-            help="[b]name[/b] (similar names), [b]prior[/b] (counts in the training split), [b]dictionary[/b] (names with "
-            "all words of the mention), [b]retriever[/b] (a trained model), [b]release[/b] (candidates in the data set), "
+            help="[b]name[/b] (similar names), [b]exact[/b] (equal names), [b]bm25[/b] (words of the mention in the entity's "
+            "texts), [b]prior[/b] (counts in the training split), [b]dictionary[/b] (names with all words of the mention), "
+            "[b]namesake[/b] (the same in a random order), [b]retriever[/b] (a trained model), [b]release[/b] (candidates in the data set), "
             "or several joined by +. End with [b]+document[/b] to give mentions without candidates those of their "
             "document, or with [b]+shared[/b] to give every mention the first candidates of the others."
         ),
@@ -28,6 +29,7 @@ def candidates(
     k: Annotated[int, typer.Option("--k", min=1, help="Maximum number of candidates per mention.")] = 100,
     scorer: NameScorer = "WRatio",
     retriever: RetrieverOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of namesakes (--source namesake).")] = 0,
     device: Device = None,
 ) -> None:
     """List the candidates of each mention with their scores and sources, and print the recall of the golds.
@@ -58,6 +60,7 @@ def candidates(
         retriever=retriever,
         device=device,
         posts=partial(posts_of, dataset, config=config),
+        seed=seed,
     )
     lists.setting["split"] = split
     lists.save(output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,6 @@ import typer
 from hf_mel.cli.options import (
     Device,
     MentionConfig,
-    ModelArgument,
     NameScorer,
     RetrieverOption,
     Revision,
@@ -37,13 +37,28 @@ if TYPE_CHECKING:
 
 #: Options that are an error if the model ranks candidates, and options that are an error if it ranks all entities.
 _ONLY_FOR_ALL = ("units", "nil_threshold", "nil_from", "precision", "name_weight", "save_name_weight")
-_ONLY_FOR_CANDIDATES = ("candidates", "retriever", "joint", "candidate_weight", "bf16")
+_ONLY_FOR_CANDIDATES = ("candidates", "retriever", "seed", "joint", "candidate_weight", "bf16")
+#: Options that are an error without a model.
+_ONLY_FOR_MODELS = (*_ONLY_FOR_ALL, "joint", "candidate_weight", "bf16", "revision", "trust_remote_code")
 
 
 def evaluate(
     context: typer.Context,
-    model: ModelArgument,
     dataset: Annotated[str, typer.Option(help="A data-set folder, or a data set on the Hub.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A run folder, a model folder, or a model or text encoder on the Hub. Leave it out with --no-model."
+        ),
+    ] = None,
+    no_model: Annotated[
+        bool,
+        typer.Option(
+            "--no-model",
+            help="Evaluate the order in which the candidates come, without a model: what search by name, BM25, a prior or a "
+            "random namesake reach.",
+        ),
+    ] = False,
     split: Split = "test",
     config: MentionConfig = "mentions",
     output: Annotated[Path | None, typer.Option(dir_okay=False, help="The JSON file for the results.")] = None,
@@ -112,18 +127,21 @@ def evaluate(
     candidates: Annotated[
         str | None,
         typer.Option(
-            help="Reranker, or a retriever that is to rank these alone: a file that [b]hf-mel candidates[/b] wrote, or a "
-            "source: [b]name[/b], [b]prior[/b], "
-            "[b]dictionary[/b], [b]retriever[/b], [b]release[/b], or several joined by +. End with [b]+document[/b] to give "
+            help="Reranker, --no-model, or a retriever that is to rank these alone: a file that [b]hf-mel candidates[/b] wrote, "
+            "or a source: [b]name[/b] (similar names), [b]exact[/b] (equal names), [b]bm25[/b] (words of the mention in the "
+            "entity's texts), [b]prior[/b] (counts in the training split), [b]dictionary[/b] (names with all words of the "
+            "mention), [b]namesake[/b] (the same in a random order), [b]retriever[/b], [b]release[/b], or several joined by +. "
+            "End with [b]+document[/b] to give "
             "mentions without candidates those of their document, or with [b]+shared[/b] to give every mention the first "
             "candidates of the others."
         ),
     ] = None,
     num_candidates: Annotated[
-        int, typer.Option(min=1, help="Reranker: maximum number of candidates per mention.")
+        int, typer.Option(min=1, help="Reranker, or --no-model: maximum number of candidates per mention.")
     ] = 100,
     scorer: NameScorer = "WRatio",
     retriever: RetrieverOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of namesakes (--candidates namesake).")] = 0,
     joint: Annotated[
         bool | None,
         typer.Option(
@@ -182,6 +200,8 @@ def evaluate(
 
       hf-mel evaluate runs/RERANKER --dataset data/wikimel --candidates prior+retriever --retriever runs/RETRIEVER --candidate-weight retriever=2
 
+      hf-mel evaluate --no-model --dataset data/wikimel --candidates bm25
+
       accelerate launch -m hf_mel evaluate runs/mimic_flags --dataset data/flags_mel   (the processes share the entities)
     """
     k_list = _parse_ks(ks)
@@ -202,6 +222,9 @@ def evaluate(
     if nil_threshold is not None and nil_from is not None:
         raise typer.BadParameter("Give a threshold or a split to choose it on, not both.", param_hint="--nil-from")
 
+    if no_model == (model is not None):
+        raise typer.BadParameter("Give a model, or --no-model and no model.", param_hint="MODEL")
+
     from accelerate import PartialState
 
     from hf_mel.candidates.lists import missing_candidates_error
@@ -211,6 +234,7 @@ def evaluate(
     from hf_mel.data.posts import posts_of
     from hf_mel.errors import RecipeError, UnknownSplitError
     from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
+    from hf_mel.evaluation.order_evaluator import OrderEvaluator
     from hf_mel.evaluation.strata import names_by_id
     from hf_mel.evaluation.tables import decision_lines, orders_table, results_table, write_records, write_results
     from hf_mel.files import file_sha256, is_stream
@@ -229,7 +253,11 @@ def evaluate(
     mentions, entities = load_split(split), load_entities(dataset, revision=dataset_revision)
     nil_mentions = None if nil_from is None else load_split(nil_from)
     try:
-        train_golds = None if split == "train" else set(part_trained_on(model, load_split("train"))["entity_id"])
+        train_golds = None
+        if split != "train":
+            training = load_split("train")
+            training = training if model is None else part_trained_on(model, training)
+            train_golds = set(training["entity_id"])
     except UnknownSplitError:
         train_golds = None
     version = dataset_version(dataset, revision=dataset_revision)
@@ -237,9 +265,12 @@ def evaluate(
     processes = PartialState(cpu=device == "cpu")
     if processes.num_processes > 1 and device is None:
         device = str(processes.device)
-    loaded, processor = load_linking_model(
-        model, revision=revision, device=device, trust_remote_code=trust_remote_code
-    )
+    loaded: Any = None
+    processor: Any = None
+    if model is not None:
+        loaded, processor = load_linking_model(
+            model, revision=revision, device=device, trust_remote_code=trust_remote_code
+        )
     console = message_console(output, predictions, quiet=not processes.is_main_process)
     settings: dict[str, Any] = {"ks": k_list, "ties": ties, "batch_size": batch_size}
     split_settings: dict[str, Any] = {
@@ -247,19 +278,27 @@ def evaluate(
         "data_version": {**version, "split": split, **({} if config == "mentions" else {"config": config})},
     }
     is_reranker = isinstance(loaded, Reranker)
-    if is_reranker or candidates is not None:
-        _check_options(context, model, is_reranker, ranks_all=False)
+    lists = None
+    if model is None and (options := _given(context, _ONLY_FOR_MODELS)):
+        raise RecipeError(f"Without a model, {options} mean nothing.", remedy="Leave them out, or give a model.")
+    if model is None or is_reranker or candidates is not None:
+        if model is not None:
+            _check_options(context, model, is_reranker, ranks_all=False)
         if processes.num_processes > 1:
             raise RecipeError(
                 "Only a retriever that ranks all entities can be evaluated by several processes.",
                 remedy="Start one process.",
             )
         if candidates is None:
-            raise missing_candidates_error(
-                repr(model),
+            remedy = (
                 "Give --candidates FILE (from hf-mel candidates), --candidates name, or --candidates retriever "
-                "--retriever RUN.",
+                "--retriever RUN."
             )
+            if model is None:
+                raise RecipeError(
+                    "Without a model, the order of candidates is evaluated, but none were given.", remedy=remedy
+                )
+            raise missing_candidates_error(repr(model), remedy)
         lists = load_or_make_candidates(
             candidates,
             mentions,
@@ -270,8 +309,14 @@ def evaluate(
             retriever=retriever,
             device=device,
             posts=partial(posts_of, dataset, posts, revision=dataset_revision, config=config),
+            seed=seed,
         )
         lists = lists.top(num_candidates) if lists.longest > num_candidates else lists
+    if model is None:
+        assert lists is not None
+        ordered = OrderEvaluator(entities, **settings, **split_settings)(mentions, lists)
+        results, records = ordered.to_dict(), ordered.records()
+    elif lists is not None:
         evaluator = CandidateEvaluator(
             entities,
             joint=joint,
@@ -377,17 +422,21 @@ def _parse_number(name: str, option: str | None) -> float | Literal["auto"] | No
     return value
 
 
+def _given(context: typer.Context, names: Sequence[str]) -> str:
+    """Returns the options of these names that the command line has, joined by "and"."""
+    source_of = context.get_parameter_source
+    given = [name for name in names if getattr(source_of(name), "name", "DEFAULT") != "DEFAULT"]
+    return " and ".join("--" + name.replace("_", "-") for name in given)
+
+
 def _check_options(context: typer.Context, model: str, is_reranker: bool, ranks_all: bool) -> None:
     """Raises a RecipeError for an option that does not apply to what the model ranks."""
     from hf_mel.errors import RecipeError
 
-    source_of = context.get_parameter_source
-    other = _ONLY_FOR_CANDIDATES if ranks_all else _ONLY_FOR_ALL
+    other: tuple[str, ...] = _ONLY_FOR_CANDIDATES if ranks_all else _ONLY_FOR_ALL
     if not is_reranker and not ranks_all:
         other = (*other, "joint", "bf16")
-    given = [name for name in other if getattr(source_of(name), "name", "DEFAULT") != "DEFAULT"]
-    if given:
-        options = " and ".join("--" + name.replace("_", "-") for name in given)
+    if options := _given(context, other):
         if ranks_all:
             task, remedy = "ranks all entities", "Leave out options for rerankers, or give --candidates."
         else:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_mel.evaluation.full_evaluator import FullResult as FullResult
     from hf_mel.evaluation.nil import NilThreshold as NilThreshold
     from hf_mel.evaluation.nil import calibrate_nil_threshold as calibrate_nil_threshold
+    from hf_mel.evaluation.order_evaluator import OrderEvaluator as OrderEvaluator
     from hf_mel.evaluation.strata import strata_of as strata_of
     from hf_mel.evaluation.tables import comparison_table as comparison_table
     from hf_mel.evaluation.tables import orders_table as orders_table
@@ -27,6 +28,7 @@ _EXPORTS = {
     "FullEvaluator": "hf_mel.evaluation.full_evaluator",
     "FullResult": "hf_mel.evaluation.full_evaluator",
     "NilThreshold": "hf_mel.evaluation.nil",
+    "OrderEvaluator": "hf_mel.evaluation.order_evaluator",
     "calibrate_nil_threshold": "hf_mel.evaluation.nil",
     "comparison_table": "hf_mel.evaluation.tables",
     "orders_table": "hf_mel.evaluation.tables",

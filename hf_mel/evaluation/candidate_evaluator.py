@@ -212,13 +212,13 @@ class CandidateEvaluator(Evaluator):
         for protocol, scores_of_orders in scores.items():
             is_candidate = padded.masks[protocol].numpy()
             gold_ranks = {
-                name: _gold_ranks(order_scores.double().numpy(), padded.gold_columns, self.tie_tolerance)
+                name: rank_golds(order_scores.double().numpy(), padded.gold_columns, self.tie_tolerance)
                 for name, order_scores in scores_of_orders.items()
             }
             linked: dict[str, Any] = dict.fromkeys(gold_ranks, is_candidate.any(1))
             for source in candidates.scores:
                 name, source_scores = f"candidates: {source}", padded.source_scores(source)
-                best, worst = _gold_ranks(source_scores, padded.gold_columns, self.tie_tolerance)
+                best, worst = rank_golds(source_scores, padded.gold_columns, self.tie_tolerance)
                 linked[name] = np.isfinite(source_scores).any(1)
                 if protocol == GOLD_ADDED:
                     linked[name] = is_candidate.any(1)
@@ -227,12 +227,11 @@ class CandidateEvaluator(Evaluator):
                 gold_ranks[name] = best, worst
             orders[protocol] = {
                 name: metrics_and_strata(
-                    labels, len(golds), partial(self._metrics, *best_and_worst, linked[name], in_kb)
+                    labels, len(golds), partial(candidate_metrics, self, *best_and_worst, linked[name], in_kb)
                 )
                 for name, best_and_worst in gold_ranks.items()
             }
             ranks[protocol] = resolve_ranks(*gold_ranks[order], self.ties)
-        lengths = [len(ids) for ids in candidates.entity_ids]
         autocast = torch.is_autocast_enabled(model_device(model).type)
         return CandidateResult(
             orders=orders,
@@ -250,16 +249,9 @@ class CandidateEvaluator(Evaluator):
                 num_nil=int((~in_kb).sum()),
                 start=start,
                 candidates={
-                    **candidates.setting,
-                    "k": candidates.longest,
-                    "sha256": candidates.sha256,
-                    "mean_length": float(np.mean(lengths)) if lengths else 0.0,
-                    "without": lengths.count(0),
+                    **candidates_setting(candidates, golds, self.ks),
                     **(
                         {} if priors is None else {"without_prior": sum(not priors[m] for m in mentions["mention_id"])}
-                    ),
-                    "recall": candidates.recall(
-                        golds, [k for k in self.ks if k < candidates.longest] + [candidates.longest]
                     ),
                 },
                 **({"candidate_weight": weighting} if weighting else {}),
@@ -349,28 +341,6 @@ class CandidateEvaluator(Evaluator):
             scores_of_orders[_with_candidates(order)] = scores_of_orders[order].double() + weighted
         return {"weight": float(weight), "reranker": order, **weighting, **chosen}
 
-    def _metrics(
-        self, best: np.ndarray, worst: np.ndarray, linked: np.ndarray, in_kb: np.ndarray, mask: np.ndarray
-    ) -> dict[str, float]:
-        """Returns the metrics of the mentions that a mask [M] selects.
-
-        Args:
-            best, worst (`np.ndarray` `[M]`): Best and worst rank of the golds, nan for a miss.
-            linked (`np.ndarray` `[M]`): True for a mention with candidates.
-            in_kb (`np.ndarray` `[M]`): False for a mention whose gold is NIL.
-            mask (`np.ndarray` `[M]`): The mentions.
-        """
-        ranked = mask & in_kb
-        correct = ranked & (resolve_ranks(best, worst, self.ties) == 1)
-        # 2PR / (P + R) with P = correct / links and R = correct / mentions.
-        links_and_mentions = int((ranked & linked).sum() + ranked.sum())
-        return {
-            **ranking_metrics(best[ranked], worst[ranked], self.ks, self.ties, len(self.entities)),
-            "micro_f1": 2 * int(correct.sum()) / links_and_mentions if links_and_mentions else np.nan,
-            "num_mentions": int(mask.sum()),
-            "num_nil": int(mask.sum() - ranked.sum()),
-        }
-
 
 def _with_candidates(order: str) -> str:
     """Returns the name of an order to whose scores those of the candidates are added."""
@@ -409,7 +379,7 @@ def choose_candidate_weight(
         )
     mrr_of = {}
     for weight in weights:
-        best, worst = _gold_ranks(scores + weight * list_scores, gold_columns, tie_tolerance)
+        best, worst = rank_golds(scores + weight * list_scores, gold_columns, tie_tolerance)
         ranks = resolve_ranks(best[in_kb], worst[in_kb], ties)
         mrr_of[weight] = float(np.nan_to_num(1 / ranks).mean())
     return max(mrr_of, key=lambda weight: mrr_of[weight]), {f"{weight:g}": mrr for weight, mrr in mrr_of.items()}
@@ -484,6 +454,15 @@ class PaddedCandidates:
             result.append([of_list.get(entity_id, lowest) for entity_id in listed])
         return result
 
+    def order_scores(self) -> np.ndarray:
+        """Returns scores [M, C] in the order of the lists: 1 / place, -inf for entries that are not candidates."""
+        scores = np.full(self.masks[END_TO_END].shape, -np.inf)
+        for i, ids in enumerate(self.ids):
+            column_of = {entity_id: column for column, entity_id in enumerate(ids)}
+            for place, entity_id in enumerate(self.candidates.entity_ids[i]):
+                scores[i, column_of[entity_id]] = 1 / (place + 1)
+        return scores
+
     def source_scores(self, source: str) -> np.ndarray:
         """Returns the scores [M, C] of a source, -inf for entries that the source did not give."""
         scores = np.full(self.masks[END_TO_END].shape, -np.inf)
@@ -532,7 +511,44 @@ class PaddedCandidates:
         return np.where(has_any, shifted, 0) / scale, {"source": source, "scale": scale}
 
 
-def _gold_ranks(scores: np.ndarray, gold_columns: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+def candidate_metrics(
+    evaluator: Evaluator, best: np.ndarray, worst: np.ndarray, linked: np.ndarray, in_kb: np.ndarray, mask: np.ndarray
+) -> dict[str, float]:
+    """Returns the metrics of the mentions that a mask [M] selects.
+
+    Args:
+        evaluator ([`~hf_mel.evaluation.evaluator.Evaluator`]): The settings.
+        best, worst (`np.ndarray` `[M]`): Best and worst rank of the golds, nan for a miss.
+        linked (`np.ndarray` `[M]`): True for a mention with candidates.
+        in_kb (`np.ndarray` `[M]`): False for a mention whose gold is NIL.
+        mask (`np.ndarray` `[M]`): The mentions.
+    """
+    ranked = mask & in_kb
+    correct = ranked & (resolve_ranks(best, worst, evaluator.ties) == 1)
+    # 2PR / (P + R) with P = correct / links and R = correct / mentions.
+    links_and_mentions = int((ranked & linked).sum() + ranked.sum())
+    return {
+        **ranking_metrics(best[ranked], worst[ranked], evaluator.ks, evaluator.ties, len(evaluator.entities)),
+        "micro_f1": 2 * int(correct.sum()) / links_and_mentions if links_and_mentions else np.nan,
+        "num_mentions": int(mask.sum()),
+        "num_nil": int(mask.sum() - ranked.sum()),
+    }
+
+
+def candidates_setting(candidates: CandidateLists, golds: Sequence[str], ks: Sequence[int]) -> dict[str, Any]:
+    """Returns how the lists of M mentions were made, their lengths, and their recall of the golds."""
+    lengths = [len(ids) for ids in candidates.entity_ids]
+    return {
+        **candidates.setting,
+        "k": candidates.longest,
+        "sha256": candidates.sha256,
+        "mean_length": float(np.mean(lengths)) if lengths else 0.0,
+        "without": lengths.count(0),
+        "recall": candidates.recall(golds, [k for k in ks if k < candidates.longest] + [candidates.longest]),
+    }
+
+
+def rank_golds(scores: np.ndarray, gold_columns: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns the best and the worst rank [M] of the golds by scores [M, C]; nan for NIL and for a score of -inf."""
     if not scores.shape[1]:
         return np.full(len(scores), np.nan), np.full(len(scores), np.nan)

@@ -93,7 +93,7 @@ class Evaluator:
 
         Args:
             protocol (`str`): Name of the protocol.
-            model: The evaluated model.
+            model: The evaluated model, or `None`.
             num_mentions, num_nil (`int`): Number of mentions, and of those whose gold is NIL.
             start (`float`): `time.perf_counter()` at the start of the evaluation.
             protocol_settings: Entries that only this protocol has.
@@ -109,10 +109,12 @@ class Evaluator:
             "ties": self.ties,
             "tie_tolerance": self.tie_tolerance,
             "data": None if self.data_version is None else dict(self.data_version),
-            "model": {key: value for key, value in describe_model(model).items() if key != "config"},
+            "model": None
+            if model is None
+            else {key: value for key, value in describe_model(model).items() if key != "config"},
             "wall_time_seconds": round(seconds, 3),
             "batch_size": self.batch_size,
-            "device": device_name(model),
+            "device": "cpu" if model is None else device_name(model),
             "software": software_versions(),
         }
 

@@ -118,7 +118,7 @@ def test_processes_that_start_together_share_one_encoding(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("fuzzy", {}, "'fuzzy'.*name, prior, dictionary, retriever"),
+        ("fuzzy", {}, "'fuzzy'.*name, exact, bm25, prior, dictionary, namesake, retriever"),
         ("name+name", {}, "twice"),
         ("name", {"k": 0}, "too few"),
         ("name", {"scorer": "soundex"}, "'soundex'.*WRatio"),
