@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,16 @@ def _tests(
     """Returns the tests of all rows against the row to compare with, corrected within a table and a metric."""
     cells_of = {(key.data, key.label): group for key, group in cells.items()}
     tests: list[dict[str, Any]] = []
+
+    @cache
+    def ranks_of(path: Path) -> MentionRanks:
+        return MentionRanks.of_results(path, json.loads(path.read_text(encoding="utf-8")))
+
+    def scores_of(row: Mapping[str, Any], metric: str) -> Any:
+        chosen = [cell for cell in cells_of[row["data"], row["name"]] if cell.seed in row["seeds"]]
+        ranks = [ranks_of(cell.folder / EVALUATION) for cell in chosen]
+        return mean_scores(ranks, metric, [cell.label for cell in chosen])
+
     for table in tables_of(rows):
         filled = [row for row in table if row["protocol"] is not None]
         wanted = [row for name in suite.compare_with for row in filled if name in (row["name"], row["system"])]
@@ -222,10 +233,8 @@ def _tests(
         against = wanted[0]
         others = [row for row in filled if row is not against]
         for metric in TESTED:
-            second = _scores_of(against, cells_of, metric)
-            differences: list[Difference] = [
-                paired_difference(_scores_of(row, cells_of, metric), second) for row in others
-            ]
+            second = scores_of(against, metric)
+            differences: list[Difference] = [paired_difference(scores_of(row, metric), second) for row in others]
             for row, difference in zip(others, corrected(differences, CORRECTION), strict=True):
                 tests.append(
                     {"data": row["data"], "row": row["name"], "against": against["name"], "metric": metric}
@@ -233,12 +242,3 @@ def _tests(
                     | difference.to_dict()
                 )
     return tests
-
-
-def _scores_of(row: Mapping[str, Any], cells_of: Mapping[tuple[str, str], Sequence[Cell]], metric: str) -> Any:
-    chosen = [cell for cell in cells_of[row["data"], row["name"]] if cell.seed in row["seeds"]]
-    ranks = []
-    for cell in chosen:
-        path = cell.folder / EVALUATION
-        ranks.append(MentionRanks.of_results(path, json.loads(path.read_text(encoding="utf-8"))))
-    return mean_scores(ranks, metric, [cell.label for cell in chosen])

@@ -98,7 +98,13 @@ def run(
         progress = None
         if not report:
             runner = run_command(launcher_words(launch))
-            progress = run_suite(loaded, folder, run=runner, retry=retry, delete_models=delete_models, log=print_plain)
+            try:
+                progress = run_suite(
+                    loaded, folder, run=runner, retry=retry, delete_models=delete_models, log=print_plain
+                )
+            except KeyboardInterrupt:
+                typer.echo("Interrupted. Repeat the command to go on: what is finished is kept.", err=True)
+                raise
         written = suite_results(loaded, folder, _command(suite, overrides or ()))
         files = write_suite(written, results)
     _print_tables(written)
