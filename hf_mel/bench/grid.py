@@ -127,7 +127,8 @@ def failure_reason(printed: str, code: int) -> str:
     if code < 0:
         name = signal.Signals(-code).name
         return f"The process was ended by {name}" + (", perhaps for lack of memory." if name == "SIGKILL" else ".")
-    lines = [line.rstrip() for line in printed.splitlines() if line.strip()]
+    lines = [line.strip("│ ") for line in printed.splitlines()]  # of a box around an error of usage
+    lines = [line for line in lines if line and not re.fullmatch(r"[╭╰].*[╮╯]", line)]
     errors = [
         number for number, line in enumerate(lines) if re.match(r"^[A-Za-z_.]*(Error|Exception|Interrupt)\b:?", line)
     ]

@@ -79,8 +79,8 @@ def metrics_table(rows: Sequence[Mapping[str, Any]], tests: Sequence[Mapping[str
         table.notes.insert(
             0,
             f"Differences from {against}: points, the 95 % interval of a paired bootstrap over mentions, and p of the paired "
-            f"bootstrap and of the paired t-test, each corrected for {tests[0]['comparisons']} comparisons by Holm. Over several "
-            "seeds, a mention counts with its mean.",
+            f"bootstrap and of the paired t-test, each corrected for {tests[0]['comparisons']} "
+            f"comparison{'s' if tests[0]['comparisons'] > 1 else ''} by Holm. Over several seeds, a mention counts with its mean.",
         )
     if any(row["metrics"].get(name, {}).get("std") is not None for row in filled for name in columns):
         table.notes.insert(0, "Mean ± sample standard deviation over seeds.")
@@ -154,12 +154,14 @@ def cost_table(rows: Sequence[Mapping[str, Any]]) -> FigureTable:
 
 
 def all_tables(results: Mapping[str, Any]) -> list[tuple[str, list[FigureTable]]]:
-    """Returns the tables of a suite: (name of the data set, tables), one entry for each data set and protocol."""
+    """Returns the tables of a suite: (heading, tables), one entry for each data set and protocol."""
     entries = []
     for rows in tables_of(results["rows"]):
         tests = [test for test in results.get("tests", []) if test["data"] == rows[0]["data"]]
         tables: list[FigureTable | None] = [metrics_table(rows, tests), strata_table(rows), cost_table(rows)]
-        entries.append((rows[0]["data"], [table for table in tables if table is not None]))
+        lists = next((row["protocol"]["candidates"] for row in rows if row["protocol"] is not None), None)
+        ranked = "all entities" if lists is None else f"candidates of {lists['source'] or 'a file'}"
+        entries.append((f"{rows[0]['data']}: {ranked}", [table for table in tables if table is not None]))
     return entries
 
 
@@ -177,8 +179,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         parts.append(
             f"Prepared without this budget: {prepared['name']}{seed}, recipe `{prepared['recipe']}`: {told}.\n"
         )
-    for data, tables in all_tables(results):
-        parts.append(f"## {data}\n")
+    for heading, tables in all_tables(results):
+        parts.append(f"## {heading}\n")
         parts += [table_markdown(table) for table in tables]
     parts.append(f"{versions_line(results)}\n")
     return "\n".join(parts)
@@ -420,9 +422,11 @@ def _is_of(test: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
 
 def _test(tests: Sequence[Mapping[str, Any]], row: Mapping[str, Any], metric: str) -> str:
     chosen = [test for test in tests if _is_of(test, row) and test["metric"] == metric]
-    if not chosen:
-        return ""
-    test = chosen[0]
+    return difference_text(chosen[0]) if chosen else ""
+
+
+def difference_text(test: Mapping[str, Any]) -> str:
+    """Returns a test as text: the difference, its interval and both corrected p."""
     return (
         f"{100 * test['difference']:+.1f} [{100 * test['low']:+.1f}, {100 * test['high']:+.1f}], "
         f"p {_p(test['p_bootstrap_corrected'])}, {_p(test['p_t_corrected'])}"

@@ -257,25 +257,27 @@ def _print_tables(results: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from hf_mel.bench.suite_tables import all_tables
+    from hf_mel.bench.suite_results import tables_of
+    from hf_mel.bench.suite_tables import difference_text, metrics_table
+    from hf_mel.evaluation.tables import display_name
     from hf_mel.terminal import safe_text
 
     console = Console()
-    for _, tables in all_tables(results):
-        main = tables[0]
-        table = Table(
-            title=Text(safe_text(main.caption)), caption=Text(safe_text("\n".join(main.notes))), caption_justify="left"
-        )
+    for rows in tables_of(results["rows"]):
+        main = metrics_table(rows)
+        table = Table(title=Text(safe_text(main.caption)), caption_justify="left")
+        table.caption = Text(safe_text("\n".join(main.notes)))
         for number, heading in enumerate(main.header):
             table.add_column(Text(safe_text(heading)), justify="left" if number == 0 else "right")
         for number, row in enumerate(main.rows):
-            table.add_row(
-                *(
-                    Text(safe_text(text), "bold" if (number, column) in main.best else "")
-                    for column, text in enumerate(row)
-                )
-            )
+            styles = ("bold" if (number, column) in main.best else "" for column in range(len(row)))
+            table.add_row(*(Text(safe_text(text), style) for text, style in zip(row, styles, strict=True)))
         console.print(table)
+        names = {row["name"] for row in rows}
+        for test in results["tests"]:
+            if test["data"] == rows[0]["data"] and test["row"] in names:
+                label = f"{test['row']} − {test['against']}, {display_name(test['metric'])}: {difference_text(test)}"
+                console.print(safe_text(label), markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_comparison(compared: dict[str, Any], console: Any) -> None:

@@ -203,6 +203,7 @@ def test_options_become_words():
         ("some\nScoreError: The score is nan.\nMore.\n", 1, "ScoreError: The score is nan. More."),
         ("Traceback (most recent call last):\n  x\ntorch.OutOfMemoryError: CUDA\n", 1, "torch.OutOfMemoryError: CUDA"),
         ("Usage: hf-mel\nError: No such option\n", 2, "Error: No such option"),
+        ("Usage: x\n╭─ Error ───╮\n│ No such option: --x │\n╰───────────╯\n", 2, "No such option: --x"),
         ("just words\n", 3, "just words"),
         ("", 3, "The command ended with status 3."),
         ("", -int(signal.SIGKILL), "The process was ended by SIGKILL, perhaps for lack of memory."),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import statistics
 
@@ -32,6 +31,9 @@ from hf_mel.errors import ComparisonError, DataFormatError
 def protocol(**changes):
     whole = {"protocol": "full", "kb_size": 100, "data": "a" * 64, "split": "test", "config": "mentions"}
     return {**whole, "num_mentions": 50, "ties": "realistic", "candidates": None, **changes}
+
+
+LISTS = {"source": "name", "k": 8, "sha256": "b"}
 
 
 def row(name, hits=(0.5, 0.6), data="toy", **changes):
@@ -157,7 +159,7 @@ def test_tests_stand_beside_their_rows():
     assert table.header[-2:] == ["H@1 − A", "MRR − A"]
     assert table.rows[0][-2:] == ["", ""]
     assert table.rows[1][-1] == "+2.1 [-1.0, +5.0], p 0.200, < 0.001"
-    assert "corrected for 1 comparisons by Holm" in " ".join(table.notes)
+    assert "corrected for 1 comparison by Holm" in " ".join(table.notes)
 
 
 def test_strata_and_costs():
@@ -204,7 +206,12 @@ def test_the_page_says_where_the_figures_come_from():
     assert "hf-mel bench mine" in page
     assert "Budget of a run: 300 steps." in page
     assert "Commit 0123456789ab. torch 2.1." in page
-    assert json.dumps(all_tables(results(row("A")))[0][0]) == '"toy"'
+    assert [
+        heading for heading, _ in all_tables(results(row("A"), row("B", protocol=protocol(candidates=LISTS))))
+    ] == [
+        "toy: all entities",
+        "toy: candidates of name",
+    ]
     assert budget_line({"max_steps": None, "minutes": 15}) == "15 minutes of training (processor time on a CPU)"
     assert budget_line({"max_steps": None, "minutes": None}) == "that of its recipe"
     assert [duration(seconds) for seconds in (4, 600, 7200)] == ["4 s", "10.0 min", "2.0 h"]
