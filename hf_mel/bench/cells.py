@@ -119,13 +119,14 @@ class Cell:
         Candidates that nothing names are those of the recipe.
         """
         data = self.suite.data[self.row.data]
-        shared = {**self.suite.evaluate, **data.evaluate}
+        shared, own = {**self.suite.evaluate, **data.evaluate}, dict[str, Any]()
         if self.system.order is not None:
-            reranks, own = True, {} if self.system.order == LIST_ORDER else {"candidates": self.system.order}
+            reranks = True
+            own |= {} if self.system.order == LIST_ORDER else {"candidates": self.system.order}
             own |= {} if self.seed == 0 else {"seed": self.seed}
         else:
             section = self.recipe(resolved=False).candidates
-            reranks, own = section is not None, {}
+            reranks = section is not None
             if section is not None and "candidates" not in {**shared, **self.system.evaluate}:
                 file = None if section.file is None else section.file.replace("{split}", data.split)
                 own = {

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +195,7 @@ def run_suite(
             with writer_lock(
                 cell.folder / _LOCK, busy="The cell is being run", remedy="Wait for it.", target=cell.folder
             ):
-                record = _run_cell(
-                    cell, versions, run, reason, retry, delete_models, lambda text, p=prefix: log(p + text)
-                )
+                record = _run_cell(cell, versions, run, reason, retry, delete_models, partial(_log_with, log, prefix))
         except LockedError as error:
             log(f"{prefix}left: {error.message}")
             progress.left += 1
@@ -208,6 +207,10 @@ def run_suite(
             if isinstance(cell, PreparedCell):
                 failed[cell.folder] = record["reason"]
     return progress
+
+
+def _log_with(log: Callable[[str], None], prefix: str, text: str) -> None:
+    log(prefix + text)
 
 
 def data_versions(suite: Suite) -> dict[str, Any]:

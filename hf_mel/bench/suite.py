@@ -291,12 +291,14 @@ def _suggestion(name: Any, valid: Iterable[str], listing: str = "Valid") -> str:
 def _collect_lines(node: Any, path: tuple, lines: dict[tuple, int]) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            lines[(*path, key.value)] = key.start_mark.line + 1
-            _collect_lines(value, (*path, key.value), lines)
+            place = (*path, key.value)
+            lines[place] = key.start_mark.line + 1
+            _collect_lines(value, place, lines)
     elif isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
-            lines[(*path, number)] = item.start_mark.line + 1
-            _collect_lines(item, (*path, number), lines)
+            place = (*path, number)
+            lines[place] = item.start_mark.line + 1
+            _collect_lines(item, place, lines)
 
 
 def _line_of(lines: Mapping[tuple, int], path: tuple) -> int | None:
@@ -506,20 +508,23 @@ class _Reader:
         for name, data in suite.data.items():
             self.check_references(data.evaluate, ("data", name, "evaluate"), ready)
         for number, system in enumerate(suite.systems):
-            path = ("systems", number)
-            self.check_references(system.set, (*path, "set"), ready)
-            self.check_references(system.evaluate, (*path, "evaluate"), ready)
-            chosen = list(suite.data) if system.data is None else system.data
-            self.check_data(chosen, suite, (*path, "data"))
-            if isinstance(system.recipe, dict):
-                self.check_data(system.recipe, suite, (*path, "recipe"))
-            sweep = system.sweep or suite.sweep
-            values = {} if sweep is None else {sweep.field: sweep.values[0]}
-            for data in chosen:
-                recipe = system.recipe_for(data)
-                if recipe is not None:
-                    where = (*path, "recipe", data) if isinstance(system.recipe, dict) else (*path, "recipe")
-                    self.check_recipe(recipe, {**suite.set, **system.set, **values}, where)
+            self.check_system(suite, system, ("systems", number), ready)
+
+    def check_system(self, suite: Suite, system: System, path: tuple, ready: Sequence[str]) -> None:
+        """Checks what a system refers to, and that its recipes load with their values."""
+        self.check_references(system.set, (*path, "set"), ready)
+        self.check_references(system.evaluate, (*path, "evaluate"), ready)
+        chosen = list(suite.data) if system.data is None else system.data
+        self.check_data(chosen, suite, (*path, "data"))
+        if isinstance(system.recipe, dict):
+            self.check_data(system.recipe, suite, (*path, "recipe"))
+        sweep = system.sweep or suite.sweep
+        values = {} if sweep is None else {sweep.field: sweep.values[0]}
+        for data in chosen:
+            recipe = system.recipe_for(data)
+            if recipe is not None:
+                where = (*path, "recipe", data) if isinstance(system.recipe, dict) else (*path, "recipe")
+                self.check_recipe(recipe, {**suite.set, **system.set, **values}, where)
 
     def check_data(self, names: Iterable[Any], suite: Suite, path: tuple) -> None:
         for name in names:

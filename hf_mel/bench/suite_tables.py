@@ -275,8 +275,8 @@ def plot(results: Mapping[str, Any], path: str | os.PathLike[str], metric: str =
         lines = _lines_of(points)
         if lines is not None:
             for system, series in lines.items():
-                positions, means, spread = zip(*sorted(series), strict=True)
-                axis.errorbar(positions, means, yerr=spread, fmt="o-", capsize=3, label=system)
+                positions, heights_of, errors = zip(*sorted(series), strict=True)
+                axis.errorbar(positions, heights_of, yerr=errors, fmt="o-", capsize=3, label=system)
             sweep = rows[0]["sweep"]
             axis.set(
                 xlabel="share of the training mentions" if sweep is None else sweep["field"],

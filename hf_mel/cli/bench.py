@@ -245,8 +245,9 @@ def _list_cells(suite: Any, folder: Path) -> None:
 
     versions = data_versions(suite)
     cells = grid_cells(suite, folder)
-    for cell in (*prepared_cells(suite, folder), *cells):
-        reason = empty_reason(cell) if hasattr(cell, "row") else None
+    listed: list[Any] = [*prepared_cells(suite, folder), *cells]
+    for cell in listed:
+        reason = empty_reason(cell) if cell in cells else None
         state = f"empty: {reason}" if reason else cell_state(cell, versions)
         print_plain(f"{state:<12} {cell.label}")
     print_plain(f"{len(cells)} cells, {len(suite.prepare)} prepared runs, in {folder}")

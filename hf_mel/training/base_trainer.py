@@ -121,7 +121,8 @@ class BaseTrainer(Trainer):
             done = min(1.0, max(step / max(1, num_training_steps), clock.share))
             return done / warmup if done < warmup else (1 - done) / (1 - warmup) if warmup < 1 else 1.0
 
-        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        chosen: Any = self.optimizer if optimizer is None else optimizer
+        self.lr_scheduler = LambdaLR(chosen, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
