@@ -262,7 +262,10 @@ def test_with_a_threshold_above_1_no_image_counts():
         torch.testing.assert_close(out.scores, without.scores)
     open_model = build(**ATT | {"text_image_threshold": -1, "candidate_image_threshold": -1})
     with torch.no_grad():
-        assert open_model(**batch_for(open_model)).image_passes.tolist() == [True, False, True, True]
+        batch = batch_for(open_model)
+        assert open_model(**batch).image_passes.tolist() == [True, False, True, True]
+        blank = torch.full_like(batch["pair_entity_image"], -1)  # no candidate has an image to compare with
+        assert not open_model(**batch | {"pair_entity_image": blank}).image_passes.any()
 
 
 def test_features_and_their_images_give_the_same_scores():
