@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 #: Folder of each method in `modeling/`, which is its model type too → the prefix of its class names.
 _METHODS = {
+    "autoregressive": "Autoregressive",
     "bi_encoder": "BiEncoder",
     "candidate_graph": "CandidateGraph",
     "context_rnn": "ContextRnn",

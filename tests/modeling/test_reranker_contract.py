@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoProcessor
 
 import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.hub.saving import save_model_repository
+from hf_mel.modeling.autoregressive import AutoregressiveConfig, AutoregressiveModel, AutoregressiveProcessor
 from hf_mel.modeling.candidate_graph import CandidateGraphConfig, CandidateGraphModel, CandidateGraphProcessor
 from hf_mel.modeling.extra_trees import ExtraTreesConfig, ExtraTreesModel, ExtraTreesProcessor
 from hf_mel.protocols import MelProcessor, Reranker
@@ -55,7 +56,32 @@ def dgcn():
     return graph(graph="dynamic", graph_size=5, num_graph_layers=3, share_layers=True, window=None, loss="margin")
 
 
-METHODS = {"dgcn": dgcn, "extra_trees": extra_trees, "ncel": graph}
+BART = {
+    "model_type": "bart",
+    "d_model": 12,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+}
+
+
+def genre():
+    tokenizer = make_tokenizer()
+    text = BART | {"vocab_size": len(tokenizer), "pad_token_id": 0, "init_std": 0.5}
+    return AutoregressiveModel(AutoregressiveConfig(text_config=text)), AutoregressiveProcessor.from_parts(tokenizer)
+
+
+def autoregressive():
+    tokenizer = make_tokenizer()
+    text = BERT | {"vocab_size": len(tokenizer), "initializer_range": 0.5}
+    config = AutoregressiveConfig(text_config=text, name_decoder="lstm", correction=True)
+    return AutoregressiveModel(config), AutoregressiveProcessor.from_parts(tokenizer)
+
+
+METHODS = {"autoregressive": autoregressive, "genre": genre, "dgcn": dgcn, "extra_trees": extra_trees, "ncel": graph}
 
 
 @pytest.fixture(params=METHODS, scope="module")

@@ -13,6 +13,9 @@ from tests.toy_documents import toy_documents
 VARIANTS = [
     *((name, "", {"graph": "static"}) for name in ("ncel_wikimel", "ncel-text_wikimel")),
     *((name, "", {"graph": "dynamic", "loss": "margin"}) for name in ("dgcn_aida", "dgcn-text_wikimel")),
+    *((name, "", {"name_decoder": "pretrained"}) for name in ("genre_wikimel", "genre-text_wikimel")),
+    ("autoregressive-text_wikimel", "", {"name_decoder": "lstm", "correction": True}),
+    ("autoregressive-text_wikimel", "model.config.correction=false", {"correction": False}),
     ("ncel-text_wikimel", "model.config.graph=none", {"graph": "none"}),
 ]
 
