@@ -23,25 +23,25 @@ from hf_mel.training.assemble import build_model
 from hf_mel.training.recipe import Recipe, shipped_recipes
 from hf_mel.training.tokenizer import texts_of, train_wordpiece
 from tests.modeling.test_bi_encoder import BRIDGE, LXMERT, VILT
-from tests.recipes.test_rerankers import RECIPES, step
+from tests.recipes.test_rerankers import RECIPES
 from tests.toy import toy_entities, toy_mentions
 
 SIZES = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 24}
-#: What takes the place of a pretrained encoder, by a part of its name.
+#: What takes the place of a pretrained encoder, by the first of these parts that its name has.
 SMALL = {
-    "bert-base": lambda: BertModel(BertConfig(vocab_size=200, num_hidden_layers=7, **SIZES)),
-    "roberta": lambda: BertModel(BertConfig(vocab_size=200, num_hidden_layers=1, **SIZES)),
-    "minilm": lambda: BertModel(BertConfig(vocab_size=200, num_hidden_layers=1, **SIZES)),
-    "vit-base": lambda: AutoModel.from_config(ViTConfig(image_size=16, patch_size=8, num_hidden_layers=1, **SIZES)),
-    "resnet": lambda: AutoModel.from_config(
-        ResNetConfig(embedding_size=8, hidden_sizes=[12], depths=[1], layer_type="basic")
-    ),
     "clip": lambda: AutoModel.from_config(
         CLIPConfig(
             text_config={**SIZES, "vocab_size": 200, "num_hidden_layers": 1, "eos_token_id": 3},
             vision_config={**SIZES, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8},
             projection_dim=8,
         )
+    ),
+    "bert-base": lambda: BertModel(BertConfig(vocab_size=200, num_hidden_layers=7, **SIZES)),
+    "roberta": lambda: BertModel(BertConfig(vocab_size=200, num_hidden_layers=1, **SIZES)),
+    "minilm": lambda: BertModel(BertConfig(vocab_size=200, num_hidden_layers=1, **SIZES)),
+    "vit-base": lambda: AutoModel.from_config(ViTConfig(image_size=16, patch_size=8, num_hidden_layers=1, **SIZES)),
+    "resnet": lambda: AutoModel.from_config(
+        ResNetConfig(embedding_size=8, hidden_sizes=[12], depths=[1], layer_type="basic")
     ),
     "vilt": lambda: AutoModel.from_config(ViltConfig(**VILT)),
     "lxmert": lambda: AutoModel.from_config(LxmertConfig(**LXMERT)),
@@ -72,6 +72,20 @@ def small_encoder(reference: str, folder) -> str:
         train_wordpiece(texts_of(toy_mentions(), toy_entities()), 200).save_pretrained(folder / kind)
         CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False).save_pretrained(folder / kind)
     return str(folder / kind)
+
+
+def step(model, batch) -> None:
+    """Trains for one step of the same length for every parameter, and asserts that the loss falls."""
+    model.train()
+    torch.manual_seed(0)
+    before = model(**batch).loss
+    before.backward()
+    torch.manual_seed(0)  # the same dropout
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 1e-3 * parameter.grad / (1e-12 + parameter.grad.norm())
+        assert model(**batch).loss < before
 
 
 @pytest.mark.parametrize(("name", "overrides"), VARIANTS)
