@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from hf_mel.data.images import open_image
 from hf_mel.detection.spans import MentionDetector, MentionSpan, checked_spans
 from hf_mel.errors import DataFormatError, SpanError
+from hf_mel.linking.mentions import check_characters
 from hf_mel.linking.results import LinkResult
 from hf_mel.schema import NIL
 
@@ -110,12 +111,13 @@ def check_text(text: TextLike, row: int | str | None = None) -> None:
         row (`int` or `str`, *optional*): Its position in a list or file, for error messages.
 
     Raises:
-        DataFormatError: It has no `text`, or a value has the wrong type.
+        DataFormatError: It has no valid `text`, or a value has the wrong type.
         SpanError: A span is not in the text.
     """
     content = {"text": text} if isinstance(text, str) else text
     if not isinstance(content, Mapping) or not isinstance(content.get("text"), str):
         raise DataFormatError("The text is missing or no string.", row=row, remedy=f"Give a string, or {_EXAMPLE}.")
+    check_characters(content["text"], row)
     spans = content.get("spans")
     if spans is None:
         return
@@ -187,10 +189,13 @@ def _find_spans(
     """Returns the spans of each text: its own ones, or those of the detector."""
     asked = [k for k, content in enumerate(contents) if content.get("spans") is None]
     texts = [contents[k]["text"] for k in asked]
-    detected = list(detector(texts)) if texts else []
-    if len(detected) != len(texts):
+    detected: Any = detector(texts) if texts else []
+    is_list = isinstance(detected, Iterable)
+    detected = list(detected) if is_list else []
+    if len(detected) != len(texts) or not all(isinstance(spans, Iterable) for spans in detected):
+        answer = f"spans of {len(detected)} texts" if is_list else "no list"
         raise SpanError(
-            f"The detector returned spans of {len(detected)} texts for {len(texts)} texts.",
+            f"The detector returned {answer} for {len(texts)} texts.",
             remedy="Return one list of spans for each text.",
         )
     given: list[Any] = [content.get("spans") for content in contents]

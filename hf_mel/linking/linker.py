@@ -36,7 +36,7 @@ from hf_mel.kb.entities import EntitiesLike, is_row_file
 from hf_mel.kb.indexes import open_index
 from hf_mel.kb.indexes.base import ExactIndex, rank_rows
 from hf_mel.kb.knowledge_base import KnowledgeBase
-from hf_mel.linking.annotating import annotate_batches
+from hf_mel.linking.annotating import annotate_batches, check_text
 from hf_mel.linking.explaining import Explanation, explain
 from hf_mel.linking.mentions import MENTION_DEFAULTS, MentionLike, context_key, locate_mention
 from hf_mel.linking.results import Candidate, LinkResult, RankedMention, scores_equal
@@ -763,6 +763,8 @@ class EntityLinker:
             single = {"text": texts} if isinstance(texts, str) else dict(texts)
             single |= {k: v for k, v in (("image", image), ("spans", spans)) if v is not None}
             texts = [single]
+        elif not hasattr(texts, "__getitem__"):
+            check_text(texts)
         results: list[Any] = [None] * len(texts)
         options: dict[str, Any] = {"overlapping": overlapping, "top_k": top_k, "batch_size": batch_size}
         try:

@@ -45,7 +45,7 @@ def locate_mention(mention: MentionLike, row: int | str | None = None) -> tuple[
 
     Raises:
         SpanError: The mention is empty, not in its text, or not at its offsets.
-        DataFormatError: It is no mapping, or a field is missing or of another type.
+        DataFormatError: It is no mapping, or a field is missing, of another type, or no valid text.
     """
     if not isinstance(mention, Mapping):
         raise DataFormatError(
@@ -58,6 +58,7 @@ def locate_mention(mention: MentionLike, row: int | str | None = None) -> tuple[
             raise DataFormatError("The mention has no text=.", row=row, remedy=f"Give {_EXAMPLE}.")
         if value is not None and not isinstance(value, str):
             raise DataFormatError(f"{key}={value!r} is not a string.", row=row, remedy=f"Give {_EXAMPLE}.")
+        check_characters(value or "", row)
     if visual:
         if mention.get("image") is None:
             raise DataFormatError("The visual mention has no image=.", row=row, remedy="Give its picture as image=.")
@@ -100,6 +101,22 @@ def locate_mention(mention: MentionLike, row: int | str | None = None) -> tuple[
             "the first occurrence.",
         )
     return text[start:end] if surface is None else surface, start, end
+
+
+def check_characters(text: str, row: int | str | None = None) -> None:
+    """Checks that a text can be encoded, because tokenizers cannot read others.
+
+    Raises:
+        DataFormatError: It has half of a surrogate pair, as texts have that were cut between two UTF-16 units.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataFormatError(
+            f"Character {error.start} of the text is {text[error.start]!r}, half of a surrogate pair.",
+            row=row,
+            remedy='Join or replace the halves: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").',
+        ) from None
 
 
 def _offset(mention: MentionLike, key: str, row: int | str | None) -> int | None:

@@ -134,6 +134,9 @@ def test_a_detector_that_returns_no_mentions_of_the_text_is_named(linker):
     assert error.value.row == 0
     with pytest.raises(SpanError, match="returned spans of 0 texts for 1 texts"):
         linker.annotate("Entity a", detector=lambda texts: [])
+    for answer, words in ((None, "no list"), ([None], "spans of 1 texts")):
+        with pytest.raises(SpanError, match=f"returned {words} for 1 texts"):
+            linker.annotate("Entity a", detector=lambda texts, answer=answer: answer)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +144,7 @@ def test_a_detector_that_returns_no_mentions_of_the_text_is_named(linker):
     [
         ([TEXT, None], DataFormatError),
         ([TEXT, {"txt": "a"}], DataFormatError),
+        ([TEXT, "half \ud83d"], DataFormatError),
         ([TEXT, {"text": "abc", "spans": "0:2"}], DataFormatError),
         ([TEXT, {"text": "abc", "spans": [[0, 4]]}], SpanError),
         ([TEXT, {"text": "abc", "spans": [[0]]}], SpanError),
@@ -150,6 +154,12 @@ def test_bad_texts_are_named_before_any_is_linked(linker, texts, error):
     with pytest.raises(error) as raised:
         linker.annotate(texts, detector=lambda texts: pytest.fail("searched"))
     assert raised.value.row == 1
+
+
+@pytest.mark.parametrize("texts", [None, 5, {"a"}])
+def test_what_is_no_text_is_refused(linker, texts):
+    with pytest.raises(DataFormatError, match="missing or no string"):
+        linker.annotate(texts)
 
 
 def test_an_image_of_several_texts_is_refused(linker):

@@ -207,6 +207,7 @@ def test_the_span_is_searched_or_given(linker):
         ({"text": "", "mention": "Swift"}, SpanError, "not in its text"),
         ({"mention": "Swift"}, DataFormatError, "no text="),
         ({"text": "Swift", "mention": 3}, DataFormatError, "mention=3 is not a string"),
+        ({"text": "Swift \ud83d", "mention": "Swift"}, DataFormatError, "Character 6 .*half of a surrogate pair"),
         ({"text": "Swift", "start": 0.0, "end": 2}, DataFormatError, "start=0.0 is not an integer"),
         ({"text": "Swift", "start": False, "end": 2}, DataFormatError, "start=False is not an integer"),
         ({"text": "in Lome\u0301", "mention": "Lom\u00e9"}, SpanError, r"mention NFC, the text NFD\): convert both"),
