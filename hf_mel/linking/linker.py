@@ -682,13 +682,9 @@ class EntityLinker:
         if not isinstance(self.processor, LimitsTexts):
             return [(True, None)] * len(rows)
         is_whole = [not count for count in self.processor.num_left_out(mentions=rows)]
-        cut = (
-            []
-            if not isinstance(self.processor, LocatesTokens)
-            else [number for number, row in enumerate(rows) if not is_whole[number] and 0 <= row["start"] < row["end"]]
-        )
         places: list[bool | None] = [None] * len(rows)
-        if cut:
+        cut = [number for number, row in enumerate(rows) if not is_whole[number] and 0 <= row["start"] < row["end"]]
+        if cut and isinstance(self.processor, LocatesTokens):
             for number, spans in zip(cut, self.processor.text_spans([rows[number] for number in cut]), strict=True):
                 start, end = rows[number]["start"], rows[number]["end"]
                 places[number] = any(span is not None and span[0] < end and span[1] > start for span in spans)

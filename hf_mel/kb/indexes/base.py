@@ -279,8 +279,9 @@ class VectorIndex(Index):
             added_to_group = None if added is None else added.select(numbers)
             lists = [candidates[number] for number in numbers]
             # Rows ascend, so that ties are ordered as in the ranking of all entities.
-            chosen = rows if len(lists[0]) < num_results else np.unique(np.concatenate(lists))
-            among = None if len(numbers) == 1 else _memberships(chosen, lists)
+            union = np.unique(np.concatenate(lists))
+            chosen = rows if len(lists[0]) < num_results else union
+            among = None if len(numbers) == 1 else _memberships(union, lists)
             ranked = rank_rows(
                 self.model, of_group, self.kb, chosen, top_k=num_results, added=added_to_group, among=among
             )
