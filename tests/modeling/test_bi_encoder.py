@@ -121,7 +121,11 @@ def processor_of(model: BiEncoderModel, tokenizer, **options) -> BiEncoderProces
 
 
 def rows(count: int = 5) -> tuple[list[dict], list[dict]]:
-    return list(toy_mentions(count)), list(toy_entities(count + 1))
+    """Rows of different lengths, so that a batch has padding."""
+    mentions, entities = [dict(row) for row in toy_mentions(count)], [dict(row) for row in toy_entities(count + 1)]
+    mentions[1]["text"] += " Here."
+    entities[0]["attributes"] *= 3
+    return mentions, entities
 
 
 def batch_of(model, tokenizer, count: int = 5, **options) -> dict[str, torch.Tensor]:
