@@ -43,7 +43,7 @@ from hf_mel.protocols import (
 from hf_mel.schema import NIL
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.base_trainer import BaseTrainer
-from hf_mel.training.collators import Examples, PairCollator, RetrieverCollator
+from hf_mel.training.collators import BATCH_IDS, Examples, PairCollator, RetrieverCollator
 from hf_mel.training.sampling import EasyShareSampler, GroupingSampler, grouping_sampler
 from hf_mel.training.shared_batches import SHARED_SIZES, gathered_encodings, unsharded_loader
 
@@ -276,6 +276,7 @@ class MelTrainer(BaseTrainer):
                 )
                 for batch in loader:
                     batch = self._prepare_inputs(batch)
+                    batch.pop(BATCH_IDS, None)
                     golds, mask = batch.pop("labels"), batch["pair_mask"].bool()
                     is_gold = torch.arange(mask.shape[1], device=mask.device) == golds.unsqueeze(1)
                     features.append(self.model.pair_features(**batch)[mask].cpu())

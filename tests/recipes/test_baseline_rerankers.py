@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_mel.candidates.make import make_candidates
+from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator
+from hf_mel.inference.checkpoints import load_reranker
+from hf_mel.inference.inputs import ModelInputs
+from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.linking.linker import EntityLinker
 from hf_mel.training.assemble import build_model
+from hf_mel.training.run import run_recipe
 from tests.recipes.test_rerankers import encoders, load, step  # noqa: F401 (a fixture)
-from tests.toy import toy_entities
+from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model, write_toy_dataset
 from tests.toy_documents import toy_documents
 
 VARIANTS = [
@@ -49,3 +56,33 @@ def test_a_forest_is_fitted_on_the_features_of_its_recipe(name, encoders):  # no
         name != "et-text_wikimel",
         name != "et_tweets",
     )
+
+
+@pytest.mark.parametrize("name", ["et-text_wikimel", "dgcn-text_wikimel", "autoregressive-text_wikimel"])
+def test_trains_evaluates_and_links(name, encoders, tmp_path):  # noqa: F811
+    register()
+    data = write_toy_dataset(tmp_path / "data", entities=toy_entities(12))
+    recipe = load(name, "", encoders)
+    recipe.data.dataset, recipe.candidates.source, recipe.candidates.retriever = str(data), "name+prior", None
+    recipe.candidates.k = 4
+    if "list_scores" in recipe.model.config:
+        recipe.model.config["list_scores"] = False
+    quick = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
+    recipe.training.update(quick | {"bf16": False, "num_negatives": 3})
+    run = run_recipe(recipe, tmp_path / "run")
+    assert (run / "results.json").exists()
+    assert (run / "README.md").exists()
+
+    model, processor = load_reranker(run)
+    mentions, entities = toy_mentions(8), toy_entities(12)
+    lists = make_candidates("name+prior", mentions, entities, training=mentions, k=4)
+    results = [
+        CandidateEvaluator(entities, batch_size=size, progress=False)(ModelInputs(model, processor), mentions, lists)
+        for size in (64, 1)
+    ]
+    assert results[0].metrics == results[1].metrics
+    assert 0 < results[0].metrics["mrr"] <= 1
+    kb = KnowledgeBase.build(entities, toy_model(), ToyProcessor(), progress=False)
+    linker = EntityLinker(toy_model(), ToyProcessor(), kb, reranker=model, reranker_processor=processor)
+    linked = linker([dict(row) for row in mentions], top_k=3)
+    assert all(len(result.candidates) == 3 for result in linked)
