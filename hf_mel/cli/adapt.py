@@ -54,8 +54,8 @@ def adapt(
     MODEL is a retriever that you trained, or a text encoder such as sentence-transformers/all-MiniLM-L6-v2. The recipe
     that the command fills in is kept in the run folder: [b]adapt-model[/b] or [b]adapt-encoder[/b].
 
-    Mentions that are made are no real ones. If you have some hundred mentions with their entities, measure with
-    [b]hf-mel evaluate[/b] whether it helps, and train on them.
+    Mentions that are made are no real ones, and adapting hurt wherever we measured it. Measure with [b]hf-mel evaluate[/b] on
+    some hundred mentions of yours before you use the model. To train on such mentions is better.
 
     Examples:
 
