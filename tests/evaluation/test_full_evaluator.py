@@ -102,7 +102,8 @@ def test_an_unknown_unit_is_an_error_before_all_rows_are_encoded():
 
 def test_strata_have_the_metrics_of_their_mentions():
     result = evaluate(train_golds={"Q1", "Q8"}, nil_threshold=0.05)
-    assert result.strata.keys() == {"stratum", "mentions in context", "name of mention", "gold in training"}
+    names = {"stratum", "mentions in context", "name of mention", "image of mention", "gold in training"}
+    assert result.strata.keys() == names
     assert result.strata["stratum"].keys() == {"text", "image", "both"}
     for group, metrics in result.strata["stratum"].items():
         rows = MENTIONS.filter(lambda row, group=group: row["stratum"] == group)

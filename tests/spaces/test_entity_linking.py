@@ -645,7 +645,7 @@ def test_uploads_of_a_visitor_are_private_and_deleted_later(space, service, tmp_
         answer = private_call(demo, url, "build_own_kb", ["Mine", table, None, "small", None], "first")
         assert "is ready, with 1 entities" in answer
         assert len(list(tmp_path.glob("mel-space-*"))) == 1
-        question = ["Jo won", "Jo", "", None, "small", "Mine (yours)", 5, None, None]
+        question = ["Jo won", "Jo", "", None, "small", "Mine (yours)", 5, None, "", None]
         assert ">Jo<" in private_call(demo, url, "answer", question, "first").replace("</strong>", "<")
         assert "not in the list of choices" in private_call(demo, url, "answer", question, "second")
         for _ in range(100):
@@ -681,7 +681,7 @@ def test_an_upload_that_is_no_photo_is_refused_with_a_message(demo, url, tmp_pat
     if name == "bomb.png":
         Image.new("1", (16_000, 10_000)).save(tmp_path / name)  # 160 million pixels, which Pillow accepts
     file = uploaded(url, tmp_path / name)
-    question = [TEXT, "Georgia", "", file, "small", "flags", 5, None, None]
+    question = [TEXT, "Georgia", "", file, "small", "flags", 5, None, "", None]
     assert words in private_call(demo, url, "answer", question, name)
     served = requests.get(f"{url}gradio_api/file={file['path']}", timeout=30)
     assert served.headers["Content-Type"].startswith("image/png") or (
