@@ -169,7 +169,7 @@ def test_results_and_records_are_plain_data():
     assert data["candidates"]["k"] == 3
     assert data["candidates"]["without"] == 1
     assert data["ties"] == "realistic"
-    assert set(data["strata"]) == {"stratum", "mentions in context", "name of mention"}
+    assert set(data["strata"]) == {"stratum", "mentions in context", "name of mention", "image of mention"}
     records = list(result.records())
     assert [record["mention_id"] for record in records] == list(MENTIONS["mention_id"])
     assert records[-1]["candidates"] == []
