@@ -23,7 +23,7 @@ def test_invalid_settings_are_an_error_before_any_run(evaluator):
         evaluator(toy_entities(2), ks=(0,))
     with pytest.raises(KnowledgeBaseError, match="no entities"):
         evaluator(toy_entities(2).select([]))
-    with pytest.raises(TypeError, match="reads rows"):
+    with pytest.raises(TypeError, match="read as rows"):
         CandidateEvaluator(["Q1"])
     with pytest.raises(RecipeError, match="Give 0 or more"):
         CandidateEvaluator(toy_entities(2), candidate_weight=-1.0)

@@ -164,7 +164,8 @@ class Marks(HTMLParser):
 def test_the_page_shows_the_text_and_escapes_it(linker, tmp_path):
     text = '<script>alert(1)</script> Entity b & Entity "c" \u202e \ud800'
     spans = [MentionSpan(26, 34, "<i>"), MentionSpan(33, 46), MentionSpan(0, 8)]
-    record = linker.annotate(text, spans=spans, overlapping=True).to_dict()
+    record = linker.annotate(text.replace("\ud800", "?"), spans=spans, overlapping=True).to_dict()
+    record["text"] = text  # annotating refuses half of a pair, but a file may have one
     record["mentions"][0]["entity_id"] = None
     kb = linker.kb
     images = {entity_id: kb.image(kb.row_of(entity_id)) for entity_id in kb.entity_ids}
