@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -35,6 +36,8 @@ _GROUP_BYTES = 16 << 20
 #: Limits for untrusted files: values per column of a row group, and decoded bytes per read.
 _MAX_GROUP_VALUES = 1 << 22
 _MAX_READ_BYTES = 1 << 30
+#: A `ParquetFile` that two threads read at once can crash the process.
+_READING = threading.Lock()
 
 
 class ShardWriter:
@@ -317,7 +320,8 @@ class EntityTable:
             columns = [column for column in columns if column in self.schema.names]
             for group, positions in group_by_block(rows, starts):
                 # Decoding a row group of texts takes less time than starting threads.
-                table = file.read_row_group(group, columns=columns, use_threads=False).select(columns)
+                with _READING:
+                    table = file.read_row_group(group, columns=columns, use_threads=False).select(columns)
                 taken = table.take(pa.array(rows[positions] - starts[group]))
                 yield decode_table(taken, self.schema, self.path), positions
 
@@ -340,7 +344,8 @@ class EntityTable:
             if column not in self.schema.names:
                 return pa.chunked_array([pa.nulls(self.num_rows)])
             # Arrow cannot read lists of several row groups at once as dictionaries.
-            groups = (file.read_row_group(group, columns=[column]) for group in range(file.num_row_groups))
+            with _READING:
+                groups = [file.read_row_group(group, columns=[column]) for group in range(file.num_row_groups)]
             return pa.concat_tables([decode_table(group, self.schema, self.path) for group in groups]).column(0)
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -129,6 +130,17 @@ def test_masks_keep_their_dtype():
     mask = kb.encodings([4, 2])["mask"]
     assert mask.dtype == torch.bool
     assert torch.equal(mask, PROCESSOR(entities=[WORLD[4], WORLD[2]])["entity_attention_mask"].bool())
+
+
+def test_threads_that_read_at_once_get_what_one_gets(monkeypatch):
+    """Without a lock, threads that read one Parquet file crash the process, though not every time."""
+    monkeypatch.setattr(shards, "_GROUP_ROWS", 2)
+    kb = build(WORLD)
+    positions = [[(seed * 7 + k * 11) % 30 for k in range(20)] for seed in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(kb.rows, positions * 10))
+    for expected, rows in zip(positions * 10, answers, strict=True):
+        assert [row["entity_id"] for row in rows] == [WORLD[k]["entity_id"] for k in expected]
 
 
 def test_rows_and_encodings_come_in_the_requested_order(monkeypatch):
