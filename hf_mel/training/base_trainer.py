@@ -23,7 +23,7 @@ from hf_mel.errors import RecipeError, TrainingError
 from hf_mel.files import write_text
 from hf_mel.protocols import MelProcessor
 from hf_mel.training.arguments import MelTrainingArguments
-from hf_mel.training.collators import BATCH_IDS
+from hf_mel.training.collators import BATCH_IDS, NamesRows
 from hf_mel.training.sampling import GroupingSampler
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,6 @@ class BaseTrainer(Trainer):
             args._n_gpu = 1
         self.processor: Any = processor
         self.collator, self.sampler = collator, sampler
-        collator.names_rows = True
         config = getattr(model, "config", None)
         has_use_cache = hasattr(config, "use_cache")
         super().__init__(
@@ -105,6 +104,15 @@ class BaseTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupingSampler | None:
         return self.sampler
+
+    def get_train_dataloader(self) -> Any:
+        """Returns the data loader of the training data, whose batches name their rows."""
+        plain = self.data_collator
+        self.data_collator = NamesRows(plain)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Creates the Trainer's scheduler, or with `max_minutes` one that also falls with the time.
@@ -162,7 +170,7 @@ class BaseTrainer(Trainer):
         self.model.load_state_dict(saved.state_dict())
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Does the forward and backward pass of a batch, whose rows the collator names under [`BATCH_IDS`].
+        """Does the forward and backward pass of a batch, whose rows are named under [`BATCH_IDS`].
 
         Raises:
             TrainingError: the loss is nan or infinite. The ids of the rows are written beside the checkpoints.
@@ -173,11 +181,6 @@ class BaseTrainer(Trainer):
         if not torch.isfinite(loss):
             raise self._not_finite(f"The loss is {loss.item()}", self.state.global_step + 1, ids)
         return loss
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Evaluates a batch, as the Trainer does."""
-        inputs.pop(BATCH_IDS, None)
-        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Saves a checkpoint.

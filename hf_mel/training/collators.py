@@ -22,7 +22,7 @@ from hf_mel.training.augmentation import augmented_image, photographed_image, sk
 from hf_mel.training.sampling import surface_key
 from hf_mel.training.shared_batches import SHARED_SIZES, part_rows
 
-#: Key of a batch under which a collator names its rows, if its attribute `names_rows` is set. The trainer takes it out.
+#: Key of a batch under which [`NamesRows`] names its rows. The trainer takes it out.
 BATCH_IDS = "batch_ids"
 
 _GOLD_REMEDY = (
@@ -77,7 +77,7 @@ class RetrieverCollator:
     ):
         self.inputs, self.random_image, self.seed, self.augment_images = inputs, random_image, seed, augment_images
         self.negatives, self.random_negatives, self.log_prior = negatives or {}, random_negatives, log_prior
-        self.simulated_nil, self.part, self.names_rows = simulated_nil, (0, 1), False
+        self.simulated_nil, self.part = simulated_nil, (0, 1)
         self.entities = LazyRows(entities)
         self._ids: list[str] = list(entities["entity_id"])
         self._row_of = {entity_id: row for row, entity_id in enumerate(self._ids)}
@@ -130,8 +130,6 @@ class RetrieverCollator:
             batch["entity_log_prior"] = torch.tensor([self.log_prior[entity_id] for entity_id in columns])
         if self.part[1] > 1:
             batch[SHARED_SIZES] = torch.tensor([len(mentions), len(columns)])
-        if self.names_rows:
-            batch[BATCH_IDS] = [mention["mention_id"] for mention in mentions]
         return {**batch, "labels": torch.tensor([columns.get(mention["entity_id"], -1) for mention in mentions])}
 
     def _with_changed_images(self, rows: Sequence[Row], mentions: Sequence[Row], mention_ids: str) -> list[Row]:
@@ -168,6 +166,22 @@ class RetrieverCollator:
             return entity
         draw = random.Random(f"{self.seed} {entity['entity_id']} {mention_ids}")
         return entity.with_image("images", draw.randrange(count))
+
+
+class NamesRows:
+    """A collator that also names the rows of its batches, under [`BATCH_IDS`].
+
+    Args:
+        collator: Turns rows, or lists of rows, into a batch.
+    """
+
+    def __init__(self, collator: Any):
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """Returns the batch of the collator, and the ids of its mentions or posts."""
+        examples = (row if isinstance(row, list) else [row] for row in rows)
+        return {**self.collator(rows), BATCH_IDS: [row["mention_id"] for example in examples for row in example]}
 
 
 class Examples(Dataset):
@@ -270,7 +284,6 @@ class PairCollator:
         self.context_golds, self.fill_short_lists = context_golds or {}, fill_short_lists
         self.unit, self.mentions_per_example = unit, mentions_per_example
         self.random_image, self.seed, self.epoch, self.part = random_image, seed, 0, (0, 1)
-        self.names_rows = False
         self.entities = LazyRows(entities)
         self._ids: list[str] = list(entities["entity_id"])
         self._row_of = {entity_id: row for row, entity_id in enumerate(self._ids)}
@@ -336,8 +349,6 @@ class PairCollator:
             # A process without an example of its own takes one that does not count.
             counted = len(mentions) if len(part_of(len(examples), *self.part)) else 0
             batch[SHARED_SIZES] = torch.tensor([counted, sum(map(self._num_mentions, examples))])
-        if self.names_rows:
-            batch[BATCH_IDS] = [mention["mention_id"] for mention in mentions]
         return batch
 
     def _num_mentions(self, example: Sequence[Row]) -> int:
@@ -425,7 +436,6 @@ class PretrainingCollator:
     ):
         self.inputs, self.random_image = inputs, random_image
         self.same_surface, self.seed, self.epoch = same_surface, seed, 0
-        self.names_rows = False
         self.entities = LazyRows(entities)
         self._row_of = {entity_id: row for row, entity_id in enumerate(entities["entity_id"])}
 
@@ -455,8 +465,7 @@ class PretrainingCollator:
             partners.append(draw.choice(others) if others else number)
             entities.append(_with_drawn_image(entity, self.inputs.processor, draw, self.random_image))
         batch = {"posts": self.inputs.mention_rows(posts), "entities": self.inputs.entity_rows(entities)}
-        tensors = dict(self.inputs.processor(**batch, partners=partners))
-        return {**tensors, BATCH_IDS: [post["mention_id"] for post in posts]} if self.names_rows else tensors
+        return dict(self.inputs.processor(**batch, partners=partners))
 
 
 def _with_drawn_image(entity: LazyRow, processor: Any, draw: random.Random, random_image: bool) -> LazyRow:

@@ -43,7 +43,7 @@ from hf_mel.protocols import (
 from hf_mel.schema import NIL
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.base_trainer import BaseTrainer
-from hf_mel.training.collators import BATCH_IDS, Examples, PairCollator, RetrieverCollator
+from hf_mel.training.collators import BATCH_IDS, Examples, NamesRows, PairCollator, RetrieverCollator
 from hf_mel.training.sampling import EasyShareSampler, GroupingSampler, grouping_sampler
 from hf_mel.training.shared_batches import SHARED_SIZES, gathered_encodings, unsharded_loader
 
@@ -54,7 +54,8 @@ class MelTrainer(BaseTrainer):
     """`transformers.Trainer` for a [`~hf_mel.protocols.Retriever`] or a [`~hf_mel.protocols.Reranker`].
 
     The batch of a retriever has B mentions, their gold entities, `mined_negatives` more for each mention and
-    `random_negatives` more for all. Every entity of the batch that is not a mention's gold is its negative. Evaluation ranks all entities for every mention of `eval_dataset` (`eval_mrr`, `eval_hits@1`, …).
+    `random_negatives` more for all. Every entity of the batch that is not a mention's gold is its negative. Evaluation
+    ranks all entities for every mention of `eval_dataset` (`eval_mrr`, `eval_hits@1`, …).
 
     The batch of a reranker has B examples. A mention comes with its gold and with negatives from its candidates
     ([`~hf_mel.training.collators.PairCollator`]). Evaluation follows the candidate protocol end to end, and ranks jointly
@@ -222,7 +223,7 @@ class MelTrainer(BaseTrainer):
             self.train_dataset,  # type: ignore[arg-type]
             batch_size=self._train_batch_size * args.world_size,
             sampler=self.sampler,
-            collate_fn=self.collator,
+            collate_fn=NamesRows(self.data_collator),
             drop_last=args.dataloader_drop_last,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,

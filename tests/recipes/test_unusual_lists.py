@@ -98,7 +98,6 @@ def test_a_knowledge_base_of_one_entity_trains_without_negatives(reranker, tmp_p
     lists = CandidateLists(list(single["mention_id"]), [["Q1"]], {})
     model, _ = reranker
     built = trainer(reranker, tmp_path, single, ENTITIES.select([0]), lists, eval_mentions=None)
-    built.collator.names_rows = False
     loss = model(**built.collator(built.train_dataset.__getitems__([0]))).loss
     loss.backward()
     assert math.isfinite(loss.item())
@@ -110,7 +109,6 @@ def test_images_of_one_side_or_none_give_finite_scores_and_gradients(reranker, s
     entities = ENTITIES if side == "entities" else without_images(ENTITIES, "images")
     model, _ = reranker
     built = trainer(reranker, tmp_path, mentions, entities, eval_mentions=mentions)
-    built.collator.names_rows = False
     batch = built.collator(built.train_dataset.__getitems__([0, 1]))
     output = model(**batch)
     output.loss.backward()
