@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -166,6 +167,14 @@ def write_text(path: str | os.PathLike[str], parts: Iterable[str]) -> None:
         raise MelError(
             f"The file cannot be written ({error}).", file=path, remedy="Choose another location."
         ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file, or `None` if there is none or it is not complete."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def replace_folder(work: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:

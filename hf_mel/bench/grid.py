@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -37,6 +36,7 @@ from hf_mel.bench.suite import Suite
 from hf_mel.data.loading import dataset_version
 from hf_mel.errors import LockedError, MelError, StoppedError
 from hf_mel.evaluation.tables import display_value, write_results
+from hf_mel.files import read_json
 from hf_mel.locks import writer_lock
 
 #: Written before anything runs, so that what an interrupted cell has left is not taken for that of other inputs.
@@ -240,14 +240,6 @@ def cell_state(cell: PreparedCell | Cell, versions: dict[str, Any]) -> str:
     if isinstance(cell, Cell) and empty_reason(cell) is not None:
         return "failed"
     return record["state"] if record["inputs"] == inputs_digest(cell.inputs(versions.__getitem__)) else "changed"
-
-
-def read_json(path: Path) -> Any:
-    """Returns the content of a JSON file, or `None` if there is none or it is not complete."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _run_cell(

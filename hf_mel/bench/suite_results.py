@@ -20,9 +20,9 @@ from hf_mel.bench.cells import (
     prepared_cells,
 )
 from hf_mel.bench.comparability import MentionRanks, check_comparable, mean_scores, protocol_of
-from hf_mel.bench.grid import read_json
 from hf_mel.bench.significance import Difference, corrected, paired_difference
 from hf_mel.bench.suite import LIST_ORDER, Suite
+from hf_mel.files import read_json
 
 #: Metrics whose differences are tested.
 TESTED = ("hits@1", "mrr")

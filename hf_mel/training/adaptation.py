@@ -11,7 +11,6 @@ from typing import Any
 
 import datasets
 import pyarrow.compute as pc
-import yaml
 from transformers import AutoConfig, set_seed
 
 from hf_mel.data.loading import dataset_version, load_posts
@@ -32,7 +31,7 @@ from hf_mel.training.assemble import build_model
 from hf_mel.training.linking_run import evaluate_training
 from hf_mel.training.made_mentions import look_alike_groups, made_mentions
 from hf_mel.training.recipe import AdaptationRecipe, Recipe
-from hf_mel.training.run_folder import RECIPE, FinishedTraining, RunFolder
+from hf_mel.training.run_folder import FinishedTraining, RunFolder, recorded_values
 from hf_mel.training.tokenizer import texts_of
 from hf_mel.training.trainer import MelTrainer
 
@@ -79,20 +78,12 @@ def adaptation_recipe(
     usable = re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-") or "adapted"
     filled = [f"name={usable}", f"{key}={model}", f"data.dataset={dataset}"]
     if key == _MODEL_RECIPE[1]:
-        filled += [f"training.{argument}={value}" for argument, value in _own_arguments(model).items()]
+        own = recorded_values(model, "training")
+        filled += [f"training.{key}={own[key]}" for key in _KEPT_ARGUMENTS if own.get(key) is not None]
     recipe = Recipe.load(shipped, [*filled, *overrides])
     if columns:
         recipe = Recipe.from_dict({**recipe.to_dict(), "data": {**recipe.to_dict()["data"], "columns": dict(columns)}})
     return recipe
-
-
-def _own_arguments(model: str) -> dict[str, Any]:
-    """Returns arguments of the recipe that a run folder was trained with; none for a model without one."""
-    try:
-        training = yaml.safe_load((Path(model) / RECIPE).read_text(encoding="utf-8"))["training"]
-        return {key: training[key] for key in _KEPT_ARGUMENTS if training.get(key) is not None}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError):
-        return {}
 
 
 def run_adaptation(folder: RunFolder) -> FinishedTraining | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -20,7 +19,7 @@ from transformers import Trainer
 from hf_mel.errors import MelError, MissingExtraError, RecipeError, StoppedError
 from hf_mel.evaluation.evaluator import device_name, software_versions
 from hf_mel.evaluation.tables import write_results
-from hf_mel.files import write_text
+from hf_mel.files import read_json, write_text
 from hf_mel.hub.model_cards import model_card
 from hf_mel.hub.saving import save_model_repository
 from hf_mel.locks import writer_lock
@@ -262,6 +261,21 @@ def training_arguments(recipe: Recipe, output_dir: str | os.PathLike[str]) -> Me
         raise recipe.error(f"The training arguments are not valid: {error}") from error
 
 
+def recorded_values(model: str | os.PathLike[str], section: str) -> dict[str, Any]:
+    """Returns a section of the recipe that a model was trained with; empty if it is no run folder, or has no such section.
+
+    Args:
+        model (`str` or `os.PathLike`): A run folder, or any other model.
+        section (`str`): Name of the section, such as "training".
+    """
+    try:
+        content = yaml.safe_load(Path(model, RECIPE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    values = content.get(section) if isinstance(content, dict) else None
+    return values if isinstance(values, dict) else {}
+
+
 def best_evaluation(state: transformers.TrainerState) -> dict[str, float] | None:
     """Returns step and epoch of the best evaluation, or `None` if none was made during training."""
     for entry in state.log_history:
@@ -315,14 +329,6 @@ def _differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
 
 def _last_checkpoint(folder: Path) -> Path | None:
     """Returns the complete checkpoint with the highest step, if any."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{_CHECKPOINT_STATE}") if _is_json(path)]
+    states = folder.glob(f"checkpoint-*/{_CHECKPOINT_STATE}")
+    complete = [path.parent for path in states if read_json(path) is not None]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _is_json(file: Path) -> bool:
-    """Whether a file was written to its end."""
-    try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True

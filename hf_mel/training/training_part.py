@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import datasets
-import yaml
 
 from hf_mel.data.examples import part_of_mentions
 from hf_mel.data.loading import load_mentions
 from hf_mel.data.posts import SOURCE_TEXT, captions_as_posts, posts_of
 from hf_mel.training.recipe import Recipe
-from hf_mel.training.run_folder import RECIPE
+from hf_mel.training.run_folder import recorded_values
 
 
 def training_mentions(recipe: Recipe) -> datasets.Dataset:
@@ -49,10 +46,9 @@ def part_trained_on(model: str, mentions: datasets.Dataset) -> datasets.Dataset:
         model (`str`): A run folder, which holds its recipe, or any other model.
         mentions (`datasets.Dataset`): The mentions of the training split.
     """
-    file = Path(model) / RECIPE
+    data, training = recorded_values(model, "data"), recorded_values(model, "training")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        data, seed = content["data"], int((content.get("training") or {}).get("seed", 0))
+        seed = int(training.get("seed", 0))
         return part_of_mentions(mentions, data["train_fraction"], data["train_order"], seed)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+    except (KeyError, ValueError, TypeError):
         return mentions  # no run folder, or one of before data.train_fraction
