@@ -33,7 +33,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class RowKey:
-    """What a row of a table stands for: everything but the seed.
+    """The identity of a row of a table: all that tells it from other rows, without the seed.
 
     Args:
         data (`str`): Name of the data set in the suite.

@@ -1,9 +1,9 @@
-"""Which results may stand in one table: those of the same protocol on the same data."""
+"""Checks that results may stand in one table: they need the same protocol on the same data."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,47 @@ def load_results(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_predictions(path: Path, with_candidates: bool = False) -> Iterator[dict[str, Any]]:
+    """Reads the predictions of an evaluation, record by record.
+
+    Args:
+        path (`Path`): The file.
+        with_candidates (`bool`): Whether every record must have its candidates.
+
+    Raises:
+        DataFormatError: The file cannot be read, or a record lacks a field or its rank is no number; names its row.
+    """
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                number += 1
+                record = json.loads(line)
+                if record["entity_id"] == NIL:
+                    record.setdefault("rank", None)
+                for name in ("mention_id", "rank", *(("candidates",) if with_candidates else ())):
+                    record[name]
+                if record["rank"] is not None:
+                    float(record["rank"])
+                yield record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataFormatError(
+            f"The predictions cannot be read ({error}).",
+            file=path,
+            row=number or None,
+            remedy="Write them with `hf-mel evaluate --predictions`.",
+        ) from None
+
+
+def other_mentions_error(first: Any, name: Any, ids: Collection[str], other_ids: Collection[str]) -> ComparisonError:
+    """Returns the error for results of two names that are about other mentions."""
+    differing = sorted(set(ids) ^ set(other_ids))
+    return ComparisonError(
+        f"{first!r} and {name!r} have other mentions, among them {differing[0]!r}.",
+        remedy="Evaluate both on the same split.",
+    )
+
+
 class MentionRanks:
     """The rank of the gold of every mention whose gold is in the knowledge base.
 
@@ -142,23 +183,13 @@ class MentionRanks:
         Raises:
             DataFormatError: The file cannot be read, or a record lacks its rank.
         """
-        ranks: dict[str, float] = {}
-        number = 0
-        try:
-            with predictions.open(encoding="utf-8") as file:
-                for line in file:
-                    number += 1
-                    record = json.loads(line)
-                    if record["entity_id"] != NIL:
-                        ranks[record["mention_id"]] = float("inf") if record["rank"] is None else float(record["rank"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataFormatError(
-                f"The predictions cannot be read ({error}).",
-                file=predictions,
-                row=number or None,
-                remedy="Write them with `hf-mel evaluate --predictions`.",
-            ) from None
-        return cls(ranks)
+        return cls(
+            {
+                record["mention_id"]: float("inf") if record["rank"] is None else float(record["rank"])
+                for record in read_predictions(predictions)
+                if record["entity_id"] != NIL
+            }
+        )
 
     @classmethod
     def of_results(cls, path: Path, results: Mapping[str, Any]) -> MentionRanks:
@@ -206,10 +237,6 @@ def mean_scores(ranks: list[MentionRanks], metric: str, names: list[str] | None 
     """
     for number, run in enumerate(ranks):
         if run.ids != ranks[0].ids:
-            differing = sorted(set(run.ids) ^ set(ranks[0].ids))
             name, first = (names[number], names[0]) if names else (number, 0)
-            raise ComparisonError(
-                f"{first!r} and {name!r} have other mentions, among them {differing[0]!r}.",
-                remedy="Evaluate both on the same split.",
-            )
+            raise other_mentions_error(first, name, ranks[0].ids, run.ids)
     return np.mean([run.scores(metric) for run in ranks], axis=0)

@@ -50,7 +50,7 @@ _SILENT = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASET
 
 @dataclass
 class Spent:
-    """What a command took, and how it ended.
+    """Time and memory that a command took, and its end.
 
     Args:
         seconds, cpu_seconds (`float`): Wall-clock time, and time of all its processes on all cores.
@@ -140,7 +140,7 @@ def failure_reason(printed: str, code: int) -> str:
 
 @dataclass
 class Progress:
-    """How many cells of a suite are finished, empty because they failed, or left: stopped, or run by another process."""
+    """Numbers of cells of a suite: finished, empty because they failed, and left, that is stopped or run by another process."""
 
     finished: int = 0
     failed: int = 0

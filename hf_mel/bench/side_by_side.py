@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_mel.bench.comparability import MentionRanks, check_comparable, load_results, mean_scores, protocol_of
+from hf_mel.bench.comparability import (
+    MentionRanks,
+    check_comparable,
+    load_results,
+    mean_scores,
+    other_mentions_error,
+    protocol_of,
+    read_predictions,
+)
 from hf_mel.bench.significance import corrected, paired_difference
 from hf_mel.bench.suite_results import CORRECTION, TESTED, over_seeds
-from hf_mel.errors import ComparisonError, DataFormatError
+from hf_mel.errors import ComparisonError
 
 
 def compare_results(systems: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
@@ -81,15 +88,14 @@ def cases(predictions: Mapping[str, Path], top: int = 3) -> list[dict[str, Any]]
         ComparisonError: The predictions have other mentions.
         DataFormatError: A file holds no predictions.
     """
-    records = {name: _records(path) for name, path in predictions.items()}
+    records = {
+        name: {record["mention_id"]: record for record in read_predictions(path, with_candidates=True)}
+        for name, path in predictions.items()
+    }
     first = next(iter(records.values()))
     for name, of_system in records.items():
         if of_system.keys() != first.keys():
-            differing = sorted(of_system.keys() ^ first.keys())
-            raise ComparisonError(
-                f"{next(iter(records))!r} and {name!r} have other mentions, among them {differing[0]!r}.",
-                remedy="Evaluate both on the same split.",
-            )
+            raise other_mentions_error(next(iter(records)), name, first, of_system)
     found = []
     for mention_id, record in first.items():
         rows = {name: of_system[mention_id] for name, of_system in records.items()}
@@ -99,23 +105,3 @@ def cases(predictions: Mapping[str, Path], top: int = 3) -> list[dict[str, Any]]
             case = {"mention_id": mention_id, "entity_id": record["entity_id"], "systems": shown}
             found.append((not right[0], case))
     return [case for _, case in sorted(found, key=lambda item: item[0])]
-
-
-def _records(path: Path) -> dict[str, dict[str, Any]]:
-    records = {}
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                number += 1
-                record = json.loads(line)
-                record["rank"], record["candidates"], record["entity_id"]
-                records[record["mention_id"]] = record
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataFormatError(
-            f"The predictions cannot be read ({error}).",
-            file=path,
-            row=number or None,
-            remedy="Write them with `hf-mel evaluate --predictions`.",
-        ) from None
-    return records

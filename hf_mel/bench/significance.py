@@ -16,7 +16,7 @@ RESAMPLES = 9999
 
 @dataclass
 class Difference:
-    """How two systems differ in a metric over the same mentions.
+    """The difference of two systems in a metric over the same mentions.
 
     Args:
         difference (`float`): Mean of the first minus mean of the second.

@@ -70,7 +70,7 @@ class SuiteData:
 
 @dataclass
 class Budget:
-    """What every run of a suite may spend on training. Without a limit, a recipe's own length counts.
+    """The limits of training for every run of a suite. Without a limit, a recipe's own length counts.
 
     Args:
         max_steps (`int`, *optional*): Number of steps (`training.max_steps`).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -39,9 +39,6 @@ from hf_mel.cli.options import (
 )
 from hf_mel.cli.printing import kept_results, print_bad_rows, print_json, print_link
 from hf_mel.files import is_stream
-
-if TYPE_CHECKING:
-    pass
 
 
 def link(

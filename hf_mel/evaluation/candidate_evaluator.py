@@ -217,13 +217,10 @@ class CandidateEvaluator(Evaluator):
             }
             linked: dict[str, Any] = dict.fromkeys(gold_ranks, is_candidate.any(1))
             for source in candidates.scores:
-                name, source_scores = f"candidates: {source}", padded.source_scores(source)
-                best, worst = rank_golds(source_scores, padded.gold_columns, self.tie_tolerance)
-                linked[name] = np.isfinite(source_scores).any(1)
-                if protocol == GOLD_ADDED:
-                    linked[name] = is_candidate.any(1)
-                    last = is_candidate.sum(1)
-                    best, worst = (np.where(np.isnan(column) & in_kb, last, column) for column in (best, worst))
+                name = f"candidates: {source}"
+                best, worst, linked[name] = padded.rank_by_list(
+                    padded.source_scores(source), protocol, in_kb, self.tie_tolerance
+                )
                 gold_ranks[name] = best, worst
             orders[protocol] = {
                 name: metrics_and_strata(
@@ -453,6 +450,25 @@ class PaddedCandidates:
             lowest = min(of_list.values(), default=0.0)
             result.append([of_list.get(entity_id, lowest) for entity_id in listed])
         return result
+
+    def rank_by_list(
+        self, scores: np.ndarray, protocol: str, in_kb: np.ndarray, tie_tolerance: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns best and worst rank [M] of the golds by scores that lists have, and which mentions are linked [M].
+
+        Args:
+            scores (`np.ndarray` `[M, C]`): Scores of the lists, -inf where a list has none.
+            protocol (`str`): [`END_TO_END`] or [`GOLD_ADDED`], in which a gold without a score is last.
+            in_kb (`np.ndarray` `[M]`): False for a mention whose gold is NIL.
+            tie_tolerance (`float`): See [`~hf_mel.evaluation.evaluator.Evaluator`].
+        """
+        best, worst = rank_golds(scores, self.gold_columns, tie_tolerance)
+        if protocol == END_TO_END:
+            return best, worst, np.asarray(np.isfinite(scores).any(1))
+        is_candidate = self.masks[protocol].numpy()
+        last = is_candidate.sum(1)
+        best, worst = (np.where(np.isnan(column) & in_kb, last, column) for column in (best, worst))
+        return best, worst, np.asarray(is_candidate.any(1))
 
     def order_scores(self) -> np.ndarray:
         """Returns scores [M, C] in the order of the lists: 1 / place, -inf for entries that are not candidates."""

@@ -14,12 +14,10 @@ from hf_mel.candidates.lists import CandidateLists
 from hf_mel.data.loading import check_golds
 from hf_mel.evaluation.candidate_evaluator import (
     END_TO_END,
-    GOLD_ADDED,
     CandidateResult,
     PaddedCandidates,
     candidate_metrics,
     candidates_setting,
-    rank_golds,
 )
 from hf_mel.evaluation.evaluator import Evaluator, metrics_and_strata
 from hf_mel.schema import NIL
@@ -85,11 +83,7 @@ class OrderEvaluator(Evaluator):
             is_candidate = mask.numpy()
             orders[protocol] = {}
             for name, values in scores.items():
-                best, worst = rank_golds(values, padded.gold_columns, self.tie_tolerance)
-                linked = np.isfinite(values).any(1)
-                if protocol == GOLD_ADDED:  # an added gold is last
-                    linked, last = is_candidate.any(1), is_candidate.sum(1)
-                    best, worst = (np.where(np.isnan(column) & in_kb, last, column) for column in (best, worst))
+                best, worst, linked = padded.rank_by_list(values, protocol, in_kb, self.tie_tolerance)
                 if name == order:
                     ranks[protocol] = resolve_ranks(best, worst, self.ties)
                 orders[protocol][name] = metrics_and_strata(

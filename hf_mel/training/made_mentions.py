@@ -38,7 +38,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?。])\s+")
 
 @dataclass
 class _Entity:
-    """What a knowledge base says about an entity, as mentions need it.
+    """The names and facts of an entity of which mentions are made.
 
     Args:
         names (list of `str`): Its name and aliases, the most usual order of words first.

@@ -40,7 +40,7 @@ class AutoregressiveOutput(ModelOutput):
 
 
 class Memory(NamedTuple):
-    """What the decoder knows of R mentions.
+    """The context that the decoder reads for R mentions.
 
     Args:
         states (`torch.Tensor` [R, L, h]): The encoder's states.

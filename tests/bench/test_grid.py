@@ -232,7 +232,7 @@ def test_commands_run_in_a_process_of_their_own(tmp_path):
     assert re.findall(r"^\$ (.*)$", log, re.MULTILINE) == ["hf-mel train", "hf-mel train x", "hf-mel train"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends the child")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child when its parent is killed")
 def test_a_killed_suite_leaves_no_training_behind(tmp_path):
     program = (
         "import sys, pathlib\nfrom hf_mel.bench.grid import run_command\n"
