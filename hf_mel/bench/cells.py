@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -171,9 +171,7 @@ class Cell:
         data = self.suite.data[self.row.data]
         content["data"] = {"version": data_version(self.row.data), "split": data.split, "config": data.config}
         if self.system.order is None:
-            recipe = self.recipe(resolved=False).to_dict()
-            content["recipe"] = {key: value for key, value in recipe.items() if key not in _NOT_MEASURED}
-            content["recipe"]["data"] = {k: v for k, v in recipe["data"].items() if k != "dataset"}
+            content["recipe"] = measured_values(self.recipe(resolved=False), with_dataset=False)
         content["files"] = referenced_files(
             [content["evaluate"], content.get("recipe", {})], lambda value: self._resolve(value)
         )
@@ -238,11 +236,9 @@ class PreparedCell:
 
     def inputs(self, data_version: Callable[[str], Any]) -> dict[str, Any]:
         """Returns everything that the run depends on, apart from the code; see [`Cell.inputs`]."""
-        recipe = Recipe.load(self.prepared.recipe, recipe_overrides(self.set)).to_dict()
-        content: dict[str, Any] = {"format": _FORMAT}
-        content["recipe"] = {key: value for key, value in recipe.items() if key not in _NOT_MEASURED}
+        recipe = Recipe.load(self.prepared.recipe, recipe_overrides(self.set))
+        content: dict[str, Any] = {"format": _FORMAT, "recipe": measured_values(recipe, self.data is None)}
         if self.data is not None:
-            content["recipe"]["data"] = {k: v for k, v in recipe["data"].items() if k != "dataset"}
             content["data"] = data_version(self.data)
         content["files"] = referenced_files(content["recipe"], lambda value: resolve_references(value, self.runs))
         return content
@@ -394,6 +390,34 @@ def _path_digest(path: Path, _changed: int) -> str:
 def shown_command(arguments: Sequence[str]) -> str:
     """Returns a command of `hf-mel` as it is typed."""
     return shlex.join(["hf-mel", *arguments])
+
+
+def measured_values(recipe: Recipe, with_dataset: bool) -> dict[str, Any]:
+    """Returns what of a recipe changes results, as far as it is not a default.
+
+    So a field that a later version of the package adds changes no inputs.
+
+    Args:
+        recipe ([`~hf_mel.training.recipe.Recipe`]): The recipe.
+        with_dataset (`bool`): Whether the name of the data set is part of it.
+    """
+    content = _without_defaults(recipe)
+    for key in _NOT_MEASURED:
+        content.pop(key, None)
+    if not with_dataset:
+        content.get("data", {}).pop("dataset", None)
+    return content
+
+
+def _without_defaults(section: Any) -> dict[str, Any]:
+    values = {}
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            values[item.name] = _without_defaults(value)
+        elif value != (item.default if item.default_factory is MISSING else item.default_factory()):
+            values[item.name] = value
+    return {key: value for key, value in values.items() if key != "source"}
 
 
 def inputs_digest(inputs: Mapping[str, Any]) -> str:

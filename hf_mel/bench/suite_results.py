@@ -28,6 +28,8 @@ from hf_mel.files import read_json
 TESTED = ("hits@1", "mrr")
 #: The correction for many comparisons, by its name in statsmodels.
 CORRECTION = "holm"
+#: Default of `hf-mel evaluate --num-candidates`.
+_DEFAULT_LENGTH = 100
 #: Entries of metrics that count and are not averaged.
 _COUNTS = ("num_ranked", "num_mentions", "num_nil", "num_missed")
 
@@ -136,8 +138,11 @@ def _row(key: RowKey, cells: Sequence[Cell]) -> dict[str, Any]:
     ]
     kept_records = [records[cell.seed] for cell in finished]
     metrics = {} if first is None else _averaged([results["metrics"] for results in evaluations.values()])
+    strata = _strata([results["strata"] for results in evaluations.values()])
     if order not in (None, LIST_ORDER):
-        metrics.pop("mr", None)
+        limit = cells[0].evaluate_options(resolved=False).get("num_candidates", _DEFAULT_LENGTH)
+        for part in (metrics, *(group for groups in strata.values() for group in groups.values())):
+            _drop_unknown(part, limit)
     return {
         "name": key.label,
         "system": key.system,
@@ -150,7 +155,7 @@ def _row(key: RowKey, cells: Sequence[Cell]) -> dict[str, Any]:
         "seeds": [cell.seed for cell in finished],
         "protocol": next(iter(protocols.values()), None),
         "metrics": metrics,
-        "strata": _strata([results["strata"] for results in evaluations.values()]),
+        "strata": strata,
         "cost": _cost(finished, kept_records, list(evaluations.values())),
         "versions": None if first is None else first.get("software"),
         "code": [record.get("code") for record in kept_records],
@@ -167,6 +172,13 @@ def _averaged(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name in metrics[0]
         if name in _COUNTS or metrics[0][name] is None or isinstance(metrics[0][name], int | float)
     }
+
+
+def _drop_unknown(metrics: dict[str, Any], limit: int) -> None:
+    """Drops the metrics that need more places than the first `limit` of a ranking."""
+    for name in list(metrics):
+        if name == "mr" or (name.startswith("hits@") and int(name.partition("@")[2]) > limit):
+            del metrics[name]
 
 
 def _strata(strata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

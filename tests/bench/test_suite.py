@@ -10,10 +10,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_mel.bench.cells import RowKey, grid_cells, inputs_digest, prepared_cells
+from hf_mel.bench.cells import RowKey, grid_cells, inputs_digest, measured_values, prepared_cells
 from hf_mel.bench.suite import EVALUATE_OPTIONS, Suite, recipe_overrides, shipped_suites
 from hf_mel.errors import SuiteError
-from hf_mel.training.recipe import Recipe
+from hf_mel.training.recipe import DataRecipe, Recipe
 
 SUITE = """name: mine
 data:
@@ -264,3 +264,17 @@ def test_a_model_that_changed_changes_the_inputs(tmp_path):
         cells._path_digest.cache_clear()
         digests.append(inputs_digest(grid_cells(suite, tmp_path / "runs")[-1].inputs(lambda _: "v")))
     assert digests[0] != digests[1] == digests[2]
+
+
+def test_a_field_that_a_later_version_adds_changes_no_inputs(tmp_path):
+    recipe = Recipe.load("mimic-text_wikimel", ["training.seed=1"])
+    measured = measured_values(recipe, with_dataset=False)
+    assert measured["training"]["seed"] == 1
+    assert measured["model"]["config"]["units"] == ["text"]
+    assert "dataset" not in measured["data"]
+    assert not {"description", "citation", "name", "source", "candidates"} & measured.keys()
+    defaults = DataRecipe()
+    for name, value in vars(defaults).items():
+        assert name not in measured["data"], f"{name} is {value!r}, its default"
+    recipe.data.train_fraction = 0.5
+    assert measured_values(recipe, with_dataset=True)["data"] == {"dataset": "data/wikimel", "train_fraction": 0.5}

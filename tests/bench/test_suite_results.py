@@ -23,7 +23,7 @@ SUITE = {
         {"name": "MMEL", "recipe": "mmel_flags"},
         {"name": "list", "order": "list"},
         {"name": "names", "order": "name", "note": "By WRatio."},
-        {"name": "namesake", "order": "namesake", "seeds": [0, 5]},
+        {"name": "namesake", "order": "namesake", "seeds": [0, 5], "evaluate": {"num_candidates": 9}},
         {"name": "not run", "recipe": "mimic-plain_flags"},
     ],
 }
@@ -41,7 +41,12 @@ def finish(cell, ranks: list[float | None], **changes) -> None:
     records = [{"mention_id": f"m{i}", "entity_id": "Q1", "rank": rank} for i, rank in enumerate(ranks)]
     (cell.folder / PREDICTIONS).write_text("".join(json.dumps(record) + "\n" for record in records))
     hits = sum(rank is not None and rank <= 1 for rank in ranks) / len(ranks)
-    metrics = {"hits@1": hits, "mrr": sum(0 if r is None else 1 / r for r in ranks) / len(ranks), "mr": 3.0}
+    metrics = {
+        "hits@1": hits,
+        "hits@5": 1.0,
+        "mrr": sum(0 if r is None else 1 / r for r in ranks) / len(ranks),
+        "mr": 3.0,
+    }
     evaluation = {
         "protocol": "candidates (end to end)" if cell.system.name in LISTS else "full",
         "candidates": LISTS.get(cell.system.name),
@@ -92,6 +97,8 @@ def test_orders_stand_beside_what_they_are(suite, tmp_path):
     assert "mr" in rows["MIMIC"]["metrics"]
     assert "mr" in rows["list"]["metrics"]
     assert "mr" not in rows["names"]["metrics"]  # the places of golds that it does not keep are not known
+    assert "hits@5" not in rows["names"]["metrics"]  # of 4 candidates
+    assert "hits@5" in rows["namesake"]["metrics"]  # of 9
     assert rows["names"]["note"].startswith("By WRatio. The first 100 places of a ranking without a model")
     assert rows["MIMIC"]["metrics"]["hits@1"]["values"] == [0.75, 0.5]
     assert rows["namesake"]["seeds"] == [0, 5]
