@@ -22,7 +22,7 @@ CELL, RUN, EVALUATION, PREDICTIONS, LOG = "cell.json", "run", "evaluation.json",
 
 #: Options of `hf-mel evaluate` that only one kind of model takes, so that those of a whole suite are for this kind.
 _OPTIONS_OF: dict[str, set[str]] = {
-    "reranker": {"candidates", "num_candidates", "scorer", "retriever", "joint", "candidate_weight", "bf16"},
+    "reranker": {"candidates", "num_candidates", "scorer", "retriever", "joint", "candidate_weight"},
     "retriever": {"units", "nil_threshold", "nil_from", "precision", "name_weight", "top_k"},
 }
 #: Parts of a recipe that change nothing of what is measured, or that a digest stands for.

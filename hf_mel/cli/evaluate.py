@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,15 +30,14 @@ if TYPE_CHECKING:
     from accelerate import PartialState
     from rich.console import Console
 
-    from hf_mel.candidates import CandidateLists
-    from hf_mel.evaluation import CandidateEvaluator, CandidateResult, FullResult, NilThreshold
+    from hf_mel.evaluation import FullResult, NilThreshold
     from hf_mel.evaluation.name_weight import NameWeight
     from hf_mel.inference import ModelInputs
     from hf_mel.inference.selective import RiskCoverage
 
 #: Options that are an error if the model ranks candidates, and options that are an error if it ranks all entities.
 _ONLY_FOR_ALL = ("units", "nil_threshold", "nil_from", "precision", "name_weight", "save_name_weight")
-_ONLY_FOR_CANDIDATES = ("candidates", "retriever", "seed", "joint", "candidate_weight", "bf16")
+_ONLY_FOR_CANDIDATES = ("candidates", "retriever", "seed", "joint", "candidate_weight")
 #: Options that are an error without a model.
 _ONLY_FOR_MODELS = (*_ONLY_FOR_ALL, "joint", "candidate_weight", "bf16", "revision", "trust_remote_code")
 
@@ -161,7 +161,7 @@ def evaluate(
         bool,
         typer.Option(
             "--bf16",
-            help="Reranker: compute in bfloat16. Scores keep about 3 digits. Only a processor or GPU with native "
+            help="Compute the networks in bfloat16. Scores keep about 3 digits. Only a processor or GPU with native "
             "bfloat16 gets faster, others get slower.",
         ),
     ] = False,
@@ -327,7 +327,8 @@ def evaluate(
         )
         inputs = ModelInputs.from_data(dataset, loaded, processor, posts, revision=dataset_revision, config=config)
         _print_leaked(inputs, mentions, console)
-        reranked = _evaluate_on_candidates(evaluator, inputs, mentions, lists, bf16, console)
+        with _in_bf16(loaded, bf16, console):
+            reranked = evaluator(inputs, mentions, lists)
         results, records = reranked.to_dict(), reranked.records()
     else:
         _check_options(context, model, is_reranker, ranks_all=True)
@@ -338,19 +339,20 @@ def evaluate(
             )
         inputs = ModelInputs.from_data(dataset, loaded, processor, posts, revision=dataset_revision, config=config)
         curve = None if precision is None or nil_from is not None else _stored_curve(loaded, model)
-        ranked, calibration, calibrated_on, chosen_weight = _evaluate_retriever(
-            inputs,
-            mentions,
-            entities,
-            settings={**settings, "units": None if units is None else units.split(",")},
-            split_settings={**split_settings, "top_k": top_k, "entity_names": names_by_id(entities)},
-            nil_threshold=nil_threshold,
-            nil_mentions=nil_mentions,
-            name_weight=weight_of_names,
-            validation=load_split("validation") if weight_of_names == "auto" or save_name_weight else None,
-            processes=processes,
-            console=console,
-        )
+        with _in_bf16(loaded, bf16, console):
+            ranked, calibration, calibrated_on, chosen_weight = _evaluate_retriever(
+                inputs,
+                mentions,
+                entities,
+                settings={**settings, "units": None if units is None else units.split(",")},
+                split_settings={**split_settings, "top_k": top_k, "entity_names": names_by_id(entities)},
+                nil_threshold=nil_threshold,
+                nil_mentions=nil_mentions,
+                name_weight=weight_of_names,
+                validation=load_split("validation") if weight_of_names == "auto" or save_name_weight else None,
+                processes=processes,
+                console=console,
+            )
         results, records = ranked.to_dict(), ranked.records()
         results["wall_time_seconds"] = round(time.perf_counter() - start, 3)
         if calibration is not None:
@@ -376,6 +378,8 @@ def evaluate(
     console.print(results_table(results))
     for line in decision_lines(results):
         console.print(line, markup=False)
+    if bf16:
+        results["bf16"] = True
     if "orders" in results:
         console.print(orders_table(results))
     if processes.is_main_process and predictions is not None:
@@ -435,7 +439,7 @@ def _check_options(context: typer.Context, model: str, is_reranker: bool, ranks_
 
     other: tuple[str, ...] = _ONLY_FOR_CANDIDATES if ranks_all else _ONLY_FOR_ALL
     if not is_reranker and not ranks_all:
-        other = (*other, "joint", "bf16")
+        other = (*other, "joint")
     if options := _given(context, other):
         if ranks_all:
             task, remedy = "ranks all entities", "Leave out options for rerankers, or give --candidates."
@@ -547,24 +551,18 @@ def _stored_curve(loaded: Any, model: str) -> RiskCoverage:
     return RiskCoverage.from_dict(content)
 
 
-def _evaluate_on_candidates(
-    evaluator: CandidateEvaluator,
-    inputs: ModelInputs,
-    mentions: datasets.Dataset,
-    lists: CandidateLists,
-    bf16: bool,
-    console: Console,
-) -> CandidateResult:
-    """Evaluates a model on candidates, in bfloat16 if asked for."""
+@contextmanager
+def _in_bf16(model: Any, bf16: bool, console: Console) -> Iterator[None]:
+    """Lets the networks of a model compute in bfloat16, if asked for. Scores of encodings are computed in float32."""
     import torch
 
     from hf_mel.inference.execution import model_device
     from hf_mel.training.precision import native_bf16
 
-    device_type = model_device(inputs.model).type
+    device_type = model_device(model).type
     if bf16:
         is_native, reason = native_bf16(device_type)
         if not is_native:
             console.print(f"--bf16 is slower than float32 here: {reason}.")
     with torch.autocast(device_type, dtype=torch.bfloat16, enabled=bf16):
-        return evaluator(inputs, mentions, lists)
+        yield

@@ -72,6 +72,18 @@ def test_results_and_predictions(run, folder, tmp_path):
     assert "stratum: image" in outcome.stdout
 
 
+def test_a_retriever_can_encode_in_bfloat16(run, tmp_path):
+    scores = {}
+    for name, options in {"float32": [], "bf16": ["--bf16"]}.items():
+        outcome = run("--output", tmp_path / f"{name}.json", "--predictions", tmp_path / f"{name}.jsonl", *options)
+        assert outcome.exit_code == 0
+        lines = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        scores[name] = [candidate["score"] for line in lines for candidate in json.loads(line)["candidates"][:1]]
+        assert json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")).get("bf16", False) == bool(options)
+    assert scores["bf16"] != scores["float32"]
+    assert scores["bf16"] == pytest.approx(scores["float32"], rel=0.03, abs=0.03)
+
+
 def test_options_reach_the_evaluator(run, tmp_path):
     run("--output", tmp_path / "r.json", "--units", "vision", "--ties", "pessimistic", "--split", "validation")
     results = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
