@@ -25,6 +25,8 @@ _OPTIONS_OF: dict[str, set[str]] = {
     "reranker": {"candidates", "num_candidates", "scorer", "retriever", "joint", "candidate_weight"},
     "retriever": {"units", "nil_threshold", "nil_from", "precision", "name_weight", "top_k"},
 }
+#: Options that an order without a model does not take.
+_FOR_MODELS = {"joint", "candidate_weight", "bf16"}
 #: Parts of a recipe that change nothing of what is measured, or that a digest stands for.
 _NOT_MEASURED = ("name", "description", "license", "citation")
 #: Raised when cells of an earlier version of the harness must not be taken for finished.
@@ -136,6 +138,8 @@ class Cell:
                     **({} if section.retriever is None else {"retriever": section.retriever}),
                 }
         other = _OPTIONS_OF["retriever" if reranks else "reranker"]
+        if self.system.order is not None:
+            other = other | _FOR_MODELS
         shared = {key: value for key, value in shared.items() if key not in other}
         options = {**shared, **own, **self.system.evaluate}
         return self._resolve(options) if resolved else options

@@ -107,6 +107,16 @@ def test_candidates_that_the_suite_does_not_name_are_those_of_the_recipe(tmp_pat
     }
 
 
+def test_options_of_models_are_not_given_to_an_order(tmp_path):
+    text = SUITE.replace("  candidates: retriever\n", "  bf16: true\n  joint: false\n  candidates: retriever\n")
+    cells = {cell.system.name: cell.evaluate_options() for cell in grid_cells(load(tmp_path, text), Path("runs"))}
+    assert {name: ("bf16" in options, "joint" in options) for name, options in cells.items()} == {
+        "MIMIC": (True, False),
+        "MMEL": (True, True),
+        "order of the list": (False, False),
+    }
+
+
 def test_a_sweep_makes_a_row_of_every_value(tmp_path):
     text = SUITE.replace("systems:", "sweep: {field: model.config.local_scale, values: [0, 0.5]}\nsystems:")
     text = text[: text.index("  - name: MMEL")]
