@@ -17,7 +17,7 @@ from hf_mel.candidates.name_index import NameIndex
 from hf_mel.data.loading import check_golds
 from hf_mel.errors import RecipeError
 from hf_mel.evaluation.evaluator import Evaluator, metrics_and_strata
-from hf_mel.evaluation.nil import NilThreshold, best_other_scores, calibrate_nil_threshold, nil_detection
+from hf_mel.evaluation.nil import NilThreshold, Objective, best_other_scores, calibrate_nil_threshold, nil_detection
 from hf_mel.inference.encode import encode_rows
 from hf_mel.inference.entity_sources import EncodedEntities, EntityPart, part_of_process
 from hf_mel.inference.execution import evaluation_mode
@@ -84,17 +84,23 @@ class FullResult:
                 ],
             }
 
-    def calibrate_nil_threshold(self) -> NilThreshold:
+    def calibrate_nil_threshold(self, objective: Objective | None = None) -> NilThreshold:
         """Calibrates the NIL threshold on these mentions, which should be those of a validation split.
 
-        See [`~hf_mel.evaluation.nil.calibrate_nil_threshold`].
+        Args:
+            objective (`str`, *optional*): What it maximises ([`~hf_mel.evaluation.nil.calibrate_nil_threshold`]). Default: the
+                F1 of NIL if the model learns NIL and some golds are, else accuracy.
 
         Raises:
             `ValueError`: There are no mentions, or no gold is NIL and fewer than two entities per mention were kept.
         """
         gold_is_nil = self.gold_rows < 0
         others = None if gold_is_nil.any() else best_other_scores(self.ranking, self.gold_rows)
-        return calibrate_nil_threshold(self.ranking.top_scores[:, 0], self._ranks() <= 1, gold_is_nil, others)
+        if objective is None:
+            objective = "f1" if self.nil_is_learned and gold_is_nil.any() else "accuracy"
+        return calibrate_nil_threshold(
+            self.ranking.top_scores[:, 0], self._ranks() <= 1, gold_is_nil, others, objective
+        )
 
     def link_confidences(self) -> np.ndarray:
         """Returns how sure the link of each mention is, [M] ([`~hf_mel.inference.selective.link_confidence`]).

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
 from hf_mel.inference.ranking import RankingResult
+
+#: What a threshold maximises: the share of right decisions, or the F1 of NIL.
+Objective = Literal["accuracy", "f1"]
 
 
 @dataclass
@@ -18,19 +22,26 @@ class NilThreshold:
         accuracy (`float`): Accuracy of the threshold on the mentions it was chosen on, in [0, 1]. A mention counts as
             correct if it is linked to its gold, or if it is NIL and its gold is NIL.
         simulated (`bool`): Whether the NIL mentions were simulated by leaving out the golds.
+        objective (`str`): What the threshold maximises, "accuracy" or "f1".
     """
 
     threshold: float
     accuracy: float
     simulated: bool
+    objective: Objective = "accuracy"
 
 
-def calibrate_nil_threshold(top_scores, correct, gold_is_nil, other_scores=None) -> NilThreshold:
-    """Returns the threshold with the highest accuracy on M mentions of a validation set.
+def calibrate_nil_threshold(
+    top_scores, correct, gold_is_nil, other_scores=None, objective: Objective = "accuracy"
+) -> NilThreshold:
+    """Returns the best threshold on M mentions of a validation set.
 
     A mention with a best score of at least the threshold is linked, which is correct if the best entity is the gold.
-    Other mentions are NIL, which is correct if the gold is NIL. Among equally accurate thresholds the lowest is
+    Other mentions are NIL, which is correct if the gold is NIL. Among equally good thresholds the lowest is
     returned, because it makes the fewest mentions NIL. A threshold between two scores is their mean.
+
+    Accuracy says little about NIL where few mentions are: a NIL that is missed costs as much as a link that is
+    lost. F1 of NIL weighs its precision against its recall.
 
     A validation set without NIL mentions does not show how wrong links score. NIL mentions are then simulated: every
     mention is counted once more, with equal weight, as if its gold were not in the knowledge base. Its best score is
@@ -42,14 +53,17 @@ def calibrate_nil_threshold(top_scores, correct, gold_is_nil, other_scores=None)
         gold_is_nil (array-like of `bool` `[M]`): Whether the gold is NIL.
         other_scores (array-like of `float` `[M]`, *optional*): Score of the best entity other than the gold
             ([`best_other_scores`]). Required if no gold is NIL, and ignored otherwise.
+        objective (`str`): "accuracy" maximises the share of right decisions, "f1" the F1 of NIL.
 
     Returns:
         [`NilThreshold`].
 
     Raises:
-        `ValueError`: `top_scores` is empty, the lengths differ, a score is not finite, or no gold is NIL and
-            `other_scores` is missing.
+        `ValueError`: `top_scores` is empty, the lengths differ, a score is not finite, no gold is NIL and
+            `other_scores` is missing, or the objective is unknown.
     """
+    if objective not in get_args(Objective):
+        raise ValueError(f"objective={objective!r} is not one of 'accuracy', 'f1'.")
     scores = np.asarray(top_scores, dtype=np.float64)
     nil = np.asarray(gold_is_nil, dtype=bool)
     linked_correctly = np.asarray(correct, dtype=bool) & ~nil
@@ -70,8 +84,11 @@ def calibrate_nil_threshold(top_scores, correct, gold_is_nil, other_scores=None)
     # With threshold i, the i mentions with the lowest scores are NIL.
     nil_correct = np.concatenate([[0], np.cumsum(nil)])
     num_correct = nil_correct + linked_correctly.sum() - np.concatenate([[0], np.cumsum(linked_correctly)])
+    value = num_correct
+    if objective == "f1":
+        value = 2 * nil_correct / (np.arange(len(scores) + 1) + nil.sum())
     possible = np.concatenate([[True], scores[1:] > scores[:-1], [True]])  # no threshold separates equal scores
-    best = int(np.flatnonzero(possible & (num_correct == num_correct[possible].max()))[0])
+    best = int(np.flatnonzero(possible & (value == value[possible].max()))[0])
     if best == 0:
         threshold = scores[0]
     elif best == len(scores):
@@ -80,7 +97,7 @@ def calibrate_nil_threshold(top_scores, correct, gold_is_nil, other_scores=None)
         middle = (scores[best - 1] + scores[best]) / 2
         # The mean of two adjacent floating-point numbers may round down to the lower one.
         threshold = middle if middle > scores[best - 1] else scores[best]
-    return NilThreshold(float(threshold), float(num_correct[best] / len(scores)), simulated)
+    return NilThreshold(float(threshold), float(num_correct[best] / len(scores)), simulated, objective)
 
 
 def best_other_scores(ranking: RankingResult, gold_rows) -> np.ndarray:

@@ -258,9 +258,10 @@ def _nil_sentence(nil: Mapping[str, Any] | None) -> str:
             f"{nil['threshold']:.4g} decides {100 * nil['accuracy']:.1f} % correctly "
             f"(`--nil-threshold {nil['threshold']:.4g}`)."
         )
+    best = ", for the best F1 of NIL" if nil.get("objective") == "f1" else ""
     return (
         f"A mention is predicted as NIL if its best score is below {nil['threshold']:.4g} (`config.nil_threshold`). The "
-        "threshold was calibrated on the NIL mentions of this split, where it decides "
+        f"threshold was calibrated on the NIL mentions of this split{best}, where it decides "
         f"{100 * nil['accuracy']:.1f} % correctly."
     )
 

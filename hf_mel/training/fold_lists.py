@@ -24,6 +24,7 @@ from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import Retriever, knows_posts
 from hf_mel.training.assemble import build_model
+from hf_mel.training.linking_run import with_extra_mentions
 from hf_mel.training.recipe import FoldsRecipe, Recipe
 from hf_mel.training.run_folder import CHECKPOINTS, RECIPE, RESULTS, RunFolder, training_arguments
 from hf_mel.training.tokenizer import texts_of
@@ -121,7 +122,7 @@ def _without_evaluation(recipe: Recipe) -> dict[str, object]:
 
 
 def _train(recipe: Recipe, folder: RunFolder, mentions: datasets.Dataset, entities: datasets.Dataset) -> MelTrainer:
-    """Trains a new retriever on mentions."""
+    """Trains a new retriever on mentions, and on what `data.extra_mentions` adds, none of which is a training mention."""
     arguments = training_arguments(recipe, folder.path / CHECKPOINTS / "retriever")
     set_seed(arguments.seed)
     model, processor = build_model(recipe, texts_of(mentions, entities))
@@ -129,6 +130,8 @@ def _train(recipe: Recipe, folder: RunFolder, mentions: datasets.Dataset, entiti
         raise recipe.error(f"{type(model).__name__} is not a retriever.", "Give the model of a retriever's recipe.")
     posts = training_posts(recipe, training_mentions(recipe)) if knows_posts(model) else None
     inputs = ModelInputs(model, processor, posts)
+    if any(recipe.data.extra_mentions.values()):
+        mentions = with_extra_mentions(recipe, mentions, entities)
     trainer = MelTrainer(
         model, arguments, train_dataset=mentions, entities=entities, processing_class=processor, inputs=inputs
     )

@@ -369,7 +369,7 @@ class Recipe:
                 raise self.error(
                     f"The value {count!r} of data.extra_mentions.{key} is not a whole number of at least 0."
                 )
-        if self.data.extra_mentions and self.task != "linking":
+        if self.data.extra_mentions and self.task not in ("linking", "candidates"):
             raise self.error(
                 f"data.extra_mentions does not apply to the task {self.task!r}.", "Remove data.extra_mentions."
             )

@@ -65,6 +65,11 @@ class MmelConfig(PreTrainedConfig):
             training starts from the order of the list. Rows need a `list_score`. `None`, as in the paper: not read.
         name_weight (`int` or `float`, *optional*):
             As `list_weight`, for a bit that says whether a name or alias of the entity has all words of the mention.
+        image_weight (`int` or `float`, *optional*):
+            With a weight, the log-odds also have this weight times the cosine of the two images, less a learned midpoint, times
+            a learned scale that starts at 1. The features are projected linearly first, and the projection starts as the
+            identity, so images are compared by what the encoder knows from the first step. A pair without both images has 0
+            here. As with `list_weight`, the classifier then starts at zero. `None`, as in the paper: not compared.
         pooled_sides (`bool`, *optional*, defaults to `False`):
             Whether the classifier also reads how the two texts compare: product and absolute difference of the means of
             their states, of which each has mean 0 and variance 1.
@@ -114,6 +119,7 @@ class MmelConfig(PreTrainedConfig):
     training_unit: str = "context"
     list_weight: int | float | None = None
     name_weight: int | float | None = None
+    image_weight: int | float | None = None
     pooled_sides: bool = False
     list_loss_weight: int | float = 0
     joint_combination: str = "probabilities"
@@ -148,7 +154,12 @@ class MmelConfig(PreTrainedConfig):
         if self.image_dropout and self.missing_images != "absent":
             raise ValueError(f"image_dropout={self.image_dropout} needs missing_images='absent'.")
         if self.vision_config is None:
-            for field, default in (("fusion", "mcm"), ("joint_image", True), ("projection_dim", None)):
+            for field, default in (
+                ("fusion", "mcm"),
+                ("joint_image", True),
+                ("projection_dim", None),
+                ("image_weight", None),
+            ):
                 if getattr(self, field) != default:
                     raise ValueError(f"{field}={getattr(self, field)!r} needs an image encoder. Give a vision_config.")
         for field in (
@@ -173,6 +184,7 @@ class MmelConfig(PreTrainedConfig):
             "similarity_weight",
             "list_weight",
             "name_weight",
+            "image_weight",
             "list_loss_weight",
         ):
             if (getattr(self, field) or 0) < 0:

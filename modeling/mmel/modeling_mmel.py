@@ -237,6 +237,34 @@ class GivenScores(nn.Module):
         return total
 
 
+class ImageMatch(nn.Module):
+    """Log-odds that two images give before anything is fused: their cosine less a midpoint, with a weight.
+
+    Not in the paper. Both features pass one linear projection, which starts as the identity. The weight is that of the
+    configuration times a learned scale; the midpoint is learned and starts at 0.5.
+    """
+
+    def __init__(self, width: int, weight: float):
+        super().__init__()
+        self.weight = weight
+        self.projection = nn.Linear(width, width, bias=False)
+        self.projection.starts_as_identity = True  # type: ignore[assignment]
+        self.scale, self.midpoint = nn.Parameter(torch.ones(())), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, mention: torch.Tensor, entity: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """Returns the log-odds [P] of P pairs; 0 where `present` is False.
+
+        Args:
+            mention, entity (`torch.Tensor` [P, d]): Image features.
+            present (`torch.Tensor` [P]): True where both sides have an image.
+        """
+        dtype = self.projection.weight.dtype
+        with torch.autocast(mention.device.type, enabled=False):  # half precision is too coarse to rank candidates
+            mention, entity = self.projection(mention.to(dtype)), self.projection(entity.to(dtype))
+            cosine = F.cosine_similarity(mention, entity, dim=-1)
+        return (self.weight * self.scale * (cosine - self.midpoint)).masked_fill(~present, 0.0)
+
+
 class MmelPreTrainedModel(PreTrainedModel):
     """Base class of MMEL: configuration, weight initialisation and supported attention implementations."""
 
@@ -262,8 +290,13 @@ class MmelPreTrainedModel(PreTrainedModel):
             if getattr(module, "starts_at_zero", False):
                 init.zeros_(module.weight)
                 init.zeros_(module.bias)
+            if getattr(module, "starts_as_identity", False):
+                init.eye_(module.weight)
         elif isinstance(module, GivenScores):
             init.ones_(module.scales)
+        elif isinstance(module, ImageMatch):
+            init.ones_(module.scale)
+            init.constant_(module.midpoint, 0.5)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -302,11 +335,14 @@ class MmelModel(MmelPreTrainedModel):
             self.image_fc = nn.Linear(config.projection_dim or width, config.num_image_tokens * dim)
             self.image_blocks = nn.ModuleList(ImageBlock(config) for _ in range(config.num_image_blocks))
             self.gate = FeedForward(2 * dim, dim, 2)
+            if config.image_weight is not None:
+                self.image_match = ImageMatch(self.image_fc.in_features, float(config.image_weight))
         self.fusion = MEncoder(config) if config.fusion == "m_encoder" else CoAttention(config)
         text_width: int = config.text_config.hidden_size  # type: ignore[union-attr]
         self.classifier = nn.Linear(2 * dim + (2 * text_width if config.pooled_sides else 0), 2)
         if config.list_weight is not None or config.name_weight is not None:
             self.given_scores = GivenScores(config)
+        if hasattr(self, "given_scores") or hasattr(self, "image_match"):
             self.classifier.starts_at_zero = True  # type: ignore[assignment]
         if config.pairwise_loss_weight:
             self.similarity = Similarity(dim)
@@ -539,6 +575,7 @@ class MmelModel(MmelPreTrainedModel):
                 entity_image, entity_present = self._image_features(
                     "entity", pair_entity_image_features, pair_entity_pixel_values, pair_entity_image_mask, m * c
                 )
+                compared = mention_image[pairs // c], entity_image[pairs]  # f_v of both sides
                 mention_image = self.dropout(F.relu(self.image_fc(mention_image)))[pairs // c]
                 entity_image = self.dropout(F.relu(self.image_fc(entity_image[pairs])))
                 mention_present, entity_present = mention_present[pairs // c], entity_present[pairs]
@@ -562,6 +599,9 @@ class MmelModel(MmelPreTrainedModel):
                         pair_mask, pair_list_score=pair_list_score, pair_name_match=pair_name_match
                     )
                     pair_logits = pair_logits + torch.stack([torch.zeros_like(given), given], -1)
+                if hasattr(self, "image_match"):
+                    matched = self.image_match(*compared, mention_present & entity_present)
+                    pair_logits = pair_logits + torch.stack([torch.zeros_like(matched), matched], -1)
             scores = scores.index_put((pairs,), pair_logits[:, 1] - pair_logits[:, 0])
             features = features.index_put((pairs,), h_entity)
             logits = logits.index_put((pairs,), pair_logits)

@@ -29,6 +29,11 @@ class PfmelConfig(PreTrainedConfig):
             starts from the order of the list. Rows need a `list_score`. `None`, as in the paper: not read.
         name_weight (`int` or `float`, *optional*):
             As `list_weight`, for a bit that says whether a name or alias of the entity has all words of the mention.
+        image_weight (`int` or `float`, *optional*):
+            With a weight, the score of a pair also has this weight times the cosine of the two images, less a learned midpoint,
+            times a learned scale that starts at 1. The features are projected linearly first, and the projection starts as the
+            identity, so images are compared by what the encoder knows from the first step. A pair without both images has 0
+            here. As with `list_weight`, the head then starts at zero. `None`, as in the paper: not compared.
         pooled_sides (`bool`, *optional*, defaults to `False`):
             Whether a further linear layer reads how the two sentences compare: product and absolute difference of the means
             of their states, of which each has mean 0 and variance 1. It starts at zero.
@@ -54,6 +59,7 @@ class PfmelConfig(PreTrainedConfig):
     text_pooling: str = "pooler"
     list_weight: int | float | None = None
     name_weight: int | float | None = None
+    image_weight: int | float | None = None
     pooled_sides: bool = False
     list_loss_weight: int | float = 0
     train_vision: bool = False
@@ -73,9 +79,11 @@ class PfmelConfig(PreTrainedConfig):
             )
         if self.text_pooling not in ("pooler", "mean"):
             raise ValueError(f"text_pooling={self.text_pooling!r} is not one of 'pooler', 'mean'.")
-        for field in ("list_weight", "name_weight", "list_loss_weight"):
+        for field in ("list_weight", "name_weight", "image_weight", "list_loss_weight"):
             if (getattr(self, field) or 0) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
+        if self.image_weight is not None and self.vision_config is None:
+            raise ValueError(f"image_weight={self.image_weight} needs an image encoder. Give a vision_config.")
         if self.train_vision and self.vision_config is None:
             raise ValueError("train_vision=True needs an image encoder. Give a vision_config.")
 

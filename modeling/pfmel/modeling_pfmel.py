@@ -98,6 +98,35 @@ class GivenScores(nn.Module):
         return total
 
 
+# Copied from modeling/mmel/modeling_mmel.py
+class ImageMatch(nn.Module):
+    """Log-odds that two images give before anything is fused: their cosine less a midpoint, with a weight.
+
+    Not in the paper. Both features pass one linear projection, which starts as the identity. The weight is that of the
+    configuration times a learned scale; the midpoint is learned and starts at 0.5.
+    """
+
+    def __init__(self, width: int, weight: float):
+        super().__init__()
+        self.weight = weight
+        self.projection = nn.Linear(width, width, bias=False)
+        self.projection.starts_as_identity = True  # type: ignore[assignment]
+        self.scale, self.midpoint = nn.Parameter(torch.ones(())), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, mention: torch.Tensor, entity: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """Returns the log-odds [P] of P pairs; 0 where `present` is False.
+
+        Args:
+            mention, entity (`torch.Tensor` [P, d]): Image features.
+            present (`torch.Tensor` [P]): True where both sides have an image.
+        """
+        dtype = self.projection.weight.dtype
+        with torch.autocast(mention.device.type, enabled=False):  # half precision is too coarse to rank candidates
+            mention, entity = self.projection(mention.to(dtype)), self.projection(entity.to(dtype))
+            cosine = F.cosine_similarity(mention, entity, dim=-1)
+        return (self.weight * self.scale * (cosine - self.midpoint)).masked_fill(~present, 0.0)
+
+
 class PfmelPreTrainedModel(PreTrainedModel):
     """Base class of both PFMEL models, which have the same weights: initialisation, image tokens and logits."""
 
@@ -128,12 +157,15 @@ class PfmelPreTrainedModel(PreTrainedModel):
         if config.vision_config is not None:
             self.vision_model = _build_backbone(config.vision_config, False)
             self.image_projection = nn.Linear(_last_width(config.vision_config), hidden)
+            if config.image_weight is not None:
+                self.image_match = ImageMatch(self.image_projection.in_features, float(config.image_weight))
         self.nsp_head = nn.Linear(hidden, 2)
         if config.pooled_sides:
             self.sides_head = nn.Linear(2 * hidden, 2)
             self.sides_head.starts_at_zero = True  # type: ignore[assignment]
         if config.list_weight is not None or config.name_weight is not None:
             self.given_scores = GivenScores(config)
+        if self.starts_from_given:
             self.nsp_head.starts_at_zero = True  # type: ignore[assignment]
         self.post_init()
         self.train()  # freezes the image encoder
@@ -142,11 +174,17 @@ class PfmelPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):  # BERT's initialisation
             init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
             if getattr(module, "starts_at_zero", False):
                 init.zeros_(module.weight)
+            if getattr(module, "starts_as_identity", False):
+                init.eye_(module.weight)
         elif isinstance(module, GivenScores):
             init.ones_(module.scales)
+        elif isinstance(module, ImageMatch):
+            init.ones_(module.scale)
+            init.constant_(module.midpoint, 0.5)
 
     @classmethod
     def from_backbones(cls, text: str | None = None, vision: str | None = None, **config):
@@ -180,8 +218,8 @@ class PfmelPreTrainedModel(PreTrainedModel):
         model = cls(PfmelConfig(**config))
         if head is None:  # the head is initialised, so it is not one of the pretrained parts
             model.backbone_names = ("text_model", "vision_model")
-        if hasattr(model, "given_scores"):
-            head = None  # it starts at zero, so that step 0 is the list
+        if model.starts_from_given:
+            head = None  # it starts at zero, so that step 0 is what is given
             model.backbone_names = ("text_model", "vision_model")
         for name, part in (("text_model", text_model), ("vision_model", vision_model), ("nsp_head", head)):
             if part is not None:
@@ -197,6 +235,11 @@ class PfmelPreTrainedModel(PreTrainedModel):
             # Not in `__init__` alone: `from_pretrained` replaces the parameters, then calls `eval()`.
             self.vision_model.eval().requires_grad_(False)
         return self
+
+    @property
+    def starts_from_given(self) -> bool:
+        """Whether the first order is that of what a pair has before it is read: list, name, cosine of the images."""
+        return hasattr(self, "given_scores") or hasattr(self, "image_match")
 
     @property
     def image_features_are_fixed(self) -> bool:
@@ -216,7 +259,7 @@ class PfmelPreTrainedModel(PreTrainedModel):
                 return local.mean((2, 3)) if pooled is None else pooled.flatten(1)
             return local[:, 0] if pooled is None else pooled
 
-    def _image_tokens(
+    def _image_features(
         self,
         features: torch.Tensor | None,
         pixel_values: torch.Tensor | None,
@@ -224,7 +267,7 @@ class PfmelPreTrainedModel(PreTrainedModel):
         present: torch.Tensor,
         names: str,
     ) -> torch.Tensor | None:
-        """Embeds images as tokens, "W · Res + b" of §3.2.
+        """Returns Res of §3.2, the features of images.
 
         Args:
             features (`torch.Tensor` [*, d], *optional*): Image features.
@@ -235,8 +278,7 @@ class PfmelPreTrainedModel(PreTrainedModel):
             names: The names of the inputs, for an error message.
 
         Returns:
-            `torch.Tensor` [*, hidden] or `None`: The embeddings, zeros where `present` is False; `None` if no image is
-            needed.
+            `torch.Tensor` [*, d] or `None`: The features, zeros where `present` is False; `None` if no image is needed.
         """
         if not hasattr(self, "image_projection") or not present.any():
             return None
@@ -254,10 +296,16 @@ class PfmelPreTrainedModel(PreTrainedModel):
                 features = total.index_add(0, is_image.nonzero()[:, 0], encoded) / counts
         else:
             features = features[present]
-        tokens = self.image_projection(features.to(self.image_projection.weight.dtype))
-        out = tokens.new_zeros(*present.shape, tokens.shape[-1])
-        out[present] = tokens
+        features = features.to(self.image_projection.weight.dtype)
+        out = features.new_zeros(*present.shape, features.shape[-1])
+        out[present] = features
         return out
+
+    def _image_tokens(self, features: torch.Tensor | None, present: torch.Tensor) -> torch.Tensor | None:
+        """Embeds the features [*, d] of images as tokens [*, hidden], "W · Res + b" of §3.2; zeros where not `present`."""
+        if features is None:
+            return None
+        return self.image_projection(features).masked_fill(~present.unsqueeze(-1), 0.0)
 
     def _logits(self, input_ids, attention_mask, token_type_ids, image_positions, images) -> torch.Tensor:
         """Returns the logits [S, 2] of S sequences.
@@ -381,26 +429,32 @@ class PfmelModel(PfmelPreTrainedModel):
             return PfmelOutput(loss=loss, scores=scores)
         images: list[torch.Tensor | None] = [None, None]
         positions = torch.zeros(0)
+        matched = None
         if pair_image_positions is not None:
             present = (pair_image_positions >= 0) & mask.unsqueeze(-1)
-            mention_tokens = self._image_tokens(
+            mention_present, entity_present = present[..., 0].any(1), present[..., 1]
+            mention_features = self._image_features(
                 pair_mention_image_features,
                 pair_mention_pixel_values,
                 None,
-                present[..., 0].any(1),
+                mention_present,
                 "pair_mention_pixel_values or pair_mention_image_features",
             )
-            entity_tokens = self._image_tokens(
+            entity_features = self._image_features(
                 pair_entity_image_features,
                 pair_entity_pixel_values,
                 pair_entity_image_counts,
-                present[..., 1],
+                entity_present,
                 "pair_entity_pixel_values or pair_entity_image_features",
             )
+            mention_tokens = self._image_tokens(mention_features, mention_present)
+            entity_tokens = self._image_tokens(entity_features, entity_present)
             images = [
                 None if mention_tokens is None else mention_tokens[mentions],
                 None if entity_tokens is None else entity_tokens[mask],
             ]
+            if hasattr(self, "image_match") and mention_features is not None and entity_features is not None:
+                matched = self.image_match(mention_features[mentions], entity_features[mask], present[mask].all(1))
             positions = pair_image_positions[mask]
         logits = self._logits(
             pair_input_ids[mask], pair_attention_mask[mask], pair_token_type_ids[mask], positions, images
@@ -408,6 +462,8 @@ class PfmelModel(PfmelPreTrainedModel):
         if hasattr(self, "given_scores"):
             given = self.given_scores(mask, pair_list_score=pair_list_score, pair_name_match=pair_name_match)
             logits = logits + torch.stack([given, torch.zeros_like(given)], -1).to(logits.dtype)
+        if matched is not None:
+            logits = logits + torch.stack([matched, torch.zeros_like(matched)], -1).to(logits.dtype)
         scores[mask] = logits[:, 0] - logits[:, 1]
         loss = None
         if labels is not None:
@@ -472,7 +528,7 @@ class PfmelForPreTraining(PfmelPreTrainedModel):
             needed = torch.zeros(count, dtype=torch.bool, device=index.device)
             needed[index[image_positions[:, k] >= 0]] = True
             names = f"{side}_pixel_values or {side}_image_features"
-            tokens = self._image_tokens(features, pixels, counts, needed, names)
+            tokens = self._image_tokens(self._image_features(features, pixels, counts, needed, names), needed)
             images.append(None if tokens is None else tokens[index])
         if len(input_ids):
             logits = self._logits(input_ids, attention_mask, token_type_ids, image_positions, images)

@@ -152,6 +152,17 @@ def test_calibrated_threshold_reaches_its_accuracy(nil_every):
         )
 
 
+def test_the_threshold_of_a_model_that_learns_nil_has_the_best_f1():
+    result = evaluate(toy_mentions(20, entities=12, nil_every=5))
+    assert result.calibrate_nil_threshold().objective == "accuracy"
+    result.nil_is_learned = True
+    assert result.calibrate_nil_threshold() == result.calibrate_nil_threshold("f1")
+    assert result.calibrate_nil_threshold("accuracy").objective == "accuracy"
+    known = evaluate(toy_mentions(20, entities=12, nil_every=0))
+    known.nil_is_learned = True
+    assert known.calibrate_nil_threshold().objective == "accuracy"  # there is no NIL but a simulated one
+
+
 def test_ties_are_ranked_by_the_policy():
     twice = ENTITIES.map(lambda row: {**row, "name": "Same", "attributes": "", "images": []})
     in_kb = MENTIONS.filter(lambda row: row["entity_id"] != NIL)

@@ -43,6 +43,26 @@ def test_the_threshold_is_the_best_of_all(cases):
     assert [score < calibrated.threshold for score, _, _ in cases] == [score < lowest for score, _, _ in cases]
 
 
+def f1_of_nil(threshold, cases):
+    """Returns the F1 of NIL of a threshold, one case at a time."""
+    found = sum(nil and score < threshold for score, _, nil in cases)
+    predicted, golds = sum(score < threshold for score, _, _ in cases), sum(nil for _, _, nil in cases)
+    return 2 * found / (predicted + golds)
+
+
+@settings(max_examples=300, deadline=None)
+@given(CASES)
+def test_the_threshold_with_the_best_f1_is_the_best_of_all(cases):
+    cases = [*cases, (0.0, False, True)]
+    calibrated = calibrate_nil_threshold(*zip(*cases, strict=True), objective="f1")
+    values = {threshold: f1_of_nil(threshold, cases) for threshold in accuracy_by_threshold(cases)}
+    assert f1_of_nil(calibrated.threshold, cases) == pytest.approx(max(values.values()))
+    assert accuracy(calibrated.threshold, cases) == pytest.approx(calibrated.accuracy)
+    assert calibrated.objective == "f1"
+    lowest = min(threshold for threshold, value in values.items() if value == pytest.approx(max(values.values())))
+    assert [score < calibrated.threshold for score, _, _ in cases] == [score < lowest for score, _, _ in cases]
+
+
 @settings(max_examples=300, deadline=None)
 @given(CASES, st.data())
 def test_nil_mentions_are_simulated_by_leaving_golds_out(cases, data):
@@ -79,6 +99,8 @@ def test_invalid_input_is_an_error():
         calibrate_nil_threshold([float("nan")], [True], [True])
     with pytest.raises(ValueError, match="one length"):
         calibrate_nil_threshold([1.0, 2.0], [True], [True])
+    with pytest.raises(ValueError, match="objective"):
+        calibrate_nil_threshold([1.0], [True], [True], objective="recall")
     with pytest.raises(ValueError, match="one per mention"):
         calibrate_nil_threshold([1.0, 2.0], [True, False], [False, False], [1.0])
 

@@ -42,7 +42,10 @@ def new_model(method, **fields):
     """Returns a model as training starts with it."""
     torch.manual_seed(3)
     if method == "mmel":
-        return MmelModel(MmelConfig(text_config=dict(test_mmel.BERT), **test_mmel.SMALL, **LIST, **fields)).eval()
+        encoders = {"text_config": dict(test_mmel.BERT)}
+        if fields.get("image_weight"):
+            encoders["vision_config"] = dict(test_mmel.VIT)
+        return MmelModel(MmelConfig(**encoders, **test_mmel.SMALL, **LIST, **fields)).eval()
     return PfmelModel(
         PfmelConfig(text_config=dict(test_pfmel.BERT), vision_config=dict(test_pfmel.RESNET), **LIST, **fields)
     ).eval()
@@ -87,7 +90,78 @@ def test_a_batch_without_list_scores_is_refused(method):
     assert model.reads_list_scores
 
 
-@pytest.mark.parametrize("field", ["list_weight", "name_weight", "list_loss_weight"])
+def image_inputs(method, model):
+    """Returns features of both sides, some of which are missing, and where both images are."""
+    generator = torch.Generator().manual_seed(11)
+    batch = (mmel_batch(model) if method == "mmel" else pfmel_batch()).copy()
+    mask = batch["pair_mask"]
+    (m, c), width = mask.shape, model.image_match.projection.in_features
+    features = {
+        "pair_mention_image_features": torch.rand(m, width, generator=generator),
+        "pair_entity_image_features": torch.rand(m, c, width, generator=generator),
+    }
+    if method == "mmel":
+        sides = torch.arange(m) != 1, torch.arange(m * c).view(m, c) % 4 != 0
+        batch |= {"pair_mention_image_mask": sides[0], "pair_entity_image_mask": sides[1] & mask}
+        both = sides[0].unsqueeze(1) & sides[1] & mask
+    else:
+        both = (batch["pair_image_positions"] >= 0).all(-1) & mask
+    batch = {name: x for name, x in batch.items() if "pixel" not in name and "counts" not in name} | features
+    return batch, both
+
+
+def log_odds_of_images(model, batch, i, j) -> float:
+    w = weights_of(model)
+    first, second = (
+        w["image_match.projection.weight"] @ batch[name][place].double().numpy()
+        for name, place in (("pair_mention_image_features", i), ("pair_entity_image_features", (i, j)))
+    )
+    cosine = first @ second / np.sqrt(first @ first) / np.sqrt(second @ second)
+    return 20 * w["image_match.scale"] * (cosine - w["image_match.midpoint"])
+
+
+@pytest.mark.parametrize("method", ["mmel", "pfmel"])
+@pytest.mark.parametrize("trained", [False, True], ids=["first step", "later"])
+def test_images_add_the_cosine_of_their_projected_features(method, trained):
+    model = new_model(method, image_weight=20)
+    with torch.no_grad():
+        if trained:
+            model.image_match.projection.weight.normal_()
+            model.image_match.scale.fill_(1.5)
+            model.image_match.midpoint.fill_(0.3)
+        else:
+            assert (model.image_match.projection.weight == torch.eye(model.image_match.projection.in_features)).all()
+    batch, both = image_inputs(method, model)
+    scores = model(**batch).scores
+    given = 40 * batch["pair_list_score"] + 5 * batch["pair_name_match"]
+    assert both.any()
+    assert (~both & batch["pair_mask"]).any()
+    for i, j in batch["pair_mask"].nonzero().tolist():
+        expected = given[i, j].item() + (log_odds_of_images(model, batch, i, j) if both[i, j] else 0.0)
+        assert scores[i, j].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["mmel", "pfmel"])
+def test_the_comparison_of_images_learns_and_survives_saving(method, tmp_path):
+    model = new_model(method, image_weight=20)
+    batch, _ = image_inputs(method, model)
+    model(**batch, labels=torch.zeros(len(batch["pair_mask"]), dtype=torch.long)).loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.image_match.parameters())
+    with torch.no_grad():
+        model.image_match.projection.weight.normal_()
+        model.image_match.midpoint.fill_(0.3)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(AutoModel.from_pretrained(tmp_path)(**batch).scores, model(**batch).scores)
+
+
+def test_images_are_not_compared_without_an_image_encoder():
+    text = {"text_config": {"model_type": "bert"}}
+    for make in (MmelConfig, PfmelConfig):
+        with pytest.raises(ValueError, match="image encoder"):
+            make(**text, image_weight=20)
+
+
+@pytest.mark.parametrize("field", ["list_weight", "name_weight", "image_weight", "list_loss_weight"])
 def test_negative_weights_are_refused(field):
     for make in (MmelConfig, PfmelConfig):
         with pytest.raises(ValueError, match=field):

@@ -74,6 +74,27 @@ def test_a_list_is_that_of_a_retriever_trained_on_the_other_parts(tmp_path):
         assert actual == pytest.approx(wanted, abs=1e-6)
 
 
+def test_every_retriever_also_learns_from_extra_mentions(tmp_path, monkeypatch):
+    content = recipe_for(write_dataset(tmp_path / "toy_data"))
+    content["data"]["extra_mentions"] = {"entities": 2}
+    recipe = Recipe.from_dict(content)
+    train, entities = load_mentions(recipe.data.dataset, "train"), load_entities(recipe.data.dataset)
+    learned = []
+
+    class Recorder(MelTrainer):
+        def __init__(self, *args, train_dataset, **kwargs):
+            super().__init__(*args, train_dataset=train_dataset, **kwargs)
+            learned.append(list(train_dataset["mention_id"]))
+
+    monkeypatch.setattr(fold_lists, "MelTrainer", Recorder)
+    run_recipe(recipe, tmp_path / "run")
+    assert len(learned) == 2
+    for ids, left_out in zip(learned, fold_rows(train, 2, 0), strict=True):
+        extra = set(ids) - set(train["mention_id"])
+        assert len(extra) == 2 * len(entities)
+        assert set(ids) - extra == set(train["mention_id"]) - {train[row]["mention_id"] for row in left_out}
+
+
 def test_a_list_does_not_depend_on_the_golds_of_its_part(tmp_path):
     dataset = write_dataset(tmp_path / "toy_data")
     first = CandidateLists.load(run_recipe(Recipe.from_dict(recipe_for(dataset)), tmp_path / "run") / "train.parquet")
