@@ -94,7 +94,7 @@ VARIANTS = [
         (f"{method}-list_flags", overrides, expected)
         for method in ("mmel", "pfmel")
         for overrides, expected in (
-            ("", {"config.list_weight": 0.15, "config.image_weight": 7}),
+            ("", {"config.list_weight": 0.15, "config.image_weight": 10}),
             ("candidates.train_file=null", {}),
             ("model.config.image_weight=null", {"config.image_weight": None}),
             ("model.config.pooled_sides=false", {"config.pooled_sides": False}),
