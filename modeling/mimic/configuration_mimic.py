@@ -38,6 +38,9 @@ class MimicConfig(PreTrainedConfig):
             Weights of `units`, in their order, in the mean of eq. 7. The units' scores have scales of their own, which their
             losses decide, and a unit that learns the training texts by heart has large scores. Default: all equal, as in the
             paper.
+        loss_unit_weights (`list[float]`, *optional*):
+            The same weights inside the overall loss (eq. 22). A unit that needs weight in training to learn may deserve less
+            afterwards, because it knows its training mentions better than others. Default: `unit_weights`.
         text_pooling (`str`, *optional*, defaults to `"pooler"`):
             The global text feature: `"pooler"` (CLIP's end-of-text state), `"cls"` (as the paper says) or `"mean"`
             over the tokens that are not padding.
@@ -99,6 +102,7 @@ class MimicConfig(PreTrainedConfig):
     units: list[str] | None = None
     unit_losses: list[str] | None = None
     unit_weights: list[int | float] | None = None
+    loss_unit_weights: list[int | float] | None = None
     text_pooling: str = "pooler"
     global_norm: str = "layer_norm"
     local_scale: int | float = 1.0
@@ -145,13 +149,14 @@ class MimicConfig(PreTrainedConfig):
             )
         if set(self.unit_losses or ()) - set(self.units):
             raise ValueError(f"unit_losses={self.unit_losses!r} names a unit that is not in units={self.units!r}.")
-        weights = self.unit_weights
-        if weights is not None and (len(weights) != len(self.units) or not all(weight > 0 for weight in weights)):
-            raise ValueError(
-                f"unit_weights={weights!r} must be one positive number for each of units={self.units!r}. Leave a unit out of "
-                "units to give it no weight."
-            )
-        if self.global_norm == "l2" and len(self.units) > 1 and "text" in self.units and weights is None:
+        for field in ("unit_weights", "loss_unit_weights"):
+            weights = getattr(self, field)
+            if weights is not None and (len(weights) != len(self.units) or not all(weight > 0 for weight in weights)):
+                raise ValueError(
+                    f"{field}={weights!r} must be one positive number for each of units={self.units!r}. Leave a unit out of "
+                    "units to give it no weight."
+                )
+        if self.global_norm == "l2" and len(self.units) > 1 and "text" in self.units and self.unit_weights is None:
             logger.warning(
                 "global_norm='l2' makes the text unit's scores cosines, which count for little in the mean with the other "
                 "units. Give unit_weights, or use 'layer_norm'."

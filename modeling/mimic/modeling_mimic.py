@@ -7,7 +7,7 @@ and which of the two each option follows. All pairs are scored by matrix product
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -677,18 +677,22 @@ class MimicModel(MimicPreTrainedModel):
             masks[unit] = torch.stack(present).bool().all(0) if present else None
         return masks
 
-    def _unit_weights(self, mentions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | float]:
+    def _unit_weights(
+        self, mentions: Mapping[str, torch.Tensor], shares: Sequence[float] | None = None
+    ) -> dict[str, torch.Tensor | float]:
         """Weight of each unit in the mean of eq. 7: unit name → [M], or one number if all mentions have all units.
 
-        `config.unit_weights` weighs the mean. A mention with no unit at all has weights of 0, so that its scores are equal.
+        `shares`, by default `config.unit_weights`, weigh the mean. A mention with no unit at all has weights of 0, so that its
+        scores are equal.
         """
         present = self._units_present(mentions)
-        shares = dict(zip(present, self.config.unit_weights or [1.0] * len(present), strict=True))
+        shares_of_units = shares or self.config.unit_weights or [1.0] * len(present)
+        share_of = dict(zip(present, shares_of_units, strict=True))
         masks = [mask for mask in present.values() if mask is not None]
         if not masks:
-            return {unit: share / sum(shares.values()) for unit, share in shares.items()}
+            return {unit: share / sum(share_of.values()) for unit, share in share_of.items()}
         counts = {
-            unit: shares[unit] * (masks[0].new_ones(len(masks[0])) if mask is None else mask)
+            unit: share_of[unit] * (masks[0].new_ones(len(masks[0])) if mask is None else mask)
             for unit, mask in present.items()
         }
         total = torch.stack(list(counts.values())).sum(0)
@@ -707,7 +711,8 @@ class MimicModel(MimicPreTrainedModel):
         """Scores [M, N] less the NIL scores of the mentions, if the model has them."""
         if not hasattr(self, "nil"):
             return scores
-        query_vectors = self._query_vectors(mentions)
+        # With the weights of the loss: the NIL score is read from the vectors that it was trained on.
+        query_vectors = self._query_vectors(mentions, self.config.loss_unit_weights)
         with torch.autocast(self.device.type, enabled=False):
             return scores - self.nil(query_vectors)[:, None]
 
@@ -763,8 +768,10 @@ class MimicModel(MimicPreTrainedModel):
         """
         return self._query_vectors(mentions)
 
-    def _query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[`~MimicModel.query_vectors`], with gradients."""
+    def _query_vectors(
+        self, mentions: Mapping[str, torch.Tensor], shares: Sequence[float] | None = None
+    ) -> torch.Tensor:
+        """[`~MimicModel.query_vectors`], with gradients and with the weights of [`~MimicModel._unit_weights`]."""
         mentions = _to_float32(mentions)
         parts = []
         with torch.autocast(self.device.type, enabled=False):
@@ -779,7 +786,7 @@ class MimicModel(MimicPreTrainedModel):
                     parts.append(torch.cat([targets, queries], -1) / 2)  # eq. 5
                 else:
                     parts.append(mentions["cross_modal"])
-            weights = self._unit_weights(mentions).values()  # eq. 7
+            weights = self._unit_weights(mentions, shares).values()  # eq. 7
             parts = [part * _column(weight) for part, weight in zip(parts, weights, strict=True)]
         return torch.cat(parts, -1)
 
@@ -894,7 +901,12 @@ class MimicModel(MimicPreTrainedModel):
         if labels is not None:
             # In the losses, scores are divided by the temperature.
             prior = 0.0 if entity_log_prior is None else entity_log_prior.float() * self.config.temperature
-            overall, of_units, columns = scores + prior, present, labels.long()
+            if shares := self.config.loss_unit_weights:
+                weighted = _weighted_sum(unit_scores, self._unit_weights(mentions, shares))
+                overall = self._minus_nil(weighted, mentions) + prior
+            else:
+                overall = scores + prior
+            of_units, columns = present, labels.long()
             if hasattr(self, "nil"):
                 known = columns >= 0
                 overall = F.pad(overall, (0, 1))  # NIL

@@ -388,6 +388,28 @@ def test_weights_of_the_units_weigh_the_mean_of_the_units_that_a_mention_has(abs
     torch.testing.assert_close(products[0], fused[0], atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_weights_of_the_loss_leave_the_order_to_the_other_weights():
+    options = {"mask_padding": True, "nil_score": True}
+    linking, learning = [0.5, 2, 1.5], [3, 1, 0.5]
+    both = build(unit_weights=linking, loss_unit_weights=learning, **options)
+    alone = {name: build(unit_weights=weights, **options) for name, weights in (("l", linking), ("t", learning))}
+    for model in alone.values():
+        model.load_state_dict(both.state_dict())
+    batch = batch_for(both, mentions=3, entities=4) | {"labels": torch.tensor([1, -1, 0])}
+    outputs = {name: model(**batch) for name, model in alone.items()}
+    torch.testing.assert_close(both(**batch).loss, outputs["t"].loss)
+    assert not torch.isclose(outputs["l"].loss, outputs["t"].loss)
+    # NIL is read as in training, so that scores have one more summand for each mention than without weights of the loss.
+    units = outputs["l"].unit_scores
+    means = {
+        name: sum(weight * units[unit] for weight, unit in zip(weights, units, strict=True)) / sum(weights)
+        for name, weights in (("l", linking), ("t", learning))
+    }
+    expected = means["l"] - (means["t"] - outputs["t"].scores)
+    torch.testing.assert_close(both(**batch).scores, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_cosines_beside_other_units_are_warned_of(caplog):
     fields = {"text_config": dict(BERT), "vision_config": dict(VIT), "global_norm": "l2"}
     logger = logging.getLogger("transformers")
@@ -635,6 +657,7 @@ def test_the_configuration_survives_saving(tmp_path):
         ({"local_scale": 0.5}, ["local_scale", "'l2'"]),
         ({"unit_weights": [1, 2]}, ["unit_weights", "cross_modal"]),
         ({"unit_weights": [1, 2, 0]}, ["unit_weights", "positive"]),
+        ({"loss_unit_weights": [1, 2]}, ["loss_unit_weights", "cross_modal"]),
     ],
 )
 def test_impossible_configurations_are_refused(fields, words):
