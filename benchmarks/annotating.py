@@ -91,6 +91,7 @@ def measure(linker: EntityLinker, texts: list[dict[str, Any]], detector_name: st
         "entities": len(linker.kb),
         "index": linker.index.kind,
         "name_weight": linker.name_weight,
+        "bf16": linker.bf16,
         "detector": detector_name,
         "texts": len(texts),
         "characters": characters,
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--detector", default="gazetteer")
     parser.add_argument("--index", default="exact", help="index, which is built if the knowledge base lacks it")
     parser.add_argument("--name-weight", type=float, help="weight of the names; default: that of the model")
+    parser.add_argument("--bf16", action="store_true", help="encode mentions in bfloat16")
     args = parser.parse_args()
     harness.start(args)
     mentions = load_mentions(args.dataset, "test")
@@ -138,7 +140,7 @@ def main() -> None:
     for size in [None] if source is None else map(int, args.sizes.split(",")):
         kb = KnowledgeBase.from_pretrained(args.kb) if size is None or source is None else source.named_kb(size)
         model, processor = load_retriever(args.model) if source is None else source.builder(len(kb))
-        linker = EntityLinker(model.to(args.device), processor, kb, name_weight=args.name_weight)
+        linker = EntityLinker(model.to(args.device), processor, kb, name_weight=args.name_weight, bf16=args.bf16)
         if args.index != "exact":
             try:
                 linker.index = open_index(kb, args.index, linker.model)

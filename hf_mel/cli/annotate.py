@@ -10,6 +10,7 @@ import typer
 
 from hf_mel.cli.options import (
     AsJson,
+    Bf16,
     Column,
     Device,
     FirstStage,
@@ -140,6 +141,7 @@ def annotate(
     where: Where = None,
     soft: Soft = None,
     soft_bonus: SoftBonus = None,
+    bf16: Bf16 = False,
     as_json: AsJson = False,
     batch_size: Annotated[
         int | None,
@@ -238,6 +240,7 @@ def annotate(
         where=where,
         soft=soft,
         soft_bonus=soft_bonus,
+        bf16=bf16,
     )
     if dataset is not None and gold_spans:
         _evaluate(linker, dataset, split, None, output, batch_size, gold_spans=True)

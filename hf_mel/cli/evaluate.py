@@ -557,7 +557,7 @@ def _in_bf16(model: Any, bf16: bool, console: Console) -> Iterator[None]:
     import torch
 
     from hf_mel.inference.execution import model_device
-    from hf_mel.training.precision import native_bf16
+    from hf_mel.inference.precision import native_bf16
 
     device_type = model_device(model).type
     if bf16:

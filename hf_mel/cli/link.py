@@ -10,6 +10,7 @@ import typer
 
 from hf_mel.cli.options import (
     AsJson,
+    Bf16,
     Column,
     Device,
     FirstStage,
@@ -94,6 +95,7 @@ def link(
     where: Where = None,
     soft: Soft = None,
     soft_bonus: SoftBonus = None,
+    bf16: Bf16 = False,
     as_json: AsJson = False,
     batch_size: MentionsPerPass = 32,
     device: Device = None,
@@ -184,6 +186,7 @@ def link(
         where=where,
         soft=soft,
         soft_bonus=soft_bonus,
+        bf16=bf16,
     )
     if rows is None:
         if len(surfaces) == 1:

@@ -50,6 +50,13 @@ NameWeight = Annotated[
         "Default: the weight of the model, if any.",
     ),
 ]
+Bf16 = Annotated[
+    bool,
+    typer.Option(
+        "--bf16",
+        help="Encode mentions in bfloat16. Only a processor or GPU with native bfloat16 gets faster, others get slower.",
+    ),
+]
 Where = Annotated[
     str | None,
     typer.Option(

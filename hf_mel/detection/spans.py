@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 from hf_mel.errors import SpanError
@@ -82,13 +83,14 @@ def checked_spans(
         except SpanError as error:
             raise error.changed(row=row) from None
         start, end = span.start, span.end
-        is_int = all(isinstance(offset, int) and not isinstance(offset, bool) for offset in (start, end))
+        is_int = all(isinstance(offset, Integral) and not isinstance(offset, bool) for offset in (start, end))
         if not is_int or not 0 <= start < end <= len(text) or not (surface := text[start:end]).strip():
             raise SpanError(
                 f"The span start={start!r}, end={end!r} holds no mention in a text of {len(text):,} characters.",
                 row=row,
                 remedy=_REMEDY,
             )
+        start, end = int(start), int(end)  # NumPy's integers cannot be written as JSON
         start += len(surface) - len(surface.lstrip())
         end -= len(surface) - len(surface.rstrip())
         checked.append(MentionSpan(start, end, span.label, span.score))

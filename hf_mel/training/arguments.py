@@ -9,7 +9,7 @@ import torch
 from transformers import IntervalStrategy, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_mel.training.precision import native_bf16, training_device_type
+from hf_mel.inference.precision import native_bf16, training_device_type
 from hf_mel.training.sampling import BATCH_GROUPINGS
 
 logger = logging.getLogger(__name__)

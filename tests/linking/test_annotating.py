@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_mel.detection.spans import MentionSpan
 from hf_mel.errors import DataFormatError, ImageError, SpanError
+from hf_mel.inference import precision
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.annotating import AnnotatedMention, _window
 from hf_mel.linking.linker import EntityLinker
@@ -222,3 +225,49 @@ def test_the_gazetteer_knows_added_entities(tmp_path):
     assert len(linker.annotate("Entity a, Entity d")) == 2
     kb.remove(["Q1"])
     assert [m.mention for m in linker.annotate("Entity a, Entity d")] == ["Entity d"]
+
+
+def test_bf16_encodes_mentions_as_autocast_does_and_scores_in_float32(linker, monkeypatch, caplog):
+    seen = []
+    encode, score = linker.model.encode_mentions, linker.model.score
+
+    def encode_mentions(**inputs):
+        seen.append(("encode", torch.is_autocast_enabled("cpu")))
+        return encode(**inputs)
+
+    def spied_score(mentions, entities):
+        seen.append(("score", torch.is_autocast_enabled("cpu")))
+        assert all(t.dtype == torch.float32 for t in mentions.values() if t.is_floating_point())
+        return score(mentions, entities)
+
+    monkeypatch.setattr(linker.model, "encode_mentions", encode_mentions)
+    monkeypatch.setattr(linker.model, "score", spied_score)
+    monkeypatch.setattr(precision, "_cpu_instructions", lambda: {"avx2"})
+    with caplog.at_level("WARNING"):
+        half = EntityLinker(linker.model, linker.processor, linker.kb, bf16=True)
+    assert "slower than in float32 here: the CPU lacks native bfloat16" in caplog.text
+    annotated = half.annotate(TEXT)
+    assert set(seen) == {("encode", True), ("score", False)}
+    seen.clear()
+    exact = linker.annotate(TEXT)
+    assert set(seen) == {("encode", False), ("score", False)}
+    scores, exact_scores = ([c.score for m in text for c in m.link.candidates] for text in (annotated, exact))
+    assert scores != exact_scores
+    assert sorted(scores) == pytest.approx(sorted(exact_scores), rel=0.05, abs=0.05)
+    assert half.describe() == {**linker.describe(), "bf16": True}  # --resume notices
+
+
+def test_wrong_arguments_say_what_is_wrong(linker):
+    with pytest.raises(ValueError, match=r"'gazetteer' is no function.*open_detector"):
+        linker.annotate(TEXT, detector="gazetteer")
+    with pytest.raises(ValueError, match="top_k must be at least 1, not 0"):
+        linker.annotate(TEXT, top_k=0)
+    with pytest.raises(DataFormatError) as error:
+        linker.annotate(TEXT.encode())
+    assert error.value.row is None
+
+
+def test_spans_of_numpy_are_spans(linker):
+    annotated = linker.annotate(TEXT, spans=[np.array([0, 8])])
+    assert annotated.to_dict() == linker.annotate(TEXT, spans=[[0, 8]]).to_dict()
+    assert type(next(iter(annotated)).start) is int  # which JSON can write

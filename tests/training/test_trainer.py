@@ -12,9 +12,9 @@ from torch import nn
 
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.precision import native_bf16
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.collators import RetrieverCollator
-from hf_mel.training.precision import native_bf16
 from hf_mel.training.sampling import GroupingSampler, surface_key
 from hf_mel.training.trainer import MelTrainer
 from tests.toy import ToyProcessor, ToyRetriever, toy_entities, toy_mentions, toy_model
@@ -300,7 +300,7 @@ def test_arguments_are_checked(wrong):
 @pytest.mark.parametrize("native", [True, False])
 def test_bf16_is_automatic_where_the_device_has_it(monkeypatch, caplog, native):
     monkeypatch.setattr("hf_mel.training.arguments.native_bf16", native_bf16)
-    monkeypatch.setattr("hf_mel.training.precision._cpu_instructions", lambda: {"avx2", *["avx512_bf16"] * native})
+    monkeypatch.setattr("hf_mel.inference.precision._cpu_instructions", lambda: {"avx2", *["avx512_bf16"] * native})
     options = {"output_dir": "nowhere", "use_cpu": True}
     with caplog.at_level(logging.INFO, logger="hf_mel.training.arguments"):
         assert MelTrainingArguments(**options).bf16 is native

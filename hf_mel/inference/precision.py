@@ -1,4 +1,4 @@
-"""Detects whether a device computes in bfloat16 natively, for `bf16: auto`."""
+"""Detects whether a device computes in bfloat16 natively."""
 
 from __future__ import annotations
 
