@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test test-all bench test-browser test-space test-wheel test-datasets3 docs lint format types check golden clean
+.PHONY: help setup demo test test-all torture bench test-browser test-space test-wheel test-datasets3 docs lint format types check golden clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,12 @@ test: setup  ## the tests, offline: less than ten minutes on two free cores
 
 test-all: setup  ## the tests, and those that take minutes
 	$(PYTEST) -n 2 --dist loadfile -m "not browser"
+
+INPUTS ?= 100000
+KILLS ?= 20
+torture: setup  ## hours of hostile inputs (INPUTS=100000) and kills (KILLS=20 of each command); repeat it to go on
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --inputs $(INPUTS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash --kills $(KILLS)
 
 test-browser: setup  ## the Space in a real browser; screenshots in artifacts/space
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \

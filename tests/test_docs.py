@@ -172,3 +172,14 @@ def test_yaml_and_json_blocks_parse():
             assert yaml.safe_load(block)
         for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL):
             assert json.loads(block)
+
+
+def test_every_promise_names_a_test_that_exists():
+    rows = [line for line in TEXTS["docs/promises.md"].splitlines() if re.match(r"\| (?!promise)[^-]", line)]
+    assert len(rows) > 15
+    for row in rows:
+        names = re.findall(r"`(tests/[^`]+\.py)::(test_\w+)`", row)
+        assert names, row
+        for file, name in names:
+            functions = [node.name for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)]  # fmt: skip
+            assert name in functions, f"{file} has no {name}"

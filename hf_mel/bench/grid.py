@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,6 +36,7 @@ from hf_mel.errors import LockedError, MelError, StoppedError
 from hf_mel.evaluation.tables import display_value, write_results
 from hf_mel.files import read_json
 from hf_mel.locks import writer_lock
+from hf_mel.training.environment import code_version, machine
 
 #: Written before anything runs, so that what an interrupted cell has left is not taken for that of other inputs.
 _INPUTS = "inputs.json"
@@ -327,41 +326,6 @@ def _clear(folder: Path) -> None:
     shutil.rmtree(folder / RUN, ignore_errors=True)
     for name in (CELL, _INPUTS, EVALUATION, PREDICTIONS, LOG):
         (folder / name).unlink(missing_ok=True)
-
-
-def code_version() -> dict[str, Any]:
-    """Returns the commit of the source tree that runs, and whether files differ from it; `None` outside a repository."""
-    place = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str | None:
-        try:
-            return subprocess.run(
-                ["git", "-C", str(place), *words], capture_output=True, text=True, timeout=30, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    commit = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no") if commit else None
-    return {"commit": commit, "changed": bool(changed)}
-
-
-def machine() -> dict[str, Any]:
-    """Returns what the time of a run depends on: processor, cores, and threads of each process."""
-    threads = os.environ.get("OMP_NUM_THREADS")
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": int(threads) if threads and threads.isdigit() else os.cpu_count(),
-    }
-
-
-def _processor() -> str:
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        names = []
-    return Counter(names).most_common(1)[0][0] if names else platform.processor() or platform.machine()
 
 
 def _default_launcher() -> list[str]:

@@ -210,6 +210,8 @@ def _open_undecoded(source: ImageSource, file: str | PathLike[str] | None, row: 
             # PIL warns at MAX_PIXELS and raises at twice that. The check below raises at MAX_PIXELS.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(BytesIO(content) if isinstance(content, (bytes, bytearray)) else content)
+        # PIL maps some files that it has opened by name, and then reads what lies beyond their pixels in place of an error.
+        image.filename = ""  # type: ignore[attr-defined]
     except Exception as error:
         raise _image_error(error, source, file, row) from error
     width, height = image.size

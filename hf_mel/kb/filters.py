@@ -46,7 +46,7 @@ _COMPARISONS: dict[str, Callable[..., Any]] = {
 }
 _KEYWORDS = {"and", "or", "not", "in", "is", "null", "true", "false"}
 #: Limits of a filter, which may come from a form on the web.
-_MAX_LENGTH, _MAX_DEPTH = 10_000, 50
+_MAX_LENGTH, _MAX_DEPTH, _MAX_DIGITS = 10_000, 50, 400
 _EXAMPLE = "Write a filter such as: type = 'human' and born < 1900"
 
 #: Reads a column of all rows.
@@ -78,6 +78,10 @@ class Filter:
             raise FilterError(
                 f"The filter has {len(text):,} characters, more than {_MAX_LENGTH:,}.", remedy="Shorten it."
             )
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise FilterError(
+                "The filter has half of a surrogate pair.", remedy="Write the whole character, or remove it."
+            )
         self._tokens, self._next, self._depth = self._tokenise(), 0, 0
         self._evaluate = self._either()
         if self._peek() is not None:
@@ -105,6 +109,10 @@ class Filter:
             kind = str(match.lastgroup)
             value: Any = match[kind]
             if kind == "number":
+                if len(value) > _MAX_DIGITS:
+                    raise FilterError(
+                        f"The number {value[:20]}… has {len(value):,} digits.", remedy="Write it with fewer digits."
+                    )
                 value = float(value) if re.search(r"[.eE]", value) else int(value)
             elif kind in ("text", "quoted"):
                 value = value[1:-1].replace(value[0] * 2, value[0])

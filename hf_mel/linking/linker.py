@@ -373,6 +373,8 @@ class EntityLinker:
         Raises:
             As in [`EntityLinker.__call__`].
         """
+        if batch_size < 1:
+            raise DataFormatError(f"batch_size={batch_size} is no number of mentions.", remedy="Give at least 1.")
         spans = [locate_mention(mentions[k], k) for k in range(len(mentions))]
         for batch in self._batches(mentions, batch_size):
             if any(k not in done for k in batch):
@@ -389,7 +391,7 @@ class EntityLinker:
     ) -> list[LinkResult]:
         """Links the mentions of one batch. `positions` are those in the list of all mentions, for error messages."""
         if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {top_k}.")
+            raise DataFormatError(f"top_k must be at least 1, not {top_k}.", remedy="Give a number of candidates.")
         rows = [
             self._mention_row(mention, span, position)
             for mention, span, position in zip(mentions, spans, positions, strict=True)

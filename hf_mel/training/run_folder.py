@@ -24,6 +24,7 @@ from hf_mel.hub.model_cards import model_card
 from hf_mel.hub.saving import save_model_repository
 from hf_mel.locks import writer_lock
 from hf_mel.training.arguments import MelTrainingArguments
+from hf_mel.training.environment import environment
 from hf_mel.training.plot import plot_training
 from hf_mel.training.recipe import Recipe, as_bool
 from hf_mel.training.stopping import StopsOnSigterm
@@ -37,6 +38,8 @@ RUNS = Path("runs")
 RESULTS = "results.json"
 RECIPE = "recipe.yaml"
 LOG = "training_log.json"
+#: One entry for each start of the run: time, arguments with their defaults, code, packages and machine.
+ENVIRONMENT = "environment.json"
 PLOT = "training.png"
 CARD = "README.md"
 CHECKPOINTS = "checkpoints"
@@ -135,6 +138,15 @@ class RunFolder:
         if trainer.is_world_process_zero():
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / RECIPE, [self.recipe.to_yaml()])
+            starts = read_json(self.path / ENVIRONMENT) if self.checkpoint else None
+            start = {
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+                "from_checkpoint": self.checkpoint.name if self.checkpoint else None,
+                "processes": trainer.args.world_size,
+                **environment(),
+                "arguments": trainer.args.to_dict(),  # tokens are not in it
+            }
+            write_results([*(starts if isinstance(starts, list) else []), start], self.path / ENVIRONMENT)
         stopping = StopsOnSigterm()
         trainer.add_callback(stopping)
         with stopping.listening():

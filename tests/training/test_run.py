@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def results_of(folder: Path) -> dict:
 def test_the_folder_contains_a_model_repository_and_the_record_of_its_run(finished, dataset):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        "README.md", "config.json", "configuration_mimic.py", "model.safetensors", "modeling_mimic.py",
+        "README.md", "config.json", "configuration_mimic.py", "environment.json", "model.safetensors", "modeling_mimic.py",
         "processing_mimic.py", "processor_config.json", "recipe.yaml", "results.json", "scoring_mimic.py",
         "tokenizer.json", "tokenizer_config.json", "training.png", "training_log.json",
     }  # fmt: skip
@@ -64,6 +65,28 @@ def test_the_folder_contains_a_model_repository_and_the_record_of_its_run(finish
     }
     assert results["model"]["type"] == "mimic"
     assert (finished / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_folder_says_by_which_code_and_on_which_machine_it_was_trained(finished):
+    (start,) = json.loads((finished / "environment.json").read_text())
+    assert start["packages"]["torch"] == torch.__version__
+    assert start["packages"]["pyarrow"] == version("pyarrow")
+    assert re.fullmatch("[0-9a-f]{40}", start["code"]["commit"] or "0" * 40)
+    assert start["machine"]["cores"] == os.cpu_count()
+    assert start["machine"]["memory_gb"] > 0
+    assert start["arguments"]["learning_rate"] == 1e-3
+    assert start["arguments"]["weight_decay"] == 0  # a default
+    assert (start["processes"], start["from_checkpoint"]) == (1, None)
+
+
+def test_the_same_recipe_twice_gives_the_same_results(finished, dataset, tmp_path):
+    again = run_recipe(Recipe.from_dict(recipe_dict(dataset)), tmp_path / "tiny")
+    assert (again / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    first, second = results_of(finished), results_of(again)
+    for results in (first, second):
+        results.pop("run")  # the time that it took
+        results["validation"].pop("wall_time_seconds")
+    assert first == second
 
 
 def test_the_saved_model_reproduces_the_recorded_results(finished, dataset):
@@ -221,6 +244,8 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     for name, tensor in expected.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0, msg=name)
     assert results_of(parts)["run"]["resumed"]
+    starts = json.loads((parts / "environment.json").read_text())
+    assert [start["from_checkpoint"] for start in starts] == [None, f"checkpoint-{3 if not training else 4}"]
     assert results_of(parts)["validation"]["metrics"] == results_of(whole)["validation"]["metrics"]
     assert not (parts / "checkpoints").exists()
 

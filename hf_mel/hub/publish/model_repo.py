@@ -100,6 +100,8 @@ def _model_files(folder: Path) -> tuple[dict[str, Content], dict[str, str]]:
             left_out[f"{path.name}/"] = "a folder"
         elif path.name in ("example.png", "post.png", "post.html"):  # written by hf-mel demo
             left_out[path.name] = "not part of the publication"
+        elif path.name == "environment.json":
+            left_out[path.name] = "it describes this machine"
         elif reason := reason_to_skip(path, path.name, _MODEL_SUFFIXES):
             left_out[path.name] = reason
         else:
