@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -27,7 +28,7 @@ from hf_mel.data.loading import check_golds
 from hf_mel.errors import DataFormatError, MissingExtraError, RecipeError
 from hf_mel.evaluation.candidate_evaluator import CandidateEvaluator, CandidateResult
 from hf_mel.evaluation.full_evaluator import FullEvaluator, FullResult
-from hf_mel.evaluation.strata import names_by_id
+from hf_mel.evaluation.strata import has_image, names_by_id
 from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.names import namesakes_of
@@ -210,6 +211,7 @@ class MelTrainer(BaseTrainer):
             # Of the model as it is now, so that a resumed run has the same negatives.
             collator.negatives = _mined_negatives(self.inputs, self.mentions, entities, args, self.shows_progress)
         if self.mentions is not None and self.is_world_process_zero():
+            _log_gaps(self.mentions, entities)
             self._warn_of_left_out_texts(self.mentions)
 
     def get_train_dataloader(self) -> Any:
@@ -443,6 +445,24 @@ def _check_candidates(
     if reads_list_scores(model):
         lists.check_relative_scores()
     lists.for_mentions(mentions).rows(entities["entity_id"])
+
+
+def _log_gaps(mentions: datasets.Dataset, entities: datasets.Dataset) -> None:
+    """Logs how many training mentions lack a text or an image, and how many entities an image, which all are trained on."""
+    texts = mentions["text"] if "text" in mentions.column_names else []
+    gaps = {"mentions without a text": sum(not (text or "").strip() for text in texts)}
+    if "image" in mentions.column_names:
+        gaps["mentions without an image"] = has_image(mentions).count(False)
+    if "images" in entities.column_names:
+        undecoded = entities.select_columns(["images"]).with_format("arrow")
+        gaps["entities without an image"] = sum(
+            not images
+            for batch in undecoded.iter(1000)
+            for images in pc.list_value_length(batch["images"]).to_pylist()
+        )
+    parts = [f"{count:,} {what}" for what, count in gaps.items() if count]
+    if parts:
+        logger.info("Training reads %s.", ", ".join(parts))
 
 
 def _trainable(mentions: datasets.Dataset, learns_nil: bool, is_simulated: bool = False) -> datasets.Dataset:

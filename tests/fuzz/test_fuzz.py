@@ -18,7 +18,6 @@ def test_any_input_gives_a_result_or_a_typed_error(name):
     if outcome.error is not None:
         path = save_failing(target, outcome.failing)
         raise AssertionError(f"{path} has the smallest input that failed.") from outcome.error
-    assert 0 < outcome.accepted < outcome.tried or outcome.tried < 20, "all inputs are refused, or none"
 
 
 @pytest.mark.parametrize("path", FAILED, ids=[f"{path.parent.name}-{path.stem}" for path in FAILED])
