@@ -33,9 +33,11 @@ test-all: setup  ## the tests, and those that take minutes
 
 INPUTS ?= 100000
 KILLS ?= 20
-torture: setup  ## hours of hostile inputs (INPUTS=100000) and kills (KILLS=20 of each command); repeat it to go on
+MINUTES ?= 30
+torture: setup  ## hostile inputs (INPUTS=100000), kills of each command (KILLS=20), threads (MINUTES=30); repeat it to go on
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --inputs $(INPUTS)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash --kills $(KILLS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 test-browser: setup  ## the Space in a real browser; screenshots in artifacts/space
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \

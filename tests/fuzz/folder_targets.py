@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from hypothesis import strategies as st
 
 from hf_mel.errors import MelError
@@ -15,7 +15,7 @@ from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
 from tests.fuzz.engine import Target, empty_folder
 from tests.fuzz.strategies import long_texts, mutated, mutations, scalars, texts
-from tests.toy import ToyProcessor, toy_entities, toy_model
+from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
 
 MODEL, PROCESSOR = toy_model(), ToyProcessor()
 _KINDS = ("faiss-flat", "faiss-pq")
@@ -87,13 +87,18 @@ def _edit_kb(value: Any, folder: Path) -> None:
         raise
 
 
+@cache
+def _encoded_mentions() -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return dict(MODEL.encode_mentions(**PROCESSOR(mentions=list(toy_mentions(2)))))
+
+
 def _open_index(value: Any, folder: Path) -> None:
     path = _damaged(value, folder, "index")
     kb = KnowledgeBase.from_pretrained(path)
     for kind in _KINDS:
         index = open_index(kb, kind, MODEL)
-        rows = index.search(np.zeros((2, 32), dtype=np.float32), 5)
-        assert rows.shape[0] == 2
+        assert index.find(_encoded_mentions(), 5).top_rows.shape == (2, 5)
 
 
 # Linking

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from hf_mel.errors import DataFormatError, ImageError, UnknownEntityError
-from hf_mel.schema import mention_features
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.trainer import MelTrainer
 from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
@@ -95,11 +94,10 @@ def test_a_knowledge_base_of_one_entity_is_trained_on(tmp_path):
 
 
 def test_a_split_without_mentions_is_an_error(tmp_path):
-    empty = datasets.Dataset.from_list([], features=mention_features())
     with pytest.raises(DataFormatError, match="no mentions to train on: it is empty"):
-        train(tmp_path, empty)
+        train(tmp_path, toy_mentions(1).select([]))
 
 
 def test_a_gold_outside_the_knowledge_base_is_an_error_before_training(tmp_path):
-    with pytest.raises(UnknownEntityError, match="The gold 'Q12' of mention 'm11'"):
+    with pytest.raises(UnknownEntityError, match=r"row 5: The gold 'Q12' of mention 'm5'"):
         train(tmp_path, toy_mentions(12), ENTITIES.select(range(11)))
