@@ -449,7 +449,7 @@ def _check_candidates(
 
 def _log_gaps(mentions: datasets.Dataset, entities: datasets.Dataset) -> None:
     """Logs how many training mentions lack a text or an image, and how many entities an image, which all are trained on."""
-    texts = mentions["text"] if "text" in mentions.column_names else []
+    texts: Any = mentions["text"] if "text" in mentions.column_names else []
     gaps = {"mentions without a text": sum(not (text or "").strip() for text in texts)}
     if "image" in mentions.column_names:
         gaps["mentions without an image"] = has_image(mentions).count(False)
