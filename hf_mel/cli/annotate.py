@@ -262,6 +262,11 @@ def annotate(
             print_json(annotated.to_dict())
             return
         print_annotated(annotated)
+        if not annotated.mentions and content.strip() and detector == "gazetteer" and learn_from is None:
+            typer.echo(
+                "The gazetteer knows only the names and aliases of the knowledge base. --learn-from DATA teaches it the "
+                "mentions of a data set; --detector spacy:PIPELINE finds other names."
+            )
         if html is not None:
             typer.echo(f"Written to {html}. Open it in a browser.")
         return

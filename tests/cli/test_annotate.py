@@ -53,7 +53,11 @@ def test_a_text_is_annotated(arguments, tmp_path):
     only = json.loads(run(*arguments, *options, "--json", "--where", "name = 'Entity c'").stdout)
     assert [m["entity_id"] for m in only["mentions"]] == ["Q3", "Q3"]
     assert json.loads(run(*arguments, "--text", "-", "--json", input="Entity b").stdout)["text"] == "Entity b"
-    assert "The text is empty." in run(*arguments, "--text", "").stdout
+    empty = run(*arguments, "--text", "").stdout
+    assert "The text is empty." in empty
+    assert "--learn-from" not in empty
+    assert "--learn-from" not in printed
+    assert "--learn-from" in run(*arguments, "--text", "Nobody met no one.").stdout
 
 
 def test_a_file_is_annotated_and_shown(arguments, tmp_path):
