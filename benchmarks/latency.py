@@ -1,7 +1,7 @@
 """Benchmark of linking one mention at a time: p50 and p95 of every index, and its recall of the exact ranking.
 
 For knowledge bases of several sizes, each index is built and timed. It is kept in the scratch folder, so that a second
-run can reuse it. It is then asked for the best 64 entities of one encoded mention after another: first stage, reading the
+run can reuse it. It is then asked for the best 64 entities (or `--top-k`) of one encoded mention after another: first stage, reading the
 candidates from the knowledge base, and exact scores. The indexes take turns. recall@k is the share of the best k entities
 of the exact ranking that are among the best k of the index. An index whose package is not installed is reported as
 missing.
@@ -10,6 +10,9 @@ missing.
     python -m benchmarks.latency --sizes 100000,1000000 --graph-limit 1000000   # hours for the graph index, 20 GB of disk
     python -m benchmarks.latency --sizes 10000 --mentions 40 --kinds exact,faiss-flat
     python -m benchmarks.latency --model runs/mimic-text_wikimel --dataset data/wikimel --sizes 100000
+    python -m benchmarks.latency --model runs/mimic-text_wikimel --dataset data/wikimel --sizes 1000000 --kinds exact,codes,faiss-pq --top-k 10
+
+"exact" scores every entity; "codes" is the same ranking, proven by codes (`docs/guides/exact.md`).
 """
 
 from __future__ import annotations
@@ -27,10 +30,12 @@ from benchmarks.sources import open_source
 from hf_mel.errors import MissingExtraError
 from hf_mel.inference.encodings import slice_encodings
 from hf_mel.kb.indexes import KINDS, build_index, open_index
-from hf_mel.kb.indexes.base import FIRST_STAGE
+from hf_mel.kb.indexes.base import FIRST_STAGE, ExactIndex, Index
 from hf_mel.kb.knowledge_base import KnowledgeBase
 
 TOP_K = 64
+#: What the codes are opened as.
+CODES = "codes"
 #: Indexes that build an HNSW graph, in minutes per 100,000 entities.
 GRAPHS = ("milvus",)
 
@@ -47,6 +52,7 @@ def arguments() -> argparse.ArgumentParser:
         "--graph-limit", type=int, default=20_000, help="largest size for graph indexes, whose build is slow"
     )
     parser.add_argument("--first-stage", type=int, default=FIRST_STAGE, help="number of candidates to score exactly")
+    parser.add_argument("--top-k", type=int, default=TOP_K, help="number of entities to find for a mention")
     parser.add_argument("--steps", type=int, default=300, help="training steps of the generated model")
     parser.add_argument("--model", help="run folder to measure in place of the generated model")
     parser.add_argument("--dataset", help="data-set folder of that run")
@@ -65,6 +71,11 @@ def build_once(kb: KnowledgeBase, kind: str, model: Any, processor: Any) -> floa
     return float(note.read_text())
 
 
+def opened(kb: KnowledgeBase, kind: str, model: Any, first_stage: int) -> Index:
+    """Opens an index. "exact" scores every entity, also where codes are built."""
+    return ExactIndex(kb, model) if kind == "exact" else open_index(kb, kind, model, first_stage=first_stage)
+
+
 def index_bytes(kb: KnowledgeBase, kind: str) -> int:
     """Returns the size of an index on disk, in bytes."""
     paths = (path for entry in kb.path.glob(f"index-{kind}*") for path in (entry, *entry.rglob("*")))
@@ -80,6 +91,7 @@ def measure(
     exact_mentions: int,
     first_stage: int,
     rounds: int,
+    top_k: int = TOP_K,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Measures the indexes of one knowledge base.
 
@@ -90,6 +102,7 @@ def measure(
         mentions, exact_mentions (`int`): Number of mentions to time, and to time with "exact".
         first_stage (`int`): Number of candidates that an index retrieves.
         rounds (`int`): Number of rounds in which the indexes take turns.
+        top_k (`int`): Number of entities to find for a mention.
 
     Returns:
         `tuple`: A result for each index, and the reason for each index that was left out.
@@ -98,15 +111,16 @@ def measure(
     for kind in kinds:
         try:
             build[kind] = 0.0 if kind == "exact" else build_once(kb, kind, *source.builder(len(kb)))
-            indexes[kind] = open_index(kb, kind, source.model, first_stage=first_stage)
+            indexes[kind] = opened(kb, kind, source.model, first_stage)
         except MissingExtraError as error:
             left_out.append(f"{kind}: {error.message}")
     encoded, _, golds = source.mentions(mentions)
     mentions, exact_mentions = min(mentions, len(golds)), min(exact_mentions, len(golds))
     harness.say(f"ranking {mentions} mentions against {len(kb):,} entities")
-    k = min(TOP_K, len(kb))
-    exact = open_index(kb, "exact", source.model).find(encoded, k).top_rows
+    k = min(top_k, len(kb))
+    exact = ExactIndex(kb, source.model).find(encoded, k).top_rows
     seconds: dict[str, list[float]] = {kind: [] for kind in indexes}
+    cpu_seconds: dict[str, list[float]] = {kind: [] for kind in indexes}
     retrieved = {kind: torch.full_like(exact, -1) for kind in indexes}
     counts = {kind: exact_mentions if kind == "exact" else mentions for kind in indexes}
     for turn in range(-1, rounds):
@@ -114,16 +128,20 @@ def measure(
         for kind, index in indexes.items():
             for row in range(counts[kind])[:3] if turn < 0 else range(turn, counts[kind], rounds):
                 mention = slice_encodings(encoded, slice(row, row + 1))
-                begin = time.perf_counter()
+                begin, cpu_begin = time.perf_counter(), time.process_time()
                 result = index.find(mention, k)
                 if turn >= 0:
                     seconds[kind].append(time.perf_counter() - begin)
+                    cpu_seconds[kind].append(time.process_time() - cpu_begin)
                     retrieved[kind][row] = result.top_rows[0]
     rows = []
     for kind in indexes:
         timed = slice(counts[kind])
-        recalls = {str(n): harness.recall(retrieved[kind][timed, :n], exact[timed, :n]) for n in (1, 10, 64)}
+        recalls = {
+            str(n): harness.recall(retrieved[kind][timed, :n], exact[timed, :n]) for n in (1, 10, 64) if n <= top_k
+        }
         times = {f"p{q}_s": float(np.percentile(seconds[kind], q)) for q in (50, 95)}
+        times |= {f"cpu_p{q}_s": float(np.percentile(cpu_seconds[kind], q)) for q in (50, 95)}
         size = 0 if kind == "exact" else index_bytes(kb, kind)
         row = {"entities": len(kb), "index": kind, **times, "recall": recalls, "build_s": build[kind]}
         rows.append(row | {"index_bytes": size, "mentions": counts[kind]})
@@ -151,6 +169,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             exact_mentions=min(args.exact_mentions, args.mentions),
             first_stage=args.first_stage,
             rounds=args.repeats,
+            top_k=args.top_k,
         )
         rows += measured
         left_out += [reason for reason in missing if reason not in left_out]
@@ -158,6 +177,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "source": source.description,
         "mentions": args.mentions,
         "candidates": args.first_stage,
+        "top_k": args.top_k,
         "rows": rows,
         "left_out": left_out,
         "turns": args.repeats,
@@ -171,6 +191,10 @@ def main() -> None:
     from benchmarks.summary import show
 
     name = "latency" + ("-" + Path(args.model).resolve().name if args.model else "")
+    if args.top_k != TOP_K:
+        name += f"-top{args.top_k}"
+    if CODES in args.kinds.split(","):
+        name += "-codes"
     path = harness.write(args.output, name, run(args))
     show(args.output, [path.stem])
 

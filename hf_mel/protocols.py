@@ -102,7 +102,7 @@ class Retriever(Protocol):
     `scores` [M, N] and `unit_scores` (a dict of [M, N], one per interaction unit). `labels` [M] holds the column of
     each mention's gold. Several mentions may share a column, so the same entity is never a negative of itself.
 
-    Optional abilities: [`TwoStepScores`], [`IndexVectors`], [`Explains`], [`KnowsPosts`], [`FrozenMentions`]. Optional
+    Optional abilities: [`TwoStepScores`], [`IndexVectors`], [`BoundsScores`], [`Explains`], [`KnowsPosts`], [`FrozenMentions`]. Optional
     attribute: `learns_nil` (see [`learns_nil`]).
     """
 
@@ -189,6 +189,28 @@ class IndexVectors(Protocol):
     def index_vectors(self, entities: Encodings) -> Any:
         """Returns vectors [N, D] (float32) of encoded entities. Inner products with queries approximate the scores."""
         ...
+
+
+@runtime_checkable
+class BoundsScores(Protocol):
+    """A retriever whose scores inner products bound from above, so that a ranking proves what it need not score.
+
+    With q, w and c of a mention, and x and b of an entity, score ≤ ⟨q, x⟩ + ⟨w, b⟩ + c for every pair. Where the score is
+    an inner product itself, b is empty and both sides are equal. Check with [`bounds_scores`]. Rounding of float32 sums need not be in the bound.
+    """
+
+    def bound_queries(self, mentions: Encodings) -> Any:
+        """Returns q [M, D], w [M, R] and c [M] of encoded mentions (float32)."""
+        ...
+
+    def bound_vectors(self, entities: Encodings) -> Any:
+        """Returns x [N, D] and b [N, R] of encoded entities (float32), which may be in half precision as stored."""
+        ...
+
+
+def bounds_scores(model: Any) -> bool:
+    """Returns whether the model is [`BoundsScores`]; its attribute `bounds_scores = False` turns the ability off."""
+    return isinstance(model, BoundsScores) and bool(getattr(model, "bounds_scores", True))
 
 
 @runtime_checkable

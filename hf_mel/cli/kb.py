@@ -319,12 +319,17 @@ def index(
     The index finds candidates by one vector per entity, and the model scores only these, exactly. Entities that are
     not among the candidates are missed: measure how many with [b]hf-mel kb recall[/b].
 
+    [b]codes[/b] miss nothing. They bound the scores of all entities, and the index exact of [b]hf-mel link[/b] uses them by
+    itself: it scores only entities that may be among the best, and proves that no other is.
+
     After adding many entities, or after an interruption, run the command again: it continues from the existing index.
     Removing entities needs no new index. An index is not published with its knowledge base.
 
     Examples:
 
       hf-mel kb index kb/wikimel --model runs/mimic_wikimel
+
+      hf-mel kb index kb/wikimel --model runs/mimic_wikimel --kind codes
 
       hf-mel kb index kb/wikimel --model runs/mimic_wikimel --kind milvus --uri http://localhost:19530
     """
@@ -339,6 +344,12 @@ def index(
             model, revision=revision, device=device, trust_remote_code=trust_remote_code
         )
         build_index(opened, kind, retriever, processor, uri=uri)
+    if kind == "codes":
+        print_plain(
+            f"The codes of {kb} cover its {_count_entities(len(opened))}.\n"
+            f'Next: hf-mel link {model} --kb {kb} --certify --text "…" --mention "…"'
+        )
+        return
     print_plain(
         f"The index {kind} of {kb} covers its {_count_entities(len(opened))}.\n"
         f'Next: hf-mel link {model} --kb {kb} --index {kind} --text "…" --mention "…"\n'

@@ -11,6 +11,7 @@ import typer
 from hf_mel.cli.options import (
     AsJson,
     Bf16,
+    Certify,
     Column,
     Device,
     FirstStage,
@@ -91,6 +92,7 @@ def link(
     rerank_k: RerankK = 16,
     index: Index = "exact",
     first_stage: FirstStage = None,
+    certify: Certify = False,
     name_weight: NameWeight = None,
     where: Where = None,
     soft: Soft = None,
@@ -121,6 +123,8 @@ def link(
 
       hf-mel link runs/mimic_flags --kb kb/flags --input mentions.csv --output linked.jsonl --index faiss-pq
 
+      hf-mel link runs/mimic_flags --kb kb/flags --text "Georgia won again." --mention Georgia --certify
+
       hf-mel link runs/mimic_flags --kb kb/flags --input mentions.csv --output linked.jsonl --precision 0.9
 
       hf-mel link runs/mimic_flags --kb kb/flags --input mentions.csv --output linked.jsonl --skip-bad-rows --resume
@@ -149,6 +153,8 @@ def link(
     if (kb is None) == (entities is None):
         raise typer.BadParameter("Give either --kb or --entities.", param_hint="--kb")
     check_column_options(entities, input, column, ignore_other_columns, inverted_names, keep_column)
+    if certify and index != "exact":
+        raise typer.BadParameter(f"{index} may miss entities. Leave out --index.", param_hint="--certify")
     if input is None and (resume or skip_bad_rows):
         name = "--resume" if resume else "--skip-bad-rows"
         raise typer.BadParameter("Give a file of mentions with --input.", param_hint=name)
@@ -182,6 +188,7 @@ def link(
         rerank_k=rerank_k,
         index=index,
         first_stage=first_stage,
+        certify=certify,
         name_weight=name_weight,
         where=where,
         soft=soft,

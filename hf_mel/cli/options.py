@@ -33,8 +33,17 @@ Split = Annotated[str, typer.Option(help="Split of the mentions: train, validati
 Index = Annotated[
     Kind,
     typer.Option(
-        help="How to find entities. [b]exact[/b] scores all of them. [b]faiss-pq[/b], [b]faiss-flat[/b] and "
+        help="How to find entities. [b]exact[/b] finds the best of all of them. It scores every one, or those that [b]codes[/b] "
+        "([b]hf-mel kb index --kind codes[/b]) do not prove to be worse. [b]faiss-pq[/b], [b]faiss-flat[/b] and "
         "[b]milvus[/b] score only the candidates that an index finds; build it with [b]hf-mel kb index[/b]."
+    ),
+]
+Certify = Annotated[
+    bool,
+    typer.Option(
+        "--certify",
+        help="Insist on proven answers and on the codes that prove them: it is an error if there are none, or if they do not "
+        "fit. Without it, [b]exact[/b] scores every entity then.",
     ),
 ]
 FirstStage = Annotated[

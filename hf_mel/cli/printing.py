@@ -153,6 +153,10 @@ def print_link(result: LinkResult) -> None:
         decision = f"{shorten(result.mention, 60)} → {shorten(best.name, 120)} ({safe_text(best.entity_id)})"
         if result.nil_threshold is None:
             decision += "\nThe model has no NIL threshold, so the best entity is taken, however low its score."
+    if result.bound is not None:
+        decision += f"\nProven: no entity that is not shown here scores above {result.bound:.3f}."
+    elif not result.certified:
+        decision += "\nNot proven: the index may have missed entities."
     for line in (decision, *result.warnings):
         console.print(safe_text(line, keep_lines=True), markup=False, highlight=False, soft_wrap=True)
 

@@ -46,6 +46,8 @@ class RankingResult:
         best_rank (`torch.Tensor` `[M]`, *optional*): 1 + number of entities better than the gold (`int64`), 0 for a
             mention without a gold row.
         worst_rank (`torch.Tensor` `[M]`, *optional*): `best_rank` + number of other entities equal to the gold.
+        bounds (`torch.Tensor` `[M]`, *optional*): No entity that was left out scores above this; -inf for a mention that
+            was scored with all entities, inf for one about whose other entities nothing is known. `None`: all were scored.
     """
 
     top_scores: torch.Tensor
@@ -53,6 +55,7 @@ class RankingResult:
     gold_score: torch.Tensor | None = None
     best_rank: torch.Tensor | None = None
     worst_rank: torch.Tensor | None = None
+    bounds: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -68,6 +71,7 @@ def rank(
     score: ScoreFunction | None = None,
     added: SparseScores | None = None,
     among: torch.Tensor | None = None,
+    floor: float = -torch.inf,
     prune: bool = True,
     processes: PartialState | None = None,
     progress: bool = False,
@@ -99,6 +103,7 @@ def rank(
             entities, finite, which are added to those of the model.
         among (`torch.Tensor` `[M, N]`, *optional*): True for the pairs that are ranked (bool). The others get the score -inf,
             and come last. Not with `gold_rows` or `processes`.
+        floor (`float`): Entities that score below it are not needed. They may come last, with the score -inf.
         prune (`bool`): Whether to skip pairs that cannot matter, if the model supports it.
         processes (`accelerate.PartialState`, *optional*): The processes that share the work. All of them call this, each
             with its part of the entities ([`~hf_mel.inference.entity_sources.part_of_process`]) and the same mentions,
@@ -116,7 +121,7 @@ def rank(
         `ValueError`: `top_k` is below 1, the number of gold rows is not M, or `among` is given with golds or processes.
     """
     two_steps = score is None and prune and isinstance(model, TwoStepScores)
-    scorer = _Pruned(model, added, among) if two_steps else _Plain(score or model.score, added, among)
+    scorer = _Pruned(model, added, among, floor) if two_steps else _Plain(score or model.score, added, among)
     device = model_device(model)
     group = SingleProcess() if processes is None else ProcessGroup(processes)
     mentions, sizes = num_rows(mention_encodings), group.gather(len(entity_chunks))
@@ -396,8 +401,14 @@ class _Plain:
 class _Pruned:
     """Scores the pairs of a block that can matter, by a model that scores in two steps; -inf for the others."""
 
-    def __init__(self, model: TwoStepScores, added: SparseScores | None = None, among: torch.Tensor | None = None):
-        self.model, self.added, self.among = model, added, among
+    def __init__(
+        self,
+        model: TwoStepScores,
+        added: SparseScores | None = None,
+        among: torch.Tensor | None = None,
+        floor: float = -torch.inf,
+    ):
+        self.model, self.added, self.among, self.floor = model, added, among, floor
 
     def block(
         self, mentions: Encodings, entities: Encodings, state: _RankingState, firsts: tuple[int, int]
@@ -411,7 +422,7 @@ class _Pruned:
         left_out = _left_out(quick, self.among, firsts)
         if left_out is not None:
             quick = quick.masked_fill(left_out, -torch.inf)
-        threshold, k = state.top_scores[:, -1], state.top_scores.shape[1]
+        threshold, k = state.top_scores[:, -1].clamp(min=self.floor), state.top_scores.shape[1]
         best = best_remaining = None
         if k <= quick.shape[1] and (threshold == -torch.inf).any():
             # In the first block there is no threshold yet. The exact scores of the k pairs with the best quick scores

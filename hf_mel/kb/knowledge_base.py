@@ -828,11 +828,14 @@ class KnowledgeBase:
         rows[self._active] = np.arange(len(self))
         return rows
 
-    def iter_physical(self, first: int, chunk_size: int) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def iter_physical(
+        self, first: int, chunk_size: int, *, as_stored: bool = False
+    ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Iterates over the encodings of physical rows, starting at `first`, as [`~KnowledgeBase.iter_chunks`] does."""
         for start in range(first, self.num_physical_rows, chunk_size):
             physical = np.arange(start, min(start + chunk_size, self.num_physical_rows))
-            yield start, as_float(self._gather(physical))
+            encodings = self._gather(physical)
+            yield start, encodings if as_stored else as_float(encodings)
 
     def _gather(self, physical: np.ndarray) -> dict[str, torch.Tensor]:
         """Returns the encodings of physical rows, in the given order and the dtype of the file."""

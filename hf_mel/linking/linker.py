@@ -86,8 +86,11 @@ class EntityLinker:
         reranker_processor ([`~hf_mel.protocols.MelProcessor`], *optional*): Processor of the reranker.
         rerank_k (`int`, *optional*, defaults to 16): Number of entities that the reranker reorders.
         index (`str`, *optional*, defaults to "exact"): "exact" scores all entities. Another kind of index, which
-            [`~hf_mel.kb.indexes.build_index`] has built, finds `first_stage` entities, and only those are scored.
+            [`~hf_mel.kb.indexes.build_index`] has built, finds `first_stage` entities, and only those are scored. "exact" uses
+            "codes" where they are built, to prove which entities need no score.
         first_stage (`int`, *optional*, defaults to 256): Number of entities that an index finds.
+        certify (`bool`, *optional*, defaults to `False`): Whether to insist on proven answers ([`LinkResult.certified`]) and on
+            the codes that prove them without scoring every entity. Requires the index "exact".
         where (`str`, *optional*): A filter: only entities that pass it are ranked, such as "type = 'human' and born < 1900"
             ([`~hf_mel.kb.filters`]). It may be set later.
         soft (`str`, *optional*): A filter: entities that pass it get `soft_bonus` on the score of the retriever, and the
@@ -105,7 +108,8 @@ class EntityLinker:
             shows the stated precision for no link. `None` without a stated precision.
 
     Raises:
-        KnowledgeBaseError: The knowledge base or index is missing or damaged, or another model or processor built it.
+        KnowledgeBaseError: The knowledge base or index is missing or damaged, or another model or processor built it; with
+            `certify`, the same of the codes, or the index is not "exact".
         FilterError: A filter cannot be read, names a column that is not there, or is passed by no entity.
         CalibrationError: `precision` is given, and the model has no calibration, or there is a reranker.
         MissingExtraError: The index needs a package that is not installed.
@@ -129,6 +133,7 @@ class EntityLinker:
         soft: str | None = None,
         soft_bonus: float | None = None,
         bf16: bool = False,
+        certify: bool = False,
     ):
         if (reranker is None) != (reranker_processor is None):
             raise ValueError("Give reranker and reranker_processor together.")
@@ -140,7 +145,7 @@ class EntityLinker:
         self._reranker_inputs = ModelInputs(reranker, reranker_processor)
         self.kb = kb if isinstance(kb, KnowledgeBase) else KnowledgeBase.from_pretrained(kb)
         self.kb.check_made_by(model, processor)
-        self.index = open_index(self.kb, index, model, first_stage=first_stage)
+        self.index = open_index(self.kb, index, model, first_stage=first_stage, certify=certify)
         if nil_threshold is None:
             nil_threshold = getattr(getattr(model, "config", None), "nil_threshold", None)
         if nil_threshold is not None and math.isnan(nil_threshold):
@@ -217,6 +222,7 @@ class EntityLinker:
         soft: str | None = None,
         soft_bonus: float | None = None,
         bf16: bool = False,
+        certify: bool = False,
         kb_revision: str | None = None,
         **kwargs: Any,
     ) -> EntityLinker:
@@ -229,8 +235,8 @@ class EntityLinker:
                 knowledge base that is deleted with the linker.
             mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in a file of
                 `entities`.
-            nil_threshold, precision, rerank_k, index, first_stage, name_weight, where, soft, soft_bonus, bf16 (*optional*): As in
-                [`EntityLinker`].
+            nil_threshold, precision, rerank_k, index, first_stage, name_weight, where, soft, soft_bonus, bf16, certify
+                (*optional*): As in [`EntityLinker`].
             reranker (`str` or `os.PathLike`, *optional*): Folder or Hub id of the reranker.
             kb_revision (`str`, *optional*): Branch, tag or commit of a knowledge base on the Hub.
             kwargs: Arguments of [`~hf_mel.inference.checkpoints.load_retriever`]. `revision` applies to the retriever only,
@@ -279,6 +285,7 @@ class EntityLinker:
             soft=soft,
             soft_bonus=soft_bonus,
             bf16=bf16,
+            certify=certify,
         )
 
     # The overloads tell the type of the result. The implementation has the names and types of the options.
@@ -409,6 +416,7 @@ class EntityLinker:
                 added = replace(nothing_added if added is None else added, of_entities=bonus)
             ranking = self.index.find(encodings, num_ranked, units=units, added=added, rows=chosen)
             num_tied = self._count_ties(encodings, ranking, units, added, chosen)
+            bounds = [-math.inf] * len(rows) if ranking.bounds is None else ranking.bounds.tolist()
             ranked = []
             for k, (row, scores) in enumerate(zip(rows, ranking.top_scores.tolist(), strict=True)):
                 top_rows, nothing = ranking.top_rows[k].numpy(), cast("list[float | None]", [None] * len(scores))
@@ -417,7 +425,15 @@ class EntityLinker:
                 confidence = float(link_confidence(scores[0], second, learns_nil(self.model)))
                 ranked.append(
                     RankedMention(
-                        row, top_rows.tolist(), scores, scores[0], nothing, name_scores, num_tied[k], confidence
+                        row,
+                        top_rows.tolist(),
+                        scores,
+                        scores[0],
+                        nothing,
+                        name_scores,
+                        num_tied[k],
+                        confidence,
+                        bounds[k],
                     )
                 )
             if self.reranker is not None:
@@ -427,6 +443,10 @@ class EntityLinker:
             entities = dict(zip(entity_rows, self.kb.rows(entity_rows), strict=True))
             nil_threshold = None if units else self.nil_threshold
             unit_scores, left_out = self._unit_scores(ranked, encodings, top_k), self._left_out_warnings(rows)
+            if ranking.bounds is not None and isinstance(self.index, ExactIndex):
+                for sentences, bound in zip(left_out, bounds, strict=True):
+                    if bound == -math.inf:
+                        sentences.append("Every entity was scored, because the codes do not tell the best ones apart.")
             return [
                 self._link_result(mention, scores, entities, top_k, nil_threshold, units, warnings)
                 for mention, scores, warnings in zip(ranked, unit_scores, left_out, strict=True)
@@ -664,6 +684,8 @@ class EntityLinker:
             num_tied=mention.num_tied,
             needs_review=needs_review,
             confidence=None if threshold is None else mention.confidence,
+            certified=mention.bound < math.inf,
+            bound=mention.bound if math.isfinite(mention.bound) else None,
         )
 
     def _missing_image_warning(

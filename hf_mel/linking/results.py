@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -55,6 +56,10 @@ class LinkResult:
         needs_review (`bool`): Whether the link is not made, because it is less sure than the stated precision asks.
         confidence (`float`, *optional*): How sure the link is ([`~hf_mel.inference.selective.link_confidence`]). `None`
             without a stated precision.
+        certified (`bool`): Whether it is proven that no entity that was left out of the retriever's ranking belongs among the
+            candidates: all were scored, or have a bound below them. `False` for an index that may miss entities.
+        bound (`float`, *optional*): The highest score that an entity which was not scored could have. `None` if all were
+            scored, and if the answer is not certified.
     """
 
     mention: str
@@ -68,6 +73,8 @@ class LinkResult:
     num_tied: int = 1
     needs_review: bool = False
     confidence: float | None = None
+    certified: bool = False
+    bound: float | None = None
 
     @property
     def best(self) -> Candidate:
@@ -92,6 +99,7 @@ class RankedMention:
         name_scores (`list[float | None]`): Name scores, `None` without a name weight.
         num_tied (`int`): Number of entities with the best score of the retriever, or of the reranker.
         confidence (`float`): How sure the link to the retriever's best entity is.
+        bound (`float`): No other entity has a higher score of the retriever; -inf if all were scored, inf if nothing is known.
     """
 
     row: dict[str, Any]
@@ -102,6 +110,7 @@ class RankedMention:
     name_scores: list[float | None]
     num_tied: int = 1
     confidence: float = 0.0
+    bound: float = -math.inf
 
     def rerank(self, reranker_scores: list[float]) -> None:
         """Sorts the first entities by the reranker's scores of them, and leaves the others in place."""

@@ -595,6 +595,31 @@ class BiEncoderModel(PreTrainedModel):
         """Returns vectors [N, D] (float32) of entities; see [`~BiEncoderModel.query_vectors`]."""
         return self._index_vectors(_to_float32(entities))
 
+    @torch.no_grad()
+    def bound_queries(self, mentions: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [M, D], w [M, R] and c [M] (float32): with x and b of an entity, its score is at most ⟨q, x⟩ + ⟨w, b⟩ + c.
+
+        A score that is an inner product needs no b, and c is 0. With "maxsim", let x be the mean of an entity's tokens
+        and b the largest distance of one from it. Then max_j ⟨t, x_j⟩ ≤ ⟨t, x⟩ + |t| b for every token t of the mention,
+        so q is the sum of the tokens and w the sum of their lengths.
+        """
+        mentions = _to_float32(mentions)
+        vectors = self._query_vectors(mentions)
+        weights = vectors.new_zeros(len(vectors), 0)
+        if self.config.interaction == "maxsim":
+            weights = (mentions["tokens"].norm(dim=-1) * mentions["token_mask"]).sum(1, keepdim=True)
+        return vectors, weights, vectors.new_zeros(len(vectors))
+
+    @torch.no_grad()
+    def bound_vectors(self, entities: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [N, D] and b [N, R] (float32); see [`~BiEncoderModel.bound_queries`]."""
+        entities = _to_float32(entities)
+        vectors = self._index_vectors(entities)
+        if self.config.interaction != "maxsim":
+            return vectors, vectors.new_zeros(len(vectors), 0)
+        distances = (entities["tokens"] - vectors[:, None]).norm(dim=-1) * entities["token_mask"]
+        return vectors, distances.amax(1, keepdim=True) * (1 + 1e-5)  # the mean is rounded
+
     def _query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if self.config.interaction == "maxsim":
             return (mentions["tokens"] * mentions["token_mask"].unsqueeze(-1)).sum(1)

@@ -23,6 +23,7 @@ from .scoring_mimic import (
     centred,
     global_to_local_scores,
     global_to_local_scores_above,
+    highest_global_to_local_scores,
     masked_mean,
     mention_attention,
 )
@@ -809,6 +810,61 @@ class MimicModel(MimicPreTrainedModel):
                     parts.append(entities["cross_modal"])
         return torch.cat(parts, -1)
 
+    @property
+    def bounds_scores(self) -> bool:
+        """Whether [`~MimicModel.bound_queries`] works, as [`hf_mel.protocols.bounds_scores`] asks."""
+        return bool(self.config.units) and "vision" not in self.config.units
+
+    @torch.no_grad()
+    def bound_queries(self, mentions: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [M, D], w [M, R] and c [M] (float32), which bound the scores from above.
+
+        With x and b of [`~MimicModel.bound_vectors`], S ≤ ⟨q, x⟩ + ⟨w, b⟩ + c (eq. 7) for every pair. Unit by unit:
+
+        - TGLU: S_T^G2G is the inner product of the global features (eq. 8). S_T^G2L (eq. 9–10) is at most b = √d_t |q'|
+          and the constant of its LayerNorm ([`~scoring_mimic.global_to_local_scores_above`]).
+        - CMFU: S_C is an inner product (eq. 19).
+
+        c is less the NIL score of a model that learns it. A bound of VDLU is not derived, so a model with it has none
+        (`bounds_scores`).
+        """
+        mentions = _to_float32(mentions)
+        vectors, extras = [], []
+        with torch.autocast(self.device.type, enabled=False):
+            for unit, weight in self._unit_weights(mentions).items():
+                if unit == "text":
+                    share = weight / 2 if self.config.text_local else weight  # eq. 4
+                    vectors.append(mentions["text_global"] * _column(share))
+                    if self.config.text_local:
+                        extras.append(_repeated(share, mentions["text_global"]))
+                else:
+                    vectors.append(mentions["cross_modal"] * _column(weight))
+            first = next(iter(mentions.values()))
+            zero = first.new_zeros(len(first), dtype=torch.float32)
+            constant = zero
+            if hasattr(self, "nil"):  # which is rounded in another way for other numbers of mentions
+                query_vectors = self._query_vectors(mentions)
+                largest = query_vectors.norm(dim=-1) * self.nil.vector.norm() + self.nil.bias.abs()
+                constant = largest * 1e-5 - self.nil(query_vectors)
+        return torch.cat(vectors, -1), torch.stack([*extras, zero], 1)[:, : len(extras)], constant
+
+    @torch.no_grad()
+    def bound_vectors(self, entities: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [N, D] and b [N, R] (float32); see [`~MimicModel.bound_queries`]."""
+        entities = _to_float32(entities, without="text_queries")
+        vectors, extras = [], []
+        with torch.autocast(self.device.type, enabled=False):
+            for unit in self.config.units or ():
+                if unit == "text":
+                    vectors.append(entities["text_global"])
+                    if self.config.text_local:
+                        extras.append(highest_global_to_local_scores(entities, self.tglu.layer_norm))
+                else:
+                    vectors.append(entities["cross_modal"])
+        first = next(iter(entities.values()))
+        zero = first.new_zeros(len(first), dtype=torch.float32)
+        return torch.cat(vectors, -1), torch.stack([*extras, zero], 1)[:, : len(extras)]
+
     @torch.no_grad()
     def attention(
         self,
@@ -945,6 +1001,11 @@ def _weighted_sum(scores: Mapping[str, torch.Tensor], weights: Mapping[str, torc
         return sum(others, first) / len(scores)
     first, *others = (score * _column(weights[unit]) for unit, score in scores.items())
     return sum(others, first)
+
+
+def _repeated(weight: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    """A weight of each of M mentions, [M], from one of all. `like` has the first axis M."""
+    return weight if isinstance(weight, torch.Tensor) else like.new_full((len(like),), weight)
 
 
 def _column(weight: torch.Tensor | float) -> torch.Tensor | float:

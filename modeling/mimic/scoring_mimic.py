@@ -106,10 +106,7 @@ def global_to_local_scores_above(
             them are read.
         floor (`torch.Tensor` [M, N]): Scores below it are not needed.
     """
-    target = centred(entities["text_query_global"] * layer_norm.weight)
-    offset = entities["text_query_global"] @ layer_norm.bias
-    reach = target.norm(dim=-1) * target.shape[-1] ** 0.5
-    margin = offset + (reach + offset.abs()) * _ROUNDING
+    target, offset, reach, margin = _reach(entities, layer_norm)
     candidates = ~(reach + margin < floor)  # also True where either is nan
     if candidates.sum() > _DENSE * candidates.numel():
         return _infinite_to_nan(global_to_local_scores(mentions, entities, layer_norm))
@@ -138,6 +135,24 @@ def global_to_local_scores_above(
             exact = _context_scores(attention, v[None], target[rows].T, layer_norm.eps)[0] + offset[rows]
             scores[m, rows] = _infinite_to_nan(exact)
     return scores
+
+
+def highest_global_to_local_scores(entities: Mapping[str, torch.Tensor], layer_norm: nn.LayerNorm) -> torch.Tensor:
+    """The first bound of [`global_to_local_scores_above`]: scores [N] that no mention exceeds, rounding included."""
+    _, _, reach, margin = _reach(entities, layer_norm)
+    return reach + margin
+
+
+def _reach(
+    entities: Mapping[str, torch.Tensor], layer_norm: nn.LayerNorm
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q' [N, d_t] of [`global_to_local_scores_above`], the constant of LayerNorm [N], √d_t |q'| [N], and the constant with
+    the margin for rounding [N].
+    """
+    target = centred(entities["text_query_global"] * layer_norm.weight)
+    offset = entities["text_query_global"] @ layer_norm.bias
+    reach = target.norm(dim=-1) * target.shape[-1] ** 0.5
+    return target, offset, reach, offset + (reach + offset.abs()) * _ROUNDING
 
 
 def mention_attention(mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -400,6 +400,18 @@ class ModalFusionModel(ModalFusionPreTrainedModel):
         return scores if len(scores) > 1 else {}
 
     @torch.no_grad()
+    def bound_queries(self, mentions: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [M, D], w [M, 0] and c [M] (float32). The score of an entity is ⟨q, x⟩, so there is no b, and c is 0."""
+        vectors = self.query_vectors(mentions)
+        return vectors, vectors.new_zeros(len(vectors), 0), vectors.new_zeros(len(vectors))
+
+    @torch.no_grad()
+    def bound_vectors(self, entities: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [N, D] and b [N, 0] (float32); see [`~ModalFusionModel.bound_queries`]."""
+        vectors = self.index_vectors(entities)
+        return vectors, vectors.new_zeros(len(vectors), 0)
+
+    @torch.no_grad()
     def query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Vectors [M, D] of mentions, whose inner products with those of entities are the scores."""
         parts = [_full_precision(mentions[unit]) for unit in ("label", "lexical") if mentions.get(unit) is not None]

@@ -214,6 +214,24 @@ def test_a_step_lowers_the_loss_and_reaches_every_parameter(fields, tokenizer):
         assert model(**batch).loss < before
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_score_is_above_its_bound(name, tokenizer):
+    model = build(**VARIANTS[name])
+    batch = batch_of(model, tokenizer)
+    with torch.no_grad():
+        mentions = model.encode_mentions(**{k: v for k, v in batch.items() if k.startswith("mention")})
+        entities = model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")})
+        scores = model.score(mentions, entities)
+        vectors, weights, constants = model.bound_queries(mentions)
+        coordinates, extras = model.bound_vectors(entities)
+        bounds = vectors @ coordinates.T + weights @ extras.T + constants[:, None]
+    assert (scores <= bounds + 1e-5 * bounds.abs().max()).all()
+    if model.config.interaction != "maxsim":
+        torch.testing.assert_close(scores, bounds)
+    else:
+        assert (bounds <= vectors.norm(dim=1, keepdim=True) + 2 * weights).all()
+
+
 def test_maxsim_in_blocks_equals_maxsim_at_once(monkeypatch, tokenizer):
     model = build(**VARIANTS["maxsim"])
     batch = batch_of(model, tokenizer)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, CLIPModel
 
 import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.modeling.mimic import MimicConfig, MimicModel, modeling_mimic, scoring_mimic
-from hf_mel.protocols import Retriever
+from hf_mel.protocols import Retriever, bounds_scores
 from tests.modeling import direct_mimic, published_mimic
 
 BERT = {
@@ -264,6 +264,63 @@ def test_the_second_step_scores_all_pairs_that_reach_the_floor(fields, shape, mo
         expected = model.score(mentions, halves) - model.quick_scores(mentions, halves)
     scores = model.remaining_scores(mentions, halves, expected)  # the floor is the score itself
     torch.testing.assert_close(scores, expected, atol=2e-5, rtol=2e-5)
+
+
+def bounds(model, mentions, entities):
+    """Upper bounds [M, N] of the scores, in float64."""
+    vectors, weights, constants = (part.double() for part in model.bound_queries(mentions))
+    coordinates, extras = (part.double() for part in model.bound_vectors(entities))
+    return vectors @ coordinates.T + weights @ extras.T + constants[:, None]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"units": ["text"], "vision_config": None},
+        {"units": ["text"], "vision_config": None, "mask_padding": True, "global_norm": "l2", "nil_score": True},
+        {"units": ["text"], "vision_config": None, "text_local": False},
+        {"units": ["cross_modal"]},
+        {"units": ["text", "cross_modal"], "unit_weights": [3, 1]},
+    ],
+    ids=str,
+)
+def test_no_score_is_above_its_bound(fields):
+    model = build(**fields)
+    assert bounds_scores(model)
+    batch = batch_for(model, mentions=5, entities=9)
+    if model.config.nil_score:
+        model.nil.vector.data.normal_()
+    with torch.no_grad():
+        mentions = model.encode_mentions(**{k: v for k, v in batch.items() if k.startswith("mention")})
+        entities = model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")})
+        scores = model.score(mentions, entities).double()
+        highest = bounds(model, mentions, entities)
+    rounding = 1e-5 * scores.abs().max()
+    assert (highest >= scores - rounding).all()
+    if "text" not in model.config.units or not model.config.text_local:  # the score is an inner product
+        torch.testing.assert_close(highest, scores, atol=float(10 * rounding), rtol=1e-4)
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in entities.items()}
+    assert {part.dtype for part in model.bound_vectors(halves)} == {torch.float32}
+
+
+@pytest.mark.parametrize("shape", TEXTS)
+def test_scores_reach_the_bound_of_the_local_half_but_never_exceed_it(shape):
+    model = build(units=["text"], vision_config=None)
+    generator = torch.Generator().manual_seed(1)
+    mentions = texts(model, 9, "mention", generator, *TEXTS[shape])
+    entities = texts(model, 200, "entity", generator, *TEXTS[shape])
+    context = model.tglu.layer_norm(mentions["text_values"].mean(1)) - model.tglu.layer_norm.bias
+    entities["text_query_global"][:9] = context / model.tglu.layer_norm.weight**2 * 5  # along what it is multiplied by
+    with torch.no_grad():
+        scores, highest = model.score(mentions, entities).double(), bounds(model, mentions, entities)
+    assert (scores <= highest + 1e-5 * highest.abs()).all()
+    if shape == "one direction":
+        gaps = (highest - scores).diagonal() / highest.diagonal().abs()
+        assert gaps.min() < 0.01
+
+
+def test_a_model_with_the_vision_unit_has_no_bounds():
+    assert not bounds_scores(build())
 
 
 @pytest.mark.parametrize("name", ["published", "vision unit", "fusion unit", "global text only", "aligned"])

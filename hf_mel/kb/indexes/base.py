@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from hf_mel.errors import KnowledgeBaseError, ScoreError
-from hf_mel.files import write_text
+from hf_mel.files import file_sha256, write_text
 from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
 from hf_mel.inference.entity_sources import ChosenEntities
 from hf_mel.inference.execution import model_device
@@ -264,7 +264,9 @@ class VectorIndex(Index):
             return rank_rows(self.model, mentions, self.kb, rows, top_k=top_k, added=added)
         found = [self._candidates_among(mentions, choice, count) for choice in choices]
         result = RankingResult(
-            torch.empty(num_mentions, num_results), torch.empty(num_mentions, num_results, dtype=torch.long)
+            torch.empty(num_mentions, num_results),
+            torch.empty(num_mentions, num_results, dtype=torch.long),
+            bounds=torch.full((num_mentions,), torch.inf),
         )
         candidates = list(map(_union, zip(*found, strict=True)))
         if added is not None:
@@ -286,6 +288,8 @@ class VectorIndex(Index):
                 self.model, of_group, self.kb, chosen, top_k=num_results, added=added_to_group, among=among
             )
             result.top_rows[numbers], result.top_scores[numbers] = ranked.top_rows, ranked.top_scores
+            if result.bounds is not None and len(lists[0]) < num_results:  # all entities were ranked
+                result.bounds[numbers] = -torch.inf
         return result
 
     def _too_few(self, rows: np.ndarray, count: int) -> bool:
@@ -497,3 +501,24 @@ def stale_index_error(kb: KnowledgeBase, kind: str, problem: str) -> KnowledgeBa
 
 def _build_command(folder: Path, kind: str) -> str:
     return f"hf-mel kb index {folder} --model MODEL --kind {kind}"
+
+
+def verified_path(folder: Path, record: IndexRecord, suffix: str) -> Path:
+    """Returns the file of an index after comparing its size and sha256 with the record.
+
+    Raises:
+        KnowledgeBaseError: The file is missing, or is not what was written.
+    """
+    digest, size = record.store.get("sha256"), record.store.get("bytes")
+    # The name is derived from the digest, so that a manipulated record cannot lead out of the folder.
+    if not isinstance(digest, str) or not digest.isalnum():
+        raise damaged_index_error(record_path(folder, record.kind), record.kind, "it names no file")
+    path = folder / f"index-{record.kind}-{digest[:16]}{suffix}"
+    if not path.is_file():
+        raise damaged_index_error(path, record.kind, "the file is missing")
+    if path.stat().st_size != size:
+        raise damaged_index_error(path, record.kind, f"it has {path.stat().st_size:,} bytes, {size:,} were written")
+    # Native code must not parse a manipulated file. Reading all of it also warms the page cache for the first searches.
+    if file_sha256(path) != digest:
+        raise damaged_index_error(path, record.kind, "its content is not what was written")
+    return path

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from hf_mel.errors import KnowledgeBaseError, MissingExtraError
-from hf_mel.files import building_folder, file_sha256, fsync_and_describe, write_errors
+from hf_mel.files import building_folder, fsync_and_describe, write_errors
 from hf_mel.kb.indexes.base import (
     FIRST_STAGE,
     IndexRecord,
@@ -24,6 +24,7 @@ from hf_mel.kb.indexes.base import (
     read_record,
     record_path,
     sample_vectors,
+    verified_path,
     write_record,
 )
 
@@ -52,7 +53,7 @@ class FaissIndex(VectorIndex):
 
     def __init__(self, kb: KnowledgeBase, model: Any, record: IndexRecord, first_stage: int = FIRST_STAGE):
         super().__init__(kb, model, record, first_stage)
-        path = _verified_path(kb.path, record)
+        path = verified_path(kb.path, record, ".faiss")
         self._index = _read_index(path, record.kind, mapped=True)
         if (self._index.ntotal, self._index.d) != (record.rows, _padded_dim(record)):
             raise damaged_index_error(path, record.kind, f"it holds {self._index.ntotal:,} vectors")
@@ -152,7 +153,7 @@ def _load_to_extend(kb: KnowledgeBase, model: Any, kind: str) -> tuple[IndexReco
     """Loads the existing index, or returns `None` if it is unusable or covers less than half of the entities."""
     try:
         record = read_record(kb.path, kind)
-        path = _verified_path(kb.path, record)
+        path = verified_path(kb.path, record, ".faiss")
         if record.rows < kb.num_physical_rows // 2 or not (record.covers(kb) and record.fits(kb, model)):
             return None
         return record, _read_index(path, kind, mapped=False)
@@ -190,20 +191,3 @@ def _read_index(path: Path, kind: str, *, mapped: bool) -> Any:
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
     except RuntimeError as error:
         raise damaged_index_error(path, kind, " ".join(str(error).split())[-200:]) from error
-
-
-def _verified_path(folder: Path, record: IndexRecord) -> Path:
-    """Returns the file of an index after comparing its size and sha256 with the record."""
-    digest, size = record.store.get("sha256"), record.store.get("bytes")
-    # The name is derived from the digest, so that a manipulated record cannot lead out of the folder.
-    if not isinstance(digest, str) or not digest.isalnum():
-        raise damaged_index_error(record_path(folder, record.kind), record.kind, "it names no file")
-    path = folder / f"index-{record.kind}-{digest[:16]}.faiss"
-    if not path.is_file():
-        raise damaged_index_error(path, record.kind, "the file is missing")
-    if path.stat().st_size != size:
-        raise damaged_index_error(path, record.kind, f"it has {path.stat().st_size:,} bytes, {size:,} were written")
-    # Native code must not parse a manipulated file. Reading all of it also warms the page cache for the first searches.
-    if file_sha256(path) != digest:
-        raise damaged_index_error(path, record.kind, "its content is not what was written")
-    return path

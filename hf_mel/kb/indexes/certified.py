@@ -1,0 +1,380 @@
+"""Exact ranking that proves by codes which entities cannot be among the best, and scores only the others.
+
+The codes of [`~hf_mel.inference.score_bounds`] bound the score of every entity from above. For a mention,
+
+1. the entities with the highest bounds are scored by the model, and their k-th best score is the floor;
+2. every entity whose bound is below the floor is left out: it cannot be among the k best;
+3. the others get tighter bounds from the rest of their codes, and are scored in the order of these, a batch at a time.
+   The floor rises, and when the next bound is below it, the answer is proven.
+
+If the bounds leave too many entities, all are ranked. So the k best are always those of the exact ranking.
+
+The codes are stored beside the knowledge base: `index-codes.json` is their record, which names a safetensors file. Like
+indexes, codes cover physical rows. Entities that were removed are passed over, and those that were added later are scored
+for every mention until the codes are built again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+
+from hf_mel.errors import KnowledgeBaseError, ScoreError
+from hf_mel.files import building_folder, fsync_and_describe, write_errors
+from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
+from hf_mel.inference.execution import model_device
+from hf_mel.inference.ranking import RankingResult
+from hf_mel.inference.score_bounds import BoundCodes, BoundQueries, encode, head_width, make_rotation
+from hf_mel.inference.sparse_scores import SparseScores
+from hf_mel.kb.indexes.base import (
+    ExactIndex,
+    IndexRecord,
+    damaged_index_error,
+    rank_rows,
+    read_record,
+    stale_index_error,
+    verified_path,
+    write_record,
+)
+from hf_mel.protocols import Encodings, bounds_scores
+
+if TYPE_CHECKING:
+    from hf_mel.kb.knowledge_base import KnowledgeBase
+
+#: The kind under which the codes are stored.
+CODES = "codes"
+_SUFFIX = ".safetensors"
+#: With fewer entities, or fewer than this for each mention and each of the k best, ranking all of them is as fast. It reads
+#: them once for all mentions, while codes are compared mention by mention.
+_LEAST_ENTITIES, _LEAST_PER_RESULT = 20_000, 300
+#: Mentions whose quick bounds are in memory at a time.
+_BOUNDED_TOGETHER = 8
+#: Entities that are scored first, and in the first batch after them; each further batch is four times as large.
+_FIRST_SCORED, _BATCH = 64, 512
+#: If more than this share of the entities may be among the best, all are ranked.
+_LARGEST_SHARE = 0.25
+#: Bytes of encodings that are coded at a time, and rows of the sample that gives the directions.
+_CHUNK_BYTES, _CHUNK_ROWS = 64 << 20, 1 << 13
+_SAMPLE_ROWS, _SAMPLE_RUN = 1 << 14, 1 << 10
+_DTYPES = {"int8": "I8", "float32": "F32", "float64": "F64"}
+
+
+class CertifiedIndex(ExactIndex):
+    """Exact ranking with codes: the k best of all entities, and a bound on the scores of those that were not scored.
+
+    Args:
+        kb ([`~hf_mel.KnowledgeBase`]): The knowledge base.
+        model ([`~hf_mel.protocols.Retriever`]): The model that built it.
+
+    Raises:
+        KnowledgeBaseError: The codes are missing or damaged, or another model or other encodings made them.
+    """
+
+    def __init__(self, kb: KnowledgeBase, model: Any):
+        super().__init__(kb, model)
+        check_bounds_scores(model)
+        self.record = read_record(kb.path, CODES)
+        self._check_covers()
+        self._codes = _read_codes(kb, self.record)
+        vectors, extras = next(_iter_bound_vectors(kb, model, 0, 1))[1:]
+        recorded = np.array(self.record.probe, dtype=np.float32)
+        current = np.concatenate([vectors[0], extras[0]])
+        if current.shape != recorded.shape or not np.allclose(current, recorded, rtol=1e-5, atol=1e-6):
+            raise stale_index_error(kb, CODES, "the vectors of this model are others")
+        self._covered: tuple[int, torch.Tensor | None] = (
+            0,
+            None,
+        )  # number of removed entities, and the rows that stay
+
+    def _check_covers(self) -> None:
+        if not self.record.covers(self.kb):
+            raise stale_index_error(self.kb, CODES, "they were made of other encodings")
+
+    @classmethod
+    def build(cls, kb: KnowledgeBase, model: Any, *, progress: bool = True) -> CertifiedIndex:
+        """Codes all physical rows; see [`~hf_mel.kb.indexes.build_index`]. Older codes stay until the new ones are complete."""
+        check_bounds_scores(model)
+        target = kb.path / f"index-{CODES}"
+        with building_folder(target, json.dumps([CODES, kb.shards])) as stage, write_errors(target):
+            path = stage / f"codes{_SUFFIX}"
+            record = _write_codes(path, kb, model, progress)
+            store = fsync_and_describe(path)
+            store["file"] = f"index-{CODES}-{store['sha256'][:16]}{_SUFFIX}"
+            path.replace(kb.path / store["file"])
+            write_record(kb.path, replace(record, store=store))
+            for old in kb.path.glob(f"index-{CODES}-*{_SUFFIX}"):
+                if old.name != store["file"]:
+                    old.unlink(missing_ok=True)
+        return cls(kb, model)
+
+    def find(
+        self,
+        mentions: Encodings,
+        top_k: int,
+        *,
+        units: Sequence[str] | None = None,
+        added: SparseScores | None = None,
+        rows: np.ndarray | None = None,
+    ) -> RankingResult:
+        """Finds the best entities and proves them; see [`Index.find`](hf_mel.kb.indexes.base.Index.find)."""
+        count = len(self.kb) if rows is None else len(rows)
+        if units is not None or count < max(
+            _LEAST_ENTITIES, _LEAST_PER_RESULT * top_k * num_rows(mentions), top_k + 1
+        ):
+            return super().find(mentions, top_k, units=units, added=added, rows=rows)
+        self._check_covers()
+        queries = self._queries(mentions)
+        results: list[RankingResult] = []
+        for first in range(0, len(queries), _BOUNDED_TOGETHER):
+            group = slice(first, first + _BOUNDED_TOGETHER)
+            bounds = self._quick_bounds(queries[group], added, first, rows)
+            for number, of_mention in enumerate(bounds, first):
+                mention = slice(number, number + 1)
+                results.append(
+                    self._find_one(
+                        slice_encodings(mentions, mention),
+                        queries[mention],
+                        of_mention,
+                        top_k,
+                        None if added is None else added.select([number]),
+                        rows,
+                    )
+                )
+        parts = [(result.top_scores, result.top_rows, result.bounds) for result in results]
+        scores, found, highest = (torch.cat([part[k] for part in parts]) for k in range(3))  # type: ignore[misc]
+        return RankingResult(scores, found, bounds=highest)
+
+    def _queries(self, mentions: Encodings) -> BoundQueries:
+        """Returns what the bounds need of the mentions."""
+        with torch.inference_mode():
+            parts = self.model.bound_queries(to_device(mentions, model_device(self.model)))
+            vectors, weights, constants = (part.float().cpu().numpy() for part in parts)
+        if not all(np.isfinite(part).all() for part in (vectors, weights, constants)):
+            raise ScoreError("The vector of a mention is nan or infinite.", remedy="Check the weights of the model.")
+        if (weights < 0).any():
+            raise ScoreError("bound_queries of the model returned a weight below 0.", remedy="Return w ≥ 0.")
+        return self._codes.queries(vectors, weights, constants)
+
+    def _quick_bounds(
+        self, queries: BoundQueries, added: SparseScores | None, first: int, rows: np.ndarray | None
+    ) -> torch.Tensor:
+        """Returns the bounds [m, n] of the first n rows of the knowledge base, which the codes cover.
+
+        Added scores are in them, and rows that may not be found have -inf. `first` is the number of the first mention.
+        """
+        bounds = self._codes.quick_bounds(queries)
+        physical = self._physical()
+        bounds = bounds if physical is None else bounds[:, physical]
+        if added is not None:
+            added.add_to(bounds, first, 0)
+        if rows is not None:
+            left_out = torch.ones(bounds.shape[1], dtype=torch.bool)
+            left_out[torch.from_numpy(rows[rows < bounds.shape[1]])] = False
+            bounds.masked_fill_(left_out, -torch.inf)
+        return bounds
+
+    def _physical(self) -> torch.Tensor | None:
+        """Returns the physical row of each of the first rows, which the codes cover; `None` if both are the same."""
+        num_removed = self.kb.num_physical_rows - len(self.kb)
+        if self._covered[0] != num_removed:
+            kept = self.kb.rows_of_physical(np.arange(self.record.rows)) >= 0
+            self._covered = num_removed, torch.from_numpy(np.flatnonzero(kept))
+        return self._covered[1]
+
+    def _find_one(
+        self,
+        mention: Encodings,
+        query: BoundQueries,
+        bounds: torch.Tensor,
+        top_k: int,
+        added: SparseScores | None,
+        rows: np.ndarray | None,
+    ) -> RankingResult:
+        """Finds the best entities of one mention.
+
+        Args:
+            mention, query: The mention with a first axis of 1.
+            bounds (`torch.Tensor` `[n]`): Its quick bounds. They are changed.
+            top_k, added, rows: As in [`CertifiedIndex.find`]; `added` is about this mention.
+        """
+
+        def ranked(chosen: torch.Tensor, floor: float = -torch.inf) -> RankingResult:
+            """Ranks some entities that may score `floor` or more. Rows ascend, so that ties are ordered as in the ranking of all entities."""
+            ordered = chosen.sort().values.numpy()
+            return rank_rows(self.model, mention, self.kb, ordered, top_k=top_k, added=added, floor=floor)
+
+        uncovered = np.arange(len(bounds), len(self.kb)) if rows is None else rows[rows >= len(bounds)]
+        scored = bounds.topk(min(max(_FIRST_SCORED, 2 * top_k), len(bounds))).indices
+        best = ranked(torch.cat([scored[bounds[scored] > -torch.inf], torch.from_numpy(uncovered)]))
+        bounds[scored] = -torch.inf
+        floor = float(best.top_scores[0, -1]) if best.top_scores.shape[1] == top_k else -torch.inf
+        still_open = (bounds >= floor).nonzero()[:, 0]
+        tight = self._tight_bounds(query, still_open, bounds, added)
+        if floor == -torch.inf or int((tight >= floor).sum()) > _LARGEST_SHARE * len(bounds):
+            return replace(super().find(mention, top_k, added=added, rows=rows), bounds=torch.full((1,), -torch.inf))
+        bounds[still_open] = -torch.inf
+        highest = float(bounds.amax())
+        order = tight.argsort(descending=True)
+        still_open, tight = still_open[order], tight[order]
+        first, size = 0, _BATCH
+        while first < len(still_open) and tight[first] >= floor:
+            stop = first + size
+            batch = still_open[first:stop][tight[first:stop] >= floor]
+            best = ranked(torch.cat([batch, best.top_rows[0]]), floor)
+            floor = float(best.top_scores[0, -1])
+            first += len(batch)
+            size *= 4
+        highest = max(highest, *tight[first : first + 1].tolist(), -torch.inf)
+        return replace(best, bounds=torch.tensor([highest]))
+
+    def _tight_bounds(
+        self, query: BoundQueries, chosen: torch.Tensor, quick: torch.Tensor, added: SparseScores | None
+    ) -> torch.Tensor:
+        """Returns the bounds [n] of the rows `chosen` [n] from their whole codes, none above their quick ones."""
+        physical = self._physical()
+        tight = self._codes.bounds(query, chosen if physical is None else physical[chosen])
+        if added is not None:
+            tight += torch.from_numpy(added.of(0, chosen.numpy()).astype(np.float64))
+        return torch.minimum(tight, quick[chosen].double())
+
+
+def check_bounds_scores(model: Any) -> None:
+    """Checks that a retriever bounds its scores ([`~hf_mel.protocols.BoundsScores`]).
+
+    Raises:
+        KnowledgeBaseError: It does not, so that only scoring every entity proves an answer.
+    """
+    if not bounds_scores(model):
+        raise KnowledgeBaseError(
+            f"This {type(model).__name__} has no bounds of its scores (bound_queries, bound_vectors), so it has no codes.",
+            remedy="Use the index 'exact' without codes: it scores every entity.",
+        )
+
+
+def _iter_bound_vectors(
+    kb: KnowledgeBase, model: Any, first: int, chunk_size: int | None = None
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yields (first row, x [n, D], b [n, R]) of physical rows, starting at `first`.
+
+    Raises:
+        KnowledgeBaseError: They have the wrong shape, or are nan or infinite.
+    """
+    device = model_device(model)
+    if chunk_size is None:
+        _, one_row = next(kb.iter_physical(0, 1, as_stored=True))
+        chunk_size = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // row_bytes(one_row)))
+    for start, encodings in kb.iter_physical(first, chunk_size, as_stored=True):
+        with torch.inference_mode():
+            parts = model.bound_vectors(to_device(encodings, device))
+            vectors, extras = (part.float().cpu().numpy() for part in parts)
+        count = num_rows(encodings)
+        if vectors.ndim != 2 or extras.ndim != 2 or len(vectors) != count or len(extras) != count:
+            raise KnowledgeBaseError(
+                f"The model returned bounds of shapes {vectors.shape} and {extras.shape} for {count} entities.",
+                remedy="Return [N, D] and [N, R] from bound_vectors.",
+            )
+        finite = np.isfinite(vectors).all(1) & np.isfinite(extras).all(1)
+        if not finite.all():
+            raise KnowledgeBaseError(
+                "The vector of an entity is nan or infinite.",
+                file=kb.path,
+                row=start + int(np.flatnonzero(~finite)[0]),
+                remedy="Check the weights of the model.",
+            )
+        yield start, vectors, extras
+
+
+def _sample(kb: KnowledgeBase, model: Any) -> np.ndarray:
+    """Returns the vectors of up to 16,384 physical rows, in runs spread over the knowledge base, [n, D] (float64)."""
+    total = kb.num_physical_rows
+    count = -(-min(total, _SAMPLE_ROWS) // _SAMPLE_RUN)
+    starts = np.linspace(0, max(0, total - _SAMPLE_RUN), count).astype(int)
+    parts = [next(_iter_bound_vectors(kb, model, int(start), _SAMPLE_RUN))[1] for start in starts]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def _write_codes(path: Path, kb: KnowledgeBase, model: Any, progress: bool) -> IndexRecord:
+    """Writes the codes into a safetensors file, a chunk at a time, and returns their record without `store`."""
+    _, probe_vectors, probe_extras = next(_iter_bound_vectors(kb, model, 0, 1))
+    sample = _sample(kb, model)
+    mean, dim, num_extras = sample.mean(0), sample.shape[1], probe_extras.shape[1]
+    width = head_width(dim, num_extras)
+    rotation = make_rotation(sample - mean, width)
+    total = kb.num_physical_rows
+    shapes: dict[str, tuple[str, tuple[int, int]]] = {
+        "rotation": ("float64", (dim, dim)),
+        "norms": ("float32", (3 + num_extras, total)),
+        "tail_norms": ("float32", (2, total)),
+        "head": ("int8", (total, width)),
+        "tail": ("int8", (total, dim - width)),
+    }
+    offsets, header = {}, {}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        offsets[name], end = end, end + np.dtype(dtype).itemsize * shape[0] * shape[1]
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [offsets[name], end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    longest = np.zeros(2)
+    # Written a part at a time, because safetensors' own writer needs all tensors in memory.
+    with path.open("wb") as file, tqdm(total=total, desc=CODES, unit="entity", delay=1, disable=not progress) as bar:
+
+        def write(name: str, row: int, values: np.ndarray) -> None:
+            """Writes values at a row of a tensor; `row` counts in its first axis if it has as many as the values."""
+            file.seek(8 + len(text) + offsets[name] + row * values.itemsize)
+            file.write(np.ascontiguousarray(values).tobytes())
+
+        file.write(len(text).to_bytes(8, "little") + text)
+        write("rotation", 0, rotation)
+        for start, vectors, extras in _iter_bound_vectors(kb, model, 0):
+            codes = encode(vectors, mean, rotation, width)
+            for name in ("head", "tail"):
+                write(name, start * codes[name].shape[1], codes[name])
+            for number, values in enumerate([*codes["norms"], *extras.T]):
+                write("norms", number * total + start, values)
+            for number, values in enumerate(codes["tail_norms"]):
+                write("tail_norms", number * total + start, values)
+            longest = np.maximum(longest, codes["longest"])
+            bar.update(len(vectors))
+        file.truncate(8 + len(text) + end)
+    probe = np.concatenate([probe_vectors[0], probe_extras[0]]).tolist()
+    settings = {"dim": dim, "extras": num_extras, "head": width, "longest": longest.tolist()}
+    return IndexRecord(CODES, kb.shards, probe, [*mean.tolist(), *[0.0] * num_extras], 0.0, settings)
+
+
+def _read_codes(kb: KnowledgeBase, record: IndexRecord) -> BoundCodes:
+    """Maps the codes into memory after checking their file.
+
+    Raises:
+        KnowledgeBaseError: The file is missing, damaged, or not as the record says.
+    """
+    path = verified_path(kb.path, record, _SUFFIX)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in ("rotation", "norms", "tail_norms", "head", "tail")}
+        dim, extras, width = (int(record.settings[name]) for name in ("dim", "extras", "head"))
+        longest_head, longest = (float(value) for value in record.settings["longest"])
+        shapes = {"rotation": (dim, dim), "norms": (3 + extras, record.rows), "tail_norms": (2, record.rows)}
+        shapes |= {"head": (record.rows, width), "tail": (record.rows, dim - width)}
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
+            raise ValueError("its tensors have other shapes than the record says")
+        return BoundCodes(
+            np.array(record.mean[:dim]),
+            tensors["rotation"].numpy(),
+            tensors["head"],
+            tensors["tail"],
+            tensors["norms"],
+            tensors["tail_norms"],
+            longest_head,
+            longest,
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise damaged_index_error(path, CODES, f"{type(error).__name__}: {error}") from error
