@@ -169,12 +169,12 @@ class BoundCodes:
     def quick_bounds(self, queries: BoundQueries) -> torch.Tensor:
         """Returns bounds [M, N] (float32) from the heads and the norms alone: the first step."""
         width = self.head.shape[1]
-        first, second = queries.rotated[:, :width], queries.rotated[:, width:]
-        integers, steps, errors = _rounded(first)
-        factors = np.stack(
-            [np.linalg.norm(integers * steps[:, None].astype(np.float64), axis=1), np.linalg.norm(second, axis=1)], 1
+        heads, tails = queries.rotated[:, :width], queries.rotated[:, width:]
+        integers, steps, errors = _rounded(heads)
+        norms_of_parts = np.stack(
+            [np.linalg.norm(integers * steps[:, None].astype(np.float64), axis=1), np.linalg.norm(tails, axis=1)], 1
         )
-        factors = torch.from_numpy(np.concatenate([factors, queries.weights], 1)).float()
+        factors = torch.from_numpy(np.concatenate([norms_of_parts, queries.weights], 1)).float()
         constants = torch.from_numpy(queries.constants + errors.astype(np.float64) * self.longest_head).float()
         codes = torch.from_numpy(integers)
         bounds = torch.empty(len(queries), len(self))
