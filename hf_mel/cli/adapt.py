@@ -1,4 +1,4 @@
-"""`hf-mel adapt`: trains a model on mentions made from a knowledge base, without a labelled mention."""
+"""`hf-mel adapt`: fits a model to a knowledge base, without a labelled mention."""
 
 from __future__ import annotations
 
@@ -44,26 +44,28 @@ def adapt(
         bool, typer.Option("--resume", help="Continue an interrupted run. A finished run is not changed.")
     ] = False,
 ) -> None:
-    """Adapt a model to your entities without a label: it learns from mentions that are made of them.
+    """Adapt a model to your entities without a label: choose how much a name counts beside the model's score.
 
-    Names, aliases and parts of names are put into sentences of descriptions and attributes, from which the name was taken
-    out. Posts about the entities are mentions too, and for a model that reads images, pictures of the entities, cut,
-    blurred and lit. Entities with similar names share a batch. Some entities are left out, so that it shows how well the
-    model tells that a mention means none of the others. The checkpoint is chosen by other mentions made in the same way.
+    The weight of the names is chosen by mentions that are made of the entities: names, aliases and parts of names, among
+    entities with similar ones. It is kept in the new model's configuration, and every command uses it. Nothing is trained.
+    A model that finds the made mentions as well without names stays as it is.
 
-    MODEL is a retriever that you trained, or a text encoder such as sentence-transformers/all-MiniLM-L6-v2. The recipe
-    that the command fills in is kept in the run folder: [b]adapt-model[/b] or [b]adapt-encoder[/b].
+    MODEL is a text encoder such as sentence-transformers/all-MiniLM-L6-v2, or a retriever that you trained. For the latter, the
+    command needs --set adaptation.names=true: where texts name entities by other words, such as "the republic", the chosen
+    weight is too high, and labelled mentions choose it better. The recipe that the command fills in is kept in the run
+    folder: [b]adapt-encoder[/b] or [b]adapt-model[/b].
 
-    Mentions that are made are no real ones, and adapting hurt wherever we measured it. Measure with [b]hf-mel evaluate[/b] on
-    some hundred mentions of yours before you use the model. To train on such mentions is better.
+    Made mentions are no real ones. Measure with [b]hf-mel evaluate[/b] on some hundred mentions of yours. With more of them,
+    [b]hf-mel evaluate --name-weight auto --save-name-weight[/b] chooses the weight better, and [b]hf-mel train[/b] trains. Training
+    on made mentions (--set adaptation.train=true) made models worse wherever we measured it.
 
     Examples:
 
       hf-mel adapt sentence-transformers/all-MiniLM-L6-v2 --entities mine.jsonl --output runs/mine
 
-      hf-mel adapt runs/mimic_flags --dataset data/flags_mel --output runs/flags-adapted
+      hf-mel adapt sentence-transformers/all-MiniLM-L6-v2 --dataset data/mine --seed 1 --output runs/mine-1
 
-      hf-mel adapt runs/mine --kb kb/mine --limit 20000 --set training.num_train_epochs=2 --output runs/mine-2
+      hf-mel adapt runs/mimic-text_wikimel --kb kb/mine --set adaptation.names=true --output runs/mine-2
     """
     given = [source for source in (entities, dataset, kb) if source is not None]
     if len(given) != 1:

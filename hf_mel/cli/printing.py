@@ -239,24 +239,27 @@ def print_adaptation(folder: Path, source: str) -> None:
     from hf_mel.training.recipe import Recipe
 
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
-    data, metrics = results["data"], results["validation"]["metrics"]
-    posts = f", {data['train_posts']:,} of them posts" if data["train_posts"] else ""
-    print_plain(
-        f"Made {data['train_mentions']:,} mentions of {data['trained_entities']:,} of {data['entities']:,} entities for "
-        f"training{posts}, and {data['validation_mentions']:,} others for validation."
-    )
-    if left_out := data["left_out_entities"]:
+    data, adaptation = results["data"], results["adaptation"]
+    if adaptation["trained"]:
+        posts = f", {data['train_posts']:,} of them posts" if data["train_posts"] else ""
         print_plain(
-            f"Left out {left_out:,} {'entity' if left_out == 1 else 'entities'}, so that mentions of them are NIL "
-            f"({metrics['num_nil']:,} of the validation). The model links to them too, but has not learned from them."
+            f"Trained on {data['train_mentions']:,} mentions, made of {data['trained_entities']:,} of {data['entities']:,} "
+            f"entities{posts}."
         )
-    before = next((entry["eval_hits@1"] for entry in log if entry["step"] == 0 and "eval_hits@1" in entry), None)
-    after, ranked = metrics["hits@1"], results["validation"]["kb_size"]
-    start = "" if before is None else f"{100 * before:.1f} before, "
-    print_plain(f"H@1 of the mentions made for validation, among {ranked:,} entities: {start}{100 * after:.1f} now.")
-    if before is not None and after <= before:
-        print_plain("That is no gain: the model before is probably the better one for these entities.")
+        if left_out := data["left_out_entities"]:
+            print_plain(
+                f"Left out {left_out:,} {'entity' if left_out == 1 else 'entities'}, so that mentions of them are NIL. The "
+                "model links to them too, but has not learned from them."
+            )
+    if names := adaptation.get("names"):
+        weight, mrr = f"{names['weight']:g}", names["chosen_by_mrr"]
+        print_plain(
+            f"Weight of the names, chosen on made mentions: {weight} (MRR {100 * mrr['0']:.1f} without names, "
+            f"{100 * mrr[weight]:.1f} with this weight)."
+        )
+    elif not adaptation["trained"]:
+        print_plain("Nothing changed: the model has a weight of the names already, and training was not asked for.")
+    print_plain("Made mentions are no real ones. Measure on some of yours, with hf-mel evaluate.")
     print_plain(
         f"Adapted in {results['run']['seconds'] / 60:.1f} minutes. Model, processor, card, recipe and results: {folder}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import re
@@ -13,10 +14,14 @@ import datasets
 import pyarrow.compute as pc
 from transformers import AutoConfig, set_seed
 
+from hf_mel.candidates.name_index import name_weight_of
 from hf_mel.data.loading import dataset_version, load_posts
 from hf_mel.data.posts import posts_as_mentions
 from hf_mel.errors import ImageError, KnowledgeBaseError, UnknownModelError, UnknownSplitError
+from hf_mel.evaluation.full_evaluator import FullEvaluator, encode_entities
+from hf_mel.evaluation.name_weight import choose_name_weight
 from hf_mel.files import file_sha256, package_folder
+from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.probe import sees_images
 from hf_mel.inference.text_encoders import is_text_encoder
@@ -28,7 +33,6 @@ from hf_mel.protocols import Reranker, learns_nil
 from hf_mel.row_columns import ColumnMapping
 from hf_mel.schema import DESCRIBING_COLUMNS, NIL, mention_features
 from hf_mel.training.assemble import build_model
-from hf_mel.training.linking_run import evaluate_training
 from hf_mel.training.made_mentions import look_alike_groups, made_mentions
 from hf_mel.training.recipe import AdaptationRecipe, Recipe
 from hf_mel.training.run_folder import FinishedTraining, RunFolder, recorded_values
@@ -87,7 +91,11 @@ def adaptation_recipe(
 
 
 def run_adaptation(folder: RunFolder) -> FinishedTraining | None:
-    """Trains a retriever on mentions made from a knowledge base, and evaluates it on others that were made of it.
+    """Fits a retriever to a knowledge base: chooses the weight of the names, and trains on made mentions if asked to.
+
+    The weight is chosen by mentions that are made of the entities, among entities with similar names. Made mentions that a
+    model was trained on are no measure of it: they become easy while real ones become harder. So nothing of the training is
+    checked, and a weight is chosen for the trained model as for any other.
 
     Args:
         folder ([`~hf_mel.training.run_folder.RunFolder`]): The run folder, with the recipe.
@@ -98,11 +106,18 @@ def run_adaptation(folder: RunFolder) -> FinishedTraining | None:
 
     Raises:
         RecipeError: the recipe is not usable as written, or its model is a reranker.
-        KnowledgeBaseError: the knowledge base has a single entity.
+        KnowledgeBaseError: the knowledge base has a single entity, or nothing from which this recipe could learn.
         MelError: the knowledge base or the model is not usable.
     """
     recipe, arguments = folder.recipe, folder.arguments
     setting = recipe.adaptation or AdaptationRecipe()
+    if not (setting.names or setting.train):
+        raise recipe.error(
+            "Nothing would change: adaptation.names and adaptation.train are false, as they are for a model that was trained with "
+            "labels.",
+            "Choose the weight of the names on labelled mentions: `hf-mel evaluate MODEL --dataset … --name-weight auto "
+            "--save-name-weight`. If your texts name entities by their names, --set adaptation.names=true chooses it without.",
+        )
     everything, posts, version = open_knowledge(recipe)
     set_seed(arguments.seed)
     model, processor = build_model(recipe, texts_of(everything, *(() if posts is None else (posts,))))
@@ -117,17 +132,54 @@ def run_adaptation(folder: RunFolder) -> FinishedTraining | None:
     trainer = MelTrainer(
         model,
         arguments,
-        train_dataset=made.train,
+        train_dataset=made.train if setting.train else None,
         eval_dataset=made.validation,
         entities=made.entities,
         eval_entities=made.ranked,
         processing_class=processor,
         inputs=inputs,
     )
-    folder.train(trainer)
+    if setting.train:
+        folder.train(trainer)
+    else:
+        folder.begin(trainer)
     if not trainer.is_world_process_zero():
         return None
-    return evaluate_training(recipe, trainer, made.validation, {**version, **made.counts}, is_real=False)
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    inputs = trainer.inputs.without_mention_features()
+    options: dict[str, Any] = {"batch_size": arguments.per_device_eval_batch_size, "progress": trainer.shows_progress}
+    results: dict[str, Any] = {"trained": setting.train}
+    is_changed = setting.train
+    if setting.names and getattr(model.config, "name_weight", None) is None:
+        with evaluation_mode(model):
+            encoded = encode_entities(inputs, made.ranked, **options)
+        index = FullEvaluator(made.ranked).name_index()
+        names = choose_name_weight(inputs, made.validation, encoded, index, **options)
+        results["names"] = dataclasses.asdict(names)
+        if names.weight:
+            model.config.name_weight = names.weight
+            is_changed = True
+    if is_changed:  # thresholds of the model before belong to other scores, and made mentions calibrate none
+        for name in ("nil_threshold", "link_calibration"):
+            if hasattr(model.config, name):
+                setattr(model.config, name, None)
+    weight = name_weight_of(model)
+    data = {**version, **made.counts, "entities": len(made.entities), "validation_mentions": len(made.validation)}
+    evaluator = FullEvaluator(
+        made.ranked,
+        name_weight=weight,
+        batch_size=arguments.per_device_eval_batch_size,
+        data_version={key: version[key] for key in ("dataset", "revision", "sha256")},
+    )
+    validation = evaluator(inputs, made.validation)
+    return FinishedTraining(
+        trainer,
+        model,
+        processor,
+        data={**data, **({"nil_is_learned": True} if learns_nil(model) else {})},
+        results={"candidates": None, "adaptation": results, "validation": validation.to_dict(), "nil": None},
+        model_info={} if inputs.prototypes is None else {"posts": True},
+    )
 
 
 def _check_material(entities: datasets.Dataset, posts: datasets.Dataset | None, processor: Any) -> None:
@@ -166,7 +218,7 @@ class MadeData:
     Attributes:
         entities (`datasets.Dataset`): The entities without those that are left out.
         ranked (`datasets.Dataset`): Those of them that are ranked in validation.
-        train, validation (`datasets.Dataset`): The mentions.
+        train, validation (`datasets.Dataset`): The mentions. Without training, the former are none, and no entity is left out.
         counts (`dict`): What was made and left out.
     """
 
@@ -179,18 +231,17 @@ class MadeData:
         with_nil: bool,
     ):
         draw = random.Random(f"{seed} adaptation")
-        names = everything["name"]
-        order = [row for group in look_alike_groups(names, draw) for row in group]
-        left_out = sorted(draw.sample(order, int(setting.nil * len(order))))
+        order = [row for group in look_alike_groups(everything["name"], draw) for row in group]
+        left_out = sorted(draw.sample(order, int(setting.nil * len(order)))) if setting.train else []
         kept = sorted(set(order) - set(left_out))
         order = [row for row in order if row not in set(left_out)]
         self.entities = everything if not left_out else everything.select(kept)
         # With few mentions for each of many entities, whole groups of look-alikes are taken, which are the hard negatives.
         per_entity = max(1, min(setting.per_entity, setting.limit // max(1, len(kept))))
-        trained = sorted(order[: setting.limit // per_entity])
+        trained = sorted(order[: setting.limit // per_entity]) if setting.train else []
         parts = [made_mentions(everything, per_entity, seed=seed, prefix="made", chosen=trained)]
         num_posts = 0
-        if posts is not None and setting.posts:
+        if posts is not None and setting.posts and setting.train:
             parts.append(_posts(posts, {everything[row]["entity_id"] for row in left_out}, setting, draw))
             num_posts = len(parts[-1])
         if with_nil and left_out:

@@ -159,7 +159,7 @@ def with_extra_mentions(recipe: Recipe, train: datasets.Dataset, entities: datas
 
 
 def evaluate_training(
-    recipe: Recipe, trainer: MelTrainer, validation: datasets.Dataset, data: dict[str, Any], is_real: bool = True
+    recipe: Recipe, trainer: MelTrainer, validation: datasets.Dataset, data: dict[str, Any]
 ) -> FinishedTraining:
     """Evaluates a trained model in full precision, and calibrates the NIL threshold of a retriever.
 
@@ -168,7 +168,6 @@ def evaluate_training(
         trainer ([`~hf_mel.training.trainer.MelTrainer`]): The trainer, after training.
         validation (`datasets.Dataset`): The mentions of validation.
         data (`dict`): What the results say about the data: the version, the splits, and the training mentions.
-        is_real (`bool`): Whether the mentions of validation are real ones. What made ones calibrate is not stored.
     """
     model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processor
     entities = trainer.eval_entities
@@ -186,15 +185,11 @@ def evaluate_training(
         evaluation = FullEvaluator(entities, **options)(inputs, validation)
         nil = evaluation.calibrate_nil_threshold() if len(validation) and len(entities) > 1 else None
     curve = None
-    if not is_real:
-        for name in ("nil_threshold", "link_calibration"):
-            if hasattr(model.config, name):
-                setattr(model.config, name, None)
-    elif not trainer.reranks and len(validation) and hasattr(model.config, "link_calibration"):
+    if not trainer.reranks and len(validation) and hasattr(model.config, "link_calibration"):
         curve = evaluation.risk_coverage(None if nil is None or nil.simulated else nil.threshold)
         model.config.link_calibration = dataclasses.asdict(curve)
     # A threshold calibrated on simulated NIL mentions is not stored: it would enable NIL on data that has none.
-    if is_real and nil is not None and not nil.simulated and hasattr(model.config, "nil_threshold"):
+    if nil is not None and not nil.simulated and hasattr(model.config, "nil_threshold"):
         model.config.nil_threshold = nil.threshold
     return FinishedTraining(
         trainer,

@@ -116,7 +116,10 @@ def made_mentions(
                     "candidates": [],
                 }
             )
-    return datasets.Dataset.from_list(made, features=mention_features())
+    features = mention_features()
+    return datasets.Dataset.from_dict(
+        {column: [row[column] for row in made] for column in features}, features=features
+    )
 
 
 def look_alike_groups(names: Iterable[str], draw: random.Random) -> Iterator[list[int]]:

@@ -128,13 +128,8 @@ class RunFolder:
         """Whether the folder contains the results of a finished run."""
         return (self.path / RESULTS).exists()
 
-    def train(self, trainer: Trainer) -> None:
-        """Writes the recipe, then trains, from the last checkpoint if the run is resumed.
-
-        Raises:
-            StoppedError: the process got SIGTERM. There is a checkpoint of the last step.
-            TrainingError: the loss is no number, or a checkpoint cannot be written.
-        """
+    def begin(self, trainer: Trainer) -> None:
+        """Writes the recipe, and what the run starts with."""
         if trainer.is_world_process_zero():
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / RECIPE, [self.recipe.to_yaml()])
@@ -147,6 +142,15 @@ class RunFolder:
                 "arguments": trainer.args.to_dict(),  # tokens are not in it
             }
             write_results([*(starts if isinstance(starts, list) else []), start], self.path / ENVIRONMENT)
+
+    def train(self, trainer: Trainer) -> None:
+        """Writes the recipe, then trains, from the last checkpoint if the run is resumed.
+
+        Raises:
+            StoppedError: the process got SIGTERM. There is a checkpoint of the last step.
+            TrainingError: the loss is no number, or a checkpoint cannot be written.
+        """
+        self.begin(trainer)
         stopping = StopsOnSigterm()
         trainer.add_callback(stopping)
         with stopping.listening():
@@ -192,10 +196,11 @@ class RunFolder:
         }
         save_model_repository(model, finished.processor, self.path)
         write_results(trainer.state.log_history, self.path / LOG)
-        try:
-            plot_training(trainer.state.log_history, self.path / PLOT, title=recipe.name)
-        except MissingExtraError as error:
-            logger.warning("%s was not written. %s", PLOT, error)
+        if trainer.state.log_history:
+            try:
+                plot_training(trainer.state.log_history, self.path / PLOT, title=recipe.name)
+            except MissingExtraError as error:
+                logger.warning("%s was not written. %s", PLOT, error)
         write_text(self.path / CARD, [model_card(results)])
         write_results(results, self.path / RESULTS)
         shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
