@@ -85,7 +85,13 @@ class ColumnMapping:
                     f"The column {target!r} is assigned twice.",
                     remedy=f"Give all its columns at once: --column {target}=FIRST,SECOND.",
                 )
-            cells = next(csv.reader([columns], skipinitialspace=True), [])
+            try:
+                cells = next(csv.reader([columns], skipinitialspace=True), [])
+            except csv.Error as error:  # a line end, or a field of over 131,072 characters
+                raise DataFormatError(
+                    f"The columns of {assignment[:80]!r} cannot be read ({error}).",
+                    remedy="Give the names without line ends, separated by commas.",
+                ) from error
             sources[target] = [cell.strip() for cell in cells if cell.strip()]
         return cls(sources, ignore_others=ignore_others, inverted_names=inverted_names, kept=tuple(kept))
 
