@@ -44,7 +44,9 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, folder / MANIFEST_NAME)
     finally:
-        temporary.unlink(missing_ok=True)
+        # Also those of writers that were killed: whoever writes holds the lock.
+        for left in folder.glob(f".{MANIFEST_NAME}.*"):
+            left.unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> tuple[str, dict[str, Any]]:
