@@ -449,7 +449,7 @@ def test_a_result_is_plain_data(linker):
     data = linker(MENTIONS[1], top_k=2).to_dict()
     assert set(data) == {
         "mention", "start", "end", "entity_id", "is_nil", "nil_threshold", "candidates", "warnings", "num_tied",
-        "needs_review", "confidence"
+        "needs_review", "confidence", "certified", "bound"
     }  # fmt: skip
     assert set(data["candidates"][0]) == {
         "rank", "entity_id", "name", "description", "attributes", "score", "unit_scores", "reranker_score",
