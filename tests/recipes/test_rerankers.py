@@ -90,17 +90,6 @@ VARIANTS = [
             ("candidates.train_file=runs/mimic-text-folds_wikimel/train.parquet", {}),
         )
     ),
-    *(
-        (f"{method}-list_flags", overrides, expected)
-        for method in ("mmel", "pfmel")
-        for overrides, expected in (
-            ("", {"config.list_weight": 0.15, "config.image_weight": 10}),
-            ("candidates.train_file=null", {}),
-            ("model.config.image_weight=null", {"config.image_weight": None}),
-            ("model.config.pooled_sides=false", {"config.pooled_sides": False}),
-            ("model.config.list_loss_weight=0", {"config.list_loss_weight": 0}),
-        )
-    ),
     ("pfmel-text_wikimel", ATTRIBUTES, {"processor.entity_template": "{attributes}."}),
 ]
 PRETRAININGS = [
