@@ -813,7 +813,8 @@ class MimicModel(MimicPreTrainedModel):
     @property
     def bounds_scores(self) -> bool:
         """Whether [`~MimicModel.bound_queries`] works, as [`hf_mel.protocols.bounds_scores`] asks."""
-        return bool(self.config.units) and "vision" not in self.config.units
+        units = self.config.units or ()
+        return bool(units) and "vision" not in units
 
     @torch.no_grad()
     def bound_queries(self, mentions: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
