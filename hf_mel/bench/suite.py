@@ -18,7 +18,7 @@ from hf_mel.data.examples import PART_ORDERS
 from hf_mel.errors import MelError, RecipeError, SuiteError
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.assemble import check_fields
-from hf_mel.training.recipe import Recipe, RecipeYamlLoader, apply_override, shipped_recipes
+from hf_mel.training.recipe import YAML_ERRORS, Recipe, RecipeYamlLoader, apply_override, shipped_recipes
 
 #: Options of `hf-mel evaluate` that a suite may set, with `_` for `-`.
 EVALUATE_OPTIONS = (
@@ -218,7 +218,7 @@ class Suite:
         try:
             node = yaml.compose(text, Loader=RecipeYamlLoader)
             content = yaml.load(text, Loader=RecipeYamlLoader)
-        except yaml.YAMLError as error:
+        except YAML_ERRORS as error:
             mark = getattr(error, "problem_mark", None)
             raise SuiteError(
                 f"The suite is not valid YAML ({getattr(error, 'problem', None) or error}).",

@@ -260,8 +260,8 @@ class KnowledgeBase:
                 logger.info(
                     "Resuming the interrupted build of %s; %s entities are done.", target, f"{writer.num_finished:,}"
                 )
-            remaining = source.select(range(writer.num_finished, len(source)))
-            if len(remaining):
+            if writer.num_finished < len(source):
+                remaining = source.select(range(writer.num_finished, len(source)))
                 write_encodings(remaining, name, inputs, writer, batch_size, progress)
             shards = writer.close()
             write_manifest(

@@ -22,6 +22,10 @@ from hf_mel.files import package_folder
 TASKS = ("linking", "pretraining", "knowledge", "candidates", "adaptation")
 
 
+#: What reading YAML raises: beside its own errors, those of dates and numbers that do not exist, and of deep nesting.
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+
+
 class RecipeYamlLoader(yaml.SafeLoader):
     """YAML loader that reads `1e-5` as a number, and `no`, `off`, `yes` and `on` as strings, as YAML 1.2 does.
 
@@ -258,7 +262,7 @@ class Recipe:
         file, text = _read_recipe(path_or_name)
         try:
             content = yaml.load(text, Loader=RecipeYamlLoader)
-        except yaml.YAMLError as error:
+        except YAML_ERRORS as error:
             raise RecipeError(f"The recipe is not valid YAML ({error}).", file=file) from None
         if not isinstance(content, dict):
             raise RecipeError(
@@ -524,7 +528,7 @@ def apply_override(content: dict[str, Any], override: str, file: str | None) -> 
         return
     try:
         target[last] = yaml.load(value, Loader=RecipeYamlLoader)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise RecipeError(f"In --set {override!r}, the value is not valid YAML ({error}).", file=file) from None
 
 
