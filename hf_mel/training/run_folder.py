@@ -165,6 +165,8 @@ class RunFolder:
     def write(self, finished: FinishedTraining) -> None:
         """Writes the model repository, the log and its plot, the card and the results, then removes the checkpoints."""
         recipe, trainer, model = self.recipe, finished.trainer, finished.model
+        for left in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote a file
+            left.unlink(missing_ok=True)
         device = device_name(trainer.accelerator.unwrap_model(trainer.model))
         results = {
             "recipe": recipe.name,
