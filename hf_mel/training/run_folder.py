@@ -96,7 +96,8 @@ class RunFolder:
         self.arguments = training_arguments(recipe, path / CHECKPOINTS)
         self.recipe = _with_bf16(recipe, bool(self.arguments.bf16))
         self.checkpoint: Path | None = None
-        if path.exists() and any(entry.name != _LOCK for entry in path.iterdir()):
+        # A process that was killed while it wrote the recipe has left a temporary file.
+        if path.exists() and any(entry.name != _LOCK and entry.suffix != ".tmp" for entry in path.iterdir()):
             self._check_contents(recorded, resume)
 
     def _check_contents(self, recorded: dict[str, Any] | None, resume: bool) -> None:

@@ -436,3 +436,11 @@ def test_settings_that_do_not_fit_the_method_are_rejected(dataset, override, mes
 def test_training_arguments_are_checked(dataset, override, message):
     with pytest.raises(RecipeError, match=f"mine.yaml: {message}"):
         training_arguments(changed(dataset, override), "nowhere")
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_recipe_starts_over(dataset, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.recipe.yaml.2f6e8e86acc24754.tmp").write_text("name: ti")
+    recipe = Recipe.from_dict(recipe_dict(dataset, max_steps=1, num_train_epochs=1))
+    folder = run_recipe(recipe, tmp_path / "run", resume=True)
+    assert not list(folder.glob(".*.tmp"))
