@@ -173,7 +173,7 @@ def read_json(path: Path) -> Any:
     """Returns the content of a JSON file, or `None` if there is none or it is not complete."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -111,7 +111,7 @@ def load_results(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataFormatError(
             f"The results cannot be read ({error}).", file=path, remedy="Write them with `hf-mel evaluate --output`."
         ) from None
@@ -147,7 +147,7 @@ def read_predictions(path: Path, with_candidates: bool = False) -> Iterator[dict
                 if record["rank"] is not None:
                     float(record["rank"])
                 yield record
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataFormatError(
             f"The predictions cannot be read ({error}).",
             file=path,

@@ -233,30 +233,27 @@ class CandidateLists:
         Raises:
             DataFormatError: The file does not exist, or holds no candidates.
         """
+        remedy = "Write one with `hf-mel candidates`."
         try:
             table = pq.ParquetFile(local_path(path)).read()
-        except (OSError, pa.ArrowException) as error:
+            table.validate(full=True)  # of damaged texts, too, which Arrow would return
+            metadata = table.schema.metadata or {}
+            if _METADATA_KEY not in metadata:
+                raise DataFormatError("The file holds no candidates.", file=path, remedy=remedy)
+            scores = {
+                name.removeprefix(_SCORE_PREFIX): table[name].to_pylist()
+                for name in table.column_names
+                if name.startswith(_SCORE_PREFIX)
+            }
+            setting = json.loads(metadata[_METADATA_KEY])
+            return cls(table["mention_id"].to_pylist(), table["entity_ids"].to_pylist(), scores, setting)
+        except MelError:
+            raise
+        # Arrow raises ValueError for names that are no UTF-8, and columns may be missing or of another type.
+        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataFormatError(
-                f"The file of candidates cannot be read ({error}).",
-                file=path,
-                remedy="Write one with `hf-mel candidates`.",
+                f"The file of candidates cannot be read ({error}).", file=path, remedy=remedy
             ) from error
-        metadata = table.schema.metadata or {}
-        if _METADATA_KEY not in metadata:
-            raise DataFormatError(
-                "The file holds no candidates.", file=path, remedy="Write one with `hf-mel candidates`."
-            )
-        scores = {
-            name.removeprefix(_SCORE_PREFIX): table[name].to_pylist()
-            for name in table.column_names
-            if name.startswith(_SCORE_PREFIX)
-        }
-        return cls(
-            table["mention_id"].to_pylist(),
-            table["entity_ids"].to_pylist(),
-            scores,
-            json.loads(metadata[_METADATA_KEY]),
-        )
 
     def _map(self, change: Callable[[list], list], rows: Iterable[int], setting: dict[str, Any]) -> CandidateLists:
         rows = list(rows)

@@ -379,7 +379,9 @@ def decode_table(table: pa.Table, schema: pa.Schema, path: Path) -> pa.Table:
     size = sum(_decoded_bytes(chunk) for column in table.columns for chunk in column.chunks)
     if size > _MAX_READ_BYTES:
         raise damage_error(path, f"texts and images of {table.num_rows:,} rows decode to {size:,} bytes")
-    return table.cast(pa.schema([schema.field(name) for name in table.column_names], metadata=schema.metadata))
+    table = table.cast(pa.schema([schema.field(name) for name in table.column_names], metadata=schema.metadata))
+    table.validate(full=True)  # of damaged texts, too, which Arrow would return
+    return table
 
 
 def _decoded_bytes(array: pa.Array) -> int:

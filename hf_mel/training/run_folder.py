@@ -96,8 +96,7 @@ class RunFolder:
         self.arguments = training_arguments(recipe, path / CHECKPOINTS)
         self.recipe = _with_bf16(recipe, bool(self.arguments.bf16))
         self.checkpoint: Path | None = None
-        # A process that was killed while it wrote the recipe has left a temporary file.
-        if path.exists() and any(entry.name != _LOCK and entry.suffix != ".tmp" for entry in path.iterdir()):
+        if path.exists() and not all(map(_is_of_a_start, path.iterdir())):
             self._check_contents(recorded, resume)
 
     def _check_contents(self, recorded: dict[str, Any] | None, resume: bool) -> None:
@@ -315,6 +314,12 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
+
+
+def _is_of_a_start(entry: Path) -> bool:
+    """Returns whether a process that was killed before it had written the recipe may have left an entry of a run folder."""
+    is_empty = entry.name == CHECKPOINTS and not any(entry.iterdir())
+    return entry.name == _LOCK or entry.suffix == ".tmp" or is_empty
 
 
 def _with_bf16(recipe: Recipe, bf16: bool) -> Recipe:

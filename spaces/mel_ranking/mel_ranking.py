@@ -116,7 +116,7 @@ def ranking_metrics(
         `ValueError`: as [`resolve_ranks`]; also if a k is below 1 or a rank is above `kb_size`.
     """
     ranks = resolve_ranks(best, worst, ties)
-    if any(k < 1 or k != int(k) for k in ks):
+    if not all(k >= 1 and k % 1 == 0 for k in ks):
         raise ValueError(f"ks must be whole numbers of at least 1, not {list(ks)}.")
     missed = np.isnan(ranks)
     if kb_size is not None and not (np.nan_to_num(ranks) <= kb_size).all():

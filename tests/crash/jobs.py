@@ -209,6 +209,7 @@ def _adapt(folder: Path) -> None:
     sets = [
         *QUICK,
         "training.max_steps=6",
+        "adaptation.train=true",
         "training.save_total_limit=2",
         *(f"training.{name}={value}" for name, value in _STEPWISE.items() if name != "save_total_limit"),
     ]
