@@ -712,10 +712,13 @@ class MimicModel(MimicPreTrainedModel):
         """Scores [M, N] less the NIL scores of the mentions, if the model has them."""
         if not hasattr(self, "nil"):
             return scores
-        # With the weights of the loss: the NIL score is read from the vectors that it was trained on.
-        query_vectors = self._query_vectors(mentions, self.config.loss_unit_weights)
+        query_vectors = self._nil_vectors(mentions)
         with torch.autocast(self.device.type, enabled=False):
             return scores - self.nil(query_vectors)[:, None]
+
+    def _nil_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Vectors [M, D] that the NIL score is read from: those of the weights of the loss, which it was trained on."""
+        return self._query_vectors(mentions, self.config.loss_unit_weights)
 
     @torch.no_grad()
     def quick_scores(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -844,7 +847,7 @@ class MimicModel(MimicPreTrainedModel):
             zero = first.new_zeros(len(first), dtype=torch.float32)
             constant = zero
             if hasattr(self, "nil"):  # which is rounded in another way for other numbers of mentions
-                query_vectors = self._query_vectors(mentions)
+                query_vectors = self._nil_vectors(mentions)
                 largest = query_vectors.norm(dim=-1) * self.nil.vector.norm() + self.nil.bias.abs()
                 constant = largest * 1e-5 - self.nil(query_vectors)
         return torch.cat(vectors, -1), torch.stack([*extras, zero], 1)[:, : len(extras)], constant

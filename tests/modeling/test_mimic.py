@@ -281,6 +281,14 @@ def bounds(model, mentions, entities):
         {"units": ["text"], "vision_config": None, "text_local": False},
         {"units": ["cross_modal"]},
         {"units": ["text", "cross_modal"], "unit_weights": [3, 1]},
+        {
+            "units": ["text", "cross_modal"],
+            "unit_weights": [3, 1],
+            "loss_unit_weights": [1, 9],
+            "text_local": False,
+            "mask_padding": True,
+            "nil_score": True,
+        },
     ],
     ids=str,
 )
