@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from hf_mel.errors import KnowledgeBaseError, ScoreError
-from hf_mel.files import file_sha256, write_text
+from hf_mel.files import file_sha256, fsync_and_describe, write_text
 from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
 from hf_mel.inference.entity_sources import ChosenEntities
 from hf_mel.inference.execution import model_device
@@ -36,7 +36,7 @@ from hf_mel.inference.sparse_scores import SparseScores
 from hf_mel.protocols import Encodings, IndexVectors, TwoStepScores
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
@@ -369,42 +369,61 @@ def check_gives_vectors(model: Any) -> None:
 def iter_vectors(
     kb: KnowledgeBase, model: Any, first: int, chunk_size: int | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Iterates over the entity vectors of physical rows, starting at `first`.
+    """Iterates over the entity vectors [n, D] of physical rows, starting at `first`; see [`iter_computed`]."""
+    for start, (vectors,) in iter_computed(kb, model, lambda rows: [model.index_vectors(rows)], first, chunk_size):
+        yield start, np.ascontiguousarray(vectors)
+
+
+def iter_computed(
+    kb: KnowledgeBase,
+    model: Any,
+    compute: Callable[[Encodings], Sequence[torch.Tensor]],
+    first: int,
+    chunk_size: int | None = None,
+    *,
+    most_rows: int = 1 << 14,
+    as_stored: bool = False,
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Iterates over what a model computes from the encodings of physical rows, starting at `first`.
 
     Args:
         kb ([`~hf_mel.KnowledgeBase`]): The knowledge base.
         model ([`~hf_mel.protocols.Retriever`]): The model that built it.
+        compute (`Callable`): Returns tensors [n, D] from the encodings of n rows on the device of the model.
         first (`int`): The first physical row.
         chunk_size (`int`, *optional*): Rows per chunk. Default: as many as fit into 64 MB of encodings.
+        most_rows (`int`): The largest default of `chunk_size`.
+        as_stored (`bool`): Whether encodings keep the dtype of the file.
 
     Yields:
-        `tuple[int, np.ndarray]`: The first row of the chunk, and its vectors [n, D] as float32.
+        `tuple[int, list[np.ndarray]]`: The first row of the chunk, and its arrays [n, D] as float32.
 
     Raises:
-        KnowledgeBaseError: Vectors have the wrong shape, or are nan or infinite.
+        KnowledgeBaseError: Arrays have the wrong shape, or are nan or infinite.
     """
     device = model_device(model)
     if chunk_size is None:
-        _, one_row = next(kb.iter_physical(0, 1))
-        chunk_size = max(1, min(1 << 14, _CHUNK_BYTES // row_bytes(one_row)))
-    for start, encodings in kb.iter_physical(first, chunk_size):
+        _, one_row = next(kb.iter_physical(0, 1, as_stored=as_stored))
+        chunk_size = max(1, min(most_rows, _CHUNK_BYTES // row_bytes(one_row)))
+    for start, encodings in kb.iter_physical(first, chunk_size, as_stored=as_stored):
         with torch.inference_mode():
-            vectors = model.index_vectors(to_device(encodings, device)).float().cpu().numpy()
-        if vectors.shape[:1] != (num_rows(encodings),) or vectors.ndim != 2:
+            arrays = [part.float().cpu().numpy() for part in compute(to_device(encodings, device))]
+        count = num_rows(encodings)
+        if any(array.ndim != 2 or len(array) != count for array in arrays):
             raise KnowledgeBaseError(
-                f"The model returned vectors of shape {vectors.shape} for {num_rows(encodings)} entities.",
-                remedy="Return [N, D] from index_vectors.",
+                f"The model returned vectors of shape {' and '.join(str(array.shape) for array in arrays)} for {count} entities.",
+                remedy="Return [N, D] from index_vectors, and [N, D] and [N, R] from bound_vectors.",
             )
-        if not np.isfinite(vectors).all():
-            row = start + int((~np.isfinite(vectors)).any(1).nonzero()[0][0])
+        is_finite = np.all([np.isfinite(array).all(1) for array in arrays], axis=0)
+        if not is_finite.all():
             raise KnowledgeBaseError(
                 "The vector of an entity is nan or infinite.",
                 file=kb.path,
-                row=row,
+                row=start + int(np.flatnonzero(~is_finite)[0]),
                 remedy="Check the weights of the model.",
             )
-        yield start, np.ascontiguousarray(vectors)
-        del encodings, vectors
+        yield start, arrays
+        del encodings, arrays
 
 
 def create_record(kb: KnowledgeBase, model: Any, kind: str) -> IndexRecord:
@@ -503,6 +522,17 @@ def _build_command(folder: Path, kind: str) -> str:
     return f"hf-mel kb index {folder} --model MODEL --kind {kind}"
 
 
+def install_file(kb: KnowledgeBase, record: IndexRecord, path: Path, suffix: str) -> None:
+    """Moves the complete file of an index into the knowledge base, writes its record, and deletes files of older ones."""
+    store = fsync_and_describe(path)
+    store["file"] = _file_name(record.kind, store["sha256"], suffix)
+    path.replace(kb.path / store["file"])
+    write_record(kb.path, replace(record, shards=kb.shards, store=store))
+    for old in kb.path.glob(f"index-{record.kind}-*{suffix}"):
+        if old.name != store["file"]:
+            old.unlink(missing_ok=True)
+
+
 def verified_path(folder: Path, record: IndexRecord, suffix: str) -> Path:
     """Returns the file of an index after comparing its size and sha256 with the record.
 
@@ -513,7 +543,7 @@ def verified_path(folder: Path, record: IndexRecord, suffix: str) -> Path:
     # The name is derived from the digest, so that a manipulated record cannot lead out of the folder.
     if not isinstance(digest, str) or not digest.isalnum():
         raise damaged_index_error(record_path(folder, record.kind), record.kind, "it names no file")
-    path = folder / f"index-{record.kind}-{digest[:16]}{suffix}"
+    path = folder / _file_name(record.kind, digest, suffix)
     if not path.is_file():
         raise damaged_index_error(path, record.kind, "the file is missing")
     if path.stat().st_size != size:
@@ -522,3 +552,7 @@ def verified_path(folder: Path, record: IndexRecord, suffix: str) -> Path:
     if file_sha256(path) != digest:
         raise damaged_index_error(path, record.kind, "its content is not what was written")
     return path
+
+
+def _file_name(kind: str, digest: str, suffix: str) -> str:
+    return f"index-{kind}-{digest[:16]}{suffix}"

@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from hf_mel.errors import KnowledgeBaseError, ScoreError
-from hf_mel.files import building_folder, fsync_and_describe, write_errors
-from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
+from hf_mel.files import building_folder, write_errors
+from hf_mel.inference.encodings import num_rows, slice_encodings, to_device
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.ranking import RankingResult
 from hf_mel.inference.score_bounds import BoundCodes, BoundQueries, encode, head_width, make_rotation
@@ -38,11 +38,12 @@ from hf_mel.kb.indexes.base import (
     ExactIndex,
     IndexRecord,
     damaged_index_error,
+    install_file,
+    iter_computed,
     rank_rows,
     read_record,
     stale_index_error,
     verified_path,
-    write_record,
 )
 from hf_mel.protocols import Encodings, bounds_scores
 
@@ -61,8 +62,8 @@ _BOUNDED_TOGETHER = 8
 _FIRST_SCORED, _BATCH = 64, 512
 #: If more than this share of the entities may be among the best, all are ranked.
 _LARGEST_SHARE = 0.25
-#: Bytes of encodings that are coded at a time, and rows of the sample that gives the directions.
-_CHUNK_BYTES, _CHUNK_ROWS = 64 << 20, 1 << 13
+#: Most rows that are coded at a time, and rows of the sample that gives the directions.
+_CHUNK_ROWS = 1 << 13
 _SAMPLE_ROWS, _SAMPLE_RUN = 1 << 14, 1 << 10
 _DTYPES = {"int8": "I8", "float32": "F32", "float64": "F64"}
 
@@ -89,10 +90,8 @@ class CertifiedIndex(ExactIndex):
         current = np.concatenate([vectors[0], extras[0]])
         if current.shape != recorded.shape or not np.allclose(current, recorded, rtol=1e-5, atol=1e-6):
             raise stale_index_error(kb, CODES, "the vectors of this model are others")
-        self._covered: tuple[int, torch.Tensor | None] = (
-            0,
-            None,
-        )  # number of removed entities, and the rows that stay
+        #: Number of removed entities, and the physical rows that stay.
+        self._covered: tuple[int, torch.Tensor | None] = (0, None)
 
     def _check_covers(self) -> None:
         if not self.record.covers(self.kb):
@@ -106,13 +105,7 @@ class CertifiedIndex(ExactIndex):
         with building_folder(target, json.dumps([CODES, kb.shards])) as stage, write_errors(target):
             path = stage / f"codes{_SUFFIX}"
             record = _write_codes(path, kb, model, progress)
-            store = fsync_and_describe(path)
-            store["file"] = f"index-{CODES}-{store['sha256'][:16]}{_SUFFIX}"
-            path.replace(kb.path / store["file"])
-            write_record(kb.path, replace(record, store=store))
-            for old in kb.path.glob(f"index-{CODES}-*{_SUFFIX}"):
-                if old.name != store["file"]:
-                    old.unlink(missing_ok=True)
+            install_file(kb, record, path, _SUFFIX)
         return cls(kb, model)
 
     def find(
@@ -267,28 +260,9 @@ def _iter_bound_vectors(
     Raises:
         KnowledgeBaseError: They have the wrong shape, or are nan or infinite.
     """
-    device = model_device(model)
-    if chunk_size is None:
-        _, one_row = next(kb.iter_physical(0, 1, as_stored=True))
-        chunk_size = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // row_bytes(one_row)))
-    for start, encodings in kb.iter_physical(first, chunk_size, as_stored=True):
-        with torch.inference_mode():
-            parts = model.bound_vectors(to_device(encodings, device))
-            vectors, extras = (part.float().cpu().numpy() for part in parts)
-        count = num_rows(encodings)
-        if vectors.ndim != 2 or extras.ndim != 2 or len(vectors) != count or len(extras) != count:
-            raise KnowledgeBaseError(
-                f"The model returned bounds of shapes {vectors.shape} and {extras.shape} for {count} entities.",
-                remedy="Return [N, D] and [N, R] from bound_vectors.",
-            )
-        finite = np.isfinite(vectors).all(1) & np.isfinite(extras).all(1)
-        if not finite.all():
-            raise KnowledgeBaseError(
-                "The vector of an entity is nan or infinite.",
-                file=kb.path,
-                row=start + int(np.flatnonzero(~finite)[0]),
-                remedy="Check the weights of the model.",
-            )
+    for start, (vectors, extras) in iter_computed(
+        kb, model, model.bound_vectors, first, chunk_size, most_rows=_CHUNK_ROWS, as_stored=True
+    ):
         yield start, vectors, extras
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from hf_mel.errors import KnowledgeBaseError, MissingExtraError
-from hf_mel.files import building_folder, fsync_and_describe, write_errors
+from hf_mel.files import building_folder, write_errors
 from hf_mel.kb.indexes.base import (
     FIRST_STAGE,
     IndexRecord,
@@ -20,6 +20,7 @@ from hf_mel.kb.indexes.base import (
     check_gives_vectors,
     create_record,
     damaged_index_error,
+    install_file,
     iter_vectors,
     read_record,
     record_path,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 #: Product quantisation: coordinates that share a code of four bits, and number of rows on which k-means is run.
 _DIMS_PER_CODE, _TRAINING_ROWS = 2, 1 << 16
+_SUFFIX = ".faiss"
 #: Seconds between checkpoints of a build.
 _CHECKPOINT_SECONDS = 120
 
@@ -53,7 +55,7 @@ class FaissIndex(VectorIndex):
 
     def __init__(self, kb: KnowledgeBase, model: Any, record: IndexRecord, first_stage: int = FIRST_STAGE):
         super().__init__(kb, model, record, first_stage)
-        path = verified_path(kb.path, record, ".faiss")
+        path = verified_path(kb.path, record, _SUFFIX)
         self._index = _read_index(path, record.kind, mapped=True)
         if (self._index.ntotal, self._index.d) != (record.rows, _padded_dim(record)):
             raise damaged_index_error(path, record.kind, f"it holds {self._index.ntotal:,} vectors")
@@ -82,13 +84,7 @@ class FaissIndex(VectorIndex):
             path = stage / "index.faiss"
             _write_index(index, path)
             del index
-            store = fsync_and_describe(path)
-            store["file"] = f"index-{kind}-{store['sha256'][:16]}.faiss"
-            path.replace(kb.path / store["file"])
-            write_record(kb.path, replace(record, shards=kb.shards, store=store))
-            for old in kb.path.glob(f"index-{kind}-*.faiss"):
-                if old.name != store["file"]:
-                    old.unlink(missing_ok=True)
+            install_file(kb, record, path, _SUFFIX)
         return cls(kb, model, read_record(kb.path, kind))
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
@@ -153,7 +149,7 @@ def _load_to_extend(kb: KnowledgeBase, model: Any, kind: str) -> tuple[IndexReco
     """Loads the existing index, or returns `None` if it is unusable or covers less than half of the entities."""
     try:
         record = read_record(kb.path, kind)
-        path = verified_path(kb.path, record, ".faiss")
+        path = verified_path(kb.path, record, _SUFFIX)
         if record.rows < kb.num_physical_rows // 2 or not (record.covers(kb) and record.fits(kb, model)):
             return None
         return record, _read_index(path, kind, mapped=False)
