@@ -34,7 +34,7 @@ from hf_mel.kb.indexes.base import FIRST_STAGE, ExactIndex, Index
 from hf_mel.kb.knowledge_base import KnowledgeBase
 
 TOP_K = 64
-#: What the codes are opened as.
+#: The kind under which codes are opened.
 CODES = "codes"
 #: Indexes that build an HNSW graph, in minutes per 100,000 entities.
 GRAPHS = ("milvus",)

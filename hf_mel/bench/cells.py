@@ -397,7 +397,7 @@ def shown_command(arguments: Sequence[str]) -> str:
 
 
 def measured_values(recipe: Recipe, with_dataset: bool) -> dict[str, Any]:
-    """Returns what of a recipe changes results, as far as it is not a default.
+    """Returns the values of a recipe that change results and are not defaults.
 
     So a field that a later version of the package adds changes no inputs.
 

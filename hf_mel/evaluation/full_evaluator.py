@@ -88,7 +88,7 @@ class FullResult:
         """Calibrates the NIL threshold on these mentions, which should be those of a validation split.
 
         Args:
-            objective (`str`, *optional*): What it maximises ([`~hf_mel.evaluation.nil.calibrate_nil_threshold`]). Default: the
+            objective (`str`, *optional*): The measure that it maximises ([`~hf_mel.evaluation.nil.calibrate_nil_threshold`]). Default: the
                 F1 of NIL if the model learns NIL and some golds are, else accuracy.
 
         Raises:

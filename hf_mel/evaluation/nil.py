@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_mel.inference.ranking import RankingResult
 
-#: What a threshold maximises: the share of right decisions, or the F1 of NIL.
+#: The measure that a threshold maximises: the share of right decisions, or the F1 of NIL.
 Objective = Literal["accuracy", "f1"]
 
 
@@ -22,7 +22,7 @@ class NilThreshold:
         accuracy (`float`): Accuracy of the threshold on the mentions it was chosen on, in [0, 1]. A mention counts as
             correct if it is linked to its gold, or if it is NIL and its gold is NIL.
         simulated (`bool`): Whether the NIL mentions were simulated by leaving out the golds.
-        objective (`str`): What the threshold maximises, "accuracy" or "f1".
+        objective (`str`): The measure that the threshold maximises, "accuracy" or "f1".
     """
 
     threshold: float

@@ -108,12 +108,12 @@ def _rounded(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @dataclass
 class BoundQueries:
-    """What the bounds need of M mentions.
+    """M mentions in the form that the bounds read.
 
     Args:
         rotated (`np.ndarray` `[M, D]`): p, the rotated vectors (float64).
         weights (`np.ndarray` `[M, R]`): w (float64).
-        constants (`np.ndarray` `[M]`): What all entities have in common: c, ⟨q, mean⟩ and the slack (float64).
+        constants (`np.ndarray` `[M]`): The part that is the same for all entities: c, ⟨q, mean⟩ and the slack (float64).
     """
 
     rotated: np.ndarray
@@ -158,7 +158,7 @@ class BoundCodes:
         return self.head.shape[0]
 
     def queries(self, vectors: np.ndarray, weights: np.ndarray, constants: np.ndarray) -> BoundQueries:
-        """Returns what the bounds need of q [M, D], w [M, R] and c [M]."""
+        """Returns the form that the bounds read of q [M, D], w [M, R] and c [M]."""
         vectors, weights = vectors.astype(np.float64), weights.astype(np.float64)
         constants = constants.astype(np.float64)
         norms = np.linalg.norm(vectors, axis=1)

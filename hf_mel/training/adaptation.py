@@ -20,6 +20,7 @@ from hf_mel.data.posts import posts_as_mentions
 from hf_mel.errors import ImageError, KnowledgeBaseError, UnknownModelError, UnknownSplitError
 from hf_mel.evaluation.full_evaluator import FullEvaluator, encode_entities
 from hf_mel.evaluation.name_weight import choose_name_weight
+from hf_mel.evaluation.strata import names_by_id
 from hf_mel.files import file_sha256, package_folder
 from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
@@ -150,11 +151,16 @@ def run_adaptation(folder: RunFolder) -> FinishedTraining | None:
     options: dict[str, Any] = {"batch_size": arguments.per_device_eval_batch_size, "progress": trainer.shows_progress}
     results: dict[str, Any] = {"trained": setting.train}
     is_changed = setting.train
+    with evaluation_mode(model):
+        encoded = encode_entities(inputs, made.ranked, **options)
+    evaluator = FullEvaluator(
+        encoded,
+        entity_names=names_by_id(made.ranked),
+        batch_size=arguments.per_device_eval_batch_size,
+        data_version={key: version[key] for key in ("dataset", "revision", "sha256")},
+    )
     if setting.names and getattr(model.config, "name_weight", None) is None:
-        with evaluation_mode(model):
-            encoded = encode_entities(inputs, made.ranked, **options)
-        index = FullEvaluator(made.ranked).name_index()
-        names = choose_name_weight(inputs, made.validation, encoded, index, **options)
+        names = choose_name_weight(inputs, made.validation, encoded, evaluator.name_index(), **options)
         results["names"] = dataclasses.asdict(names)
         if names.weight:
             model.config.name_weight = names.weight
@@ -163,15 +169,8 @@ def run_adaptation(folder: RunFolder) -> FinishedTraining | None:
         for name in ("nil_threshold", "link_calibration"):
             if hasattr(model.config, name):
                 setattr(model.config, name, None)
-    weight = name_weight_of(model)
     data = {**version, **made.counts, "entities": len(made.entities), "validation_mentions": len(made.validation)}
-    evaluator = FullEvaluator(
-        made.ranked,
-        name_weight=weight,
-        batch_size=arguments.per_device_eval_batch_size,
-        data_version={key: version[key] for key in ("dataset", "revision", "sha256")},
-    )
-    validation = evaluator(inputs, made.validation)
+    validation = dataclasses.replace(evaluator, name_weight=name_weight_of(model))(inputs, made.validation)
     return FinishedTraining(
         trainer,
         model,

@@ -31,7 +31,7 @@ def code_version() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Returns what the time of a run depends on: processor, cores, and threads of each process."""
+    """Returns the parts of the machine that the time of a run depends on: processor, cores, and threads of each process."""
     threads = os.environ.get("OMP_NUM_THREADS")
     return {
         "processor": _processor(),

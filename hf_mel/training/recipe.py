@@ -22,7 +22,7 @@ from hf_mel.files import package_folder
 TASKS = ("linking", "pretraining", "knowledge", "candidates", "adaptation")
 
 
-#: What reading YAML raises: beside its own errors, those of dates and numbers that do not exist, and of deep nesting.
+#: Errors of reading YAML: beside its own, those of dates and numbers that do not exist, and of deep nesting.
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 
 

@@ -26,7 +26,7 @@ from hf_mel.locks import writer_lock
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.environment import environment
 from hf_mel.training.plot import plot_training
-from hf_mel.training.recipe import Recipe, as_bool
+from hf_mel.training.recipe import YAML_ERRORS, Recipe, as_bool
 from hf_mel.training.stopping import StopsOnSigterm
 
 logger = logging.getLogger(__name__)
@@ -289,7 +289,7 @@ def recorded_values(model: str | os.PathLike[str], section: str) -> dict[str, An
     """
     try:
         content = yaml.safe_load(Path(model, RECIPE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, *YAML_ERRORS):
         return {}
     values = content.get(section) if isinstance(content, dict) else None
     return values if isinstance(values, dict) else {}
@@ -318,7 +318,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def _is_of_a_start(entry: Path) -> bool:
     """Returns whether a process that was killed before it had written the recipe may have left an entry of a run folder."""
-    is_empty = entry.name == CHECKPOINTS and not any(entry.iterdir())
+    is_empty = entry.name == CHECKPOINTS and entry.is_dir() and not any(entry.iterdir())
     return entry.name == _LOCK or entry.suffix == ".tmp" or is_empty
 
 
@@ -331,7 +331,7 @@ def _recorded_recipe(path: Path) -> dict[str, Any]:
     file = path / RECIPE
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *YAML_ERRORS) as error:
         raise RecipeError(
             f"The recorded recipe is not readable ({error}).",
             file=file,

@@ -399,12 +399,14 @@ class ModalFusionModel(ModalFusionPreTrainedModel):
         scores = self._all_scores(mentions, entities)
         return scores if len(scores) > 1 else {}
 
+    # Copied from modeling/ghmfc/modeling_ghmfc.py
     @torch.no_grad()
     def bound_queries(self, mentions: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [M, D], w [M, 0] and c [M] (float32). The score of an entity is ⟨q, x⟩, so there is no b, and c is 0."""
         vectors = self.query_vectors(mentions)
         return vectors, vectors.new_zeros(len(vectors), 0), vectors.new_zeros(len(vectors))
 
+    # Copied from modeling/ghmfc/modeling_ghmfc.py
     @torch.no_grad()
     def bound_vectors(self, entities: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """x [N, D] and b [N, 0] (float32); see [`~ModalFusionModel.bound_queries`]."""

@@ -1,4 +1,4 @@
-"""What training does with rows that lack something, and with batches that teach nothing."""
+"""Training on rows that lack something, and on batches that teach nothing."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ class CertifiedIndex(ExactIndex):
         return RankingResult(scores, found, bounds=highest)
 
     def _queries(self, mentions: Encodings) -> BoundQueries:
-        """Returns what the bounds need of the mentions."""
+        """Returns the mentions in the form that the bounds read."""
         with torch.inference_mode():
             parts = self.model.bound_queries(to_device(mentions, model_device(self.model)))
             vectors, weights, constants = (part.float().cpu().numpy() for part in parts)
