@@ -19,7 +19,7 @@ _ROWS = 64
 
 
 def without_bad_images(
-    rows: datasets.Dataset, *, file: str | None, bad_images: list[ImageError] | None
+    rows: datasets.Dataset, *, file: str | None, bad_images: list[ImageError] | None, every: bool = False
 ) -> datasets.Dataset:
     """Returns the rows without images that cannot be opened. Of several images of an entity, those before the first good
     one are checked, because an entity is shown by its first.
@@ -29,6 +29,8 @@ def without_bad_images(
         file (`str`, *optional*): Their source, for error messages.
         bad_images (list of [`~hf_mel.errors.ImageError`], *optional*): Receives an error for each bad image, with the id of
             its row. Without a list, the first one is raised.
+        every (`bool`, *optional*, defaults to `False`): Whether all images of an entity are checked, because training draws
+            one of them.
 
     Returns:
         `datasets.Dataset` of N rows: `rows` itself if all images are good.
@@ -43,7 +45,7 @@ def without_bad_images(
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for first in range(0, len(rows), _ROWS):
             batch = images[first : first + _ROWS].to_pylist()
-            checked = threads.map(partial(_check, id_column=id_column, column=column, file=file), batch)
+            checked = threads.map(partial(_check, id_column=id_column, column=column, file=file, every=every), batch)
             for number, (good, errors) in enumerate(checked, first):
                 if errors and bad_images is None:
                     raise errors[0]
@@ -54,19 +56,22 @@ def without_bad_images(
 
 
 def _check(
-    row: Mapping[str, Any], *, id_column: str, column: str, file: str | None
+    row: Mapping[str, Any], *, id_column: str, column: str, file: str | None, every: bool
 ) -> tuple[list[Any], list[ImageError]]:
-    """Returns the images of a row from the first good one, and the errors of those before it."""
+    """Returns the images of a row from the first good one, and the errors of those before it; with `every`, all good ones."""
     images = [image for image in (row[column] if column == "images" else [row[column]]) or () if image is not None]
+    good: list[Any] = []
     errors: list[ImageError] = []
     for number, image in enumerate(images):
         try:
             verify_image(image)
-            return images[number:], errors
+            if not every:
+                return images[number:], errors
+            good.append(image)
         except ImageError as error:
             name = f"{image['path']}: " if image["bytes"] is None and image["path"] else ""
             errors.append(ImageError(f"{name}{error.message}", file=file, row=row[id_column], remedy=error.remedy))
-    return [], errors
+    return good, errors
 
 
 def _replace(rows: datasets.Dataset, column: str, values: Mapping[int, Any]) -> datasets.Dataset:

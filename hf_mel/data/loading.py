@@ -256,6 +256,7 @@ def check_golds(
     if isinstance(mentions, datasets.Dataset):
         mentions = mentions.select_columns(["mention_id", "entity_id"])  # avoids decoding images
     first_rows: dict[str, int] = {}
+    unknown: list[tuple[int, Any, Any]] = []
     for number, row in enumerate(mentions):
         if row["mention_id"] in first_rows:
             raise DuplicateIdError(
@@ -266,9 +267,13 @@ def check_golds(
             )
         first_rows[row["mention_id"]] = number
         if row["entity_id"] != NIL and row["entity_id"] not in ids:
-            raise UnknownEntityError(
-                f"The gold {row['entity_id']!r} of mention {row['mention_id']!r} is not in the knowledge base.",
-                file=file,
-                row=number,
-                remedy=f"Add the entity to the knowledge base, or set the gold to {NIL!r}.",
-            )
+            unknown.append((number, row["mention_id"], row["entity_id"]))
+    if unknown:
+        number, mention_id, gold = unknown[0]
+        more = f" {len(unknown):,} of {len(first_rows):,} mentions have such golds." if len(unknown) > 1 else ""
+        raise UnknownEntityError(
+            f"The gold {gold!r} of mention {mention_id!r} is not in the knowledge base.{more}",
+            file=file,
+            row=number,
+            remedy=f"Add the entity to the knowledge base, or set the gold to {NIL!r}.",
+        )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from hf_mel.candidates.lists import CandidateLists
 from hf_mel.data.loading import check_golds
@@ -162,7 +163,14 @@ class CandidateEvaluator(Evaluator):
                 f"The candidates of {self.candidate_source!r} have no weight.", remedy="Give candidate_weight too."
             )
 
-    def __call__(self, inputs: ModelInputs, mentions: datasets.Dataset, candidates: CandidateLists) -> CandidateResult:
+    def __call__(
+        self,
+        inputs: ModelInputs,
+        mentions: datasets.Dataset,
+        candidates: CandidateLists,
+        *,
+        processes: PartialState | None = None,
+    ) -> CandidateResult:
         """Evaluates a model on M mentions.
 
         Args:
@@ -170,6 +178,8 @@ class CandidateEvaluator(Evaluator):
             mentions (`datasets.Dataset`): M mention rows of the schema.
             candidates ([`~hf_mel.candidates.lists.CandidateLists`]): Candidates of these and possibly other mentions. If
                 their scores include p(e|m) ("prior"), the model gets it with every candidate.
+            processes (`accelerate.PartialState`, *optional*): Processes that share the pairs of a reranker. All of them make
+                this call, and get the result for all mentions.
 
         Raises:
             [`~hf_mel.errors.UnknownEntityError`]: A gold or a candidate is not in the knowledge base; names the mention.
@@ -198,7 +208,7 @@ class CandidateEvaluator(Evaluator):
         # Computed now, because it raises if there is not one source to weight.
         list_scores = None if self.candidate_weight is None else padded.scaled_list_scores(self.candidate_source)
 
-        scores = self._scores(inputs, mentions, padded, priors, candidates.relative_scores)
+        scores = self._scores(inputs, mentions, padded, priors, candidates.relative_scores, processes)
         order = _RERANKER if isinstance(model, Reranker) else _RETRIEVER
         if ranks_jointly_by_default(model) if self.joint is None else self.joint:
             order = _JOINT
@@ -265,6 +275,7 @@ class CandidateEvaluator(Evaluator):
         padded: PaddedCandidates,
         priors: Mapping[str, Mapping[str, float]] | None,
         list_scores: Mapping[str, Mapping[str, float]] | None,
+        processes: PartialState | None,
     ) -> dict[str, dict[str, torch.Tensor]]:
         """Returns the model's scores [M, C] by protocol and order, -inf for entries that are not candidates."""
         entities: Any = self.entities
@@ -285,6 +296,7 @@ class CandidateEvaluator(Evaluator):
                 priors=padded.priors(priors, padded.ids),
                 list_scores=padded.list_scores(list_scores, padded.ids),
                 joint_masks=list(padded.masks.values()) if joint else [],
+                processes=processes,
                 **options,
             )
             for number, (protocol, mask) in enumerate(padded.masks.items()):
@@ -306,6 +318,7 @@ class CandidateEvaluator(Evaluator):
                 priors=padded.priors(priors, ids),
                 list_scores=padded.list_scores(list_scores, ids),
                 joint_masks=[joint_mask] if joint else [],
+                processes=processes,
                 **options,
             )
             for order, compact in zip((_RERANKER, _JOINT), (scored.scores, *scored.joint), strict=False):

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from hf_mel.data.examples import example_groups
@@ -21,6 +22,7 @@ from hf_mel.inference.encodings import slice_encodings, to_device
 from hf_mel.inference.execution import evaluation_mode, model_device
 from hf_mel.inference.features.image_features import ImageFeatures
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.ranking import ProcessGroup, SingleProcess
 from hf_mel.protocols import images_per_entity, max_mentions, ranks_jointly
 from hf_mel.schema import Row
 
@@ -54,6 +56,7 @@ def score_pairs(
     list_scores: Sequence[Sequence[float]] | None = None,
     joint_masks: Sequence[torch.Tensor] = (),
     batch_size: int = 64,
+    processes: PartialState | None = None,
     progress: bool = False,
 ) -> PairScores:
     """Scores M mentions with their candidates, in evaluation mode.
@@ -74,6 +77,8 @@ def score_pairs(
             ([`~hf_mel.protocols.Reranker`]).
         joint_masks (sequence of `torch.Tensor` `[M, C]`): For each mask, rank jointly among the candidates it selects.
         batch_size (`int`): Pairs per forward pass. An example of dependent pairs that is larger is a batch of its own.
+        processes (`accelerate.PartialState`, *optional*): Processes that share the contexts or documents. All of them make
+            this call, and get the scores of all mentions, or the error of the first process that has one.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
@@ -105,8 +110,12 @@ def score_pairs(
     images = inputs.image_features
     if images is None:  # a cache for this call only: training may change the image encoder
         images = ImageFeatures.for_model(model, inputs.processor)
-    total = sum(map(len, candidates))
+    process_group = SingleProcess() if processes is None else ProcessGroup(processes)
+    if processes is not None:
+        groups = groups[processes.process_index :: processes.num_processes]
+    total = sum(len(candidates[i]) for group in groups for i in group)
     with (
+        process_group.raise_together(),
         evaluation_mode(model),
         tqdm(total=total, desc="Reranking", unit="pair", unit_scale=True, delay=1, disable=not progress) as bar,
         torch.inference_mode(),
@@ -140,6 +149,9 @@ def score_pairs(
                     )
             if images is not None and inputs.image_features is None:
                 images.forget_mentions()
+    if processes is not None:  # every score is -inf in all processes but one
+        whole = [torch.stack(process_group.gather(scores)).amax(0) for scores in (result.scores, *result.joint)]
+        result = PairScores(whole[0], whole[1:])
     inputs.left_out.warn("pairs")
     return result
 

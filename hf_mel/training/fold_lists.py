@@ -6,6 +6,7 @@ import dataclasses
 import random
 import shutil
 import time
+from typing import Any
 
 import datasets
 from accelerate import PartialState
@@ -25,6 +26,7 @@ from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import Retriever, knows_posts
 from hf_mel.training.assemble import build_model
 from hf_mel.training.linking_run import with_extra_mentions
+from hf_mel.training.readable_images import with_readable_images
 from hf_mel.training.recipe import FoldsRecipe, Recipe
 from hf_mel.training.run_folder import CHECKPOINTS, RECIPE, RESULTS, RunFolder, training_arguments
 from hf_mel.training.tokenizer import texts_of
@@ -93,11 +95,12 @@ def write_fold_lists(folder: RunFolder) -> None:
         trained = _train(recipe, folder, others, entities)
         if is_first:
             with evaluation_mode(trained.inputs.model), trained.accelerator.autocast():
+                mentions: Any = with_readable_images(trained.model, trained.processor, train.select(rows))[0]
                 lists.append(
                     retriever_candidates(
                         trained.inputs,
-                        train.select(rows),
-                        entities,
+                        mentions,
+                        trained.entities,
                         k=setting.k,
                         batch_size=trained.args.per_device_eval_batch_size,
                         progress=trained.shows_progress,
@@ -129,9 +132,11 @@ def _train(recipe: Recipe, folder: RunFolder, mentions: datasets.Dataset, entiti
     if not isinstance(model, Retriever):
         raise recipe.error(f"{type(model).__name__} is not a retriever.", "Give the model of a retriever's recipe.")
     posts = training_posts(recipe, training_mentions(recipe)) if knows_posts(model) else None
-    inputs = ModelInputs(model, processor, posts)
     if any(recipe.data.extra_mentions.values()):
         mentions = with_extra_mentions(recipe, mentions, entities)
+    tables: Any = with_readable_images(model, processor, mentions, entities, posts)
+    mentions, entities, posts = tables
+    inputs = ModelInputs(model, processor, posts)
     trainer = MelTrainer(
         model, arguments, train_dataset=mentions, entities=entities, processing_class=processor, inputs=inputs
     )

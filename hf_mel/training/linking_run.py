@@ -19,8 +19,10 @@ from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import Reranker, knows_posts, learns_nil
 from hf_mel.schema import NIL, mention_features
 from hf_mel.training.assemble import build_model
+from hf_mel.training.readable_images import with_readable_images
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run_folder import FinishedTraining, RunFolder
+from hf_mel.training.shared_batches import made_by_first
 from hf_mel.training.tokenizer import texts_of
 from hf_mel.training.trainer import MelTrainer
 from hf_mel.training.training_part import training_mentions, training_posts
@@ -50,6 +52,15 @@ def run_linking(folder: RunFolder) -> FinishedTraining | None:
     train, entities = with_extra_datasets(recipe, train, entities)
     set_seed(arguments.seed)
     model, processor = build_model(recipe, texts_of(train, entities))
+    posts = training_posts(recipe, train) if knows_posts(model) else None
+    if any(data.extra_mentions.values()):
+        if isinstance(model, Reranker):
+            raise recipe.error(
+                f"{type(model).__name__} needs candidates, which extra mentions lack.", "Remove data.extra_mentions."
+            )
+        train = with_extra_mentions(recipe, train, entities)
+    tables: Any = with_readable_images(model, processor, train, validation, entities, posts)
+    train, validation, entities, posts = tables
     lists: dict[str, Any] = {}
     if isinstance(model, Reranker):
         lists = {
@@ -58,7 +69,7 @@ def run_linking(folder: RunFolder) -> FinishedTraining | None:
         }
     elif recipe.candidates is not None:
         raise recipe.error(f"{type(model).__name__} ranks all entities.", "Remove the section 'candidates'.")
-    inputs = ModelInputs(model, processor, training_posts(recipe, train) if knows_posts(model) else None)
+    inputs = ModelInputs(model, processor, posts)
     if recipe.task == "knowledge":
         if inputs.prototypes is None:
             raise recipe.error(
@@ -67,12 +78,6 @@ def run_linking(folder: RunFolder) -> FinishedTraining | None:
         model.to(arguments.device)
         inputs.precompute(entities=entities, progress=not arguments.disable_tqdm)
         train = posts_as_mentions(inputs.prototypes.support_set(entities))
-    elif any(data.extra_mentions.values()):
-        if isinstance(model, Reranker):
-            raise recipe.error(
-                f"{type(model).__name__} needs candidates, which extra mentions lack.", "Remove data.extra_mentions."
-            )
-        train = with_extra_mentions(recipe, train, entities)
     trainer = MelTrainer(
         model,
         arguments,
@@ -221,7 +226,7 @@ def candidates_from_recipe(
 ) -> CandidateLists:
     """Returns the candidates of the mentions of a split, as the section `candidates` of a recipe describes.
 
-    Candidates that take work are cached for the next run.
+    Candidates that take work are cached for the next run. Of several processes, the first makes them.
 
     Args:
         recipe ([`~hf_mel.training.recipe.Recipe`]): The recipe.
@@ -244,17 +249,19 @@ def candidates_from_recipe(
         file = section.train_file
     if file is not None:
         return CandidateLists.load(file).for_mentions(mentions).top(section.k)
-    return make_candidates(
-        section.source,
-        mentions,
-        entities,
-        k=section.k,
-        scorer=section.scorer,
-        training=training,
-        retriever=section.retriever,
-        posts=lambda: training_posts(recipe, training),
-        cache_dir=default_cache(),
-        progress=True,
+    return made_by_first(
+        lambda: make_candidates(
+            section.source,
+            mentions,
+            entities,
+            k=section.k,
+            scorer=section.scorer,
+            training=training,
+            retriever=section.retriever,
+            posts=lambda: training_posts(recipe, training),
+            cache_dir=default_cache(),
+            progress=True,
+        )
     )
 
 

@@ -28,6 +28,7 @@ from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.assemble import build_model
 from hf_mel.training.base_trainer import BaseTrainer
 from hf_mel.training.collators import PretrainingCollator
+from hf_mel.training.readable_images import with_readable_images
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run_folder import FinishedTraining, RunFolder
 from hf_mel.training.sampling import grouping_sampler
@@ -129,7 +130,10 @@ def as_posts(rows: datasets.Dataset) -> datasets.Dataset:
     kept = [row for row, entity_id in enumerate(rows["entity_id"]) if entity_id != NIL]
     if not kept:
         raise DataFormatError("The split has no posts to pre-train on: it is empty, or every gold is NIL.")
-    return rows if len(kept) == len(rows) else rows.select(kept)
+    if len(kept) == len(rows):
+        return rows
+    logger.info("Pre-training leaves out %d posts whose entity is NIL.", len(rows) - len(kept))
+    return rows.select(kept)
 
 
 def with_found_mentions(posts: datasets.Dataset, entities: datasets.Dataset) -> datasets.Dataset:
@@ -239,6 +243,8 @@ def run_pretraining(folder: RunFolder) -> FinishedTraining | None:
     validation = as_posts(load_mentions(data.dataset, data.validation_split, data.revision, config=data.config))
     set_seed(folder.arguments.seed)
     model, processor = pretraining_model(recipe, texts_of(train, entities))
+    tables: Any = with_readable_images(None, processor, train, validation, entities)
+    train, validation, entities = tables
     trainer = PretrainingTrainer(
         model, folder.arguments, train, validation, entities=entities, processing_class=processor
     )

@@ -6,18 +6,20 @@ their gradients, before the pairs are scored: the negatives of a mention are the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 
 from hf_mel.inference.entity_sources import part_of
+from hf_mel.inference.ranking import ProcessGroup
 from hf_mel.protocols import Encodings
 
 T = TypeVar("T")
@@ -40,6 +42,22 @@ def part_rows(rows: Sequence[T], part: tuple[int, int]) -> Sequence[T]:
 def unsharded_loader(loader: DataLoader, device: torch.device) -> Any:
     """Prepares a data loader whose every batch goes to all processes."""
     return prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)
+
+
+def made_by_first(make: Callable[[], T]) -> T:
+    """Returns in every process what the first one makes. If making it is an error, it is one in all of them.
+
+    Args:
+        make (`Callable`): Makes something that can be pickled. Only the first process calls it.
+    """
+    processes = PartialState()
+    if processes.num_processes == 1:
+        return make()
+    made: list[Any] = [None]
+    with ProcessGroup(processes).raise_together():
+        if processes.is_main_process:
+            made = [make()]
+    return broadcast_object_list(made)[0]
 
 
 @contextmanager

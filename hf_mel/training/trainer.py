@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import datasets
@@ -46,7 +47,7 @@ from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.base_trainer import BaseTrainer
 from hf_mel.training.collators import BATCH_IDS, Examples, NamesRows, PairCollator, RetrieverCollator
 from hf_mel.training.sampling import EasyShareSampler, GroupingSampler, grouping_sampler
-from hf_mel.training.shared_batches import SHARED_SIZES, gathered_encodings, unsharded_loader
+from hf_mel.training.shared_batches import SHARED_SIZES, gathered_encodings, made_by_first, unsharded_loader
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ class MelTrainer(BaseTrainer):
     if the model does: for `eval_mrr`, a gold that is not among the candidates counts as 0.
 
     P processes with batches of B train as one process with a batch of P·B: they share every batch, each encodes its part, and
-    the negatives of a mention are the entities of the whole batch. They share the evaluation of a retriever, too. What a
-    model computes from a batch as such, as batch normalisation does, it computes from the part of its process.
+    the negatives of a mention are the entities of the whole batch. They share the evaluation, too. What a model computes
+    from a batch as such, as batch normalisation does, it computes from the part of its process.
 
     Resuming, mixed precision and gradient accumulation work as in the Trainer.
 
@@ -120,7 +121,7 @@ class MelTrainer(BaseTrainer):
         self.inputs = ModelInputs(model, processing_class) if inputs is None else inputs
         self.entities, self.eval_candidates = entities, eval_candidates
         self.eval_entities = entities if eval_entities is None else eval_entities
-        self.reranks = isinstance(model, Reranker)
+        self.reranks, self._batches_of_one_entity = isinstance(model, Reranker), 0
         for mentions, ranked, lists in (
             (train_dataset, entities, train_candidates),
             (eval_dataset, self.eval_entities, eval_candidates),
@@ -209,7 +210,8 @@ class MelTrainer(BaseTrainer):
             self.inputs.precompute(mentions=eval_dataset, progress=self.shows_progress)
         elif args.mined_negatives and self.mentions is not None:
             # Of the model as it is now, so that a resumed run has the same negatives.
-            collator.negatives = _mined_negatives(self.inputs, self.mentions, entities, args, self.shows_progress)
+            mine = partial(_mined_negatives, self.inputs, self.mentions, entities, args, self.shows_progress)
+            collator.negatives = made_by_first(mine)
         if self.mentions is not None and self.is_world_process_zero():
             _log_gaps(self.mentions, entities)
             self._warn_of_left_out_texts(self.mentions)
@@ -237,6 +239,13 @@ class MelTrainer(BaseTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Computes the loss of a batch. Its mean over processes is the loss of the batch that they share."""
         sizes = inputs.pop(SHARED_SIZES, None)
+        if self.reranks:
+            num_entities = inputs["pair_mask"].shape[1] if "pair_mask" in inputs else None
+        elif sizes is None:
+            num_entities = next((len(tensor) for name, tensor in inputs.items() if name.startswith("entity_")), None)
+        else:
+            num_entities = int(sizes[1])
+        self._batches_of_one_entity += num_entities == 1
         if sizes is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         if not self.reranks:
@@ -259,7 +268,16 @@ class MelTrainer(BaseTrainer):
             RecipeError: a model that is fitted is trained by several processes, or on pairs of one kind.
         """
         if not isinstance(self.model, FitsFeatures):
-            return super().train(*args, **kwargs)
+            self._batches_of_one_entity = 0
+            output = super().train(*args, **kwargs)
+            if self._batches_of_one_entity:
+                logger.warning(
+                    "%d batches had a single entity, so that nothing was learned about which one is meant. Raise "
+                    "training.per_device_train_batch_size%s.",
+                    self._batches_of_one_entity,
+                    "" if self.reranks else " or training.random_negatives",
+                )
+            return output
         if self.args.world_size > 1:
             raise RecipeError(
                 f"{type(self.model).__name__} is fitted by one process, but {self.args.world_size} were started.",
@@ -311,8 +329,8 @@ class MelTrainer(BaseTrainer):
             metric_key_prefix (`str`): Prefix of every metric's name, followed by an underscore.
 
         Returns:
-            `dict[str, float]`: the metrics. Processes share the entities of a retriever. Otherwise all evaluate, and all return
-            the numbers of the first, so that they agree on the best checkpoint.
+            `dict[str, float]`: the metrics. Processes share the entities of a retriever, and the contexts or documents of a
+            reranker. All return the numbers of the first, so that they agree on the best checkpoint.
         """
         mentions: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if mentions is None:
@@ -321,7 +339,7 @@ class MelTrainer(BaseTrainer):
         if not self.reranks:
             # With a frozen mention encoder, the mentions are encoded once for all evaluations.
             self.inputs.precompute(mentions=mentions, progress=self.shows_progress)
-        processes = PartialState() if self.args.world_size > 1 and not self.reranks else None
+        processes = PartialState() if self.args.world_size > 1 else None
         result = self._evaluate_inputs(self.inputs, mentions, processes=processes)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(mentions))
@@ -377,7 +395,9 @@ class MelTrainer(BaseTrainer):
             if not self.reranks:
                 return FullEvaluator(self.eval_entities, **options)(inputs, mentions, processes=processes)
             assert self.eval_candidates is not None
-            return CandidateEvaluator(self.entities, **options)(inputs, mentions, self.eval_candidates)
+            return CandidateEvaluator(self.entities, **options)(
+                inputs, mentions, self.eval_candidates, processes=processes
+            )
 
 
 def _log_priors(mentions: datasets.Dataset, entities: datasets.Dataset, weight: float) -> dict[str, float]:

@@ -97,9 +97,17 @@ def train_all(folder: Path, size: int) -> dict[str, Any]:
     """Trains all, and returns the losses, validation metrics and weights by name."""
     results = {}
     for name, trainer in trainings(folder, size):
+        pairs = [0]  # of validation, scored by this process
+
+        def count(module, args, inputs, pairs=pairs):
+            if not module.training and "pair_mask" in inputs:
+                pairs[0] += int(inputs["pair_mask"].sum())
+
+        trainer.model.register_forward_pre_hook(count, with_kwargs=True)
         trainer.train()
         history = trainer.state.log_history
         results[name] = {
+            "pairs": pairs[0],
             "losses": [entry["loss"] for entry in history if "loss" in entry],
             "metrics": [
                 {k: v for k, v in entry.items() if "eval_" in k and "_per_second" not in k and k != "eval_runtime"}

@@ -61,13 +61,19 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     assert done.returncode == 0, done.stderr
 
     expected = train_all(tmp_path / "one", 8)
-    for process in range(2):
-        shared = torch.load(tmp_path / f"{process}.pt")
+    processes = [torch.load(tmp_path / f"{process}.pt") for process in range(2)]
+    for name, one in expected.items():
+        pairs = [shared[name]["pairs"] for shared in processes]
+        assert sum(pairs) == one["pairs"], name
+        assert all(pairs) == ("reranker" in name), name
+    for process, shared in enumerate(processes):
         assert shared.keys() == expected.keys()
         for name, one in expected.items():
             two = shared[name]
             if process == 0:  # the first process keeps the log
                 assert two["losses"] == pytest.approx(one["losses"], rel=1e-4), name
+                for metrics, whole in zip(two["metrics"], one["metrics"], strict=True):
+                    assert metrics == pytest.approx(whole, rel=1e-4), name
             for weight, value in one["weights"].items():
                 torch.testing.assert_close(
                     two["weights"][weight], value, rtol=1e-5, atol=1e-5, msg=f"{name}: {weight} of process {process}"
