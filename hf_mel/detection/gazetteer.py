@@ -140,15 +140,19 @@ class Gazetteer:
 
     def __call__(self, texts: Sequence[str]) -> list[list[MentionSpan]]:
         """Returns the names in each of T texts, with their link probability as score if it was learned."""
-        return [self._detect(self._matches(text), self.floor) for text in texts]
+        return [resolve_overlaps(spans) for spans in self.with_overlaps(texts)]
 
-    def _detect(self, matches: Iterable[tuple[int, int, int]], floor: float | None) -> list[MentionSpan]:
+    def with_overlaps(self, texts: Sequence[str]) -> list[list[MentionSpan]]:
+        """Returns all names in each of T texts, also those inside a longer one."""
+        return [self._spans(self._matches(text), self.floor) for text in texts]
+
+    def _spans(self, matches: Iterable[tuple[int, int, int]], floor: float | None) -> list[MentionSpan]:
         spans = []
         for start, end, number in matches:
             score = None if self._probabilities is None else float(self._probabilities[number])
             if floor is None or score is None or score >= floor:
                 spans.append(MentionSpan(start, end, "", score))
-        return resolve_overlaps(spans)
+        return spans
 
     def _matches(self, text: str) -> Iterator[tuple[int, int, int]]:
         """Yields start, end and number of all names in a text that satisfy the rules of case, also overlapping ones."""
@@ -183,7 +187,7 @@ class Gazetteer:
     def _f1(self, matches: Mapping[str, list], golds: Mapping[str, set[tuple[int, int]]], floor: float) -> float:
         counts: Counter[str] = Counter()
         for text, gold_spans in golds.items():
-            spans = {(span.start, span.end) for span in self._detect(matches[text], floor)}
+            spans = {(span.start, span.end) for span in resolve_overlaps(self._spans(matches[text], floor))}
             counts.update(correct=len(spans & gold_spans), total=len(spans) + len(gold_spans))
         return 2 * counts["correct"] / max(1, counts["total"])
 

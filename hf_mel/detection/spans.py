@@ -33,8 +33,12 @@ class MentionSpan:
 class MentionDetector(Protocol):
     """Finds the mentions of texts. A function of the user's own is one, too.
 
-    Optional ability: `describe()` returns a dict of everything that the spans depend on. With it, an interrupted
-    [`~hf_mel.linking.annotate_file.annotate_file`] notices that it is resumed with another detector.
+    Optional abilities:
+
+    - `describe()` returns a dict of everything that the spans depend on. With it, an interrupted
+      [`~hf_mel.linking.annotate_file.annotate_file`] notices that it is resumed with another detector.
+    - `with_overlaps(texts)` also returns spans that the detector leaves out because they overlap others. It is asked
+      instead if overlapping mentions are kept.
     """
 
     def __call__(self, texts: Sequence[str]) -> Sequence[Sequence[MentionSpan]]:

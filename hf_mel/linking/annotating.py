@@ -189,7 +189,8 @@ def _find_spans(
     """Returns the spans of each text: its own ones, or those of the detector."""
     asked = [k for k, content in enumerate(contents) if content.get("spans") is None]
     texts = [contents[k]["text"] for k in asked]
-    detected: Any = detector(texts) if texts else []
+    find: Any = getattr(detector, "with_overlaps", detector) if overlapping else detector
+    detected: Any = find(texts) if texts else []
     is_list = isinstance(detected, Iterable)
     detected = list(detected) if is_list else []
     if len(detected) != len(texts) or not all(isinstance(spans, Iterable) for spans in detected):

@@ -26,7 +26,7 @@ from hf_mel.locks import writer_lock
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.environment import environment
 from hf_mel.training.plot import plot_training
-from hf_mel.training.recipe import YAML_ERRORS, Recipe, as_bool
+from hf_mel.training.recipe import YAML_ERRORS, AdaptationRecipe, Recipe, as_bool
 from hf_mel.training.stopping import StopsOnSigterm
 
 logger = logging.getLogger(__name__)
@@ -271,6 +271,12 @@ def training_arguments(recipe: Recipe, output_dir: str | os.PathLike[str]) -> Me
             expected = None if isinstance(value, (int, float)) and not isinstance(value, bool) else "a number"
         if expected is not None:
             raise recipe.error(f"The value {value!r} of training.{key} is not {expected}.")
+    if (
+        recipe.task == "adaptation"
+        and not (recipe.adaptation or AdaptationRecipe()).train
+        and values.get("bf16") == "auto"
+    ):
+        values["bf16"] = False  # nothing trains, so that no precision of training is chosen and told
     options: dict[str, Any] = {"disable_tqdm": False, "log_level": "error"}
     if recipe.task == "pretraining":
         options |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}

@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hf_mel.cli.annotate import annotate
-from hf_mel.errors import MelError, SpanError, UnknownModelError
+from hf_mel.errors import FilterError, MelError, SpanError, UnknownModelError
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from tests.toy import ToyProcessor, register, toy_entities, toy_model, write_toy_dataset
 
@@ -111,6 +111,78 @@ def test_detectors_that_are_not_there(arguments):
 )
 def test_options_that_do_not_fit_are_refused(arguments, options):
     run(*arguments, *options, ok=False)
+
+
+ODD_TEXTS = {
+    "empty": "",
+    "emoji": "😀🇬🇭👩‍👩‍👧",
+    "no space": "x" * 1_000_000,
+    "right to left": "ذهبت Entity b إلى القاهرة",
+    "chinese": "昨天Entity b在北京",
+    "markup": "<script>alert('Entity c')</script><b>Entity b</b>",
+}
+
+
+def test_odd_texts_lose_nothing(arguments, tmp_path):
+    rows = [{"text": text, "kind": kind} for kind, text in ODD_TEXTS.items()]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--html", tmp_path / "page.html")
+    printed = run(*arguments, *options).stdout
+    assert f"{len(rows)} texts annotated" in printed
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [{"text": record["text"], "kind": record["kind"]} for record in records] == rows
+    found = {record["kind"]: [mention["mention"] for mention in record["mentions"]] for record in records}
+    assert found == {
+        "empty": [],
+        "emoji": [],
+        "no space": [],
+        "right to left": ["Entity b"],
+        "chinese": ["Entity b"],
+        "markup": ["Entity c", "Entity b"],  # a table holds text, whatever it looks like; only .html files are markup
+    }
+    for record in records:
+        for mention in record["mentions"]:
+            assert record["text"][mention["start"] : mention["end"]] == mention["mention"]
+    assert [bool(record["warnings"]) for record in records] == [True, True, True, False, False, False]
+    assert "<script>alert" not in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("kind", ["empty", "emoji", "right to left", "chinese", "markup"])
+def test_odd_texts_of_the_command_line(arguments, kind):
+    result = json.loads(run(*arguments, "--text", ODD_TEXTS[kind], "--json").stdout)
+    assert result["text"] == ODD_TEXTS[kind]
+    assert run(*arguments, "--text", ODD_TEXTS[kind]).stdout.strip()
+
+
+def test_html_files_are_read_without_their_scripts(arguments, tmp_path):
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    (folder / "a.html").write_text("<title>T</title><script>Entity c</script><p>Entity b &amp; co</p>")
+    run(*arguments, "--input", folder, "--output", tmp_path / "out.jsonl")
+    (record,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [mention["mention"] for mention in record["mentions"]] == ["Entity b"]
+    assert "Entity c" not in record["text"]
+
+
+def test_spans_that_overlap_or_lie_outside(arguments, tmp_path):
+    file, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text(json.dumps({"text": "Entity b met", "spans": [[0, 8], [7, 8], [0, 12]]}))
+    run(*arguments, "--input", file, "--output", output)
+    assert [(m["start"], m["end"]) for m in json.loads(output.read_text())["mentions"]] == [(0, 12)]
+    kept = tmp_path / "kept.jsonl"
+    run(*arguments, "--input", file, "--output", kept, "--overlapping")
+    assert [(m["start"], m["end"]) for m in json.loads(kept.read_text())["mentions"]] == [(0, 8), (0, 12), (7, 8)]
+    file.write_text(json.dumps({"text": "Entity b met", "spans": [[0, 99]]}))
+    with pytest.raises(SpanError, match="row 1"):
+        run(*arguments, "--input", file, "--output", tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize("option", ["--where", "--soft"])
+def test_a_filter_on_a_column_that_is_not_there(arguments, option):
+    bonus = ("--soft-bonus", 1) if option == "--soft" else ()
+    with pytest.raises(FilterError, match="no column 'born' to filter by"):
+        run(*arguments, "--text", "Entity b", option, "born < 1900", *bonus)
 
 
 def test_an_output_with_another_suffix_is_refused(arguments, tmp_path):

@@ -67,6 +67,13 @@ def test_the_longest_name_is_found():
     assert surfaces(gazetteer, "The New York Times of York") == ["New York Times", "York"]
 
 
+def test_names_inside_longer_ones_are_given_where_overlaps_are_asked_for():
+    text = "The New York Times of York"
+    gazetteer = Gazetteer(["New York", "New York Times", "York", "Times Square"])
+    (spans,) = gazetteer.with_overlaps([text])
+    assert sorted(text[span.start : span.end] for span in spans) == ["New York", "New York Times", "York", "York"]
+
+
 @pytest.mark.parametrize("text", ["", "   ", "😀😀", "\ud800 \x00 \x1f", "x" * 1_000_000, "١٢٣"])
 def test_odd_texts_have_no_names(text):
     assert Gazetteer(["Ghana"])([text]) == [[]]

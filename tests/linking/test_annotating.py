@@ -127,6 +127,14 @@ def test_overlapping_spans(linker):
     assert [(m.start, m.end) for m in kept] == [(0, 8), (0, 12), (7, 8)]
 
 
+def test_overlapping_names_of_the_knowledge_base(linker, tmp_path):
+    (tmp_path / "entities.csv").write_text("id,name\nQ1,Entity b\nQ2,Entity b Hall\n")
+    kb = KnowledgeBase.build(tmp_path / "entities.csv", linker.model, linker.processor, progress=False)
+    other, text = EntityLinker(linker.model, linker.processor, kb), "They met in Entity b Hall."
+    assert [mention.mention for mention in other.annotate(text)] == ["Entity b Hall"]
+    assert [mention.mention for mention in other.annotate(text, overlapping=True)] == ["Entity b", "Entity b Hall"]
+
+
 def outside(texts):
     return [[MentionSpan(0, len(text) + 1)] for text in texts]
 

@@ -228,6 +228,7 @@ def test_an_encoder_gets_the_weight_of_the_names_that_made_mentions_choose(encod
     assert mrr(chosen["weight"]) == pytest.approx(max(chosen["chosen_by_mrr"].values()), abs=1e-6)
     assert mrr(0) == pytest.approx(chosen["chosen_by_mrr"]["0"], abs=1e-6)
     assert f"Weight of the names, chosen on made mentions: {chosen['weight']:g}" in printed
+    assert "Training in" not in printed  # nothing trains
     assert not (run / "training.png").exists()
     kb = KnowledgeBase.build(file, model, processor, output=tmp_path / "kb")
     assert EntityLinker(model, processor, kb).name_weight == chosen["weight"]
