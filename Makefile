@@ -34,7 +34,7 @@ test-all: setup  ## the tests, and those that take minutes
 INPUTS ?= 100000
 KILLS ?= 20
 MINUTES ?= 30
-torture: setup  ## hostile inputs (INPUTS=100000), kills of each command (KILLS=20), threads (MINUTES=30); repeat it to go on
+torture: setup  ## hostile inputs (INPUTS=100000), kills of each command (KILLS=20), threads and the Space (MINUTES=30 each); repeat it to go on
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --inputs $(INPUTS)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash --kills $(KILLS)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(MINUTES)

@@ -1,4 +1,4 @@
-"""Kills every command at random moments: `python -m tests.crash --kills 20`. Repeat it to go on after an interruption."""
+"""Kills every command at random moments, or fills its disk: `python -m tests.crash --kills 20`. Repeat it to go on after an interruption."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ def main() -> int:
             draw = random.Random(f"{options.seed} {name} {entry['trials']}")
             moments = []
             for _ in range(draw.choice([1, 1, 2])):  # some are killed again after they went on
-                by_operation = draw.random() < 0.6
-                operation = Moment("operation", draw.randint(1, max(1, course.operations)))
-                moments.append(
-                    operation if by_operation else Moment("seconds", draw.uniform(0.02, 0.98) * course.seconds)
-                )
+                kind = draw.choices(["operation", "full", "seconds"], [5, 2, 3])[0]
+                number = draw.randint(1, max(1, course.operations))
+                if kind == "seconds":
+                    moments.append(Moment("seconds", draw.uniform(0.02, 0.98) * course.seconds))
+                else:
+                    moments.append(Moment(kind, number))
             entry["trials"] += 1
             try:
                 entry["kills"] += survives(name, folder, course, moments)

@@ -1,7 +1,8 @@
-"""Processes that end as by `kill -9`, at a moment that is named exactly.
+"""Processes that end as by `kill -9`, or whose disk becomes full, at a moment that is named exactly.
 
 A moment is either the n-th operation on files in the job's folder (opening one for writing, making or removing one,
-renaming), just before it happens; or a number of seconds of processor time, which falls into any code, native code too.
+renaming), just before it happens; or a number of seconds of processor time, which falls into any code, native code too. From the
+moment of a full disk on, the system cuts every file off after a few bytes, in the middle of a write, in native code too.
 All processes are forks of one that has imported everything.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -17,15 +19,22 @@ import traceback
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from hf_mel.errors import MelError
+
+#: Bytes of a file that a full disk takes.
+_FULL_DISK_BYTES = 1000
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.crash.jobs"])
 
 
 class Moment(NamedTuple):
-    """A moment of a job: before the `number`-th operation on files, or after `number` seconds of processor time."""
+    """A moment of a job: before the `number`-th operation on files, or after `number` seconds of processor time.
 
-    kind: Literal["operation", "seconds"]
+    With the kind "full", the disk is full from the `number`-th operation on.
+    """
+
+    kind: Literal["operation", "seconds", "full"]
     number: float
 
 
@@ -38,10 +47,10 @@ class Course(NamedTuple):
 
 
 def run_job(name: str, folder: Path, moment: Moment | None = None) -> Course | None:
-    """Runs a job in a process. Returns its course, or `None` if it was killed.
+    """Runs a job in a process. Returns its course, or `None` if it was killed, or refused to go on with a full disk.
 
     Raises:
-        AssertionError: The job failed, or what a kill has left is half of an output.
+        AssertionError: The job failed in another way, or what was left is half of an output.
     """
     report = folder.parent / f"{folder.name}.report"
     report.unlink(missing_ok=True)
@@ -51,6 +60,8 @@ def run_job(name: str, folder: Path, moment: Moment | None = None) -> Course | N
     if report.exists():
         content = json.loads(report.read_text())
         assert "error" not in content, content["error"]
+        if "full" in content:
+            return None
         if "operations" in content:
             return Course(content["operations"], content["seconds"], content["result"])
     killed = -signal.SIGPROF if moment is not None and moment.kind == "seconds" else -signal.SIGKILL
@@ -74,7 +85,11 @@ def _work(name: str, folder: str, moment: Moment | str | None, report: str) -> N
 
     content: dict[str, Any] = {}
     job, operations, started = JOBS[name], 0, time.process_time()
-    os.dup2(os.open(f"{report}.output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    is_full = isinstance(moment, Moment) and moment.kind == "full"
+    output = os.open(os.devnull if is_full else f"{report}.output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def count(event: str, arguments: tuple) -> None:
         nonlocal operations
@@ -86,8 +101,11 @@ def _work(name: str, folder: str, moment: Moment | str | None, report: str) -> N
         ):
             return
         operations += 1
-        if isinstance(moment, Moment) and moment.kind == "operation" and operations == moment.number:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if isinstance(moment, Moment) and operations == moment.number:
+            if moment.kind == "operation":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif moment.kind == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (_FULL_DISK_BYTES, unlimited[1]))
 
     try:
         if moment == "prepare":
@@ -102,9 +120,12 @@ def _work(name: str, folder: str, moment: Moment | str | None, report: str) -> N
             signal.setitimer(signal.ITIMER_PROF, 0)
             moment = None
             content = {"operations": operations, "seconds": time.process_time() - started}
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
             content["result"] = job.result(Path(folder))
-    except BaseException:
-        content = {"error": traceback.format_exc()}
+    except BaseException as error:
+        refuses = is_full and isinstance(error, MelError | OSError)
+        content = {"full" if refuses else "error": traceback.format_exc()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     Path(report).write_text(json.dumps(content))
     os._exit(0)
 

@@ -19,15 +19,20 @@ SHARES = {
 }
 
 
+#: Shares of the operations before which the disk becomes full. Checkpoints are written by native code.
+FULL = {"train": 0.5, "kb build": 0.6, "data build": 0.5}
+
+
 @pytest.mark.parametrize("name", SHARES)
 def test_a_killed_command_goes_on_and_leaves_what_it_would_have_left(name, tmp_path):
     # Paths are part of some results, so all runs are in the same folder.
     folder = tmp_path / "job"
     prepare(name, folder)
     course = run_job(name, folder)
-    for number, share in enumerate(SHARES[name]):
+    shares = [("operation", share) for share in SHARES[name]] + ([("full", FULL[name])] if name in FULL else [])
+    for number, (kind, share) in enumerate(shares):
         folder.rename(tmp_path / f"run{number}")
-        moment = Moment("operation", max(1, round(share * course.operations)))
+        moment = Moment(kind, max(1, round(share * course.operations)))
         assert survives(name, folder, course, [moment]) == 1
 
 

@@ -27,6 +27,8 @@ from hf_mel.linking.explaining import Explanation
 from hf_mel.linking.linker import EntityLinker
 from hf_mel.linking.results import Candidate, LinkResult
 from hf_mel.row_files import ROW_SUFFIXES
+from tests.soak.space import Visitor
+from tests.soak.space import requests as soak_requests
 from tests.spaces.small_model import small_model
 from tests.toy import ToyPairProcessor, ToyProcessor, register, toy_entities, toy_model, toy_reranker
 
@@ -603,6 +605,18 @@ def test_a_path_that_was_not_uploaded_is_not_read(url, tmp_path):
         assert "complete" not in answer
     for path in (secret, SPACE / "app.py", "/etc/hostname"):
         assert not requests.get(f"{url}gradio_api/file={path}", timeout=30).ok
+
+
+def test_every_request_of_the_soak_is_answered_as_by_the_library_or_refused(url, folders):
+    """`make torture` sends them for half an hour and watches memory and open files."""
+    visitor = Visitor(url)
+    requests = soak_requests(folders / "model", folders / "model" / "kb")
+    problems = [visitor.problem(request) for request in requests]
+    assert [problem for problem in problems if problem] == []
+    swapped = replace(requests[0], expected=[requests[0].expected[0][::-1]])
+    assert "is not" in visitor.problem(swapped)
+    assert "answered and not refused" in visitor.problem(replace(requests[0], refusal="x"))
+    visitor.close()
 
 
 def test_simultaneous_requests_are_all_served(client):

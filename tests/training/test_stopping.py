@@ -149,3 +149,22 @@ def test_a_checkpoint_whose_last_file_is_cut_off_is_not_loaded(recipe, whole, tm
     state.write_text(state.read_text()[:-20])
     (state.parent / "model.safetensors").write_bytes(b"half")
     assert_same_weights(run_recipe(recipe, tmp_path / "run", resume=True), whole)
+
+
+def test_the_best_checkpoint_stays_while_old_ones_rotate_and_becomes_the_model(recipe, tmp_path, monkeypatch):
+    evaluate, best = MelTrainer.evaluate, {}
+
+    def second_is_best(self, *args, **kwargs):
+        return evaluate(self, *args, **kwargs) | {"eval_mrr": 0.9 if self.state.global_step == 2 else 0.1}
+
+    def look(trainer):
+        folder = Path(trainer.args.output_dir)
+        assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-5"}
+        best.update(load_file(folder / "checkpoint-2/model.safetensors"))
+
+    monkeypatch.setattr(MelTrainer, "evaluate", second_is_best)
+    at_step(monkeypatch, 6, look)
+    every_step = {**recipe.training, "eval_steps": 1, "save_steps": 1, "save_total_limit": 2}
+    run = run_recipe(dataclasses.replace(recipe, training=every_step), tmp_path / "run")
+    assert best
+    assert all(torch.equal(tensor, best[name]) for name, tensor in load_file(run / "model.safetensors").items())
