@@ -51,7 +51,11 @@ def annotated_text(text: str, answers: Sequence[dict[str, Any]], seconds: float)
         seconds (`float`): Duration of finding and linking.
     """
     if not answers:
-        return message("No name of the knowledge base was found in this text.", "info")
+        return message(
+            "No name of the knowledge base was found in this text. Words that are no name, such as “the republic”, can be linked "
+            "on the first page: select them there.",
+            "info",
+        )
     parts, position = [], 0
     for number, answer in enumerate(answers):
         result = answer["result"]
