@@ -156,6 +156,34 @@ def report_precision(result: dict[str, Any]) -> Report:
     return "Half precision", columns, lines, caption
 
 
+def report_relinking(result: dict[str, Any]) -> Report:
+    """Returns one row."""
+    columns = [
+        "times faster",
+        "relinking, CPU",
+        "anew, CPU",
+        "encoded",
+        "ranked anew",
+        "changed",
+        "equal",
+        "linking with traces",
+    ]
+    line = [
+        f"{result['times_faster']:.1f}",
+        f"{result['relink_cpu_s']:,.0f} s",
+        f"{result['anew_cpu_s']:,.0f} s",
+        *(f"{result[name] / result['stored_mentions']:.1%}" for name in ("encoded", "ranked", "changed", "equal")),
+        f"{result['tracing']:.2f}",
+    ]
+    caption = (
+        f"{result['source']}; {result['entities']:,} entities, {result['edits']:,} of which made way for new ones; "
+        f"{result['stored_mentions']:,} stored mentions, {result['distinct_mentions']:,} of them distinct. Linking anew is "
+        f"measured on these, and multiplied. Traces: {result['trace_bytes_per_mention']:,.0f} bytes a mention; the last "
+        "column is the CPU time of linking with traces, as a ratio to linking without."
+    )
+    return "Relinking after edits", columns, [line], caption
+
+
 _REPORTS: dict[str, Callable[[dict[str, Any]], Report]] = {
     "ranking": report_ranking,
     "growth": report_growth,
@@ -163,6 +191,7 @@ _REPORTS: dict[str, Callable[[dict[str, Any]], Report]] = {
     "building": report_building,
     "training": report_training,
     "precision": report_precision,
+    "relinking": report_relinking,
 }
 
 

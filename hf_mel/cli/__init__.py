@@ -19,6 +19,7 @@ from hf_mel.cli.convert import convert
 from hf_mel.cli.demo import demo
 from hf_mel.cli.evaluate import evaluate
 from hf_mel.cli.link import link
+from hf_mel.cli.relink import relink
 from hf_mel.cli.space import space
 from hf_mel.cli.train import train
 from hf_mel.errors import MelError
@@ -41,6 +42,7 @@ app.command()(adapt)
 app.command()(evaluate)
 app.add_typer(kb.app, name="kb")
 app.command()(link)
+app.command()(relink)
 app.command()(annotate)
 app.add_typer(publish.app, name="publish")
 app.command()(convert)

@@ -77,6 +77,14 @@ def link(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an --output that was interrupted, and link only the rest.")
     ] = False,
+    relinkable: Annotated[
+        bool,
+        typer.Option(
+            "--relinkable",
+            help="Keep beside --output, in NAME.relink, what [b]hf-mel relink[/b] compares with a changed knowledge base. "
+            "Requires the index exact.",
+        ),
+    ] = False,
     skip_bad_rows: Annotated[
         bool,
         typer.Option(
@@ -129,6 +137,8 @@ def link(
 
       hf-mel link runs/mimic_flags --kb kb/flags --input mentions.csv --output linked.jsonl --skip-bad-rows --resume
 
+      hf-mel link runs/mimic_flags --kb kb/flags --input mentions.csv --output linked.jsonl --relinkable
+
       hf-mel link runs/mimic_flags --kb kb/flags --input letters.csv --column text=letter --column mention=person \\
         --output linked.jsonl
 
@@ -155,14 +165,19 @@ def link(
     check_column_options(entities, input, column, ignore_other_columns, inverted_names, keep_column)
     if certify and index != "exact":
         raise typer.BadParameter(f"{index} may miss entities. Leave out --index.", param_hint="--certify")
-    if input is None and (resume or skip_bad_rows):
-        name = "--resume" if resume else "--skip-bad-rows"
+    if input is None and (resume or skip_bad_rows or relinkable):
+        name = "--resume" if resume else "--skip-bad-rows" if skip_bad_rows else "--relinkable"
         raise typer.BadParameter("Give a file of mentions with --input.", param_hint=name)
+    if relinkable and kb is None:
+        raise typer.BadParameter(
+            "Entities of a file leave no knowledge base to change. Give --kb.", param_hint="--relinkable"
+        )
     check_link_options(soft, soft_bonus, nil_threshold, precision)
     if len(surfaces) > 1 and (start is not None or end is not None):
         raise typer.BadParameter("Give --start and --end only for a single mention.", param_hint="--start")
     from hf_mel.linking.link_file import MENTION_COLUMNS, check_output, link_file, read_mentions
     from hf_mel.linking.linker import EntityLinker
+    from hf_mel.linking.traces import LinkOrigin
 
     if output is not None:
         check_output(output)
@@ -210,7 +225,16 @@ def link(
 
     assert output is not None
     with kept_results(output, input, "linked"):
-        summary = link_file(linker, rows, output, top_k=top_k, batch_size=batch_size, resume=resume, progress=True)
+        summary = link_file(
+            linker,
+            rows,
+            output,
+            top_k=top_k,
+            batch_size=batch_size,
+            resume=resume,
+            origin=LinkOrigin(input, model, reranker, revision) if relinkable and input is not None else None,
+            progress=True,
+        )
     # The lines of the results may be on standard output.
     log = partial(typer.echo, err=is_stream(output))
     review = "" if precision is None else f", {summary.num_review:,} left to review"
@@ -220,3 +244,5 @@ def link(
     for warning, count in summary.warnings.items():
         log(f"For {count:,} of them: {warning}")
     print_bad_rows(summary.bad_rows, "linked", log)
+    if relinkable:
+        log(f"Next, after a change of the knowledge base: hf-mel relink {output} --kb {kb}")

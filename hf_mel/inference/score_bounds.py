@@ -200,6 +200,54 @@ class BoundCodes:
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
 
+@dataclass
+class QueryCodes:
+    """M mentions in few bytes, which bound their scores of entities that come later.
+
+    q is rounded to 8 bits as well, q̂, and e ≥ |q - q̂| is kept: ⟨q, x⟩ = ⟨q̂, x⟩ + ⟨q - q̂, x⟩ ≤ ⟨q̂, x⟩ + e|x| by Cauchy and
+    Schwarz. The slack is that of [`BoundCodes`].
+
+    Args:
+        integers (`np.ndarray` `[M, D]`): q̂ in units of the step (int8).
+        steps, errors (`np.ndarray` `[M]`): Step and error of the rounding (float32).
+        weights (`np.ndarray` `[M, R]`), constants (`np.ndarray` `[M]`): w and c (float32).
+    """
+
+    integers: np.ndarray
+    steps: np.ndarray
+    errors: np.ndarray
+    weights: np.ndarray
+    constants: np.ndarray
+
+    @classmethod
+    def of(cls, vectors: np.ndarray, weights: np.ndarray, constants: np.ndarray) -> QueryCodes:
+        """Codes q [M, D], w [M, R] and c [M] (float32)."""
+        return cls(*_rounded(vectors.astype(np.float64)), weights, constants)
+
+    def __getitem__(self, mentions: slice) -> QueryCodes:
+        return QueryCodes(*(part[mentions] for part in vars(self).values()))
+
+    def __len__(self) -> int:
+        return len(self.integers)
+
+    def bounds(self, vectors: np.ndarray, extras: np.ndarray) -> np.ndarray:
+        """Returns bounds [M, N] (float64) of the scores with the entities that have x [N, D] and b [N, R] (float32)."""
+        lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+        steps, errors = self.steps.astype(np.float64), self.errors.astype(np.float64)
+        weights, extras = self.weights.astype(np.float64), extras.astype(np.float64)
+        constants = self.constants.astype(np.float64)
+        # No shorter than q.
+        longest = np.linalg.norm(self.integers.astype(np.float64), axis=1) * steps + errors
+        reach = (
+            longest * lengths.max(initial=0) + np.abs(weights) @ np.abs(extras).max(0, initial=0) + np.abs(constants)
+        )
+        slack = 2 * (vectors.shape[1] + 64) * _UNIT_ROUNDOFF * reach
+        products = (torch.from_numpy(self.integers).float() @ torch.from_numpy(vectors).T).numpy().astype(np.float64)
+        products *= steps[:, None]
+        products += errors[:, None] * lengths + weights @ extras.T + (constants + slack)[:, None]
+        return products
+
+
 def _integer_products(codes: torch.Tensor, queries: torch.Tensor) -> list[torch.Tensor]:
     """Returns the exact inner products, [N] (float32) for each of M queries, of codes [N, H] and queries [M, H] (int8).
 

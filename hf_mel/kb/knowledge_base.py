@@ -816,6 +816,10 @@ class KnowledgeBase:
         """The number of rows in the shards, including removed ones."""
         return int(self._starts[-1])
 
+    def physical_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Maps rows to physical rows."""
+        return self._active[rows]
+
     def rows_of_physical(self, physical: np.ndarray) -> np.ndarray:
         """Maps physical rows to rows. Removed rows, and -1, become -1."""
         if len(self) == self.num_physical_rows:

@@ -20,6 +20,7 @@ from hf_mel.files import file_sha256, is_stream, link_target, open_stream, write
 from hf_mel.linking.linker import EntityLinker
 from hf_mel.linking.mentions import locate_mention
 from hf_mel.linking.results import LinkResult
+from hf_mel.linking.traces import LinkOrigin, LinkTrace, Traces
 from hf_mel.locks import writer_lock
 from hf_mel.row_columns import ColumnMapping
 from hf_mel.row_files import MAX_LISTED, ROW_SUFFIXES, int_cell, read_rows, text_cell
@@ -29,6 +30,8 @@ from hf_mel.schema import mention_features
 MENTION_COLUMNS = {name: name for name in (*mention_features(), "document_id", "modality")}
 #: Columns that the output adds to a row, so that no row can have them before.
 _ADDED_COLUMNS = ("linked", "error")
+#: Key of the trace among the kept results of an interrupted run.
+_TRACE = "trace"
 
 
 @dataclass
@@ -90,7 +93,7 @@ def read_mentions(
         DataFormatError: The file cannot be read, has no rows, or has a column `linked` or `error`, which the output adds;
             or it has bad rows, and `skip_bad_rows` is not set. Names all bad rows.
     """
-    rows = read_input_rows(Path(path), MENTION_COLUMNS, _mention_of, mapping=mapping, added_columns=_ADDED_COLUMNS)
+    rows = read_input_rows(Path(path), MENTION_COLUMNS, mention_of_row, mapping=mapping, added_columns=_ADDED_COLUMNS)
     return checked_rows(Path(path), rows, "mentions", skip_bad_rows)
 
 
@@ -168,6 +171,25 @@ def check_output(output: str | os.PathLike[str]) -> None:
         )
 
 
+def check_relinkable(linker: EntityLinker, output: str | os.PathLike[str]) -> None:
+    """Checks that results of a linker can have traces.
+
+    Raises:
+        MelError: The index may miss entities, mentions are encoded in bfloat16, or the output is a stream.
+    """
+    problem = None
+    if linker.index.kind != "exact":
+        problem = (
+            f"The index {linker.index.kind!r} may miss entities, so nothing proves which results an edit can change."
+        )
+    elif linker.bf16:
+        problem = "Encodings in bfloat16 differ between batches, so scores of two runs cannot be compared."
+    elif is_stream(output):
+        problem = "A stream has no place for the traces of its results."
+    if problem is not None:
+        raise MelError(problem, file=output, remedy="Link without this, or without traces (--relinkable).")
+
+
 def link_file(
     linker: EntityLinker,
     rows: Sequence[InputRow],
@@ -176,6 +198,7 @@ def link_file(
     top_k: int = 10,
     batch_size: int = 32,
     resume: bool = False,
+    origin: LinkOrigin | None = None,
     progress: bool = False,
 ) -> LinkSummary:
     """Links rows and writes one JSON object a line, in their order: the row with `linked`, or with `error`.
@@ -189,6 +212,9 @@ def link_file(
         output (`str` or `os.PathLike`): The .jsonl file, or a stream.
         top_k, batch_size: As in [`EntityLinker.__call__`].
         resume (`bool`): Whether to keep the results of an interrupted run.
+        origin ([`~hf_mel.linking.traces.LinkOrigin`], *optional*): The sources of the results. If given, traces are written
+            beside the output, with which [`~hf_mel.linking.relinking.relink_file`] links again what a change of the
+            knowledge base can change. Requires the index "exact" and encodings in float32.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
@@ -202,13 +228,23 @@ def link_file(
     """
     summary = LinkSummary(bad_rows=[row.error for row in rows if row.error is not None])
 
-    def results(mentions: list[dict[str, Any]], done: Container[int]) -> Iterator[tuple[list[int], list[LinkResult]]]:
-        return linker.link_batches(mentions, top_k=top_k, batch_size=batch_size, done=done)
+    def results(mentions: list[dict[str, Any]], done: Container[int]) -> Iterator[tuple[list[int], Sequence[Any]]]:
+        options: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size, "done": done}
+        if origin is None:
+            yield from linker.link_batches(mentions, **options)
+            return
+        for batch, linked in linker.link_batches(mentions, **options, traced=True):
+            yield batch, [_Traced(result) for result in linked]
 
     settings = {**linker.describe(), "top_k": top_k}
+    traces = None
+    if origin is not None:
+        check_relinkable(linker, output)
+        traces = _TraceCollector(settings, origin)
+        settings = {**settings, "relinkable": True}
     with tqdm(desc="Linking", unit="mention", delay=1, disable=not progress) as bar:
         for result, is_new in write_results(
-            rows, results, output, column="linked", settings=settings, resume=resume, bar=bar
+            rows, results, output, column="linked", settings=settings, resume=resume, bar=bar, traces=traces
         ):
             summary.add(result)
             summary.num_resumed += not is_new
@@ -224,6 +260,7 @@ def write_results(
     settings: Mapping[str, Any],
     resume: bool,
     bar: tqdm,
+    traces: _TraceCollector | None = None,
 ) -> Iterator[tuple[Mapping[str, Any], bool]]:
     """Writes rows with their results as [`link_file`] does.
 
@@ -236,6 +273,7 @@ def write_results(
             the output.
         settings (mapping): What the results depend on besides the rows.
         bar (`tqdm`): A progress bar.
+        traces (*optional*): Takes the traces from the results, and writes them when the output is complete.
 
     Yields:
         `tuple[dict, bool]`: A result, and whether it is new. Those of an interrupted run come first.
@@ -248,7 +286,7 @@ def write_results(
     if is_stream(output):
         sink: _Stream | _PartialFile = _Stream(output, rows, column)
     else:
-        sink = _PartialFile(output, rows, column, _fingerprint(settings, rows), resume)
+        sink = _PartialFile(output, rows, column, _fingerprint(settings, rows), resume, traces)
     try:
         with sink:
             bar.total, bar.initial, bar.n = len(good), len(sink.done), len(sink.done)
@@ -271,8 +309,8 @@ def write_results(
         ) from error
 
 
-def _mention_of(path: Path, line: int, row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the mention of a row, whose offsets become integers."""
+def mention_of_row(path: Path, line: int, row: dict[str, Any]) -> dict[str, Any]:
+    """Returns the mention of a row, whose offsets become integers. Images are relative to the folder of `path`."""
     is_table = path.suffix.lower() in (".csv", ".tsv")
     mention = {column: cell for column, cell in row.items() if not (is_table and cell == "")}
     for column in ("text", "mention", "image"):
@@ -329,6 +367,36 @@ def _record(row: InputRow, column: str | None, result: Mapping[str, Any] | None)
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+class _Traced:
+    """A result whose plain data hold its trace."""
+
+    def __init__(self, result: LinkResult):
+        self.result = result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plain data."""
+        assert self.result.trace is not None
+        return {**self.result.to_dict(), _TRACE: self.result.trace.to_dict()}
+
+
+class _TraceCollector:
+    """Takes traces from results in the order of their lines, and writes them beside the output."""
+
+    def __init__(self, settings: Mapping[str, Any], origin: LinkOrigin):
+        self.settings, self.origin = settings, origin
+        self.traces: list[LinkTrace] = []
+        self.lines: list[int] = []
+
+    def take(self, result: dict[str, Any], line: int) -> None:
+        """Moves the trace out of the plain data of a result."""
+        self.traces.append(LinkTrace.from_dict(result.pop(_TRACE)))
+        self.lines.append(line)
+
+    def write(self, output: Path) -> None:
+        """Writes all traces."""
+        Traces.join(self.traces, self.lines, self.settings, self.origin).write(output)
+
+
 class _Stream:
     """Writes output lines to a stream, each as soon as all rows before it have one."""
 
@@ -376,8 +444,9 @@ class _PartialFile:
         column: str | None,
         fingerprint: str,
         resume: bool,
+        traces: _TraceCollector | None = None,
     ):
-        self.column = column
+        self.column, self.traces = column, traces
         self.target, self.rows, self.fingerprint = link_target(path), rows, fingerprint
         self.partial = self.target.with_name(f".{self.target.name}.partial")
         self.resume = resume
@@ -446,13 +515,21 @@ class _PartialFile:
             while line := file.readline():
                 offsets[json.loads(line)[0]] = file.tell() - len(line)
 
-            def read(position: int) -> Mapping[str, Any]:
+            def read(position: int, line: int) -> Mapping[str, Any]:
                 file.seek(offsets[position])
-                return json.loads(file.readline())[1]
+                result = json.loads(file.readline())[1]
+                if self.traces is not None:
+                    self.traces.take(result, line)
+                return result
 
             good = iter(range(len(offsets)))
             write_text(
                 self.target,
-                (_record(row, self.column, None if row.error is not None else read(next(good))) for row in self.rows),
+                (
+                    _record(row, self.column, None if row.error is not None else read(next(good), line))
+                    for line, row in enumerate(self.rows)
+                ),
             )
+        if self.traces is not None:
+            self.traces.write(self.target)
         self.partial.unlink()

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast, overload
 
@@ -31,20 +31,24 @@ from hf_mel.inference.precision import native_bf16
 from hf_mel.inference.probe import sees_images, sees_images_in_pairs, unread_columns_in_pairs
 from hf_mel.inference.ranking import RankingResult, score_of_units
 from hf_mel.inference.reranking import score_pairs
+from hf_mel.inference.score_bounds import QueryCodes
 from hf_mel.inference.selective import RiskCoverage, link_confidence
 from hf_mel.inference.sparse_scores import SparseScores
 from hf_mel.kb.entities import EntitiesLike, is_row_file
 from hf_mel.kb.indexes import open_index
 from hf_mel.kb.indexes.base import ExactIndex, rank_rows
+from hf_mel.kb.indexes.certified import bound_queries_of
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.annotating import annotate_batches, check_text
 from hf_mel.linking.explaining import Explanation, explain
 from hf_mel.linking.mentions import MENTION_DEFAULTS, MentionLike, context_key, locate_mention
 from hf_mel.linking.results import Candidate, LinkResult, RankedMention, scores_equal
+from hf_mel.linking.traces import LinkTrace
 from hf_mel.protocols import (
     LimitsTexts,
     LocatesTokens,
     MelProcessor,
+    bounds_scores,
     knows_posts,
     learns_nil,
     leaves_out_missing_images,
@@ -57,6 +61,24 @@ logger = logging.getLogger(__name__)
 
 #: Mentions that are encoded together, and candidates that are scored by unit together. More are no faster on a CPU.
 _ENCODED_TOGETHER, _SCORED_TOGETHER = 32, 64
+
+
+@dataclass
+class MentionBatch:
+    """M encoded mentions.
+
+    Args:
+        mentions (sequence of mappings `[M]`): The mentions as they were given.
+        rows (`list[dict]` `[M]`): The mentions as rows of the schema with opened images.
+        encodings (`Mapping[str, torch.Tensor]`): Their encodings, tensors with first axis M.
+        names, added ([`~hf_mel.inference.sparse_scores.SparseScores`], *optional*): As in [`EntityLinker.added_scores`].
+    """
+
+    mentions: Sequence[MentionLike]
+    rows: list[dict[str, Any]]
+    encodings: Mapping[str, torch.Tensor]
+    names: SparseScores | None
+    added: SparseScores | None
 
 
 class EntityLinker:
@@ -365,6 +387,7 @@ class EntityLinker:
         units: Sequence[str] | None = None,
         batch_size: int = 32,
         done: Container[int] = (),
+        traced: bool = False,
     ) -> Iterator[tuple[list[int], list[LinkResult]]]:
         """Links mentions batch by batch, so that results can be kept as they come.
 
@@ -372,6 +395,7 @@ class EntityLinker:
             mentions, top_k, units, batch_size: As in [`EntityLinker.__call__`]. All mentions are checked first.
             done (container of `int`, *optional*): Positions of mentions that need no result. They are linked again only
                 if a reranker reads them together with one that does.
+            traced (`bool`): Whether results have a `trace`, so that a change of the knowledge base can be compared with them.
 
         Yields:
             `tuple[list[int], list[LinkResult]]`: Positions of the mentions of a batch, and their results. With a
@@ -383,10 +407,10 @@ class EntityLinker:
         if batch_size < 1:
             raise DataFormatError(f"batch_size={batch_size} is no number of mentions.", remedy="Give at least 1.")
         spans = [locate_mention(mentions[k], k) for k in range(len(mentions))]
-        for batch in self._batches(mentions, batch_size):
+        for batch in self.batches(mentions, batch_size):
             if any(k not in done for k in batch):
                 batch_mentions, batch_spans = [mentions[k] for k in batch], [spans[k] for k in batch]
-                yield batch, self._link_batch(batch_mentions, batch_spans, batch, top_k, units)
+                yield batch, self._link_batch(batch_mentions, batch_spans, batch, top_k, units, traced)
 
     def _link_batch(
         self,
@@ -395,26 +419,91 @@ class EntityLinker:
         positions: Sequence[int | None],
         top_k: int,
         units: Sequence[str] | None,
+        traced: bool = False,
     ) -> list[LinkResult]:
         """Links the mentions of one batch. `positions` are those in the list of all mentions, for error messages."""
         if top_k < 1:
             raise DataFormatError(f"top_k must be at least 1, not {top_k}.", remedy="Give a number of candidates.")
+        with torch.inference_mode():
+            batch = self.encode_batch(mentions, spans, positions, names_count=not units)
+            return self.link_encoded(batch, top_k=top_k, units=units, traced=traced)
+
+    def encode_batch(
+        self,
+        mentions: Sequence[MentionLike],
+        spans: list[tuple[str, int, int]],
+        positions: Sequence[int | None],
+        *,
+        names_count: bool = True,
+    ) -> MentionBatch:
+        """Encodes mentions, and computes what ranking adds to their scores.
+
+        Args:
+            mentions, spans: The mentions, and their surface forms with start and end.
+            positions: Their positions in the list of all mentions, for error messages.
+            names_count (`bool`): Whether the name weight applies.
+
+        Raises:
+            ImageError: An image is missing or damaged.
+        """
         rows = [
             self._mention_row(mention, span, position)
             for mention, span, position in zip(mentions, spans, positions, strict=True)
         ]
         with torch.inference_mode():
             encodings = self._encode(rows)
-            num_ranked = max(top_k, 2) if self.reranker is None else max(top_k, self.rerank_k)
-            names = None if units or not self.name_weight else self._name_index().scores([r["mention"] for r in rows])
-            added = None if names is None else names * self.name_weight
-            chosen = None if self.where is None else self._rows_where(self.where)
-            if self.soft is not None and self.soft_bonus is not None:
-                bonus = np.zeros(len(self.kb), dtype=np.float32)
-                bonus[self._rows_where(self.soft)] = self.soft_bonus
-                nothing_added = SparseScores.of_mentions([(np.empty(0), np.empty(0))] * len(rows))
-                added = replace(nothing_added if added is None else added, of_entities=bonus)
-            ranking = self.index.find(encodings, num_ranked, units=units, added=added, rows=chosen)
+        names, added = self.added_scores([row["mention"] for row in rows], names_count=names_count)
+        return MentionBatch(mentions, rows, encodings, names, added)
+
+    def added_scores(
+        self, surfaces: Sequence[str], *, names_count: bool = True
+    ) -> tuple[SparseScores | None, SparseScores | None]:
+        """Returns the name scores of M surface forms, and what ranking adds to the scores of their mentions: the name scores
+        times the name weight, and the bonus of `soft`. `None` if there is nothing.
+        """
+        names = self._name_index().scores(surfaces) if names_count and self.name_weight else None
+        added = None if names is None else names * self.name_weight
+        if self.soft is not None and self.soft_bonus is not None:
+            bonus = np.zeros(len(self.kb), dtype=np.float32)
+            bonus[self._rows_where(self.soft)] = self.soft_bonus
+            nothing_added = SparseScores.of_mentions([(np.empty(0), np.empty(0))] * len(surfaces))
+            added = replace(nothing_added if added is None else added, of_entities=bonus)
+        return names, added
+
+    def num_ranked(self, top_k: int) -> int:
+        """Returns how many entities are ranked for `top_k` candidates: those that the reranker reads, and a second one,
+        of which the confidence is made.
+        """
+        return max(top_k, 2) if self.reranker is None else max(top_k, self.rerank_k)
+
+    def ranked_rows(self) -> np.ndarray | None:
+        """Returns the rows of the entities that are ranked, ascending; `None` for all."""
+        return None if self.where is None else self._rows_where(self.where)
+
+    def link_encoded(
+        self,
+        batch: MentionBatch,
+        *,
+        top_k: int,
+        units: Sequence[str] | None = None,
+        ranking: RankingResult | None = None,
+        traced: bool = False,
+    ) -> list[LinkResult]:
+        """Links M encoded mentions.
+
+        Args:
+            batch ([`MentionBatch`]): The mentions.
+            top_k, units: As in [`EntityLinker.__call__`].
+            ranking ([`~hf_mel.inference.ranking.RankingResult`], *optional*): The best [`~EntityLinker.num_ranked`] entities
+                of each, if they are known. Default: those that the index finds.
+            traced (`bool`): Whether results have a `trace`.
+        """
+        rows, encodings, names, added = batch.rows, batch.encodings, batch.names, batch.added
+        chosen = self.ranked_rows()
+        with torch.inference_mode():
+            is_given = ranking is not None
+            if ranking is None:
+                ranking = self.index.find(encodings, self.num_ranked(top_k), units=units, added=added, rows=chosen)
             num_tied = self._count_ties(encodings, ranking, units, added, chosen)
             bounds = [-math.inf] * len(rows) if ranking.bounds is None else ranking.bounds.tolist()
             ranked = []
@@ -436,21 +525,43 @@ class EntityLinker:
                         bounds[k],
                     )
                 )
+            traces = self._traces(ranked, encodings) if traced else [None] * len(ranked)
             if self.reranker is not None:
-                self._rerank(ranked, [self._example_key(mention) for mention in mentions])
+                self._rerank(ranked, [self.example_key(mention) for mention in batch.mentions])
             # Every entity is read once, however many mentions share it.
             entity_rows = sorted({row for mention in ranked for row in mention.entity_rows[:top_k]})
             entities = dict(zip(entity_rows, self.kb.rows(entity_rows), strict=True))
             nil_threshold = None if units else self.nil_threshold
             unit_scores, left_out = self._unit_scores(ranked, encodings, top_k), self._left_out_warnings(rows)
-            if ranking.bounds is not None and isinstance(self.index, ExactIndex):
+            if ranking.bounds is not None and isinstance(self.index, ExactIndex) and not is_given:
                 for sentences, bound in zip(left_out, bounds, strict=True):
                     if bound == -math.inf:
                         sentences.append("Every entity was scored, because the codes do not tell the best ones apart.")
-            return [
+            results = [
                 self._link_result(mention, scores, entities, top_k, nil_threshold, units, warnings)
                 for mention, scores, warnings in zip(ranked, unit_scores, left_out, strict=True)
             ]
+        for result, trace in zip(results, traces, strict=True):
+            result.trace = trace
+        return results
+
+    def _traces(self, ranked: list[RankedMention], encodings: Mapping[str, torch.Tensor]) -> list[LinkTrace]:
+        """Returns the trace of each of M mentions that the retriever has ranked."""
+        queries = QueryCodes.of(*bound_queries_of(self.model, encodings)) if bounds_scores(self.model) else None
+        return [
+            LinkTrace(
+                self.kb.physical_rows(np.asarray(mention.entity_rows)).tolist(),
+                mention.scores,
+                mention.num_tied,
+                self.has_namesakes(mention.row["mention"]),
+                None if queries is None else queries[number : number + 1],
+            )
+            for number, mention in enumerate(ranked)
+        ]
+
+    def has_namesakes(self, surface: str) -> bool:
+        """Returns whether an entity has a name with all words of a surface form; `True` if names do not count."""
+        return not self.name_weight or len(self._name_index().namesakes(surface)) > 0
 
     def _encode(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Encodes the M mentions of a batch: those with texts of similar lengths together, because a text is padded to the
@@ -539,11 +650,11 @@ class EntityLinker:
             **({} if self.soft is None else {"soft": self.soft, "soft_bonus": self.soft_bonus}),
         }
 
-    def _batches(self, mentions: Any, batch_size: int) -> Iterator[list[int]]:
+    def batches(self, mentions: Any, batch_size: int) -> Iterator[list[int]]:
         """Yields the positions of the mentions of each batch. With a reranker, contexts or documents are not split."""
         groups: dict[Any, list[int]] = {}
         for k in range(len(mentions)):
-            groups.setdefault(k if self.reranker is None else self._example_key(mentions[k]), []).append(k)
+            groups.setdefault(k if self.reranker is None else self.example_key(mentions[k]), []).append(k)
         batch: list[int] = []
         for group in groups.values():
             if batch and len(batch) + len(group) > batch_size:
@@ -553,7 +664,7 @@ class EntityLinker:
         if batch:
             yield batch
 
-    def _example_key(self, mention: MentionLike) -> Any:
+    def example_key(self, mention: MentionLike) -> Any:
         """Returns a key that is equal for mentions that the reranker reads or ranks together."""
         if getattr(self.reranker, "example_unit", None) == "document" and mention.get("document_id"):
             return "document", mention["document_id"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from hf_mel.inference.ranking import TIE_TOLERANCE
 from hf_mel.schema import threshold_in_json
+
+if TYPE_CHECKING:
+    from hf_mel.linking.traces import LinkTrace
 
 
 @dataclass
@@ -60,6 +63,7 @@ class LinkResult:
             candidates: all were scored, or have a bound below them. `False` for an index that may miss entities.
         bound (`float`, *optional*): The highest score that an entity which was not scored could have. `None` if all were
             scored, and if the answer is not certified.
+        trace ([`~hf_mel.linking.traces.LinkTrace`], *optional*): What relinking compares with; not part of the JSON.
     """
 
     mention: str
@@ -75,6 +79,7 @@ class LinkResult:
     confidence: float | None = None
     certified: bool = False
     bound: float | None = None
+    trace: LinkTrace | None = field(default=None, repr=False, compare=False)
 
     @property
     def best(self) -> Candidate:
@@ -83,7 +88,9 @@ class LinkResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the result as plain data for JSON. An infinite threshold, which JSON lacks, becomes the nearest float."""
-        return {**asdict(self), "nil_threshold": threshold_in_json(self.nil_threshold)}
+        content = asdict(replace(self, trace=None)) | {"nil_threshold": threshold_in_json(self.nil_threshold)}
+        del content["trace"]
+        return content
 
 
 @dataclass

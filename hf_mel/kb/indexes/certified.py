@@ -85,7 +85,7 @@ class CertifiedIndex(ExactIndex):
         self.record = read_record(kb.path, CODES)
         self._check_covers()
         self._codes = _read_codes(kb, self.record)
-        vectors, extras = next(_iter_bound_vectors(kb, model, 0, 1))[1:]
+        vectors, extras = next(iter_bound_vectors(kb, model, 0, 1))[1:]
         recorded = np.array(self.record.probe, dtype=np.float32)
         current = np.concatenate([vectors[0], extras[0]])
         if current.shape != recorded.shape or not np.allclose(current, recorded, rtol=1e-5, atol=1e-6):
@@ -147,11 +147,7 @@ class CertifiedIndex(ExactIndex):
 
     def _queries(self, mentions: Encodings) -> BoundQueries:
         """Returns the mentions in the form that the bounds read."""
-        with torch.inference_mode():
-            parts = self.model.bound_queries(to_device(mentions, model_device(self.model)))
-            vectors, weights, constants = (part.float().cpu().numpy() for part in parts)
-        if not all(np.isfinite(part).all() for part in (vectors, weights, constants)):
-            raise ScoreError("The vector of a mention is nan or infinite.", remedy="Check the weights of the model.")
+        vectors, weights, constants = bound_queries_of(self.model, mentions)
         if (weights < 0).any():
             raise ScoreError("bound_queries of the model returned a weight below 0.", remedy="Return w ≥ 0.")
         return self._codes.queries(vectors, weights, constants)
@@ -239,6 +235,20 @@ class CertifiedIndex(ExactIndex):
         return torch.minimum(tight, quick[chosen].double())
 
 
+def bound_queries_of(model: Any, mentions: Encodings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns q [M, D], w [M, R] and c [M] (float32) of encoded mentions, by a model that bounds its scores.
+
+    Raises:
+        ScoreError: One is nan or infinite.
+    """
+    with torch.inference_mode():
+        parts = model.bound_queries(to_device(mentions, model_device(model)))
+        vectors, weights, constants = (part.float().cpu().numpy() for part in parts)
+    if not all(np.isfinite(part).all() for part in (vectors, weights, constants)):
+        raise ScoreError("The vector of a mention is nan or infinite.", remedy="Check the weights of the model.")
+    return vectors, weights, constants
+
+
 def check_bounds_scores(model: Any) -> None:
     """Checks that a retriever bounds its scores ([`~hf_mel.protocols.BoundsScores`]).
 
@@ -252,7 +262,7 @@ def check_bounds_scores(model: Any) -> None:
         )
 
 
-def _iter_bound_vectors(
+def iter_bound_vectors(
     kb: KnowledgeBase, model: Any, first: int, chunk_size: int | None = None
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yields (first row, x [n, D], b [n, R]) of physical rows, starting at `first`.
@@ -271,13 +281,13 @@ def _sample(kb: KnowledgeBase, model: Any) -> np.ndarray:
     total = kb.num_physical_rows
     count = -(-min(total, _SAMPLE_ROWS) // _SAMPLE_RUN)
     starts = np.linspace(0, max(0, total - _SAMPLE_RUN), count).astype(int)
-    parts = [next(_iter_bound_vectors(kb, model, int(start), _SAMPLE_RUN))[1] for start in starts]
+    parts = [next(iter_bound_vectors(kb, model, int(start), _SAMPLE_RUN))[1] for start in starts]
     return np.concatenate(parts).astype(np.float64)
 
 
 def _write_codes(path: Path, kb: KnowledgeBase, model: Any, progress: bool) -> IndexRecord:
     """Writes the codes into a safetensors file, a chunk at a time, and returns their record without `store`."""
-    _, probe_vectors, probe_extras = next(_iter_bound_vectors(kb, model, 0, 1))
+    _, probe_vectors, probe_extras = next(iter_bound_vectors(kb, model, 0, 1))
     sample = _sample(kb, model)
     mean, dim, num_extras = sample.mean(0), sample.shape[1], probe_extras.shape[1]
     width = head_width(dim, num_extras)
@@ -308,7 +318,7 @@ def _write_codes(path: Path, kb: KnowledgeBase, model: Any, progress: bool) -> I
 
         file.write(len(text).to_bytes(8, "little") + text)
         write("rotation", 0, rotation)
-        for start, vectors, extras in _iter_bound_vectors(kb, model, 0):
+        for start, vectors, extras in iter_bound_vectors(kb, model, 0):
             codes = encode(vectors, mean, rotation, width)
             for name in ("head", "tail"):
                 write(name, start * codes[name].shape[1], codes[name])
