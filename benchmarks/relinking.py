@@ -68,7 +68,7 @@ def edited(kb: KnowledgeBase, folder: Path, edits: int, model: Any, processor: A
     gone = generator.choice(len(copy), edits, replace=False)
     ids = [copy.entity_ids[row] for row in gone]
     texts = [""] * edits
-    columns = {name: texts for name in ("name", "description", "attributes")}
+    columns = dict.fromkeys(("name", "description", "attributes"), texts)
     new = [f"Q{len(kb) + number}" for number in generator.choice(10 * len(kb), edits, replace=False)]
     added = datasets.Dataset.from_dict(
         {"entity_id": new, **columns, "aliases": [[]] * edits, "images": [[]] * edits}, features=entity_features()
@@ -145,7 +145,8 @@ def main() -> None:
     args = arguments().parse_args()
     from benchmarks.summary import show
 
-    path = harness.write(args.output, f"relinking-{Path(args.model).resolve().name}", run(args))
+    name = Path(args.model).resolve().name
+    path = harness.write(args.output, f"relinking-{name}", run(args))
     show(args.output, [path.stem])
 
 
