@@ -11,6 +11,7 @@ import typer
 from hf_mel.cli.options import (
     AsJson,
     Bf16,
+    Certify,
     Column,
     Device,
     FirstStage,
@@ -34,6 +35,7 @@ from hf_mel.cli.options import (
     TextImage,
     TrustRemoteCode,
     Where,
+    check_certify,
     check_column_options,
     check_link_options,
     column_mappings,
@@ -137,6 +139,7 @@ def annotate(
     rerank_k: RerankK = 16,
     index: Index = "exact",
     first_stage: FirstStage = None,
+    certify: Certify = False,
     name_weight: NameWeight = None,
     where: Where = None,
     soft: Soft = None,
@@ -207,6 +210,7 @@ def annotate(
     if html is not None and output is not None and is_stream(output):
         raise typer.BadParameter("Give a file as --output.", param_hint="--html")
     check_link_options(soft, soft_bonus, nil_threshold, precision)
+    check_certify(certify, index)
     from hf_mel.data.text_files import TEXT_SUFFIXES
     from hf_mel.linking.annotate_file import TEXT_COLUMNS, read_texts
     from hf_mel.linking.link_file import check_output
@@ -235,6 +239,7 @@ def annotate(
         rerank_k=rerank_k,
         index=index,
         first_stage=first_stage,
+        certify=certify,
         name_weight=name_weight,
         precision=precision,
         where=where,

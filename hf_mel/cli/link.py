@@ -35,6 +35,7 @@ from hf_mel.cli.options import (
     TextImage,
     TrustRemoteCode,
     Where,
+    check_certify,
     check_column_options,
     check_link_options,
     column_mappings,
@@ -163,8 +164,7 @@ def link(
     if (kb is None) == (entities is None):
         raise typer.BadParameter("Give either --kb or --entities.", param_hint="--kb")
     check_column_options(entities, input, column, ignore_other_columns, inverted_names, keep_column)
-    if certify and index != "exact":
-        raise typer.BadParameter(f"{index} may miss entities. Leave out --index.", param_hint="--certify")
+    check_certify(certify, index)
     if input is None and (resume or skip_bad_rows or relinkable):
         name = "--resume" if resume else "--skip-bad-rows" if skip_bad_rows else "--relinkable"
         raise typer.BadParameter("Give a file of mentions with --input.", param_hint=name)

@@ -163,6 +163,12 @@ def check_link_options(
         raise typer.BadParameter("A precision is above 0 and below 1, such as 0.95.", param_hint="--precision")
 
 
+def check_certify(certify: bool, index: str) -> None:
+    """Refuses proven answers of an index that proves none."""
+    if certify and index != "exact":
+        raise typer.BadParameter(f"{index} may miss entities. Leave out --index.", param_hint="--certify")
+
+
 def check_column_options(
     entities: Path | None,
     rows: Path | None,

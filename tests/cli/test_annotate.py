@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hf_mel.cli.annotate import annotate
-from hf_mel.errors import FilterError, MelError, SpanError, UnknownModelError
+from hf_mel.errors import FilterError, KnowledgeBaseError, MelError, SpanError, UnknownModelError
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from tests.toy import ToyProcessor, register, toy_entities, toy_model, write_toy_dataset
 
@@ -107,10 +107,16 @@ def test_detectors_that_are_not_there(arguments):
         ("--input", "b.jsonl", "--output", "-", "--html", "a.html"),
         ("--text", "a", "--nil-threshold", "nan"),
         ("--text", "a", "--entities", "b.csv"),
+        ("--text", "a", "--certify", "--index", "faiss-pq"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(arguments, options):
     run(*arguments, *options, ok=False)
+
+
+def test_proven_links_need_codes(arguments):
+    with pytest.raises(KnowledgeBaseError, match="no bounds of its scores"):
+        run(*arguments, "--text", "Entity b", "--certify")
 
 
 ODD_TEXTS = {
