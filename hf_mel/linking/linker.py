@@ -641,7 +641,7 @@ class EntityLinker:
             "reranker": reranker,
             "rerank_k": self.rerank_k,
             "nil_threshold": self.nil_threshold,
-            **({} if self.precision is None else {"precision": self.precision}),
+            **({} if self.precision is None else {"precision": self.precision, "link_threshold": self.link_threshold}),
             "index": self.index.kind,
             "first_stage": getattr(self.index, "first_stage", None),
             "name_weight": self.name_weight,
