@@ -80,12 +80,13 @@ def train(
             soft_wrap=True,
         )
         return
-    console.print(
-        results_table(results["validation"], title=f"{results['recipe']}, {results['data']['validation_split']}")
-    )
     reranks = loaded.candidates is not None
-    if reranks:
-        console.print(orders_table(results["validation"]))
+    if results["validation"] is not None:
+        console.print(
+            results_table(results["validation"], title=f"{results['recipe']}, {results['data']['validation_split']}")
+        )
+        if reranks:
+            console.print(orders_table(results["validation"]))
     names = (run_folder.RESULTS, run_folder.RECIPE, run_folder.LOG, run_folder.PLOT, run_folder.CARD)
     files = ", ".join(name for name in names if (folder / name).exists())
     console.print(f"Trained in {minutes}. Model, processor, {files}: {folder}", markup=False)

@@ -51,7 +51,8 @@ def model_card(run_info: Mapping[str, Any]) -> str:
         datasets=[data["dataset"]] if data.get("revision") and _is_hub_id(data["dataset"]) else None,
         base_model=hub_bases or None,
     )
-    candidates = run_info["validation"].get("candidates")
+    validation = run_info["validation"] or {}  # none with final_evaluation: false
+    candidates = validation.get("candidates") or run_info.get("candidates")
     pretraining = _is_pretraining(run_info)
     if pretraining:
         body = _template("pretraining_card.md")
@@ -75,7 +76,7 @@ def model_card(run_info: Mapping[str, Any]) -> str:
             filter(None, (_nil_sentence(run_info.get("nil")), _risk_coverage(run_info.get("risk_coverage"))))
         ),
         candidates="" if candidates is None else _candidates_phrase(candidates),
-        orders="" if candidates is None else _orders_table(run_info["validation"]),
+        orders=_orders_table(validation) if validation and candidates is not None else "",
         training=markdown_table(["argument", "value"], _public_arguments(run_info["training"])),
         run=_run_sentence(run_info),
         purpose="Training models that suggest" if pretraining else "Suggesting",
@@ -161,7 +162,8 @@ def evaluations(run_info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str,
         return
     for test in run_info.get("tests", ()):
         yield str((test.get("data") or {}).get("split", "test")), test
-    yield run_info["data"]["validation_split"], run_info["validation"]
+    if run_info["validation"] is not None:
+        yield run_info["data"]["validation_split"], run_info["validation"]
 
 
 def _template(name: str) -> str:
@@ -210,6 +212,8 @@ def _results_section(run_info: Mapping[str, Any]) -> str:
         if split == selected_on:
             parts.append(f"The checkpoint was selected by MRR on `{split}`, so these results are slightly optimistic.")
         parts.append(_results_table(evaluation, split))
+    if run_info["validation"] is None:
+        parts.append(f"The finished model was not evaluated on `{selected_on}`.")
     return "\n\n".join(parts)
 
 
@@ -228,6 +232,8 @@ def _results_table(evaluation: Mapping[str, Any], split: str) -> str:
 
 def _candidates_phrase(candidates: Mapping[str, Any]) -> str:
     k, source = candidates["k"], candidates.get("source", "an unknown source")
+    if "recall" not in candidates:
+        return f"up to {k} by {source}"
     recall = _format_metric("recall", candidates["recall"][f"recall@{k}"])
     return f"up to {k} by {source}, with {recall} % of the golds"
 

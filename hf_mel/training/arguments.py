@@ -73,6 +73,10 @@ class MelTrainingArguments(TrainingArguments):
         eval_mentions (`int`, *optional*):
             For a reranker: evaluate on a fixed random sample of about this many mentions (whole contexts or documents)
             instead of all. Reranking all of them after every epoch can take longer than the epoch.
+        final_evaluation (`bool`, *optional*, defaults to `True`):
+            Whether a run ends with an evaluation of the trained model on the validation split, in full precision. Without it
+            the results have no validation, and a retriever stores neither a NIL threshold nor the calibration of its links.
+            For a large knowledge base it can take longer than a short training.
         early_stopping_patience (`int`, *optional*):
             Stop after this many consecutive evaluations without an improvement of `metric_for_best_model`.
         max_minutes (`float`, *optional*):
@@ -128,6 +132,9 @@ class MelTrainingArguments(TrainingArguments):
     )
     eval_mentions: int | None = field(
         default=None, metadata={"help": "Evaluate a reranker on a random sample of about this many mentions."}
+    )
+    final_evaluation: bool = field(
+        default=True, metadata={"help": "Evaluate the trained model on the validation split at the end of a run."}
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Number of evaluations without improvement before training stops."}

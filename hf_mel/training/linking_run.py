@@ -168,6 +168,8 @@ def evaluate_training(
 ) -> FinishedTraining:
     """Evaluates a trained model in full precision, and calibrates the NIL threshold of a retriever.
 
+    With `final_evaluation: false` it does neither.
+
     Args:
         recipe ([`~hf_mel.training.recipe.Recipe`]): The recipe.
         trainer ([`~hf_mel.training.trainer.MelTrainer`]): The trainer, after training.
@@ -178,9 +180,11 @@ def evaluate_training(
     entities = trainer.eval_entities
     version = {key: data[key] for key in ("dataset", "revision", "sha256")}
     options: dict[str, Any] = {"batch_size": trainer.args.per_device_eval_batch_size, "data_version": version}
-    evaluation: Any
+    evaluation: Any = None
     nil = None
-    if trainer.reranks:
+    if not trainer.args.final_evaluation:
+        pass
+    elif trainer.reranks:
         assert trainer.eval_candidates is not None
         validation = trainer.eval_dataset  # all mentions, or a sample of `eval_mentions`
         evaluation = CandidateEvaluator(entities, **options)(trainer.inputs, validation, trainer.eval_candidates)
@@ -190,7 +194,7 @@ def evaluate_training(
         evaluation = FullEvaluator(entities, **options)(inputs, validation)
         nil = evaluation.calibrate_nil_threshold() if len(validation) and len(entities) > 1 else None
     curve = None
-    if not trainer.reranks and len(validation) and hasattr(model.config, "link_calibration"):
+    if evaluation is not None and not trainer.reranks and len(validation) and hasattr(model.config, "link_calibration"):
         curve = evaluation.risk_coverage(None if nil is None or nil.simulated else nil.threshold)
         model.config.link_calibration = dataclasses.asdict(curve)
     # A threshold calibrated on simulated NIL mentions is not stored: it would enable NIL on data that has none.
@@ -209,7 +213,7 @@ def evaluate_training(
         },
         results={
             "candidates": None if recipe.candidates is None else dataclasses.asdict(recipe.candidates),
-            "validation": evaluation.to_dict(),
+            "validation": None if evaluation is None else evaluation.to_dict(),
             "nil": None if nil is None else dataclasses.asdict(nil),
             **({} if curve is None else {"risk_coverage": dataclasses.asdict(curve)}),
         },

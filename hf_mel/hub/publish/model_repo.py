@@ -169,7 +169,7 @@ def _card_and_results(
     files: dict[str, Content] = {}
     try:
         data = dict(info["data"])
-        weights = info["validation"].get("model", {}).get("weights")
+        weights = (info["validation"] or {}).get("model", {}).get("weights")
         if dataset is not None:
             data |= _verified_dataset(dataset, dataset_revision, data.get("sha256"))
         tests = []
