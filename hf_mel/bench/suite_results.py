@@ -28,8 +28,6 @@ from hf_mel.files import read_json
 TESTED = ("hits@1", "mrr")
 #: The correction for many comparisons, by its name in statsmodels.
 CORRECTION = "holm"
-#: Default of `hf-mel evaluate --num-candidates`.
-_DEFAULT_LENGTH = 100
 #: Entries of metrics that count and are not averaged.
 _COUNTS = ("num_ranked", "num_mentions", "num_nil", "num_missed")
 
@@ -139,10 +137,9 @@ def _row(key: RowKey, cells: Sequence[Cell]) -> dict[str, Any]:
     kept_records = [records[cell.seed] for cell in finished]
     metrics = {} if first is None else _averaged([results["metrics"] for results in evaluations.values()])
     strata = _strata([results["strata"] for results in evaluations.values()])
-    if order not in (None, LIST_ORDER):
-        limit = cells[0].evaluate_options(resolved=False).get("num_candidates", _DEFAULT_LENGTH)
+    if order not in (None, LIST_ORDER) and evaluations:
         for part in (metrics, *(group for groups in strata.values() for group in groups.values())):
-            _drop_unknown(part, limit)
+            _drop_unknown(part, max(kept))
     return {
         "name": key.label,
         "system": key.system,

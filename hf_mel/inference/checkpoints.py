@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ _CHECKED_FILES = [
     "model-*-of-*.safetensors",
     POOLING_FILE,
 ]
+
+#: Held while transformers loads a model. It replaces functions of the whole process meanwhile, such as
+#: `PreTrainedModel.tie_weights`. Of two threads, the later one would put back what the earlier one had put in their place, and
+#: no model of the process would tie its weights any more.
+_LOADING = threading.RLock()
 
 #: Errors of transformers for folders and repositories that hold no model, or a damaged one.
 _LOADING_ERRORS = (
@@ -138,7 +144,8 @@ def load_linking_model(
         # Other formats of weights are pickles, which run code when they are loaded.
         weights = {"dtype": torch.float32, "use_safetensors": True}
         if is_text_encoder(config):
-            model, processor, report = load_text_encoder(name, folder, options, weights)
+            with _LOADING:
+                model, processor, report = load_text_encoder(name, folder, options, weights)
             model.config.name_or_path = given
             logger.info(
                 "%s is a plain text encoder, which was not trained to link. The score is the cosine of the texts of mention "
@@ -146,7 +153,8 @@ def load_linking_model(
                 given,
             )
         else:
-            model, report = AutoModel.from_pretrained(name, output_loading_info=True, **weights, **options)
+            with _LOADING:
+                model, report = AutoModel.from_pretrained(name, output_loading_info=True, **weights, **options)
             processor = AutoProcessor.from_pretrained(name, **options)
     except UnknownModelError:
         raise

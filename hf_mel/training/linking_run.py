@@ -194,7 +194,8 @@ def evaluate_training(
         evaluation = FullEvaluator(entities, **options)(inputs, validation)
         nil = evaluation.calibrate_nil_threshold() if len(validation) and len(entities) > 1 else None
     curve = None
-    if evaluation is not None and not trainer.reranks and len(validation) and hasattr(model.config, "link_calibration"):
+    is_ranking = evaluation is not None and not trainer.reranks and len(validation)
+    if is_ranking and hasattr(model.config, "link_calibration"):
         curve = evaluation.risk_coverage(None if nil is None or nil.simulated else nil.threshold)
         model.config.link_calibration = dataclasses.asdict(curve)
     # A threshold calibrated on simulated NIL mentions is not stored: it would enable NIL on data that has none.

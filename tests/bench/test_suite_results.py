@@ -29,7 +29,7 @@ SUITE = {
 }
 LISTS = {
     "list": {"source": "retriever", "k": 4, "sha256": "l"},
-    "names": {"source": "name", "k": 100, "sha256": "n"},
+    "names": {"source": "name", "k": 4, "sha256": "n"},
     "namesake": {"source": "namesake", "k": 9, "sha256": "m"},
 }
 LISTS["MMEL"] = LISTS["list"]
@@ -99,7 +99,7 @@ def test_orders_stand_beside_what_they_are(suite, tmp_path):
     assert "mr" not in rows["names"]["metrics"]  # the places of golds that it does not keep are not known
     assert "hits@5" not in rows["names"]["metrics"]  # of 4 candidates
     assert "hits@5" in rows["namesake"]["metrics"]  # of 9
-    assert rows["names"]["note"].startswith("By WRatio. The first 100 places of a ranking without a model")
+    assert rows["names"]["note"].startswith("By WRatio. The first 4 places of a ranking without a model")
     assert rows["MIMIC"]["metrics"]["hits@1"]["values"] == [0.75, 0.5]
     assert rows["namesake"]["seeds"] == [0, 5]
     assert rows["not run"]["empty"] == [{"seed": 0, "reason": "It has not been run yet."}]

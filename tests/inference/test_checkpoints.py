@@ -1,8 +1,11 @@
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from hf_mel.errors import UnknownModelError
 from hf_mel.inference import checkpoints as loading
@@ -31,6 +34,24 @@ def test_a_folder_loads_as_a_float32_model_in_evaluation_mode_and_its_processor(
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     expected = toy_model(seed=3).mention_text.weight.to(torch.bfloat16).float()
     assert torch.equal(model.mention_text.weight, expected)
+
+
+def test_threads_that_load_leave_transformers_as_it_was(folder, monkeypatch):
+    before, loading_now, most = PreTrainedModel.tie_weights, [], []
+    load = ToyRetriever._load_pretrained_model
+
+    def slowly(*args, **kwargs):
+        loading_now.append(1)
+        time.sleep(0.2)  # the other thread begins
+        most.append(len(loading_now))
+        loading_now.pop()
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(ToyRetriever, "_load_pretrained_model", staticmethod(slowly))
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: load_retriever(folder, device="cpu"), range(2)))
+    assert most == [1, 1]
+    assert PreTrainedModel.tie_weights is before
 
 
 def test_a_name_without_a_model_is_refused(tmp_path):

@@ -58,7 +58,9 @@ def test_a_forest_is_fitted_on_the_features_of_its_recipe(name, encoders):  # no
     )
 
 
-@pytest.mark.parametrize("name", ["et-text_wikimel", "dgcn-text_wikimel", "autoregressive-text_wikimel"])
+@pytest.mark.parametrize(
+    "name", [f"{row}-text_wikimel" for row in ("et", "dgcn", "ncel", "autoregressive", "genre", "mulrel", "ganea")]
+)
 def test_trains_evaluates_and_links(name, encoders, tmp_path):  # noqa: F811
     register()
     data = write_toy_dataset(tmp_path / "data", entities=toy_entities(12))

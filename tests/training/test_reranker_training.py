@@ -12,7 +12,9 @@ from hf_mel.candidates.lists import CandidateLists
 from hf_mel.data.loading import load_mentions
 from hf_mel.errors import DataFormatError, RecipeError, UnknownEntityError
 from hf_mel.evaluation.candidate_evaluator import END_TO_END, CandidateEvaluator
-from hf_mel.inference.checkpoints import load_reranker
+from hf_mel.evaluation.full_evaluator import FullEvaluator
+from hf_mel.hub.model_cards import eval_results
+from hf_mel.inference.checkpoints import load_reranker, load_retriever
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.schema import NIL
 from hf_mel.training import linking_run
@@ -22,7 +24,7 @@ from hf_mel.training.recipe import Recipe
 from hf_mel.training.run import run_recipe
 from hf_mel.training.sampling import GroupingSampler
 from hf_mel.training.trainer import MelTrainer
-from tests.toy import ToyPairProcessor, register, toy_entities, toy_mentions, toy_model, toy_reranker
+from tests.toy import ToyPairProcessor, ToyProcessor, register, toy_entities, toy_mentions, toy_model, toy_reranker
 from tests.toy_documents import ToyDocumentProcessor, toy_document_reranker, toy_documents
 from tests.training.toy_run import write_dataset
 
@@ -199,6 +201,32 @@ def test_a_recipe_trains_a_reranker_and_records_its_candidates(base, tmp_path):
     log = [e["eval_mrr"] for e in json.loads((folder / "training_log.json").read_text()) if "eval_mrr" in e]
     assert validation["metrics"]["mrr"] == pytest.approx(max(log))
     assert not torch.equal(model.out.weight, toy_reranker().out.weight)
+
+
+@pytest.mark.parametrize("reranks", [True, False])
+def test_a_run_can_end_without_an_evaluation(base, tmp_path, monkeypatch, reranks):
+    def fail(*args, **kwargs):
+        raise AssertionError("evaluated")
+
+    if reranks:
+        recipe = base
+    else:
+        toy_model().save_pretrained(tmp_path / "start")
+        ToyProcessor().save_pretrained(tmp_path / "start")
+        recipe = {key: value for key, value in base.items() if key != "candidates"}
+    training = {"final_evaluation": False, "eval_strategy": "no", "load_best_model_at_end": False}
+    recipe = {**recipe, "training": {**base["training"], **training}}
+    monkeypatch.setattr(CandidateEvaluator, "__call__", fail)
+    monkeypatch.setattr(FullEvaluator, "__call__", fail)
+    folder = run_recipe(Recipe.from_dict(recipe), tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["validation"] is None
+    assert results["nil"] is None
+    card = (folder / "README.md").read_text()
+    assert "was not evaluated on `validation`" in card
+    assert ("up to 4 by name+prior" in card) == reranks
+    assert eval_results(results | {"data": results["data"] | {"dataset": "org/toy", "revision": "f" * 40}}) == []
+    (load_reranker if reranks else load_retriever)(folder, device="cpu")
 
 
 def test_candidates_from_files_by_split(base, tmp_path):
