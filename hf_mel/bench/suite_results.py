@@ -22,12 +22,15 @@ from hf_mel.bench.cells import (
 from hf_mel.bench.comparability import MentionRanks, check_comparable, mean_scores, protocol_of
 from hf_mel.bench.significance import Difference, corrected, paired_difference
 from hf_mel.bench.suite import LIST_ORDER, Suite
+from hf_mel.evaluation.settings import NUM_CANDIDATES
 from hf_mel.files import read_json
 
 #: Metrics whose differences are tested.
 TESTED = ("hits@1", "mrr")
 #: The correction for many comparisons, by its name in statsmodels.
 CORRECTION = "holm"
+#: Why a cell is empty that nothing has begun.
+NOT_RUN = "It has not been run yet."
 #: Entries of metrics that count and are not averaged.
 _COUNTS = ("num_ranked", "num_mentions", "num_nil", "num_missed")
 
@@ -121,25 +124,27 @@ def _row(key: RowKey, cells: Sequence[Cell]) -> dict[str, Any]:
     protocols = {f"{key.label}, seed {seed}": protocol_of(results) for seed, results in evaluations.items()}
     if order not in (None, LIST_ORDER):
         # A source ranks the knowledge base and keeps the first places, which are those of a ranking of all of it.
-        kept = [protocol["candidates"]["k"] for protocol in protocols.values()]
+        limit = cells[0].evaluate_options(resolved=False).get("num_candidates", NUM_CANDIDATES)
         protocols = {
             name: {**protocol, "protocol": "full", "candidates": None} for name, protocol in protocols.items()
         }
-        if kept:
-            note = f"{note} The first {max(kept):,} places of a ranking without a model; other golds count as misses.".strip()
+        if protocols:
+            note = (
+                f"{note} The first {limit:,} places of a ranking without a model; other golds count as misses.".strip()
+            )
     check_comparable(protocols)
     first = next(iter(evaluations.values()), None)
     empty = [
-        {"seed": cell.seed, "reason": (records[cell.seed] or {}).get("reason") or "It has not been run yet."}
+        {"seed": cell.seed, "reason": (records[cell.seed] or {}).get("reason") or NOT_RUN}
         for cell in cells
         if cell not in finished
     ]
     kept_records = [records[cell.seed] for cell in finished]
     metrics = {} if first is None else _averaged([results["metrics"] for results in evaluations.values()])
     strata = _strata([results["strata"] for results in evaluations.values()])
-    if order not in (None, LIST_ORDER) and evaluations:
+    if order not in (None, LIST_ORDER):
         for part in (metrics, *(group for groups in strata.values() for group in groups.values())):
-            _drop_unknown(part, max(kept))
+            _drop_unknown(part, limit)
     return {
         "name": key.label,
         "system": key.system,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_mel.bench.comparability import check_comparable, protocol_line
-from hf_mel.bench.suite_results import tables_of
+from hf_mel.bench.suite_results import NOT_RUN, tables_of
 from hf_mel.errors import MissingExtraError
 from hf_mel.evaluation.settings import KS
 from hf_mel.evaluation.tables import display_name, display_value, write_results
@@ -60,7 +60,8 @@ def metrics_table(rows: Sequence[Mapping[str, Any]], tests: Sequence[Mapping[str
     Raises:
         ComparisonError: The rows have different protocols.
     """
-    filled = _checked(rows)
+    filled, waiting = _checked(rows), [row["name"] for row in rows if _is_waiting(row)]
+    rows = _begun(rows)
     columns = [name for name in _COLUMNS if any(name in row["metrics"] for row in filled)]
     tests = [test for test in tests if any(_is_of(test, row) for row in filled)]
     against = tests[0]["against"] if tests else None
@@ -75,6 +76,8 @@ def metrics_table(rows: Sequence[Mapping[str, Any]], tests: Sequence[Mapping[str
         lines.append(line)
     table = FigureTable(_caption(rows), header, lines, notes=_empty_notes(rows))
     table.best = _best(rows, columns, first_column=2)
+    if filled and waiting:
+        table.notes.append(f"Not run yet: {'; '.join(waiting)}.")
     if tests:
         table.notes.insert(
             0,
@@ -105,7 +108,7 @@ def strata_table(rows: Sequence[Mapping[str, Any]], metric: str = "hits@1") -> F
             row["name"],
             *(shown(metric, row["strata"].get(name, {}).get(group, {}).get(metric)) for name, group in groups),
         ]
-        for row in rows
+        for row in _begun(rows)
     ]
     return FigureTable(
         f"{display_name(metric)} by stratum, with the number of mentions. {_caption(rows)}", header, lines
@@ -126,7 +129,7 @@ def cost_table(rows: Sequence[Mapping[str, Any]]) -> FigureTable:
         "peak memory",
     ]
     lines = []
-    for row in rows:
+    for row in _begun(rows):
         cost = row["cost"]
         lines.append(
             [
@@ -385,6 +388,16 @@ def _caption(rows: Sequence[Mapping[str, Any]]) -> str:
         return f"{rows[0]['data']}: nothing has been run yet"
     protocol = filled[0]["protocol"]
     return f"{rows[0]['data']}, {protocol_line(protocol)}; data sha256 {str(protocol['data'])[:12]}"
+
+
+def _is_waiting(row: Mapping[str, Any]) -> bool:
+    """Returns whether nothing of a row has begun."""
+    return bool(row["empty"]) and not row["seeds"] and all(item["reason"] == NOT_RUN for item in row["empty"])
+
+
+def _begun(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Returns the rows without those of which nothing has begun, unless that are all."""
+    return [row for row in rows if not _is_waiting(row)] or rows
 
 
 def _empty_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -23,7 +23,7 @@ from hf_mel.cli.options import (
     Split,
     TrustRemoteCode,
 )
-from hf_mel.evaluation.settings import KS, Ties
+from hf_mel.evaluation.settings import KS, NUM_CANDIDATES, Ties
 
 if TYPE_CHECKING:
     import datasets
@@ -138,7 +138,7 @@ def evaluate(
     ] = None,
     num_candidates: Annotated[
         int, typer.Option(min=1, help="Reranker, or --no-model: maximum number of candidates per mention.")
-    ] = 100,
+    ] = NUM_CANDIDATES,
     scorer: NameScorer = "WRatio",
     retriever: RetrieverOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of namesakes (--candidates namesake).")] = 0,

@@ -10,7 +10,7 @@ import statistics
 import pytest
 
 from hf_mel.bench.comparability import check_comparable, protocol_of
-from hf_mel.bench.suite_results import over_seeds, tables_of
+from hf_mel.bench.suite_results import NOT_RUN, over_seeds, tables_of
 from hf_mel.bench.suite_tables import (
     all_tables,
     budget_line,
@@ -215,3 +215,12 @@ def test_the_page_says_where_the_figures_come_from():
     assert budget_line({"max_steps": None, "minutes": 15}) == "15 minutes of training (processor time on a CPU)"
     assert budget_line({"max_steps": None, "minutes": None}) == "that of its recipe"
     assert [duration(seconds) for seconds in (4, 600, 7200)] == ["4 s", "10.0 min", "2.0 h"]
+
+
+def test_rows_of_which_nothing_was_run_are_named_below():
+    rows = [row("A", [0.5]), empty("B", NOT_RUN)]
+    tables = [metrics_table(rows, []), cost_table(rows)]
+    assert [[line[0] for line in table.rows] for table in tables] == [["A"], ["A"]]
+    assert tables[0].notes[-1] == "Not run yet: B."
+    failed = empty("B")
+    assert [line[0] for line in metrics_table([rows[0], failed], []).rows] == ["A", "B"]
