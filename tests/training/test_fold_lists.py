@@ -95,6 +95,24 @@ def test_every_retriever_also_learns_from_extra_mentions(tmp_path, monkeypatch):
         assert set(ids) - extra == set(train["mention_id"]) - {train[row]["mention_id"] for row in left_out}
 
 
+def test_a_part_smaller_than_a_batch_trains_and_gets_its_lists(tmp_path, monkeypatch):
+    dataset = write_dataset(tmp_path / "toy_data")
+    content = recipe_for(dataset, per_device_train_batch_size=64, eval_strategy="no", load_best_model_at_end=False)
+    steps = []
+    train = MelTrainer.train
+
+    def counted(trainer, *args, **options):
+        result = train(trainer, *args, **options)
+        steps.append(trainer.state.global_step)
+        return result
+
+    monkeypatch.setattr(MelTrainer, "train", counted)
+    folder = run_recipe(Recipe.from_dict(content), tmp_path / "run")
+    assert steps == [1, 1]
+    lists = CandidateLists.load(folder / "train.parquet")
+    assert all(len(ids) == 4 for ids in lists.entity_ids)
+
+
 def test_a_list_does_not_depend_on_the_golds_of_its_part(tmp_path):
     dataset = write_dataset(tmp_path / "toy_data")
     first = CandidateLists.load(run_recipe(Recipe.from_dict(recipe_for(dataset)), tmp_path / "run") / "train.parquet")
