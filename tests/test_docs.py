@@ -175,7 +175,8 @@ def test_yaml_and_json_blocks_parse():
 
 
 def test_every_promise_names_a_test_that_exists():
-    rows = [line for line in TEXTS["docs/promises.md"].splitlines() if re.match(r"\| (?!promise)[^-]", line)]
+    promises = TEXTS["docs/promises.md"].partition("\n## What was run\n")[0]
+    rows = [line for line in promises.splitlines() if re.match(r"\| (?!promise)[^-]", line)]
     assert len(rows) > 15
     for row in rows:
         names = re.findall(r"`(tests/[^`]+\.py)::(test_\w+)`", row)
