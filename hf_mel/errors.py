@@ -111,6 +111,10 @@ class TrainingError(MelError, RuntimeError):
     """A training cannot go on: its loss is no number, or a checkpoint cannot be written."""
 
 
+class NotEnoughMemoryError(MelError, RuntimeError):
+    """A training is predicted to need more memory than there is."""
+
+
 class StoppedError(MelError, RuntimeError):
     """A training was stopped by a signal, after it had saved a checkpoint. The exit status is that of SIGTERM."""
 

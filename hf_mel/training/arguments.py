@@ -83,6 +83,8 @@ class MelTrainingArguments(TrainingArguments):
             Stop after this many minutes of training, without those of evaluations and checkpoints: processor time of the
             process on a CPU, so that other work on the machine costs nothing, and the clock otherwise. The learning rate
             falls linearly to 0 with the time or the steps, whichever runs out first. A resumed run goes on counting.
+        check_memory (`bool`, *optional*, defaults to `True`):
+            Whether the peak memory is predicted before training, and training refused that needs more than there is.
         bf16 (`bool` or `str`, *optional*, defaults to `"auto"`):
             Whether to train in bfloat16 mixed precision. `"auto"` is `True` if the processor or GPU computes in bfloat16
             natively, and `False` otherwise or if `fp16` is set. The attribute is always a `bool`.
@@ -140,6 +142,9 @@ class MelTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Number of evaluations without improvement before training stops."}
     )
     max_minutes: float | None = field(default=None, metadata={"help": "Minutes of training after which it stops."})
+    check_memory: bool = field(
+        default=True, metadata={"help": "Predict the memory of training, and refuse what does not fit."}
+    )
 
     bf16: bool | str = field(  # type: ignore[assignment]
         default="auto", metadata={"help": "bfloat16 mixed precision; 'auto': if the hardware has it natively."}

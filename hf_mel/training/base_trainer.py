@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,9 @@ class BaseTrainer(Trainer):
             # DataParallel would split a batch whose rows refer to each other by number.
             logger.warning("Using one of %d GPUs. Start with `accelerate launch` to use them all.", args.n_gpu)
             args._n_gpu = 1
+        self._parts_of_loss: dict[str, list[torch.Tensor]] = {}
+        self._rows_since_log = 0
+        self._since: float | None = None
         self.processor: Any = processor
         self.collator, self.sampler = collator, sampler
         config = getattr(model, "config", None)
@@ -176,11 +179,37 @@ class BaseTrainer(Trainer):
             TrainingError: the loss is nan or infinite. The ids of the rows are written beside the checkpoints.
         """
         ids = inputs.pop(BATCH_IDS, [])
+        self._since = time.perf_counter() if self._since is None else self._since
+        self._rows_since_log += len(ids)
         loss = super().training_step(model, inputs, *args, **kwargs)
         # The Trainer would log the mean of the last losses instead, and go on.
         if not torch.isfinite(loss):
             raise self._not_finite(f"The loss is {loss.item()}", self.state.global_step + 1, ids)
         return loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Computes the loss of a batch, and keeps its parts for the log, if the model returns them as `losses` or `task_losses`."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training and isinstance(outputs, Mapping):
+            for name, part in (outputs.get("losses") or outputs.get("task_losses") or {}).items():
+                self._parts_of_loss.setdefault(name, []).append(part.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs as the Trainer does, and with a training loss its parts (`loss_<name>`) and `rows_per_second`.
+
+        A row is a mention or a post. Both are of this process, but for the rows of a batch that processes share.
+        """
+        if "loss" in logs and self._since is not None:
+            logs |= {f"loss_{name}": float(torch.stack(values).mean()) for name, values in self._parts_of_loss.items()}
+            logs["rows_per_second"] = round(self._rows_since_log / (time.perf_counter() - self._since), 3)
+            self.restart_log_interval()
+        super().log(logs, *args, **kwargs)
+
+    def restart_log_interval(self) -> None:
+        """Forgets what was counted since the last log, so that evaluations and checkpoints do not count as training."""
+        self._parts_of_loss.clear()
+        self._rows_since_log, self._since = 0, None
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Saves a checkpoint.
@@ -291,6 +320,12 @@ class _EpochSetter(TrainerCallback):
         if self.trainer.sampler is not None:
             self.trainer.sampler.set_epoch(epoch)
         self.trainer.collator.epoch = epoch
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.trainer.restart_log_interval()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.restart_log_interval()
 
 
 class _Progress(ProgressCallback):

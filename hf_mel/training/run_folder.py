@@ -15,6 +15,7 @@ from typing import Any
 import transformers
 import yaml
 from transformers import Trainer
+from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_mel.errors import MelError, MissingExtraError, RecipeError, StoppedError
 from hf_mel.evaluation.evaluator import device_name, software_versions
@@ -281,9 +282,18 @@ def training_arguments(recipe: Recipe, output_dir: str | os.PathLike[str]) -> Me
     if recipe.task == "pretraining":
         options |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
     try:
-        return MelTrainingArguments(output_dir=str(Path(output_dir).resolve()), **options | values)
+        arguments = MelTrainingArguments(output_dir=str(Path(output_dir).resolve()), **options | values)
     except (TypeError, ValueError, ImportError) as error:
         raise recipe.error(f"The training arguments are not valid: {error}") from error
+    try:
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()  # is an error if its package is not installed
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise recipe.error(
+            f"training.report_to is not usable: {error}",
+            'Install the package (for tensorboard and trackio: pip install "hf_mel[trackers]"), or remove training.report_to.',
+        ) from error
+    return arguments
 
 
 def recorded_values(model: str | os.PathLike[str], section: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from hf_mel.schema import NIL
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.base_trainer import BaseTrainer
 from hf_mel.training.collators import BATCH_IDS, Examples, NamesRows, PairCollator, RetrieverCollator
+from hf_mel.training.memory import check_memory
 from hf_mel.training.sampling import EasyShareSampler, GroupingSampler, grouping_sampler
 from hf_mel.training.shared_batches import SHARED_SIZES, gathered_encodings, made_by_first, unsharded_loader
 
@@ -264,11 +265,14 @@ class MelTrainer(BaseTrainer):
         checkpoint, so that an interrupted run starts again.
 
         Raises:
+            NotEnoughMemoryError: training is predicted to need more memory than there is ([`~hf_mel.training.memory.check_memory`]).
             MissingExtraError: a package that fits the model is not installed.
             RecipeError: a model that is fitted is trained by several processes, or on pairs of one kind.
         """
         if not isinstance(self.model, FitsFeatures):
             self._batches_of_one_entity = 0
+            if self.args.check_memory and self.train_dataset is not None:
+                check_memory(self)
             output = super().train(*args, **kwargs)
             if self._batches_of_one_entity:
                 logger.warning(

@@ -98,11 +98,13 @@ class MimicOutput(ModelOutput):
         scores (`torch.Tensor` [M, N]): Eq. 7. Higher is better.
         unit_scores (`dict[str, torch.Tensor]`): Eq. 4–6, unit name → scores [M, N]; nan for a mention that lacks the
             unit's modality.
+        losses (`dict[str, torch.Tensor]`, *optional*): The terms of eq. 22: "overall" (eq. 20), and one of each unit (eq. 21).
     """
 
     loss: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     unit_scores: dict[str, torch.Tensor] | None = None
+    losses: dict[str, torch.Tensor] | None = None
 
 
 class _AlignedLinear(nn.Linear):
@@ -957,7 +959,7 @@ class MimicModel(MimicPreTrainedModel):
         unit_scores = self._all_unit_scores(mentions, entities)
         present = self._units_present(mentions)
         scores = self._minus_nil(_weighted_sum(unit_scores, self._unit_weights(mentions)), mentions)
-        loss = None
+        loss, losses = None, None
         if labels is not None:
             # In the losses, scores are divided by the temperature.
             prior = 0.0 if entity_log_prior is None else entity_log_prior.float() * self.config.temperature
@@ -973,10 +975,13 @@ class MimicModel(MimicPreTrainedModel):
                 columns = columns.where(known, scores.shape[1])
                 of_units = {unit: known if mask is None else known & mask for unit, mask in present.items()}
             units = {unit: unit_scores[unit] + prior for unit in self.config.unit_losses or ()}
-            terms = [(overall, None), *((units[unit], of_units[unit]) for unit in units)]
-            losses = [self._contrastive_loss(term, columns, mask) for term, mask in terms]  # eq. 20–21
-            loss = torch.stack(losses).sum()  # eq. 22
-        return MimicOutput(loss=loss, scores=scores, unit_scores=_nan_where_absent(unit_scores, present))
+            terms = {"overall": (overall, None), **{unit: (units[unit], of_units[unit]) for unit in units}}
+            losses = {
+                name: self._contrastive_loss(term, columns, mask) for name, (term, mask) in terms.items()
+            }  # eq. 20–21
+            loss = torch.stack(list(losses.values())).sum()  # eq. 22
+        unit_scores = _nan_where_absent(unit_scores, present)
+        return MimicOutput(loss=loss, scores=scores, unit_scores=unit_scores, losses=losses)
 
     def _contrastive_loss(
         self, scores: torch.Tensor, labels: torch.Tensor, present: torch.Tensor | None

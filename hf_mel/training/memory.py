@@ -1,0 +1,218 @@
+"""Predicts the peak memory of a training before it starts, and compares it with what the machine has."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from hf_mel.errors import NotEnoughMemoryError
+from hf_mel.inference.encode import encode_rows
+from hf_mel.inference.encodings import row_bytes
+from hf_mel.inference.execution import evaluation_mode
+from hf_mel.protocols import FitsFeatures
+
+logger = logging.getLogger(__name__)
+
+#: Number of float32 values that an optimizer keeps of each parameter, by the start of its name.
+_OPTIMIZER_VALUES = {"adamw_torch": 2, "sgd": 0}
+#: Shares of a batch whose activations are measured. A parabola through them gives those of the whole batch.
+_PROBES = (1 / 8, 1 / 4, 1 / 2)
+#: Peak of a step relative to what its forward pass keeps: the gradients of these tensors, and what the allocator does not
+#: use again. Measured on `mimic_flags`, `bi-encoder_flags` and `ghmfc_flags` on a CPU (`benchmarks/memory.py`).
+_STEP_FACTOR = 2.2
+#: Memory of ranking beside the encodings, in bytes: a chunk of entities and a block of scores (`rank`), on a CPU.
+_RANKING = 2**26
+
+
+@dataclass
+class MemoryPrediction:
+    """Predicted peak memory of a training, in bytes.
+
+    Args:
+        start (`int`): What the process, or the GPU, holds already: the weights, the data, and on a CPU the program.
+        gradients, optimizer (`int`): One value for each trained parameter, and what the optimizer keeps of it.
+        batch (`int`): A step: its tensors, what the forward pass keeps for the backward pass, and their gradients.
+        evaluation (`int`): The encoded entities and mentions of a retriever, and the memory of ranking.
+    """
+
+    start: int
+    gradients: int
+    optimizer: int
+    batch: int
+    evaluation: int
+
+    @property
+    def peak(self) -> int:
+        """The peak: a batch and an evaluation are never in memory together."""
+        return self.start + self.gradients + self.optimizer + max(self.batch, self.evaluation)
+
+
+def check_memory(trainer: Any) -> MemoryPrediction | None:
+    """Logs the predicted peak memory of a training, or why it is not predicted.
+
+    Args:
+        trainer ([`~hf_mel.training.trainer.MelTrainer`]): The trainer, before training.
+
+    Returns:
+        [`MemoryPrediction`], or `None` if it cannot be predicted.
+
+    Raises:
+        NotEnoughMemoryError: The machine, the GPU or the control group of the process has less.
+    """
+    reason = _why_not(trainer)
+    if reason is not None:
+        logger.info("The memory of training is not predicted: %s.", reason)
+        return None
+    prediction = predict_memory(trainer)
+    available = prediction.start + _free_memory(trainer.args.device)
+    parts = ", ".join(f"{name} {_gb(size)}" for name, size in asdict(prediction).items())
+    logger.info("Training is predicted to need %s of %s GB (%s).", _gb(prediction.peak), _gb(available), parts)
+    if prediction.peak > available:
+        if prediction.batch >= prediction.evaluation:
+            advice = "Lower training.per_device_train_batch_size, or set training.bf16=true"
+        else:
+            advice = "Evaluate on fewer entities, or with smaller dimensions of the model"
+        raise NotEnoughMemoryError(
+            f"Training is predicted to need {_gb(prediction.peak)} GB ({parts}), and {_gb(available)} GB are there.",
+            remedy=f"{advice}. To train all the same, set training.check_memory=false.",
+        )
+    return prediction
+
+
+def predict_memory(trainer: Any) -> MemoryPrediction:
+    """Returns the predicted peak memory of a training.
+
+    The activations are measured on parts of the first batch. A prediction leaves the weights, the random numbers and all
+    buffers as they were.
+
+    Args:
+        trainer ([`~hf_mel.training.trainer.MelTrainer`]): The trainer, before training.
+    """
+    model, device = trainer.model, trainer.args.device
+    start = psutil.Process().memory_info().rss
+    if device.type == "cuda":
+        start = torch.cuda.memory_allocated(device)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    values = _optimizer_values(trainer.args) or 0
+    return MemoryPrediction(
+        start, 4 * trained, 4 * values * trained, _batch_bytes(trainer), _evaluation_bytes(trainer)
+    )
+
+
+def _why_not(trainer: Any) -> str | None:
+    """Returns why the memory of a training cannot be predicted, or `None`."""
+    args = trainer.args
+    if args.world_size > 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return "it is shared by several processes"
+    if args.gradient_checkpointing or args.torch_compile:
+        return "activations are computed again, or compiled"
+    if isinstance(trainer.model, FitsFeatures):
+        return "the model is fitted without gradients"
+    if _optimizer_values(args) is None:
+        return f"what the optimizer {args.optim.value} keeps is not known"
+    if args.device.type not in ("cpu", "cuda"):
+        return f"the memory of a device of type {args.device.type!r} is not known"
+    return None
+
+
+def _optimizer_values(args: Any) -> int | None:
+    """Returns how many values the optimizer keeps of each parameter, or `None` if that is not known."""
+    return next((count for name, count in _OPTIMIZER_VALUES.items() if args.optim.value.startswith(name)), None)
+
+
+def _batch_bytes(trainer: Any) -> int:
+    """Returns the bytes of a batch and of what its forward pass keeps, by a parabola through those of parts of it."""
+    size = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
+    numbers = list(trainer.sampler)[:size]
+    sizes = sorted({max(1, math.ceil(share * size)) for share in _PROBES}) if size > 8 else [size]
+    measured = []
+    model = trainer.model
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    was_training, device = model.training, trainer.args.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model.train()
+        try:
+            for count in sizes:
+                measured.append(_measured(trainer, numbers[:count]))
+        finally:
+            model.train(was_training)
+            for buffer, before in buffers:
+                buffer.data.copy_(before)
+    if len(sizes) == 1:
+        return int(_STEP_FACTOR * measured[0])
+    curve = np.polyfit(sizes, measured, len(sizes) - 1)
+    # Batches differ in the lengths of their texts, so that the parabola may bend down; memory never grows slower than this.
+    return int(_STEP_FACTOR * max(np.polyval(curve, size), measured[-1] * size / sizes[-1]))
+
+
+def _measured(trainer: Any, numbers: Sequence[int]) -> int:
+    """Returns the bytes of a batch of some rows, and of the tensors that its forward pass keeps for the backward pass."""
+    batch = trainer._prepare_inputs(trainer.data_collator(trainer.train_dataset.__getitems__(list(numbers))))
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), trainer.accelerator.autocast():
+        output = trainer.model(**batch)
+    for parameter in trainer.model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    inputs = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in batch.values()}
+    del output
+    # In the backward pass, the gradients of the largest of these are there, too.
+    return sum((inputs | kept).values()) + 2 * max(kept.values(), default=0)
+
+
+def _evaluation_bytes(trainer: Any) -> int:
+    """Returns the bytes of the encodings of a retriever's evaluation, and of ranking; 0 for a reranker."""
+    if trainer.reranks or trainer.eval_dataset is None or not len(trainer.eval_dataset):
+        return 0
+    total = _RANKING
+    inputs = trainer.inputs.without_mention_features()
+    with evaluation_mode(trainer.model):
+        for kind, rows in (("entities", trainer.eval_entities), ("mentions", trainer.eval_dataset)):
+            total += len(rows) * row_bytes(encode_rows(inputs, rows.select([0]), kind))
+    return total
+
+
+def _free_memory(device: torch.device) -> int:
+    """Returns the bytes that a process can still get: of a GPU, or of the machine within its control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [psutil.virtual_memory().available]
+    for limit, used in (
+        ("memory.max", "memory.current"),  # control groups, version 2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            room = int(Path("/sys/fs/cgroup", limit).read_text()) - _used(Path("/sys/fs/cgroup", used))
+            free.append(max(0, room))
+        except (OSError, ValueError):  # no such group, or no limit ("max")
+            continue
+    return min(free)
+
+
+def _used(file: Path) -> int:
+    """Returns the bytes that a control group uses, without cached files, which make room."""
+    try:
+        lines = (file.parent / "memory.stat").read_text().splitlines()
+        cached = sum(
+            int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "total_inactive_file")
+        )
+    except (OSError, ValueError, IndexError):
+        cached = 0
+    return int(file.read_text()) - cached
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f}"
