@@ -187,9 +187,15 @@ class BaseTrainer(Trainer):
             raise self._not_finite(f"The loss is {loss.item()}", self.state.global_step + 1, ids)
         return loss
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         """Computes the loss of a batch, and keeps its parts for the log, if the model returns them as `losses` or `task_losses`."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and isinstance(outputs, Mapping):
             for name, part in (outputs.get("losses") or outputs.get("task_losses") or {}).items():
                 self._parts_of_loss.setdefault(name, []).append(part.detach())

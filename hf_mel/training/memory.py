@@ -180,8 +180,9 @@ def _evaluation_bytes(trainer: Any) -> int:
     total = _RANKING
     inputs = trainer.inputs.without_mention_features()
     with evaluation_mode(trainer.model):
-        for kind, rows in (("entities", trainer.eval_entities), ("mentions", trainer.eval_dataset)):
-            total += len(rows) * row_bytes(encode_rows(inputs, rows.select([0]), kind))
+        entities, mentions = trainer.eval_entities, trainer.eval_dataset
+        total += len(entities) * row_bytes(encode_rows(inputs, entities.select([0]), "entities"))
+        total += len(mentions) * row_bytes(encode_rows(inputs, mentions.select([0]), "mentions"))
     return total
 
 
