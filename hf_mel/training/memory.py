@@ -155,7 +155,7 @@ def _batch_bytes(trainer: Any) -> int:
 
 def _measured(trainer: Any, numbers: Sequence[int]) -> int:
     """Returns the bytes of a batch of some rows, and of the tensors that its forward pass keeps for the backward pass."""
-    batch = trainer._prepare_inputs(trainer.data_collator(trainer.train_dataset.__getitems__(list(numbers))))
+    batch = trainer._prepare_inputs(trainer.collator(trainer.train_dataset.__getitems__(list(numbers))))
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
