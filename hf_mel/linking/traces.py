@@ -178,6 +178,7 @@ class Traces:
         try:
             with replace_file(path) as temporary:
                 save_file({k: np.ascontiguousarray(array) for k, array in arrays.items()}, temporary, header)
+                temporary.chmod(0o644)  # as the results; safetensors lets only the owner read
         except (OSError, SafetensorError) as error:
             raise MelError(
                 f"The file cannot be written ({error}).", file=path, remedy="Check the path and the free disk space."
