@@ -178,11 +178,12 @@ def _evaluation_bytes(trainer: Any) -> int:
     if trainer.reranks or trainer.eval_dataset is None or not len(trainer.eval_dataset):
         return 0
     total = _RANKING
-    inputs = trainer.inputs.without_mention_features()
+    inputs = trainer.inputs
     with evaluation_mode(trainer.model):
         entities, mentions = trainer.eval_entities, trainer.eval_dataset
         total += len(entities) * row_bytes(encode_rows(inputs, entities.select([0]), "entities"))
-        total += len(mentions) * row_bytes(encode_rows(inputs, mentions.select([0]), "mentions"))
+        # A mention of training, whose features may be cached: each is encoded once in a training.
+        total += len(mentions) * row_bytes(encode_rows(inputs, trainer.mentions.select([0]), "mentions"))
     return total
 
 
