@@ -78,6 +78,7 @@ def trained(tmp_path, model, inputs=None, processor=None):
             learning_rate=0.01,
             disable_tqdm=True,
             log_level="error",
+            check_memory=False,  # the prediction reads rows, too, which tests count
         ),
         train_dataset=toy_mentions(16),
         eval_dataset=toy_mentions(12),
