@@ -52,6 +52,8 @@ def run_linking(folder: RunFolder) -> FinishedTraining | None:
     train, entities = with_extra_datasets(recipe, train, entities)
     set_seed(arguments.seed)
     model, processor = build_model(recipe, texts_of(train, entities))
+    if recipe.candidates is not None and not isinstance(model, Reranker):
+        raise recipe.error(f"{type(model).__name__} ranks all entities.", "Remove the section 'candidates'.")
     posts = training_posts(recipe, train) if knows_posts(model) else None
     if any(data.extra_mentions.values()):
         if isinstance(model, Reranker):
@@ -67,8 +69,6 @@ def run_linking(folder: RunFolder) -> FinishedTraining | None:
             "train_candidates": candidates_from_recipe(recipe, data.train_split, train, train, entities),
             "eval_candidates": candidates_from_recipe(recipe, data.validation_split, validation, train, entities),
         }
-    elif recipe.candidates is not None:
-        raise recipe.error(f"{type(model).__name__} ranks all entities.", "Remove the section 'candidates'.")
     inputs = ModelInputs(model, processor, posts)
     if recipe.task == "knowledge":
         if inputs.prototypes is None:
