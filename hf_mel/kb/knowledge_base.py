@@ -812,6 +812,16 @@ class KnowledgeBase:
         return [(shard["rows"], shard["encodings"]["sha256"]) for shard in self._manifest["shards"]]
 
     @property
+    def tables(self) -> list[str]:
+        """The sha256 of the table of entities of each shard: of columns that no model encodes, too."""
+        return [shard["entities"]["sha256"] for shard in self._manifest["shards"]]
+
+    @property
+    def removed_rows(self) -> list[int]:
+        """The physical rows of removed entities."""
+        return list(self._manifest["removed"])
+
+    @property
     def num_physical_rows(self) -> int:
         """The number of rows in the shards, including removed ones."""
         return int(self._starts[-1])

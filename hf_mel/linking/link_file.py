@@ -20,7 +20,7 @@ from hf_mel.files import file_sha256, is_stream, link_target, open_stream, write
 from hf_mel.linking.linker import EntityLinker
 from hf_mel.linking.mentions import locate_mention
 from hf_mel.linking.results import LinkResult
-from hf_mel.linking.traces import LinkOrigin, LinkTrace, Traces
+from hf_mel.linking.traces import LinkOrigin, LinkTrace, Traces, kb_state, trace_path
 from hf_mel.locks import writer_lock
 from hf_mel.row_columns import ColumnMapping
 from hf_mel.row_files import MAX_LISTED, ROW_SUFFIXES, int_cell, read_rows, text_cell
@@ -240,7 +240,7 @@ def link_file(
     traces = None
     if origin is not None:
         check_relinkable(linker, output)
-        traces = _TraceCollector(settings, origin)
+        traces = _TraceCollector({**settings, **kb_state(linker.kb)}, origin)
         settings = {**settings, "relinkable": True}
     with tqdm(desc="Linking", unit="mention", delay=1, disable=not progress) as bar:
         for result, is_new in write_results(
@@ -532,4 +532,6 @@ class _PartialFile:
             )
         if self.traces is not None:
             self.traces.write(self.target)
+        else:  # those of results that were here before
+            trace_path(self.target).unlink(missing_ok=True)
         self.partial.unlink()

@@ -31,7 +31,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_mel.errors import DataFormatError, KnowledgeBaseError
-from hf_mel.files import write_text
+from hf_mel.files import link_target, write_text
 from hf_mel.inference.encodings import slice_encodings
 from hf_mel.inference.fingerprint import model_difference
 from hf_mel.inference.ranking import TIE_TOLERANCE, RankingResult
@@ -41,13 +41,14 @@ from hf_mel.linking.link_file import check_relinkable, mention_of_row
 from hf_mel.linking.linker import EntityLinker, MentionBatch
 from hf_mel.linking.mentions import locate_mention
 from hf_mel.linking.results import LinkResult
-from hf_mel.linking.traces import Traces
+from hf_mel.linking.traces import Traces, kb_state
+from hf_mel.locks import writer_lock
 from hf_mel.protocols import bounds_scores
 
 #: Mentions whose bounds are computed at a time, and entities.
 _BOUNDED_MENTIONS, _BOUNDED_ENTITIES = 1024, 8192
 #: Settings that describe states, which are compared one by one.
-_STATES = ("model", "reranker", "kb", "removed")
+_STATES = ("model", "reranker", "kb", "removed", "tables", "removed_rows")
 
 
 @dataclass
@@ -133,7 +134,15 @@ def relink_file(
     _check_same(linker, traces, results)
     if output is not None:
         check_relinkable(linker, output)
-    return _Relinker(linker, results, traces, batch_size, progress).run(None if output is None else Path(output))
+    relinker = _Relinker(linker, results, traces, batch_size, progress)
+    if output is None:
+        return relinker.run(None)
+    target = link_target(output)
+    lock = target.with_name(f".{target.name}.lock")
+    with writer_lock(
+        lock, busy="The output is being written", remedy="Wait for it, or give another output.", target=target
+    ):
+        return relinker.run(target)
 
 
 def _check_same(linker: EntityLinker, traces: Traces, results: Path) -> None:
@@ -150,8 +159,12 @@ def _check_same(linker: EntityLinker, traces: Traces, results: Path) -> None:
                 file=results,
                 remedy="Give the one that linked them, or link the mentions anew: hf-mel link --relinkable.",
             )
-    kb, removed = stored["kb"], current["removed"] - stored["removed"]
-    if current["kb"][: len(kb)] != kb or removed < 0:
+    kb, state = stored["kb"], kb_state(linker.kb)
+    if (
+        current["kb"][: len(kb)] != kb
+        or state["tables"][: len(kb)] != stored["tables"]
+        or not set(stored["removed_rows"]) <= set(state["removed_rows"])
+    ):
         raise KnowledgeBaseError(
             "The results are not of this knowledge base, or it was built or saved again since, which moves its rows.",
             file=linker.kb.path,
@@ -398,7 +411,7 @@ class _Relinker:
         for position, result in changed.items():
             assert result.trace is not None
             traces.replace(position, result.trace)
-        traces.settings = {**self.linker.describe(), "top_k": self.top_k}
+        traces.settings = {**self.linker.describe(), "top_k": self.top_k, **kb_state(self.linker.kb)}
         write_text(output, lines())
         traces.write(output)
 

@@ -243,6 +243,13 @@ def test_bad_results_are_refused(tmp_path):
         relink_file(linker, tmp_path / "none.jsonl")
 
 
+def test_results_that_are_linked_again_without_traces_have_none(tmp_path):
+    linker, results = linked(tmp_path)
+    link_file(linker, read_mentions(tmp_path / "mentions.jsonl"), results, top_k=3)
+    with pytest.raises(DataFormatError, match=r"no traces.*--relinkable"):
+        relink_file(linker, results)
+
+
 def test_another_model_knowledge_base_or_setting_is_refused(tmp_path):
     linker, results = linked(tmp_path)
     model = MODELS["bounds"]
@@ -265,6 +272,27 @@ def test_another_model_knowledge_base_or_setting_is_refused(tmp_path):
         link_all(
             EntityLinker(model, PROCESSOR, linker.kb, bf16=True), tmp_path / "mentions.jsonl", tmp_path / "x.jsonl", 3
         )
+
+
+def test_a_knowledge_base_whose_encodings_are_the_same_and_whose_state_is_not_is_refused(tmp_path):
+    model, source, results = MODELS["bounds"], write_rows(tmp_path), tmp_path / "linked.jsonl"
+
+    def built(name: str, born: int) -> KnowledgeBase:
+        rows = [entity(number, f"Entity {letter}") | {"born": born} for number, letter in enumerate("abcdef")]
+        table = datasets.Dataset.from_list(rows, features=entity_features(born=datasets.Value("int64")))
+        return KnowledgeBase.build(table, model, PROCESSOR, output=tmp_path / name, progress=False)
+
+    kb, other_column, other_removal = built("kb", 1900), built("again", 1800), built("backup", 1900)
+    assert kb.shards == other_column.shards == other_removal.shards
+    kb.remove(["Q0"])
+    other_column.remove(["Q0"])
+    other_removal.remove(["Q1"])
+    linker = EntityLinker(model, PROCESSOR, kb, where="born < 2000")
+    link_all(linker, source, results, 3)
+    relink_file(linker, results)
+    for changed in (other_column, other_removal):
+        with pytest.raises(KnowledgeBaseError, match="not of this knowledge base"):
+            relink_file(EntityLinker(model, PROCESSOR, changed, where="born < 2000"), results)
 
 
 def test_a_missing_image_stops_relinking_and_leaves_the_results(tmp_path):
