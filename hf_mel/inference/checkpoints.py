@@ -37,9 +37,9 @@ _CHECKED_FILES = [
     POOLING_FILE,
 ]
 
-#: Held while transformers loads a model. It replaces functions of the whole process meanwhile, such as
-#: `PreTrainedModel.tie_weights`. Of two threads, the later one would put back what the earlier one had put in their place, and
-#: no model of the process would tie its weights any more.
+#: Held while transformers makes or loads a model. It changes the whole process meanwhile: functions such as
+#: `PreTrainedModel.tie_weights`, and PyTorch's default dtype. Of two threads, the later one would put back what the earlier one
+#: had put in their place: later models would not tie their weights, or would be made in another dtype.
 _LOADING = threading.RLock()
 
 #: Errors of transformers for folders and repositories that hold no model, or a damaged one.
@@ -140,7 +140,8 @@ def load_linking_model(
     try:
         config = AutoConfig.from_pretrained(name, **options)
         if not trust_remote_code:
-            _check_size(name, config, weight_bytes)
+            with _LOADING:
+                _check_size(name, config, weight_bytes)
         # Other formats of weights are pickles, which run code when they are loaded.
         weights = {"dtype": torch.float32, "use_safetensors": True}
         if is_text_encoder(config):
