@@ -1,4 +1,4 @@
-"""What seeds and numbers of threads change in a training, and whether an average of its weights depends on them less.
+"""Measures how far seeds and numbers of threads move a training, and whether an average of its weights moves less.
 
     OMP_NUM_THREADS=1 python -m benchmarks.averaging train mimic_flags --seed 0 --output runs/average-0
     OMP_NUM_THREADS=2 python -m benchmarks.averaging train mimic_flags --seed 0 --output runs/average-0-threads2

@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,7 @@ from hf_mel.files import file_sha256, is_stream, link_target, open_stream, write
 from hf_mel.linking.linker import EntityLinker
 from hf_mel.linking.mentions import locate_mention
 from hf_mel.linking.results import LinkResult
-from hf_mel.linking.traces import LinkOrigin, LinkTrace, Traces, kb_state, trace_path
+from hf_mel.linking.traces import LinkOrigin, LinkTrace, Traces, trace_path
 from hf_mel.locks import writer_lock
 from hf_mel.row_columns import ColumnMapping
 from hf_mel.row_files import MAX_LISTED, ROW_SUFFIXES, int_cell, read_rows, text_cell
@@ -171,6 +171,16 @@ def check_output(output: str | os.PathLike[str]) -> None:
         )
 
 
+def output_lock(target: Path) -> AbstractContextManager[None]:
+    """Lets one process write a file of results, and what lies beside it."""
+    return writer_lock(
+        target.with_name(f".{target.name}.lock"),
+        busy="The output is being written",
+        remedy="Wait for it, or give another output.",
+        target=target,
+    )
+
+
 def check_relinkable(linker: EntityLinker, output: str | os.PathLike[str]) -> None:
     """Checks that results of a linker can have traces.
 
@@ -240,7 +250,7 @@ def link_file(
     traces = None
     if origin is not None:
         check_relinkable(linker, output)
-        traces = _TraceCollector({**settings, **kb_state(linker.kb)}, origin)
+        traces = _TraceCollector(settings, origin)
         settings = {**settings, "relinkable": True}
     with tqdm(desc="Linking", unit="mention", delay=1, disable=not progress) as bar:
         for result, is_new in write_results(
@@ -478,14 +488,7 @@ class _PartialFile:
     def __enter__(self) -> _PartialFile:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
-            opened.enter_context(
-                writer_lock(
-                    self.target.with_name(f".{self.target.name}.lock"),
-                    busy="The output is being written",
-                    remedy="Wait for it, or give another output.",
-                    target=self.target,
-                )
-            )
+            opened.enter_context(output_lock(self.target))
             if self.resume:
                 self.done = self._read()
             self._start()

@@ -637,7 +637,8 @@ class EntityLinker:
         return {
             "model": describe_model(self.model),
             "kb": self.kb.shards,
-            "removed": self.kb.num_physical_rows - len(self.kb),
+            "tables": self.kb.tables,
+            "removed_rows": self.kb.removed_rows,
             "reranker": reranker,
             "rerank_k": self.rerank_k,
             "nil_threshold": self.nil_threshold,

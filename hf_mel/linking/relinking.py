@@ -37,18 +37,17 @@ from hf_mel.inference.fingerprint import model_difference
 from hf_mel.inference.ranking import TIE_TOLERANCE, RankingResult
 from hf_mel.kb.indexes.base import rank_rows
 from hf_mel.kb.indexes.certified import iter_bound_vectors
-from hf_mel.linking.link_file import check_relinkable, mention_of_row
+from hf_mel.linking.link_file import check_relinkable, mention_of_row, output_lock
 from hf_mel.linking.linker import EntityLinker, MentionBatch
 from hf_mel.linking.mentions import locate_mention
 from hf_mel.linking.results import LinkResult
-from hf_mel.linking.traces import Traces, kb_state
-from hf_mel.locks import writer_lock
+from hf_mel.linking.traces import Traces
 from hf_mel.protocols import bounds_scores
 
 #: Mentions whose bounds are computed at a time, and entities.
 _BOUNDED_MENTIONS, _BOUNDED_ENTITIES = 1024, 8192
 #: Settings that describe states, which are compared one by one.
-_STATES = ("model", "reranker", "kb", "removed", "tables", "removed_rows")
+_STATES = ("model", "reranker", "kb", "tables", "removed_rows")
 
 
 @dataclass
@@ -73,7 +72,7 @@ class MentionChange:
 
 @dataclass
 class Relinking:
-    """What a change of the knowledge base did to stored results.
+    """The effect of a change of the knowledge base on stored results.
 
     Args:
         num_mentions (`int`): Stored mentions.
@@ -138,10 +137,7 @@ def relink_file(
     if output is None:
         return relinker.run(None)
     target = link_target(output)
-    lock = target.with_name(f".{target.name}.lock")
-    with writer_lock(
-        lock, busy="The output is being written", remedy="Wait for it, or give another output.", target=target
-    ):
+    with output_lock(target):
         return relinker.run(target)
 
 
@@ -159,11 +155,11 @@ def _check_same(linker: EntityLinker, traces: Traces, results: Path) -> None:
                 file=results,
                 remedy="Give the one that linked them, or link the mentions anew: hf-mel link --relinkable.",
             )
-    kb, state = stored["kb"], kb_state(linker.kb)
+    kb = stored["kb"]
     if (
         current["kb"][: len(kb)] != kb
-        or state["tables"][: len(kb)] != stored["tables"]
-        or not set(stored["removed_rows"]) <= set(state["removed_rows"])
+        or current["tables"][: len(kb)] != stored["tables"]
+        or not set(stored["removed_rows"]) <= set(current["removed_rows"])
     ):
         raise KnowledgeBaseError(
             "The results are not of this knowledge base, or it was built or saved again since, which moves its rows.",
@@ -194,7 +190,7 @@ class _Relinker:
         if (ranked := linker.ranked_rows()) is not None:
             self.new_rows = np.intersect1d(self.new_rows, ranked)
         self.num_results = min(linker.num_ranked(self.top_k), len(kb) if ranked is None else len(ranked))
-        self.num_gone = kb.num_physical_rows - len(kb) - int(traces.settings["removed"])
+        self.num_gone = kb.num_physical_rows - len(kb) - len(traces.settings["removed_rows"])
         self.has_changed = bool(self.num_gone) or kb.num_physical_rows > num_stored
         is_ranked = traces.physical_rows >= 0
         self.rows = np.where(is_ranked, kb.rows_of_physical(np.where(is_ranked, traces.physical_rows, 0)), -1)
@@ -411,7 +407,7 @@ class _Relinker:
         for position, result in changed.items():
             assert result.trace is not None
             traces.replace(position, result.trace)
-        traces.settings = {**self.linker.describe(), "top_k": self.top_k, **kb_state(self.linker.kb)}
+        traces.settings = {**self.linker.describe(), "top_k": self.top_k}
         write_text(output, lines())
         traces.write(output)
 

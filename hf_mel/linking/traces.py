@@ -21,23 +21,10 @@ from safetensors.numpy import save_file
 from hf_mel.errors import DataFormatError, MelError
 from hf_mel.files import file_sha256, link_target, replace_file
 from hf_mel.inference.score_bounds import QueryCodes
-from hf_mel.kb.knowledge_base import KnowledgeBase
 
 _FORMAT, _VERSION = "hf_mel.relink", "1"
 _SUFFIX = ".relink"
 _LINK_AGAIN = "Link the mentions again: hf-mel link … --input FILE --output RESULTS --relinkable"
-
-
-def kb_state(kb: KnowledgeBase) -> dict[str, Any]:
-    """Returns what tells a later state of a knowledge base from another one whose encodings and number of rows are the same.
-
-    Args:
-        kb ([`~hf_mel.kb.knowledge_base.KnowledgeBase`]): The knowledge base.
-
-    Returns:
-        `dict` with "tables", the sha256 of the table of each shard, and "removed_rows", the physical rows of removed entities.
-    """
-    return {"tables": kb.tables, "removed_rows": kb.removed_rows}
 
 
 @dataclass
@@ -102,7 +89,7 @@ class Traces:
     """The traces of M linked mentions, and what the results depend on besides the mentions.
 
     Args:
-        settings (`dict`): Of [`EntityLinker.describe`](hf_mel.linking.linker.EntityLinker.describe), of [`kb_state`], and `top_k`.
+        settings (`dict`): Of [`EntityLinker.describe`](hf_mel.linking.linker.EntityLinker.describe), and `top_k`.
         origin ([`LinkOrigin`]): With the path of the input relative to the folder of the results.
         lines (`np.ndarray` `[M]`): Line of each mention in the results, counted from 0.
         physical_rows (`np.ndarray` `[M, K]`): Physical rows of its ranked entities, -1 after the last.

@@ -72,7 +72,8 @@ class BaseTrainer(Trainer):
             # DataParallel would split a batch whose rows refer to each other by number.
             logger.warning("Using one of %d GPUs. Start with `accelerate launch` to use them all.", args.n_gpu)
             args._n_gpu = 1
-        self._parts_of_loss: dict[str, list[torch.Tensor]] = {}
+        #: Sum and number of the values of each part of the loss since the last log.
+        self._parts_of_loss: dict[str, tuple[torch.Tensor, int]] = {}
         self._rows_since_log = 0
         self._since: float | None = None
         self.processor: Any = processor
@@ -198,7 +199,8 @@ class BaseTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and isinstance(outputs, Mapping):
             for name, part in (outputs.get("losses") or outputs.get("task_losses") or {}).items():
-                self._parts_of_loss.setdefault(name, []).append(part.detach())
+                total, count = self._parts_of_loss.get(name, (0, 0))
+                self._parts_of_loss[name] = (total + part.detach(), count + 1)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -207,7 +209,7 @@ class BaseTrainer(Trainer):
         A row is a mention or a post. Both are of this process, but for the rows of a batch that processes share.
         """
         if "loss" in logs and self._since is not None:
-            logs |= {f"loss_{name}": float(torch.stack(values).mean()) for name, values in self._parts_of_loss.items()}
+            logs |= {f"loss_{name}": float(total / count) for name, (total, count) in self._parts_of_loss.items()}
             logs["rows_per_second"] = round(self._rows_since_log / (time.perf_counter() - self._since), 3)
             self.restart_log_interval()
         super().log(logs, *args, **kwargs)

@@ -181,23 +181,19 @@ def evaluate_training(
     version = {key: data[key] for key in ("dataset", "revision", "sha256")}
     options: dict[str, Any] = {"batch_size": trainer.args.per_device_eval_batch_size, "data_version": version}
     evaluation: Any = None
-    nil = None
-    if not trainer.args.final_evaluation:
-        pass
-    elif trainer.reranks:
+    nil = curve = None
+    if trainer.args.final_evaluation and trainer.reranks:
         assert trainer.eval_candidates is not None
         validation = trainer.eval_dataset  # all mentions, or a sample of `eval_mentions`
         evaluation = CandidateEvaluator(entities, **options)(trainer.inputs, validation, trainer.eval_candidates)
-    else:
+    elif trainer.args.final_evaluation:
         # Mentions are encoded again, because their cached features are half precision.
         inputs = trainer.inputs.without_mention_features()
         evaluation = FullEvaluator(entities, **options)(inputs, validation)
         nil = evaluation.calibrate_nil_threshold() if len(validation) and len(entities) > 1 else None
-    curve = None
-    is_ranking = evaluation is not None and not trainer.reranks and len(validation)
-    if is_ranking and hasattr(model.config, "link_calibration"):
-        curve = evaluation.risk_coverage(None if nil is None or nil.simulated else nil.threshold)
-        model.config.link_calibration = dataclasses.asdict(curve)
+        if len(validation) and hasattr(model.config, "link_calibration"):
+            curve = evaluation.risk_coverage(None if nil is None or nil.simulated else nil.threshold)
+            model.config.link_calibration = dataclasses.asdict(curve)
     # A threshold calibrated on simulated NIL mentions is not stored: it would enable NIL on data that has none.
     if nil is not None and not nil.simulated and hasattr(model.config, "nil_threshold"):
         model.config.nil_threshold = nil.threshold

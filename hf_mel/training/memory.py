@@ -207,11 +207,10 @@ def _free_memory(device: torch.device) -> int:
 def _used(file: Path) -> int:
     """Returns the bytes that a control group uses, without cached files, which make room."""
     try:
-        lines = (file.parent / "memory.stat").read_text().splitlines()
-        cached = sum(
-            int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "total_inactive_file")
-        )
-    except (OSError, ValueError, IndexError):
+        sizes = dict(line.split() for line in (file.parent / "memory.stat").read_text().splitlines())
+        # In version 1, the total includes the group's own.
+        cached = int(sizes.get("total_inactive_file", sizes.get("inactive_file", 0)))
+    except (OSError, ValueError):
         cached = 0
     return int(file.read_text()) - cached
 

@@ -1,9 +1,8 @@
-"""What a training tells TensorBoard, Trackio and the plot: the loss and its parts, the learning rate, the speed, the validation."""
+"""Tests of the log in TensorBoard, Trackio and the plot: the loss and its parts, the learning rate, the speed, the validation."""
 
 from __future__ import annotations
 
 import sqlite3
-from importlib.util import find_spec
 
 import pytest
 from PIL import Image
@@ -46,8 +45,6 @@ def test_tensorboard_gets_losses_learning_rate_speed_and_validation(tmp_path, mo
 
 
 def test_trackio_gets_the_same_offline(tmp_path, monkeypatch):
-    if find_spec("trackio") is None:
-        pytest.skip("trackio is not installed")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # Trackio reads it when it is imported
     run(tmp_path, "trackio")
     files = [*(tmp_path / "trackio").rglob("*.db")]
