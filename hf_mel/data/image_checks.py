@@ -30,28 +30,34 @@ def without_bad_images(
         bad_images (list of [`~hf_mel.errors.ImageError`], *optional*): Receives an error for each bad image, with the id of
             its row. Without a list, the first one is raised.
         every (`bool`, *optional*, defaults to `False`): Whether all images of an entity are checked, because training draws
-            one of them.
+            one of them. Then the first error is raised if no image is good, as where a folder is not mounted.
 
     Returns:
         `datasets.Dataset` of N rows: `rows` itself if all images are good.
 
     Raises:
-        ImageError: An image is bad, and there is no list.
+        ImageError: An image is bad, and there is no list; or `every` image is bad.
     """
     column = "images" if "images" in rows.column_names else "image"
     id_column = next(name for name in ("mention_id", "post_id", "entity_id") if name in rows.column_names)
     images = rows.select_columns([id_column, column]).with_format("arrow")  # the plain format would decode them
     kept: dict[int, Any] = {}
+    first_error: ImageError | None = None
+    num_good = 0
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for first in range(0, len(rows), _ROWS):
             batch = images[first : first + _ROWS].to_pylist()
             checked = threads.map(partial(_check, id_column=id_column, column=column, file=file, every=every), batch)
             for number, (good, errors) in enumerate(checked, first):
+                num_good += len(good)
                 if errors and bad_images is None:
                     raise errors[0]
                 if errors and bad_images is not None:
                     bad_images += errors
+                    first_error = first_error or errors[0]
                     kept[number] = good if column == "images" else next(iter(good), None)
+    if every and first_error is not None and not num_good:
+        raise first_error
     return _replace(rows, column, kept) if kept else rows
 
 

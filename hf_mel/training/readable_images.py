@@ -26,6 +26,9 @@ def with_readable_images(
             pre-training: one that reads images.
         processor ([`~hf_mel.protocols.MelProcessor`]): Its processor.
         tables (`datasets.Dataset`, *optional*): The tables. `None` stays `None`.
+
+    Raises:
+        ImageError: No image of a table can be opened.
     """
     if model is None:
         is_read = True

@@ -156,6 +156,16 @@ def test_damaged_images_are_left_out_of_a_run_and_counted(tmp_path, caplog):
     assert results["validation"]["metrics"] == other["validation"]["metrics"]
 
 
+def test_a_table_without_a_readable_image_is_an_error_before_training(tmp_path):
+    """As where the folder of the images is not mounted: a run without any would be another one."""
+    data = write_dataset(tmp_path / "data")
+    file = data / "mentions/train.parquet"
+    num_rows = len(datasets.Dataset.from_parquet(str(file), keep_in_memory=True))
+    damaged_rows(file, {row: {"bytes": None, "path": f"not/mounted/{row}.png"} for row in range(num_rows)})
+    with pytest.raises(ImageError, match="row m0"):
+        run_recipe(Recipe.from_dict(recipe_dict(data)), tmp_path / "run")
+
+
 def test_a_reranker_trains_without_damaged_images_and_without_nil(tmp_path, encoders, caplog):  # noqa: F811
     recipe = load("att_flags", "", encoders)
     recipe.data.dataset, recipe.candidates = str(damaged_data(tmp_path / "data")), CandidatesRecipe("name", k=4)
