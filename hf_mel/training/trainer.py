@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import math
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -261,8 +263,8 @@ class MelTrainer(BaseTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains as the Trainer does, or fits a model that is fitted without gradients ([`~hf_mel.protocols.FitsFeatures`]).
 
-        Fitting reads the training mentions `num_train_epochs` times, with other negatives each time. It writes no
-        checkpoint, so that an interrupted run starts again.
+        Fitting reads the training mentions `num_train_epochs` times, with other negatives each time, or until `max_steps`
+        batches or `max_minutes` are over. It writes no checkpoint, so that an interrupted run starts again.
 
         Raises:
             NotEnoughMemoryError: training is predicted to need more memory than there is ([`~hf_mel.training.memory.check_memory`]).
@@ -287,37 +289,47 @@ class MelTrainer(BaseTrainer):
                 f"{type(self.model).__name__} is fitted by one process, but {self.args.world_size} were started.",
                 remedy="Train it without accelerate launch.",
             )
-        features, labels, epochs = [], [], math.ceil(self.args.num_train_epochs)
+        features, labels = [], []
         with evaluation_mode(self.model):
-            for epoch in range(epochs):
-                self.state.epoch = epoch
-                self.callback_handler.on_epoch_begin(self.args, self.state, self.control)  # sets the collator's epoch
-                loader = tqdm(
-                    self.get_train_dataloader(),
-                    desc="Features",
-                    unit="batch",
-                    delay=1,
-                    disable=not self.shows_progress,
-                )
-                for batch in loader:
-                    batch = self._prepare_inputs(batch)
-                    batch.pop(BATCH_IDS, None)
-                    golds, mask = batch.pop("labels"), batch["pair_mask"].bool()
-                    is_gold = torch.arange(mask.shape[1], device=mask.device) == golds.unsqueeze(1)
-                    features.append(self.model.pair_features(**batch)[mask].cpu())
-                    labels.append(is_gold[mask].cpu())
+            for batch in self._fitting_batches():
+                batch = self._prepare_inputs(batch)
+                batch.pop(BATCH_IDS, None)
+                golds, mask = batch.pop("labels"), batch["pair_mask"].bool()
+                is_gold = torch.arange(mask.shape[1], device=mask.device) == golds.unsqueeze(1)
+                features.append(self.model.pair_features(**batch)[mask].cpu())
+                labels.append(is_gold[mask].cpu())
         try:
             self.model.fit(torch.cat(features), torch.cat(labels), seed=self.args.seed)
         except ImportError as error:
             raise MissingExtraError(str(error)) from error
         except ValueError as error:
             raise RecipeError(f"The model cannot be fitted: {error}") from error
-        self.state.epoch, self.state.global_step = float(epochs), sum(map(len, labels))
+        self.state.global_step = sum(map(len, labels))
         metrics: dict[str, float] = {}
         if self.eval_dataset is not None:
             metrics = self.evaluate()
             self.state.best_global_step = self.state.global_step
         return TrainOutput(self.state.global_step, 0.0, metrics)
+
+    def _fitting_batches(self) -> Iterator[dict[str, Any]]:
+        """Yields the training batches of a model that is fitted, until the epochs, `max_steps` or `max_minutes` are over."""
+        read, limit = 0, self.args.max_steps
+        epochs = itertools.count() if limit > 0 else range(math.ceil(self.args.num_train_epochs))
+        if self.clock is not None:
+            self.clock.on_train_begin(self.args, self.state, self.control)
+        for epoch in epochs:
+            self.state.epoch = float(epoch)
+            self.callback_handler.on_epoch_begin(self.args, self.state, self.control)  # sets the collator's epoch
+            loader = self.get_train_dataloader()
+            batches = tqdm(loader, desc="Features", unit="batch", delay=1, disable=not self.shows_progress)
+            for number, batch in enumerate(batches, 1):
+                yield batch
+                read += 1
+                self.state.epoch = epoch + number / len(loader)
+                if self.clock is not None:
+                    self.clock.on_step_end(self.args, self.state, self.control)
+                if read == limit or self.control.should_training_stop:
+                    return
 
     def evaluate(  # type: ignore[override]
         self,

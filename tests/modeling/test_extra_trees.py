@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -18,6 +19,7 @@ from hf_mel.modeling.extra_trees import ExtraTreesConfig, ExtraTreesModel, Extra
 from hf_mel.modeling.extra_trees.modeling_extra_trees import Forest, _rounded_down
 from hf_mel.modeling.extra_trees.processing_extra_trees import FEATURES
 from hf_mel.protocols import FitsFeatures, Reranker
+from hf_mel.training import base_trainer
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.trainer import MelTrainer
 from tests.modeling.test_pfmel_processing import make_tokenizer
@@ -211,6 +213,26 @@ def test_training_fits_once_on_all_pairs(tmp_path, monkeypatch):
     assert not torch.equal(features[:48], features[48:])  # the second epoch draws other negatives
     assert result.metrics["eval_hits@1"] == 1
     assert not any(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("limits", "batches"),
+    [
+        ({"max_steps": 3}, 3),
+        ({"max_steps": 11}, 11),  # an epoch has 8 batches, and steps go on after one
+        ({"max_minutes": 0.45, "num_train_epochs": 9}, 5),  # 27 seconds, of 6 each
+        ({"max_minutes": 100, "num_train_epochs": 1}, 8),
+    ],
+)
+def test_fitting_reads_no_more_than_the_budget_allows(tmp_path, monkeypatch, limits, batches):
+    model, seconds, pairs = ExtraTreesModel(ExtraTreesConfig(n_estimators=2)), itertools.count(0, 6), []
+    monkeypatch.setattr(base_trainer.time, "process_time", lambda: next(seconds))
+    monkeypatch.setattr(ExtraTreesModel, "fit", lambda self, x, y, seed: pairs.append(len(x)))
+    trainer = make_trainer(tmp_path, model, toy_mentions(16), per_device_train_batch_size=2, **limits)
+    trainer.eval_dataset = None  # the forest is not fitted
+    trainer.train()
+    assert pairs == [batches * 2 * 3]
+    assert trainer.state.epoch == batches / 8
 
 
 def test_fitting_without_scikit_learn_names_the_extra(tmp_path, monkeypatch):
