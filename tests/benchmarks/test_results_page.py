@@ -6,13 +6,21 @@ import json
 
 import pytest
 
-from benchmarks.results_page import PAGE, RESULTS, page, suite_text, table_text
+from benchmarks.results_page import PAGE, QUOTING, RESULTS, gains_text, page, quoted, suite_text, table_text
 from hf_mel.errors import ComparisonError
-from tests.bench.test_suite_tables import results, row
+from tests.bench.test_suite_tables import LISTS, protocol, results, row
 
 
 def test_the_page_is_what_the_files_give():
     assert PAGE.read_text(encoding="utf-8") == page(), "Run python -m benchmarks.results_page."
+
+
+@pytest.mark.parametrize("path", QUOTING, ids=lambda path: path.name)
+def test_quotes_are_what_the_files_give(path):
+    text = path.read_text(encoding="utf-8")
+    assert "<!-- h@1 flags: " in text
+    assert "<!-- h@1 wikimel-text: " in text
+    assert text == quoted(text), "Run python -m benchmarks.results_page."
 
 
 def test_the_template_holds_no_table():
@@ -90,3 +98,85 @@ def test_suites_are_tables_of_the_page(tmp_path):
     assert text.endswith("Words.\n")
     assert "stratum" not in text
     assert suite_text(results(row("A"))).count("| system |") == 3
+
+
+NOT_RUN = {"protocol": None, "metrics": {}, "seeds": [], "strata": {}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "figures"),
+    [
+        ("A", "55.0"),
+        ("A; C", "20.0 to 55.0"),
+        ("A … C", "20.0 to 91.0"),
+        ("B … C; A", "20.0 to 91.0"),
+        ("A; D", "55.0"),
+        ("A; A", "55.0"),
+        ("D", "–"),
+    ],
+)
+def test_a_quote_is_the_range_of_its_rows(tmp_path, rows, figures):
+    written = results(row("A"), row("B", [0.91]), row("C", [0.2]), row("D", **NOT_RUN))
+    (tmp_path / "mine.json").write_text(json.dumps(written))
+    start = f"| x | <!-- h@1 mine: {rows} -->"
+    text = f"{start}old<!-- end --> y\n{start}<!-- end -->"
+    assert quoted(text, tmp_path) == f"{start}{figures}<!-- end --> y\n{start}{figures}<!-- end -->"
+
+
+def test_a_quote_names_rows_of_one_protocol_that_exist(tmp_path):
+    written = results(row("A"), row("B", protocol=protocol(protocol="candidates", candidates=LISTS)))
+    (tmp_path / "mine.json").write_text(json.dumps(written))
+    for rows, error, message in (
+        ("A; B", ComparisonError, "Rows of different|protocol"),
+        ("C", ValueError, "mine has no row 'C'"),
+        ("A … C", ValueError, "mine has no row 'C'"),
+        ("B … A", ValueError, "'B' comes after 'A'"),
+    ):
+        with pytest.raises(error, match=message):
+            quoted(f"<!-- h@1 mine: {rows} -->1<!-- end -->", tmp_path)
+    with pytest.raises(ValueError, match="names no suite"):
+        quoted("<!-- h@1 other: A -->1<!-- end -->", tmp_path)
+
+
+def test_published_gains_stand_beside_those_of_a_suite(tmp_path):
+    written = results(row("A"), row("B", [0.91]), row("C", [0.54, 0.56]), row("D", **NOT_RUN))
+    test = {"metric": "hits@1", "data": "toy", "difference": 0.36, "low": 0.2, "high": 0.5}
+    written["tests"] = [
+        {**test, "metric": "mrr", "row": "B", "against": "A", "low": -1},
+        {**test, "row": "B", "against": "A"},
+    ]
+    written["suite"] = "mine"
+    claims = [
+        {
+            "claim": f"{first} over {second}",
+            "where": "Table 1",
+            "published": published,
+            "rows": {"mine": [first, second]},
+        }
+        for first, second, published in (
+            ("B", "A", [80.25, 70]),
+            ("A", "B", [80, 70]),
+            ("A", "C", "more"),
+            ("B", "C", [70, 80]),
+            ("A", "D", [80, 70]),
+        )
+    ]
+    text = gains_text(
+        written, [*claims, {"claim": "x", "where": "", "published": "", "rows": {"another": ["E", "F"]}}]
+    )
+    # Of independent shares of 50 mentions: 1.96 √((.2475 + .2475) / 50) = .1950, and 1.96 √((.0819 + .2475) / 50) = .1591.
+    assert text.splitlines()[2:] == [
+        "| B over A | Table 1 | +10.2 | +36.0 | +20.0 to +50.0 | yes |",
+        "| A over B | Table 1 | +10.0 | -36.0 | -50.0 to -20.0 | reversed |",
+        "| A over C | Table 1 | more | +0.0 | -19.5 to +19.5 | open |",
+        "| B over C | Table 1 | -10.0 | +36.0 | +20.1 to +51.9 | yes |",
+        "| A over D | Table 1 | +10.0 | – | – | not run |",
+    ]
+
+
+def test_a_claim_about_rows_of_different_protocols_is_refused():
+    written = results(row("A"), row("B", protocol=protocol(protocol="candidates", candidates=LISTS)))
+    written["suite"] = "mine"
+    claim = {"claim": "A over B", "where": "", "published": [1, 0], "rows": {"mine": ["A", "B"]}}
+    with pytest.raises(ComparisonError):
+        gains_text(written, [claim])
