@@ -198,6 +198,12 @@ def replace_folder(work: str | os.PathLike[str], target: str | os.PathLike[str])
         shutil.rmtree(old, ignore_errors=True)
 
 
+def building_path(target: str | os.PathLike[str]) -> Path:
+    """Returns the path of the working folder that [`building_folder`] opens."""
+    target = link_target(target)
+    return target.with_name(f".{target.name}.building")
+
+
 @contextmanager
 def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterator[Path]:
     """Opens the working folder `.NAME.building` beside `target`, with the finished parts of an interrupted build.
@@ -217,8 +223,7 @@ def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterato
         LockedError: Another process is building the same target.
         MelError: The folder cannot be written.
     """
-    target = link_target(target)
-    stage = target.with_name(f".{target.name}.building")
+    target, stage = link_target(target), building_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with writer_lock(

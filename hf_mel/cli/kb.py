@@ -100,7 +100,8 @@ def build(
     The entities come from a data set or from a file of your own. For your own entities take a model that knows language:
     one that you trained, or a text encoder such as sentence-transformers/all-MiniLM-L6-v2, which needs no training.
 
-    To resume an interrupted build, repeat the command.
+    To resume an interrupted build, repeat the command. With [b]accelerate launch -m hf_mel kb build …[/b], several processes
+    share the entities, on one host or on several that see the folder of the output. The files are the same.
 
     Examples:
 
@@ -110,6 +111,8 @@ def build(
 
       hf-mel kb build runs/artists --entities artists.csv --column name=artist --column attributes=sex,placeOfBirth \\
         --keep-column born --ignore-other-columns --output kb/artists
+
+      accelerate launch -m hf_mel kb build runs/mimic_wikimel --dataset data/wikimel --output kb/wikimel
     """
     if (dataset is None) == (entities is None):
         raise typer.BadParameter("Give either --dataset or --entities.", param_hint="--dataset")
@@ -119,10 +122,15 @@ def build(
     if entities is not None:
         mapping = _checked_mapping(entities, column, ignore_other_columns, inverted_names, keep_column)
 
+    from accelerate import PartialState
+
     from hf_mel.cli.printing import print_plain, show_logs
     from hf_mel.inference.checkpoints import load_retriever
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
+    processes = PartialState(cpu=device == "cpu")
+    if processes.num_processes > 1 and device is None:
+        device = str(processes.device)
     with show_logs():
         retriever, processor = load_retriever(
             model, revision=revision, device=device, trust_remote_code=trust_remote_code
@@ -137,7 +145,11 @@ def build(
             dtype=dtype,
             strict=strict,
             mapping=mapping,
+            processes=processes,
+            progress=processes.is_main_process,
         )
+    if not processes.is_main_process:
+        return
     _print_info(kb)
     _print_left_out(kb, kb.left_out_images)
     print_plain(

@@ -120,6 +120,9 @@ def link(
     beside it. Models may weigh the units, and a model that learns NIL takes off the mention's NIL score. With a name weight,
     the similarity of the names times the weight is added.
 
+    With [b]accelerate launch -m hf_mel link …[/b], several processes share the entities, so that each reads a part of the
+    knowledge base.
+
     If the mention occurs several times, the first occurrence is linked. Use --start and --end to choose another one.
     A reranker can rank all mentions of a text together.
 
@@ -148,6 +151,8 @@ def link(
 
       hf-mel link sentence-transformers/all-MiniLM-L6-v2 --entities artists.csv --column name=artist \\
         --ignore-other-columns --text "Blake saw angels in Peckham." --mention Blake
+
+      accelerate launch -m hf_mel link runs/mimic_wikimel --kb kb/wikimel --input mentions.csv --output linked.jsonl
     """
     surfaces: list[str | None] = [*mention] if mention else [None]
     single = {"text": text, "mention": surfaces[0], "image": image, "start": start, "end": end}
@@ -175,6 +180,8 @@ def link(
     check_link_options(soft, soft_bonus, nil_threshold, precision)
     if len(surfaces) > 1 and (start is not None or end is not None):
         raise typer.BadParameter("Give --start and --end only for a single mention.", param_hint="--start")
+    from accelerate import PartialState
+
     from hf_mel.linking.link_file import MENTION_COLUMNS, check_output, link_file, read_mentions
     from hf_mel.linking.linker import EntityLinker
     from hf_mel.linking.traces import LinkOrigin
@@ -188,6 +195,9 @@ def link(
     if input is not None:
         rows = read_mentions(input, mapping=mapping_of_mentions, skip_bad_rows=skip_bad_rows)
 
+    processes = PartialState(cpu=device == "cpu")
+    if processes.num_processes > 1 and device is None:
+        device = str(processes.device)
     linker = EntityLinker.from_pretrained(
         model,
         kb,
@@ -211,10 +221,13 @@ def link(
         bf16=bf16,
     )
     if rows is None:
-        if len(surfaces) == 1:
-            results = [linker(single, top_k=top_k)]
-        else:
-            results = linker([{**single, "mention": surface} for surface in surfaces], top_k=top_k)
+        with linker.sharing(processes) as is_first:
+            if not is_first:
+                return
+            if len(surfaces) == 1:
+                results = [linker(single, top_k=top_k)]
+            else:
+                results = linker([{**single, "mention": surface} for surface in surfaces], top_k=top_k)
         if as_json:
             plain = [result.to_dict() for result in results]
             print_json(plain if len(plain) > 1 else plain[0])
@@ -224,17 +237,20 @@ def link(
         return
 
     assert output is not None
-    with kept_results(output, input, "linked"):
-        summary = link_file(
-            linker,
-            rows,
-            output,
-            top_k=top_k,
-            batch_size=batch_size,
-            resume=resume,
-            origin=LinkOrigin(input, model, reranker, revision) if relinkable and input is not None else None,
-            progress=True,
-        )
+    with linker.sharing(processes) as is_first:
+        if not is_first:
+            return
+        with kept_results(output, input, "linked"):
+            summary = link_file(
+                linker,
+                rows,
+                output,
+                top_k=top_k,
+                batch_size=batch_size,
+                resume=resume,
+                origin=LinkOrigin(input, model, reranker, revision) if relinkable and input is not None else None,
+                progress=True,
+            )
     # The lines of the results may be on standard output.
     log = partial(typer.echo, err=is_stream(output))
     review = "" if precision is None else f", {summary.num_review:,} left to review"

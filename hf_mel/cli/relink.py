@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,8 @@ from hf_mel.cli.options import AsJson, Device, KbRevision, MentionsPerPass, Trus
 
 if TYPE_CHECKING:
     from hf_mel.linking.relinking import Relinking
+
+logger = logging.getLogger(__name__)
 
 #: Options of a linker that results record, which a linker is opened with again.
 _OPTIONS = ("precision", "rerank_k", "name_weight", "where", "soft", "soft_bonus")
@@ -52,7 +55,8 @@ def relink(
 
     A result can change if one of its candidates was removed or edited, or if a new or edited entity reaches the score of its
     last candidate. Bounds prove for most mentions that none does, without encoding them. The new results are those of linking
-    all mentions anew. The model and the settings are those that the results were linked with.
+    all mentions anew. The model and the settings are those that the results were linked with, the NIL threshold too: a warning
+    says so if the model has another one now.
 
     Examples:
 
@@ -85,8 +89,13 @@ def relink(
             kb_revision=kb_revision,
             **options,
         )
-        # The model's configuration may have got another one since.
-        linker.nil_threshold = traces.settings["nil_threshold"]
+        linker.nil_threshold, of_model = traces.settings["nil_threshold"], linker.nil_threshold
+        if linker.nil_threshold != of_model:
+            logger.warning(
+                "The results keep the NIL threshold that they were linked with (%s), and that of the model is %s. To use "
+                "that of the model, link the mentions anew: hf-mel link --relinkable.",
+                *("none" if value is None else f"{value:g}" for value in (linker.nil_threshold, of_model)),
+            )
         done = relink_file(linker, results, output, traces=traces, batch_size=batch_size, progress=True)
     if as_json:
         print_json(done.to_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,9 +176,9 @@ def rank(
 
 
 class SingleProcess:
-    """The only process of a ranking."""
+    """The only process of a ranking or a build."""
 
-    index = 0
+    index, size = 0, 1
 
     def gather(self, value: Any) -> list[Any]:
         """Returns `value` of every process."""
@@ -194,10 +195,10 @@ class SingleProcess:
 
 
 class ProcessGroup(SingleProcess):
-    """Several processes of Accelerate that share a ranking."""
+    """Several processes of Accelerate that share a ranking or a build."""
 
     def __init__(self, processes: PartialState):
-        self.index = processes.process_index
+        self.index, self.size = processes.process_index, processes.num_processes
 
     def gather(self, value: Any) -> list[Any]:
         """See [`SingleProcess.gather`]."""
@@ -213,9 +214,18 @@ class ProcessGroup(SingleProcess):
             yield
         except Exception as error:  # any kind, because the other processes wait for this one
             local_error = error
-        for process_error in self.gather(local_error):
+        for process_error in self.gather(local_error and _portable(local_error)):
             if process_error is not None:
                 raise local_error or process_error
+
+
+def _portable(error: Exception) -> Exception:
+    """Returns an error that another process can read: itself, or one with its text if it cannot be pickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:  # whatever its class does
+        return RuntimeError(f"{type(error).__name__} in another process: {error}")
 
 
 @dataclass

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import pyarrow as pa
+import torch
 from tqdm.auto import tqdm
 
 from hf_mel.data.image_checks import without_bad_images
@@ -18,11 +19,21 @@ from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.probe import unread_columns
 from hf_mel.kb.entities import EntitiesLike, columns_to_store, describe_bad_images, row_digest
-from hf_mel.kb.shards import ShardWriter, check_finite, entity_schema, further_columns
+from hf_mel.kb.shards import check_finite, entity_schema, further_columns
 from hf_mel.protocols import MelProcessor, Retriever, knows_posts
 from hf_mel.schema import DESCRIBING_COLUMNS
 
 logger = logging.getLogger(__name__)
+
+
+class EncodingsWriter(Protocol):
+    """Writes encodings and their rows: a [`~hf_mel.kb.shards.ShardWriter`], or the share of one of several processes."""
+
+    dtype: torch.dtype
+
+    def add(self, encodings: Mapping[str, torch.Tensor], table: pa.Table) -> None:
+        """Appends a batch."""
+        ...
 
 
 def open_inputs(
@@ -55,7 +66,7 @@ def write_encodings(
     source: datasets.Dataset,
     name: str | None,
     inputs: ModelInputs,
-    writer: ShardWriter,
+    writer: EncodingsWriter,
     batch_size: int,
     progress: bool,
 ) -> None:
@@ -66,12 +77,9 @@ def write_encodings(
             remedy="Give a retriever; a reranker only orders the candidates that a retriever found.",
         )
     _warn_of_unread_columns(source, inputs)
-    further = further_columns(source)
-    undecoded = source.with_format("arrow")  # the plain format would decode every image
-    first = 0
     with evaluation_mode(inputs.model):
-        for encodings in encode_batches(inputs, source, "entities", batch_size=batch_size, progress=progress):
-            table = _table_to_store(undecoded[first : first + batch_size], further, name)
+        batches = encode_batches(inputs, source, "entities", batch_size=batch_size, progress=progress)
+        for encodings, table in zip(batches, iter_stored_tables(source, name, batch_size), strict=True):
             ids = table["entity_id"].to_pylist()
             if num_rows(encodings) != len(ids):
                 raise KnowledgeBaseError(
@@ -80,7 +88,14 @@ def write_encodings(
                 )
             check_finite(encodings, writer.dtype, ids, name)
             writer.add(encodings, table)
-            first += len(ids)
+
+
+def iter_stored_tables(source: datasets.Dataset, name: str | None, batch_size: int) -> Iterator[pa.Table]:
+    """Yields the entities as they are stored, batch by batch."""
+    further = further_columns(source)
+    undecoded = source.with_format("arrow")  # the plain format would decode every image
+    for first in range(0, len(source), batch_size):
+        yield _table_to_store(undecoded[first : first + batch_size], further, name)
 
 
 def _table_to_store(batch: pa.Table, further: Mapping[str, pa.DataType], name: str | None) -> pa.Table:
@@ -94,11 +109,9 @@ def _table_to_store(batch: pa.Table, further: Mapping[str, pa.DataType], name: s
 
 def source_digests(source: datasets.Dataset, name: str | None, progress: bool) -> Iterator[bytes]:
     """Yields the digest of each entity as it would be stored."""
-    further = further_columns(source)
-    undecoded = source.with_format("arrow")  # the plain format would decode every image
     with tqdm(total=len(source), desc="Comparing", unit="row", delay=1, disable=not progress) as bar:
-        for first in range(0, len(source), 256):
-            for row in _table_to_store(undecoded[first : first + 256], further, name).to_pylist():
+        for table in iter_stored_tables(source, name, 256):
+            for row in table.to_pylist():
                 yield row_digest(row)
                 bar.update()
 

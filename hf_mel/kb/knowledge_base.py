@@ -42,6 +42,7 @@ import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -52,6 +53,7 @@ from hf_mel.hub_errors import hub_errors
 from hf_mel.inference.encodings import as_float, num_rows, slice_encodings
 from hf_mel.inference.fingerprint import describe_model, describe_processor, model_difference, processor_difference
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.ranking import ProcessGroup, SingleProcess
 from hf_mel.kb.encoding import open_inputs, report_bad_images, source_digests, write_encodings
 from hf_mel.kb.entities import (
     LEFT_OUT_NAME,
@@ -83,6 +85,7 @@ from hf_mel.kb.shards import (
     group_by_block,
     map_encodings,
 )
+from hf_mel.kb.shared_build import build_together
 from hf_mel.protocols import MelProcessor, knows_posts
 from hf_mel.row_columns import ColumnMapping
 from hf_mel.schema import entity_features
@@ -195,6 +198,7 @@ class KnowledgeBase:
         dtype: str = "float32",
         strict: bool = False,
         mapping: ColumnMapping | None = None,
+        processes: PartialState | None = None,
         progress: bool = True,
     ) -> KnowledgeBase:
         """Encodes entities into a new folder, which appears only when it is complete.
@@ -219,6 +223,9 @@ class KnowledgeBase:
             strict (`bool`): Whether to raise an error for the first missing or damaged image instead.
             mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in a file of
                 entities.
+            processes (`accelerate.PartialState`, *optional*): Processes that share the entities. All of them make this call
+                with the same arguments, and see the folder of `output`. The files are those of one process, if it has as
+                many threads as each of them.
             progress (`bool`): Whether to show a progress bar.
 
         Returns:
@@ -226,7 +233,8 @@ class KnowledgeBase:
 
         Raises:
             KnowledgeBaseError: The source has no entities; `output` is something other than a knowledge base; the model
-                is no retriever; encodings are not finite in `dtype`, or change shape between batches.
+                is no retriever; encodings are not finite in `dtype`, or change shape between batches; the processes have
+                other arguments or do not share the output.
             LockedError: Another process builds into `output`, or changes the knowledge base there.
             DuplicateIdError: An id occurs twice.
             DataFormatError: Columns or ids are missing.
@@ -236,23 +244,48 @@ class KnowledgeBase:
             raise KnowledgeBaseError(
                 f"dtype={dtype!r} is not supported.", remedy=f"Choose one of {', '.join(DTYPES)}."
             )
+        group = SingleProcess() if processes is None or processes.num_processes == 1 else ProcessGroup(processes)
+        if group.size > 1 and output is None:
+            raise KnowledgeBaseError(
+                "Several processes cannot build a temporary knowledge base.", remedy="Give an output."
+            )
         temporary = tempfile.TemporaryDirectory(prefix="hf_mel-kb-") if output is None else None
-        target = writable_target(Path(temporary.name, "kb") if temporary else Path(os.fspath(output)))  # type: ignore[arg-type]
-        bad_images: list[ImageError] | None = None if strict else []
-        source, name = open_entities(entities, bad_images, mapping)
-        check_ids(source, name)
-        inputs = open_inputs(entities, name, model, processor, posts, bad_images)
-        left_out = report_bad_images(bad_images)
-        prototypes = inputs.prototypes
-        fingerprints = {
-            "model": describe_model(model),
-            "processor": describe_processor(processor, posts=prototypes is not None),
-        }
-        posts_sha256 = None if prototypes is None or prototypes.posts is None else content_sha256(prototypes.posts)
-        fingerprint = json.dumps(
-            {**fingerprints, "dtype": dtype, "entities": content_sha256(source), "posts": posts_sha256}, sort_keys=True
-        )
-        with building_folder(target, fingerprint) as stage, lock_existing(target):
+        with group.raise_together():
+            target = writable_target(Path(temporary.name, "kb") if temporary else Path(os.fspath(output)))  # type: ignore[arg-type]
+            bad_images: list[ImageError] | None = None if strict else []
+            source, name = open_entities(entities, bad_images, mapping)
+            check_ids(source, name)
+            inputs = open_inputs(entities, name, model, processor, posts, bad_images)
+            left_out = report_bad_images(bad_images)
+            prototypes = inputs.prototypes
+            fingerprints = {
+                "model": describe_model(model),
+                "processor": describe_processor(processor, posts=prototypes is not None),
+            }
+            posts_sha256 = None if prototypes is None or prototypes.posts is None else content_sha256(prototypes.posts)
+            settings = {**fingerprints, "dtype": dtype, "entities": content_sha256(source), "posts": posts_sha256}
+
+        def finish(work: Path, shards: list[dict[str, Any]], layout: dict[str, Any] | None) -> None:
+            manifest = {"format": FORMAT, "version": VERSION, **fingerprints, "dtype": dtype}
+            write_manifest(work, manifest | {"encodings": layout, "shards": shards, "removed": []})
+            write_left_out_images(work, left_out)
+            install_kb(work, target)
+
+        if isinstance(group, ProcessGroup):
+            build_together(
+                target,
+                {**settings, "images": left_out},
+                source,
+                name,
+                inputs,
+                dtype=dtype,
+                batch_size=batch_size,
+                group=group,
+                progress=progress,
+                finish=finish,
+            )
+            return cls(target)
+        with building_folder(target, json.dumps(settings, sort_keys=True)) as stage, lock_existing(target):
             work = stage / "kb"
             work.mkdir(exist_ok=True)
             writer = ShardWriter(work, 0, dtype, notes=stage / "notes")
@@ -264,20 +297,7 @@ class KnowledgeBase:
                 remaining = source.select(range(writer.num_finished, len(source)))
                 write_encodings(remaining, name, inputs, writer, batch_size, progress)
             shards = writer.close()
-            write_manifest(
-                work,
-                {
-                    "format": FORMAT,
-                    "version": VERSION,
-                    **fingerprints,
-                    "dtype": dtype,
-                    "encodings": writer.layout,
-                    "shards": shards,
-                    "removed": [],
-                },
-            )
-            write_left_out_images(work, left_out)
-            install_kb(work, target)
+            finish(work, shards, writer.layout)
         kb = cls(target)
         kb._temporary = temporary
         return kb

@@ -96,14 +96,8 @@ class ShardWriter:
         Raises:
             KnowledgeBaseError: dtypes or shapes differ from those of earlier batches, or a file cannot be written.
         """
-        converted = {
-            name: tensor.to("cpu", self.dtype if tensor.is_floating_point() else None)
-            for name, tensor in encodings.items()
-        }
-        layout = {
-            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape[1:])}
-            for name, tensor in converted.items()
-        }
+        converted = _converted(encodings, self.dtype)
+        layout = _layout(converted)
         if self.layout is None:
             self.layout = layout
         elif layout != self.layout:
@@ -159,6 +153,24 @@ class ShardWriter:
         self._shards.append(shard)
         self._encodings, self._parquet = [], None
         self._rows = self._bytes = 0
+
+
+def layout_and_rows(encodings: Mapping[str, torch.Tensor], dtype: str, batch_size: int) -> tuple[dict[str, Any], int]:
+    """Returns the layout that a [`ShardWriter`] finds in encodings, and the rows of a shard that batches fill."""
+    converted = _converted(encodings, getattr(torch, dtype))
+    batch_bytes = max(1, row_bytes(converted) * batch_size)
+    return _layout(converted), batch_size * -(-_SHARD_BYTES // batch_bytes)
+
+
+def _converted(encodings: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {k: tensor.to("cpu", dtype if tensor.is_floating_point() else None) for k, tensor in encodings.items()}
+
+
+def _layout(encodings: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    return {
+        name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape[1:])}
+        for name, tensor in encodings.items()
+    }
 
 
 def check_finite(

@@ -20,7 +20,7 @@ from hf_mel.files import file_sha256, is_stream, link_target, open_stream, write
 from hf_mel.linking.linker import EntityLinker
 from hf_mel.linking.mentions import locate_mention
 from hf_mel.linking.results import LinkResult
-from hf_mel.linking.traces import LinkOrigin, LinkTrace, Traces, trace_path
+from hf_mel.linking.traces import LinkOrigin, LinkTrace, Traces, delete_traces, write_traced
 from hf_mel.locks import writer_lock
 from hf_mel.row_columns import ColumnMapping
 from hf_mel.row_files import MAX_LISTED, ROW_SUFFIXES, int_cell, read_rows, text_cell
@@ -402,9 +402,9 @@ class _TraceCollector:
         self.traces.append(LinkTrace.from_dict(result.pop(_TRACE)))
         self.lines.append(line)
 
-    def write(self, output: Path) -> None:
-        """Writes all traces."""
-        Traces.join(self.traces, self.lines, self.settings, self.origin).write(output)
+    def join(self) -> Traces:
+        """Returns all traces."""
+        return Traces.join(self.traces, self.lines, self.settings, self.origin)
 
 
 class _Stream:
@@ -526,15 +526,13 @@ class _PartialFile:
                 return result
 
             good = iter(range(len(offsets)))
-            write_text(
-                self.target,
-                (
-                    _record(row, self.column, None if row.error is not None else read(next(good), line))
-                    for line, row in enumerate(self.rows)
-                ),
+            lines = (
+                _record(row, self.column, None if row.error is not None else read(next(good), line))
+                for line, row in enumerate(self.rows)
             )
-        if self.traces is not None:
-            self.traces.write(self.target)
-        else:  # those of results that were here before
-            trace_path(self.target).unlink(missing_ok=True)
+            if self.traces is not None:
+                write_traced(self.target, lines, self.traces.join)
+            else:
+                write_text(self.target, lines)
+                delete_traces(self.target)
         self.partial.unlink()

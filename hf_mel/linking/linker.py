@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast, overload
@@ -13,6 +15,7 @@ from typing import Any, cast, overload
 import datasets
 import numpy as np
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from hf_mel.candidates.name_index import NameIndex, name_weight_of
@@ -29,7 +32,7 @@ from hf_mel.inference.fingerprint import describe_model
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.precision import native_bf16
 from hf_mel.inference.probe import sees_images, sees_images_in_pairs, unread_columns_in_pairs
-from hf_mel.inference.ranking import RankingResult, score_of_units
+from hf_mel.inference.ranking import ProcessGroup, RankingResult, score_of_units
 from hf_mel.inference.reranking import score_pairs
 from hf_mel.inference.score_bounds import QueryCodes
 from hf_mel.inference.selective import RiskCoverage, link_confidence
@@ -38,6 +41,7 @@ from hf_mel.kb.entities import EntitiesLike, is_row_file
 from hf_mel.kb.indexes import open_index
 from hf_mel.kb.indexes.base import ExactIndex, rank_rows
 from hf_mel.kb.indexes.certified import bound_queries_of
+from hf_mel.kb.indexes.shared_ranking import SharedExactIndex
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.annotating import annotate_batches, check_text
 from hf_mel.linking.explaining import Explanation, explain
@@ -630,6 +634,51 @@ class EntityLinker:
             for number, count in zip(open_counts, positions.worst_rank.tolist(), strict=True):
                 counts[number] = count
         return counts
+
+    @contextmanager
+    def sharing(self, processes: PartialState | None) -> Iterator[bool]:
+        """Ranks with several processes in the block, each a part of the knowledge base, which it alone reads.
+
+        Every process makes the same linker and enters the block. Only the first links in it; the others serve it until its
+        block ends. The results are those of one process, up to rounding. Codes are not used.
+
+        Args:
+            processes (`accelerate.PartialState`, *optional*): The processes. A single one ranks as always.
+
+        Yields:
+            `bool`: Whether this process is the one that links.
+
+        Raises:
+            KnowledgeBaseError: The index is not "exact", or the processes opened other states of the knowledge base.
+        """
+        if processes is None or processes.num_processes == 1:
+            yield True
+            return
+        if not isinstance(self.index, ExactIndex):
+            raise KnowledgeBaseError(
+                f"Several processes cannot share the index {self.index.kind!r}.",
+                file=self.kb.path,
+                remedy="Use the index 'exact', or start one process.",
+            )
+        group = ProcessGroup(processes)
+        states = group.gather(json.dumps([self.kb.shards, self.kb.removed_rows, describe_model(self.model)]))
+        if len(set(states)) > 1:
+            raise KnowledgeBaseError(
+                "The processes opened other models or other states of the knowledge base.",
+                file=self.kb.path,
+                remedy="Give all hosts the same files, and change the knowledge base when nobody links.",
+            )
+        alone, shared = self.index, SharedExactIndex(self.kb, self.model, processes)
+        if not processes.is_main_process:
+            shared.serve()
+            yield False
+            return
+        self.index = shared
+        try:
+            yield True
+        finally:
+            self.index = alone
+            shared.close()
 
     def describe(self) -> dict[str, Any]:
         """Returns what the results depend on besides the mentions: the models, the knowledge base and the settings."""

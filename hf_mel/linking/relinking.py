@@ -31,7 +31,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_mel.errors import DataFormatError, KnowledgeBaseError
-from hf_mel.files import link_target, write_text
+from hf_mel.files import link_target
 from hf_mel.inference.encodings import slice_encodings
 from hf_mel.inference.fingerprint import model_difference
 from hf_mel.inference.ranking import TIE_TOLERANCE, RankingResult
@@ -41,7 +41,7 @@ from hf_mel.linking.link_file import check_relinkable, mention_of_row, output_lo
 from hf_mel.linking.linker import EntityLinker, MentionBatch
 from hf_mel.linking.mentions import locate_mention
 from hf_mel.linking.results import LinkResult
-from hf_mel.linking.traces import Traces
+from hf_mel.linking.traces import Traces, write_traced
 from hf_mel.protocols import bounds_scores
 
 #: Mentions whose bounds are computed at a time, and entities.
@@ -408,8 +408,7 @@ class _Relinker:
             assert result.trace is not None
             traces.replace(position, result.trace)
         traces.settings = {**self.linker.describe(), "top_k": self.top_k}
-        write_text(output, lines())
-        traces.write(output)
+        write_traced(output, lines(), lambda: traces)
 
 
 class _Mentions:

@@ -2,6 +2,9 @@
 
 `NAME.relink` beside the results NAME is a safetensors file with one row for each linked mention. Its header has the settings
 of the linker and the sha256 of the results that it belongs to.
+
+Results and traces change together: new traces are first written to `.NAME.relink`, then both are renamed, the results first.
+Of the two files of traces, the one with the sha256 of the results counts, so that a kill at any moment loses nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,13 +153,8 @@ class Traces:
         self.physical_rows = np.pad(self.physical_rows, ((0, 0), (0, missing)), constant_values=-1)
         self.scores = np.pad(self.scores, ((0, 0), (0, missing)), constant_values=-np.inf)
 
-    def write(self, results: Path) -> None:
-        """Writes the file beside results that are complete.
-
-        Raises:
-            MelError: It cannot be written.
-        """
-        results = link_target(results)
+    def _save(self, path: Path, results: Path, sha256: str) -> None:
+        """Writes the file of the traces of results with a sha256."""
         arrays = {
             "lines": self.lines,
             "physical_rows": self.physical_rows,
@@ -170,19 +168,13 @@ class Traces:
         header = {
             "format": _FORMAT,
             "version": _VERSION,
-            "results": file_sha256(results),
+            "results": sha256,
             "settings": json.dumps(self.settings, default=str),
             "origin": json.dumps(origin),
         }
-        path = trace_path(results)
-        try:
-            with replace_file(path) as temporary:
-                save_file({k: np.ascontiguousarray(array) for k, array in arrays.items()}, temporary, header)
-                temporary.chmod(0o644)  # as the results; safetensors lets only the owner read
-        except (OSError, SafetensorError) as error:
-            raise MelError(
-                f"The file cannot be written ({error}).", file=path, remedy="Check the path and the free disk space."
-            ) from error
+        with replace_file(path) as temporary:
+            save_file({k: np.ascontiguousarray(array) for k, array in arrays.items()}, temporary, header)
+            temporary.chmod(0o644)  # as the results; safetensors lets only the owner read
 
     @classmethod
     def read(cls, results: Path) -> Traces:
@@ -191,38 +183,48 @@ class Traces:
         Raises:
             DataFormatError: The results do not exist, have no traces, were changed after them, or the traces are damaged.
         """
-        path = trace_path(link_target(results))
         if not results.is_file():
             raise DataFormatError("The file of results does not exist.", file=results, remedy="Check the path.")
-        if not path.is_file():
+        target = link_target(results)
+        paths = [path for path in (trace_path(target), _new_trace_path(target)) if path.is_file()]
+        if not paths:
             raise DataFormatError(
-                f"The results have no traces ({path.name}), which tell what a change of the knowledge base can reach.",
+                f"The results have no traces ({trace_path(target).name}), which tell what a change of the knowledge base can "
+                "reach.",
                 file=results,
                 remedy=_LINK_AGAIN,
             )
-        try:
-            with safe_open(path, framework="np") as file:
-                header = file.metadata() or {}
-                arrays = {name: np.array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-            if (header.get("format"), header.get("version")) != (_FORMAT, _VERSION):
-                raise ValueError("this hf_mel does not write such a file")
-            query = [arrays.pop(f"query_{name}", None) for name in QueryCodes.__dataclass_fields__]
-            origin = json.loads(header["origin"])
-            origin["input"] = Path(os.path.normpath(link_target(results).parent / origin["input"]))
-            queries = None if any(part is None for part in query) else QueryCodes(*query)  # type: ignore[arg-type]
-            traces = cls(json.loads(header["settings"]), LinkOrigin(**origin), queries=queries, **arrays)
-            traces._check_shapes()
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataFormatError(
-                f"The traces of the results are damaged ({error}).", file=path, remedy=_LINK_AGAIN
-            ) from error
-        if header["results"] != file_sha256(results):
-            raise DataFormatError(
-                "The results were changed after they were linked, so their traces do not fit.",
-                file=results,
-                remedy=f"Give the unchanged file. Or: {_LINK_AGAIN}",
-            )
-        return traces
+        sha256, damage = file_sha256(results), None
+        for path in paths:
+            try:
+                if (traces := cls._read_file(path, target, sha256)) is not None:
+                    return traces
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+                damage = DataFormatError(
+                    f"The traces of the results are damaged ({error}).", file=path, remedy=_LINK_AGAIN
+                )
+                damage.__cause__ = error
+        raise damage or DataFormatError(
+            "The results were changed after they were linked, so their traces do not fit.",
+            file=results,
+            remedy=f"Give the unchanged file. Or: {_LINK_AGAIN}",
+        )
+
+    @classmethod
+    def _read_file(cls, path: Path, results: Path, sha256: str) -> Traces | None:
+        """Reads one file; `None` if it belongs to results with another sha256."""
+        with safe_open(path, framework="np") as file:
+            header = file.metadata() or {}
+            arrays = {name: np.array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        if (header.get("format"), header.get("version")) != (_FORMAT, _VERSION):
+            raise ValueError("this hf_mel does not write such a file")
+        query = [arrays.pop(f"query_{name}", None) for name in QueryCodes.__dataclass_fields__]
+        origin = json.loads(header["origin"])
+        origin["input"] = Path(os.path.normpath(results.parent / origin["input"]))
+        queries = None if any(part is None for part in query) else QueryCodes(*query)  # type: ignore[arg-type]
+        traces = cls(json.loads(header["settings"]), LinkOrigin(**origin), queries=queries, **arrays)
+        traces._check_shapes()
+        return traces if header["results"] == sha256 else None
 
     def _check_shapes(self) -> None:
         parts = [self.lines, self.physical_rows, self.scores, self.num_tied, self.has_namesakes]
@@ -235,6 +237,44 @@ class Traces:
             raise ValueError("its parts differ in length")
         if not isinstance(self.settings, dict) or np.isnan(self.scores).any():
             raise ValueError("a part is malformed")
+
+
+def write_traced(results: Path, lines: Iterable[str], traces: Callable[[], Traces]) -> None:
+    """Writes results and their traces, so that whoever reads them finds both old or both new.
+
+    Args:
+        results (`Path`): The file of the results.
+        lines (iterable of `str`): Its lines.
+        traces: Returns the traces, after the lines were read.
+
+    Raises:
+        MelError: A file cannot be written.
+    """
+    results = link_target(results)
+    new = _new_trace_path(results)
+    try:
+        with replace_file(results) as temporary:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(lines)
+            traces()._save(new, results, file_sha256(temporary))
+        new.replace(trace_path(results))
+    except (OSError, SafetensorError) as error:
+        raise MelError(
+            f"The results and their traces cannot be written ({error}).",
+            file=results,
+            remedy="Check the path and the free disk space.",
+        ) from error
+
+
+def delete_traces(results: Path) -> None:
+    """Deletes the traces of results that were replaced by some without traces."""
+    for path in (trace_path(results), _new_trace_path(results)):
+        path.unlink(missing_ok=True)
+
+
+def _new_trace_path(results: Path) -> Path:
+    """Returns the path of traces that are written before their results are in place."""
+    return results.with_name(f".{trace_path(results).name}")
 
 
 def trace_path(results: str | os.PathLike[str]) -> Path:

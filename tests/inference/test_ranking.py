@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from hf_mel.errors import KnowledgeBaseError, ScoreError, UnknownEntityError
 from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference import ranking
-from hf_mel.inference.entity_sources import EncodedEntities
+from hf_mel.inference.entity_sources import EncodedEntities, EntityPart, part_of_process
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.ranking import RankingResult, rank
 from hf_mel.inference.sparse_scores import SparseScores
@@ -75,6 +78,67 @@ def test_chunks_and_batches_equal_brute_force(scores, budget, k, data):
     assert result.gold_score.tolist() == [row[gold] for row, gold in zip(scores, golds, strict=True)]
     assert result.best_rank.tolist() == best
     assert result.worst_rank.tolist() == worst
+
+
+class ThreadGroup(ranking.ProcessGroup):
+    """Processes of a ranking as threads."""
+
+    def gather(self, value):
+        board, barrier = self.processes.board, self.processes.barrier
+        board[self.index] = value
+        barrier.wait()
+        values = list(board)
+        barrier.wait()
+        return values
+
+    def __init__(self, processes):
+        super().__init__(processes)
+        self.processes = processes
+
+
+def rank_in_threads(count, source, **options):
+    """Ranks with `count` threads, each with its part of the entities, and returns the result of each."""
+    board, barrier = [None] * count, threading.Barrier(count, timeout=60)
+
+    def run(index):
+        processes = SimpleNamespace(process_index=index, num_processes=count, board=board, barrier=barrier)
+        part = EntityPart(source, part_of_process(len(source), processes))
+        return rank(DotProduct(), entity_chunks=part, processes=processes, **options)
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(run, range(count)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(matrices, budgets, st.integers(1, 12), st.integers(2, 5), st.data())
+def test_any_number_of_processes_finds_what_one_finds(scores, budget, k, count, data):
+    golds = data.draw(st.lists(st.integers(-1, scores.shape[1] - 1), min_size=len(scores), max_size=len(scores)))
+    bonus = SparseScores.of_mentions([(np.array([0]), np.array([2.0]))] * len(scores))
+    mentions, entities = table(scores)
+    options = {"mention_encodings": mentions, "gold_rows": golds, "top_k": k, "byte_budget": budget, "added": bonus}
+    whole = rank(DotProduct(), entity_chunks=entities, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "ProcessGroup", ThreadGroup)
+        for result in rank_in_threads(count, entities, **options):
+            for name in ("top_scores", "top_rows", "gold_score", "best_rank", "worst_rank"):
+                torch.testing.assert_close(getattr(result, name), getattr(whole, name), rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_error_that_cannot_be_pickled_reaches_the_other_processes(monkeypatch):
+    class OddError(Exception):
+        def __init__(self, first, second):
+            super().__init__(first)
+
+    class Broken(EncodedEntities):
+        def iter_chunks(self, *arguments, rows, **options):
+            if rows.start:
+                raise OddError("no memory", 1)
+            return super().iter_chunks(*arguments, rows=rows, **options)
+
+    monkeypatch.setattr(ranking, "ProcessGroup", ThreadGroup)
+    mentions, entities = table([[1, 2, 3]])
+    with pytest.raises(RuntimeError, match="OddError in another process: no memory"):
+        rank_in_threads(2, Broken(entities.entity_ids, entities.tensors), mention_encodings=mentions)
 
 
 @settings(max_examples=100, deadline=None)

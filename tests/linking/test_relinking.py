@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -250,6 +252,40 @@ def test_results_that_are_linked_again_without_traces_have_none(tmp_path):
         relink_file(linker, results)
 
 
+def test_a_kill_at_any_moment_leaves_results_with_their_traces(tmp_path, monkeypatch):
+    linker, results = linked(tmp_path)
+    old = results.read_bytes()
+    edit(linker.kb, MODELS["bounds"], random.Random(3), 12)
+    whole = tmp_path / "whole.jsonl"
+    relink_file(linker, results, whole)
+    assert whole.read_bytes() != old
+    copies, replace = [], Path.replace
+
+    def watched(path, target):
+        for moment in ("before", "after"):
+            copies.append(shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-{len(copies)}")))
+            path = replace(path, target) if moment == "before" else path
+
+    monkeypatch.setattr(Path, "replace", watched)
+    relink_file(linker, results, results)  # edited and written in place
+    source = tmp_path / "mentions.jsonl"
+    link_all(linker, source, tmp_path / "linked_anew.jsonl", 3)
+    monkeypatch.undo()
+    assert results.read_bytes() == whole.read_bytes()
+    seen = set()
+    for folder in copies:
+        stored = folder / results.name
+        seen.add(stored.read_bytes())
+        relink_file(linker, stored, stored)
+        assert stored.read_bytes() == whole.read_bytes()
+        assert not (folder / ".linked.jsonl.relink").exists()
+        if (anew := folder / "linked_anew.jsonl").is_file():
+            Traces.read(anew)
+    assert seen == {old, whole.read_bytes()}
+    link_file(linker, read_mentions(source), copies[0] / results.name, top_k=3)
+    assert sorted(path.name for path in copies[0].glob("*.relink")) == ["whole.jsonl.relink"]
+
+
 def test_another_model_knowledge_base_or_setting_is_refused(tmp_path):
     linker, results = linked(tmp_path)
     model = MODELS["bounds"]
@@ -406,7 +442,14 @@ def test_the_command_shows_the_difference_and_writes_the_new_results(tmp_path):
     first = next(change for change in content["changes"] if change["line"] == 1)
     assert (first["before"]["entity_id"], first["after"]["entity_id"]) == (gone, lines(new)[0]["linked"]["entity_id"])
     assert gone not in new.read_text()
-    assert "0 of 13 results changed" in run("relink", new, "--kb", kb.path).output
+    shown = run("relink", new, "--kb", kb.path).output
+    assert "0 of 13 results changed" in shown
+    assert "NIL threshold" not in shown
+    model.config.nil_threshold = 0.25
+    model.save_pretrained(tmp_path / "model")
+    shown = run("relink", new, "--kb", kb.path).output
+    assert "keep the NIL threshold that they were linked with (none), and that of the model is 0.25." in shown
+    assert "0 of 13 results changed" in shown
 
 
 def test_relinkable_needs_a_file_and_a_knowledge_base(tmp_path):

@@ -504,6 +504,24 @@ def test_a_card_shows_how_the_units_contributed(space):
     assert [part.split("%")[0] for part in html.split("width:")[1:]] == ["100.0", "20.0"]
 
 
+@pytest.mark.parametrize(
+    ("certified", "bound", "words"),
+    [
+        (True, None, "Proven: every entity was scored."),
+        (
+            True,
+            -1.25,
+            "Proven: no entity that was not scored reaches more than -1.250, which is too low for this list.",
+        ),
+        (False, None, "Not proven: the index may have missed an entity that belongs here."),
+    ],
+)
+def test_an_answer_says_what_is_proven(space, certified, bound, words):
+    answer = space.render.results([{"result": result(certified=certified, bound=bound), "images": [None, None]}], 0.1)
+    assert words in answer
+    assert answer.count("roven: ") == 1
+
+
 def test_nil_is_explained(space):
     html = space.render.results(
         [{"result": result(is_nil=True, entity_id="NIL", nil_threshold=5.0), "images": [None, None]}], 0.1

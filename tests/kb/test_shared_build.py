@@ -1,0 +1,186 @@
+"""Tests of building a knowledge base in several processes: the files are those of one, whatever stops a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_mel.kb import build_index, shards
+from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.kb.shared_build import encoding_units
+from hf_mel.linking.linker import EntityLinker
+from tests.kb.shared_builds import WatchedProcessor
+from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(folder: Path, processes: int, *builds: dict) -> subprocess.CompletedProcess:
+    """Runs the program of `shared_builds` in processes."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    words += ["-m", "tests.kb.shared_builds", json.dumps(builds), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def outcomes(folder: Path, number: int) -> list[dict]:
+    """Returns what became of a build in each process."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"outcome-{number}-*.json"))]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Makes shards of eight entities, as the program of the processes does."""
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 8 * 2 * 16 * 4)
+    monkeypatch.setattr(shards, "_GROUP_ROWS", 4)
+
+
+def build_alone(folder: Path, **options) -> KnowledgeBase:
+    options = {"batch_size": 4, "progress": False} | options
+    return KnowledgeBase.build(toy_entities(30), toy_model(), WatchedProcessor(), output=folder, **options)
+
+
+@given(st.integers(1, 400), st.integers(1, 9), st.integers(1, 12))
+@settings(max_examples=100, deadline=None)
+def test_units_hold_every_row_once_in_batches_of_one_process(num_rows, batch_size, batches_per_shard):
+    shard_rows = batch_size * batches_per_shard
+    units = encoding_units(num_rows, shard_rows, batch_size)
+    assert [row for unit in units for row in unit.rows] == list(range(num_rows))
+    assert [unit.number for unit in units] == list(range(len(units)))
+    for unit in units:
+        assert unit.rows.start % batch_size == 0
+        assert {row // shard_rows for row in unit.rows} == {unit.shard}
+        whole = range(unit.shard * shard_rows, min((unit.shard + 1) * shard_rows, num_rows))
+        assert unit.is_shard == (unit.rows == whole)
+    assert len(units) >= min(64, -(-num_rows // batch_size))
+
+
+def test_two_processes_write_the_files_of_one(tmp_path, small_shards):
+    (tmp_path / "elsewhere").mkdir()
+    done = launch(
+        tmp_path,
+        2,
+        {"output": "parts"},
+        {"output": "shards", "units": 1},
+        {"output": "half", "dtype": "bfloat16"},
+        {"output": "type", "change": {"dtype": "float16"}},
+        {"output": "batch", "change": {"batch_size": 8}},
+        {"output": "other", "change": {"model": 1, "entities": 29}},
+        {"output": "unseen", "change": {"folder": str(tmp_path / "elsewhere")}},
+        {"output": "failed", "change": {"fails": "Q30"}},
+        {"output": "failed", "process": 0, "change": {"fails": "Q2"}},
+        {"output": "failed"},
+    )
+    assert done.returncode == 0, done.stderr
+    whole = files(build_alone(tmp_path / "whole").path)
+    assert len(whole) == 9
+    assert files(tmp_path / "parts") == files(tmp_path / "shards") == files(tmp_path / "failed") == whole
+    assert files(tmp_path / "half") == files(build_alone(tmp_path / "half_alone", dtype="bfloat16").path)
+    for number in (0, 1, 2, 9):
+        assert all(0 < outcome["num_seen"] < 30 for outcome in outcomes(tmp_path, number))
+        assert sum(outcome["num_seen"] for outcome in outcomes(tmp_path, number)) == 30
+    for number, (error, message) in {
+        3: (
+            "KnowledgeBaseError",
+            "Process 1 has another dtype than process 0. Start all processes with the same command",
+        ),
+        4: ("KnowledgeBaseError", "Process 1 has another batch size than process 0."),
+        5: ("KnowledgeBaseError", "Process 1 has another entities and model than process 0."),
+        6: ("KnowledgeBaseError", "The folder of the first process is not seen by this one. Give an output on a disk"),
+        7: ("RuntimeError", "The lights went out."),
+        8: ("RuntimeError", "The lights went out."),
+    }.items():
+        for outcome in outcomes(tmp_path, number):
+            assert outcome["error"].startswith(error)
+            assert message in outcome["error"]
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        *("parts", "shards", "half", "half_alone", "whole", "failed", "elsewhere")
+    }
+    linker = EntityLinker(toy_model(), WatchedProcessor(), tmp_path / "whole", name_weight=0.5)
+    expected = []
+    for where in (None, "name = 'Entity a' or name = 'Entity dd'", "name = 'Entity z'"):
+        linker.where = where
+        expected += linker(list(toy_mentions(11)), top_k=4, batch_size=3)
+        expected += linker(list(toy_mentions(3)), top_k=4, units=["text"])
+    first, second = (json.loads((tmp_path / f"linked-{number}.json").read_text()) for number in range(2))
+    assert second == []
+    for result, alone in zip(first, expected, strict=True):
+        for mine, whole in zip(result["candidates"], alone.to_dict()["candidates"], strict=True):
+            assert mine.pop("score") == pytest.approx(whole.pop("score"), rel=1e-5)
+            assert mine == whole
+        assert result["certified"]
+        assert result["num_tied"] == alone.num_tied
+    for number in range(2):
+        assert "is nan" in json.loads((tmp_path / f"error-{number}.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_commands_of_two_processes_write_what_those_of_one_write(tmp_path):
+    register()
+    toy_model().save_pretrained(tmp_path / "model")
+    mentions = [{"text": f"Here Entity {letter} met b.", "mention": f"Entity {letter}"} for letter in "abcdefgh"]
+    (tmp_path / "mentions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mentions))
+    starts = {"one": [sys.executable], "two": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
+    starts["two"] += ["--nproc-per-node", "2"]
+    program = "from hf_mel.cli import main; from tests.toy import register; register(); main()"
+    (tmp_path / "program.py").write_text(program)
+    ToyProcessor().save_pretrained(tmp_path / "model")
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(json.dumps({"id": f"Q{k}", "name": f"Entity {chr(97 + k)}"}) + "\n" for k in range(20))
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    for name, start in starts.items():
+        for words in (
+            ["kb", "build", "model", "--entities", "mine.jsonl", "--output", name, "--batch-size", "3"],
+            ["link", "model", "--kb", name, "--input", "mentions.jsonl", "--output", f"{name}.jsonl"],
+        ):
+            command = [*start, "program.py", *words, "--device", "cpu"]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("Next: ") + done.stdout.count("mentions linked") == 1
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    for one, two in zip(*((tmp_path / f"{name}.jsonl").read_text().splitlines() for name in starts), strict=True):
+        ids = [[c["entity_id"] for c in json.loads(line)["linked"]["candidates"]] for line in (one, two)]
+        assert ids[0] == ids[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_build_goes_on_after_a_process_was_killed_with_another_number_of_them(tmp_path, small_shards, victim):
+    done = launch(tmp_path, 4, {"output": "kb", "process": victim, "change": {"dies": "Q6" if victim == 0 else "Q29"}})
+    assert done.returncode != 0
+    assert str(-signal.SIGKILL) in done.stderr
+    assert not (tmp_path / "kb").exists()
+    kept = sum(path.stat().st_size > 0 for path in (tmp_path / ".kb.building" / "notes").iterdir())
+    assert kept > 0
+    damaged = next((tmp_path / ".kb.building" / "parts").glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    done = launch(tmp_path, 2, {"output": "kb"})
+    assert done.returncode == 0, done.stderr
+    # 30 entities are eight units of four; the last one has two.
+    assert sum(outcome["num_seen"] for outcome in outcomes(tmp_path, 0)) in {
+        4 * (8 - kept + 1),
+        4 * (8 - kept + 1) - 2,
+    }
+    assert files(tmp_path / "kb") == files(build_alone(tmp_path / "whole").path)
+    assert not (tmp_path / ".kb.building").exists()
+    build = (tmp_path / "kb", tmp_path / "whole")
+    for folder in build:
+        build_index(KnowledgeBase(folder), "faiss-flat", toy_model(), WatchedProcessor())
+    indexes = [{name: data for name, data in files(folder).items() if name.startswith("index-")} for folder in build]
+    assert len(indexes[0]) == 2
+    assert [len(data) for data in indexes[0].values()] == [len(data) for data in indexes[1].values()]
