@@ -156,7 +156,7 @@ def tables(folder: Path, entities: int, hosts: int, cores: int, price: float) ->
     lines += [
         "",
         f"Measured with {text['entities']:,} entities of {text['dataset']} (one thread), {image['entities']} generated ones "
-        f"with images, and {1_000_000:,} grown from WikiMEL. Sources: {'; '.join(machines)}. Command: "
+        f"with images (by the clock of a quiet machine, times its threads), and {1_000_000:,} grown from WikiMEL. Sources: {'; '.join(machines)}. Command: "
         f"`python -m benchmarks.cluster --entities {entities} --hosts {hosts} --cores {cores} --price {price:.2f}`.",
     ]
     return "\n".join(lines)

@@ -254,7 +254,8 @@ class KnowledgeBase:
             target = writable_target(Path(temporary.name, "kb") if temporary else Path(os.fspath(output)))  # type: ignore[arg-type]
             bad_images: list[ImageError] | None = None if strict else []
             source, name = open_entities(entities, bad_images, mapping)
-            check_ids(source, name)
+            if group.index == 0:  # it holds all ids in memory
+                check_ids(source, name)
             inputs = open_inputs(entities, name, model, processor, posts, bad_images)
             left_out = report_bad_images(bad_images)
             prototypes = inputs.prototypes

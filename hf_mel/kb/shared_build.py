@@ -153,11 +153,11 @@ def build_together(
         with group.raise_together(), work.telling_others():
             chosen = [units[number] for number in todo[share.start : share.stop]]
             work.encode(chosen, source, name, inputs, batch_size, progress)
-            work.wait_for_all(len(units))
-        with group.raise_together():
+            work.wait_until(lambda: work.num_finished() == len(units))
             if is_first:
-                shards = work.join(units, source, name, batch_size)
-                finish(stage / "kb", shards, layout)
+                finish(stage / "kb", work.join(units, source, name, batch_size), layout)
+                work.joined.mkdir()
+            work.wait_until(work.joined.exists)
     _wait_for(
         (target / MANIFEST_NAME).is_file, target, "The folder that the first process wrote is not seen by this one."
     )
@@ -249,7 +249,8 @@ class _SharedFolder:
     def __init__(self, stage: Path, run: str, number: int, dtype: str, layout: dict[str, Any]):
         self.stage, self.layout, self._dtype = stage, layout, dtype
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self.own, self.errors = stage / f"run-{run}" / f"process-{number}", stage / f"run-{run}" / "errors"
+        folder = stage / f"run-{run}"
+        self.own, self.errors, self.joined = folder / f"process-{number}", folder / "errors", folder / "joined"
         self._units: Iterator[EncodingUnit] = iter(())
         self._unit: EncodingUnit | None = None
         self._writer: ShardWriter | None = None
@@ -313,13 +314,17 @@ class _SharedFolder:
                 os.replace(self.own / entry[part]["file"], self.stage / unit.folder / entry[part]["file"])
         write_text(self.stage / "notes" / unit.note, [json.dumps(entry)])
 
-    def wait_for_all(self, num_units: int) -> None:
-        """Waits until all units are noted.
+    def num_finished(self) -> int:
+        """Returns the number of units that are noted."""
+        return sum(1 for _ in (self.stage / "notes").glob("*.json"))
+
+    def wait_until(self, is_true: Callable[[], bool]) -> None:
+        """Waits for the other processes.
 
         Raises:
             _OthersFailed: A process has an error.
         """
-        while len(list((self.stage / "notes").glob("*.json"))) < num_units:
+        while not is_true():
             if self.errors.exists():
                 raise _OthersFailed
             time.sleep(_POLL_SECONDS)

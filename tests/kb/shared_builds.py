@@ -29,11 +29,12 @@ class WatchedProcessor(ToyProcessor):
         self.at, self.dies, self.num_seen = at, dies, 0
 
     def __call__(self, entities=None, **kwargs):
-        if any(row["entity_id"] == self.at for row in entities):
+        if any(row["entity_id"] == self.at for row in entities or ()):
             if self.dies:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("The lights went out.")
-        self.num_seen += len(entities) if len(entities) == 4 or entities[0]["entity_id"] == "Q29" else 0  # no probes
+        if entities and (len(entities) == 4 or entities[0]["entity_id"] == "Q29"):  # no probes
+            self.num_seen += len(entities)
         return super().__call__(entities=entities, **kwargs)
 
 
