@@ -150,7 +150,7 @@ def tables(folder: Path, entities: int, hosts: int, cores: int, price: float) ->
             f"{seconds * 1e6 / 3600 * price:,.0f} |"
         )
     machines = [
-        f"{name}: {source['machine']['cpu']}, {source['machine']['threads']} threads, torch {source['machine']['software']['torch']}"
+        f"{name}: {source['machine']['cpu']}, {source['machine']['threads']} threads, load {source['machine']['load_at_start']:.0f}, torch {source['machine']['software']['torch']}"
         for name, source in (("`cluster.json`", text), ("`building.json`", image), (f"`{_LATENCY}.json`", latency))
     ]
     lines += [
