@@ -692,13 +692,15 @@ class KnowledgeBase:
     def __contains__(self, entity_id: object) -> bool:
         return entity_id in self._row_by_id
 
-    def rows(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+    def rows(self, indices: Sequence[int] | np.ndarray, *, further: bool = False) -> list[dict[str, Any]]:
         """Returns the texts of entities: `entity_id`, `name`, `description`, `attributes`, `aliases`.
 
         Args:
             indices (integers [R]): Rows, in any order.
+            further (`bool`): Whether to return also the further columns of their source.
         """
-        return self._read_table(np.asarray(indices, dtype=np.int64), TEXT_COLUMNS).to_pylist()
+        columns = [name for name in self._schema.names if name != "images"] if further else TEXT_COLUMNS
+        return self._read_table(np.asarray(indices, dtype=np.int64), columns).to_pylist()
 
     def as_dataset(self) -> datasets.Dataset:
         """Returns all entities as rows in the columns of [`~hf_mel.schema.entity_features`], each with its first image."""

@@ -731,7 +731,7 @@ class EntityLinker:
         kb_rows = sorted({row for entity_rows in candidates for row in entity_rows})
         position_of = {row: position for position, row in enumerate(kb_rows)}
         entities: list[dict[str, Any]] = []
-        for row, entity in zip(kb_rows, self.kb.rows(kb_rows), strict=True):
+        for row, entity in zip(kb_rows, self.kb.rows(kb_rows, further=True), strict=True):
             image = self.kb.image(row) if self._reranker_sees_images else None
             entities.append({**entity, "images": [] if image is None else [image]})
         self._warn_of_unread_columns(entities)
@@ -1003,7 +1003,7 @@ class EntityLinker:
         mention_row = self._mention_row(mention, locate_mention(mention, None), None)
         kb_row = self.kb.row_of(entity_id)
         image = self.kb.image(kb_row) if self._sees_images else None
-        entity = {**self.kb.rows([kb_row])[0], "images": [] if image is None else [image]}
+        entity = {**self.kb.rows([kb_row], further=True)[0], "images": [] if image is None else [image]}
         return explain(self._inputs, mention_row, entity)
 
     @staticmethod
