@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_mel.bench.suite import LIST_ORDER, RUN_REFERENCE, Prepared, Suite, System, recipe_overrides
 from hf_mel.errors import RecipeError
-from hf_mel.files import file_sha256
+from hf_mel.files import file_sha256, read_json
 from hf_mel.training.recipe import Recipe
 
 #: Files in the folder of a cell. `CELL` is written last, so a folder that contains it is done.
@@ -440,6 +440,22 @@ def empty_reason(cell: Cell) -> str | None:
     except RecipeError as error:
         return f"{error.message} {error.remedy or ''}".strip()
     return None
+
+
+def read_record(cell: Cell | PreparedCell) -> dict[str, Any] | None:
+    """Returns the content of a cell's `cell.json`, or `None` if the cell is not done.
+
+    A cell is not done if that file is missing or damaged, or if it says "finished" and there are no results.
+    """
+    record = read_json(cell.folder / CELL)
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(key), kind) for key, kind in (("state", str), ("inputs", str), ("spent", dict))
+    ):
+        return None
+    if record["state"] != "finished":
+        return record if isinstance(record.get("reason"), str) else None
+    results = read_json(cell.folder / (EVALUATION if isinstance(cell, Cell) else f"{RUN}/results.json"))
+    return record if isinstance(results, dict) and isinstance(record.get("commands"), list) else None
 
 
 def _folder_name(row: RowKey, seed: int) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from hf_mel.bench.cells import (
-    CELL,
     EVALUATION,
     RUN,
     Cell,
@@ -18,6 +17,7 @@ from hf_mel.bench.cells import (
     RowKey,
     grid_cells,
     prepared_cells,
+    read_record,
 )
 from hf_mel.bench.comparability import MentionRanks, check_comparable, mean_scores, protocol_of
 from hf_mel.bench.significance import Difference, corrected, paired_difference
@@ -101,7 +101,7 @@ def over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def _prepared(cell: PreparedCell) -> dict[str, Any]:
-    record = read_json(cell.folder / CELL) or {}
+    record = read_record(cell) or {}
     results = read_json(cell.folder / RUN / "results.json") or {}
     return {
         "name": cell.prepared.name,
@@ -117,7 +117,7 @@ def _prepared(cell: PreparedCell) -> dict[str, Any]:
 
 def _row(key: RowKey, cells: Sequence[Cell]) -> dict[str, Any]:
     """Returns a row of the results."""
-    records = {cell.seed: read_json(cell.folder / CELL) for cell in cells}
+    records = {cell.seed: read_record(cell) for cell in cells}
     finished = [cell for cell in cells if (records[cell.seed] or {}).get("state") == "finished"]
     evaluations = {cell.seed: json.loads((cell.folder / EVALUATION).read_text(encoding="utf-8")) for cell in finished}
     order, note = cells[0].system.order, cells[0].system.note

@@ -15,12 +15,13 @@ import pytest
 import yaml
 
 from hf_mel.bench.cells import CELL, EVALUATION, PREDICTIONS, grid_cells, option_words
-from hf_mel.bench.grid import failure_reason, run_command, run_suite
+from hf_mel.bench.grid import cell_state, data_versions, failure_reason, run_command, run_suite
 from hf_mel.bench.suite import Suite
-from hf_mel.bench.suite_results import suite_results
+from hf_mel.bench.suite_results import NOT_RUN, suite_results
 from hf_mel.bench.suite_tables import write_suite
 from tests.bench.tiny_suite import InProcess, write_suite_file
 from tests.processes import lock_holder
+from tests.toy import toy_entities, toy_mentions, write_toy_dataset
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +143,64 @@ def test_a_cell_of_another_process_is_left_to_it(copy):
     assert any("left: The cell is being run" in text for text in messages)
 
 
-def test_half_written_records_count_for_nothing(copy):
+DAMAGED = [
+    '{"state": "fini',
+    "",
+    "[]",
+    '{"state": "finished"}',
+    '{"state": "finished", "inputs": "x", "spent": {}}',
+    "\0",
+]
+
+
+def test_damaged_records_count_for_nothing(copy):
     suite = Suite.load(copy / "tiny.yaml")
-    cell = cells_of(copy, suite)["whole, 0"]
-    (cell.folder / CELL).write_text('{"state": "fini')
+    cells = cells_of(copy, suite)
+    cell, versions = cells["whole, 0"], data_versions(suite)
+    for text in DAMAGED:
+        (cell.folder / CELL).write_text(text)
+        assert cell_state(cell, versions) == "interrupted"
+        rows = suite_results(suite, copy / "runs", "hf-mel bench tiny")["rows"]
+        assert [(item["seed"], item["reason"]) for item in rows[0]["empty"]] == [(0, NOT_RUN)]
+    other = cells["text & more, 0"]
+    (other.folder / EVALUATION).write_text("{")
+    assert cell_state(other, versions) == "interrupted"
     runner = InProcess()
     run_suite(suite, copy / "runs", run=runner, log=lambda _: None)
-    assert runner.stages == ["evaluate toy-whole-seed0"]
+    assert runner.stages == ["evaluate toy-whole-seed0", "evaluate toy-text_more-seed0"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"digest": 3}'])
+def test_what_damaged_inputs_have_left_is_not_used(copy, text):
+    suite = Suite.load(copy / "tiny.yaml", ["seeds=[0]"])
+    cell = cells_of(copy, suite)["whole, 0"]
+    (cell.folder / CELL).unlink()
+    (cell.folder / "inputs.json").write_text(text)
+    messages: list[str] = []
+    runner = InProcess(0)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(suite, copy / "runs", run=runner, log=messages.append)
+    assert not (cell.folder / "run").exists()
+    assert any("its inputs have changed" in text for text in messages)
+
+
+def test_a_system_that_reads_nothing_of_a_data_set_is_empty(copy):
+    """Images alone tell nothing on a data set of texts; a mean rank of ties is no result."""
+    texts = toy_mentions(36, 12).map(lambda row: {"image": None})
+    splits = {name: texts.select(range(12 * i, 12 * i + 12)) for i, name in enumerate(("train", "validation", "test"))}
+    write_toy_dataset(copy / "texts", entities=toy_entities(12, images=False), **splits)
+    recipe = yaml.safe_load((copy / "text.yaml").read_text())
+    recipe["model"]["config"]["units"] = ["vision"]
+    (copy / "images.yaml").write_text(yaml.safe_dump(recipe))
+    content = yaml.safe_load((copy / "tiny.yaml").read_text())
+    content |= {"seeds": [0], "data": {"texts": {"dataset": str(copy / "texts")}}, "compare_with": []}
+    content["systems"] = [{"name": name, "recipe": str(copy / f"{name}.yaml")} for name in ("images", "text")]
+    suite = Suite.load(write(copy, content))
+    progress = run_suite(suite, copy / "texts_runs", run=InProcess(), log=lambda _: None)
+    assert (progress.finished, progress.failed) == (1, 1)
+    images, text = suite_results(suite, copy / "texts_runs", "hf-mel bench tiny")["rows"]
+    assert images["empty"][0]["reason"].startswith("Every entity has the same score for every mention")
+    assert (images["metrics"], text["empty"]) == ({}, [])
 
 
 def test_a_prepared_run_comes_first_and_its_failure_is_told(place, tmp_path):
