@@ -139,7 +139,7 @@ def _row(key: RowKey, cells: Sequence[Cell]) -> dict[str, Any]:
         for cell in cells
         if cell not in finished
     ]
-    kept_records = [records[cell.seed] for cell in finished]
+    kept_records = [record for cell in finished if (record := records[cell.seed]) is not None]
     metrics = {} if first is None else _averaged([results["metrics"] for results in evaluations.values()])
     strata = _strata([results["strata"] for results in evaluations.values()])
     if order not in (None, LIST_ORDER):

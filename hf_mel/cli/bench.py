@@ -95,6 +95,8 @@ def run(
             return
         if loaded.compare_with:
             check_packages()  # before hours of training
+        _check_writable("--runs", folder)
+        _check_writable("--results", results)
         progress = None
         if not report:
             runner = run_command(launcher_words(launch))
@@ -236,6 +238,22 @@ def _command(suite: str, overrides: Sequence[str]) -> str:
     import shlex
 
     return shlex.join(["hf-mel", "bench", suite, *(word for value in overrides for word in ("--set", value))])
+
+
+def _check_writable(option: str, folder: Path) -> None:
+    """Raises a `MelError` if nothing can be written to a folder, which is created."""
+    import tempfile
+
+    from hf_mel.errors import MelError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MelError(
+            f"Nothing can be written to the folder ({error}).", file=folder, remedy=f"Choose another {option}."
+        ) from error
 
 
 def _list_cells(suite: Any, folder: Path) -> None:

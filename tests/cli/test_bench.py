@@ -12,7 +12,7 @@ from hf_mel.bench import grid
 from hf_mel.bench.cells import EVALUATION, PREDICTIONS, grid_cells
 from hf_mel.bench.suite import Suite
 from hf_mel.cli import app
-from hf_mel.errors import ComparisonError, SuiteError
+from hf_mel.errors import ComparisonError, MelError, SuiteError
 from tests.bench.tiny_suite import InProcess, write_suite_file
 
 
@@ -108,3 +108,14 @@ def test_errors_say_what_is_wrong(place, printed, tmp_path):
         run(place / "tiny.yaml", "--list", "--set", f"data.toy.dataset={tmp_path}/none")
     with pytest.raises(ComparisonError, match="two systems"):
         run("compare", cells(place)["whole"] / EVALUATION)
+
+
+@pytest.mark.parametrize("option", ["--runs", "--results"])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(tmp_path, monkeypatch, option):
+    file = write_suite_file(tmp_path)
+    (tmp_path / "taken").write_text("not a folder")
+    monkeypatch.setattr(grid, "run_command", lambda launcher: pytest.fail("it ran"))
+    folders = {"--runs": tmp_path / "runs", "--results": tmp_path / "results", option: tmp_path / "taken"}
+    with pytest.raises(MelError, match=f"taken.*Nothing can be written to the folder.*Choose another {option}"):
+        run(file, *(word for pair in folders.items() for word in pair))
+    assert (tmp_path / "taken").read_text() == "not a folder"
