@@ -14,13 +14,14 @@ import sys
 import tempfile
 from typing import Any
 
-#: Five retrievers of four methods, each with its overrides.
+#: Five retrievers of five methods and a reranker, each with its overrides.
 RECIPES: dict[str, list[str]] = {
     "mimic_flags": [],
     "bi-encoder_flags": [],
     "ghmfc_flags": [],
     "velml_flags": [],
     "jmel_flags": [],
+    "mmel_flags": ["candidates.source=name", "candidates.retriever=null", "training.eval_mentions=64"],
 }
 
 

@@ -4,6 +4,8 @@ A lock is a file that records who holds it: host, process and the time. On one m
 so the lock of a process that has ended is free, whatever ended it. Some shared file systems do not pass `flock` on to
 other machines. There the file itself is the lock: only one process can create it, and another machine never takes a lock
 over. The file is deleted when the lock is released.
+
+Another lock is for the threads of one process that load models.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +30,11 @@ try:
     import fcntl
 except ImportError:  # not a POSIX system
     fcntl = None
+
+#: Held while transformers makes or loads a model. It changes the whole process meanwhile: functions such as
+#: `PreTrainedModel.tie_weights`, and PyTorch's default dtype. Of two threads, the later one would put back what the earlier one
+#: had put in their place: later models would not tie their weights, or would be made in another dtype.
+LOADING = threading.RLock()
 
 #: Seconds between two attempts while waiting.
 _POLL_SECONDS = 0.1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -19,7 +19,13 @@ _ROWS = 64
 
 
 def without_bad_images(
-    rows: datasets.Dataset, *, file: str | None, bad_images: list[ImageError] | None, every: bool = False
+    rows: datasets.Dataset,
+    *,
+    file: str | None,
+    bad_images: list[ImageError] | None,
+    every: bool = False,
+    part: range | None = None,
+    gather: Callable[[Any], list[Any]] = lambda outcome: [outcome],
 ) -> datasets.Dataset:
     """Returns the rows without images that cannot be opened. Of several images of an entity, those before the first good
     one are checked, because an entity is shown by its first.
@@ -31,6 +37,8 @@ def without_bad_images(
             its row. Without a list, the first one is raised.
         every (`bool`, *optional*, defaults to `False`): Whether all images of an entity are checked, because training draws
             one of them. Then the first error is raised if no image is good, as where a folder is not mounted.
+        part (`range`, *optional*): The numbers of the rows whose images this process opens. Default: all.
+        gather (callable): Returns what this process passes to it, and the others to theirs, in the order of the parts.
 
     Returns:
         `datasets.Dataset` of N rows: `rows` itself if all images are good.
@@ -41,23 +49,28 @@ def without_bad_images(
     column = "images" if "images" in rows.column_names else "image"
     id_column = next(name for name in ("mention_id", "post_id", "entity_id") if name in rows.column_names)
     images = rows.select_columns([id_column, column]).with_format("arrow")  # the plain format would decode them
+    part = range(len(rows)) if part is None else part
     kept: dict[int, Any] = {}
-    first_error: ImageError | None = None
+    bad: list[ImageError] = []
     num_good = 0
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for first in range(0, len(rows), _ROWS):
-            batch = images[first : first + _ROWS].to_pylist()
+        for first in range(part.start, part.stop, _ROWS):
+            batch = images[first : min(first + _ROWS, part.stop)].to_pylist()
             checked = threads.map(partial(_check, id_column=id_column, column=column, file=file, every=every), batch)
             for number, (good, errors) in enumerate(checked, first):
                 num_good += len(good)
                 if errors and bad_images is None:
                     raise errors[0]
-                if errors and bad_images is not None:
-                    bad_images += errors
-                    first_error = first_error or errors[0]
+                if errors:
+                    bad += errors
                     kept[number] = good if column == "images" else next(iter(good), None)
-    if every and first_error is not None and not num_good:
-        raise first_error
+    parts = gather((kept, bad, num_good))
+    kept = {number: good for rows_of_part, _, _ in parts for number, good in rows_of_part.items()}
+    bad = [error for _, errors, _ in parts for error in errors]
+    if every and bad and not any(good for _, _, good in parts):
+        raise bad[0]
+    if bad_images is not None:
+        bad_images += bad
     return _replace(rows, column, kept) if kept else rows
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_mel.detection.spans import MentionSpan, detect_in_windows
 from hf_mel.errors import MissingExtraError, UnknownModelError
+from hf_mel.locks import LOADING
 
 #: Labels of most entities of a general knowledge base.
 LABELS = ("person", "organization", "place", "event", "work of art", "product")
@@ -46,7 +47,8 @@ class GlinerDetector:
                 remedy='Run pip install "hf_mel[gliner]".',
             ) from error
         try:
-            self._model: Any = GLiNER.from_pretrained(model, map_location=device or "cpu")
+            with LOADING:
+                self._model: Any = GLiNER.from_pretrained(model, map_location=device or "cpu")
         except (OSError, ValueError) as error:
             raise UnknownModelError(
                 f"{model} cannot be loaded as a GLiNER model: {error}", remedy="Give its folder or Hub id."

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_mel.detection.spans import MentionSpan
 from hf_mel.errors import UnknownModelError
+from hf_mel.locks import LOADING
 
 
 class TokenClassifier:
@@ -36,7 +37,8 @@ class TokenClassifier:
             tokenizer = AutoTokenizer.from_pretrained(model)
             if not tokenizer.is_fast:
                 raise ValueError("its tokenizer is no fast one, which gives the places of tokens")
-            network = AutoModelForTokenClassification.from_pretrained(model)
+            with LOADING:
+                network = AutoModelForTokenClassification.from_pretrained(model)
         except (OSError, ValueError) as error:
             raise UnknownModelError(
                 f"{model} cannot be used as a token classifier: {error}",

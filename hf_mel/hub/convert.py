@@ -20,6 +20,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from hf_mel.errors import DataFormatError, MelError, RecipeError
 from hf_mel.files import link_target, write_text
 from hf_mel.hub.saving import save_model_repository
+from hf_mel.locks import LOADING
 
 
 def convert_checkpoint(
@@ -72,7 +73,8 @@ def convert_checkpoint(
         ) from error
     weights, unused, unknown = module.convert_state_dict(read_state_dict(state_dict))
 
-    model = AutoModel.from_config(model_config)
+    with LOADING:
+        model = AutoModel.from_config(model_config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     keys = {
         "unused": list(unused),

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from hf_mel.errors import HubError, UnknownModelError
 from hf_mel.files import package_folder
 from hf_mel.hub_errors import check_repo_id, hub_errors
 from hf_mel.inference.text_encoders import POOLING_FILE, is_text_encoder, load_text_encoder
+from hf_mel.locks import LOADING
 from hf_mel.protocols import MelProcessor, Reranker, Retriever
 
 logger = logging.getLogger(__name__)
@@ -36,11 +36,6 @@ _CHECKED_FILES = [
     "model-*-of-*.safetensors",
     POOLING_FILE,
 ]
-
-#: Held while transformers makes or loads a model. It changes the whole process meanwhile: functions such as
-#: `PreTrainedModel.tie_weights`, and PyTorch's default dtype. Of two threads, the later one would put back what the earlier one
-#: had put in their place: later models would not tie their weights, or would be made in another dtype.
-_LOADING = threading.RLock()
 
 #: Errors of transformers for folders and repositories that hold no model, or a damaged one.
 _LOADING_ERRORS = (
@@ -140,12 +135,12 @@ def load_linking_model(
     try:
         config = AutoConfig.from_pretrained(name, **options)
         if not trust_remote_code:
-            with _LOADING:
+            with LOADING:
                 _check_size(name, config, weight_bytes)
         # Other formats of weights are pickles, which run code when they are loaded.
         weights = {"dtype": torch.float32, "use_safetensors": True}
         if is_text_encoder(config):
-            with _LOADING:
+            with LOADING:
                 model, processor, report = load_text_encoder(name, folder, options, weights)
             model.config.name_or_path = given
             logger.info(
@@ -154,7 +149,7 @@ def load_linking_model(
                 given,
             )
         else:
-            with _LOADING:
+            with LOADING:
                 model, report = AutoModel.from_pretrained(name, output_loading_info=True, **weights, **options)
             processor = AutoProcessor.from_pretrained(name, **options)
     except UnknownModelError:

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_mel.locks import LOADING
 from hf_mel.protocols import Reranker, Retriever
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.tokenizer import train_wordpiece
@@ -48,10 +49,11 @@ def build_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[Any, Any]:
         RecipeError: the model type or a field is unknown, or the model rejects the settings.
         MissingExtraError: a package with weights is not installed.
     """
-    if recipe.model.from_pretrained:
-        model, processor = _load_pretrained(recipe)
-    else:
-        model, processor = _build_new(recipe, texts)
+    with LOADING:
+        if recipe.model.from_pretrained:
+            model, processor = _load_pretrained(recipe)
+        else:
+            model, processor = _build_new(recipe, texts)
     if not isinstance(model, Retriever | Reranker):
         raise recipe.error(
             f"{type(model).__name__} is neither a retriever (encode_mentions, encode_entities, score, unit_scores) nor a "

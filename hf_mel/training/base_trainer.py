@@ -21,6 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_mel.errors import RecipeError, TrainingError
 from hf_mel.files import write_text
+from hf_mel.locks import LOADING
 from hf_mel.protocols import MelProcessor
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.collators import BATCH_IDS, NamesRows
@@ -170,7 +171,8 @@ class BaseTrainer(Trainer):
 
     def _load_weights(self, folder: str) -> None:
         """Loads the weights of a checkpoint. The Trainer would silently skip weights that saving renames (ViT)."""
-        saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
+        with LOADING:
+            saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -6,7 +6,9 @@ import dataclasses
 import random
 import shutil
 import time
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 from accelerate import PartialState
@@ -24,11 +26,13 @@ from hf_mel.files import write_text
 from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import Retriever, knows_posts
+from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.assemble import build_model
 from hf_mel.training.linking_run import with_extra_mentions
 from hf_mel.training.readable_images import with_readable_images
 from hf_mel.training.recipe import FoldsRecipe, Recipe
 from hf_mel.training.run_folder import CHECKPOINTS, RECIPE, RESULTS, RunFolder, training_arguments
+from hf_mel.training.shared_batches import made_by_first
 from hf_mel.training.tokenizer import texts_of
 from hf_mel.training.trainer import MelTrainer
 from hf_mel.training.training_part import training_mentions, training_posts
@@ -80,37 +84,71 @@ def write_fold_lists(folder: RunFolder) -> None:
     train = training_mentions(recipe)
     entities = load_entities(data.dataset, revision=data.revision)
     parts = fold_rows(train, setting.count, folder.arguments.seed)
-    is_first = PartialState().is_main_process
-    if is_first:
+    if PartialState().is_main_process:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_text(folder.path / RECIPE, [folder.recipe.to_yaml()])
     lists: list[CandidateLists] = []
+    tables: _Tables | None = None
     for number, rows in enumerate(parts):
         file = folder.path / CHECKPOINTS / f"part-{number}.parquet"
-        PartialState().wait_for_everyone()
-        if file.exists():
-            lists.append(CandidateLists.load(file))
+        stored = made_by_first(partial(_stored_lists, file))
+        if stored is not None:
+            lists.append(stored)
             continue
-        others = train.select(sorted(set(range(len(train))) - set(rows)))
-        trained = _train(recipe, folder, others, entities)
-        if is_first:
-            with evaluation_mode(trained.inputs.model), trained.accelerator.autocast():
-                mentions: Any = with_readable_images(trained.model, trained.processor, train.select(rows))[0]
-                lists.append(
-                    retriever_candidates(
-                        trained.inputs,
-                        mentions,
-                        trained.entities,
-                        k=setting.k,
-                        batch_size=trained.args.per_device_eval_batch_size,
-                        progress=trained.shows_progress,
-                    )
-                )
-            file.parent.mkdir(exist_ok=True)
-            lists[-1].save(file)
-    if is_first:
+        others = sorted(set(range(len(train))) - set(rows))
+        arguments = training_arguments(recipe, folder.path / CHECKPOINTS / "retriever")
+        set_seed(arguments.seed)
+        model, processor = build_model(recipe, texts_of(train.select(others), entities))
+        if not isinstance(model, Retriever):
+            raise recipe.error(
+                f"{type(model).__name__} is not a retriever.", "Give the model of a retriever's recipe."
+            )
+        tables = tables or _readable_tables(recipe, model, processor, train, entities)
+        trained = _train(model, processor, arguments, tables, others)
+        lists.append(made_by_first(partial(_make_lists, trained, tables.train.select(rows), setting.k, file)))
+    if PartialState().is_main_process:
         _write(folder, setting, _joined(lists, setting).for_mentions(train), train, len(entities))
-    PartialState().wait_for_everyone()
+
+
+class _Tables(NamedTuple):
+    """Mentions of training, what `data.extra_mentions` adds, entities and posts, without images that cannot be opened."""
+
+    train: datasets.Dataset
+    extra: datasets.Dataset | None
+    entities: datasets.Dataset
+    posts: datasets.Dataset | None
+
+
+def _readable_tables(
+    recipe: Recipe, model: Any, processor: Any, train: datasets.Dataset, entities: datasets.Dataset
+) -> _Tables:
+    """Opens the images that all parts train on, once."""
+    posts = training_posts(recipe, training_mentions(recipe)) if knows_posts(model) else None
+    extra = None
+    if any(recipe.data.extra_mentions.values()):
+        extra = with_extra_mentions(recipe, train.select([]), entities)
+    tables: Any = with_readable_images(model, processor, train, extra, entities, posts)
+    return _Tables(*tables)
+
+
+def _stored_lists(file: Path) -> CandidateLists | None:
+    return CandidateLists.load(file) if file.exists() else None
+
+
+def _make_lists(trained: MelTrainer, mentions: datasets.Dataset, k: int, file: Path) -> CandidateLists:
+    """Returns the lists of mentions by a trained retriever, and writes them."""
+    with evaluation_mode(trained.inputs.model), trained.accelerator.autocast():
+        lists = retriever_candidates(
+            trained.inputs,
+            mentions,
+            trained.entities,
+            k=k,
+            batch_size=trained.args.per_device_eval_batch_size,
+            progress=trained.shows_progress,
+        )
+    file.parent.mkdir(exist_ok=True)
+    lists.save(file)
+    return lists
 
 
 def _without_evaluation(recipe: Recipe) -> dict[str, object]:
@@ -124,21 +162,21 @@ def _without_evaluation(recipe: Recipe) -> dict[str, object]:
     }
 
 
-def _train(recipe: Recipe, folder: RunFolder, mentions: datasets.Dataset, entities: datasets.Dataset) -> MelTrainer:
-    """Trains a new retriever on mentions, and on what `data.extra_mentions` adds, none of which is a training mention."""
-    arguments = training_arguments(recipe, folder.path / CHECKPOINTS / "retriever")
-    set_seed(arguments.seed)
-    model, processor = build_model(recipe, texts_of(mentions, entities))
-    if not isinstance(model, Retriever):
-        raise recipe.error(f"{type(model).__name__} is not a retriever.", "Give the model of a retriever's recipe.")
-    posts = training_posts(recipe, training_mentions(recipe)) if knows_posts(model) else None
-    if any(recipe.data.extra_mentions.values()):
-        mentions = with_extra_mentions(recipe, mentions, entities)
-    tables: Any = with_readable_images(model, processor, mentions, entities, posts)
-    mentions, entities, posts = tables
-    inputs = ModelInputs(model, processor, posts)
+def _train(
+    model: Any, processor: Any, arguments: MelTrainingArguments, tables: _Tables, rows: list[int]
+) -> MelTrainer:
+    """Trains a new retriever on rows of the training mentions, and on the extra mentions, none of which is one of them."""
+    mentions = tables.train.select(rows)
+    if tables.extra is not None:
+        mentions = mentions.select_columns(tables.extra.column_names).cast(tables.extra.features)
+        mentions = datasets.concatenate_datasets([mentions, tables.extra])
     trainer = MelTrainer(
-        model, arguments, train_dataset=mentions, entities=entities, processing_class=processor, inputs=inputs
+        model,
+        arguments,
+        train_dataset=mentions,
+        entities=tables.entities,
+        processing_class=processor,
+        inputs=ModelInputs(model, processor, tables.posts),
     )
     trainer.train()
     return trainer

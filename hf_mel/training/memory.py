@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from transformers import IntervalStrategy
 
 from hf_mel.errors import NotEnoughMemoryError
 from hf_mel.inference.encode import encode_rows
 from hf_mel.inference.encodings import row_bytes
 from hf_mel.inference.execution import evaluation_mode
 from hf_mel.protocols import FitsFeatures
+from hf_mel.schema import DESCRIBING_COLUMNS
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,8 @@ class MemoryPrediction:
         start (`int`): What the process, or the GPU, holds already: the weights, the data, and on a CPU the program.
         gradients, optimizer (`int`): One value for each trained parameter, and what the optimizer keeps of it.
         batch (`int`): A step: its tensors, what the forward pass keeps for the backward pass, and their gradients.
-        evaluation (`int`): The encoded entities and mentions of a retriever, and the memory of ranking.
+        evaluation (`int`): The encoded entities and mentions of a retriever, and the memory of ranking. On a GPU it is 0: they
+            stay on the CPU.
     """
 
     start: int
@@ -56,7 +59,7 @@ class MemoryPrediction:
 
 
 def check_memory(trainer: Any) -> MemoryPrediction | None:
-    """Logs the predicted peak memory of a training, or why it is not predicted.
+    """Logs the predicted peak memory of a training, or why it is not predicted. On a GPU, where it was not measured, it only warns.
 
     Args:
         trainer ([`~hf_mel.training.trainer.MelTrainer`]): The trainer, before training.
@@ -65,7 +68,7 @@ def check_memory(trainer: Any) -> MemoryPrediction | None:
         [`MemoryPrediction`], or `None` if it cannot be predicted.
 
     Raises:
-        NotEnoughMemoryError: The machine, the GPU or the control group of the process has less.
+        NotEnoughMemoryError: The machine or the control group of the process has less.
     """
     reason = _why_not(trainer)
     if reason is not None:
@@ -80,9 +83,14 @@ def check_memory(trainer: Any) -> MemoryPrediction | None:
             advice = "Lower training.per_device_train_batch_size, or set training.bf16=true"
         else:
             advice = "Evaluate on fewer entities, or with smaller dimensions of the model"
+        problem = (
+            f"Training is predicted to need {_gb(prediction.peak)} GB ({parts}), and {_gb(available)} GB are there."
+        )
+        if trainer.args.device.type == "cuda":
+            logger.warning("%s Predictions were not measured on GPUs. If memory runs out: %s.", problem, advice)
+            return prediction
         raise NotEnoughMemoryError(
-            f"Training is predicted to need {_gb(prediction.peak)} GB ({parts}), and {_gb(available)} GB are there.",
-            remedy=f"{advice}. To train all the same, set training.check_memory=false.",
+            problem, remedy=f"{advice}. To train all the same, set training.check_memory=false."
         )
     return prediction
 
@@ -129,9 +137,12 @@ def _optimizer_values(args: Any) -> int | None:
 
 
 def _batch_bytes(trainer: Any) -> int:
-    """Returns the bytes of a batch and of what its forward pass keeps, by a parabola through those of parts of it."""
+    """Returns the bytes of a batch and of what its forward pass keeps, by a parabola through those of parts of it.
+
+    Each part has the longest texts of the batch, so that its texts are padded as those of the whole batch are.
+    """
     size = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
-    numbers = list(trainer.sampler)[:size]
+    numbers = _longest_first(trainer, list(trainer.sampler)[:size])
     sizes = sorted({max(1, math.ceil(share * size)) for share in _PROBES}) if size > 8 else [size]
     measured = []
     model = trainer.model
@@ -149,8 +160,26 @@ def _batch_bytes(trainer: Any) -> int:
     if len(sizes) == 1:
         return int(_STEP_FACTOR * measured[0])
     curve = np.polyfit(sizes, measured, len(sizes) - 1)
-    # Batches differ in the lengths of their texts, so that the parabola may bend down; memory never grows slower than this.
+    # Parts differ in how many of their entities are the same, so that the parabola may bend down; memory never grows slower.
     return int(_STEP_FACTOR * max(np.polyval(curve, size), measured[-1] * size / sizes[-1]))
+
+
+def _longest_first(trainer: Any, numbers: list[int]) -> list[int]:
+    """Returns row numbers, first those of the longest text of a mention and of the longest text of a gold."""
+    examples = trainer.train_dataset.__getitems__(numbers)
+    mentions = [example if isinstance(example, list) else [example] for example in examples]
+    entities, row_of = trainer.collator.entities, trainer.collator._row_of
+
+    def gold_length(rows: list[Any]) -> int:
+        golds = entities.__getitems__([row_of[row["entity_id"]] for row in rows if row["entity_id"] in row_of])
+        columns = ("name", *DESCRIBING_COLUMNS)
+        return max((sum(len(str(gold.get(name) or "")) for name in columns) for gold in golds), default=0)
+
+    order = range(len(numbers))
+    texts = [sum(len(row["text"] or "") for row in rows) for rows in mentions]
+    golds = [gold_length(rows) for rows in mentions]
+    chosen = dict.fromkeys([max(order, key=texts.__getitem__), max(order, key=golds.__getitem__), *order])
+    return [numbers[place] for place in chosen]
 
 
 def _measured(trainer: Any, numbers: Sequence[int]) -> int:
@@ -174,8 +203,11 @@ def _measured(trainer: Any, numbers: Sequence[int]) -> int:
 
 
 def _evaluation_bytes(trainer: Any) -> int:
-    """Returns the bytes of the encodings of a retriever's evaluation, and of ranking; 0 for a reranker."""
+    """Returns the bytes of the encodings of a retriever's evaluation, and of ranking; 0 for a reranker and on a GPU."""
     if trainer.reranks or trainer.eval_dataset is None or not len(trainer.eval_dataset):
+        return 0
+    is_off = trainer.args.eval_strategy == IntervalStrategy.NO and not trainer.args.final_evaluation
+    if is_off or trainer.args.device.type == "cuda":  # encodings of entities stay on the CPU
         return 0
     total = _RANKING
     inputs = trainer.inputs
@@ -190,7 +222,9 @@ def _evaluation_bytes(trainer: Any) -> int:
 def _free_memory(device: torch.device) -> int:
     """Returns the bytes that a process can still get: of a GPU, or of the machine within its control group."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What PyTorch keeps for later tensors is not free for others, but for this process.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     free = [psutil.virtual_memory().available]
     for limit, used in (
         ("memory.max", "memory.current"),  # control groups, version 2

@@ -21,6 +21,7 @@ from hf_mel.data.loading import check_golds, dataset_version, load_entities, loa
 from hf_mel.detection.gazetteer import Gazetteer
 from hf_mel.errors import DataFormatError
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.locks import LOADING
 from hf_mel.names import fold_name
 from hf_mel.protocols import MelProcessor
 from hf_mel.schema import NIL, NO_SPAN, mention_features
@@ -204,7 +205,8 @@ def pretraining_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[nn.Mod
             f"The method {linking.config.model_type!r} has no pre-training.", "Remove 'task' to train it for linking."
         )
     model_class: Any = MODEL_FOR_PRETRAINING_MAPPING[config_class]
-    model = model_class(linking.config)
+    with LOADING:
+        model = model_class(linking.config)
     model.load_state_dict(linking.state_dict(), strict=False)
     names = getattr(linking, "backbone_names", None)
     if names is not None:

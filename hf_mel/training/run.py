@@ -6,14 +6,13 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-from accelerate import PartialState
-
 from hf_mel.training.adaptation import run_adaptation
 from hf_mel.training.fold_lists import write_fold_lists
 from hf_mel.training.linking_run import run_linking
 from hf_mel.training.pretraining import run_pretraining
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run_folder import RESULTS, RUNS, RunFolder, quiet_transformers, run_lock
+from hf_mel.training.shared_batches import wait_for_first
 
 
 def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, resume: bool = False) -> Path:
@@ -52,5 +51,5 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
             finished = runs.get(recipe.task, run_linking)(folder)
             if finished is not None:
                 folder.write(finished)
-            PartialState().wait_for_everyone()
+            wait_for_first()  # which evaluates on validation, and writes
     return folder.path

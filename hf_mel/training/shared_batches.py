@@ -6,8 +6,10 @@ their gradients, before the pairs are scored: the negatives of a mention are the
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,17 +17,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from hf_mel.inference.entity_sources import part_of
-from hf_mel.inference.ranking import ProcessGroup
 from hf_mel.protocols import Encodings
 
 T = TypeVar("T")
 
 #: Key of a batch under which a collator says how many rows there are in all parts. The trainer takes it out.
 SHARED_SIZES = "shared_sizes"
+
+#: Time for which the other processes wait for what the first one makes. If it ends, its connection does, and so do they.
+_NO_LIMIT = timedelta(days=365)
 
 
 def part_rows(rows: Sequence[T], part: tuple[int, int]) -> Sequence[T]:
@@ -45,7 +49,7 @@ def unsharded_loader(loader: DataLoader, device: torch.device) -> Any:
 
 
 def made_by_first(make: Callable[[], T]) -> T:
-    """Returns in every process what the first one makes. If making it is an error, it is one in all of them.
+    """Returns in every process what the first one makes, however long it takes. If making it is an error, it is one in all of them.
 
     Args:
         make (`Callable`): Makes something that can be pickled. Only the first process calls it.
@@ -53,11 +57,35 @@ def made_by_first(make: Callable[[], T]) -> T:
     processes = PartialState()
     if processes.num_processes == 1:
         return make()
-    made: list[Any] = [None]
-    with ProcessGroup(processes).raise_together():
-        if processes.is_main_process:
-            made = [make()]
-    return broadcast_object_list(made)[0]
+    # Operations of the ordinary group fail when a process waits longer than its limit, which is ten minutes with NCCL.
+    group = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+    outcome: list[Any] = [None, None]
+    if processes.is_main_process:
+        try:
+            outcome[0] = pickle.dumps(make())
+        except Exception as error:  # any kind, because the other processes wait for this one
+            outcome[1] = error
+    local_error = outcome[1]
+    dist.broadcast_object_list(
+        outcome if _is_picklable(local_error) else [None, RuntimeError(repr(local_error))], 0, group
+    )
+    dist.destroy_process_group(group)
+    if outcome[1] is not None:
+        raise local_error or outcome[1]
+    return pickle.loads(outcome[0])
+
+
+def wait_for_first() -> None:
+    """Waits until the first process comes here, too, however long it takes."""
+    made_by_first(lambda: None)
+
+
+def _is_picklable(error: Exception | None) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from hf_mel.errors import UnknownModelError
 from hf_mel.inference import checkpoints as loading
 from hf_mel.inference.checkpoints import load_retriever
+from hf_mel.training.assemble import build_model
+from hf_mel.training.recipe import Recipe
 from tests.toy import ToyProcessor, ToyRetriever, register, toy_model
 
 
@@ -56,8 +58,11 @@ def test_threads_that_load_leave_transformers_as_it_was(folder, monkeypatch):
 
     monkeypatch.setattr(ToyRetriever, "_load_pretrained_model", staticmethod(slowly))
     monkeypatch.setattr(ToyRetriever, "__init__", made_slowly)
-    with ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda _: load_retriever(folder, device="cpu"), range(2)))
+    recipe = Recipe.from_dict({"name": "x", "model": {"from_pretrained": str(folder)}, "data": {"dataset": "x"}})
+    with ThreadPoolExecutor(3) as threads:
+        jobs = [threads.submit(load_retriever, folder, device="cpu") for _ in range(2)]
+        for job in [*jobs, threads.submit(build_model, recipe)]:
+            job.result()
     assert set(most) == {1}
     assert PreTrainedModel.tie_weights is before
     assert torch.get_default_dtype() == torch.float32

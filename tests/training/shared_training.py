@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 
 from hf_mel.candidates.lists import CandidateLists
+from hf_mel.data import image_checks
+from hf_mel.errors import DataFormatError
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.assemble import build_model
+from hf_mel.training.readable_images import with_readable_images
 from hf_mel.training.recipe import Recipe
+from hf_mel.training.shared_batches import made_by_first
 from hf_mel.training.trainer import MelTrainer
 from tests.toy import ToyPairProcessor, ToyProcessor, toy_entities, toy_mentions, toy_model, toy_reranker
 from tests.toy_documents import ToyDocumentProcessor, toy_document_reranker, toy_documents
@@ -119,8 +128,43 @@ def train_all(folder: Path, size: int) -> dict[str, Any]:
     return results
 
 
+def counted(opened: list[Any], verify: Any, image: Any) -> Any:
+    """Opens an image, and notes it."""
+    opened.append(image)
+    return verify(image)
+
+
+def made_by_the_first() -> dict[str, Any]:
+    """Returns what processes get that wait longer for the first than their group allows, and the message of its error."""
+    dist.destroy_process_group()
+    PartialState._reset_state()
+    process = PartialState(cpu=True, timeout=timedelta(seconds=1)).process_index
+
+    def fail():
+        raise DataFormatError(f"Process {process} cannot make them.", remedy="Give others.")
+
+    def slowly():
+        time.sleep(3)
+        return f"made by {process}"
+
+    made = {"slowly": made_by_first(slowly)}
+    try:
+        made_by_first(fail)
+    except DataFormatError as error:
+        made["error"] = str(error)
+    entities = ENTITIES.select(range(5)).to_list()
+    for row, number in ((0, 0), (4, 1)):
+        entities[row]["images"] = [{"bytes": b"none", "path": f"{number}.png"}]
+    undecoded = datasets.Features({**ENTITIES.features, "images": datasets.List(datasets.Image())})
+    readable = with_readable_images(toy_model(), ToyProcessor(), datasets.Dataset.from_list(entities, undecoded))[0]
+    return {**made, "images": [len(images) for images in readable["images"]]}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     outcome = train_all(folder, int(sys.argv[2]))
-    torch.save(outcome, folder / f"{PartialState().process_index}.pt")
+    process = PartialState().process_index
+    opened: list[Any] = []
+    image_checks.verify_image = partial(counted, opened, image_checks.verify_image)
+    torch.save({"trained": outcome, "made": made_by_the_first(), "opened": len(opened)}, folder / f"{process}.pt")

@@ -61,7 +61,17 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     assert done.returncode == 0, done.stderr
 
     expected = train_all(tmp_path / "one", 8)
-    processes = [torch.load(tmp_path / f"{process}.pt") for process in range(2)]
+    outcomes = [torch.load(tmp_path / f"{process}.pt") for process in range(2)]
+    # What processes wait for longer than their group allows, an error, and images, of which each process opens its part.
+    for outcome in outcomes:
+        assert outcome["made"] == {
+            "slowly": "made by 0",
+            "error": "Process 0 cannot make them. Give others.",
+            "images": [0, 1, 1, 1, 0],
+        }
+    assert all(outcome["opened"] for outcome in outcomes)
+    assert sum(outcome["opened"] for outcome in outcomes) == 5
+    processes = [outcome["trained"] for outcome in outcomes]
     for name, one in expected.items():
         pairs = [shared[name]["pairs"] for shared in processes]
         assert sum(pairs) == one["pairs"], name
