@@ -24,6 +24,7 @@ from transformers import (
 
 from hf_mel.locks import LOADING
 from hf_mel.protocols import Reranker, Retriever
+from hf_mel.training.lora import add_lora
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.tokenizer import train_wordpiece
 
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[Any, Any]:
-    """Builds the model of a recipe, with new parts untrained, and its processor.
+    """Builds the model of a recipe, with new parts untrained and LoRA if it asks for it, and its processor.
 
     The classes are those that the Auto classes map the model type to. To use pretrained encoders, both classes need
     `from_backbones(text=…, vision=…, **options)`. Without them, the model is built from its configuration alone, and the
@@ -59,6 +60,8 @@ def build_model(recipe: Recipe, texts: Iterable[str] = ()) -> tuple[Any, Any]:
             f"{type(model).__name__} is neither a retriever (encode_mentions, encode_entities, score, unit_scores) nor a "
             "reranker (example_unit, pairs_are_independent)."
         )
+    if recipe.model.lora:
+        add_lora(model, recipe)
     return model, processor
 
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import EarlyStoppingCallback, IntervalStrategy, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_mel.errors import RecipeError, TrainingError
 from hf_mel.files import write_text
@@ -25,6 +25,7 @@ from hf_mel.locks import LOADING
 from hf_mel.protocols import MelProcessor
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.collators import BATCH_IDS, NamesRows
+from hf_mel.training.lora import has_lora, load_trained_parameters, merged_state_dict, save_trained_parameters
 from hf_mel.training.sampling import GroupingSampler
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,9 @@ class BaseTrainer(Trainer):
 
     def _load_weights(self, folder: str) -> None:
         """Loads the weights of a checkpoint. The Trainer would silently skip weights that saving renames (ViT)."""
+        if has_lora(self.model):
+            load_trained_parameters(self.model, folder)
+            return
         with LOADING:
             saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())
@@ -256,6 +260,19 @@ class BaseTrainer(Trainer):
             remedy=f"{'Look at these rows, or train' if ids else 'Train'} with a lower training.learning_rate or without half "
             "precision (training.bf16=false).",
         )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Saves a plain model, and of one with LoRA what training goes on from, too, in a checkpoint."""
+        if not has_lora(self.model):
+            super()._save(output_dir, state_dict)
+            return
+        super()._save(output_dir, merged_state_dict(self.model))
+        if (
+            self.args.should_save
+            and output_dir is not None
+            and Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
+        ):
+            save_trained_parameters(self.model, output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model and the processor.

@@ -19,6 +19,7 @@ from hf_mel.inference.inputs import ModelInputs
 from hf_mel.protocols import Reranker, knows_posts, learns_nil
 from hf_mel.schema import NIL, mention_features
 from hf_mel.training.assemble import build_model
+from hf_mel.training.lora import merge_lora
 from hf_mel.training.readable_images import with_readable_images
 from hf_mel.training.recipe import Recipe
 from hf_mel.training.run_folder import FinishedTraining, RunFolder
@@ -177,6 +178,7 @@ def evaluate_training(
         data (`dict`): What the results say about the data: the version, the splits, and the training mentions.
     """
     model, processor = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.processor
+    merge_lora(model)
     entities = trainer.eval_entities
     version = {key: data[key] for key in ("dataset", "revision", "sha256")}
     options: dict[str, Any] = {"batch_size": trainer.args.per_device_eval_batch_size, "data_version": version}

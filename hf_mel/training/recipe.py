@@ -74,6 +74,9 @@ class ModelRecipe:
         text, vision (`str`, *optional*): Pretrained encoders: a Hub id, a folder, `package:<Python package>/<path in it>`,
             or `part:<name>:<model>` for a part of another model, such as `part:vision_model:runs/mine`.
         config (`dict`, *optional*): Fields of the method's configuration.
+        lora (`dict`, *optional*): Train the encoders through LoRA ([`hf_mel.training.lora`]): `r` is the rank of its matrices,
+            `alpha` (by default 2 r) their weight, `dropout` (0) is of their inputs, and `targets` has the ends of the names of the
+            linear layers, such as `[query, value]`; by default all of the encoders. Empty: no LoRA.
     """
 
     type: str | None = None
@@ -82,6 +85,7 @@ class ModelRecipe:
     text: str | None = None
     vision: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -412,6 +416,8 @@ class Recipe:
                 "(processor.tokenizer).",
                 "Give one of them, for instance processor.tokenizer: {vocab_size: 4000}.",
             )
+        if model.lora:
+            self._check_lora(model.lora)
         if self.processor.tokenizer:
             # Recipes written before have a `type`, which could only be "wordpiece".
             self.check_keys("processor.tokenizer", self.processor.tokenizer, ("type", "vocab_size"))
@@ -426,6 +432,31 @@ class Recipe:
                     f"The value {size!r} of processor.tokenizer.vocab_size is not a whole number of at least 100."
                 )
             self.processor.tokenizer = {"vocab_size": size}
+
+    def _check_lora(self, lora: Mapping[str, Any]) -> None:
+        self.check_keys("model.lora", lora, ("r", "alpha", "dropout", "targets"))
+        if self.task != "linking":
+            raise self.error(f"model.lora does not apply to the task {self.task!r}.", "Remove model.lora.")
+
+        def is_number(value: Any) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool)
+
+        wanted = {
+            "r": (
+                lambda value: isinstance(value, int) and is_number(value) and value >= 1,
+                "a whole number of at least 1",
+            ),
+            "alpha": (lambda value: is_number(value) and value > 0, "a number above 0"),
+            "dropout": (lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
+            "targets": (
+                lambda value: isinstance(value, list) and value and all(isinstance(end, str) and end for end in value),
+                "a list of ends of names, such as [query, value]",
+            ),
+        }
+        for key, value in lora.items():
+            is_right, words = wanted[key]
+            if not is_right(value):
+                raise self.error(f"The value {value!r} of model.lora.{key} is not {words}.")
 
     def _check_adaptation(self, adaptation: AdaptationRecipe) -> None:
         if self.task != "adaptation":

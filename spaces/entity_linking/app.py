@@ -5,9 +5,13 @@ Run it with `hf-mel space MODEL KB`, or as a Space with `MEL_MODELS` and `MEL_KB
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import tempfile
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,8 @@ SCRIPTS = ("selection.js", "mentions.js")
 WAITING = 64
 #: Lifetime of a visitor's files and knowledge bases, and the number of visitors they are kept for.
 SESSION_SECONDS, SESSIONS = 3600, 500
+#: Seconds after which freed memory is given back to the system.
+RELEASE_SECONDS = 60
 
 INTRO = """# Who is meant?
 A name in a caption can refer to many things: are *the Koreans* from the North or from the South? This model reads the
@@ -122,8 +128,25 @@ def uploaded_path(file: Any) -> str | None:
     return str(path)
 
 
+def release_freed_memory() -> None:
+    """Gives freed memory back to the system.
+
+    The C library keeps what the threads of requests have freed, in pieces between others that are in use, and later requests
+    do not fit into all of them. Without this, the process grows for hours. Other C libraries than glibc have no such function.
+    """
+    with suppress(OSError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _release_from_time_to_time() -> None:
+    while True:
+        time.sleep(RELEASE_SECONDS)
+        release_freed_memory()
+
+
 def launch(demo: gr.Blocks, **options: Any) -> Any:
     """Starts the app with its theme, scripts and limits."""
+    threading.Thread(target=_release_from_time_to_time, daemon=True).start()
     return demo.launch(
         theme=gr.themes.Default(),
         css_paths=HERE / "style.css",

@@ -135,7 +135,14 @@ def counted(opened: list[Any], verify: Any, image: Any) -> Any:
 
 
 def made_by_the_first() -> dict[str, Any]:
-    """Returns what processes get that wait longer for the first than their group allows, and the message of its error."""
+    """Returns what processes get that wait longer for the first than their group allows, the message of its error, and
+    the numbers of readable images of some entities.
+    """
+    entities = ENTITIES.select(range(5)).to_list()
+    for row, number in ((0, 0), (4, 1)):
+        entities[row]["images"] = [{"bytes": b"none", "path": f"{number}.png"}]
+    undecoded = datasets.Features({**ENTITIES.features, "images": datasets.List(datasets.Image())})
+    readable = with_readable_images(toy_model(), ToyProcessor(), datasets.Dataset.from_list(entities, undecoded))[0]
     dist.destroy_process_group()
     PartialState._reset_state()
     process = PartialState(cpu=True, timeout=timedelta(seconds=1)).process_index
@@ -152,11 +159,6 @@ def made_by_the_first() -> dict[str, Any]:
         made_by_first(fail)
     except DataFormatError as error:
         made["error"] = str(error)
-    entities = ENTITIES.select(range(5)).to_list()
-    for row, number in ((0, 0), (4, 1)):
-        entities[row]["images"] = [{"bytes": b"none", "path": f"{number}.png"}]
-    undecoded = datasets.Features({**ENTITIES.features, "images": datasets.List(datasets.Image())})
-    readable = with_readable_images(toy_model(), ToyProcessor(), datasets.Dataset.from_list(entities, undecoded))[0]
     return {**made, "images": [len(images) for images in readable["images"]]}
 
 
