@@ -47,7 +47,8 @@ class BaseTrainer(Trainer):
         kwargs: Further arguments of `transformers.Trainer`.
 
     Raises:
-        RecipeError: `head_learning_rate` is set, and the model does not name its pretrained parts.
+        RecipeError: `head_learning_rate` is set, and the model does not name its pretrained parts; or
+            `gradient_checkpointing`, and it has no part that can do it.
     """
 
     args: MelTrainingArguments
@@ -70,6 +71,13 @@ class BaseTrainer(Trainer):
                 "(backbone_names).",
                 remedy="Use learning_rate alone.",
             )
+        if args.gradient_checkpointing:
+            if not any(hasattr(module, "gradient_checkpointing") for module in model.modules()):
+                raise RecipeError(
+                    f"No part of {type(model).__name__} can compute its activations again.",
+                    remedy="Remove training.gradient_checkpointing.",
+                )
+            model.supports_gradient_checkpointing = True  # type: ignore[assignment]  # its encoders do
         if args.n_gpu > 1:
             # DataParallel would split a batch whose rows refer to each other by number.
             logger.warning("Using one of %d GPUs. Start with `accelerate launch` to use them all.", args.n_gpu)

@@ -102,7 +102,11 @@ PRETRAININGS = [
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory) -> dict[str, str]:
     """Saves a BERT with next-sentence head and tokenizer, and a ResNet with image processor."""
-    folder = tmp_path_factory.mktemp("encoders")
+    return save_encoders(tmp_path_factory.mktemp("encoders"))
+
+
+def save_encoders(folder: Path) -> dict[str, str]:
+    """Saves the small encoders to a folder, and returns where they are."""
     tokenizer = train_wordpiece(texts_of(toy_mentions(), toy_entities()), 200)
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

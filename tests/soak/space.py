@@ -126,7 +126,9 @@ class Visitor:
     """
 
     def __init__(self, url: str):
-        self.client = httpx.Client(base_url=f"{url.rstrip('/')}/gradio_api", timeout=120)
+        # The server closes idle connections after five seconds; on a busy machine, a request may come at this moment.
+        limits = httpx.Limits(keepalive_expiry=1)
+        self.client = httpx.Client(base_url=f"{url.rstrip('/')}/gradio_api", timeout=120, limits=limits)
         endpoints = self.client.get("/info").raise_for_status().json()["named_endpoints"]
         self.parameters = {name: endpoint["parameters"] for name, endpoint in endpoints.items()}
 

@@ -143,9 +143,8 @@ def made_by_the_first() -> dict[str, Any]:
         entities[row]["images"] = [{"bytes": b"none", "path": f"{number}.png"}]
     undecoded = datasets.Features({**ENTITIES.features, "images": datasets.List(datasets.Image())})
     readable = with_readable_images(toy_model(), ToyProcessor(), datasets.Dataset.from_list(entities, undecoded))[0]
-    dist.destroy_process_group()
-    PartialState._reset_state()
-    process = PartialState(cpu=True, timeout=timedelta(seconds=1)).process_index
+    process = PartialState().process_index
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
 
     def fail():
         raise DataFormatError(f"Process {process} cannot make them.", remedy="Give others.")
