@@ -97,6 +97,11 @@ class BaseTrainer(Trainer):
             callbacks=[_EpochSetter(self), *(callbacks or [])],
             **kwargs,
         )
+        if has_lora(model) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise RecipeError(
+                "Checkpoints of LoRA are not written with FSDP or DeepSpeed.",
+                remedy="Remove model.lora, training.fsdp or training.deepspeed.",
+            )
         # The loss is a mean over the batch, whatever keywords `forward` accepts, so the Trainer must divide it when it
         # accumulates gradients.
         self.model_accepts_loss_kwargs = False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from hf_mel.training import memory
 from hf_mel.training.arguments import MelTrainingArguments
 from hf_mel.training.trainer import MelTrainer
 from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
+from tests.training.shared_training import mimic
 
 ENTITIES, MENTIONS = toy_entities(12), toy_mentions(24)
 
@@ -44,6 +47,43 @@ def test_kept_activations_of_a_part_of_the_batch_give_those_of_the_whole(tmp_pat
     built = trainer(tmp_path)
     whole = memory._measured(built, list(built.sampler)[:16])
     assert memory._batch_bytes(built) == pytest.approx(memory._STEP_FACTOR * whole, rel=0.25)
+
+
+def test_one_long_text_in_a_batch_is_in_every_part_that_is_measured(tmp_path):
+    """Texts are padded to the longest of the batch. In the last place, it would make the parabola shoot up or miss it."""
+    model, processor = mimic()
+    mentions = [dict(row) for row in MENTIONS.select(range(16))]
+    for mention in mentions:
+        mention["text"] = mention["mention"]
+    rows = datasets.Dataset.from_list(mentions, features=MENTIONS.features)
+    options = {"save_strategy": "no", "load_best_model_at_end": False, "use_cpu": True, "bf16": False}
+    arguments = MelTrainingArguments(str(tmp_path), per_device_train_batch_size=16, disable_tqdm=True, **options)
+    plain = MelTrainer(model, arguments, rows, MENTIONS, entities=ENTITIES, processing_class=processor)
+    for place in (0, 15):
+        mentions[list(plain.sampler)[place]]["text"] = "a word " * 30 + mentions[list(plain.sampler)[place]]["mention"]
+        rows = datasets.Dataset.from_list(mentions, features=MENTIONS.features)
+        built = MelTrainer(model, arguments, rows, MENTIONS, entities=ENTITIES, processing_class=processor)
+        whole = memory._measured(built, list(built.sampler)[:16])
+        assert memory._batch_bytes(built) == pytest.approx(memory._STEP_FACTOR * whole, rel=0.25), place
+        mentions[list(plain.sampler)[place]]["text"] = mentions[list(plain.sampler)[place]]["mention"]
+
+
+def test_an_evaluation_that_is_switched_off_needs_no_memory(tmp_path):
+    assert memory._evaluation_bytes(trainer(tmp_path, eval_strategy="no")) > 0  # at the end of a run
+    assert memory._evaluation_bytes(trainer(tmp_path, eval_strategy="no", final_evaluation=False)) == 0
+
+
+def test_on_a_gpu_encodings_do_not_count_and_a_prediction_only_warns(tmp_path, monkeypatch, caplog):
+    built = trainer(tmp_path)
+    gpu = SimpleNamespace(**{name: getattr(built, name) for name in ("reranks", "eval_dataset", "model")})
+    gpu.args = SimpleNamespace(device=torch.device("cuda"), eval_strategy="epoch", final_evaluation=True)
+    assert memory._evaluation_bytes(gpu) == 0
+    monkeypatch.setattr(memory, "_why_not", lambda trainer: None)
+    monkeypatch.setattr(memory, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "predict_memory", lambda trainer: memory.MemoryPrediction(10, 20, 30, 4000, 0))
+    with caplog.at_level(logging.WARNING, logger="hf_mel.training.memory"):
+        assert memory.check_memory(gpu).peak == 4060
+    assert "If memory runs out: Lower training.per_device_train_batch_size" in caplog.text
 
 
 def test_a_prediction_changes_neither_weights_nor_random_numbers(tmp_path):
