@@ -30,9 +30,14 @@ class GhmfcEncodings(ModelOutput):
 
     Args:
         vector (`torch.Tensor` [B, output_size]): Vectors of length 1.
+        mean_word, mean_cell (`torch.Tensor` [B, d], *optional*): For the contrastive loss, the means of words and cells.
+        has_image (`torch.Tensor` [B], *optional*): For this loss, False for a missing image.
     """
 
     vector: torch.Tensor | None = None
+    mean_word: torch.Tensor | None = None
+    mean_cell: torch.Tensor | None = None
+    has_image: torch.Tensor | None = None
 
 
 @dataclass
@@ -444,6 +449,7 @@ class GhmfcModel(GhmfcPreTrainedModel):
         mention_attention_mask: torch.Tensor,
         mention_pixel_values: torch.Tensor | None = None,
         mention_image_mask: torch.Tensor | None = None,
+        for_loss: bool = False,
     ) -> GhmfcEncodings:
         """Encodes M mentions.
 
@@ -451,9 +457,13 @@ class GhmfcModel(GhmfcPreTrainedModel):
             mention_input_ids, mention_attention_mask (`torch.Tensor` [M, L]): The texts.
             mention_pixel_values (`torch.Tensor` [M, 3, H, W]), mention_image_mask (`torch.Tensor` [M]): The images, and
                 False for a missing one. Needed if the model reads images.
+            for_loss (`bool`, *optional*, defaults to `False`): Whether to return what the contrastive loss needs, too.
         """
         inputs = mention_input_ids, mention_attention_mask, mention_pixel_values, mention_image_mask
-        return GhmfcEncodings(vector=self._fused("mention", *inputs)[0])
+        vector, means = self._fused("mention", *inputs)
+        if not for_loss or means is None or not self.config.contrastive_weight:
+            return GhmfcEncodings(vector=vector)
+        return GhmfcEncodings(vector, *means)
 
     def encode_entities(
         self,
@@ -522,19 +532,23 @@ class GhmfcModel(GhmfcPreTrainedModel):
             labels (`torch.LongTensor` [M], *optional*): Column of each mention's gold among the N entities. All other
                 columns are negatives, so every entity may have one column only.
         """
-        vector, means = self._fused(
-            "mention", mention_input_ids, mention_attention_mask, mention_pixel_values, mention_image_mask
+        mentions = self.encode_mentions(
+            mention_input_ids,
+            mention_attention_mask,
+            mention_pixel_values,
+            mention_image_mask,
+            for_loss=labels is not None,
         )
-        entities = self._entity_vectors(
+        entities = self.encode_entities(
             entity_input_ids, entity_attention_mask, entity_pixel_values, entity_image_mask
         )
-        scores = self.score({"vector": vector}, {"vector": entities})
+        scores = self.score(mentions, entities)
         if labels is None:
             return GhmfcOutput(scores=scores, unit_scores={})
         loss = _margin_loss(scores, labels, self.config.margin, self.config.negatives)
         losses = {"ranking": loss}
-        if means is not None and self.config.contrastive_weight:
-            losses["contrastive"] = self._contrastive_loss(*means)
+        if mentions.mean_word is not None:
+            losses["contrastive"] = self._contrastive_loss(mentions.mean_word, mentions.mean_cell, mentions.has_image)
             loss = loss + self.config.contrastive_weight * losses["contrastive"]
         return GhmfcOutput(loss=loss, scores=scores, unit_scores={}, losses=losses)
 

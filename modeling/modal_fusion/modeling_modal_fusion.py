@@ -31,10 +31,14 @@ class ModalFusionEncodings(ModelOutput):
         label (`torch.Tensor` [B, hidden_size]): The vector that the modalities are fused into.
         lexical (`torch.Tensor` [B, 2 * char_hidden_size], *optional*): Of an entity, the characters of its name; of a
             mention, what the fused vector says about them.
+        characters (`torch.Tensor` [B, C], *optional*): For the loss of edit distances, the characters of the mention or name.
+        char_codes (`torch.Tensor` [B, S], *optional*): For this loss, their code points plus 1, padded with 0.
     """
 
     label: torch.Tensor | None = None
     lexical: torch.Tensor | None = None
+    characters: torch.Tensor | None = None
+    char_codes: torch.Tensor | None = None
 
 
 @dataclass
@@ -349,6 +353,7 @@ class ModalFusionModel(ModalFusionPreTrainedModel):
         mention_pixel_values: torch.Tensor | None = None,
         mention_image_mask: torch.Tensor | None = None,
         mention_char_ids: torch.LongTensor | None = None,
+        for_loss: bool = False,
     ) -> ModalFusionEncodings:
         """Encodes M mentions.
 
@@ -358,12 +363,12 @@ class ModalFusionModel(ModalFusionPreTrainedModel):
                 False for a missing one. Needed if the model reads images.
             mention_char_ids (`torch.Tensor` [M, S]): Code points of the mention, padded with -1. Needed if the model reads
                 characters.
+            for_loss (`bool`, *optional*, defaults to `False`): Whether to return what the loss of edit distances needs, too.
         """
-        return ModalFusionEncodings(
-            **self._mention_vectors(
-                mention_input_ids, mention_attention_mask, mention_pixel_values, mention_image_mask, mention_char_ids
-            )[0]
+        vectors, characters = self._mention_vectors(
+            mention_input_ids, mention_attention_mask, mention_pixel_values, mention_image_mask, mention_char_ids
         )
+        return ModalFusionEncodings(**vectors, **self._of_edit_loss(characters, mention_char_ids, for_loss))
 
     def encode_entities(
         self,
@@ -372,13 +377,21 @@ class ModalFusionModel(ModalFusionPreTrainedModel):
         entity_pixel_values: torch.Tensor | None = None,
         entity_image_mask: torch.Tensor | None = None,
         entity_char_ids: torch.LongTensor | None = None,
+        for_loss: bool = False,
     ) -> ModalFusionEncodings:
         """Encodes N entities; the arguments are as those of [`~ModalFusionModel.encode_mentions`]."""
-        return ModalFusionEncodings(
-            **self._entity_vectors(
-                entity_input_ids, entity_attention_mask, entity_pixel_values, entity_image_mask, entity_char_ids
-            )[0]
+        vectors, characters = self._entity_vectors(
+            entity_input_ids, entity_attention_mask, entity_pixel_values, entity_image_mask, entity_char_ids
         )
+        return ModalFusionEncodings(**vectors, **self._of_edit_loss(characters, entity_char_ids, for_loss))
+
+    def _of_edit_loss(self, characters: Any, char_ids: torch.Tensor | None, for_loss: bool) -> dict[str, torch.Tensor]:
+        """Returns what the loss of edit distances needs (D7); nothing without this loss."""
+        if not for_loss or characters is None or not self.config.edit_loss_weight:
+            return {}
+        if char_ids is None:
+            raise ValueError("Both sides need code points.")
+        return {"characters": characters, "char_codes": char_ids + 1}
 
     def _all_scores(
         self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]
@@ -449,11 +462,21 @@ class ModalFusionModel(ModalFusionPreTrainedModel):
             labels (`torch.LongTensor` [M], *optional*): Column of each mention's gold among the N entities. All other
                 columns are negatives, so every entity may have one column only.
         """
-        mentions, mention_characters = self._mention_vectors(
-            mention_input_ids, mention_attention_mask, mention_pixel_values, mention_image_mask, mention_char_ids
+        mentions = self.encode_mentions(
+            mention_input_ids,
+            mention_attention_mask,
+            mention_pixel_values,
+            mention_image_mask,
+            mention_char_ids,
+            for_loss=labels is not None,
         )
-        entities, entity_characters = self._entity_vectors(
-            entity_input_ids, entity_attention_mask, entity_pixel_values, entity_image_mask, entity_char_ids
+        entities = self.encode_entities(
+            entity_input_ids,
+            entity_attention_mask,
+            entity_pixel_values,
+            entity_image_mask,
+            entity_char_ids,
+            for_loss=labels is not None,
         )
         units = self._all_scores(mentions, entities)
         scores, shown = _mean(units), units if len(units) > 1 else {}
@@ -469,9 +492,9 @@ class ModalFusionModel(ModalFusionPreTrainedModel):
                 vectors = _full_precision(entities[unit])
                 margins = vectors[labels.long()] @ vectors.T
             losses[unit] = _margin_loss(unit_scores, labels, margins, self.config.negatives)
-        if mention_characters is not None and self.config.edit_loss_weight:
-            a, b = (F.normalize(_full_precision(x), dim=-1) for x in (mention_characters, entity_characters))  # type: ignore[arg-type]
-            target = edit_similarity(mention_char_ids, entity_char_ids)
+        if mentions.characters is not None:
+            a, b = (F.normalize(_full_precision(side.characters), dim=-1) for side in (mentions, entities))
+            target = edit_similarity(mentions.char_codes - 1, entities.char_codes - 1)
             losses["edit"] = self.config.edit_loss_weight * F.mse_loss((a @ b.T + 1) / 2, target.to(a.dtype))  # D7
         return ModalFusionOutput(
             loss=torch.stack(list(losses.values())).sum(), scores=scores, unit_scores=shown, losses=losses

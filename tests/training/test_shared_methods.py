@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
 from hf_mel.auto import _METHODS
+from hf_mel.protocols import Retriever
 from hf_mel.training.recipe import Recipe
 from tests.recipes.test_rerankers import save_encoders
 from tests.training.shared_methods import METHODS, steps
@@ -18,6 +20,20 @@ from tests.training.shared_methods import METHODS, steps
 
 def test_every_method_is_here_but_the_one_that_is_fitted():
     assert {Recipe.load(name).model.type for name in METHODS} == set(_METHODS) - {"extra_trees"}
+
+
+@pytest.mark.parametrize("method", sorted(_METHODS))
+def test_the_forward_pass_of_a_retriever_encodes_by_its_methods_which_gather(method):
+    """Otherwise several processes could not share the negatives. GHMFC and DZMNED once did not."""
+    model_class = MODEL_MAPPING[CONFIG_MAPPING[method]]
+    if issubclass(model_class, Retriever):
+        names = _names(model_class.forward.__code__)
+        assert {"encode_mentions", "encode_entities"} <= names
+
+
+def _names(code) -> set[str]:
+    inner = (constant for constant in code.co_consts if hasattr(constant, "co_names"))
+    return set(code.co_names).union(*map(_names, inner))
 
 
 @pytest.mark.slow
