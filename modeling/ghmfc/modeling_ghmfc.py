@@ -548,7 +548,9 @@ class GhmfcModel(GhmfcPreTrainedModel):
         loss = _margin_loss(scores, labels, self.config.margin, self.config.negatives)
         losses = {"ranking": loss}
         if mentions.mean_word is not None:
-            losses["contrastive"] = self._contrastive_loss(mentions.mean_word, mentions.mean_cell, mentions.has_image)
+            losses["contrastive"] = self._contrastive_loss(
+                mentions["mean_word"], mentions["mean_cell"], mentions["has_image"]
+            )
             loss = loss + self.config.contrastive_weight * losses["contrastive"]
         return GhmfcOutput(loss=loss, scores=scores, unit_scores={}, losses=losses)
 

@@ -493,8 +493,8 @@ class ModalFusionModel(ModalFusionPreTrainedModel):
                 margins = vectors[labels.long()] @ vectors.T
             losses[unit] = _margin_loss(unit_scores, labels, margins, self.config.negatives)
         if mentions.characters is not None:
-            a, b = (F.normalize(_full_precision(side.characters), dim=-1) for side in (mentions, entities))
-            target = edit_similarity(mentions.char_codes - 1, entities.char_codes - 1)
+            a, b = (F.normalize(_full_precision(side["characters"]), dim=-1) for side in (mentions, entities))
+            target = edit_similarity(mentions["char_codes"] - 1, entities["char_codes"] - 1)
             losses["edit"] = self.config.edit_loss_weight * F.mse_loss((a @ b.T + 1) / 2, target.to(a.dtype))  # D7
         return ModalFusionOutput(
             loss=torch.stack(list(losses.values())).sum(), scores=scores, unit_scores=shown, losses=losses
