@@ -142,7 +142,7 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(tmp_path, lora, wo
 
 def test_targets_that_no_encoder_has_are_refused_with_those_it_has(tmp_path):
     with pytest.raises(RecipeError, match=r"No linear layer .* among these: .*query"):
-        built(tmp_path, {"targets": ["q_proj"]})
+        built(tmp_path, {"targets": ["nowhere"]})
 
 
 def test_without_peft_the_remedy_is_named(tmp_path, monkeypatch):
