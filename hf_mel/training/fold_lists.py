@@ -104,7 +104,7 @@ def write_fold_lists(folder: RunFolder) -> None:
                 f"{type(model).__name__} is not a retriever.", "Give the model of a retriever's recipe."
             )
         tables = tables or _readable_tables(recipe, model, processor, train, entities)
-        trained = _train(model, processor, arguments, tables, others)
+        trained = _train(model, processor, others, arguments, tables)
         lists.append(made_by_first(partial(_make_lists, trained, tables.train.select(rows), setting.k, file)))
     if PartialState().is_main_process:
         _write(folder, setting, _joined(lists, setting).for_mentions(train), train, len(entities))
@@ -163,7 +163,7 @@ def _without_evaluation(recipe: Recipe) -> dict[str, object]:
 
 
 def _train(
-    model: Any, processor: Any, arguments: MelTrainingArguments, tables: _Tables, rows: list[int]
+    model: Any, processor: Any, rows: list[int], arguments: MelTrainingArguments, tables: _Tables
 ) -> MelTrainer:
     """Trains a new retriever on rows of the training mentions, and on the extra mentions, none of which is one of them."""
     mentions = tables.train.select(rows)
