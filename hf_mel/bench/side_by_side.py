@@ -85,9 +85,11 @@ def cases(predictions: Mapping[str, Path], top: int = 3) -> list[dict[str, Any]]
         `list` of `dict` with "mention_id", "entity_id" (the gold) and "systems": {name: {"rank", "candidates"}}.
 
     Raises:
-        ComparisonError: The predictions have other mentions.
+        ComparisonError: The predictions have other mentions, or are those of one system.
         DataFormatError: A file holds no predictions.
     """
+    if len(predictions) < 2:
+        raise ComparisonError("Cases need the predictions of two systems.", remedy="Give two files or more.")
     records = {
         name: {record["mention_id"]: record for record in read_predictions(path, with_candidates=True)}
         for name, path in predictions.items()

@@ -125,3 +125,5 @@ def test_cases_are_mentions_that_one_system_has_right_and_another_wrong(tmp_path
     write_evaluation(tmp_path, "C", {"a": 1.0})
     with pytest.raises(ComparisonError, match="other mentions"):
         cases({"A": tmp_path / "A.jsonl", "C": tmp_path / "C.jsonl"})
+    with pytest.raises(ComparisonError, match="predictions of two systems"):
+        cases({"A": tmp_path / "A.jsonl"})
