@@ -135,12 +135,22 @@ def report_training(result: dict[str, Any]) -> Report:
 
 
 def report_precision(result: dict[str, Any]) -> Report:
-    """Returns a row for each dtype."""
-    columns = ["stored as", "kB/entity", "ranks that change", "first places that change", "H@1", "MRR", "MR"]
+    """Returns a row for each form."""
+    columns = [
+        "stored as",
+        "smaller than float32",
+        "bytes/entity",
+        "ranks that change",
+        "first places that change",
+        "H@1",
+        "MRR",
+        "MR",
+    ]
     lines = [
         [
             row["dtype"],
-            f"{row['bytes_per_entity'] / 1e3:.1f}",
+            f"{row['times_smaller']:.1f}×",
+            f"{row['bytes_per_entity']:,}",
             f"{row['changed_ranks']:,}",
             f"{row['changed_first_places']:,}",
             f"{row['metrics']['hits@1']:.4f}",
@@ -153,7 +163,7 @@ def report_precision(result: dict[str, Any]) -> Report:
         f"{result['model']}, {result['split']} of {result['dataset']}: {result['mentions']:,} mentions, {result['entities']:,} "
         "entities."
     )
-    return "Half precision", columns, lines, caption
+    return "Encodings in few bits", columns, lines, caption
 
 
 def report_relinking(result: dict[str, Any]) -> Report:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class EncodingsWriter(Protocol):
     """Writes encodings and their rows: a [`~hf_mel.kb.shards.ShardWriter`], or the share of one of several processes."""
 
-    dtype: torch.dtype
+    dtype: str
 
     def add(self, encodings: Mapping[str, torch.Tensor], table: pa.Table) -> None:
         """Appends a batch."""

@@ -50,9 +50,10 @@ from hf_mel.data.images import open_image
 from hf_mel.errors import DuplicateIdError, HubError, ImageError, KnowledgeBaseError, UnknownEntityError
 from hf_mel.files import building_folder, file_sha256, write_errors
 from hf_mel.hub_errors import hub_errors
-from hf_mel.inference.encodings import as_float, num_rows, slice_encodings
+from hf_mel.inference.encodings import as_float, slice_encodings
 from hf_mel.inference.fingerprint import describe_model, describe_processor, model_difference, processor_difference
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.quantisation import dequantised, is_quantised, stored_layout
 from hf_mel.inference.ranking import ProcessGroup, SingleProcess
 from hf_mel.kb.encoding import open_inputs, report_bad_images, source_digests, write_encodings
 from hf_mel.kb.entities import (
@@ -218,8 +219,8 @@ class KnowledgeBase:
             posts (`str` or `datasets.Dataset`, *optional*): The posts about the entities, for a post-based model; see
                 [`~hf_mel.inference.inputs.ModelInputs.from_data`].
             batch_size (`int`): Entities per forward pass.
-            dtype (`str`): The dtype in which floating-point encodings are stored: `"float32"`, `"float16"` or
-                `"bfloat16"`.
+            dtype (`str`): The form in which floating-point encodings are stored: `"float32"`, `"float16"`, `"bfloat16"`,
+                or in few bits `"int8"` or `"int4"` ([`~hf_mel.inference.quantisation`]).
             strict (`bool`): Whether to raise an error for the first missing or damaged image instead.
             mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in a file of
                 entities.
@@ -401,9 +402,11 @@ class KnowledgeBase:
                 tqdm(total=len(self), desc="Saving", unit="row", delay=1, disable=not progress) as bar,
             ):
                 writer = ShardWriter(work, 0, self.dtype)
-                for first, encodings in self.iter_chunks(1024, as_stored=True):
-                    rows = np.arange(first, first + num_rows(encodings))
-                    writer.add(encodings, self._read_table(rows, self._schema.names))
+                for first in range(0, len(self), 1024):
+                    rows = np.arange(first, min(first + 1024, len(self)))
+                    writer.add_stored(
+                        self._gather_stored(self._active[rows]), self._read_table(rows, self._schema.names)
+                    )
                     bar.update(len(rows))
                 write_manifest(work, self._manifest | {"shards": writer.close(), "removed": []})
                 write_left_out_images(work, self.left_out_images)
@@ -659,7 +662,7 @@ class KnowledgeBase:
 
     @property
     def dtype(self) -> str:
-        """The dtype in which floating-point encodings are stored. They are returned as float32."""
+        """The form in which floating-point encodings are stored. They are returned as float32."""
         return self._manifest["dtype"]
 
     @cached_property
@@ -764,14 +767,18 @@ class KnowledgeBase:
         row = self._read_table(np.array([index]), ["entity_id", "images"]).to_pylist()[0]
         return open_image(row["images"][0], file=self.path, row=row["entity_id"]) if row["images"] else None
 
-    def encodings(self, indices: Sequence[int] | np.ndarray, *, as_stored: bool = False) -> dict[str, torch.Tensor]:
+    def encodings(
+        self, indices: Sequence[int] | np.ndarray, *, as_stored: bool = False, names: Sequence[str] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Returns encodings of entities: CPU tensors with first axis R, floating-point ones as float32.
 
         Args:
             indices (integers [R]): Rows, in any order.
-            as_stored (`bool`): Whether floating-point tensors keep the dtype of the file.
+            as_stored (`bool`): Whether floating-point tensors keep the dtype of the file. Those that are stored in few bits
+                are float32 all the same.
+            names (sequence of `str`, *optional*): Only these encodings are read. Default: all.
         """
-        encodings = self._gather(self._active[np.asarray(indices, dtype=np.int64)])
+        encodings = self._gather(self._active[np.asarray(indices, dtype=np.int64)], names)
         return encodings if as_stored else as_float(encodings)
 
     def iter_chunks(
@@ -783,7 +790,7 @@ class KnowledgeBase:
             chunk_size (`int`): Rows per chunk, at most.
             rows (`range`, *optional*): Only these rows; a range with step 1.
             as_stored (`bool`): Whether floating-point tensors keep the dtype of the file. A chunk within one shard is
-                then a view of the mapped file. Otherwise they are float32.
+                then a view of the mapped file. Otherwise, and if they are stored in few bits, they are float32.
 
         Yields:
             `tuple[int, dict[str, torch.Tensor]]`: The first row of the chunk, and CPU tensors with first axis up to
@@ -874,18 +881,31 @@ class KnowledgeBase:
             encodings = self._gather(physical)
             yield start, encodings if as_stored else as_float(encodings)
 
-    def _gather(self, physical: np.ndarray) -> dict[str, torch.Tensor]:
-        """Returns the encodings of physical rows, in the given order and the dtype of the file."""
+    def _gather(self, physical: np.ndarray, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """Returns the encodings of physical rows, in the given order and the dtype of the file; float32 for few bits.
+
+        `names` are those that are read; by default all.
+        """
+        layout = self._manifest["encodings"]
+        if names is None and not is_quantised(layout):
+            return self._gather_stored(physical)
+        layout = layout if names is None else {name: layout[name] for name in names}
+        return dequantised(self._gather_stored(physical, list(stored_layout(layout))), layout)
+
+    def _gather_stored(self, physical: np.ndarray, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """Returns the tensors of the file in physical rows, in the given order; those of `names`, or all."""
         blocks = list(group_by_block(physical, self._starts))
+        names = list(self._encodings[0]) if names is None else names
+        shards = {
+            shard: {name: self._encodings[shard][name] for name in names} for shard in {0, *(b for b, _ in blocks)}
+        }
         if len(blocks) < 2:
             shard = blocks[0][0] if blocks else 0
-            return slice_encodings(self._encodings[shard], _as_index(physical - self._starts[shard]))
-        gathered = {
-            name: tensor.new_empty((len(physical), *tensor.shape[1:])) for name, tensor in self._encodings[0].items()
-        }
+            return slice_encodings(shards[shard], _as_index(physical - self._starts[shard]))
+        gathered = {name: tensor.new_empty((len(physical), *tensor.shape[1:])) for name, tensor in shards[0].items()}
         for shard, at in blocks:
             source, target = _as_index(physical[at] - self._starts[shard]), _as_index(at)
-            for name, tensor in self._encodings[shard].items():
+            for name, tensor in shards[shard].items():
                 if isinstance(target, slice) and not isinstance(source, slice):  # copied once
                     torch.index_select(tensor, 0, source, out=gathered[name][target])
                 else:

@@ -11,12 +11,14 @@ from typing import Any, Literal, get_args
 
 from hf_mel.errors import KnowledgeBaseError
 from hf_mel.files import write_errors
+from hf_mel.inference.quantisation import is_sound
 
 MANIFEST_NAME = "kb.json"
 FORMAT = "hf_mel.knowledge_base"
 VERSION = 1
-#: dtypes in which floating-point encodings can be stored, as `torch` names them.
-Dtype = Literal["float32", "float16", "bfloat16"]
+#: Forms in which floating-point encodings can be stored: dtypes as `torch` names them, and those of
+#: [`~hf_mel.inference.quantisation`].
+Dtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
 
 #: Size limit of an untrusted `kb.json`.
@@ -121,6 +123,8 @@ def _find_problem(manifest: dict[str, Any]) -> str | None:
     for spec in manifest["encodings"].values():
         if not isinstance(spec["dtype"], str) or not all(type(size) is int and size >= 0 for size in spec["shape"]):
             return "encodings are malformed"
+    if not is_sound(manifest["encodings"], manifest["dtype"]):
+        return f"its encodings are not those of dtype {manifest['dtype']}"
     total = 0
     for shard in manifest["shards"]:
         if type(shard["rows"]) is not int or shard["rows"] < 1:

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from hf_mel.errors import KnowledgeBaseError
 from hf_mel.files import fsync_and_describe, local_path, write_errors, write_text
 from hf_mel.inference.encodings import concat_encodings, row_bytes
+from hf_mel.inference.quantisation import QUANTISED, layout_of, quantised, stored_layout
 from hf_mel.kb.manifest import MANIFEST_NAME, damage_error
 from hf_mel.schema import entity_features
 
@@ -47,7 +48,7 @@ class ShardWriter:
         folder (`Path`): The folder to write to.
         first (`int`): The number of the first shard.
         dtype (`str`): One of [`~hf_mel.kb.manifest.DTYPES`].
-        layout (`dict`, *optional*): Encoding name → dtype and shape of one row, which all batches must match. Default:
+        layout (`dict`, *optional*): Encoding name → form and shape of one row, which all batches must match. Default:
             that of the first batch.
         notes (`Path`, *optional*): A folder in which finished shards are recorded. Shards recorded there by an
             interrupted build are kept, and `num_finished` counts their rows.
@@ -56,8 +57,7 @@ class ShardWriter:
     def __init__(
         self, folder: Path, first: int, dtype: str, layout: dict[str, Any] | None = None, notes: Path | None = None
     ):
-        self.folder, self.first, self.layout, self.notes = folder, first, layout, notes
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.folder, self.first, self.layout, self.notes, self.dtype = folder, first, layout, notes, dtype
         self._shards: list[dict[str, Any]] = []
         self._encodings: list[dict[str, torch.Tensor]] = []
         self._tables: list[pa.Table] = []
@@ -96,8 +96,7 @@ class ShardWriter:
         Raises:
             KnowledgeBaseError: dtypes or shapes differ from those of earlier batches, or a file cannot be written.
         """
-        converted = _converted(encodings, self.dtype)
-        layout = _layout(converted)
+        stored, layout = _stored(encodings, self.dtype)
         if self.layout is None:
             self.layout = layout
         elif layout != self.layout:
@@ -106,10 +105,14 @@ class ShardWriter:
                 f"{_layout_text(self.layout)}.",
                 remedy="Let the processor pad every batch to the same length (padding='max_length').",
             )
-        self._encodings.append(converted)
+        self.add_stored(stored, table)
+
+    def add_stored(self, stored: Mapping[str, torch.Tensor], table: pa.Table) -> None:
+        """Appends a batch of tensors as they are stored, which have the layout of this writer; see [`~ShardWriter.add`]."""
+        self._encodings.append(dict(stored))
         self._tables.append(table)
         self._rows += table.num_rows
-        self._bytes += row_bytes(converted) * table.num_rows
+        self._bytes += row_bytes(stored) * table.num_rows
         if sum(t.num_rows for t in self._tables) >= _GROUP_ROWS or sum(t.nbytes for t in self._tables) >= _GROUP_BYTES:
             self._write_group()
         if self._bytes >= _SHARD_BYTES:
@@ -157,34 +160,40 @@ class ShardWriter:
 
 def layout_and_rows(encodings: Mapping[str, torch.Tensor], dtype: str, batch_size: int) -> tuple[dict[str, Any], int]:
     """Returns the layout that a [`ShardWriter`] finds in encodings, and the rows of a shard that batches fill."""
-    converted = _converted(encodings, getattr(torch, dtype))
-    batch_bytes = max(1, row_bytes(converted) * batch_size)
-    return _layout(converted), batch_size * -(-_SHARD_BYTES // batch_bytes)
+    stored, layout = _stored(encodings, dtype)
+    batch_bytes = max(1, row_bytes(stored) * batch_size)
+    return layout, batch_size * -(-_SHARD_BYTES // batch_bytes)
 
 
-def _converted(encodings: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {k: tensor.to("cpu", dtype if tensor.is_floating_point() else None) for k, tensor in encodings.items()}
+def _stored(encodings: Mapping[str, torch.Tensor], dtype: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Returns the tensors in which encodings are stored as `dtype`, and their layout."""
+    encodings = {name: tensor.to("cpu") for name, tensor in encodings.items()}
+    if dtype in QUANTISED:
+        return quantised(encodings, dtype), layout_of(encodings, dtype)
+    of_torch = getattr(torch, dtype)
+    stored = {k: tensor.to(of_torch) if tensor.is_floating_point() else tensor for k, tensor in encodings.items()}
+    return stored, tensor_layout(stored)
 
 
-def _layout(encodings: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def tensor_layout(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """Returns the dtype and the shape of one row of each tensor."""
     return {
         name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape[1:])}
-        for name, tensor in encodings.items()
+        for name, tensor in tensors.items()
     }
 
 
-def check_finite(
-    encodings: Mapping[str, torch.Tensor], dtype: torch.dtype, ids: Sequence[str], file: str | None
-) -> None:
-    """Checks that encodings of B entities are finite after conversion to `dtype`.
+def check_finite(encodings: Mapping[str, torch.Tensor], dtype: str, ids: Sequence[str], file: str | None) -> None:
+    """Checks that encodings of B entities are finite after conversion to `dtype`, one of [`~hf_mel.kb.manifest.DTYPES`].
 
     Raises:
         KnowledgeBaseError: A value is nan or infinite, or overflows in `dtype`; names the entity.
     """
+    converted = torch.float32 if dtype in QUANTISED else getattr(torch, dtype)
     for name, tensor in encodings.items():
         if not tensor.is_floating_point():
             continue
-        finite = tensor.to(dtype).isfinite()
+        finite = tensor.to(converted).isfinite()
         if finite.all():
             continue
         finite_rows = finite.flatten(1).all(1) if tensor.dim() > 1 else finite
@@ -192,7 +201,7 @@ def check_finite(
         overflows = bool(tensor[row].isfinite().all())
         raise KnowledgeBaseError(
             f"The encoding {name!r} of entity {ids[row]!r} "
-            + (f"is too large for {str(dtype).removeprefix('torch.')}." if overflows else "is nan or infinite."),
+            + (f"is too large for {dtype}." if overflows else "is nan or infinite."),
             file=file,
             remedy="Use bfloat16 or float32." if overflows else "Check the weights of the model.",
         )
@@ -259,7 +268,10 @@ def map_encodings(path: Path, rows: int, layout: Mapping[str, Any]) -> dict[str,
     Args:
         path (`Path`): The safetensors file.
         rows (`int`): The number of rows in the manifest.
-        layout (mapping): Encoding name → dtype and shape of one row in the manifest.
+        layout (mapping): Encoding name → form and shape of one row in the manifest.
+
+    Returns:
+        `dict`: The tensors of the file: of quantised encodings the integers and, under another name, their scales.
 
     Raises:
         KnowledgeBaseError: The file cannot be read, or is not as the manifest says.
@@ -267,8 +279,7 @@ def map_encodings(path: Path, rows: int, layout: Mapping[str, Any]) -> dict[str,
     with read_errors(path), safe_open(path, framework="pt") as file:
         # Pages are read on use, and the system drops them when memory is short.
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    actual = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
-    if actual != {name: (spec["dtype"], [rows, *spec["shape"]]) for name, spec in layout.items()}:
+    if any(len(tensor) != rows for tensor in tensors.values()) or tensor_layout(tensors) != stored_layout(layout):
         raise damage_error(path, f"its tensors do not match {MANIFEST_NAME}")
     return tensors
 

@@ -247,8 +247,7 @@ class _SharedFolder:
     """
 
     def __init__(self, stage: Path, run: str, number: int, dtype: str, layout: dict[str, Any]):
-        self.stage, self.layout, self._dtype = stage, layout, dtype
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.stage, self.layout, self.dtype = stage, layout, dtype
         folder = stage / f"run-{run}"
         self.own, self.errors, self.joined = folder / f"process-{number}", folder / "errors", folder / "joined"
         self._units: Iterator[EncodingUnit] = iter(())
@@ -290,7 +289,7 @@ class _SharedFolder:
         self._unit = next(self._units, None)
         if self._unit is not None:
             number = self._unit.shard if self._unit.is_shard else self._unit.number
-            self._writer = ShardWriter(self.own, number, self._dtype, self.layout)
+            self._writer = ShardWriter(self.own, number, self.dtype, self.layout)
             self._missing = len(self._unit.rows)
 
     def add(self, encodings: Mapping[str, torch.Tensor], table: pa.Table) -> None:
@@ -339,13 +338,13 @@ class _SharedFolder:
             if parts[0][0].is_shard:
                 shards.append(parts[0][1])
                 continue
-            writer = ShardWriter(self.stage / "kb", number, self._dtype, self.layout)
+            writer = ShardWriter(self.stage / "kb", number, self.dtype, self.layout)
             for unit, entry in parts:
                 path = self.stage / unit.folder / entry["encodings"]["file"]
                 encodings = map_encodings(path, len(unit.rows), self.layout)
                 first = 0
                 for table in iter_stored_tables(source.select(unit.rows), name, batch_size):
-                    writer.add(slice_encodings(encodings, slice(first, first + table.num_rows)), table)
+                    writer.add_stored(slice_encodings(encodings, slice(first, first + table.num_rows)), table)
                     first += table.num_rows
             shards += writer.close()
         return shards

@@ -1,4 +1,4 @@
-"""Tests of the benchmark of half precision, against a plain evaluation of rounded encodings."""
+"""Tests of the benchmark of encodings in few bits, against a plain evaluation of rounded encodings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from benchmarks import precision, summary
 from hf_mel.data.loading import load_mentions
 from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.quantisation import dequantise, quantise
+from hf_mel.kb.knowledge_base import KnowledgeBase
 from tests.toy import ToyProcessor, register, toy_entities, toy_model, write_toy_dataset
 
 
@@ -21,14 +23,15 @@ def test_rows_equal_an_evaluation_with_rounded_entities(tmp_path):
     args = ["--model", str(tmp_path / "run"), "--dataset", str(data), "--scratch", str(tmp_path / "scratch")]
     result = precision.run(precision.arguments().parse_args(args))
     mentions, entities = load_mentions(str(data), "test"), toy_entities()
-    assert [row["dtype"] for row in result["rows"]] == ["float32", "float16", "bfloat16"]
+    assert [row["dtype"] for row in result["rows"]] == list(precision.FORMS)
     ranks = []
     for row in result["rows"]:
+        assert row["times_smaller"] == pytest.approx(result["rows"][0]["bytes_per_entity"] / row["bytes_per_entity"])
         encode = type(model).encode_entities
 
         class Rounded(type(model)):
-            def encode_entities(self, dtype=getattr(torch, row["dtype"]), encode=encode, **inputs):
-                return {name: tensor.to(dtype).float() for name, tensor in encode(self, **inputs).items()}
+            def encode_entities(self, dtype=row["dtype"], encode=encode, **inputs):
+                return {name: rounded_as(tensor, dtype) for name, tensor in encode(self, **inputs).items()}
 
         rounded = Rounded(model.config).eval()
         rounded.load_state_dict(model.state_dict())
@@ -39,4 +42,40 @@ def test_rows_equal_an_evaluation_with_rounded_entities(tmp_path):
     assert result["rows"][0]["changed_ranks"] == result["rows"][0]["changed_first_places"] == 0
     assert result["rows"][1]["bytes_per_entity"] < result["rows"][0]["bytes_per_entity"]
     _, columns, lines, _ = summary.report_precision(result)
-    assert [len(line) for line in lines] == [len(columns)] * 3
+    assert [len(line) for line in lines] == [len(columns)] * len(precision.FORMS)
+
+
+def rounded_as(vectors: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Rounds an entity's single vectors [N, d] as a knowledge base of a dtype does: int4 keeps them in 8 bits."""
+    if dtype in ("float32", "float16", "bfloat16"):
+        return vectors.to(getattr(torch, dtype)).float()
+    form = "int4" if dtype.startswith("int4,") else "int8"
+    integers, scales = quantise(vectors, form)
+    return dequantise(integers, scales, vectors.shape[-1])
+
+
+def test_the_knowledge_base_of_the_entities_replaces_their_encoding(tmp_path):
+    register()
+    model, processor = toy_model(), ToyProcessor()
+    model.save_pretrained(tmp_path / "run")
+    processor.save_pretrained(tmp_path / "run")
+    data = str(write_toy_dataset(tmp_path / "data"))
+    KnowledgeBase.build(data, model, processor, output=tmp_path / "kb", progress=False)
+    args = [
+        "--model",
+        str(tmp_path / "run"),
+        "--dataset",
+        data,
+        "--scratch",
+        str(tmp_path / "scratch"),
+        "--mentions",
+        "3",
+    ]
+    results = [
+        precision.run(precision.arguments().parse_args([*args, *more]))
+        for more in ([], ["--kb", str(tmp_path / "kb")])
+    ]
+    for rows in zip(*(result["rows"] for result in results), strict=True):
+        assert rows[0]["metrics"] == rows[1]["metrics"]
+        assert rows[0]["bytes_per_entity"] == rows[1]["bytes_per_entity"]
+    assert results[0]["mentions"] == 3

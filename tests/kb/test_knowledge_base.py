@@ -121,6 +121,99 @@ def test_half_precision_is_rounded_once_and_returned_as_float32(tmp_path, dtype)
             assert file.get_tensor(name).dtype == getattr(torch, dtype)
 
 
+class Tokens(ToyRetriever):
+    """The toy retriever, which also returns vectors of tokens, a mask, a number, and plain integers of 8 bits."""
+
+    def encode_entities(self, **inputs):
+        encoded = super().encode_entities(**inputs)
+        mask = inputs["entity_attention_mask"].bool()
+        tokens = encoded.text[:, None, :5] * torch.arange(1, mask.shape[1] + 1)[:, None]
+        others = {"tokens": tokens, "mask": mask, "number": encoded.text[:, 0], "small": mask.sum(1).to(torch.int8)}
+        return {**others, **encoded}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_few_bits_are_rounded_once_and_returned_as_float32(tmp_path, dtype):
+    model = Tokens(MODEL.config).eval()
+    model.load_state_dict(MODEL.state_dict())
+    with torch.no_grad():
+        expected = dict(model.encode_entities(**PROCESSOR(entities=list(WORLD))))
+    kb = build(WORLD, tmp_path / "kb", model=model, dtype=dtype)
+    stored = kb.encodings(range(len(kb)))
+    for name, tensor in expected.items():
+        assert stored[name].shape == tensor.shape
+        if name in ("mask", "number", "small"):
+            assert torch.equal(stored[name], tensor)
+            continue
+        assert stored[name].dtype == torch.float32
+        steps = tensor.abs().amax(-1, keepdim=True) / (7 if (dtype, name) == ("int4", "tokens") else 127) * 1.01
+        assert ((stored[name] - tensor).abs() <= steps / 2).all()
+        assert not torch.equal(stored[name], tensor)
+    # Read in any part and order, saved, changed and opened again, the rows are the same.
+    rows = [7, 3, 29, 3]
+    for name, tensor in kb.encodings(rows, as_stored=True).items():
+        assert torch.equal(tensor, stored[name][rows])
+    for first, chunk in kb.iter_chunks(7):
+        for name, tensor in chunk.items():
+            assert torch.equal(tensor, stored[name][first : first + 7])
+    kb.remove([kb.entity_ids[2]])
+    kb.add(WORLD.select([2]), model, PROCESSOR, progress=False)
+    order = [*range(2), *range(3, 30), 2]
+    for other in (kb, KnowledgeBase.from_pretrained(kb.path), kb.save(tmp_path / "copy", progress=False)):
+        assert (other.dtype, other.info()["encodings"]) == (dtype, kb.info()["encodings"])
+        for name, tensor in other.encodings(range(30)).items():
+            assert torch.equal(tensor, stored[name][order])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_resumed_build_in_few_bits_gives_the_same_files(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 300)
+    whole = build(WORLD, tmp_path / "whole", dtype=dtype)
+    broken = list(WORLD)
+    encode, calls = MODEL.encode_entities, []
+
+    def failing(**inputs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return encode(**inputs)
+
+    monkeypatch.setattr(MODEL, "encode_entities", failing)
+    with pytest.raises(KeyboardInterrupt):
+        build(WORLD, tmp_path / "kb", dtype=dtype)
+    resumed = build(WORLD, tmp_path / "kb", dtype=dtype)
+    assert len(calls) < 1 + 6 + -(-len(broken) // 4)
+    assert resumed.info()["shards"] > 1
+    rows = [29, 0, 7, 8]  # of several shards
+    for as_stored in (False, True):
+        part = resumed.encodings(rows, as_stored=as_stored, names=["vision"])
+        assert set(part) == {"vision"}
+        assert torch.equal(part["vision"], whole.encodings(range(30))["vision"][rows])
+    for name in whole.files():
+        if name.endswith(".safetensors"):
+            assert (tmp_path / "kb" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_file_of_few_bits_with_other_tensors_is_refused(tmp_path):
+    kb = build(WORLD, tmp_path / "kb", dtype="int8")
+    path = kb.path / "encodings-00000.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for changed in (
+        {name: tensor for name, tensor in tensors.items() if name != "text.scale"},
+        tensors | {"text": tensors["text"].float()},
+        tensors | {"text.scale": tensors["text.scale"][:-1]},
+    ):
+        save_file(changed, path)
+        edit_manifest(kb.path, lambda m: m["shards"][0]["encodings"].update(bytes=path.stat().st_size))
+        with pytest.raises(KnowledgeBaseError, match="damaged"):
+            KnowledgeBase.from_pretrained(kb.path)
+    save_file(tensors, path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(KnowledgeBaseError, match="bytes"):
+        KnowledgeBase.from_pretrained(kb.path)
+
+
 def test_masks_keep_their_dtype():
     class Masked(ToyRetriever):
         def encode_entities(self, **inputs):
@@ -763,6 +856,8 @@ def test_posts_with_bad_images_go_on_without_them():
     [
         (lambda e: e | {"text": e["text"] * torch.nan}, "float32", "'text' of entity 'Q1' is nan"),
         (lambda e: e | {"vision": e["vision"] + 1e6}, "float16", "'vision' of entity 'Q1' is too large for float16"),
+        (lambda e: e | {"text": e["text"] * torch.nan}, "int4", "'text' of entity 'Q1' is nan"),
+        (lambda e: e | {"vision": e["vision"] * torch.inf}, "int8", "'vision' of entity 'Q1' is nan or infinite"),
         (lambda e: {"text": e["text"][:-1]}, "float32", "encodings of 4 entities"),
         (lambda e: {"text": e["text"][:, : 3 + len(e["text"])]}, "float32", r"float32\[5\].* pad"),
     ],
@@ -871,6 +966,8 @@ def test_a_file_of_the_right_size_with_wrong_content_is_an_error_when_read(tmp_p
         lambda m: m["model"].update(weights=None),
         lambda m: m.update(encodings=[]),
         lambda m: m["encodings"]["text"].update(shape=[2.5]),
+        lambda m: m["encodings"]["text"].update(dtype="scaled int4"),
+        lambda m: m["encodings"]["text"].update(dtype="scaled int8", shape=[]),
     ],
 )
 def test_a_manifest_with_invalid_values_is_refused(tmp_path, change):

@@ -77,6 +77,7 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards):
         {"output": "parts"},
         {"output": "shards", "units": 1},
         {"output": "half", "dtype": "bfloat16"},
+        {"output": "few_bits", "dtype": "int4"},
         {"output": "type", "change": {"dtype": "float16"}},
         {"output": "batch", "change": {"batch_size": 8}},
         {"output": "other", "change": {"model": 1, "entities": 29}},
@@ -90,6 +91,7 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards):
     assert len(whole) == 9
     assert files(tmp_path / "parts") == files(tmp_path / "shards") == files(tmp_path / "failed") == whole
     assert files(tmp_path / "half") == files(build_alone(tmp_path / "half_alone", dtype="bfloat16").path)
+    assert files(tmp_path / "few_bits") == files(build_alone(tmp_path / "few_bits_alone", dtype="int4").path)
     for number in (0, 1, 2, 9):
         assert all(0 < outcome["num_seen"] < 30 for outcome in outcomes(tmp_path, number))
         assert sum(outcome["num_seen"] for outcome in outcomes(tmp_path, number)) == 30
