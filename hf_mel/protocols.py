@@ -214,6 +214,23 @@ def bounds_scores(model: Any) -> bool:
 
 
 @runtime_checkable
+class BoundsPairs(Protocol):
+    """A retriever that bounds a score from above by a part of the entity's encodings, so that few entities are read whole."""
+
+    @property
+    def pair_bound_encodings(self) -> Sequence[str]:
+        """Names of the encodings of entities that the bounds need; none if these bounds are of no use."""
+        ...
+
+    def pair_bounds(self, mentions: Encodings, entities: Encodings) -> Any:
+        """Returns bounds [M, N] of the scores from those encodings, which may be in half precision as stored.
+
+        A score in float32 may be above its bound by rounding: by 1e-5 of the largest bound.
+        """
+        ...
+
+
+@runtime_checkable
 class Explains(Protocol):
     """A retriever that shows its attention."""
 

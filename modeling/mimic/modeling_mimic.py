@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput, logging
 from .configuration_mimic import MimicConfig
 from .scoring_mimic import (
     centred,
+    global_to_local_bounds,
     global_to_local_scores,
     global_to_local_scores_above,
     highest_global_to_local_scores,
@@ -870,6 +871,36 @@ class MimicModel(MimicPreTrainedModel):
         first = next(iter(entities.values()))
         zero = first.new_zeros(len(first), dtype=torch.float32)
         return torch.cat(vectors, -1), torch.stack([*extras, zero], 1)[:, : len(extras)]
+
+    @property
+    def pair_bound_encodings(self) -> list[str]:
+        """Names of the entities' encodings that [`~MimicModel.pair_bounds`] needs: all but the tokens and their mask."""
+        units = self.config.units or ()
+        if "text" not in units or not self.config.text_local:
+            return []
+        of_units = {
+            "text": ["text_global", "text_query_global"],
+            "vision": ["vision_query", "vision_pooled", "vision_key"],
+            "cross_modal": ["cross_modal"],
+        }
+        return [name for unit in units for name in of_units[unit]]
+
+    @torch.no_grad()
+    def pair_bounds(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Upper bounds [M, N] of S (eq. 7) without the tokens of entities, for a model with TGLU's local half.
+
+        S_V (eq. 5 and 11–14), S_C (eq. 19) and S_T^G2G (eq. 8) are exact ([`~MimicModel.quick_scores`]). S_T^G2L (eq. 9–10)
+        is bounded by [`~scoring_mimic.global_to_local_bounds`].
+
+        Args:
+            mentions ([`MimicMentionEncodings`]): Of M mentions.
+            entities: `pair_bound_encodings` of N entities; half precision is read as stored.
+        """
+        mentions, entities = _to_float32(mentions), _to_float32(entities, without="text_queries")
+        weight = self._unit_weights(mentions)["text"] / 2  # eq. 4 and 7
+        with torch.autocast(self.device.type, enabled=False):
+            local = global_to_local_bounds(mentions, entities, self.tglu.layer_norm)
+        return self.quick_scores(mentions, entities) + local * _column(weight)
 
     @torch.no_grad()
     def attention(

@@ -143,6 +143,23 @@ def highest_global_to_local_scores(entities: Mapping[str, torch.Tensor], layer_n
     return reach + margin
 
 
+def global_to_local_bounds(
+    mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor], layer_norm: nn.LayerNorm
+) -> torch.Tensor:
+    """Upper bounds of S_T^G2L [M, N] without the tokens of entities: both bounds of [`global_to_local_scores_above`].
+
+    Args: as there; `text_queries` is not needed.
+    """
+    target, _, reach, margin = _reach(entities, layer_norm)
+    _, values, key_mask = _keys_and_values(mentions)
+    rays, bounded = _rays(values, key_mask)
+    rows = [
+        torch.minimum(reach, (target @ rays[m].T).amax(1).clamp(min=0)) if bounded[m] else reach
+        for m in range(len(values))
+    ]
+    return torch.stack(rows) + margin if rows else target.new_zeros(0, len(target))
+
+
 def _reach(
     entities: Mapping[str, torch.Tensor], layer_norm: nn.LayerNorm
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -148,6 +148,70 @@ def test_few_entities_are_scored_where_one_stands_out(kb, monkeypatch):
     assert sum(scored) < 0.5 * len(kb) * len(MENTIONS["text"])
 
 
+class Pairs(Bounded):
+    """With loose bounds from codes, and tighter ones of pairs from the encoding "text" alone."""
+
+    pair_bound_encodings = ["text"]
+
+    def bound_queries(self, mentions):
+        vectors, _, constants = super().bound_queries(mentions)
+        return vectors, torch.ones(len(vectors), 1), constants
+
+    def bound_vectors(self, entities):
+        vectors, _ = super().bound_vectors(entities)
+        return vectors, torch.full((len(vectors), 1), 2.0)
+
+    def pair_bounds(self, mentions, entities):
+        assert set(entities) == {"text"}
+        assert entities["text"].dtype == torch.bfloat16
+        return (mentions["text"] @ entities["text"].float().T + mentions["vision"].norm(dim=-1, keepdim=True)) / 2
+
+
+@pytest.mark.parametrize("world", [name for name in WORLDS if name not in ("single", "uneven_norms")])
+def test_bounds_of_pairs_spare_reading_entities_and_change_nothing(world, tmp_path, monkeypatch):
+    model = Pairs(MODEL.config).eval()
+    model.load_state_dict(MODEL.state_dict())
+    vectors = torch.from_numpy((WORLDS[world] / max(1.0, np.abs(WORLDS[world]).max())).astype(np.float32))
+    model.vectors = vectors
+    entities = toy_entities(len(vectors), images=False)
+    kb = KnowledgeBase.build(entities, model, PROCESSOR, output=tmp_path / "kb", dtype="bfloat16", progress=False)
+    model.vectors = None
+    build_index(kb, "codes", model, PROCESSOR, progress=False)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.cat([torch.randn(4, vectors.shape[1], generator=generator), vectors[7:10]])
+    mentions = {"text": text, "vision": torch.rand(len(text), 1, generator=generator) * 0.1}
+    monkeypatch.setattr(certified, "_LARGEST_SHARE", 1.0)
+    index, plain, scored = open_index(kb, "exact", model), ExactIndex(kb, model), []
+    original = certified.rank_rows
+    monkeypatch.setattr(
+        certified, "rank_rows", lambda *args, **options: scored.append(len(args[3])) or original(*args, **options)
+    )
+    scores = model.score(mentions, kb.encodings(range(len(kb))))
+    pairs = [(np.arange(3), np.array([0.3, 0.1, -0.2], dtype=np.float32)) for _ in text]
+    added = SparseScores.of_mentions(pairs)
+    with_added = scores.clone()
+    with_added[:, :3] += torch.tensor([0.3, 0.1, -0.2])
+    counts = []
+    for names in (["text"], []):
+        monkeypatch.setattr(Pairs, "pair_bound_encodings", names)
+        scored.clear()
+        for top_k in (1, 5):
+            for more, expected in ((None, scores), (added, with_added)):
+                found, all_ranked = index.find(mentions, top_k, added=more), plain.find(mentions, top_k, added=more)
+                rounding = 1e-5 * max(1.0, float(expected.abs().max()))
+                torch.testing.assert_close(found.top_scores, all_ranked.top_scores, rtol=0, atol=rounding)
+                # Of duplicates, whose scores differ by the rounding of a batch, any may be found, but none twice.
+                torch.testing.assert_close(
+                    expected.gather(1, found.top_rows), all_ranked.top_scores, rtol=0, atol=rounding
+                )
+                assert all(len(set(rows)) == top_k for rows in found.top_rows.tolist())
+                assert (found.bounds < found.top_scores[:, -1]).all()
+        counts.append(sum(scored))
+    assert counts[0] <= counts[1]
+    if world in ("plain", "wide", "equal_norms"):
+        assert counts[0] < 0.8 * counts[1]
+
+
 def test_equal_scores_are_all_computed_and_the_result_says_so(tmp_path):
     model, kb = kb_of_vectors(np.tile(WORLDS["plain"][:1], (200, 1)), tmp_path)
     mentions = {"text": torch.from_numpy(WORLDS["plain"][:3].astype(np.float32)), "vision": torch.zeros(3, 1)}

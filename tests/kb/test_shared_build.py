@@ -77,7 +77,6 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards):
         {"output": "parts"},
         {"output": "shards", "units": 1},
         {"output": "half", "dtype": "bfloat16"},
-        {"output": "few_bits", "dtype": "int4"},
         {"output": "type", "change": {"dtype": "float16"}},
         {"output": "batch", "change": {"batch_size": 8}},
         {"output": "other", "change": {"model": 1, "entities": 29}},
@@ -85,6 +84,7 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards):
         {"output": "failed", "change": {"fails": "Q30"}},
         {"output": "failed", "process": 0, "change": {"fails": "Q2"}},
         {"output": "failed"},
+        {"output": "few_bits", "dtype": "int4"},
     )
     assert done.returncode == 0, done.stderr
     whole = files(build_alone(tmp_path / "whole").path)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, CLIPModel
 
 import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.modeling.mimic import MimicConfig, MimicModel, modeling_mimic, scoring_mimic
-from hf_mel.protocols import Retriever, bounds_scores
+from hf_mel.protocols import BoundsPairs, Retriever, bounds_scores
 from tests.modeling import direct_mimic, published_mimic
 
 BERT = {
@@ -325,6 +325,66 @@ def test_scores_reach_the_bound_of_the_local_half_but_never_exceed_it(shape):
     if shape == "one direction":
         gaps = (highest - scores).diagonal() / highest.diagonal().abs()
         assert gaps.min() < 0.01
+
+
+LOCAL = [
+    "published",
+    "mask_padding",
+    "raw query (eq. 14 as printed)",
+    "less of the local half",
+    "text unit",
+    "no fusion",
+]
+
+
+@pytest.mark.parametrize("fields", [VARIANTS[name] for name in LOCAL], ids=LOCAL)
+@pytest.mark.parametrize("more", [{}, {"nil_score": True, "missing_images": "absent"}], ids=["plain", "absent"])
+def test_bounds_of_pairs_hold_for_every_unit_without_the_tokens(fields, more):
+    if more and "vision_config" in fields:
+        more = {"nil_score": True}
+    model = build(**fields, **more)
+    batch = batch_for(model, mentions=5, entities=9)
+    if model.config.missing_images == "absent":
+        batch |= {"mention_image_mask": torch.arange(5) != 1, "entity_image_mask": torch.arange(9) != 2}
+        batch |= {"mention_text_mask": torch.arange(5) != 3}
+    with torch.no_grad():
+        mentions = model.encode_mentions(**{k: v for k, v in batch.items() if k.startswith("mention")})
+        entities = model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")})
+        scores = model.score(mentions, entities)
+        read = {name: entities[name] for name in model.pair_bound_encodings}
+        assert not {"text_queries", "text_mask"} & set(read)
+        highest = model.pair_bounds(mentions, read)
+    assert isinstance(model, BoundsPairs)
+    assert (highest >= scores - 1e-5 * highest.abs().max()).all()
+    for m in range(5):
+        one = {name: tensor[m : m + 1] for name, tensor in mentions.items()}
+        torch.testing.assert_close(model.pair_bounds(one, read)[0], highest[m], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", TEXTS)
+@pytest.mark.parametrize("fields", [{}, {"mask_padding": True}], ids=str)
+def test_bounds_of_pairs_are_reached_but_never_exceeded(shape, fields):
+    model = build(units=["text"], vision_config=None, **fields)
+    generator = torch.Generator().manual_seed(1)
+    mentions = texts(model, 9, "mention", generator, *TEXTS[shape])
+    entities = texts(model, 200, "entity", generator, *TEXTS[shape])
+    context = model.tglu.layer_norm(mentions["text_values"].mean(1)) - model.tglu.layer_norm.bias
+    entities["text_query_global"][:9] = context / model.tglu.layer_norm.weight**2 * 5  # along what it is multiplied by
+    with torch.no_grad():
+        scores, highest = model.score(mentions, entities), model.pair_bounds(mentions, entities)
+        loose = bounds(model, mentions, entities)
+    rounding = 1e-5 * highest.abs().max()
+    assert (highest >= scores - rounding).all()
+    assert (highest.double() <= loose + rounding).all()  # no looser than that of the codes
+    if shape == "one direction":
+        assert (highest - scores).diagonal().max() < 0.01 * highest.abs().max()
+        # Where the local score is below zero, the bound is zero.
+        assert (highest - scores).median() < 0.1 * (loose - scores).median()
+
+
+def test_bounds_of_pairs_are_of_no_use_without_tokens():
+    assert build(text_local=False).pair_bound_encodings == []
+    assert build(units=["cross_modal"]).pair_bound_encodings == []
 
 
 def test_a_model_with_the_vision_unit_has_no_bounds():

@@ -5,7 +5,9 @@ The codes of [`~hf_mel.inference.score_bounds`] bound the score of every entity 
 1. the entities with the highest bounds are scored by the model, and their k-th best score is the floor;
 2. every entity whose bound is below the floor is left out: it cannot be among the k best;
 3. the others get tighter bounds from the rest of their codes, and are scored in the order of these, a batch at a time.
-   The floor rises, and when the next bound is below it, the answer is proven.
+   The floor rises, and when the next bound is below it, the answer is proven;
+4. of a batch, a model of [`~hf_mel.protocols.BoundsPairs`] reads whole only the entities whose small encodings do not prove
+   that they are below the floor.
 
 If the bounds leave too many entities, all are ranked. So the k best are always those of the exact ranking.
 
@@ -45,7 +47,7 @@ from hf_mel.kb.indexes.base import (
     stale_index_error,
     verified_path,
 )
-from hf_mel.protocols import Encodings, bounds_scores
+from hf_mel.protocols import BoundsPairs, Encodings, bounds_scores
 
 if TYPE_CHECKING:
     from hf_mel.kb.knowledge_base import KnowledgeBase
@@ -60,6 +62,8 @@ _LEAST_ENTITIES, _LEAST_PER_RESULT = 20_000, 300
 _BOUNDED_TOGETHER = 8
 #: Entities that are scored first, and in the first batch after them; each further batch is four times as large.
 _FIRST_SCORED, _BATCH = 64, 512
+#: Rounding of float32 scores and of bounds of pairs, relative to the largest.
+_PAIR_ROUNDING = 2e-5
 #: If more than this share of the entities may be among the best, all are ranked.
 _LARGEST_SHARE = 0.25
 #: Most rows that are coded at a time, and rows of the sample that gives the directions.
@@ -211,18 +215,39 @@ class CertifiedIndex(ExactIndex):
             return replace(super().find(mention, top_k, added=added, rows=rows), bounds=torch.full((1,), -torch.inf))
         bounds[still_open] = -torch.inf
         highest = float(bounds.amax())
+        reads_less = isinstance(self.model, BoundsPairs) and bool(self.model.pair_bound_encodings)
         order = tight.argsort(descending=True)
         still_open, tight = still_open[order], tight[order]
         first, size = 0, _BATCH
         while first < len(still_open) and tight[first] >= floor:
             stop = first + size
             batch = still_open[first:stop][tight[first:stop] >= floor]
-            best = ranked(torch.cat([batch, best.top_rows[0]]), floor)
-            floor = float(best.top_scores[0, -1])
             first += len(batch)
             size *= 4
+            if reads_less:
+                batch, of_others = self._may_reach(mention, batch, floor, added)
+                highest = max(highest, of_others)
+            if len(batch):
+                best = ranked(torch.cat([batch, best.top_rows[0]]), floor)
+                floor = float(best.top_scores[0, -1])
         highest = max(highest, *tight[first : first + 1].tolist(), -torch.inf)
         return replace(best, bounds=torch.tensor([highest]))
+
+    def _may_reach(
+        self, mention: Encodings, chosen: torch.Tensor, floor: float, added: SparseScores | None
+    ) -> tuple[torch.Tensor, float]:
+        """Returns those of the rows `chosen` [n] whose small encodings leave it open, and the highest bound of the others."""
+        rows, model = chosen.numpy(), self.model
+        entities = self.kb.encodings(rows, as_stored=True, names=model.pair_bound_encodings)
+        device = model_device(model)
+        with torch.inference_mode():
+            of_pairs = model.pair_bounds(to_device(mention, device), to_device(entities, device))[0]
+            bounds = of_pairs.double().cpu().numpy()
+        if added is not None:
+            bounds = bounds + added.of(0, rows)
+        bounds = bounds + _PAIR_ROUNDING * (np.abs(bounds).max() + abs(floor))
+        below = bounds < floor  # False for nan, which scoring reports
+        return chosen[torch.from_numpy(~below)], bounds[below].max(initial=-np.inf)
 
     def _tight_bounds(
         self, query: BoundQueries, chosen: torch.Tensor, quick: torch.Tensor, added: SparseScores | None
