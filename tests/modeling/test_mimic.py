@@ -377,9 +377,10 @@ def test_bounds_of_pairs_are_reached_but_never_exceeded(shape, fields):
     assert (highest >= scores - rounding).all()
     assert (highest.double() <= loose + rounding).all()  # no looser than that of the codes
     if shape == "one direction":
-        assert (highest - scores).diagonal().max() < 0.01 * highest.abs().max()
-        # Where the local score is below zero, the bound is zero.
-        assert (highest - scores).median() < 0.1 * (loose - scores).median()
+        # An entity whose tokens are all masked scores less.
+        assert (highest - scores).diagonal().median() < 0.01 * highest.abs().max()
+        # Where the local score is below zero, for about half of the pairs, the bound is zero.
+        assert (highest - scores).quantile(0.3) < 0.01 * (loose - scores).median()
 
 
 def test_bounds_of_pairs_are_of_no_use_without_tokens():
