@@ -30,7 +30,7 @@ _OPTIMIZER_VALUES = {"adamw_torch": 2, "sgd": 0}
 _PROBES = (1 / 4, 1 / 2, 3 / 4)
 #: Peak of a step relative to what its forward pass keeps: the gradients of these tensors, and what the allocator does not
 #: use again. Measured on `mimic_flags`, `bi-encoder_flags` and `ghmfc_flags` on a CPU (`benchmarks/memory.py`).
-_STEP_FACTOR = 2.2
+_STEP_FACTOR = 3.0
 #: Memory of ranking beside the encodings, in bytes: a chunk of entities and a block of scores (`rank`), on a CPU.
 _RANKING = 2**26
 
