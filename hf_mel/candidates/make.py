@@ -195,7 +195,7 @@ def load_or_make_candidates(
     """Loads candidate lists from a Parquet file, or makes them with the default cache and progress bars.
 
     Args:
-        source (`str`): A .parquet file, or a source of [`make_candidates`].
+        source (`str`): A .parquet file, whose lists are cut to `k`, or a source of [`make_candidates`].
         mentions, entities, k, scorer, retriever: As in [`make_candidates`].
         load_split (`Callable`): Loads the mentions of a split; the source "prior" counts in "train".
         options: Other arguments of [`make_candidates`].
@@ -204,7 +204,8 @@ def load_or_make_candidates(
         MelError: As in [`CandidateLists.load`] and [`make_candidates`].
     """
     if source.endswith(".parquet"):
-        return CandidateLists.load(source)
+        lists = CandidateLists.load(source)
+        return lists.top(k) if lists.longest > k else lists
     check_source(source, k=k, scorer=scorer, retriever=retriever)
     training = load_split("train") if "prior" in source.split("+") else None
     return make_candidates(

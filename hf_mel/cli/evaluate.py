@@ -311,7 +311,6 @@ def evaluate(
             posts=partial(posts_of, dataset, posts, revision=dataset_revision, config=config),
             seed=seed,
         )
-        lists = lists.top(num_candidates) if lists.longest > num_candidates else lists
     if model is None:
         assert lists is not None
         ordered = OrderEvaluator(entities, **settings, **split_settings)(mentions, lists)

@@ -16,6 +16,7 @@ from hf_mel.candidates.lists import CandidateLists
 from hf_mel.candidates.make import make_candidates
 from hf_mel.candidates.sources import bm25_candidates, dictionary_candidates, exact_candidates, namesake_candidates
 from hf_mel.cli.evaluate import evaluate
+from hf_mel.data.loading import load_entities, load_mentions
 from hf_mel.errors import MissingExtraError, RecipeError, UnknownEntityError
 from hf_mel.evaluation import OrderEvaluator
 from hf_mel.evaluation.candidate_evaluator import END_TO_END, GOLD_ADDED
@@ -231,6 +232,16 @@ def test_the_command_writes_what_an_evaluation_writes(run, tmp_path):
     assert results["candidates"]["source"] == "exact"
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == results["num_mentions"]
     assert "random order" in done.output
+
+
+def test_the_command_keeps_what_mentions_of_a_document_share_beyond_its_number_of_candidates(run, tmp_path):
+    done = run("--no-model", "--candidates", "name+shared", "--num-candidates", 1, "--output", tmp_path / "r.json")
+    assert done.exit_code == 0, done.output
+    mentions, entities = load_mentions(tmp_path / "data", "test"), load_entities(tmp_path / "data")
+    lists = make_candidates("name+shared", mentions, entities, k=1)
+    assert lists.longest > 1
+    mean_length = json.loads((tmp_path / "r.json").read_text())["candidates"]["mean_length"]
+    assert mean_length == sum(map(len, lists.entity_ids)) / len(lists)
 
 
 def test_the_command_says_what_is_missing_or_too_much(run):
