@@ -22,8 +22,9 @@ from hf_mel.files import package_folder
 TASKS = ("linking", "pretraining", "knowledge", "candidates", "adaptation")
 
 
-#: Errors of reading YAML: beside its own, those of dates and numbers that do not exist, and of deep nesting.
-YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+#: Errors of reading YAML: beside its own, those of dates and numbers that do not exist, of tags such as `!!timestamp`, `!!bool` and
+#: `!!int` before other values, and of deep nesting.
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 class RecipeYamlLoader(yaml.SafeLoader):
