@@ -96,7 +96,7 @@ def relink(
                 "that of the model, link the mentions anew: hf-mel link --relinkable.",
                 *("none" if value is None else f"{value:g}" for value in (linker.nil_threshold, of_model)),
             )
-        done = relink_file(linker, results, output, traces=traces, batch_size=batch_size, progress=True)
+        done = relink_file(linker, results, output, batch_size=batch_size, progress=True)
     if as_json:
         print_json(done.to_dict())
         return

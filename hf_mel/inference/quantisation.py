@@ -20,6 +20,8 @@ import torch.nn.functional as F
 QUANTISED = ("int8", "int4")
 #: Ending of the name of a tensor of scales.
 SCALES = ".scale"
+#: The largest absolute value of a vector. Above it, 7 times a scale that was rounded up may exceed float32.
+LARGEST_VALUE = 3e38
 _LARGEST = {"int8": 127, "int4": 7}
 #: Start of the dtype of such an encoding in a layout, which tells it from a tensor of plain integers.
 _SCALED = "scaled "
@@ -29,7 +31,7 @@ def quantise(vectors: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tens
     """Rounds vectors [..., d] to integers.
 
     Args:
-        vectors (`torch.Tensor` `[..., d]`): Finite floating-point numbers.
+        vectors (`torch.Tensor` `[..., d]`): Floating-point numbers, none above [`LARGEST_VALUE`].
         form (`str`): "int8" or "int4".
 
     Returns:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from hf_mel.errors import KnowledgeBaseError
 from hf_mel.files import fsync_and_describe, local_path, write_errors, write_text
 from hf_mel.inference.encodings import concat_encodings, row_bytes
-from hf_mel.inference.quantisation import QUANTISED, layout_of, quantised, stored_layout
+from hf_mel.inference.quantisation import LARGEST_VALUE, QUANTISED, layout_of, quantised, stored_layout
 from hf_mel.kb.manifest import MANIFEST_NAME, damage_error
 from hf_mel.schema import entity_features
 
@@ -193,7 +193,8 @@ def check_finite(encodings: Mapping[str, torch.Tensor], dtype: str, ids: Sequenc
     for name, tensor in encodings.items():
         if not tensor.is_floating_point():
             continue
-        finite = tensor.to(converted).isfinite()
+        values = tensor.to(converted)
+        finite = values.abs() <= LARGEST_VALUE if dtype in QUANTISED else values.isfinite()
         if finite.all():
             continue
         finite_rows = finite.flatten(1).all(1) if tensor.dim() > 1 else finite
@@ -279,7 +280,9 @@ def map_encodings(path: Path, rows: int, layout: Mapping[str, Any]) -> dict[str,
     with read_errors(path), safe_open(path, framework="pt") as file:
         # Pages are read on use, and the system drops them when memory is short.
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if any(len(tensor) != rows for tensor in tensors.values()) or tensor_layout(tensors) != stored_layout(layout):
+    if any(tensor.shape[:1] != (rows,) for tensor in tensors.values()) or tensor_layout(tensors) != stored_layout(
+        layout
+    ):
         raise damage_error(path, f"its tensors do not match {MANIFEST_NAME}")
     return tensors
 

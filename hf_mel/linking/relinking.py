@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,7 +101,6 @@ def relink_file(
     results: str | Path,
     output: str | Path | None = None,
     *,
-    traces: Traces | None = None,
     batch_size: int = 32,
     progress: bool = False,
 ) -> Relinking:
@@ -115,7 +115,6 @@ def relink_file(
         results (`str` or `Path`): The .jsonl file that [`~hf_mel.linking.link_file.link_file`] wrote with traces.
         output (`str` or `Path`, *optional*): The .jsonl file of the new results, with traces of their own; it may be that of
             the old ones. Default: nothing is written.
-        traces ([`~hf_mel.linking.traces.Traces`], *optional*): Those of the results, if they were read before.
         batch_size (`int`): Mentions per pass over the knowledge base.
         progress (`bool`): Whether to show progress bars.
 
@@ -123,22 +122,29 @@ def relink_file(
         [`Relinking`].
 
     Raises:
-        DataFormatError: The results have no traces, were changed, or are damaged; or other models or settings linked them.
+        DataFormatError: The results have no traces, were changed (before or meanwhile), or are damaged; or other models or
+            settings linked them.
         KnowledgeBaseError: The knowledge base is another one, or was built again.
         ImageError: An image of a mention is missing.
         MelError: The output cannot be written.
     """
-    results = Path(results)
-    traces = Traces.read(results) if traces is None else traces
-    _check_same(linker, traces, results)
-    if output is not None:
-        check_relinkable(linker, output)
-    relinker = _Relinker(linker, results, traces, batch_size, progress)
-    if output is None:
-        return relinker.run(None)
-    target = link_target(output)
-    with output_lock(target):
-        return relinker.run(target)
+    results, target = Path(results), None if output is None else link_target(output)
+    with nullcontext() if target is None else output_lock(target):
+        state = _file_state(results)
+        traces = Traces.read(results)
+        _check_same(linker, traces, results)
+        if output is not None:
+            check_relinkable(linker, output)
+        return _Relinker(linker, results, state, traces, batch_size, progress).run(target)
+
+
+def _file_state(path: Path) -> tuple[int, ...]:
+    """Returns what another file of the same name, or a change of this one, has otherwise."""
+    try:
+        state = path.stat()
+    except OSError:
+        return ()  # reading tells why
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def _check_same(linker: EntityLinker, traces: Traces, results: Path) -> None:
@@ -180,8 +186,16 @@ def _check_same(linker: EntityLinker, traces: Traces, results: Path) -> None:
 class _Relinker:
     """One run of [`relink_file`]."""
 
-    def __init__(self, linker: EntityLinker, results: Path, traces: Traces, batch_size: int, progress: bool):
-        self.linker, self.results, self.traces = linker, results, traces
+    def __init__(
+        self,
+        linker: EntityLinker,
+        results: Path,
+        state: tuple[int, ...],
+        traces: Traces,
+        batch_size: int,
+        progress: bool,
+    ):
+        self.linker, self.results, self.state, self.traces = linker, results, state, traces
         self.batch_size, self.progress = batch_size, progress
         kb, self.top_k = linker.kb, int(traces.settings["top_k"])
         num_stored = sum(rows for rows, _ in traces.settings["kb"])
@@ -220,6 +234,12 @@ class _Relinker:
                 changed.update(zip(positions, linked, strict=True))
         before = self._compared(changed)
         self.report.changes.sort(key=lambda change: (change.change != "link", change.line))
+        if _file_state(self.results) != self.state:
+            raise DataFormatError(
+                "The results were changed while they were linked again.",
+                file=self.results,
+                remedy="Repeat the command.",
+            )
         if output is not None:
             self._write(output, changed, before)
         return self.report

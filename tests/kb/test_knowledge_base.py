@@ -858,6 +858,7 @@ def test_posts_with_bad_images_go_on_without_them():
         (lambda e: e | {"vision": e["vision"] + 1e6}, "float16", "'vision' of entity 'Q1' is too large for float16"),
         (lambda e: e | {"text": e["text"] * torch.nan}, "int4", "'text' of entity 'Q1' is nan"),
         (lambda e: e | {"vision": e["vision"] * torch.inf}, "int8", "'vision' of entity 'Q1' is nan or infinite"),
+        (lambda e: e | {"text": e["text"] * 0 + 3.4e38}, "int4", "'text' of entity 'Q1' is too large for int4"),
         (lambda e: {"text": e["text"][:-1]}, "float32", "encodings of 4 entities"),
         (lambda e: {"text": e["text"][:, : 3 + len(e["text"])]}, "float32", r"float32\[5\].* pad"),
     ],

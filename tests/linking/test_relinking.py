@@ -21,6 +21,7 @@ from hf_mel.errors import DataFormatError, ImageError, KnowledgeBaseError, MelEr
 from hf_mel.inference.score_bounds import QueryCodes
 from hf_mel.kb.indexes import build_index
 from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.linking import relinking
 from hf_mel.linking.link_file import link_file, read_mentions
 from hf_mel.linking.linker import EntityLinker
 from hf_mel.linking.relinking import relink_file
@@ -243,6 +244,22 @@ def test_bad_results_are_refused(tmp_path):
         relink_file(linker, results)
     with pytest.raises(DataFormatError, match="does not exist"):
         relink_file(linker, tmp_path / "none.jsonl")
+
+
+def test_results_that_another_program_replaces_meanwhile_are_refused(tmp_path, monkeypatch):
+    linker, results = linked(tmp_path)
+    output, compared = tmp_path / "new.jsonl", relinking._Relinker._compared
+
+    def link_again(self, changed):
+        outcome = compared(self, changed)
+        link_all(linker, tmp_path / "mentions.jsonl", results, 3)
+        return outcome
+
+    monkeypatch.setattr(relinking._Relinker, "_compared", link_again)
+    with pytest.raises(DataFormatError, match="were changed while"):
+        relink_file(linker, results, output)
+    assert not output.exists()
+    assert not trace_path(output).exists()
 
 
 def test_results_that_are_linked_again_without_traces_have_none(tmp_path):

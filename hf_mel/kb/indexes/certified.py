@@ -242,7 +242,7 @@ class CertifiedIndex(ExactIndex):
         device = model_device(model)
         with torch.inference_mode():
             of_pairs = model.pair_bounds(to_device(mention, device), to_device(entities, device))[0]
-            bounds = of_pairs.double().cpu().numpy()
+            bounds = of_pairs.float().cpu().double().numpy()
         if added is not None:
             bounds = bounds + added.of(0, rows)
         bounds = bounds + _PAIR_ROUNDING * (np.abs(bounds).max() + abs(floor))
