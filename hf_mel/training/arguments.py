@@ -84,7 +84,8 @@ class MelTrainingArguments(TrainingArguments):
             process on a CPU, so that other work on the machine costs nothing, and the clock otherwise. The learning rate
             falls linearly to 0 with the time or the steps, whichever runs out first. A resumed run goes on counting.
         check_memory (`bool`, *optional*, defaults to `True`):
-            Whether the peak memory is predicted before training, and training refused that needs more than there is.
+            Whether the peak memory is predicted before training. Training that needs more than there is is refused on a CPU, and
+            warned of on a GPU.
         bf16 (`bool` or `str`, *optional*, defaults to `"auto"`):
             Whether to train in bfloat16 mixed precision. `"auto"` is `True` if the processor or GPU computes in bfloat16
             natively, and `False` otherwise or if `fp16` is set. The attribute is always a `bool`.
@@ -143,7 +144,8 @@ class MelTrainingArguments(TrainingArguments):
     )
     max_minutes: float | None = field(default=None, metadata={"help": "Minutes of training after which it stops."})
     check_memory: bool = field(
-        default=True, metadata={"help": "Predict the memory of training, and refuse what does not fit."}
+        default=True,
+        metadata={"help": "Predict the memory of training, and refuse what does not fit (on a GPU: warn)."},
     )
 
     bf16: bool | str = field(  # type: ignore[assignment]

@@ -46,6 +46,7 @@ def run_recipe(recipe: Recipe, output: str | os.PathLike[str] | None = None, res
         with quiet_transformers():
             if recipe.task == "candidates":
                 write_fold_lists(folder)
+                wait_for_first()  # which writes
                 return folder.path
             runs = {"pretraining": run_pretraining, "adaptation": run_adaptation}
             finished = runs.get(recipe.task, run_linking)(folder)

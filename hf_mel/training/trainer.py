@@ -267,7 +267,8 @@ class MelTrainer(BaseTrainer):
         batches or `max_minutes` are over. It writes no checkpoint, so that an interrupted run starts again.
 
         Raises:
-            NotEnoughMemoryError: training is predicted to need more memory than there is ([`~hf_mel.training.memory.check_memory`]).
+            NotEnoughMemoryError: training on a CPU is predicted to need more memory than there is
+                ([`~hf_mel.training.memory.check_memory`]).
             MissingExtraError: a package that fits the model is not installed.
             RecipeError: a model that is fitted is trained by several processes, or on pairs of one kind.
         """
@@ -321,6 +322,11 @@ class MelTrainer(BaseTrainer):
             self.state.epoch = float(epoch)
             self.callback_handler.on_epoch_begin(self.args, self.state, self.control)  # sets the collator's epoch
             loader = self.get_train_dataloader()
+            if not len(loader):
+                raise RecipeError(
+                    "Fitting has no batch: the training mentions are fewer than a batch, and smaller ones are dropped.",
+                    remedy="Lower training.per_device_train_batch_size, or leave out training.dataloader_drop_last.",
+                )
             batches = tqdm(loader, desc="Features", unit="batch", delay=1, disable=not self.shows_progress)
             for number, batch in enumerate(batches, 1):
                 yield batch

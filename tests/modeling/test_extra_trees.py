@@ -235,6 +235,13 @@ def test_fitting_reads_no_more_than_the_budget_allows(tmp_path, monkeypatch, lim
     assert trainer.state.epoch == batches / 8
 
 
+def test_fitting_without_a_batch_is_refused(tmp_path):
+    limits = {"max_steps": 3, "per_device_train_batch_size": 32, "dataloader_drop_last": True}
+    trainer = make_trainer(tmp_path, ExtraTreesModel(ExtraTreesConfig()), toy_mentions(4), **limits)
+    with pytest.raises(RecipeError, match="no batch"):
+        trainer.train()
+
+
 def test_fitting_without_scikit_learn_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.ensemble", None)
     trainer = make_trainer(tmp_path, ExtraTreesModel(ExtraTreesConfig()), toy_mentions(4))
