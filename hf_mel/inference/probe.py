@@ -126,6 +126,10 @@ def probe_image() -> Image.Image:
     return Image.merge("RGB", channels)
 
 
+#: Columns that the library computes and adds to rows. A processor asks whether they are there.
+_COMPUTED = frozenset({"image_features", "features", "prototypes", "list_score"})
+
+
 class _EmptyColumns(dict):
     """A row in which every missing column is "", except `image_features`, which is absent."""
 
@@ -135,7 +139,8 @@ class _EmptyColumns(dict):
         return ""
 
     def __contains__(self, column: object) -> bool:
-        return column != "image_features"  # a processor may check that its template's columns are there
+        # A processor may check that its template's columns are there.
+        return super().__contains__(column) or column not in _COMPUTED
 
 
 class _EchoColumns(dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -214,15 +215,16 @@ class ProcessGroup(SingleProcess):
             yield
         except Exception as error:  # any kind, because the other processes wait for this one
             local_error = error
-        for process_error in self.gather(local_error and _portable(local_error)):
+        for process_error in self.gather(local_error and portable(local_error)):
             if process_error is not None:
                 raise local_error or process_error
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """Returns an error that another process can read: itself, or one with its text if it cannot be pickled."""
     try:
-        pickle.loads(pickle.dumps(error))
+        pickle.dumps(error)
+        copy.copy(error)  # makes it anew from its arguments, as unpickling does
         return error
     except Exception:  # whatever its class does
         return RuntimeError(f"{type(error).__name__} in another process: {error}")

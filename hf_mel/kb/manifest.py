@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 
 from hf_mel.errors import KnowledgeBaseError
 from hf_mel.files import write_errors
-from hf_mel.inference.quantisation import is_sound
 
 MANIFEST_NAME = "kb.json"
 FORMAT = "hf_mel.knowledge_base"
@@ -123,6 +122,10 @@ def _find_problem(manifest: dict[str, Any]) -> str | None:
     for spec in manifest["encodings"].values():
         if not isinstance(spec["dtype"], str) or not all(type(size) is int and size >= 0 for size in spec["shape"]):
             return "encodings are malformed"
+    from hf_mel.inference.quantisation import (
+        is_sound,  # imports torch, which the help of the command line does without
+    )
+
     if not is_sound(manifest["encodings"], manifest["dtype"]):
         return f"its encodings are not those of dtype {manifest['dtype']}"
     total = 0

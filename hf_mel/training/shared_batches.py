@@ -6,7 +6,6 @@ their gradients, before the pairs are scored: the negatives of a mention are the
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,6 +20,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from hf_mel.inference.entity_sources import part_of
+from hf_mel.inference.ranking import portable
 from hf_mel.protocols import Encodings
 
 T = TypeVar("T")
@@ -62,30 +62,20 @@ def made_by_first(make: Callable[[], T]) -> T:
     outcome: list[Any] = [None, None]
     if processes.is_main_process:
         try:
-            outcome[0] = pickle.dumps(make())
+            outcome[0] = make()
         except Exception as error:  # any kind, because the other processes wait for this one
             outcome[1] = error
     local_error = outcome[1]
-    dist.broadcast_object_list(
-        outcome if _is_picklable(local_error) else [None, RuntimeError(repr(local_error))], 0, group
-    )
+    dist.broadcast_object_list([None, portable(local_error)] if local_error else outcome, 0, group)
     dist.destroy_process_group(group)
     if outcome[1] is not None:
         raise local_error or outcome[1]
-    return pickle.loads(outcome[0])
+    return outcome[0]
 
 
 def wait_for_first() -> None:
     """Waits until the first process comes here, too, however long it takes."""
     made_by_first(lambda: None)
-
-
-def _is_picklable(error: Exception | None) -> bool:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return False
-    return True
 
 
 @contextmanager
