@@ -98,7 +98,8 @@ def _answer(result: Any, images: Sequence[Image.Image | None], evidence: str = "
     lowest = {unit: min(c.unit_scores[unit] for c in result.candidates) for unit in best.unit_scores}
     max_lead = max((_lead(c, lowest) for c in result.candidates), default=0.0)
     cards = [_card(c, image, lowest, max_lead) for c, image in zip(result.candidates, images, strict=True)]
-    warnings = "".join(f'<p class="mel-note">{escape(words)}</p>' for words in [*result.warnings, _proof(result)])
+    warnings = "".join(f'<p class="mel-note">{escape(warning)}</p>' for warning in result.warnings)
+    warnings += f'<p class="mel-proof">{escape(_proof(result))}</p>'
     legend = _legend(lowest) if len(lowest) > 1 else ""
     taken = "" if result.is_nil else " mel-taken"
     return f'<section class="mel-answer">{decision}{warnings}{legend}<ol class="mel-cards{taken}">{"".join(cards)}</ol>{evidence}</section>'
