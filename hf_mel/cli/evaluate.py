@@ -22,6 +22,7 @@ from hf_mel.cli.options import (
     Revision,
     Split,
     TrustRemoteCode,
+    shared_processes,
 )
 from hf_mel.evaluation.settings import KS, NUM_CANDIDATES, Ties
 
@@ -225,8 +226,6 @@ def evaluate(
     if no_model == (model is not None):
         raise typer.BadParameter("Give a model, or --no-model and no model.", param_hint="MODEL")
 
-    from accelerate import PartialState
-
     from hf_mel.candidates.lists import missing_candidates_error
     from hf_mel.candidates.make import load_or_make_candidates
     from hf_mel.cli.printing import message_console
@@ -262,9 +261,7 @@ def evaluate(
         train_golds = None
     version = dataset_version(dataset, revision=dataset_revision)
     start = time.perf_counter()
-    processes = PartialState(cpu=device == "cpu")
-    if processes.num_processes > 1 and device is None:
-        device = str(processes.device)
+    processes, device = shared_processes(device)
     loaded: Any = None
     processor: Any = None
     if model is not None:

@@ -18,6 +18,7 @@ from hf_mel.cli.options import (
     ModelArgument,
     Revision,
     TrustRemoteCode,
+    shared_processes,
 )
 from hf_mel.errors import first_lines
 from hf_mel.kb.indexes import BuiltKind
@@ -126,15 +127,11 @@ def build(
     if entities is not None:
         mapping = _checked_mapping(entities, column, ignore_other_columns, inverted_names, keep_column)
 
-    from accelerate import PartialState
-
     from hf_mel.cli.printing import print_plain, show_logs
     from hf_mel.inference.checkpoints import load_retriever
     from hf_mel.kb.knowledge_base import KnowledgeBase
 
-    processes = PartialState(cpu=device == "cpu")
-    if processes.num_processes > 1 and device is None:
-        device = str(processes.device)
+    processes, device = shared_processes(device)
     with show_logs():
         retriever, processor = load_retriever(
             model, revision=revision, device=device, trust_remote_code=trust_remote_code

@@ -39,6 +39,7 @@ from hf_mel.cli.options import (
     check_column_options,
     check_link_options,
     column_mappings,
+    shared_processes,
 )
 from hf_mel.cli.printing import kept_results, print_bad_rows, print_json, print_link
 from hf_mel.files import is_stream
@@ -180,8 +181,6 @@ def link(
     check_link_options(soft, soft_bonus, nil_threshold, precision)
     if len(surfaces) > 1 and (start is not None or end is not None):
         raise typer.BadParameter("Give --start and --end only for a single mention.", param_hint="--start")
-    from accelerate import PartialState
-
     from hf_mel.linking.link_file import MENTION_COLUMNS, check_output, link_file, read_mentions
     from hf_mel.linking.linker import EntityLinker
     from hf_mel.linking.traces import LinkOrigin
@@ -195,9 +194,7 @@ def link(
     if input is not None:
         rows = read_mentions(input, mapping=mapping_of_mentions, skip_bad_rows=skip_bad_rows)
 
-    processes = PartialState(cpu=device == "cpu")
-    if processes.num_processes > 1 and device is None:
-        device = str(processes.device)
+    processes, device = shared_processes(device)
     linker = EntityLinker.from_pretrained(
         model,
         kb,

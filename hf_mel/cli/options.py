@@ -13,6 +13,8 @@ import typer
 from hf_mel.kb.indexes import Kind
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from hf_mel.row_columns import ColumnMapping
 
 ModelArgument = Annotated[
@@ -149,6 +151,14 @@ InvertedNames = Annotated[
         help='Entities are named as in "Turner, William": each gets the alias "William Turner".',
     ),
 ]
+
+
+def shared_processes(device: str | None) -> tuple[PartialState, str | None]:
+    """Returns the processes that `accelerate launch` started, and the device: with several, that of this process by default."""
+    from accelerate import PartialState
+
+    processes = PartialState(cpu=device == "cpu")
+    return processes, str(processes.device) if processes.num_processes > 1 and device is None else device
 
 
 def check_link_options(

@@ -131,7 +131,7 @@ _COMPUTED = frozenset({"image_features", "features", "prototypes", "list_score"}
 
 
 class _EmptyColumns(dict):
-    """A row in which every missing column is "", except `image_features`, which is absent."""
+    """A row in which every missing column is "". It has all columns but those that the library computes."""
 
     def __missing__(self, column: str) -> str:
         if column == "image_features":

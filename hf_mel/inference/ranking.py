@@ -125,7 +125,7 @@ def rank(
     two_steps = score is None and prune and isinstance(model, TwoStepScores)
     scorer = _Pruned(model, added, among, floor) if two_steps else _Plain(score or model.score, added, among)
     device = model_device(model)
-    group = SingleProcess() if processes is None else ProcessGroup(processes)
+    group = process_group(processes)
     mentions, sizes = num_rows(mention_encodings), group.gather(len(entity_chunks))
     start, entities = sum(sizes[: group.index]), sum(sizes)
     if top_k < 1:
@@ -218,6 +218,11 @@ class ProcessGroup(SingleProcess):
         for process_error in self.gather(local_error and portable(local_error)):
             if process_error is not None:
                 raise local_error or process_error
+
+
+def process_group(processes: PartialState | None) -> SingleProcess:
+    """Returns the group of several processes, or that of a single one."""
+    return SingleProcess() if processes is None or processes.num_processes == 1 else ProcessGroup(processes)
 
 
 def portable(error: Exception) -> Exception:

@@ -22,7 +22,7 @@ from hf_mel.inference.encodings import slice_encodings, to_device
 from hf_mel.inference.execution import evaluation_mode, model_device
 from hf_mel.inference.features.image_features import ImageFeatures
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.inference.ranking import ProcessGroup, SingleProcess
+from hf_mel.inference.ranking import process_group
 from hf_mel.protocols import images_per_entity, max_mentions, ranks_jointly
 from hf_mel.schema import Row
 
@@ -110,12 +110,12 @@ def score_pairs(
     images = inputs.image_features
     if images is None:  # a cache for this call only: training may change the image encoder
         images = ImageFeatures.for_model(model, inputs.processor)
-    process_group = SingleProcess() if processes is None else ProcessGroup(processes)
+    group_of_processes = process_group(processes)
     if processes is not None:
         groups = groups[processes.process_index :: processes.num_processes]
     total = sum(len(candidates[i]) for group in groups for i in group)
     with (
-        process_group.raise_together(),
+        group_of_processes.raise_together(),
         evaluation_mode(model),
         tqdm(total=total, desc="Reranking", unit="pair", unit_scale=True, delay=1, disable=not progress) as bar,
         torch.inference_mode(),
@@ -150,7 +150,7 @@ def score_pairs(
             if images is not None and inputs.image_features is None:
                 images.forget_mentions()
     if processes is not None:  # every score is -inf in all processes but one
-        whole = [torch.stack(process_group.gather(scores)).amax(0) for scores in (result.scores, *result.joint)]
+        whole = [torch.stack(group_of_processes.gather(scores)).amax(0) for scores in (result.scores, *result.joint)]
         result = PairScores(whole[0], whole[1:])
     inputs.left_out.warn("pairs")
     return result

@@ -62,6 +62,15 @@ def report_bad_images(bad_images: list[ImageError] | None) -> list[dict[str, Any
     return describe_bad_images(bad_images or ())
 
 
+def check_encodes_entities(model: Any) -> None:
+    """Raises a `KnowledgeBaseError` if a model is no retriever."""
+    if not isinstance(model, Retriever):
+        raise KnowledgeBaseError(
+            f"{type(model).__name__} cannot encode entities without a mention.",
+            remedy="Give a retriever; a reranker only orders the candidates that a retriever found.",
+        )
+
+
 def write_encodings(
     source: datasets.Dataset,
     name: str | None,
@@ -71,11 +80,7 @@ def write_encodings(
     progress: bool,
 ) -> None:
     """Encodes entities batch by batch and passes encodings and rows to `writer`."""
-    if not isinstance(inputs.model, Retriever):
-        raise KnowledgeBaseError(
-            f"{type(inputs.model).__name__} cannot encode entities without a mention.",
-            remedy="Give a retriever; a reranker only orders the candidates that a retriever found.",
-        )
+    check_encodes_entities(inputs.model)
     _warn_of_unread_columns(source, inputs)
     with evaluation_mode(inputs.model):
         batches = encode_batches(inputs, source, "entities", batch_size=batch_size, progress=progress)

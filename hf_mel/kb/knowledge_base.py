@@ -54,7 +54,7 @@ from hf_mel.inference.encodings import as_float, slice_encodings
 from hf_mel.inference.fingerprint import describe_model, describe_processor, model_difference, processor_difference
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.quantisation import dequantised, is_quantised, stored_layout
-from hf_mel.inference.ranking import ProcessGroup, SingleProcess
+from hf_mel.inference.ranking import ProcessGroup, process_group
 from hf_mel.kb.encoding import open_inputs, report_bad_images, source_digests, write_encodings
 from hf_mel.kb.entities import (
     LEFT_OUT_NAME,
@@ -245,7 +245,7 @@ class KnowledgeBase:
             raise KnowledgeBaseError(
                 f"dtype={dtype!r} is not supported.", remedy=f"Choose one of {', '.join(DTYPES)}."
             )
-        group = SingleProcess() if processes is None or processes.num_processes == 1 else ProcessGroup(processes)
+        group = process_group(processes)
         if group.size > 1 and output is None:
             raise KnowledgeBaseError(
                 "Several processes cannot build a temporary knowledge base.", remedy="Give an output."

@@ -122,9 +122,8 @@ def _find_problem(manifest: dict[str, Any]) -> str | None:
     for spec in manifest["encodings"].values():
         if not isinstance(spec["dtype"], str) or not all(type(size) is int and size >= 0 for size in spec["shape"]):
             return "encodings are malformed"
-    from hf_mel.inference.quantisation import (
-        is_sound,  # imports torch, which the help of the command line does without
-    )
+    # It imports torch, and the help of the command line imports this module.
+    from hf_mel.inference.quantisation import is_sound
 
     if not is_sound(manifest["encodings"], manifest["dtype"]):
         return f"its encodings are not those of dtype {manifest['dtype']}"

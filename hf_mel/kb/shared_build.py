@@ -36,7 +36,7 @@ from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.left_out import LeftOutTexts
 from hf_mel.inference.ranking import ProcessGroup
-from hf_mel.kb.encoding import iter_stored_tables, write_encodings
+from hf_mel.kb.encoding import check_encodes_entities, iter_stored_tables, write_encodings
 from hf_mel.kb.folders import lock_existing
 from hf_mel.kb.manifest import MANIFEST_NAME
 from hf_mel.kb.shards import ShardWriter, layout_and_rows, map_encodings
@@ -179,6 +179,7 @@ def _layout_of_entities(
     source: datasets.Dataset, inputs: ModelInputs, dtype: str, batch_size: int
 ) -> tuple[dict[str, Any], int]:
     """Returns the layout of the encodings of an entity, and the rows of a full shard, by encoding the first entity."""
+    check_encodes_entities(inputs.model)
     with evaluation_mode(inputs.model):
         encodings = next(encode_batches(inputs, source.select([0]), "entities", batch_size=1))
     inputs.left_out = LeftOutTexts(inputs.processor)  # the entity is counted with its batch

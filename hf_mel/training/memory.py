@@ -223,7 +223,7 @@ def _evaluation_bytes(trainer: Any) -> int:
 def _free_memory(device: torch.device) -> int:
     """Returns the bytes that a process can still get: of a GPU, or of the machine within its control group."""
     if device.type == "cuda":
-        # What PyTorch keeps for later tensors is not free for others, but for this process.
+        # PyTorch keeps memory for later tensors, which is free for this process alone.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     free = [psutil.virtual_memory().available]

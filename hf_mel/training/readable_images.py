@@ -11,7 +11,7 @@ from hf_mel.data.image_checks import without_bad_images
 from hf_mel.errors import ImageError
 from hf_mel.inference.entity_sources import part_of
 from hf_mel.inference.probe import sees_images, sees_images_in_pairs
-from hf_mel.inference.ranking import ProcessGroup, SingleProcess
+from hf_mel.inference.ranking import process_group
 from hf_mel.kb.encoding import report_bad_images
 from hf_mel.protocols import Reranker, knows_posts
 
@@ -43,7 +43,7 @@ def with_readable_images(
         return tables
     bad_images: list[ImageError] = []
     processes = PartialState()
-    gather = SingleProcess().gather if processes.num_processes == 1 else ProcessGroup(processes).gather
+    gather = process_group(processes).gather
     checked = tuple(
         rows
         if rows is None

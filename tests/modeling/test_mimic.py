@@ -311,14 +311,20 @@ def test_no_score_is_above_its_bound(fields):
     assert {part.dtype for part in model.bound_vectors(halves)} == {torch.float32}
 
 
-@pytest.mark.parametrize("shape", TEXTS)
-def test_scores_reach_the_bound_of_the_local_half_but_never_exceed_it(shape):
-    model = build(units=["text"], vision_config=None)
+def texts_near_the_bound(model, shape):
+    """Returns encodings of 9 mentions and 200 entities; the first entities are along what their mention multiplies them by."""
     generator = torch.Generator().manual_seed(1)
     mentions = texts(model, 9, "mention", generator, *TEXTS[shape])
     entities = texts(model, 200, "entity", generator, *TEXTS[shape])
     context = model.tglu.layer_norm(mentions["text_values"].mean(1)) - model.tglu.layer_norm.bias
-    entities["text_query_global"][:9] = context / model.tglu.layer_norm.weight**2 * 5  # along what it is multiplied by
+    entities["text_query_global"][:9] = context / model.tglu.layer_norm.weight**2 * 5
+    return mentions, entities
+
+
+@pytest.mark.parametrize("shape", TEXTS)
+def test_scores_reach_the_bound_of_the_local_half_but_never_exceed_it(shape):
+    model = build(units=["text"], vision_config=None)
+    mentions, entities = texts_near_the_bound(model, shape)
     with torch.no_grad():
         scores, highest = model.score(mentions, entities).double(), bounds(model, mentions, entities)
     assert (scores <= highest + 1e-5 * highest.abs()).all()
@@ -365,11 +371,7 @@ def test_bounds_of_pairs_hold_for_every_unit_without_the_tokens(fields, more):
 @pytest.mark.parametrize("fields", [{}, {"mask_padding": True}], ids=str)
 def test_bounds_of_pairs_are_reached_but_never_exceeded(shape, fields):
     model = build(units=["text"], vision_config=None, **fields)
-    generator = torch.Generator().manual_seed(1)
-    mentions = texts(model, 9, "mention", generator, *TEXTS[shape])
-    entities = texts(model, 200, "entity", generator, *TEXTS[shape])
-    context = model.tglu.layer_norm(mentions["text_values"].mean(1)) - model.tglu.layer_norm.bias
-    entities["text_query_global"][:9] = context / model.tglu.layer_norm.weight**2 * 5  # along what it is multiplied by
+    mentions, entities = texts_near_the_bound(model, shape)
     with torch.no_grad():
         scores, highest = model.score(mentions, entities), model.pair_bounds(mentions, entities)
         loose = bounds(model, mentions, entities)
@@ -379,7 +381,7 @@ def test_bounds_of_pairs_are_reached_but_never_exceeded(shape, fields):
     if shape == "one direction":
         # An entity whose tokens are all masked scores less.
         assert (highest - scores).diagonal().median() < 0.01 * highest.abs().max()
-        # Where the local score is below zero, for about half of the pairs, the bound is zero.
+        # The bound is zero for about half of the pairs, those whose local score is below zero.
         assert (highest - scores).quantile(0.3) < 0.01 * (loose - scores).median()
 
 

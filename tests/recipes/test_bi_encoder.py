@@ -88,17 +88,22 @@ def step(model, batch) -> None:
         assert model(**batch).loss < before
 
 
+def shrink(recipe: Recipe, original: Recipe, folder) -> None:
+    """Gives a recipe small encoders of the families of `original`, and a small fusion."""
+    for side in ("text", "vision"):
+        if getattr(recipe.model, side):
+            setattr(recipe.model, side, small_encoder(getattr(original.model, side), folder))
+    for field, size in (("fusion_heads", 2), ("fusion_size", 16)):
+        if field in recipe.model.config or (field == "fusion_heads" and recipe.model.config.get("fusion")):
+            recipe.model.config[field] = size
+
+
 @pytest.mark.parametrize(("name", "overrides"), VARIANTS)
 def test_a_row_of_the_tables_trains_and_ranks(name, overrides, folder):
     header = (RECIPES / f"{name}.yaml").read_text().partition("\nname:")[0]
     assert all(override in header for override in overrides)
     recipe = Recipe.load(name, overrides)
-    for side in ("text", "vision"):
-        if getattr(recipe.model, side):
-            setattr(recipe.model, side, small_encoder(getattr(recipe.model, side), folder))
-    for field, size in (("fusion_heads", 2), ("fusion_size", 16)):
-        if field in recipe.model.config or (field == "fusion_heads" and recipe.model.config.get("fusion")):
-            recipe.model.config[field] = size
+    shrink(recipe, recipe, folder)
     mentions, entities = toy_mentions(4, entities=6), toy_entities(6)
     model, processor = build_model(recipe, texts_of(mentions, entities))
     batch = processor(mentions=list(mentions), entities=list(entities))

@@ -32,7 +32,7 @@ from hf_mel.training.recipe import Recipe
 from hf_mel.training.run_folder import training_arguments
 from hf_mel.training.tokenizer import texts_of
 from hf_mel.training.trainer import MelTrainer
-from tests.recipes.test_bi_encoder import small_encoder
+from tests.recipes.test_bi_encoder import shrink
 from tests.recipes.test_rerankers import RECIPES, encoders, load  # noqa: F401 (a fixture)
 from tests.toy import ToyProcessor, register, toy_entities, toy_model
 from tests.toy_documents import toy_documents
@@ -144,13 +144,7 @@ def small(name, overrides, encoders, folder) -> Recipe:  # noqa: F811
     """Loads a recipe with small encoders and sizes."""
     recipe = load(name, overrides, encoders)
     if recipe.model.type == "bi_encoder":
-        original = Recipe.load(name)
-        for side in ("text", "vision"):
-            if getattr(recipe.model, side):
-                setattr(recipe.model, side, small_encoder(getattr(original.model, side), folder))
-        for field, size in (("fusion_heads", 2), ("fusion_size", 16)):
-            if field in recipe.model.config or (field == "fusion_heads" and recipe.model.config.get("fusion")):
-                recipe.model.config[field] = size
+        shrink(recipe, Recipe.load(name), folder)
     if recipe.model.type is not None:
         recipe.model.config |= SIZES.get(recipe.model.type, {})
     recipe.training.update(QUICK)

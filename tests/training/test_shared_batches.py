@@ -62,7 +62,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
 
     expected = train_all(tmp_path / "one", 8)
     outcomes = [torch.load(tmp_path / f"{process}.pt") for process in range(2)]
-    # What processes wait for longer than their group allows, an error, and images, of which each process opens its part.
+    # Processes wait longer than their group allows, share an error, and open each its part of the images.
     for outcome in outcomes:
         assert outcome["made"] == {
             "slowly": "made by 0",
