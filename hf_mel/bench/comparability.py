@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
 import json
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -219,9 +223,49 @@ class MentionRanks:
             )
         return cls.load(file)
 
+    @property
+    def mentions(self) -> str:
+        """The sha256 of the mention ids, in their order."""
+        return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()
+
     def scores(self, metric: str) -> np.ndarray:
         """Returns what each mention contributes to a metric, [M]: 1 or 0 for "hits@k", 1 / rank for "mrr"."""
-        return 1 / self.ranks if metric == "mrr" else (self.ranks <= int(metric.partition("@")[2])).astype(np.float64)
+        return scores_of_ranks(self.ranks, metric)
+
+
+def scores_of_ranks(ranks: np.ndarray, metric: str) -> np.ndarray:
+    """Returns what each mention contributes to a metric, [M].
+
+    Args:
+        ranks (`np.ndarray` of shape `[M]`): The ranks of the golds; `inf` for one that was not retrieved.
+        metric (`str`): "hits@k", to which a mention contributes 1 or 0, or "mrr", to which it contributes 1 / rank.
+    """
+    return 1 / ranks if metric == "mrr" else (ranks <= int(metric.partition("@")[2])).astype(np.float64)
+
+
+def packed_ranks(ranks: np.ndarray) -> str:
+    """Returns ranks as a short text for a file of results.
+
+    The text is base64 of zlib of 32-bit little-endian integers: twice the rank, because ties give halves, and 0 for a gold
+    that was not retrieved.
+    """
+    doubled = np.where(np.isfinite(ranks), np.round(2 * ranks), 0).astype("<u4")
+    return base64.b64encode(zlib.compress(doubled.tobytes(), 9)).decode("ascii")
+
+
+def unpacked_ranks(text: str) -> np.ndarray:
+    """Returns the ranks of the output of [`packed_ranks`], [M].
+
+    Raises:
+        DataFormatError: The text is damaged.
+    """
+    try:
+        doubled = np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), dtype="<u4")
+    except (binascii.Error, zlib.error, ValueError, TypeError) as error:
+        raise DataFormatError(
+            f"The ranks of the results are damaged ({error}).", remedy="Take the file that `hf-mel bench` wrote."
+        ) from None
+    return np.where(doubled == 0, np.inf, doubled / 2)
 
 
 def mean_scores(ranks: list[MentionRanks], metric: str, names: list[str] | None = None) -> np.ndarray:

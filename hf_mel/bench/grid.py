@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from hf_mel.bench.cells import (
     RUN,
     Cell,
     PreparedCell,
+    RowKey,
     empty_reason,
     grid_cells,
     inputs_digest,
@@ -162,6 +163,7 @@ def run_suite(
     run: RunCommand | None = None,
     retry: bool = False,
     delete_models: bool = False,
+    kept: Collection[RowKey] = (),
     log: Callable[[str], None] = print,
 ) -> Progress:
     """Trains and evaluates every cell of a suite that is not finished.
@@ -177,6 +179,7 @@ def run_suite(
         run (`Callable`, *optional*): Runs a command. Default: [`run_command`].
         retry (`bool`): Whether cells that failed before are run again.
         delete_models (`bool`): Whether the weights of a cell's model are deleted after its evaluation.
+        kept (collection of [`~hf_mel.bench.cells.RowKey`]): Rows that earlier results have, whose cells are not run.
         log (`Callable`): Takes messages.
 
     Returns:
@@ -188,10 +191,21 @@ def run_suite(
     run = run_command() if run is None else run
     versions = data_versions(suite)
     failed: dict[Path, str] = {}
-    cells: list[PreparedCell | Cell] = [*prepared_cells(suite, runs), *grid_cells(suite, runs)]
+    grid = grid_cells(suite, runs)
+    wanted = {name for cell in grid if cell.row not in kept for name in cell.references}
+    prepared = prepared_cells(suite, runs)
+    for before in reversed(prepared):
+        wanted |= set(before.references) if before.prepared.name in wanted else set()
+    if kept:  # a prepared run serves only the rows that are run
+        prepared = [cell for cell in prepared if cell.prepared.name in wanted]
+    cells: list[PreparedCell | Cell] = [*prepared, *grid]
     progress = Progress()
     for number, cell in enumerate(cells, 1):
         prefix = f"[{number}/{len(cells)}] {cell.label}: "
+        if isinstance(cell, Cell) and cell.row in kept:
+            log(f"{prefix}kept from earlier results")
+            progress.finished += 1
+            continue
         needed = cell.prepared if isinstance(cell, Cell) else cell.runs
         reason = empty_reason(cell) if isinstance(cell, Cell) else None
         if reason is None:

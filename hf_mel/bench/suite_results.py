@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hf_mel.bench.cells import (
     EVALUATION,
@@ -19,9 +20,18 @@ from hf_mel.bench.cells import (
     prepared_cells,
     read_record,
 )
-from hf_mel.bench.comparability import MentionRanks, check_comparable, mean_scores, protocol_of
+from hf_mel.bench.comparability import (
+    MentionRanks,
+    check_comparable,
+    other_mentions_error,
+    packed_ranks,
+    protocol_of,
+    scores_of_ranks,
+    unpacked_ranks,
+)
 from hf_mel.bench.significance import Difference, corrected, paired_difference
 from hf_mel.bench.suite import LIST_ORDER, Suite
+from hf_mel.errors import ComparisonError
 from hf_mel.evaluation.settings import NUM_CANDIDATES
 from hf_mel.files import read_json
 
@@ -35,18 +45,22 @@ NOT_RUN = "It has not been run yet."
 _COUNTS = ("num_ranked", "num_mentions", "num_nil", "num_missed")
 
 
-def suite_results(suite: Suite, runs: Path, command: str) -> dict[str, Any]:
+def suite_results(
+    suite: Suite, runs: Path, command: str, kept: Mapping[RowKey, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """Returns the results of a suite, as far as its cells are finished.
 
     Args:
         suite ([`~hf_mel.bench.suite.Suite`]): The suite.
         runs (`Path`): The folder of its runs.
         command (`str`): The command that runs it.
+        kept (`Mapping`, *optional*): Rows of earlier results ([`~hf_mel.bench.kept_rows.rows_to_keep`]). They stand in place of rows
+            whose cells are not all finished.
 
     Returns:
         `dict`: "suite", "title", "description", "command", "budget", "prepared" (what prepared runs took), "rows" and
-        "tests". A row has "name", "data", "protocol", "metrics", "strata", "cost", "versions", "code", "commands", and for
-        seeds without a result "empty" with the reason.
+        "tests". A row has "name", "data", "protocol", "metrics", "strata", "ranks", "inputs", "cost", "versions", "code",
+        "commands", and for seeds without a result "empty" with the reason.
 
     Raises:
         ComparisonError: The seeds of a row were evaluated by different protocols.
@@ -55,7 +69,10 @@ def suite_results(suite: Suite, runs: Path, command: str) -> dict[str, Any]:
     cells: dict[RowKey, list[Cell]] = {}
     for cell in grid_cells(suite, runs):
         cells.setdefault(cell.row, []).append(cell)
-    rows = [_row(key, group) for key, group in cells.items()]
+    rows = []
+    for key, group in cells.items():
+        row = _row(key, group)
+        rows.append(dict(kept[key]) if kept and key in kept and row["empty"] else row)
     return {
         "suite": suite.name,
         "title": suite.title,
@@ -65,7 +82,7 @@ def suite_results(suite: Suite, runs: Path, command: str) -> dict[str, Any]:
         "compare_with": suite.compare_with,
         "prepared": [_prepared(cell) for cell in prepared_cells(suite, runs)],
         "rows": rows,
-        "tests": _tests(suite, rows, cells),
+        "tests": _tests(suite, rows),
     }
 
 
@@ -158,6 +175,8 @@ def _row(key: RowKey, cells: Sequence[Cell]) -> dict[str, Any]:
         "protocol": next(iter(protocols.values()), None),
         "metrics": metrics,
         "strata": strata,
+        "ranks": _ranks(finished, evaluations),
+        "inputs": {str(cell.seed): (records[cell.seed] or {})["inputs"] for cell in finished},
         "cost": _cost(finished, kept_records, list(evaluations.values())),
         "versions": None if first is None else first.get("software"),
         "code": [record.get("code") for record in kept_records],
@@ -223,21 +242,31 @@ def _cost(cells: Sequence[Cell], records: Sequence[Any], evaluations: Sequence[A
     }
 
 
-def _tests(
-    suite: Suite, rows: Sequence[dict[str, Any]], cells: Mapping[RowKey, Sequence[Cell]]
-) -> list[dict[str, Any]]:
+def _ranks(cells: Sequence[Cell], evaluations: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Returns the rank of every gold, for tests: "mentions" (a digest of their ids) and "seeds" (packed ranks by seed).
+
+    It is `None` for a row without predictions, which cannot be tested.
+
+    Raises:
+        ComparisonError: The seeds have other mentions, or predictions are missing.
+    """
+    if not cells or not all(evaluations[cell.seed].get("predictions") for cell in cells):
+        return None
+    ranks = [MentionRanks.of_results(cell.folder / EVALUATION, evaluations[cell.seed]) for cell in cells]
+    for cell, of_cell in zip(cells, ranks, strict=True):
+        if of_cell.ids != ranks[0].ids:
+            raise other_mentions_error(cells[0].label, cell.label, ranks[0].ids, of_cell.ids)
+    packed = {str(cell.seed): packed_ranks(of_cell.ranks) for cell, of_cell in zip(cells, ranks, strict=True)}
+    return {"mentions": ranks[0].mentions, "seeds": packed}
+
+
+def _tests(suite: Suite, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the tests of all rows against the row to compare with, corrected within a table and a metric."""
-    cells_of = {(key.data, key.label): group for key, group in cells.items()}
     tests: list[dict[str, Any]] = []
 
-    @cache
-    def ranks_of(path: Path) -> MentionRanks:
-        return MentionRanks.of_results(path, json.loads(path.read_text(encoding="utf-8")))
-
-    def scores_of(row: Mapping[str, Any], metric: str) -> Any:
-        chosen = [cell for cell in cells_of[row["data"], row["name"]] if cell.seed in row["seeds"]]
-        ranks = [ranks_of(cell.folder / EVALUATION) for cell in chosen]
-        return mean_scores(ranks, metric, [cell.label for cell in chosen])
+    def scores_of(row: Mapping[str, Any], metric: str) -> np.ndarray:
+        ranks = [unpacked_ranks(text) for text in row["ranks"]["seeds"].values()]
+        return np.mean([scores_of_ranks(of_seed, metric) for of_seed in ranks], axis=0)
 
     for table in tables_of(rows):
         filled = [row for row in table if row["protocol"] is not None]
@@ -246,6 +275,17 @@ def _tests(
             continue
         against = wanted[0]
         others = [row for row in filled if row is not against]
+        for row in filled:
+            if row["ranks"] is None:
+                raise ComparisonError(
+                    f"{row['name']!r} has no predictions, so no test can pair mentions.",
+                    remedy="Evaluate again with --output and --predictions.",
+                )
+            if row["ranks"]["mentions"] != against["ranks"]["mentions"]:
+                raise ComparisonError(
+                    f"{row['name']!r} and {against['name']!r} have other mentions.",
+                    remedy="Evaluate both on the same split.",
+                )
         for metric in TESTED:
             second = scores_of(against, metric)
             differences: list[Difference] = [paired_difference(scores_of(row, metric), second) for row in others]

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 
 class _RunByDefault(TyperGroup):
@@ -45,6 +45,15 @@ def run(
     results: Annotated[
         Path, typer.Option(help="Folder of the results: RESULTS/<suite>.json, .md, .tex, .csv, .png.")
     ] = (Path("results")),
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            exists=True,
+            help="Results of this suite from before, such as [b]results/SUITE.json[/b]: rows whose recipe, data and models are "
+            "the same are taken from them and not run.",
+        ),
+    ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run the cells again that failed before.")] = False,
     launch: Annotated[
         str | None,
@@ -77,10 +86,13 @@ def run(
       hf-mel bench flags --set 'seeds=[0]' --set budget.max_steps=200 --set data.flags.dataset=/data/flags_mel
 
       hf-mel bench suites/wikimel-text.yaml --runs runs/bench --results results
+
+      hf-mel bench flags --keep results/flags.json   # runs only what was added or changed
     """
     from rich.console import Console
 
-    from hf_mel.bench.grid import launcher_words, run_command, run_suite
+    from hf_mel.bench.grid import data_versions, launcher_words, run_command, run_suite
+    from hf_mel.bench.kept_rows import rows_to_keep
     from hf_mel.bench.significance import check_packages
     from hf_mel.bench.suite import Suite
     from hf_mel.bench.suite_results import suite_results
@@ -90,8 +102,9 @@ def run(
     with show_logs():
         loaded = Suite.load(suite, overrides or ())
         folder = runs / loaded.name
+        kept = {} if keep is None else rows_to_keep(loaded, folder, keep, data_versions(loaded))
         if show:
-            _list_cells(loaded, folder)
+            _list_cells(loaded, folder, kept)
             return
         if loaded.compare_with:
             check_packages()  # before hours of training
@@ -102,12 +115,12 @@ def run(
             runner = run_command(launcher_words(launch))
             try:
                 progress = run_suite(
-                    loaded, folder, run=runner, retry=retry, delete_models=delete_models, log=print_plain
+                    loaded, folder, run=runner, retry=retry, delete_models=delete_models, kept=kept, log=print_plain
                 )
             except KeyboardInterrupt:
                 typer.echo("Interrupted. Repeat the command to go on: what is finished is kept.", err=True)
                 raise
-        written = suite_results(loaded, folder, _command(suite, overrides or ()))
+        written = suite_results(loaded, folder, _command(suite, overrides or ()), kept)
         files = write_suite(written, results)
     _print_tables(written)
     console = Console()
@@ -256,7 +269,7 @@ def _check_writable(option: str, folder: Path) -> None:
         ) from error
 
 
-def _list_cells(suite: Any, folder: Path) -> None:
+def _list_cells(suite: Any, folder: Path, kept: Collection[Any]) -> None:
     from hf_mel.bench.cells import empty_reason, grid_cells, prepared_cells
     from hf_mel.bench.grid import cell_state, data_versions
     from hf_mel.cli.printing import print_plain
@@ -267,6 +280,8 @@ def _list_cells(suite: Any, folder: Path) -> None:
     for cell in listed:
         reason = empty_reason(cell) if cell in cells else None
         state = f"empty: {reason}" if reason else cell_state(cell, versions)
+        if cell in cells and cell.row in kept:
+            state = "kept"
         print_plain(f"{state:<12} {cell.label}")
     print_plain(f"{len(cells)} cells, {len(suite.prepare)} prepared runs, in {folder}")
 
