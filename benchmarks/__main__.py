@@ -57,6 +57,8 @@ def commands(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
         for name in ("ranking", "latency"):
             if name in chosen:
                 runs.append((f"{name} of {args.model}", [f"benchmarks.{name}", *sizes[name], *run, *shared]))
+        if args.full and not args.only:
+            runs.append(("peers", ["benchmarks.peers", "--dataset", args.dataset, *shared]))
     return runs
 
 

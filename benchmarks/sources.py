@@ -35,6 +35,7 @@ from hf_mel.inference.encode import encode_rows
 from hf_mel.inference.encodings import slice_encodings
 from hf_mel.inference.execution import to_model
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.precision import native_bf16
 from hf_mel.inference.ranking import rank
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.modeling.mimic import MimicConfig, MimicModel
@@ -379,7 +380,10 @@ class Resampled(Source):
                 kb.check_made_by(self.model, self.processor)
             except MelError:
                 say(f"encoding the {self.num_real:,} entities of {self.name}")
-                kb = KnowledgeBase.build(self.entities, self.model, self.processor, output=folder)
+                device = self.model.device.type
+                # Twice as fast where it is native. A knowledge base rounds what comes out to bfloat16 anyway.
+                with torch.autocast(device, torch.bfloat16, enabled=native_bf16(device)[0]):
+                    kb = KnowledgeBase.build(self.entities, self.model, self.processor, output=folder)
             self._real = kb.encodings(range(self.num_real))
             self._deviation = {
                 name: tensor.flatten(0, -2).std(0) for name, tensor in self._real.items() if tensor.is_floating_point()

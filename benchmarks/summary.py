@@ -194,6 +194,47 @@ def report_relinking(result: dict[str, Any]) -> Report:
     return "Relinking after edits", columns, [line], caption
 
 
+def report_peers(result: dict[str, Any]) -> Report:
+    """Returns a row for each form of vectors, size, system and setting."""
+    columns = [
+        "vectors",
+        "entities",
+        "system",
+        "faster than exact, CPU",
+        "recall@1",
+        "recall@10",
+        "recall@64",
+        "CPU p50",
+        "CPU p95",
+        "p50",
+        "p95",
+        "build",
+        "index kB/entity",
+    ]
+    exact = {(row["vectors"], row["entities"]): row["cpu_p50_s"] for row in result["rows"] if row["system"] == "exact"}
+    lines = [
+        [
+            row["vectors"],
+            f"{row['entities']:,}",
+            row["system"] + (f", {row['setting']}" if row["setting"] else ""),
+            f"{exact[key] / row['cpu_p50_s']:.2f}×" if key in exact else "",
+            *(f"{row['recall'][str(k)]:.3f}" for k in (1, 10, 64)),
+            *(f"{row[name] * 1e3:.1f} ms" for name in ("cpu_p50_s", "cpu_p95_s", "p50_s", "p95_s")),
+            f"{row['build_cpu_s']:.1f} s",
+            f"{row['index_bytes'] / row['entities'] / 1e3:.2f}",
+        ]
+        for row in result["rows"]
+        for key in [(row["vectors"], row["entities"])]
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    caption = (
+        f"{result['source']}; the best {result['top_k']} of {result['mentions']} encoded mentions (systems that score every "
+        f"entity: fewer), one at a time, in turns. {versions}. "
+        f"{' '.join(f'Left out: {reason}.' for reason in result['left_out'])}"
+    ).strip()
+    return "Beside other packages", columns, lines, caption
+
+
 _REPORTS: dict[str, Callable[[dict[str, Any]], Report]] = {
     "ranking": report_ranking,
     "growth": report_growth,
@@ -202,6 +243,7 @@ _REPORTS: dict[str, Callable[[dict[str, Any]], Report]] = {
     "training": report_training,
     "precision": report_precision,
     "relinking": report_relinking,
+    "peers": report_peers,
 }
 
 
@@ -293,6 +335,37 @@ def plot(folder: Path, output: Path) -> None:
     plt.close(figure)
 
 
+def plot_peers(folder: Path) -> None:
+    """Plots recall@64 against the CPU time of a mention: a line from p50 to p95 for each system and setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = json.loads((folder / "peers.json").read_text(encoding="utf-8"))["rows"]
+    panels = list(dict.fromkeys((row["vectors"], row["entities"]) for row in rows))
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(9, 3.4 * len(panels)), layout="constrained", sharex=True, squeeze=False
+    )
+    for (vectors, entities), panel in zip(panels, axes[:, 0], strict=True):
+        shown = [row for row in rows if (row["vectors"], row["entities"]) == (vectors, entities)]
+        systems = list(dict.fromkeys(row["system"] for row in shown))
+        for system in systems:
+            points = [row for row in shown if row["system"] == system]
+            recalls = [row["recall"]["64"] for row in points]
+            times = [[row[name] * 1e3 for row in points] for name in ("cpu_p50_s", "cpu_p95_s")]
+            colour = f"C{systems.index(system)}"
+            panel.hlines(recalls, *times, color=colour, linewidth=1)
+            panel.plot(times[1], recalls, "|", color=colour)
+            panel.plot(times[0], recalls, "o", color=colour, label=system)
+        panel.set(title=f"{vectors} vectors, {entities:,} entities", xscale="log", ylabel="recall@64")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes[-1, 0].set_xlabel("CPU time of a mention, ms: p50 (point) to p95 (bar)")
+    figure.savefig(folder / "peers.png", dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, help="folder of the result files")
@@ -308,6 +381,9 @@ def main() -> None:
     if (args.folder / "ranking.json").exists():
         plot(args.folder, args.folder / "ranking.png")
         print(f"Plot: {args.folder / 'ranking.png'}")
+    if (args.folder / "peers.json").exists():
+        plot_peers(args.folder)
+        print(f"Plot: {args.folder / 'peers.png'}")
 
 
 if __name__ == "__main__":
