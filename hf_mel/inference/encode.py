@@ -1,17 +1,39 @@
-"""Encoding the rows of a data set with a retriever."""
+"""Encoding the rows of a data set with a retriever.
+
+Rows are encoded in *windows* of a few batches. In a window, rows of similar length share a batch, because a text is padded to
+the longest one beside it, and rows with equal inputs are encoded once. A second thread reads, decodes and tokenises the next
+batch while the model computes. The windows, and so the roundings, depend on the rows and the batch size alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, Literal, NamedTuple
 
 import datasets
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from hf_mel.data.lazy_rows import LazyRows
-from hf_mel.inference.encodings import num_rows
+from hf_mel.errors import KnowledgeBaseError
+from hf_mel.inference.encodings import num_rows, slice_encodings
+from hf_mel.inference.execution import to_model
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.prefetch import computed_ahead
+from hf_mel.schema import DESCRIBING_COLUMNS
+
+#: Batches of a window.
+_WINDOW_BATCHES = 8
+#: Columns whose lengths tell roughly how long the text is that a processor makes of a row.
+_TEXT_COLUMNS = {"mentions": ("text",), "entities": ("name", *DESCRIBING_COLUMNS)}
+
+
+def window_rows(batch_size: int) -> int:
+    """Returns the rows of a window. A part of the rows that starts with a window has the encodings that it has in the whole."""
+    return _WINDOW_BATCHES * batch_size
 
 
 def encode_batches(
@@ -22,44 +44,167 @@ def encode_batches(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Encodes the rows of a data set batch by batch. Images are decoded one batch at a time, and only if they are used.
+    """Encodes the rows of a data set. Images are decoded one batch at a time, and only if they are used.
 
     At the end, a warning says how many rows have more text than the processor reads.
 
     Args:
-        inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A retriever and its processor. The caller sets the model's
-            mode (see [`~hf_mel.inference.execution.evaluation_mode`]).
+        inputs ([`~hf_mel.inference.inputs.ModelInputs`]): A retriever and its processor, which a second thread calls. The
+            caller sets the model's mode (see [`~hf_mel.inference.execution.evaluation_mode`]).
         rows (`datasets.Dataset`): N rows of the schema. A transform that is set on them is respected.
         kind (`str`): "mentions" or "entities".
-        batch_size (`int`): Rows per batch.
+        batch_size (`int`): Rows per forward pass, at most.
         progress (`bool`): Whether to show a progress bar.
 
     Yields:
-        `dict[str, torch.Tensor]`: Encodings of up to `batch_size` rows, on the CPU; floating-point ones as float32.
+        `dict[str, torch.Tensor]`: Encodings of the next `batch_size` rows, in their order, on the CPU; floating-point ones
+        as float32.
 
     Raises:
         [`~hf_mel.errors.ImageError`]: An image is damaged; names its mention or entity.
+        [`~hf_mel.errors.KnowledgeBaseError`]: The model returned another number of encodings than it was given rows, or
+            encodings change shape between the batches of a window.
     """
     model = inputs.model
-    prepare, encode = (
-        (inputs.mentions, model.encode_mentions) if kind == "mentions" else (inputs.entities, model.encode_entities)
-    )
-    with tqdm(total=len(rows), desc=f"Encoding {kind}", unit="row", delay=1, disable=not progress) as bar:
-        for first in range(0, len(rows), batch_size):
-            batch = _read_rows(rows, kind, range(first, min(first + batch_size, len(rows))))
-            inputs.left_out.add(kind, batch)
-            tensors = prepare(batch)
-            # Entered per batch: a generator that stays inside would switch the mode for its caller too.
-            with torch.inference_mode():
-                encodings = {
-                    name: tensor.to("cpu", torch.float32 if tensor.is_floating_point() else None)
-                    for name, tensor in encode(**tensors).items()
-                }
-            yield encodings
-            bar.update(len(batch))
+    encode = model.encode_mentions if kind == "mentions" else model.encode_entities
+    prepare, chunks = _Preparation(inputs, rows, kind), _chunks(rows, kind, batch_size)
+    # Prototypes and image features are computed with the model, in the modes that the caller has set.
+    is_alone = inputs.prototypes is None and inputs.image_features is None
+    prepared: Any = computed_ahead(prepare, chunks) if is_alone else (prepare(chunk) for chunk in chunks)
+    encodings: dict[str, torch.Tensor] = {}
+    copies: list[tuple[int, int]] = []
+    with (
+        closing(prepared),
+        tqdm(total=len(rows), desc=f"Encoding {kind}", unit="row", delay=1, disable=not progress) as bar,
+    ):
+        for batch in prepared:
+            window = batch.chunk.window
+            if batch.new:
+                # Entered per batch: a generator that stays inside would switch the mode for its caller too.
+                with torch.inference_mode():
+                    part = {
+                        name: tensor.to("cpu", torch.float32 if tensor.is_floating_point() else None)
+                        for name, tensor in encode(**batch.tensors).items()
+                    }
+                encodings = encodings or {name: t.new_empty((len(window), *t.shape[1:])) for name, t in part.items()}
+                _put(part, encodings, [row - window.start for row in batch.new], kind)
+            copies += [(row - window.start, source - window.start) for row, source in batch.copies]
+            bar.update(len(batch.chunk.rows))
+            if not batch.chunk.is_last:
+                continue
+            for name, tensor in encodings.items() if copies else ():
+                to, source = (list(places) for places in zip(*copies, strict=True))
+                encodings[name][to] = tensor[source]
+            for first in range(0, len(window), batch_size):
+                yield slice_encodings(encodings, slice(first, first + batch_size))
+            encodings, copies = {}, []
     inputs.left_out.warn(kind)
     if kind == "entities" and inputs.prototypes is not None:
         inputs.prototypes.left_out.warn("posts")
+
+
+class _Chunk(NamedTuple):
+    """Rows of one batch.
+
+    Args:
+        window: The numbers of the rows of its window.
+        rows: The numbers of its rows.
+        is_first, is_last: Whether it is the first or the last batch of its window.
+    """
+
+    window: range
+    rows: list[int]
+    is_first: bool
+    is_last: bool
+
+
+class _PreparedBatch(NamedTuple):
+    """A batch as the model takes it.
+
+    Args:
+        chunk: Its rows.
+        new: The numbers of the rows whose inputs are in `tensors`.
+        copies: The numbers of the others, and for each the number of the row of the window that has the same inputs.
+        tensors: The inputs, on the model's device.
+    """
+
+    chunk: _Chunk
+    new: list[int]
+    copies: list[tuple[int, int]]
+    tensors: Mapping[str, torch.Tensor]
+
+
+class _Preparation:
+    """Reads and prepares the batches of a data set, and finds the rows of a window that have the inputs of another."""
+
+    def __init__(self, inputs: ModelInputs, rows: datasets.Dataset, kind: Literal["mentions", "entities"]):
+        self.inputs, self.rows, self.kind = inputs, rows, kind
+        self._row_of: dict[bytes, int] = {}
+
+    def __call__(self, chunk: _Chunk) -> _PreparedBatch:
+        """Prepares the next batch."""
+        if chunk.is_first:
+            self._row_of = {}
+        batch = _read_rows(self.rows, self.kind, chunk.rows)
+        self.inputs.left_out.add(self.kind, batch)
+        prepared = self.inputs.mention_rows(batch) if self.kind == "mentions" else self.inputs.entity_rows(batch)
+        tensors = self.inputs.processor(**{self.kind: prepared})
+        places, new, copies = [], [], []
+        for place, (row, digest) in enumerate(zip(chunk.rows, _row_digests(tensors), strict=True)):
+            source = self._row_of.setdefault(digest, row)
+            if source == row:
+                places.append(place)
+                new.append(row)
+            else:
+                copies.append((row, source))
+        if copies:
+            tensors = slice_encodings(tensors, places)
+        return _PreparedBatch(chunk, new, copies, to_model(self.inputs.model, tensors))
+
+
+def _chunks(rows: datasets.Dataset, kind: str, batch_size: int) -> Iterator[_Chunk]:
+    """Yields the batches of all windows, in each window those of short texts first."""
+    columns = [name for name in _TEXT_COLUMNS[kind] if name in rows.column_names]
+    texts = rows.with_format("arrow").select_columns(columns)
+    for first in range(0, len(rows), window_rows(batch_size)):
+        window = range(first, min(first + window_rows(batch_size), len(rows)))
+        lengths = np.zeros(len(window), dtype=np.int64)
+        for values in texts[window.start : window.stop].to_pydict().values():
+            lengths += [len(value) if isinstance(value, str) else sum(map(len, value or ())) for value in values]
+        order = (window.start + np.argsort(lengths, kind="stable")).tolist()
+        for start in range(0, len(order), batch_size):
+            yield _Chunk(window, order[start : start + batch_size], start == 0, start + batch_size >= len(order))
+
+
+def _row_digests(tensors: Mapping[str, torch.Tensor]) -> Iterable[bytes]:
+    """Returns a digest of the inputs of each row."""
+    digests = [hashlib.blake2b(digest_size=16) for _ in range(num_rows(tensors))]
+    for name, tensor in sorted(tensors.items()):
+        head = f"{name} {tensor.dtype} {tuple(tensor.shape[1:])}".encode()
+        content = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        for digest, of_row in zip(digests, np.split(content, len(digests)), strict=True):
+            digest.update(head)
+            digest.update(of_row)
+    return [digest.digest() for digest in digests]
+
+
+def _put(
+    part: Mapping[str, torch.Tensor], whole: Mapping[str, torch.Tensor], places: Sequence[int], kind: str
+) -> None:
+    """Copies the encodings of a batch to their places among those of the window."""
+    if num_rows(part) != len(places):
+        raise KnowledgeBaseError(
+            f"The model returned {num_rows(part)} encodings of {len(places)} {kind}.",
+            remedy=f"Return one row for each of the {kind} from encode_{kind}.",
+        )
+    layouts = [{name: tuple(tensor.shape[1:]) for name, tensor in some.items()} for some in (whole, part)]
+    if layouts[0] != layouts[1]:
+        raise KnowledgeBaseError(
+            f"The encodings of {kind} change shape between batches: {layouts[0]}, then {layouts[1]}.",
+            remedy="Let the processor pad every batch to the same length (padding='max_length').",
+        )
+    for name, tensor in part.items():
+        whole[name][places] = tensor
 
 
 def encode_rows(
@@ -95,11 +240,11 @@ def encode_rows(
     return encodings
 
 
-def _read_rows(rows: datasets.Dataset, kind: str, numbers: range) -> list[Any]:
+def _read_rows(rows: datasets.Dataset, kind: str, numbers: list[int]) -> list[Any]:
     if rows.format["type"] is not None:
         columns = rows[numbers]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    batch = LazyRows(rows).__getitems__(list(numbers))
+    batch = LazyRows(rows).__getitems__(numbers)
     if kind == "mentions":
         return batch
     # Encodings of an entity show its first image only, so the others are not decoded.

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from hf_mel.data.image_checks import without_bad_images
 from hf_mel.errors import ImageError, KnowledgeBaseError
 from hf_mel.inference.encode import encode_batches
-from hf_mel.inference.encodings import num_rows
 from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.probe import unread_columns
@@ -85,13 +84,7 @@ def write_encodings(
     with evaluation_mode(inputs.model):
         batches = encode_batches(inputs, source, "entities", batch_size=batch_size, progress=progress)
         for encodings, table in zip(batches, iter_stored_tables(source, name, batch_size), strict=True):
-            ids = table["entity_id"].to_pylist()
-            if num_rows(encodings) != len(ids):
-                raise KnowledgeBaseError(
-                    f"The model returned {num_rows(encodings)} encodings of {len(ids)} entities.",
-                    remedy="Return one row per entity from encode_entities.",
-                )
-            check_finite(encodings, writer.dtype, ids, name)
+            check_finite(encodings, writer.dtype, table["entity_id"].to_pylist(), name)
             writer.add(encodings, table)
 
 

@@ -50,6 +50,7 @@ from hf_mel.data.images import open_image
 from hf_mel.errors import DuplicateIdError, HubError, ImageError, KnowledgeBaseError, UnknownEntityError
 from hf_mel.files import building_folder, file_sha256, write_errors
 from hf_mel.hub_errors import hub_errors
+from hf_mel.inference.encode import window_rows
 from hf_mel.inference.encodings import as_float, slice_encodings
 from hf_mel.inference.fingerprint import describe_model, describe_processor, model_difference, processor_difference
 from hf_mel.inference.inputs import ModelInputs
@@ -290,7 +291,7 @@ class KnowledgeBase:
         with building_folder(target, json.dumps(settings, sort_keys=True)) as stage, lock_existing(target):
             work = stage / "kb"
             work.mkdir(exist_ok=True)
-            writer = ShardWriter(work, 0, dtype, notes=stage / "notes")
+            writer = ShardWriter(work, 0, dtype, step=window_rows(batch_size), notes=stage / "notes")
             if writer.num_finished:
                 logger.info(
                     "Resuming the interrupted build of %s; %s entities are done.", target, f"{writer.num_finished:,}"

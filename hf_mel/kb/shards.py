@@ -50,14 +50,23 @@ class ShardWriter:
         dtype (`str`): One of [`~hf_mel.kb.manifest.DTYPES`].
         layout (`dict`, *optional*): Encoding name → form and shape of one row, which all batches must match. Default:
             that of the first batch.
+        step (`int`): A full shard has a multiple of so many rows.
         notes (`Path`, *optional*): A folder in which finished shards are recorded. Shards recorded there by an
             interrupted build are kept, and `num_finished` counts their rows.
     """
 
     def __init__(
-        self, folder: Path, first: int, dtype: str, layout: dict[str, Any] | None = None, notes: Path | None = None
+        self,
+        folder: Path,
+        first: int,
+        dtype: str,
+        layout: dict[str, Any] | None = None,
+        *,
+        step: int = 1,
+        notes: Path | None = None,
     ):
         self.folder, self.first, self.layout, self.notes, self.dtype = folder, first, layout, notes, dtype
+        self.step = step
         self._shards: list[dict[str, Any]] = []
         self._encodings: list[dict[str, torch.Tensor]] = []
         self._tables: list[pa.Table] = []
@@ -115,7 +124,7 @@ class ShardWriter:
         self._bytes += row_bytes(stored) * table.num_rows
         if sum(t.num_rows for t in self._tables) >= _GROUP_ROWS or sum(t.nbytes for t in self._tables) >= _GROUP_BYTES:
             self._write_group()
-        if self._bytes >= _SHARD_BYTES:
+        if self._bytes >= _SHARD_BYTES and self._rows % self.step == 0:
             self._close_shard()
 
     def close(self) -> list[dict[str, Any]]:
@@ -158,11 +167,11 @@ class ShardWriter:
         self._rows = self._bytes = 0
 
 
-def layout_and_rows(encodings: Mapping[str, torch.Tensor], dtype: str, batch_size: int) -> tuple[dict[str, Any], int]:
-    """Returns the layout that a [`ShardWriter`] finds in encodings, and the rows of a shard that batches fill."""
+def layout_and_rows(encodings: Mapping[str, torch.Tensor], dtype: str, step: int) -> tuple[dict[str, Any], int]:
+    """Returns the layout that a [`ShardWriter`] finds in encodings, and the rows of a full shard, a multiple of `step`."""
     stored, layout = _stored(encodings, dtype)
-    batch_bytes = max(1, row_bytes(stored) * batch_size)
-    return layout, batch_size * -(-_SHARD_BYTES // batch_bytes)
+    step_bytes = max(1, row_bytes(stored) * step)
+    return layout, step * -(-_SHARD_BYTES // step_bytes)
 
 
 def _stored(encodings: Mapping[str, torch.Tensor], dtype: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -29,7 +29,7 @@ import torch
 
 from hf_mel.errors import KnowledgeBaseError
 from hf_mel.files import building_folder, building_path, read_json, write_errors, write_text
-from hf_mel.inference.encode import encode_batches
+from hf_mel.inference.encode import encode_batches, window_rows
 from hf_mel.inference.encodings import slice_encodings
 from hf_mel.inference.entity_sources import part_of
 from hf_mel.inference.execution import evaluation_mode
@@ -43,7 +43,7 @@ from hf_mel.kb.shards import ShardWriter, layout_and_rows, map_encodings
 
 logger = logging.getLogger(__name__)
 
-#: Units that a build has at least, if it has as many batches: an interrupted process loses one.
+#: Units that a build has at least, if it has as many windows: an interrupted process loses one.
 _MIN_UNITS = 64
 #: Seconds between two looks at the notes of other processes.
 _POLL_SECONDS = 0.5
@@ -78,23 +78,23 @@ class EncodingUnit:
         return f"{self.number:07d}.json"
 
 
-def encoding_units(num_rows: int, shard_rows: int, batch_size: int) -> list[EncodingUnit]:
-    """Divides entities into units, in order. A unit starts with a batch, so that batches are those of one process.
+def encoding_units(num_rows: int, shard_rows: int, step: int) -> list[EncodingUnit]:
+    """Divides entities into units, in order. A unit starts with a window, so that batches are those of one process.
 
     Args:
         num_rows (`int`): Number of entities.
-        shard_rows (`int`): Rows of a full shard, a multiple of `batch_size`.
-        batch_size (`int`): Entities per forward pass.
+        shard_rows (`int`): Rows of a full shard, a multiple of `step`.
+        step (`int`): Rows of a window ([`~hf_mel.inference.encode.window_rows`]).
     """
     num_shards = -(-num_rows // shard_rows)
     units: list[EncodingUnit] = []
     for shard in range(num_shards):
         first, stop = shard * shard_rows, min((shard + 1) * shard_rows, num_rows)
-        batches = -(-(stop - first) // batch_size)
-        parts = min(batches, -(-_MIN_UNITS // num_shards))
+        windows = -(-(stop - first) // step)
+        parts = min(windows, -(-_MIN_UNITS // num_shards))
         for part in range(parts):
-            chosen = part_of(batches, part, parts)
-            rows = range(first + chosen.start * batch_size, min(first + chosen.stop * batch_size, stop))
+            chosen = part_of(windows, part, parts)
+            rows = range(first + chosen.start * step, min(first + chosen.stop * step, stop))
             units.append(EncodingUnit(len(units), shard, rows, parts == 1))
     return units
 
@@ -132,12 +132,14 @@ def build_together(
     _check_same_settings(group, {**settings, "batch size": batch_size}, target)
     with group.raise_together():
         layout, shard_rows = _layout_of_entities(source, inputs, dtype, batch_size)
-    units = encoding_units(len(source), shard_rows, batch_size)
+    units = encoding_units(len(source), shard_rows, window_rows(batch_size))
     stage, run, is_first = building_path(target), uuid.uuid4().hex, group.index == 0
     with ExitStack() as stack:
         with group.raise_together():
             if is_first:
-                fingerprint = json.dumps({**settings, "batches": batch_size, "shard": shard_rows}, sort_keys=True)
+                fingerprint = json.dumps(
+                    {**settings, "window": window_rows(batch_size), "shard": shard_rows}, sort_keys=True
+                )
                 stack.enter_context(building_folder(target, fingerprint))
                 stack.enter_context(lock_existing(target))
                 _start_run(stage, units, run)
@@ -149,7 +151,7 @@ def build_together(
             done = len(source) - sum(len(units[number].rows) for number in todo)
             logger.info("Resuming the interrupted build of %s; %s entities are done.", target, f"{done:,}")
         share = part_of(len(todo), group.index, group.size)
-        work = _SharedFolder(stage, run, group.index, dtype, layout)
+        work = _SharedFolder(stage, run, group.index, dtype, layout, window_rows(batch_size))
         with group.raise_together(), work.telling_others():
             chosen = [units[number] for number in todo[share.start : share.stop]]
             work.encode(chosen, source, name, inputs, batch_size, progress)
@@ -183,7 +185,7 @@ def _layout_of_entities(
     with evaluation_mode(inputs.model):
         encodings = next(encode_batches(inputs, source.select([0]), "entities", batch_size=1))
     inputs.left_out = LeftOutTexts(inputs.processor)  # the entity is counted with its batch
-    return layout_and_rows(encodings, dtype, batch_size)
+    return layout_and_rows(encodings, dtype, window_rows(batch_size))
 
 
 def _start_run(stage: Path, units: Sequence[EncodingUnit], run: str) -> None:
@@ -245,10 +247,11 @@ class _SharedFolder:
         number (`int`): Number of the process.
         dtype (`str`): The dtype in which floating-point encodings are stored.
         layout (mapping): Dtype and shape of one row of each encoding.
+        step (`int`): Rows of a window.
     """
 
-    def __init__(self, stage: Path, run: str, number: int, dtype: str, layout: dict[str, Any]):
-        self.stage, self.layout, self.dtype = stage, layout, dtype
+    def __init__(self, stage: Path, run: str, number: int, dtype: str, layout: dict[str, Any], step: int):
+        self.stage, self.layout, self.dtype, self.step = stage, layout, dtype, step
         folder = stage / f"run-{run}"
         self.own, self.errors, self.joined = folder / f"process-{number}", folder / "errors", folder / "joined"
         self._units: Iterator[EncodingUnit] = iter(())
@@ -290,7 +293,7 @@ class _SharedFolder:
         self._unit = next(self._units, None)
         if self._unit is not None:
             number = self._unit.shard if self._unit.is_shard else self._unit.number
-            self._writer = ShardWriter(self.own, number, self.dtype, self.layout)
+            self._writer = ShardWriter(self.own, number, self.dtype, self.layout, step=self.step)
             self._missing = len(self._unit.rows)
 
     def add(self, encodings: Mapping[str, torch.Tensor], table: pa.Table) -> None:
@@ -339,7 +342,7 @@ class _SharedFolder:
             if parts[0][0].is_shard:
                 shards.append(parts[0][1])
                 continue
-            writer = ShardWriter(self.stage / "kb", number, self.dtype, self.layout)
+            writer = ShardWriter(self.stage / "kb", number, self.dtype, self.layout, step=self.step)
             for unit, entry in parts:
                 path = self.stage / unit.folder / entry["encodings"]["file"]
                 encodings = map_encodings(path, len(unit.rows), self.layout)

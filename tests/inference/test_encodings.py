@@ -1,10 +1,19 @@
+import threading
+
+import datasets
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
-from hf_mel.inference.encode import encode_batches, encode_rows
+from hf_mel.errors import ImageError
+from hf_mel.inference import encode
+from hf_mel.inference.encode import encode_batches, encode_rows, window_rows
 from hf_mel.inference.encodings import concat_encodings, num_rows, row_bytes, slice_encodings, to_device
 from hf_mel.inference.fingerprint import model_fingerprint
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.schema import entity_features, mention_features
 from tests.toy import ToyEncodings, ToyProcessor, toy_entities, toy_mentions, toy_model
 
 
@@ -99,3 +108,84 @@ def test_fingerprint_depends_on_the_weights_alone(tmp_path):
         model.mention_text.bias[0] += 1e-3
     assert model_fingerprint(model) != before
     assert model_fingerprint(toy_model(seed=1)) != before
+
+
+class _Counting:
+    """The toy model and processor: counts the rows that are encoded and the widths that texts are padded to."""
+
+    def __init__(self):
+        self.model, self.num_encoded, self.widths = toy_model(), 0, []
+        encode = {kind: getattr(self.model, f"encode_{kind}") for kind in ("mentions", "entities")}
+
+        def counted(kind):
+            def encoded(**tensors):
+                mask = tensors["mention_attention_mask" if kind == "mentions" else "entity_attention_mask"]
+                self.num_encoded += len(mask)
+                self.widths.append(int(mask.any(0).sum()))
+                return encode[kind](**tensors)
+
+            return encoded
+
+        for kind in encode:
+            setattr(self.model, f"encode_{kind}", counted(kind))
+
+
+texts = st.text("ab ", max_size=40)
+
+
+@given(st.lists(st.tuples(texts, st.sampled_from([None, "red", "blue"])), min_size=1, max_size=30), st.data())
+@settings(max_examples=30, deadline=None)
+def test_encodings_of_a_window_are_those_of_its_rows_one_by_one(contents, data):
+    batch_size, window = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
+    kind = data.draw(st.sampled_from(["mentions", "entities"]))
+    images = {name: Image.new("RGB", (4, 4), name) for name in ("red", "blue")} | {None: None}
+    features = mention_features() if kind == "mentions" else entity_features()
+    columns = {name: [[] if name in ("candidates", "aliases") else ""] * len(contents) for name in features}
+    columns |= {"text": [text for text, _ in contents], "attributes": [text for text, _ in contents]}
+    columns |= {"image": [images[image] for _, image in contents]}
+    columns |= {"images": [[images[image]] if image else [] for _, image in contents]}
+    columns |= {"start": [0] * len(contents), "end": [0] * len(contents)}
+    rows = datasets.Dataset.from_dict({name: columns[name] for name in features}, features=features)
+    counting, processor = _Counting(), ToyProcessor()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "_WINDOW_BATCHES", window)
+        parts = list(encode_batches(ModelInputs(counting.model, processor), rows, kind, batch_size=batch_size))
+    assert [num_rows(part) for part in parts[:-1]] == [batch_size] * (len(parts) - 1)
+    alone = toy_model()
+    encode_one = alone.encode_mentions if kind == "mentions" else alone.encode_entities
+    with torch.no_grad():
+        expected = concat_encodings([encode_one(**processor(**{kind: [row]})) for row in rows])
+    joined = concat_encodings(parts)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(joined[name], tensor)
+    step = batch_size * window
+    windows = [contents[first : first + step] for first in range(0, len(contents), step)]
+    assert counting.num_encoded == sum(len(set(rows_of_window)) for rows_of_window in windows)
+
+
+def test_texts_of_similar_length_share_a_batch():
+    lengths = [40, 1, 30, 2, 20, 3, 10, 4]
+    rows = toy_entities(8).map(lambda row, i: {"name": "", "attributes": "a" * lengths[i]}, with_indices=True)
+    counting = _Counting()
+    encode_rows(ModelInputs(counting.model, ToyProcessor()), rows, "entities", batch_size=2)
+    assert counting.widths == [1 + longest for longest in (2, 4, 20, 40)]
+
+
+def test_a_part_that_starts_with_a_window_has_the_bits_that_it_has_in_the_whole():
+    rows, options = toy_entities(30), {"kind": "entities", "batch_size": 2}
+    inputs = ModelInputs(toy_model(), ToyProcessor())
+    whole = concat_encodings(encode_batches(inputs, rows, **options))
+    first = window_rows(2)
+    part = concat_encodings(encode_batches(inputs, rows.select(range(first, 30)), **options))
+    assert first < 30
+    for name, tensor in part.items():
+        assert torch.equal(whole[name][first:], tensor)
+
+
+def test_a_damaged_image_ends_the_encoding_and_its_thread():
+    entities = toy_entities(6).with_format("arrow")[:].to_pylist()
+    entities[4]["images"] = [{"bytes": b"x", "path": None}]
+    rows = datasets.Dataset.from_list(entities, features=entity_features())
+    with pytest.raises(ImageError, match=entities[4]["entity_id"]):
+        encode_rows(ModelInputs(toy_model(), ToyProcessor()), rows, "entities", batch_size=2)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]

@@ -1,8 +1,9 @@
 """A program that several processes run: it builds knowledge bases together, as its first argument says.
 
-At the end it links with the first knowledge base, if that was built. The argument is a JSON list. Each entry has the name of the output, and changes of one process: "dtype", "model", "folder"
-(another working folder), "texts", "batch size", "fails" and "dies" (at an entity). The files of errors and of the number
-of encoded entities are written beside the output.
+At the end it links with the first knowledge base, if that was built. The argument is a JSON list. Each entry has the name of
+the output, optionally "window" (its batches) and "shard" (its entities), and changes of one process: "dtype", "model",
+"folder" (another working folder), "texts", "batch size", "fails" and "dies" (at an entity). The files of errors and of the
+number of encoded entities are written beside the output.
 """
 
 import json
@@ -15,6 +16,7 @@ import torch
 from accelerate import PartialState
 
 from hf_mel.errors import ScoreError
+from hf_mel.inference import encode
 from hf_mel.kb import shards, shared_build
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
@@ -33,14 +35,15 @@ class WatchedProcessor(ToyProcessor):
             if self.dies:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("The lights went out.")
-        if entities and (len(entities) == 4 or entities[0]["entity_id"] == "Q29"):  # no probes
+        if entities and len(entities) > 1 and entities[0]["entity_id"] != "Q0":  # no probes
             self.num_seen += len(entities)
         return super().__call__(entities=entities, **kwargs)
 
 
 def small_files(settings) -> None:
-    """Makes shards of eight entities."""
-    shards._SHARD_BYTES, shards._GROUP_ROWS = 8 * 2 * 16 * 4, 4
+    """Makes shards of eight entities and windows of one batch, unless the settings say otherwise."""
+    shards._SHARD_BYTES, shards._GROUP_ROWS = settings.get("shard", 8) * 2 * 16 * 4, 4
+    encode._WINDOW_BATCHES = settings.get("window", 1)
     shared_build._MIN_UNITS, shared_build._SEEN_SECONDS = settings.get("units", 64), 1.0
     shared_build._POLL_SECONDS = 0.05
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_mel.inference import encode
 from hf_mel.kb import build_index, shards
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.kb.shared_build import encoding_units
@@ -44,9 +45,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Makes shards of eight entities, as the program of the processes does."""
+    """Makes shards of eight entities and windows of one batch, as the program of the processes does."""
     monkeypatch.setattr(shards, "_SHARD_BYTES", 8 * 2 * 16 * 4)
     monkeypatch.setattr(shards, "_GROUP_ROWS", 4)
+    monkeypatch.setattr(encode, "_WINDOW_BATCHES", 1)
 
 
 def build_alone(folder: Path, **options) -> KnowledgeBase:
@@ -56,21 +58,21 @@ def build_alone(folder: Path, **options) -> KnowledgeBase:
 
 @given(st.integers(1, 400), st.integers(1, 9), st.integers(1, 12))
 @settings(max_examples=100, deadline=None)
-def test_units_hold_every_row_once_in_batches_of_one_process(num_rows, batch_size, batches_per_shard):
-    shard_rows = batch_size * batches_per_shard
-    units = encoding_units(num_rows, shard_rows, batch_size)
+def test_units_hold_every_row_once_in_windows_of_one_process(num_rows, step, windows_per_shard):
+    shard_rows = step * windows_per_shard
+    units = encoding_units(num_rows, shard_rows, step)
     assert [row for unit in units for row in unit.rows] == list(range(num_rows))
     assert [unit.number for unit in units] == list(range(len(units)))
     for unit in units:
-        assert unit.rows.start % batch_size == 0
+        assert unit.rows.start % step == 0
         assert {row // shard_rows for row in unit.rows} == {unit.shard}
         whole = range(unit.shard * shard_rows, min((unit.shard + 1) * shard_rows, num_rows))
         assert unit.is_shard == (unit.rows == whole)
     full = -(-num_rows // shard_rows) * shard_rows  # the last shard may have fewer batches than the others have units
-    assert len(encoding_units(full, shard_rows, batch_size)) >= min(64, full // batch_size)
+    assert len(encoding_units(full, shard_rows, step)) >= min(64, full // step)
 
 
-def test_two_processes_write_the_files_of_one(tmp_path, small_shards):
+def test_two_processes_write_the_files_of_one(tmp_path, small_shards, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     done = launch(
         tmp_path,
@@ -86,6 +88,7 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards):
         {"output": "failed", "process": 0, "change": {"fails": "Q2"}},
         {"output": "failed"},
         {"output": "few_bits", "dtype": "int4"},
+        {"output": "windows", "window": 2, "shard": 20},
     )
     assert done.returncode == 0, done.stderr
     whole = files(build_alone(tmp_path / "whole").path)
@@ -93,7 +96,12 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards):
     assert files(tmp_path / "parts") == files(tmp_path / "shards") == files(tmp_path / "failed") == whole
     assert files(tmp_path / "half") == files(build_alone(tmp_path / "half_alone", dtype="bfloat16").path)
     assert files(tmp_path / "few_bits") == files(build_alone(tmp_path / "few_bits_alone", dtype="int4").path)
-    for number in (0, 1, 2, 9):
+    monkeypatch.setattr(encode, "_WINDOW_BATCHES", 2)
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 20 * 2 * 16 * 4)
+    windows = build_alone(tmp_path / "windows_alone")
+    assert windows.info()["shards"] == 2  # of 24 and 6 entities: three windows, and one that is not full
+    assert files(tmp_path / "windows") == files(windows.path)
+    for number in (0, 1, 2, 9, 11):
         assert all(0 < outcome["num_seen"] < 30 for outcome in outcomes(tmp_path, number))
         assert sum(outcome["num_seen"] for outcome in outcomes(tmp_path, number)) == 30
     for number, (error, message) in {
@@ -111,7 +119,8 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards):
             assert outcome["error"].startswith(error)
             assert message in outcome["error"]
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
-        *("parts", "shards", "half", "half_alone", "whole", "failed", "elsewhere", "few_bits", "few_bits_alone")
+        *("parts", "shards", "half", "half_alone", "whole", "failed", "elsewhere", "few_bits", "few_bits_alone"),
+        *("windows", "windows_alone"),
     }
     linker = EntityLinker(toy_model(), WatchedProcessor(), tmp_path / "whole", name_weight=0.5)
     expected = []
