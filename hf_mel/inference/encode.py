@@ -168,7 +168,7 @@ def _chunks(rows: datasets.Dataset, kind: str, batch_size: int) -> Iterator[_Chu
     texts = rows.with_format("arrow").select_columns(columns)
     for first in range(0, len(rows), window_rows(batch_size)):
         window = range(first, min(first + window_rows(batch_size), len(rows)))
-        lengths = np.zeros(len(window), dtype=np.int64)
+        lengths: np.ndarray = np.zeros(len(window), dtype=np.int64)
         for values in texts[window.start : window.stop].to_pydict().values():
             lengths += [len(value) if isinstance(value, str) else sum(map(len, value or ())) for value in values]
         order = (window.start + np.argsort(lengths, kind="stable")).tolist()
