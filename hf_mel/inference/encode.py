@@ -184,7 +184,7 @@ def _row_digests(tensors: Mapping[str, torch.Tensor]) -> Iterable[bytes]:
         content = tensor.contiguous().flatten().view(torch.uint8).numpy()
         for digest, of_row in zip(digests, np.split(content, len(digests)), strict=True):
             digest.update(head)
-            digest.update(of_row)
+            digest.update(of_row.data)
     return [digest.digest() for digest in digests]
 
 
