@@ -391,7 +391,7 @@ def measure(
                 except PeerError as error:
                     left_out.append(f"{name} at {size:,}: {error}")
                     continue
-                versions |= said["versions"]
+                versions[name] = ", ".join(f"{package} {version}" for package, version in said["versions"].items())
                 built = {key: said[key] for key in ("build_cpu_s", "index_bytes")}
                 contestants += [
                     Contestant(name, setting, partial(package.find, k=k, setting=setting), built)

@@ -226,7 +226,7 @@ def report_peers(result: dict[str, Any]) -> Report:
         for row in result["rows"]
         for key in [(row["vectors"], row["entities"])]
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    versions = "; ".join(f"{name}: {packages}" for name, packages in result["versions"].items())
     caption = (
         f"{result['source']}; the best {result['top_k']} of {result['mentions']} encoded mentions (systems that score every "
         f"entity: fewer), one at a time, in turns. {versions}. "
@@ -358,7 +358,7 @@ def plot_peers(folder: Path) -> None:
             panel.hlines(recalls, *times, color=colour, linewidth=1)
             panel.plot(times[1], recalls, "|", color=colour)
             panel.plot(times[0], recalls, "o", color=colour, label=system)
-        panel.set(title=f"{vectors} vectors, {entities:,} entities", xscale="log", ylabel="recall@64")
+        panel.set(title=f"vectors: {vectors}; {entities:,} entities", xscale="log", ylabel="recall@64")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes[-1, 0].set_xlabel("CPU time of a mention, ms: p50 (point) to p95 (bar)")

@@ -56,7 +56,7 @@ def test_brute_force_over_the_written_vectors_agrees_with_our_exact_ranking(opti
     monkeypatch.setattr(peers, "environment", lambda name, scratch: python)
     systems = "exact,codes,faiss-flat,faiss IndexFlatIP,maxsim-cpu"
     result = peers.run(peers.arguments().parse_args([*options, "--systems", systems]))
-    assert result["versions"] == {"maxsim-cpu": "7"}
+    assert result["versions"] == {"maxsim-cpu": "maxsim-cpu 7"}
     assert result["left_out"] == []
     found = {(row["vectors"], row["system"]): row for row in result["rows"]}
     assert set(found) == {
