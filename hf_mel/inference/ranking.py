@@ -7,15 +7,17 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from hf_mel.errors import KnowledgeBaseError, RecipeError, ScoreError, UnknownEntityError
+from hf_mel.errors import KnowledgeBaseError, LostProcessError, RecipeError, ScoreError, UnknownEntityError
 from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
 from hf_mel.inference.entity_sources import EntitySource
 from hf_mel.inference.execution import model_device
@@ -191,7 +193,15 @@ class SingleProcess:
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """If one process raises in the block, all raise, so that no collective call hangs."""
+        """If one process raises in the block, all raise, so that no collective call hangs.
+
+        A [`~hf_mel.errors.LostProcessError`] is raised at once: no collective call reaches the lost process.
+        """
+        yield
+
+    @contextmanager
+    def without_limit(self) -> Iterator[None]:
+        """Lets the processes wait for each other in the block however long it takes ([`unlimited_group`])."""
         yield
 
 
@@ -200,12 +210,30 @@ class ProcessGroup(SingleProcess):
 
     def __init__(self, processes: PartialState):
         self.index, self.size = processes.process_index, processes.num_processes
+        self._unlimited: dist.ProcessGroup | None = None
 
     def gather(self, value: Any) -> list[Any]:
         """See [`SingleProcess.gather`]."""
-        if not isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor):
+            return [tensor.to(value.device) for tensor in self._gather_object(value.cpu())]
+        return self._gather_object(value)
+
+    def _gather_object(self, value: Any) -> list[Any]:
+        if self._unlimited is None:
             return gather_object([value])
-        return [tensor.to(value.device) for tensor in gather_object([value.cpu()])]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, self._unlimited)
+        return values
+
+    @contextmanager
+    def without_limit(self) -> Iterator[None]:
+        """See [`SingleProcess.without_limit`]."""
+        self._unlimited = unlimited_group()
+        try:
+            yield
+        finally:
+            dist.destroy_process_group(self._unlimited)
+            self._unlimited = None
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
@@ -213,11 +241,22 @@ class ProcessGroup(SingleProcess):
         local_error: Exception | None = None
         try:
             yield
+        except LostProcessError:
+            raise
         except Exception as error:  # any kind, because the other processes wait for this one
             local_error = error
         for process_error in self.gather(local_error and portable(local_error)):
             if process_error is not None:
                 raise local_error or process_error
+
+
+def unlimited_group() -> dist.ProcessGroup:
+    """Returns a new group of all processes, whose operations wait for a process however long it works.
+
+    Those of the ordinary group fail after its time limit, which is ten minutes with NCCL. If a process ends, its connections
+    do, and so do the operations of the others.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
 def process_group(processes: PartialState | None) -> SingleProcess:

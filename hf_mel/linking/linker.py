@@ -32,14 +32,14 @@ from hf_mel.inference.fingerprint import describe_model
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.precision import native_bf16
 from hf_mel.inference.probe import sees_images, sees_images_in_pairs, unread_columns_in_pairs
-from hf_mel.inference.ranking import ProcessGroup, RankingResult, score_of_units
+from hf_mel.inference.ranking import ProcessGroup, RankingResult
 from hf_mel.inference.reranking import score_pairs
 from hf_mel.inference.score_bounds import QueryCodes
 from hf_mel.inference.selective import RiskCoverage, link_confidence
 from hf_mel.inference.sparse_scores import SparseScores
 from hf_mel.kb.entities import EntitiesLike, is_row_file
 from hf_mel.kb.indexes import open_index
-from hf_mel.kb.indexes.base import ExactIndex, rank_rows
+from hf_mel.kb.indexes.base import ExactIndex
 from hf_mel.kb.indexes.certified import bound_queries_of
 from hf_mel.kb.indexes.shared_ranking import SharedExactIndex
 from hf_mel.kb.knowledge_base import KnowledgeBase
@@ -625,13 +625,10 @@ class EntityLinker:
         if open_counts and isinstance(self.index, ExactIndex):
             # All entities that were returned are tied, so there may be more. This is rare: rank once more.
             tied = {name: tensor[open_counts] for name, tensor in encodings.items()}
-            score = None if units is None else score_of_units(self.model, units)
-            golds = ranking.top_rows[open_counts, 0]
+            best = ranking.top_rows[open_counts, 0].numpy()
             added = None if added is None else added.select(open_counts)
-            places = golds if rows is None else np.searchsorted(rows, golds.numpy())
-            positions = rank_rows(self.model, tied, self.kb, rows, gold_rows=places, top_k=1, score=score, added=added)
-            assert positions.worst_rank is not None
-            for number, count in zip(open_counts, positions.worst_rank.tolist(), strict=True):
+            not_worse = self.index.count_not_worse(tied, best, units=units, added=added, rows=rows)
+            for number, count in zip(open_counts, not_worse, strict=True):
                 counts[number] = count
         return counts
 

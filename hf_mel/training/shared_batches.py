@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,16 +19,13 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from hf_mel.inference.entity_sources import part_of
-from hf_mel.inference.ranking import portable
+from hf_mel.inference.ranking import portable, unlimited_group
 from hf_mel.protocols import Encodings
 
 T = TypeVar("T")
 
 #: Key of a batch under which a collator says how many rows there are in all parts. The trainer takes it out.
 SHARED_SIZES = "shared_sizes"
-
-#: Time for which the other processes wait for what the first one makes. If it ends, its connection does, and so do they.
-_NO_LIMIT = timedelta(days=365)
 
 
 def part_rows(rows: Sequence[T], part: tuple[int, int]) -> Sequence[T]:
@@ -57,8 +53,7 @@ def made_by_first(make: Callable[[], T]) -> T:
     processes = PartialState()
     if processes.num_processes == 1:
         return make()
-    # Operations of the ordinary group fail when a process waits longer than its limit, which is ten minutes with NCCL.
-    group = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+    group = unlimited_group()
     outcome: list[Any] = [None, None]
     if processes.is_main_process:
         try:

@@ -14,7 +14,7 @@ import torch
 
 from hf_mel.errors import KnowledgeBaseError, MelError, ScoreError
 from hf_mel.inference.sparse_scores import SparseScores
-from hf_mel.kb.indexes import build_index, certified, open_index
+from hf_mel.kb.indexes import base, build_index, certified, open_index
 from hf_mel.kb.indexes.base import ExactIndex
 from hf_mel.kb.indexes.certified import CertifiedIndex
 from hf_mel.kb.knowledge_base import KnowledgeBase
@@ -167,19 +167,51 @@ class Pairs(Bounded):
         return (mentions["text"] @ entities["text"].float().T + mentions["vision"].norm(dim=-1, keepdim=True)) / 2
 
 
-@pytest.mark.parametrize("world", [name for name in WORLDS if name not in ("single", "uneven_norms")])
-def test_bounds_of_pairs_spare_reading_entities_and_change_nothing(world, tmp_path, monkeypatch):
+def pairs_of_world(world: str, folder) -> tuple[Pairs, KnowledgeBase, dict[str, torch.Tensor]]:
+    """Returns a model, a knowledge base with codes, and mentions."""
     model = Pairs(MODEL.config).eval()
     model.load_state_dict(MODEL.state_dict())
     vectors = torch.from_numpy((WORLDS[world] / max(1.0, np.abs(WORLDS[world]).max())).astype(np.float32))
     model.vectors = vectors
     entities = toy_entities(len(vectors), images=False)
-    kb = KnowledgeBase.build(entities, model, PROCESSOR, output=tmp_path / "kb", dtype="bfloat16", progress=False)
+    kb = KnowledgeBase.build(entities, model, PROCESSOR, output=folder, dtype="bfloat16", progress=False)
     model.vectors = None
     build_index(kb, "codes", model, PROCESSOR, progress=False)
     generator = torch.Generator().manual_seed(0)
     text = torch.cat([torch.randn(4, vectors.shape[1], generator=generator), vectors[7:10]])
-    mentions = {"text": text, "vision": torch.rand(len(text), 1, generator=generator) * 0.1}
+    return model, kb, {"text": text, "vision": torch.rand(len(text), 1, generator=generator) * 0.1}
+
+
+@pytest.mark.parametrize("limit", ["rows", "bytes"])
+def test_bounds_of_pairs_read_few_entities_at_a_time(tmp_path, monkeypatch, limit):
+    model, kb, mentions = pairs_of_world("plain", tmp_path / "kb")
+    monkeypatch.setattr(certified, "_LARGEST_SHARE", 1.0)
+    monkeypatch.setattr(certified, "_BATCH", 64)
+    index, reads, read = open_index(kb, "exact", model), [], kb.encodings
+
+    def watched(rows, *, names=None, **options):
+        if names is not None:
+            reads.append(len(rows))
+        return read(rows, names=names, **options)
+
+    monkeypatch.setattr(kb, "encodings", watched)
+    whole, most_at_once = index.find(mentions, 3), max(reads)
+    reads.clear()
+    if limit == "rows":
+        monkeypatch.setattr(certified, "_CHUNK_ROWS", 7)
+    else:
+        monkeypatch.setattr(base, "_CHUNK_BYTES", 7 * 2 * WORLDS["plain"].shape[1] + 1)  # bfloat16
+    few = index.find(mentions, 3)
+    assert max(reads) == 7 < most_at_once
+    assert torch.equal(few.top_rows, whole.top_rows)
+    torch.testing.assert_close(few.bounds, whole.bounds, rtol=1e-5, atol=1e-5)
+    assert_equal(few, ExactIndex(kb, model).find(mentions, 3))
+
+
+@pytest.mark.parametrize("world", [name for name in WORLDS if name not in ("single", "uneven_norms")])
+def test_bounds_of_pairs_spare_reading_entities_and_change_nothing(world, tmp_path, monkeypatch):
+    model, kb, mentions = pairs_of_world(world, tmp_path / "kb")
+    text = mentions["text"]
     monkeypatch.setattr(certified, "_LARGEST_SHARE", 1.0)
     index, plain, scored = open_index(kb, "exact", model), ExactIndex(kb, model), []
     original = certified.rank_rows

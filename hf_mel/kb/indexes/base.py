@@ -53,7 +53,7 @@ _RANKED_TOGETHER = 8
 _SEARCH_SURPLUS = 2
 #: And no more than these, which Milvus can return.
 _MAX_SEARCHED = 8192
-#: Bytes of encodings that are converted to vectors at a time.
+#: Bytes of encodings that are converted to vectors, or bounded, at a time.
 _CHUNK_BYTES = 64 << 20
 #: Size of the sample that determines mean and radius, and number of consecutive rows in it.
 _SAMPLE_ROWS, _SAMPLE_RUN = 16_384, 64
@@ -116,8 +116,40 @@ class ExactIndex(Index):
         rows: np.ndarray | None = None,
     ) -> RankingResult:
         """Ranks all entities; see [`Index.find`]."""
+        return self._rank(mentions, top_k, units, added, rows)
+
+    def count_not_worse(
+        self,
+        mentions: Encodings,
+        entities: np.ndarray,
+        *,
+        units: Sequence[str] | None = None,
+        added: SparseScores | None = None,
+        rows: np.ndarray | None = None,
+    ) -> list[int]:
+        """Returns how many entities score as much as a given one or more, itself included, for each of M mentions.
+
+        Args:
+            mentions, units, added, rows: As in [`Index.find`].
+            entities (`np.ndarray` `[M]`): The rows of the given entities.
+        """
+        places = entities if rows is None else np.searchsorted(rows, entities)
+        ranked = self._rank(mentions, 1, units, added, rows, places)
+        assert ranked.worst_rank is not None
+        return ranked.worst_rank.tolist()
+
+    def _rank(
+        self,
+        mentions: Encodings,
+        top_k: int,
+        units: Sequence[str] | None,
+        added: SparseScores | None,
+        rows: np.ndarray | None,
+        places: np.ndarray | None = None,
+    ) -> RankingResult:
+        """Scores all entities; `places` [M] are positions of golds among them."""
         score = None if units is None else score_of_units(self.model, units)
-        return rank_rows(self.model, mentions, self.kb, rows, top_k=top_k, score=score, added=added)
+        return rank_rows(self.model, mentions, self.kb, rows, gold_rows=places, top_k=top_k, score=score, added=added)
 
 
 def rank_rows(
@@ -404,7 +436,7 @@ def iter_computed(
     device = model_device(model)
     if chunk_size is None:
         _, one_row = next(kb.iter_physical(0, 1, as_stored=as_stored))
-        chunk_size = max(1, min(most_rows, _CHUNK_BYTES // row_bytes(one_row)))
+        chunk_size = rows_per_chunk(row_bytes(one_row), most_rows)
     for start, encodings in kb.iter_physical(first, chunk_size, as_stored=as_stored):
         with torch.inference_mode():
             arrays = [part.float().cpu().numpy() for part in compute(to_device(encodings, device))]
@@ -424,6 +456,11 @@ def iter_computed(
             )
         yield start, arrays
         del encodings, arrays
+
+
+def rows_per_chunk(bytes_per_row: int, most_rows: int) -> int:
+    """Returns how many rows of encodings are read at a time: as many as fit into 64 MB, but no more than `most_rows`."""
+    return max(1, min(most_rows, _CHUNK_BYTES // max(1, bytes_per_row)))
 
 
 def create_record(kb: KnowledgeBase, model: Any, kind: str) -> IndexRecord:

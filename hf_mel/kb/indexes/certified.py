@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from hf_mel.errors import KnowledgeBaseError, ScoreError
 from hf_mel.files import building_folder, write_errors
-from hf_mel.inference.encodings import num_rows, slice_encodings, to_device
+from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.ranking import RankingResult
 from hf_mel.inference.score_bounds import BoundCodes, BoundQueries, encode, head_width, make_rotation
@@ -44,6 +44,7 @@ from hf_mel.kb.indexes.base import (
     iter_computed,
     rank_rows,
     read_record,
+    rows_per_chunk,
     stale_index_error,
     verified_path,
 )
@@ -66,7 +67,7 @@ _FIRST_SCORED, _BATCH = 64, 512
 _PAIR_ROUNDING = 2e-5
 #: If more than this share of the entities may be among the best, all are ranked.
 _LARGEST_SHARE = 0.25
-#: Most rows that are coded at a time, and rows of the sample that gives the directions.
+#: Most rows that are coded or bounded at a time, and rows of the sample that gives the directions.
 _CHUNK_ROWS = 1 << 13
 _SAMPLE_ROWS, _SAMPLE_RUN = 1 << 14, 1 << 10
 _DTYPES = {"int8": "I8", "float32": "F32", "float64": "F64"}
@@ -238,11 +239,16 @@ class CertifiedIndex(ExactIndex):
     ) -> tuple[torch.Tensor, float]:
         """Returns those of the rows `chosen` [n] whose small encodings leave it open, and the highest bound of the others."""
         rows, model = chosen.numpy(), self.model
-        entities = self.kb.encodings(rows, as_stored=True, names=model.pair_bound_encodings)
-        device = model_device(model)
-        with torch.inference_mode():
-            of_pairs = model.pair_bounds(to_device(mention, device), to_device(entities, device))[0]
-            bounds = of_pairs.float().cpu().double().numpy()
+        device, names = model_device(model), model.pair_bound_encodings
+        mention = to_device(mention, device)
+        bytes_per_row = row_bytes(self.kb.encodings(rows[:1], as_stored=True, names=names))
+        parts = []
+        for part in np.split(rows, range(0, len(rows), rows_per_chunk(bytes_per_row, _CHUNK_ROWS))[1:]):
+            entities = self.kb.encodings(part, as_stored=True, names=names)
+            with torch.inference_mode():
+                parts.append(model.pair_bounds(mention, to_device(entities, device))[0].float().cpu())
+            del entities  # two parts are never in memory
+        bounds = torch.cat(parts).double().numpy()
         if added is not None:
             bounds = bounds + added.of(0, rows)
         bounds = bounds + _PAIR_ROUNDING * (np.abs(bounds).max() + abs(floor))
