@@ -253,6 +253,7 @@ def write_traced(results: Path, lines: Iterable[str], traces: Callable[[], Trace
     results = link_target(results)
     new = _new_trace_path(results)
     try:
+        _finish_interrupted_write(results, new)
         with replace_file(results) as temporary:
             with temporary.open("w", encoding="utf-8") as file:
                 file.writelines(lines)
@@ -264,6 +265,19 @@ def write_traced(results: Path, lines: Iterable[str], traces: Callable[[], Trace
             file=results,
             remedy="Check the path and the free disk space.",
         ) from error
+
+
+def _finish_interrupted_write(results: Path, new: Path) -> None:
+    """Renames new traces whose results are in place already, so that those of the next results do not replace them."""
+    if not (new.is_file() and results.is_file()):
+        return
+    try:
+        with safe_open(new, framework="np") as file:
+            sha256 = (file.metadata() or {}).get("results")
+    except SafetensorError:
+        return  # damaged, and of no use
+    if sha256 == file_sha256(results):
+        new.replace(trace_path(results))
 
 
 def delete_traces(results: Path) -> None:

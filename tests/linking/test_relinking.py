@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -301,6 +302,38 @@ def test_a_kill_at_any_moment_leaves_results_with_their_traces(tmp_path, monkeyp
     assert seen == {old, whole.read_bytes()}
     link_file(linker, read_mentions(source), copies[0] / results.name, top_k=3)
     assert sorted(path.name for path in copies[0].glob("*.relink")) == ["whole.jsonl.relink"]
+
+
+def test_two_kills_in_a_row_leave_results_with_their_traces(tmp_path, monkeypatch):
+    linker, results = linked(tmp_path)
+    replace, folders = Path.replace, []
+
+    def relink_and_be_killed(folder, num_renames):
+        left = iter(range(num_renames))
+
+        def rename(path, target):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return replace(path, target)
+
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Path, "replace", rename)
+            relink_file(linker, folder / results.name, folder / results.name)
+
+    edit(linker.kb, MODELS["bounds"], random.Random(3), 12)
+    for first in range(3):
+        for second in range(4):
+            folders.append((tmp_path / f"{first}-{second}", second))
+            folders[-1][0].mkdir()
+            for path in (results, trace_path(results), tmp_path / "mentions.jsonl"):
+                shutil.copy(path, folders[-1][0])
+            relink_and_be_killed(folders[-1][0], first)
+    edit(linker.kb, MODELS["bounds"], random.Random(4), 12)
+    link_all(linker, tmp_path / "mentions.jsonl", tmp_path / "anew.jsonl", 3)
+    for folder, second in folders:
+        relink_and_be_killed(folder, second)
+        relink_file(linker, folder / results.name, folder / results.name)
+        assert_same(folder / results.name, tmp_path / "anew.jsonl")
 
 
 def test_another_model_knowledge_base_or_setting_is_refused(tmp_path):
