@@ -723,6 +723,15 @@ class MimicModel(MimicPreTrainedModel):
         """Vectors [M, D] that the NIL score is read from: those of the weights of the loss, which it was trained on."""
         return self._query_vectors(mentions, self.config.loss_unit_weights)
 
+    def _nil_rounding(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Rounding [M] that bounds of scores less NIL scores need: more than that of the difference, which may be near 0.
+
+        Sums are rounded in another way for other numbers of mentions and entities.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            lengths = self._nil_vectors(mentions).norm(dim=-1)
+            return (lengths * self.nil.vector.norm() + self.nil.bias.abs()) * 1e-5
+
     @torch.no_grad()
     def quick_scores(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """S [M, N] (eq. 7) without TGLU's local half: the part that takes only products of per-item vectors."""
@@ -849,10 +858,8 @@ class MimicModel(MimicPreTrainedModel):
             first = next(iter(mentions.values()))
             zero = first.new_zeros(len(first), dtype=torch.float32)
             constant = zero
-            if hasattr(self, "nil"):  # which is rounded in another way for other numbers of mentions
-                query_vectors = self._nil_vectors(mentions)
-                largest = query_vectors.norm(dim=-1) * self.nil.vector.norm() + self.nil.bias.abs()
-                constant = largest * 1e-5 - self.nil(query_vectors)
+            if hasattr(self, "nil"):
+                constant = self._nil_rounding(mentions) - self.nil(self._nil_vectors(mentions))
         return torch.cat(vectors, -1), torch.stack([*extras, zero], 1)[:, : len(extras)], constant
 
     @torch.no_grad()
@@ -900,7 +907,8 @@ class MimicModel(MimicPreTrainedModel):
         weight = self._unit_weights(mentions)["text"] / 2  # eq. 4 and 7
         with torch.autocast(self.device.type, enabled=False):
             local = global_to_local_bounds(mentions, entities, self.tglu.layer_norm)
-        return self.quick_scores(mentions, entities) + local * _column(weight)
+        bounds = self.quick_scores(mentions, entities) + local * _column(weight)
+        return bounds + self._nil_rounding(mentions)[:, None] if hasattr(self, "nil") else bounds
 
     @torch.no_grad()
     def attention(

@@ -385,6 +385,28 @@ def test_bounds_of_pairs_are_reached_but_never_exceeded(shape, fields):
         assert (highest - scores).quantile(0.3) < 0.01 * (loose - scores).median()
 
 
+def test_bounds_of_pairs_hold_where_the_nil_score_leaves_nothing_but_rounding():
+    model = build(units=["text"], vision_config=None, nil_score=True)
+    generator = torch.Generator().manual_seed(0)
+    mentions, entities = texts_near_the_bound(model, "narrow")
+    mentions["text_global"] = torch.randn(mentions["text_global"].shape, generator=generator)
+    # Equal entities whose local half and its bound are 0, so that all that is left of bound and score is rounding.
+    entities["text_query_global"] = torch.zeros_like(entities["text_query_global"])
+    entities["text_global"] = 1e3 * torch.randn(entities["text_global"][:1].shape, generator=generator).expand_as(
+        entities["text_global"]
+    )
+    with torch.no_grad():
+        model.nil.vector.copy_(
+            torch.cat([entities["text_global"][0], torch.zeros_like(entities["text_query_global"][0])])
+        )
+        scores = model.score(mentions, entities)
+        assert scores.abs().max() < 1e-3 * (mentions["text_global"] @ entities["text_global"].T).abs().max()
+        entity = {name: tensor[:1] for name, tensor in entities.items()}
+        for m in range(len(scores)):
+            mention = {name: tensor[m : m + 1] for name, tensor in mentions.items()}
+            assert model.pair_bounds(mention, entity) >= scores[m].max()
+
+
 def test_bounds_of_pairs_are_of_no_use_without_tokens():
     assert build(text_local=False).pair_bound_encodings == []
     assert build(units=["cross_modal"]).pair_bound_encodings == []
