@@ -205,7 +205,9 @@ def building_path(target: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterator[Path]:
+def building_folder(
+    target: str | os.PathLike[str], fingerprint: str, *, survives_errors: bool = False
+) -> Iterator[Path]:
     """Opens the working folder `.NAME.building` beside `target`, with the finished parts of an interrupted build.
 
     The caller records finished parts in files below `notes/` and can rely on them after an interruption. The folder is
@@ -215,6 +217,7 @@ def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterato
     Args:
         target (`str` or `os.PathLike`): The file or folder that is built.
         fingerprint (`str`): Everything the result depends on. Leftovers of a build with another fingerprint are deleted.
+        survives_errors (`bool`): Whether an error, too, keeps the folder if `notes/` is not empty.
 
     Yields:
         `Path`: The working folder.
@@ -244,10 +247,9 @@ def building_folder(target: str | os.PathLike[str], fingerprint: str) -> Iterato
                             shutil.rmtree(entry)
                     write_text(fingerprint_file, [fingerprint])
                 yield stage
-            except Exception:
-                raise
-            except BaseException:  # KeyboardInterrupt, SystemExit
-                keep = any((stage / "notes").glob("*"))
+            except BaseException as error:
+                is_interruption = not isinstance(error, Exception)  # KeyboardInterrupt, SystemExit
+                keep = (is_interruption or survives_errors) and any((stage / "notes").glob("*"))
                 raise
             finally:
                 if not keep:

@@ -252,7 +252,7 @@ class KnowledgeBase:
                 "Several processes cannot build a temporary knowledge base.", remedy="Give an output."
             )
         temporary = tempfile.TemporaryDirectory(prefix="hf_mel-kb-") if output is None else None
-        with group.raise_together():
+        with group.without_limit(), group.raise_together():  # hosts may read the entities at very different speeds
             target = writable_target(Path(temporary.name, "kb") if temporary else Path(os.fspath(output)))  # type: ignore[arg-type]
             bad_images: list[ImageError] | None = None if strict else []
             source, name = open_entities(entities, bad_images, mapping)
@@ -288,7 +288,8 @@ class KnowledgeBase:
                 finish=finish,
             )
             return cls(target)
-        with building_folder(target, json.dumps(settings, sort_keys=True)) as stage, lock_existing(target):
+        # The lock comes first: an error inside of the working folder deletes what an interrupted build has finished.
+        with lock_existing(target), building_folder(target, json.dumps(settings, sort_keys=True)) as stage:
             work = stage / "kb"
             work.mkdir(exist_ok=True)
             writer = ShardWriter(work, 0, dtype, step=window_rows(batch_size), notes=stage / "notes")

@@ -5,7 +5,9 @@ units to a folder of its own, renames it into the common one, and notes it there
 batch size, not on the processes, so that a build goes on with another number of them. The first process joins the parts of
 shards, batch by batch as one process writes them, and installs the knowledge base. Its files are those of one process.
 
-Processes wait for each other by reading notes, because collective calls have a time limit and a unit may take hours.
+Processes wait for each other by reading notes, because collective calls have a time limit and a unit may take hours. Each has
+a file that a thread touches while it goes on. It deletes the file if it has an error, which a full disk does not prevent. One
+whose file no longer changes was killed, or its host no longer runs.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import json
 import logging
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ import datasets
 import pyarrow as pa
 import torch
 
-from hf_mel.errors import KnowledgeBaseError
+from hf_mel.errors import KnowledgeBaseError, LostProcessError, MelError
 from hf_mel.files import building_folder, building_path, read_json, write_errors, write_text
 from hf_mel.inference.encode import encode_batches, window_rows
 from hf_mel.inference.encodings import slice_encodings
@@ -49,6 +52,9 @@ _MIN_UNITS = 64
 _POLL_SECONDS = 0.5
 #: Seconds in which a file of one host appears on the others. NFS keeps lists of folders for up to a minute.
 _SEEN_SECONDS = 90.0
+#: Seconds between two signs of a process, and those without a sign after which it is taken for lost. A process gives signs while
+#: it encodes: PyTorch lets other threads run.
+_SIGN_SECONDS, _LOST_SECONDS = 30.0, 600.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,9 @@ def build_together(
 
     Raises:
         KnowledgeBaseError: The processes have other settings, or do not see one folder.
-        Exception: The error of the first process that has one; all processes raise it.
+        LostProcessError: Another process was killed, or its host no longer runs. Each process finds this out by itself.
+        Exception: The error of the first process that has one; all processes raise it. It says whether finished units are
+            kept, with which the same call goes on.
     """
     _check_same_settings(group, {**settings, "batch size": batch_size}, target)
     with group.raise_together():
@@ -140,25 +148,28 @@ def build_together(
                 fingerprint = json.dumps(
                     {**settings, "window": window_rows(batch_size), "shard": shard_rows}, sort_keys=True
                 )
-                stack.enter_context(building_folder(target, fingerprint))
                 stack.enter_context(lock_existing(target))
+                stack.enter_context(building_folder(target, fingerprint, survives_errors=True))
                 _start_run(stage, units, run)
         run = group.gather(run)[0]
+        work = _SharedFolder(stage, run, group, dtype, layout, window_rows(batch_size))
         with group.raise_together():
-            _wait_for((stage / f"run-{run}").is_dir, stage, "The folder of the first process is not seen by this one.")
+            _wait_for(work.going.is_dir, stage, "The folder of the first process is not seen by this one.")
+            work.enter()
+        with group.raise_together():
+            _wait_for(lambda: not work.has_failed(), stage, "The files of another process are not seen by this one.")
         todo = group.gather([unit.number for unit in units if read_json(stage / "notes" / unit.note) is None])[0]
         if is_first and len(todo) < len(units):
             done = len(source) - sum(len(units[number].rows) for number in todo)
             logger.info("Resuming the interrupted build of %s; %s entities are done.", target, f"{done:,}")
         share = part_of(len(todo), group.index, group.size)
-        work = _SharedFolder(stage, run, group.index, dtype, layout, window_rows(batch_size))
-        with group.raise_together(), work.telling_others():
+        with _saying_what_is_kept(stage), group.raise_together(), work.telling_others():
             chosen = [units[number] for number in todo[share.start : share.stop]]
             work.encode(chosen, source, name, inputs, batch_size, progress)
             work.wait_until(lambda: work.num_finished() == len(units))
             if is_first:
                 finish(stage / "kb", work.join(units, source, name, batch_size), layout)
-                work.joined.mkdir()
+                work.joining.rename(work.joined)
             work.wait_until(work.joined.exists)
     _wait_for(
         (target / MANIFEST_NAME).is_file, target, "The folder that the first process wrote is not seen by this one."
@@ -206,7 +217,8 @@ def _start_run(stage: Path, units: Sequence[EncodingUnit], run: str) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        (stage / f"run-{run}").mkdir()
+        for name in ("joining", "going"):
+            (stage / f"run-{run}" / name).mkdir(parents=True)
 
 
 def _complete_files(folder: Path, entry: Any) -> list[Path]:
@@ -234,6 +246,21 @@ def _wait_for(is_true: Callable[[], bool], file: Path, problem: str) -> None:
         time.sleep(_POLL_SECONDS)
 
 
+@contextmanager
+def _saying_what_is_kept(stage: Path) -> Iterator[None]:
+    """Adds to an error of the block that the working folder has finished units, if it has some."""
+    try:
+        yield
+    except Exception as error:
+        if not any((stage / "notes").glob("*.json")):
+            raise
+        kept = f"The finished part of the build is kept: repeat the command to go on, or delete {stage.absolute()}."
+        if isinstance(error, MelError):
+            raise error.changed(remedy=f"{error.remedy} {kept}" if error.remedy else kept) from error
+        error.add_note(kept)
+        raise
+
+
 class _OthersFailed(Exception):
     """Another process has an error, which it reports itself."""
 
@@ -244,33 +271,101 @@ class _SharedFolder:
     Args:
         stage (`Path`): The folder.
         run (`str`): An id of the run, which processes of a killed run do not have.
-        number (`int`): Number of the process.
+        group ([`~hf_mel.inference.ranking.ProcessGroup`]): The processes.
         dtype (`str`): The dtype in which floating-point encodings are stored.
         layout (mapping): Dtype and shape of one row of each encoding.
         step (`int`): Rows of a window.
     """
 
-    def __init__(self, stage: Path, run: str, number: int, dtype: str, layout: dict[str, Any], step: int):
+    def __init__(self, stage: Path, run: str, group: ProcessGroup, dtype: str, layout: dict[str, Any], step: int):
         self.stage, self.layout, self.dtype, self.step = stage, layout, dtype, step
         folder = stage / f"run-{run}"
-        self.own, self.errors, self.joined = folder / f"process-{number}", folder / "errors", folder / "joined"
+        self.own, self.going = folder / f"process-{group.index}", folder / "going"
+        # Renamed, and not made, because the disk may be full by then.
+        self.joining, self.joined = folder / "joining", folder / "joined"
+        self._signs = [self.going / str(number) for number in range(group.size)]
+        self._sign = self._signs[group.index]
+        #: The last sign of each process that this one has seen, and the seconds for which it has seen no other.
+        self._seen: list[tuple[int, float]] = [(0, 0.0)] * group.size
+        self._last_look = time.monotonic()
         self._units: Iterator[EncodingUnit] = iter(())
         self._unit: EncodingUnit | None = None
         self._writer: ShardWriter | None = None
         self._missing = 0
 
+    def enter(self) -> None:
+        """Makes the folder of this process, and its file that shows that it goes on."""
+        with write_errors(self.own):
+            self.own.mkdir()
+            self._sign.touch()
+
     @contextmanager
     def telling_others(self) -> Iterator[None]:
         """Lets the other processes stop at once if this one raises an error, and ends the block if another one has."""
+        is_over = threading.Event()
+        signs = threading.Thread(target=self._give_signs, args=[is_over], daemon=True)
+        signs.start()
         try:
-            self.own.mkdir()
             yield
         except _OthersFailed:
             pass
-        except Exception:
-            with write_errors(self.errors):
-                self.errors.mkdir(exist_ok=True)
+        except LostProcessError:
             raise
+        except Exception:
+            with suppress(OSError):
+                self._sign.unlink()
+            raise
+        finally:
+            is_over.set()
+            signs.join()
+
+    def _give_signs(self, is_over: threading.Event) -> None:
+        while not is_over.wait(_SIGN_SECONDS):
+            with suppress(OSError):  # a shared disk that is away for a while
+                os.utime(self._sign)
+
+    def has_failed(self) -> bool:
+        """Returns whether a process has deleted its file.
+
+        Raises:
+            LostProcessError: The folder is no longer there.
+        """
+        try:
+            return len(os.listdir(self.going)) < len(self._signs)
+        except FileNotFoundError as error:
+            raise LostProcessError(
+                "The first process has ended, and its folder was deleted.",
+                file=self.stage,
+                remedy="Repeat the command.",
+            ) from error
+
+    def _check_others(self) -> None:
+        """Raises an error if another process has failed or is lost.
+
+        Clocks of hosts differ, so changes are counted and times are not compared. Time in which this process did not look
+        does not count, because a disk that hangs stops all processes.
+        """
+        if self.has_failed():
+            raise _OthersFailed
+        since_look = time.monotonic() - self._last_look
+        if since_look < _SIGN_SECONDS:
+            return
+        self._last_look += since_look
+        for number, path in enumerate(self._signs):
+            try:
+                sign = path.stat().st_mtime_ns
+            except FileNotFoundError as error:
+                raise _OthersFailed from error
+            last, silence = self._seen[number]
+            silence = silence + min(since_look, 2 * _SIGN_SECONDS) if sign == last else 0.0
+            self._seen[number] = sign, silence
+            if silence > _LOST_SECONDS:
+                raise LostProcessError(
+                    f"Process {number} has given no sign for {silence / 60:.0f} minutes. It was killed, or its host no "
+                    "longer runs.",
+                    file=self.stage,
+                    remedy="End the processes that still run, and repeat the command.",
+                )
 
     def encode(
         self,
@@ -298,7 +393,7 @@ class _SharedFolder:
 
     def add(self, encodings: Mapping[str, torch.Tensor], table: pa.Table) -> None:
         """Appends a batch, which is in one unit."""
-        if self.errors.exists():
+        if self.has_failed():
             raise _OthersFailed
         assert self._unit is not None
         assert self._writer is not None
@@ -326,10 +421,10 @@ class _SharedFolder:
 
         Raises:
             _OthersFailed: A process has an error.
+            LostProcessError: A process was killed, or its host no longer runs.
         """
         while not is_true():
-            if self.errors.exists():
-                raise _OthersFailed
+            self._check_others()
             time.sleep(_POLL_SECONDS)
 
     def join(

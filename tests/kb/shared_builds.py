@@ -2,39 +2,63 @@
 
 At the end it links with the first knowledge base, if that was built. The argument is a JSON list. Each entry has the name of
 the output, optionally "window" (its batches) and "shard" (its entities), and changes of one process: "dtype", "model",
-"folder" (another working folder), "texts", "batch size", "fails" and "dies" (at an entity). The files of errors and of the
-number of encoded entities are written beside the output.
+"folder" (another working folder), "entities" (their number), "batch_size", "locked" (it changes the knowledge base meanwhile),
+"reads" (seconds that it takes to read the entities), and at an entity "fails", "dies", "sleeps" and "full" (its disk is full
+from there on). "reranker" gives all processes a reranker, and "lost" is the number of seconds without a sign after which a
+process is lost. The files of errors and of the number of encoded entities are written beside the output. LIMIT in the
+environment is the time limit of ordinary collective calls, and IDLE the seconds for which the first process does nothing
+before it links.
 """
 
+import errno
 import json
 import os
 import signal
 import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import PartialState
 
 from hf_mel.errors import ScoreError
 from hf_mel.inference import encode
-from hf_mel.kb import shards, shared_build
+from hf_mel.kb import knowledge_base, shards, shared_build
+from hf_mel.kb.folders import kb_lock
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
-from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model
+from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model, toy_reranker
+
+
+def fail() -> None:
+    raise RuntimeError("The lights went out.")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_disk() -> None:
+    shards.save_file = os.mkdir = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+
+
+#: What may happen at an entity.
+EVENTS = {"fails": fail, "dies": die, "sleeps": lambda: time.sleep(8), "full": fill_disk}
 
 
 class WatchedProcessor(ToyProcessor):
-    """Counts entities, and raises an error or dies before the batch that contains entity `at`."""
+    """Counts entities, and calls functions before the batches that contain entities with these ids."""
 
-    def __init__(self, at=None, dies=False):
+    def __init__(self, events=None):
         super().__init__()
-        self.at, self.dies, self.num_seen = at, dies, 0
+        self.events, self.num_seen = events or {}, 0
 
     def __call__(self, entities=None, **kwargs):
-        if any(row["entity_id"] == self.at for row in entities or ()):
-            if self.dies:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise RuntimeError("The lights went out.")
+        for row in entities or ():
+            self.events.get(row["entity_id"], int)()
         if entities and len(entities) > 1 and entities[0]["entity_id"] != "Q0":  # no probes
             self.num_seen += len(entities)
         return super().__call__(entities=entities, **kwargs)
@@ -46,31 +70,37 @@ def small_files(settings) -> None:
     encode._WINDOW_BATCHES = settings.get("window", 1)
     shared_build._MIN_UNITS, shared_build._SEEN_SECONDS = settings.get("units", 64), 1.0
     shared_build._POLL_SECONDS = 0.05
+    shared_build._SIGN_SECONDS, shared_build._LOST_SECONDS = 0.2, settings.get("lost", 600.0)
 
 
 def main() -> None:
-    processes = PartialState(cpu=True)
+    processes = PartialState(cpu=True, timeout=timedelta(seconds=float(os.environ.get("LIMIT", "1800"))))
+    open_entities, save_file, mkdir = knowledge_base.open_entities, shards.save_file, os.mkdir
     root = Path(sys.argv[2])
     for number, settings in enumerate(json.loads(sys.argv[1])):
         small_files(settings)
         change = settings.get("change", {}) if processes.process_index == settings.get("process", 1) else {}
         entities = toy_entities(change.get("entities", 30))
-        processor = WatchedProcessor(change.get("fails") or change.get("dies"), "dies" in change)
+        processor = WatchedProcessor({change[name]: event for name, event in EVENTS.items() if name in change})
         os.chdir(change.get("folder", root))
+        knowledge_base.open_entities = lambda *args: time.sleep(change.get("reads", 0)) or open_entities(*args)  # noqa: B023
         outcome = {}
         try:
-            KnowledgeBase.build(
-                entities,
-                toy_model(seed=change.get("model", 0)),
-                processor,
-                output=settings["output"],
-                batch_size=change.get("batch_size", 4),
-                dtype=change.get("dtype", settings.get("dtype", "float32")),
-                processes=processes,
-                progress=False,
-            )
+            with kb_lock(Path(settings["output"])) if "locked" in change else nullcontext():
+                processes.wait_for_everyone()
+                KnowledgeBase.build(
+                    entities,
+                    toy_reranker() if "reranker" in settings else toy_model(seed=change.get("model", 0)),
+                    processor,
+                    output=settings["output"],
+                    batch_size=change.get("batch_size", 4),
+                    dtype=change.get("dtype", settings.get("dtype", "float32")),
+                    processes=processes,
+                    progress=False,
+                )
         except Exception as error:
-            outcome = {"error": f"{type(error).__name__}: {error}"}
+            outcome = {"error": " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])}
+        shards.save_file, os.mkdir = save_file, mkdir
         outcome["num_seen"] = processor.num_seen
         (root / f"outcome-{number}-{processes.process_index}.json").write_text(json.dumps(outcome))
         processes.wait_for_everyone()
@@ -84,11 +114,13 @@ def link_together(root: Path, processes: PartialState) -> None:
     if not folder.exists():
         return
     linker = EntityLinker(toy_model(), WatchedProcessor(), folder, name_weight=0.5)
+    count_ties_together(folder, root, processes)
     results = []
     for where in (None, "name = 'Entity a' or name = 'Entity dd'", "name = 'Entity z'"):
         linker.where = where
         with linker.sharing(processes) as is_first:
             if is_first:
+                time.sleep(float(os.environ.get("IDLE", "0")))
                 results += linker(list(toy_mentions(11)), top_k=4, batch_size=3)
                 results += linker(list(toy_mentions(3)), top_k=4, units=["text"])
     assert is_first == processes.is_main_process
@@ -103,6 +135,28 @@ def link_together(root: Path, processes: PartialState) -> None:
                 linker(list(toy_mentions(3)))
     except ScoreError as error:
         (root / f"error-{processes.process_index}.json").write_text(json.dumps(str(error)))
+
+
+def count_ties_together(folder: Path, root: Path, processes: PartialState) -> None:
+    """Links mentions that every entity scores alike, and notes the rows that each process reads for it."""
+    model = toy_model()
+    encode = model.encode_mentions
+    linker, read, ties = EntityLinker(model, WatchedProcessor(), folder), [], {}
+    model.encode_mentions = lambda **inputs: {name: tensor * 0 for name, tensor in encode(**inputs).items()}
+    iter_chunks = linker.kb.iter_chunks
+
+    def watched(chunk_size, *, rows=None, as_stored=False):
+        chosen = range(len(linker.kb)) if rows is None else rows
+        read.extend([chosen.start, chosen.stop])
+        return iter_chunks(chunk_size, rows=rows, as_stored=as_stored)
+
+    linker.kb.iter_chunks = watched
+    for where in (None, "name != 'Entity c'"):
+        linker.where = where
+        with linker.sharing(processes) as is_first:
+            if is_first:
+                ties[str(where)] = [result.num_tied for result in linker(list(toy_mentions(3)), top_k=2)]
+    (root / f"ties-{processes.process_index}.json").write_text(json.dumps([ties, min(read), max(read)]))
 
 
 if __name__ == "__main__":

@@ -699,6 +699,17 @@ def test_an_interrupted_build_with_other_inputs_is_not_resumed(tmp_path, small_s
         assert kb.image(1).getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_a_build_that_must_not_replace_a_knowledge_base_keeps_what_was_finished(tmp_path, small_shards):
+    build(WORLD, tmp_path / "kb", dtype="float16")
+    with pytest.raises(KeyboardInterrupt):
+        build(WORLD, tmp_path / "kb", processor=Interrupted("Q21", ctrl_c))
+    with lock_holder(tmp_path / "kb" / ".writer.lock"), pytest.raises(LockedError):
+        build(WORLD, tmp_path / "kb")
+    second = Interrupted()
+    assert_holds(build(WORLD, tmp_path / "kb", processor=second), list(WORLD))
+    assert second.seen == 30 - 16
+
+
 def test_only_one_process_builds_a_folder(tmp_path, small_shards):
     def second():
         with pytest.raises(MelError, match="being built already"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,14 +26,39 @@ from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_mo
 ROOT = Path(__file__).parents[2]
 
 
-def launch(folder: Path, processes: int, *builds: dict) -> subprocess.CompletedProcess:
-    """Runs the program of `shared_builds` in processes."""
+def launch(folder: Path, processes: int, *builds: dict, **variables: str) -> subprocess.CompletedProcess:
+    """Runs the program of `shared_builds` in processes, with variables in their environment."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     words += ["-m", "tests.kb.shared_builds", json.dumps(builds), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    } | variables
     return subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
+
+
+def start_as_hosts_do(folder: Path, processes: int, *builds: dict) -> None:
+    """Runs the program in processes without a launcher that would end them all when one is killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    command = [sys.executable, "-m", "tests.kb.shared_builds", json.dumps(builds), str(folder)]
+    started = [
+        subprocess.Popen(command, cwd=ROOT, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+    try:
+        for process in started:
+            process.wait(timeout=600)
+    finally:
+        for process in started:
+            process.kill()
 
 
 def outcomes(folder: Path, number: int) -> list[dict]:
@@ -84,7 +111,7 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards, monkeypatc
         {"output": "batch", "change": {"batch_size": 8}},
         {"output": "other", "change": {"model": 1, "entities": 29}},
         {"output": "unseen", "change": {"folder": str(tmp_path / "elsewhere")}},
-        {"output": "failed", "change": {"fails": "Q30"}},
+        {"output": "reranker", "reranker": True},
         {"output": "failed", "process": 0, "change": {"fails": "Q2"}},
         {"output": "failed"},
         {"output": "few_bits", "dtype": "int4"},
@@ -101,7 +128,7 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards, monkeypatc
     windows = build_alone(tmp_path / "windows_alone")
     assert windows.info()["shards"] == 2  # of 24 and 6 entities: three windows, and one that is not full
     assert files(tmp_path / "windows") == files(windows.path)
-    for number in (0, 1, 2, 9, 11):
+    for number in (0, 1, 2, 11):
         assert all(0 < outcome["num_seen"] < 30 for outcome in outcomes(tmp_path, number))
         assert sum(outcome["num_seen"] for outcome in outcomes(tmp_path, number)) == 30
     for number, (error, message) in {
@@ -112,7 +139,7 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards, monkeypatc
         4: ("KnowledgeBaseError", "Process 1 has another batch size than process 0."),
         5: ("KnowledgeBaseError", "Process 1 has another entities and model than process 0."),
         6: ("KnowledgeBaseError", "The folder of the first process is not seen by this one. Give an output on a disk"),
-        7: ("RuntimeError", "The lights went out."),
+        7: ("KnowledgeBaseError", "ToyReranker cannot encode entities without a mention. Give a retriever;"),
         8: ("RuntimeError", "The lights went out."),
     }.items():
         for outcome in outcomes(tmp_path, number):
@@ -136,8 +163,66 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards, monkeypatc
             assert mine == whole
         assert result["certified"]
         assert result["num_tied"] == alone.num_tied
+    for number, half in enumerate([range(15), range(15, 30)]):
+        ties, first_read, last_read = json.loads((tmp_path / f"ties-{number}.json").read_text())
+        assert ties == ({} if number else {"None": [30] * 3, "name != 'Entity c'": [29] * 3})
+        assert first_read >= half.start
+        assert last_read <= half.stop
     for number in range(2):
         assert "is nan" in json.loads((tmp_path / f"error-{number}.json").read_text())
+
+
+def test_finished_units_survive_an_error_and_the_same_call_goes_on(tmp_path, small_shards):
+    failing = {"fails": "Q30"}
+    done = launch(
+        tmp_path,
+        2,
+        {"output": "failed", "change": failing},
+        {"output": "failed"},
+        {"output": "full", "change": {"full": "Q30"}},
+        {"output": "full"},
+        {"output": "again", "dtype": "float16"},
+        {"output": "again", "change": failing},
+        {"output": "again", "change": {"locked": True}},
+        {"output": "again"},
+    )
+    assert done.returncode == 0, done.stderr
+    whole = files(build_alone(tmp_path / "whole").path)
+    assert files(tmp_path / "failed") == files(tmp_path / "full") == whole
+    rows = range(30)
+    again, alone = (KnowledgeBase(tmp_path / name).encodings(rows) for name in ("again", "whole"))
+    assert all(torch.equal(again[name], alone[name]) for name in alone)
+    for number, message in {0: "The lights went out.", 2: "No space left", 5: "The lights went out."}.items():
+        for outcome in outcomes(tmp_path, number):
+            assert message in outcome["error"]
+            assert "is kept: repeat the command to go on, or delete" in outcome["error"]
+    for outcome in outcomes(tmp_path, 6):
+        assert outcome["error"].startswith("LockedError")
+    # Before its error in its last unit, the second process had finished two units of four entities, or more.
+    for number in (1, 3, 7):
+        assert 0 < sum(outcome["num_seen"] for outcome in outcomes(tmp_path, number)) <= 30 - 8
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"failed", "full", "again", "whole"}
+
+
+def test_a_killed_process_is_found_out_by_the_others_and_one_that_works_long_is_not(tmp_path, small_shards):
+    slow = {"output": "slow", "lost": 5, "change": {"sleeps": "Q30"}}
+    start_as_hosts_do(tmp_path, 2, slow, {"output": "kb", "lost": 5, "change": {"dies": "Q30"}})
+    assert [outcome.get("error") for outcome in outcomes(tmp_path, 0)] == [None, None]
+    assert files(tmp_path / "slow") == files(build_alone(tmp_path / "whole").path)
+    (outcome,) = outcomes(tmp_path, 1)
+    assert outcome["error"].startswith("LostProcessError")
+    assert "Process 1 has given no sign" in outcome["error"]
+    assert "is kept: repeat the command" in outcome["error"]
+    assert not (tmp_path / "kb").exists()
+    assert len(list((tmp_path / ".kb.building" / "notes").glob("*.json"))) >= 6  # of eight; the last had begun
+
+
+@pytest.mark.slow
+def test_a_process_waits_longer_for_another_than_the_limit_of_collective_calls(tmp_path, small_shards):
+    done = launch(tmp_path, 2, {"output": "parts", "change": {"reads": 14}}, LIMIT="10", IDLE="14")
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "parts") == files(build_alone(tmp_path / "whole").path)
+    assert len(json.loads((tmp_path / "linked-0.json").read_text())) == 42
 
 
 @pytest.mark.slow
