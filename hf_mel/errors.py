@@ -99,12 +99,12 @@ class KnowledgeBaseError(MelError, ValueError):
     """A knowledge base is empty, damaged, or was built by another model."""
 
 
-class LostProcessError(MelError, RuntimeError):
-    """Another of the processes that work together has ended without an error, or no longer runs."""
-
-
 class LockedError(MelError, RuntimeError):
     """Another process is writing to the same folder."""
+
+
+class LostProcessError(MelError, RuntimeError):
+    """Another of the processes that work together has ended without an error, or no longer runs."""
 
 
 class RecipeError(MelError, ValueError):
