@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from hf_mel.data.lazy_rows import LazyRows
 from hf_mel.errors import KnowledgeBaseError
-from hf_mel.inference.encodings import num_rows, slice_encodings
+from hf_mel.inference.encodings import concat_encodings, num_rows, row_bytes, row_lengths, slice_encodings
 from hf_mel.inference.execution import to_model
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.prefetch import computed_ahead
@@ -27,7 +27,9 @@ from hf_mel.schema import DESCRIBING_COLUMNS
 
 #: Batches of a window.
 _WINDOW_BATCHES = 8
-#: Columns whose lengths tell roughly how long the text is that a processor makes of a row.
+#: Rows of a window are put in the order of their tokens while their inputs have fewer bytes: those of images have more.
+_HELD_BYTES = 32 << 20
+#: Columns whose lengths tell roughly how long the text is that a processor makes of a row. They order rows before the tokens.
 _TEXT_COLUMNS = {"mentions": ("text",), "entities": ("name", *DESCRIBING_COLUMNS)}
 
 
@@ -67,19 +69,17 @@ def encode_batches(
     """
     model = inputs.model
     encode = model.encode_mentions if kind == "mentions" else model.encode_entities
-    prepare, chunks = _Preparation(inputs, rows, kind), _chunks(rows, kind, batch_size)
-    # Prototypes and image features are computed with the model, in the modes that the caller has set.
-    is_alone = inputs.prototypes is None and inputs.image_features is None
-    prepared: Any = computed_ahead(prepare, chunks) if is_alone else (prepare(chunk) for chunk in chunks)
+    prepared = _prepared_batches(inputs, rows, kind, batch_size)
+    if inputs.prototypes is None and inputs.image_features is None:  # they would be computed with the model, too
+        prepared = computed_ahead(prepared)
     encodings: dict[str, torch.Tensor] = {}
-    copies: list[tuple[int, int]] = []
     with (
-        closing(prepared),
+        closing(prepared),  # type: ignore[type-var]
         tqdm(total=len(rows), desc=f"Encoding {kind}", unit="row", delay=1, disable=not progress) as bar,
     ):
         for batch in prepared:
-            window = batch.chunk.window
-            if batch.new:
+            window = batch.window
+            if batch.copies is None:
                 # Entered per batch: a generator that stays inside would switch the mode for its caller too.
                 with torch.inference_mode():
                     part = {
@@ -87,83 +87,65 @@ def encode_batches(
                         for name, tensor in encode(**batch.tensors).items()
                     }
                 encodings = encodings or {name: t.new_empty((len(window), *t.shape[1:])) for name, t in part.items()}
-                _put(part, encodings, [row - window.start for row in batch.new], kind)
-            copies += [(row - window.start, source - window.start) for row, source in batch.copies]
-            bar.update(len(batch.chunk.rows))
-            if not batch.chunk.is_last:
+                _put(part, encodings, [row - window.start for row in batch.rows], kind)
+                bar.update(len(batch.rows))
                 continue
-            for name, tensor in encodings.items() if copies else ():
-                to, source = (list(places) for places in zip(*copies, strict=True))
-                encodings[name][to] = tensor[source]
+            to, source = ([row - window.start for row in some] for some in (batch.rows, batch.copies))
+            for tensor in encodings.values():
+                tensor[to] = tensor[source]
+            bar.update(len(batch.rows))
             for first in range(0, len(window), batch_size):
                 yield slice_encodings(encodings, slice(first, first + batch_size))
-            encodings, copies = {}, []
+            encodings = {}
     inputs.left_out.warn(kind)
     if kind == "entities" and inputs.prototypes is not None:
         inputs.prototypes.left_out.warn("posts")
 
 
-class _Chunk(NamedTuple):
-    """Rows of one batch.
+class _PreparedBatch(NamedTuple):
+    """Rows for the model, or those at the end of a window that need no model.
 
     Args:
-        window: The numbers of the rows of its window.
-        rows: The numbers of its rows.
-        is_first, is_last: Whether it is the first or the last batch of its window.
+        window: The numbers of the rows of the window.
+        rows: The numbers of the rows of the batch.
+        tensors: Their inputs, on the model's device.
+        copies: At the end of the window: for each row, the number of the one that has the same inputs.
     """
 
     window: range
     rows: list[int]
-    is_first: bool
-    is_last: bool
-
-
-class _PreparedBatch(NamedTuple):
-    """A batch as the model takes it.
-
-    Args:
-        chunk: Its rows.
-        new: The numbers of the rows whose inputs are in `tensors`.
-        copies: The numbers of the others, and for each the number of the row of the window that has the same inputs.
-        tensors: The inputs, on the model's device.
-    """
-
-    chunk: _Chunk
-    new: list[int]
-    copies: list[tuple[int, int]]
     tensors: Mapping[str, torch.Tensor]
+    copies: list[int] | None = None
 
 
-class _Preparation:
-    """Reads and prepares the batches of a data set, and finds the rows of a window that have the inputs of another."""
-
-    def __init__(self, inputs: ModelInputs, rows: datasets.Dataset, kind: Literal["mentions", "entities"]):
-        self.inputs, self.rows, self.kind = inputs, rows, kind
-        self._row_of: dict[bytes, int] = {}
-
-    def __call__(self, chunk: _Chunk) -> _PreparedBatch:
-        """Prepares the next batch."""
-        if chunk.is_first:
-            self._row_of = {}
-        batch = _read_rows(self.rows, self.kind, chunk.rows)
-        self.inputs.left_out.add(self.kind, batch)
-        prepared = self.inputs.mention_rows(batch) if self.kind == "mentions" else self.inputs.entity_rows(batch)
-        tensors = self.inputs.processor(**{self.kind: prepared})
-        places, new, copies = [], [], []
-        for place, (row, digest) in enumerate(zip(chunk.rows, _row_digests(tensors), strict=True)):
-            source = self._row_of.setdefault(digest, row)
-            if source == row:
-                places.append(place)
-                new.append(row)
-            else:
-                copies.append((row, source))
-        if copies:
-            tensors = slice_encodings(tensors, places)
-        return _PreparedBatch(chunk, new, copies, to_model(self.inputs.model, tensors))
+def _prepared_batches(
+    inputs: ModelInputs, rows: datasets.Dataset, kind: Literal["mentions", "entities"], batch_size: int
+) -> Iterator[_PreparedBatch]:
+    """Yields the batches of all windows, and the end of each window."""
+    for window, chunks in _windows(rows, kind, batch_size):
+        row_of: dict[bytes, int] = {}
+        copies: dict[int, int] = {}
+        held: list[tuple[list[int], Mapping[str, torch.Tensor]]] = []
+        for chunk in chunks:
+            batch = _read_rows(rows, kind, chunk)
+            inputs.left_out.add(kind, batch)
+            prepared = inputs.mention_rows(batch) if kind == "mentions" else inputs.entity_rows(batch)
+            tensors = inputs.processor(**{kind: prepared})
+            sources = [row_of.setdefault(key, row) for row, key in zip(chunk, _row_digests(tensors), strict=True)]
+            copies |= {row: source for row, source in zip(chunk, sources, strict=True) if row != source}
+            new = [place for place, (row, source) in enumerate(zip(chunk, sources, strict=True)) if row == source]
+            if len(new) < len(chunk):
+                tensors = slice_encodings(tensors, new)
+            held.append(([chunk[place] for place in new], tensors))
+            if sum(row_bytes(of_rows) * len(numbers) for numbers, of_rows in held) >= _HELD_BYTES:
+                yield from _by_length(inputs.model, window, held, batch_size)
+                held = []
+        yield from _by_length(inputs.model, window, held, batch_size)
+        yield _PreparedBatch(window, list(copies), {}, list(copies.values()))
 
 
-def _chunks(rows: datasets.Dataset, kind: str, batch_size: int) -> Iterator[_Chunk]:
-    """Yields the batches of all windows, in each window those of short texts first."""
+def _windows(rows: datasets.Dataset, kind: str, batch_size: int) -> Iterator[tuple[range, list[list[int]]]]:
+    """Yields the windows, and the numbers of their rows in the order of the lengths of their columns, a batch at a time."""
     columns = [name for name in _TEXT_COLUMNS[kind] if name in rows.column_names]
     texts = rows.with_format("arrow").select_columns(columns)
     for first in range(0, len(rows), window_rows(batch_size)):
@@ -172,8 +154,26 @@ def _chunks(rows: datasets.Dataset, kind: str, batch_size: int) -> Iterator[_Chu
         for values in texts[window.start : window.stop].to_pydict().values():
             lengths += [len(value) if isinstance(value, str) else sum(map(len, value or ())) for value in values]
         order = (window.start + np.argsort(lengths, kind="stable")).tolist()
-        for start in range(0, len(order), batch_size):
-            yield _Chunk(window, order[start : start + batch_size], start == 0, start + batch_size >= len(order))
+        yield window, [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _by_length(
+    model: Any, window: range, held: Sequence[tuple[list[int], Mapping[str, torch.Tensor]]], batch_size: int
+) -> Iterator[_PreparedBatch]:
+    """Yields prepared rows in batches, those with short texts first."""
+    layouts = [[(name, tensor.shape[1:]) for name, tensor in tensors.items()] for _, tensors in held]
+    if all(layout == layouts[0] for layout in layouts[1:]):
+        rows = [row for numbers, _ in held for row in numbers]
+        tensors = concat_encodings(tensors for _, tensors in held) if held else {}
+        order = np.argsort(row_lengths(tensors), kind="stable").tolist() if rows else []
+        for first in range(0, len(order), batch_size):
+            places = order[first : first + batch_size]
+            inputs = to_model(model, slice_encodings(tensors, places))
+            yield _PreparedBatch(window, [rows[place] for place in places], inputs)
+    else:  # each was padded to its own longest text
+        for numbers, tensors in held:
+            if numbers:
+                yield _PreparedBatch(window, numbers, to_model(model, tensors))
 
 
 def _row_digests(tensors: Mapping[str, torch.Tensor]) -> Iterable[bytes]:

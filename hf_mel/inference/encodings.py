@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from hf_mel.protocols import Encodings
@@ -56,6 +57,15 @@ def concat_encodings(parts: Iterable[Encodings]) -> dict[str, torch.Tensor]:
 def to_device(encodings: Encodings, device: torch.device | str) -> dict[str, torch.Tensor]:
     """Moves every tensor to `device`. Tensors that are on it are not copied."""
     return {name: tensor.to(device) for name, tensor in encodings.items()}
+
+
+def row_lengths(inputs: Encodings) -> np.ndarray:
+    """Returns a number for each row of a model's inputs that grows with the length of its text: its integers that are not 0."""
+    total = np.zeros(num_rows(inputs), dtype=np.int64)
+    for tensor in inputs.values():
+        if not tensor.is_floating_point() and tensor.dim() > 1:
+            total = total + tensor.flatten(1).count_nonzero(1).cpu().numpy()
+    return total
 
 
 def row_bytes(encodings: Encodings) -> int:

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+
+_END: Any = object()
 
 
-def computed_ahead(compute: Callable[[Item], Result], items: Iterable[Item], *, ahead: int = 1) -> Iterator[Result]:
-    """Yields `compute(item)` of each item, in order. A second thread computes the next ones while the caller works.
+def computed_ahead(items: Iterable[Item], *, ahead: int = 1) -> Iterator[Item]:
+    """Yields the items of a generator, whose next ones a second thread computes while the caller works.
 
     It computes one at a time, because processors and tokenizers cannot run in several threads at once. For the same reason,
-    the caller leaves alone what `compute` uses. Modes of torch that the caller has set, such as inference mode and autocast,
-    do not hold in the thread.
+    the caller leaves alone what the generator uses. Modes of torch that the caller has set, such as inference mode and
+    autocast, do not hold in the thread. An error of the generator is raised when its item is due.
 
     Args:
-        compute: Takes an item. An error that it raises is raised when its result is due.
-        items (iterable): The items, which are taken in the caller's thread.
-        ahead (`int`): Number of results that wait for the caller, at most.
+        items (iterable): The items.
+        ahead (`int`): Number of items that wait for the caller, at most, beside the one that is computed.
     """
-    waiting: deque[Future[Result]] = deque()
+    iterator, waiting = iter(items), deque[Future[Any]]()
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
         try:
-            for item in items:
-                waiting.append(thread.submit(compute, item))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            waiting.extend(thread.submit(next, iterator, _END) for _ in range(ahead + 1))
+            while (item := waiting.popleft().result()) is not _END:
+                waiting.append(thread.submit(next, iterator, _END))
+                yield item
         finally:
             for future in waiting:
                 future.cancel()

@@ -7,10 +7,10 @@ import logging
 import math
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast, overload
+from typing import Any, NamedTuple, cast, overload
 
 import datasets
 import numpy as np
@@ -21,16 +21,17 @@ from tqdm.auto import tqdm
 from hf_mel.candidates.name_index import NameIndex, name_weight_of
 from hf_mel.data.entity_files import check_entity_rows
 from hf_mel.data.images import ImageSource, open_image
-from hf_mel.data.lazy_rows import LazyRows
+from hf_mel.data.lazy_rows import LazyRow, LazyRows
 from hf_mel.detection.gazetteer import Gazetteer
 from hf_mel.detection.spans import MentionDetector
 from hf_mel.errors import CalibrationError, DataFormatError, FilterError, KnowledgeBaseError, MelError
 from hf_mel.inference.checkpoints import load_reranker, load_retriever
-from hf_mel.inference.encodings import as_float, concat_encodings, slice_encodings, to_device
+from hf_mel.inference.encodings import as_float, concat_encodings, row_lengths, slice_encodings, to_device
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.fingerprint import describe_model
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.precision import native_bf16
+from hf_mel.inference.prefetch import computed_ahead
 from hf_mel.inference.probe import sees_images, sees_images_in_pairs, unread_columns_in_pairs
 from hf_mel.inference.ranking import ProcessGroup, RankingResult
 from hf_mel.inference.reranking import score_pairs
@@ -65,6 +66,8 @@ logger = logging.getLogger(__name__)
 
 #: Mentions that are encoded together, and candidates that are scored by unit together. More are no faster on a CPU.
 _ENCODED_TOGETHER, _SCORED_TOGETHER = 32, 64
+#: Mentions among which texts of similar length are found.
+_WINDOW = 256
 
 
 @dataclass
@@ -74,15 +77,71 @@ class MentionBatch:
     Args:
         mentions (sequence of mappings `[M]`): The mentions as they were given.
         rows (`list[dict]` `[M]`): The mentions as rows of the schema with opened images.
+        warnings (`list[list[str]]` `[M]`): Sentences on what the retriever does not read of their texts.
         encodings (`Mapping[str, torch.Tensor]`): Their encodings, tensors with first axis M.
         names, added ([`~hf_mel.inference.sparse_scores.SparseScores`], *optional*): As in [`EntityLinker.added_scores`].
     """
 
     mentions: Sequence[MentionLike]
     rows: list[dict[str, Any]]
+    warnings: list[list[str]]
     encodings: Mapping[str, torch.Tensor]
     names: SparseScores | None
     added: SparseScores | None
+
+    def select(self, numbers: Sequence[int]) -> MentionBatch:
+        """Returns some of the mentions."""
+        mentions, rows, warnings = (
+            [values[number] for number in numbers] for values in (self.mentions, self.rows, self.warnings)
+        )
+        names, added = (None if scores is None else scores.select(numbers) for scores in (self.names, self.added))
+        return MentionBatch(mentions, rows, warnings, slice_encodings(self.encodings, numbers), names, added)
+
+
+class _Prepared(NamedTuple):
+    """M mentions as the retriever takes them.
+
+    Args:
+        mentions, rows, warnings: As in [`MentionBatch`].
+        order (`list[int]` `[M]`): Their numbers in the order of `inputs`.
+        inputs: The inputs of the retriever, in parts.
+    """
+
+    mentions: Sequence[MentionLike]
+    rows: list[dict[str, Any]]
+    warnings: list[list[str]]
+    order: list[int]
+    inputs: list[dict[str, torch.Tensor]]
+
+
+def _check_top_k(top_k: int) -> None:
+    if top_k < 1:
+        raise DataFormatError(f"top_k must be at least 1, not {top_k}.", remedy="Give a number of candidates.")
+
+
+def _windows(batches: Iterable[list[int]], mentions: Sequence[MentionLike]) -> Iterator[list[list[int]]]:
+    """Puts successive batches together that are encoded at a time. A batch with an image stays alone, so that few are open."""
+    window: list[list[int]] = []
+    for batch in batches:
+        if any(_has_image(mentions[k]) for k in batch):
+            if window:
+                yield window
+            yield [batch]
+            window = []
+            continue
+        window.append(batch)
+        if sum(map(len, window)) >= _WINDOW:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def _has_image(mention: MentionLike) -> bool:
+    """Returns whether a mention has an image, without opening it."""
+    if "image" not in mention:
+        return False
+    return (mention.undecoded("image") if isinstance(mention, LazyRow) else mention["image"]) is not None
 
 
 class EntityLinker:
@@ -372,7 +431,9 @@ class EntityLinker:
         if mentions is None:
             mentions = single
         if isinstance(mentions, Mapping):
-            return self._link_batch([mentions], [locate_mention(mentions, None)], [None], top_k, units)[0]
+            _check_top_k(top_k)
+            batch = self.encode_batch([mentions], [locate_mention(mentions, None)], [None], names_count=not units)
+            return self.link_encoded(batch, top_k=top_k, units=units)[0]
         # Lazy rows decode the images of one batch at a time.
         many: Any = LazyRows(mentions) if isinstance(mentions, datasets.Dataset) else mentions
         results: list[Any] = [None] * len(many)
@@ -410,27 +471,23 @@ class EntityLinker:
         """
         if batch_size < 1:
             raise DataFormatError(f"batch_size={batch_size} is no number of mentions.", remedy="Give at least 1.")
+        _check_top_k(top_k)
         spans = [locate_mention(mentions[k], k) for k in range(len(mentions))]
-        for batch in self.batches(mentions, batch_size):
-            if any(k not in done for k in batch):
-                batch_mentions, batch_spans = [mentions[k] for k in batch], [spans[k] for k in batch]
-                yield batch, self._link_batch(batch_mentions, batch_spans, batch, top_k, units, traced)
+        todo = (batch for batch in self.batches(mentions, batch_size) if any(k not in done for k in batch))
 
-    def _link_batch(
-        self,
-        mentions: list[MentionLike],
-        spans: list[tuple[str, int, int]],
-        positions: Sequence[int | None],
-        top_k: int,
-        units: Sequence[str] | None,
-        traced: bool = False,
-    ) -> list[LinkResult]:
-        """Links the mentions of one batch. `positions` are those in the list of all mentions, for error messages."""
-        if top_k < 1:
-            raise DataFormatError(f"top_k must be at least 1, not {top_k}.", remedy="Give a number of candidates.")
-        with torch.inference_mode():
-            batch = self.encode_batch(mentions, spans, positions, names_count=not units)
-            return self.link_encoded(batch, top_k=top_k, units=units, traced=traced)
+        def prepared() -> Iterator[tuple[list[list[int]], _Prepared]]:
+            for window in _windows(todo, mentions):
+                positions = [k for batch in window for k in batch]
+                of_window = [mentions[k] for k in positions], [spans[k] for k in positions]
+                yield window, self._prepare(*of_window, positions)
+
+        with closing(computed_ahead(prepared())) as prepared_windows:  # type: ignore[type-var]
+            for window, inputs in prepared_windows:
+                encoded, first = self._encode(inputs, names_count=not units), 0
+                for batch in window:
+                    chosen = encoded if len(window) == 1 else encoded.select(list(range(first, first + len(batch))))
+                    first += len(batch)
+                    yield batch, self.link_encoded(chosen, top_k=top_k, units=units, traced=traced)
 
     def encode_batch(
         self,
@@ -450,14 +507,7 @@ class EntityLinker:
         Raises:
             ImageError: An image is missing or damaged.
         """
-        rows = [
-            self._mention_row(mention, span, position)
-            for mention, span, position in zip(mentions, spans, positions, strict=True)
-        ]
-        with torch.inference_mode():
-            encodings = self._encode(rows)
-        names, added = self.added_scores([row["mention"] for row in rows], names_count=names_count)
-        return MentionBatch(mentions, rows, encodings, names, added)
+        return self._encode(self._prepare(mentions, spans, positions), names_count=names_count)
 
     def added_scores(
         self, surfaces: Sequence[str], *, names_count: bool = True
@@ -536,7 +586,8 @@ class EntityLinker:
             entity_rows = sorted({row for mention in ranked for row in mention.entity_rows[:top_k]})
             entities = dict(zip(entity_rows, self.kb.rows(entity_rows), strict=True))
             nil_threshold = None if units else self.nil_threshold
-            unit_scores, left_out = self._unit_scores(ranked, encodings, top_k), self._left_out_warnings(rows)
+            unit_scores = self._unit_scores(ranked, encodings, top_k)
+            left_out = [list(sentences) for sentences in batch.warnings]
             if ranking.bounds is not None and isinstance(self.index, ExactIndex) and not is_given:
                 for sentences, bound in zip(left_out, bounds, strict=True):
                     if bound == -math.inf:
@@ -567,18 +618,31 @@ class EntityLinker:
         """Returns whether an entity has a name with all words of a surface form; `True` if names do not count."""
         return not self.name_weight or len(self._name_index().namesakes(surface)) > 0
 
-    def _encode(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Encodes the M mentions of a batch: those with texts of similar lengths together, because a text is padded to the
-        longest one beside it.
+    def _prepare(
+        self, mentions: Sequence[MentionLike], spans: list[tuple[str, int, int]], positions: Sequence[int | None]
+    ) -> _Prepared:
+        """Opens the images of M mentions, and makes the inputs of the retriever: of texts of similar lengths together, because
+        a text is padded to the longest one beside it.
         """
-        order = sorted(range(len(rows)), key=lambda number: len(rows[number]["text"] or ""))
-        parts = []
-        # One context for all batches: each converts the weights once.
-        with torch.autocast(model_device(self.model).type, torch.bfloat16, enabled=self.bf16):
-            for first in range(0, len(order), _ENCODED_TOGETHER):
-                inputs = self._inputs.mentions([rows[number] for number in order[first : first + _ENCODED_TOGETHER]])
-                parts.append(as_float(self.model.encode_mentions(**inputs)))
-        return slice_encodings(concat_encodings(parts), np.argsort(order).tolist())
+        rows = [
+            self._mention_row(mention, span, position)
+            for mention, span, position in zip(mentions, spans, positions, strict=True)
+        ]
+        tensors = self._inputs.mentions(rows)
+        order = np.argsort(row_lengths(tensors), kind="stable")
+        parts = np.split(order, range(_ENCODED_TOGETHER, len(order), _ENCODED_TOGETHER))
+        inputs = [slice_encodings(tensors, part.tolist()) for part in parts]
+        return _Prepared(mentions, rows, self._left_out_warnings(rows), order.tolist(), inputs)
+
+    def _encode(self, prepared: _Prepared, *, names_count: bool) -> MentionBatch:
+        """Encodes mentions, and computes what ranking adds to their scores."""
+        # One context for all parts: each converts the weights once.
+        device = model_device(self.model).type
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            encoded = concat_encodings(as_float(self.model.encode_mentions(**part)) for part in prepared.inputs)
+            encoded = slice_encodings(encoded, np.argsort(prepared.order).tolist())
+        names, added = self.added_scores([row["mention"] for row in prepared.rows], names_count=names_count)
+        return MentionBatch(prepared.mentions, prepared.rows, prepared.warnings, encoded, names, added)
 
     def _name_index(self) -> NameIndex:
         """Returns the index of the names, made again when the knowledge base has changed."""

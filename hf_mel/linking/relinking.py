@@ -33,7 +33,6 @@ from tqdm.auto import tqdm
 
 from hf_mel.errors import DataFormatError, KnowledgeBaseError
 from hf_mel.files import link_target
-from hf_mel.inference.encodings import slice_encodings
 from hf_mel.inference.fingerprint import model_difference
 from hf_mel.inference.ranking import TIE_TOLERANCE, RankingResult
 from hf_mel.kb.indexes.base import rank_rows
@@ -315,7 +314,7 @@ class _Relinker:
                 if is_changed.any():
                     kept = np.flatnonzero(is_changed).tolist()
                     linked = self.linker.link_encoded(
-                        _select(batch, kept), top_k=self.top_k, ranking=_select_ranking(ranking, kept), traced=True
+                        batch.select(kept), top_k=self.top_k, ranking=_select_ranking(ranking, kept), traced=True
                     )
                     yield of_batch[kept].tolist(), linked
 
@@ -335,7 +334,7 @@ class _Relinker:
         bounds, is_changed = torch.full((count,), -torch.inf), must.copy()
         if must.any():
             anew = np.flatnonzero(must).tolist()
-            chosen = _select(batch, anew)
+            chosen = batch.select(anew)
             found = linker.index.find(
                 chosen.encodings, self.num_results, added=chosen.added, rows=linker.ranked_rows()
             )
@@ -350,7 +349,7 @@ class _Relinker:
         new_rows = np.empty((len(others), 0), dtype=np.int64)
         new_scores = np.empty((len(others), 0), dtype=np.float32)
         if len(self.new_rows):
-            chosen = _select(batch, others)
+            chosen = batch.select(others)
             # Of equal scores the lower row comes first, and new rows come last.
             count = min(self.num_results, len(self.new_rows))
             found = rank_rows(
@@ -453,13 +452,6 @@ def _line_offsets(path: Path) -> list[int]:
             offsets.append(end)
             end += len(line)
     return offsets
-
-
-def _select(batch: MentionBatch, numbers: list[int]) -> MentionBatch:
-    """Returns some mentions of a batch."""
-    names, added = (None if part is None else part.select(numbers) for part in (batch.names, batch.added))
-    rows, mentions = [batch.rows[number] for number in numbers], [batch.mentions[number] for number in numbers]
-    return MentionBatch(mentions, rows, slice_encodings(batch.encodings, numbers), names, added)
 
 
 def _select_ranking(ranking: RankingResult, numbers: list[int]) -> RankingResult:

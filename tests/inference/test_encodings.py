@@ -171,6 +171,27 @@ def test_texts_of_similar_length_share_a_batch():
     assert counting.widths == [1 + longest for longest in (2, 4, 20, 40)]
 
 
+@pytest.mark.parametrize("held_bytes", [1, 2**20])
+def test_rows_are_ordered_by_their_tokens_while_few_inputs_are_held(held_bytes, monkeypatch):
+    """The names have as many characters, and the processor reads fewer of some."""
+
+    class Words(ToyProcessor):
+        def _encode(self, texts, images):
+            return super()._encode([text.strip() for text in texts], images)
+
+    monkeypatch.setattr(encode, "_HELD_BYTES", held_bytes)
+    lengths = [30, 1, 20, 2]
+    rows = toy_entities(4).map(
+        lambda row, i: {"name": "b" * lengths[i] + " " * (40 - lengths[i]), "attributes": ""}, with_indices=True
+    )
+    counting = _Counting()
+    encodings = encode_rows(ModelInputs(counting.model, Words()), rows, "entities", batch_size=2)
+    assert counting.widths == ([30, 20] if held_bytes == 1 else [2, 30])
+    with torch.no_grad():
+        expected = toy_model().encode_entities(**Words()(entities=list(rows)))
+    torch.testing.assert_close(encodings["text"], expected["text"])
+
+
 def test_a_part_that_starts_with_a_window_has_the_bits_that_it_has_in_the_whole():
     rows, options = toy_entities(30), {"kind": "entities", "batch_size": 2}
     inputs = ModelInputs(toy_model(), ToyProcessor())

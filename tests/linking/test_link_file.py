@@ -106,16 +106,16 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_file(tmp_path, linker, mo
     rows = read_mentions(write(tmp_path / "in.jsonl", ROWS))
     link_file(linker, rows, tmp_path / "whole.jsonl", batch_size=1)
     linked = []
-    original = linker._link_batch
+    original = linker.link_encoded
 
-    def interrupted(mentions, *rest):
+    def interrupted(batch, **options):
         if len(linked) == done and limit:
             raise KeyboardInterrupt
-        linked.append(mentions)
-        return original(mentions, *rest)
+        linked.append(batch)
+        return original(batch, **options)
 
     limit = True
-    monkeypatch.setattr(linker, "_link_batch", interrupted)
+    monkeypatch.setattr(linker, "link_encoded", interrupted)
     with pytest.raises(KeyboardInterrupt):
         link_file(linker, rows, tmp_path / "out.jsonl", batch_size=1)
     assert not (tmp_path / "out.jsonl").exists()
@@ -129,14 +129,14 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_file(tmp_path, linker, mo
     assert not (tmp_path / ".out.jsonl.partial").exists()
 
 
-def _interrupt(*_):
+def _interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
 def test_a_run_with_other_rows_or_settings_is_not_resumed(tmp_path, linker, monkeypatch):
     rows = read_mentions(write(tmp_path / "in.jsonl", ROWS))
     with monkeypatch.context() as patch:
-        patch.setattr(linker, "_link_batch", _interrupt)
+        patch.setattr(linker, "link_encoded", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             link_file(linker, rows, tmp_path / "out.jsonl")
     for other, options in ((rows[1:], {}), (rows, {"top_k": 3})):
@@ -151,7 +151,7 @@ def test_a_run_with_another_picture_in_the_same_place_is_not_resumed(tmp_path, l
         rows.append(read_mentions(write(tmp_path / "in.jsonl", [ROWS[0] | {"image": "a.png"}])))
         if color == "red":
             with monkeypatch.context() as patch:
-                patch.setattr(linker, "_link_batch", _interrupt)
+                patch.setattr(linker, "link_encoded", _interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     link_file(linker, rows[0], tmp_path / "out.jsonl")
     with pytest.raises(MelError, match="leave out --resume"):
@@ -208,7 +208,7 @@ def test_a_name_that_promises_another_format_is_refused(tmp_path, linker, name):
 def test_damaged_kept_results_are_an_error(tmp_path, linker, monkeypatch):
     rows = read_mentions(write(tmp_path / "in.jsonl", ROWS))
     with monkeypatch.context() as patch:
-        patch.setattr(linker, "_link_batch", _interrupt)
+        patch.setattr(linker, "link_encoded", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             link_file(linker, rows, tmp_path / "out.jsonl")
     fingerprint = (tmp_path / ".out.jsonl.partial").read_bytes()
@@ -221,16 +221,16 @@ def test_damaged_kept_results_are_an_error(tmp_path, linker, monkeypatch):
 
 def test_one_process_at_a_time_writes_an_output(tmp_path, linker, monkeypatch):
     rows = read_mentions(write(tmp_path / "in.jsonl", ROWS))
-    original, errors = linker._link_batch, []
+    original, errors = linker.link_encoded, []
 
-    def link_twice(*arguments):
-        monkeypatch.setattr(linker, "_link_batch", original)
+    def link_twice(*arguments, **options):
+        monkeypatch.setattr(linker, "link_encoded", original)
         with pytest.raises(LockedError, match="being written") as caught:
             link_file(linker, rows, tmp_path / "out.jsonl")
         errors.append(caught.value)
-        return original(*arguments)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(linker, "_link_batch", link_twice)
+    monkeypatch.setattr(linker, "link_encoded", link_twice)
     link_file(linker, rows, tmp_path / "out.jsonl", batch_size=2)
     assert len(errors) == 1
     assert_linked(lines(tmp_path / "out.jsonl"), expected(linker, ROWS))

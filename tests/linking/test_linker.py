@@ -873,3 +873,39 @@ def test_a_filter_follows_the_knowledge_base_and_the_attribute():
     linker.where = None
     assert len(linker(MENTIONS[0], top_k=30).candidates) == 29
     assert linker.describe().get("where") is None
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=25),
+    batch_size=st.integers(1, 6),
+    window=st.integers(1, 12),
+)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_mentions_that_are_encoded_by_length_have_their_results_in_their_order(linker, lengths, batch_size, window):
+    image = Image.new("RGB", (4, 4), "green")
+    mentions = [
+        {"text": f"Entity {chr(97 + k)}" + " ab" * length, "mention": f"Entity {chr(97 + k)}"}
+        | ({"image": image} if has_image else {})
+        for k, (length, has_image) in enumerate(lengths)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_mel.linking.linker._WINDOW", window)
+        patch.setattr("hf_mel.linking.linker._ENCODED_TOGETHER", 3)
+        batches = list(linker.link_batches(mentions, batch_size=batch_size))
+    assert [k for batch, _ in batches for k in batch] == list(range(len(mentions)))
+    assert max(len(batch) for batch, _ in batches) <= batch_size
+    assert_same([result for _, results in batches for result in results], [linker(mention) for mention in mentions])
+
+
+def test_texts_of_similar_length_are_encoded_together(linker, monkeypatch):
+    monkeypatch.setattr("hf_mel.linking.linker._ENCODED_TOGETHER", 2)
+    widths, encode = [], linker.model.encode_mentions
+
+    def watched(**tensors):
+        widths.append(int(tensors["mention_attention_mask"].any(0).sum()))
+        return encode(**tensors)
+
+    monkeypatch.setattr(linker.model, "encode_mentions", watched)
+    texts = ["a" * length for length in (30, 1, 20, 2, 10, 3)]
+    linker([{"text": text, "mention": "a"} for text in texts], batch_size=2)
+    assert widths == [len("a ") + longest for longest in (2, 10, 30)]

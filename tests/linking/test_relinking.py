@@ -404,15 +404,15 @@ def test_an_interrupted_run_keeps_its_traces(tmp_path, monkeypatch):
     kb = base_of(tmp_path / "kb", model, random.Random(1))
     source, linker = write_rows(tmp_path), EntityLinker(model, PROCESSOR, kb)
     link_all(linker, source, tmp_path / "whole.jsonl", 3)
-    original, calls = linker._link_batch, []
+    original, calls = linker.link_encoded, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(1)
-        return original(*arguments)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(linker, "_link_batch", interrupted)
+    monkeypatch.setattr(linker, "link_encoded", interrupted)
     with pytest.raises(KeyboardInterrupt):
         link_all(linker, source, tmp_path / "out.jsonl", 3)
     monkeypatch.undo()
