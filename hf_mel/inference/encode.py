@@ -130,7 +130,7 @@ def _prepared_batches(
             batch = _read_rows(rows, kind, chunk)
             inputs.left_out.add(kind, batch)
             prepared = inputs.mention_rows(batch) if kind == "mentions" else inputs.entity_rows(batch)
-            tensors = inputs.processor(**{kind: prepared})
+            tensors: Mapping[str, torch.Tensor] = inputs.processor(**{kind: prepared})
             sources = [row_of.setdefault(key, row) for row, key in zip(chunk, _row_digests(tensors), strict=True)]
             copies |= {row: source for row, source in zip(chunk, sources, strict=True) if row != source}
             new = [place for place, (row, source) in enumerate(zip(chunk, sources, strict=True)) if row == source]
@@ -164,16 +164,16 @@ def _by_length(
     layouts = [[(name, tensor.shape[1:]) for name, tensor in tensors.items()] for _, tensors in held]
     if all(layout == layouts[0] for layout in layouts[1:]):
         rows = [row for numbers, _ in held for row in numbers]
-        tensors = concat_encodings(tensors for _, tensors in held) if held else {}
+        tensors = concat_encodings(of_rows for _, of_rows in held) if held else {}
         order = np.argsort(row_lengths(tensors), kind="stable").tolist() if rows else []
         for first in range(0, len(order), batch_size):
             places = order[first : first + batch_size]
             inputs = to_model(model, slice_encodings(tensors, places))
             yield _PreparedBatch(window, [rows[place] for place in places], inputs)
     else:  # each was padded to its own longest text
-        for numbers, tensors in held:
+        for numbers, of_rows in held:
             if numbers:
-                yield _PreparedBatch(window, numbers, to_model(model, tensors))
+                yield _PreparedBatch(window, numbers, to_model(model, of_rows))
 
 
 def _row_digests(tensors: Mapping[str, torch.Tensor]) -> Iterable[bytes]:

@@ -91,11 +91,15 @@ class MentionBatch:
 
     def select(self, numbers: Sequence[int]) -> MentionBatch:
         """Returns some of the mentions."""
-        mentions, rows, warnings = (
-            [values[number] for number in numbers] for values in (self.mentions, self.rows, self.warnings)
-        )
         names, added = (None if scores is None else scores.select(numbers) for scores in (self.names, self.added))
-        return MentionBatch(mentions, rows, warnings, slice_encodings(self.encodings, numbers), names, added)
+        return MentionBatch(
+            [self.mentions[number] for number in numbers],
+            [self.rows[number] for number in numbers],
+            [self.warnings[number] for number in numbers],
+            slice_encodings(self.encodings, numbers),
+            names,
+            added,
+        )
 
 
 class _Prepared(NamedTuple):
@@ -432,8 +436,8 @@ class EntityLinker:
             mentions = single
         if isinstance(mentions, Mapping):
             _check_top_k(top_k)
-            batch = self.encode_batch([mentions], [locate_mention(mentions, None)], [None], names_count=not units)
-            return self.link_encoded(batch, top_k=top_k, units=units)[0]
+            encoded = self.encode_batch([mentions], [locate_mention(mentions, None)], [None], names_count=not units)
+            return self.link_encoded(encoded, top_k=top_k, units=units)[0]
         # Lazy rows decode the images of one batch at a time.
         many: Any = LazyRows(mentions) if isinstance(mentions, datasets.Dataset) else mentions
         results: list[Any] = [None] * len(many)
