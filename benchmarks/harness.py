@@ -58,6 +58,7 @@ def interleaved(
     device: str = "cpu",
     warm_up: bool = True,
     progress: Callable[[str], None] | None = None,
+    cpu_seconds: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Times each case `repeats` times. The cases take turns, so that a slow minute affects all of them.
 
@@ -67,6 +68,7 @@ def interleaved(
         device (`str`): With "cuda", the clock is read after the device has finished.
         warm_up (`bool`): Call each case once before it is timed.
         progress (callable, *optional*): Called with a line before each call.
+        cpu_seconds (`dict`, *optional*): Filled with the CPU seconds of all threads, as the result is with seconds.
 
     Returns:
         `dict[str, list[float]]`: Seconds of each timed call, by name.
@@ -82,11 +84,13 @@ def interleaved(
             if progress:
                 progress(f"{name}, {'warm-up' if turn < 0 else f'{turn + 1} of {repeats}'}")
             wait()
-            begin = time.perf_counter()
+            begin, cpu_begin = time.perf_counter(), time.process_time()
             case()
             wait()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - begin)
+                if cpu_seconds is not None:
+                    cpu_seconds.setdefault(name, []).append(time.process_time() - cpu_begin)
     return seconds
 
 
