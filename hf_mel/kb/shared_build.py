@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 import uuid
@@ -257,7 +258,10 @@ def _saying_what_is_kept(stage: Path) -> Iterator[None]:
         kept = f"The finished part of the build is kept: repeat the command to go on, or delete {stage.absolute()}."
         if isinstance(error, MelError):
             raise error.changed(remedy=f"{error.remedy} {kept}" if error.remedy else kept) from error
-        error.add_note(kept)
+        if sys.version_info >= (3, 11):
+            error.add_note(kept)
+        else:
+            logger.error(kept)
         raise
 
 

@@ -20,8 +20,8 @@ from transformers.utils import ModelOutput
 
 from .configuration_bi_encoder import JOINT_ENCODERS, BiEncoderConfig
 
-#: Token similarities that `max_similarities` holds in memory at a time.
-_BLOCK_SIMILARITIES = 2**25
+#: Token similarities that `max_similarities` holds in memory at a time: as many as stay in the cache of a core.
+_BLOCK_SIMILARITIES = 2**20
 #: Lowest temperature that is learned: CLIP's logit scale is at most 100.
 _LEAST_TEMPERATURE = 0.01
 _HALF = (torch.float16, torch.bfloat16)
@@ -700,13 +700,17 @@ def max_similarities(
         mention_tokens ([M, L, d]), entity_tokens ([N, K, d]): Vectors of the tokens.
         mention_mask ([M, L]), entity_mask ([N, K]): True for a token.
     """
+    lengths = mention_mask.sum(1)
+    flat = mention_tokens[mention_mask]  # the tokens of all mentions one after another, without padding
+    mention_of = torch.arange(len(lengths), device=flat.device).repeat_interleave(lengths)
+    padding = flat.new_zeros(entity_mask.shape).masked_fill(~entity_mask, -torch.inf)
     columns = []
-    step = max(1, _BLOCK_SIMILARITIES // max(1, mention_tokens[..., 0].numel() * entity_tokens.shape[1]))
+    step = max(1, _BLOCK_SIMILARITIES // max(1, len(flat) * entity_tokens.shape[1]))
     for first in range(0, max(1, len(entity_tokens)), step):
-        tokens, mask = entity_tokens[first : first + step], entity_mask[first : first + step]
-        similarities = torch.einsum("mld,nkd->mnlk", mention_tokens, tokens)
-        best = similarities.masked_fill(~mask[None, :, None], -torch.inf).amax(-1)
-        columns.append(best.masked_fill(~mention_mask[:, None], 0).sum(-1))
+        tokens, out = entity_tokens[first : first + step], padding[first : first + step]
+        similarities = torch.addmm(out.flatten(), flat, tokens.flatten(0, 1).T)
+        best = similarities.unflatten(1, out.shape).amax(-1)
+        columns.append(best.new_zeros(len(lengths), len(tokens)).index_add(0, mention_of, best))
     return torch.cat(columns, 1)
 
 
