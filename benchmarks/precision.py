@@ -12,21 +12,24 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from benchmarks import harness
 from hf_mel.data.loading import load_entities, load_mentions
+from hf_mel.inference import padding
 from hf_mel.inference.checkpoints import load_retriever
 from hf_mel.inference.encode import encode_rows
-from hf_mel.inference.encodings import row_bytes
+from hf_mel.inference.encodings import num_rows, row_bytes
 from hf_mel.inference.entity_sources import EncodedEntities
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.inference.quantisation import dequantise, dequantised, layout_of, quantise, quantised
+from hf_mel.inference.quantisation import QUANTISED, dequantised, is_quantised, layout_of, quantised
 from hf_mel.inference.ranking import rank
 from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.protocols import entity_token_masks
 from hf_mel.schema import NIL
 from hf_mel.spaces.mel_ranking.mel_ranking import ranking_metrics
 
@@ -43,31 +46,33 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def _as_dtype(name: str) -> Callable[[Mapping[str, torch.Tensor]], tuple[dict[str, torch.Tensor], int]]:
-    """Returns a function from encodings to those that a knowledge base of a dtype gives, and their stored bytes per entity."""
-
-    def converted(encodings: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
-        if name in ("int8", "int4"):
-            stored = quantised(encodings, name)
-            return dequantised(stored, layout_of(encodings, name)), row_bytes(stored)
-        dtype = getattr(torch, name)
-        stored = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in encodings.items()}
-        return stored, row_bytes(stored)
-
-    return converted
+#: Encodings as a knowledge base gives them, and their stored bytes per entity.
+Stored: TypeAlias = tuple[dict[str, torch.Tensor], float]
 
 
-def _all_in_4_bits(encodings: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
-    """Rounds every vector to 4 bits, as no knowledge base does."""
-    coded = {name: quantise(tensor, "int4") for name, tensor in encodings.items() if tensor.is_floating_point()}
-    size = sum(part[0].numel() * part.element_size() for pair in coded.values() for part in pair)
-    others = {name: tensor for name, tensor in encodings.items() if name not in coded}
-    rounded = {name: dequantise(*pair, encodings[name].shape[-1]) for name, pair in coded.items()}
-    return {**others, **rounded}, size + sum(tensor[0].numel() * tensor.element_size() for tensor in others.values())
+def _of_16_or_32_bits(encodings: Mapping[str, torch.Tensor], masks: Mapping[str, str], name: str) -> Stored:
+    dtype = getattr(torch, name)
+    stored = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in encodings.items()}
+    return stored, row_bytes(stored)
 
 
-FORMS = {name: _as_dtype(name) for name in ("float32", "float16", "bfloat16", "int8", "int4")}
-FORMS["int4, single vectors too"] = _all_in_4_bits
+def _of_few_bits(encodings: Mapping[str, torch.Tensor], masks: Mapping[str, str], name: str, form: str = "") -> Stored:
+    """Rounds encodings as a knowledge base does, or every vector to one form, as none does."""
+    layout = layout_of(encodings, name, masks)
+    if form:
+        layout = {
+            key: spec | {"dtype": form if is_quantised({key: spec}) else spec["dtype"]} for key, spec in layout.items()
+        }
+    stored = quantised(encodings, layout)
+    tensors = stored | padding.first_vectors(stored, layout)
+    return dequantised(stored, layout), sum(tensor.nbytes for tensor in tensors.values()) / num_rows(encodings)
+
+
+FORMS: dict[str, Callable[[Mapping[str, torch.Tensor], Mapping[str, str]], Stored]] = {
+    **{name: partial(_of_16_or_32_bits, name=name) for name in ("float32", "float16", "bfloat16")},
+    **{name: partial(_of_few_bits, name=name) for name in QUANTISED},
+    "int4, single vectors too": partial(_of_few_bits, name="int4", form="scaled int4"),
+}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,9 +95,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         encodings = kb.encodings(range(len(kb)))
     else:
         encodings = encode_rows(inputs, entities, "entities", progress=True)
+    masks = entity_token_masks(model)
     rows, exact = [], None
     for name, form in FORMS.items():
-        stored, size = form(encodings)
+        stored, size = form(encodings, masks)
         begin = time.perf_counter()
         ranking = rank(model, encoded, EncodedEntities(ids, stored), gold_rows=golds, top_k=1, progress=True)
         assert ranking.best_rank is not None
@@ -106,7 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             {
                 "dtype": name,
                 "times_smaller": rows[0]["bytes_per_entity"] / size if rows else 1.0,
-                "bytes_per_entity": size,
+                "bytes_per_entity": round(size),
                 "changed_ranks": int((ranks[0] != ranks[1]).sum()),
                 "changed_first_places": int((ranking.top_rows[:, 0] != exact.top_rows[:, 0]).sum()),
                 "metrics": ranking_metrics(ranking.best_rank[linked].numpy(), ranking.worst_rank[linked].numpy()),

@@ -103,7 +103,7 @@ class Retriever(Protocol):
     each mention's gold. Several mentions may share a column, so the same entity is never a negative of itself.
 
     Optional abilities: [`TwoStepScores`], [`IndexVectors`], [`BoundsScores`], [`Explains`], [`KnowsPosts`], [`FrozenMentions`]. Optional
-    attribute: `learns_nil` (see [`learns_nil`]).
+    attributes: `learns_nil` (see [`learns_nil`]) and `entity_token_masks` (see [`entity_token_masks`]).
     """
 
     def encode_mentions(self, **mention_inputs: Any) -> Encodings:
@@ -160,6 +160,15 @@ def leaves_out_missing_images(model: Any) -> bool | None:
     `False`, the scores include those of a blank picture. `None`: the model does not say.
     """
     return getattr(model, "leaves_out_missing_images", None)
+
+
+def entity_token_masks(model: Any) -> Mapping[str, str]:
+    """Returns which encodings of entities have padding that no score reads (the model's attribute of this name).
+
+    It maps the name of an encoding (float [N, L, d]) to that of its mask (bool [N, L], False for padding). A knowledge base
+    in few bits leaves that padding out, and gives zeros in its place. Default: none.
+    """
+    return getattr(model, "entity_token_masks", {})
 
 
 @runtime_checkable

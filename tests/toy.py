@@ -99,6 +99,20 @@ class ToyRetriever(PreTrainedModel):
         return ToyOutput(loss=loss, scores=scores, unit_scores=units)
 
 
+class ToyTokenRetriever(ToyRetriever):
+    """The toy retriever, whose entities also have vectors of tokens [N, L, 5] with a mask: of some none, of some all L."""
+
+    entity_token_masks = {"tokens": "mask"}
+
+    def encode_entities(self, **inputs):
+        encoded = super().encode_entities(**inputs)
+        ids = inputs["entity_input_ids"]
+        length = ids.shape[1]
+        lengths = torch.tensor([0, length, 1, 7, length - 3])[ids.sum(1) % 5]
+        tokens = encoded.text[:, None, :5] * torch.arange(1, length + 1)[:, None]
+        return {"tokens": tokens, "mask": torch.arange(length) < lengths[:, None], **encoded}
+
+
 class ToyProcessor(ProcessorMixin):
     """Characters of "mention text" or "name attributes", padded to `text_width`; the mean colour of the image."""
 

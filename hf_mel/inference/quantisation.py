@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hf_mel.inference import padding
+
 #: Forms of encodings in few bits, by name.
 QUANTISED = ("int8", "int4")
 #: Ending of the name of a tensor of scales.
@@ -52,27 +54,30 @@ def dequantise(integers: torch.Tensor, scales: torch.Tensor, width: int) -> torc
     return integers.float().mul_(scales.float()[..., None])
 
 
-def quantised(encodings: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
-    """Returns the tensors in which encodings of n rows are stored: integers, with scales beside them under another name."""
+def quantised(encodings: Mapping[str, torch.Tensor], layout: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns the tensors in which encodings of n rows are stored: integers, with scales beside them under another name.
+
+    `layout` is that of [`layout_of`]. Vectors whose padding is left out have their number as first axis, in place of n.
+    """
     stored: dict[str, torch.Tensor] = {}
-    for name, tensor in encodings.items():
-        if not tensor.is_floating_point():
-            stored[name] = tensor
-        elif tensor.dim() == 1:
-            stored[name] = tensor.float()
+    for name, tensor in padding.without_padding(encodings, padding.masks_of(layout)).items():
+        form = layout[name]["dtype"]
+        if form.startswith(_SCALED):
+            stored[name], stored[name + SCALES] = quantise(tensor, form.removeprefix(_SCALED))
         else:
-            stored[name], stored[name + SCALES] = quantise(tensor, _form(dtype, tensor))
+            stored[name] = tensor.float() if tensor.is_floating_point() else tensor
     return stored
 
 
 def dequantised(stored: Mapping[str, torch.Tensor], layout: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Returns the encodings, floating-point ones as float32, of what [`quantised`] gave. `layout` is that of [`layout_of`]."""
-    return {
+    """Returns the encodings, floating-point ones as float32, of what [`quantised`] gave with the same layout."""
+    packed = {
         name: dequantise(stored[name], stored[name + SCALES], spec["shape"][-1])
         if spec["dtype"].startswith(_SCALED)
         else stored[name]
         for name, spec in layout.items()
     }
+    return padding.with_padding(packed, layout)
 
 
 def is_quantised(layout: Mapping[str, Any]) -> bool:
@@ -80,28 +85,38 @@ def is_quantised(layout: Mapping[str, Any]) -> bool:
     return any(spec["dtype"].startswith(_SCALED) for spec in layout.values())
 
 
-def layout_of(encodings: Mapping[str, torch.Tensor], dtype: str) -> dict[str, dict[str, Any]]:
-    """Returns the dtype and the shape of one row of each encoding: of its vectors, not of its bytes."""
-    layout = {}
+def layout_of(
+    encodings: Mapping[str, torch.Tensor], dtype: str, masks: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Returns the dtype and the shape of one row of each encoding: of its vectors, not of its bytes.
+
+    `masks` tells the encodings whose padding is left out ([`~hf_mel.protocols.entity_token_masks`]).
+    """
+    layout: dict[str, dict[str, Any]] = {}
     for name, tensor in encodings.items():
         form = str(tensor.dtype).removeprefix("torch.")
         if tensor.is_floating_point():
             form = "float32" if tensor.dim() == 1 else _SCALED + _form(dtype, tensor)
         layout[name] = {"dtype": form, "shape": list(tensor.shape[1:])}
+    for name, mask in (masks or {}).items():
+        layout[name]["mask"] = mask
     return layout
 
 
 def is_sound(layout: Mapping[str, Any], dtype: str) -> bool:
     """Whether a layout from an untrusted source can be one of encodings that are stored as `dtype`."""
     forms = {_SCALED + form for form in QUANTISED} if dtype in QUANTISED else set()
-    scaled = [spec for spec in layout.values() if spec["dtype"].startswith(_SCALED)]
-    return all(spec["dtype"] in forms and spec["shape"] for spec in scaled)
+    scaled = [spec for spec in layout.values() if spec["dtype"].startswith(_SCALED) or "mask" in spec]
+    return all(spec["dtype"] in forms and spec["shape"] for spec in scaled) and padding.is_sound(layout)
 
 
 def stored_layout(layout: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the dtype and the shape of one row of each tensor in which encodings of a layout are stored."""
+    """Returns the dtype and the shape of one row of each tensor in which encodings of a layout are stored.
+
+    Where padding is left out, it is the shape of one vector.
+    """
     tensors: dict[str, dict[str, Any]] = {}
-    for name, spec in layout.items():
+    for name, spec in padding.packed_layout(layout).items():
         if not spec["dtype"].startswith(_SCALED):
             tensors[name] = {"dtype": spec["dtype"], "shape": list(spec["shape"])}
             continue

@@ -51,10 +51,11 @@ from hf_mel.errors import DuplicateIdError, HubError, ImageError, KnowledgeBaseE
 from hf_mel.files import building_folder, file_sha256, write_errors
 from hf_mel.hub_errors import hub_errors
 from hf_mel.inference.encode import window_rows
-from hf_mel.inference.encodings import as_float, slice_encodings
+from hf_mel.inference.encodings import as_float, concat_encodings, slice_encodings
 from hf_mel.inference.fingerprint import describe_model, describe_processor, model_difference, processor_difference
 from hf_mel.inference.inputs import ModelInputs
-from hf_mel.inference.quantisation import dequantised, is_quantised, stored_layout
+from hf_mel.inference.padding import masks_of
+from hf_mel.inference.quantisation import dequantised, is_quantised
 from hf_mel.inference.ranking import ProcessGroup, process_group
 from hf_mel.kb.encoding import open_inputs, report_bad_images, source_digests, write_encodings
 from hf_mel.kb.entities import (
@@ -83,12 +84,15 @@ from hf_mel.kb.manifest import DTYPES, FORMAT, MANIFEST_NAME, VERSION, damage_er
 from hf_mel.kb.shards import (
     EntityTable,
     ShardWriter,
+    as_index,
     further_columns,
     group_by_block,
     map_encodings,
+    read_errors,
+    take_rows,
 )
 from hf_mel.kb.shared_build import build_together
-from hf_mel.protocols import MelProcessor, knows_posts
+from hf_mel.protocols import MelProcessor, entity_token_masks, knows_posts
 from hf_mel.row_columns import ColumnMapping
 from hf_mel.schema import entity_features
 
@@ -292,7 +296,14 @@ class KnowledgeBase:
         with lock_existing(target), building_folder(target, json.dumps(settings, sort_keys=True)) as stage:
             work = stage / "kb"
             work.mkdir(exist_ok=True)
-            writer = ShardWriter(work, 0, dtype, step=window_rows(batch_size), notes=stage / "notes")
+            writer = ShardWriter(
+                work,
+                0,
+                dtype,
+                step=window_rows(batch_size),
+                notes=stage / "notes",
+                masks=entity_token_masks(model),
+            )
             if writer.num_finished:
                 logger.info(
                     "Resuming the interrupted build of %s; %s entities are done.", target, f"{writer.num_finished:,}"
@@ -403,12 +414,12 @@ class KnowledgeBase:
                 temporary_folder_beside(target) as work,
                 tqdm(total=len(self), desc="Saving", unit="row", delay=1, disable=not progress) as bar,
             ):
-                writer = ShardWriter(work, 0, self.dtype)
+                layout = self._manifest["encodings"]
+                writer = ShardWriter(work, 0, self.dtype, layout)
                 for first in range(0, len(self), 1024):
                     rows = np.arange(first, min(first + 1024, len(self)))
-                    writer.add_stored(
-                        self._gather_stored(self._active[rows]), self._read_table(rows, self._schema.names)
-                    )
+                    writer.add_stored(self._stored_rows(self._active[rows], layout)[0])
+                    writer.add_table(self._read_table(rows, self._schema.names))
                     bar.update(len(rows))
                 write_manifest(work, self._manifest | {"shards": writer.close(), "removed": []})
                 write_left_out_images(work, self.left_out_images)
@@ -889,13 +900,32 @@ class KnowledgeBase:
         `names` are those that are read; by default all.
         """
         layout = self._manifest["encodings"]
-        if names is None and not is_quantised(layout):
-            return self._gather_stored(physical)
-        layout = layout if names is None else {name: layout[name] for name in names}
-        return dequantised(self._gather_stored(physical, list(stored_layout(layout))), layout)
+        if not is_quantised(layout):
+            return self._gather_stored(physical, names)
+        names = list(layout) if names is None else names
+        needed = {name: layout[name] for name in names}
+        needed |= {mask: layout[mask] for mask in masks_of(needed).values()}
+        stored, order = self._stored_rows(physical, needed)
+        restored = dequantised(stored, needed)
+        encodings = {name: restored[name] for name in names}
+        in_order = (np.diff(order) == 1).all()
+        return encodings if in_order else slice_encodings(encodings, torch.from_numpy(np.argsort(order)))
+
+    def _stored_rows(self, physical: np.ndarray, layout: dict[str, Any]) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+        """Returns the tensors of the file in physical rows, shard by shard, and the positions in `physical` of these rows."""
+        blocks = list(group_by_block(physical, self._starts)) or [(0, np.arange(0))]
+        parts = []
+        for shard, at in blocks:
+            with read_errors(self.path / self._files[shard][0]):
+                parts.append(take_rows(self._encodings[shard], physical[at] - self._starts[shard], layout))
+        stored = parts[0] if len(parts) == 1 else concat_encodings(parts)
+        return stored, np.concatenate([at for _, at in blocks])
 
     def _gather_stored(self, physical: np.ndarray, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-        """Returns the tensors of the file in physical rows, in the given order; those of `names`, or all."""
+        """Returns the tensors of the file in physical rows, in the given order; those of `names`, or all.
+
+        Each of the rows has one row in every tensor: the file is not one of few bits.
+        """
         blocks = list(group_by_block(physical, self._starts))
         names = list(self._encodings[0]) if names is None else names
         shards = {
@@ -903,10 +933,10 @@ class KnowledgeBase:
         }
         if len(blocks) < 2:
             shard = blocks[0][0] if blocks else 0
-            return slice_encodings(shards[shard], _as_index(physical - self._starts[shard]))
+            return slice_encodings(shards[shard], as_index(physical - self._starts[shard]))
         gathered = {name: tensor.new_empty((len(physical), *tensor.shape[1:])) for name, tensor in shards[0].items()}
         for shard, at in blocks:
-            source, target = _as_index(physical[at] - self._starts[shard]), _as_index(at)
+            source, target = as_index(physical[at] - self._starts[shard]), as_index(at)
             for name, tensor in shards[shard].items():
                 if isinstance(target, slice) and not isinstance(source, slice):  # copied once
                     torch.index_select(tensor, 0, source, out=gathered[name][target])
@@ -953,13 +983,6 @@ class KnowledgeBase:
             _warn_deprecated(name, f"KnowledgeBase.{_RENAMED[name]}")
             return getattr(self, _RENAMED[name])
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-
-def _as_index(rows: np.ndarray) -> slice | torch.Tensor:
-    """Returns row numbers as an index of tensors: a slice, which gives a view, if they follow one another."""
-    if len(rows) and (np.diff(rows) == 1).all():
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return torch.from_numpy(rows)
 
 
 def _warn_deprecated(name: str, replacement: str) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,8 +25,9 @@ from safetensors.torch import save_file
 
 from hf_mel.errors import KnowledgeBaseError
 from hf_mel.files import fsync_and_describe, local_path, write_errors, write_text
-from hf_mel.inference.encodings import concat_encodings, row_bytes
-from hf_mel.inference.quantisation import LARGEST_VALUE, QUANTISED, layout_of, quantised, stored_layout
+from hf_mel.inference import padding
+from hf_mel.inference.encodings import concat_encodings
+from hf_mel.inference.quantisation import LARGEST_VALUE, QUANTISED, SCALES, layout_of, quantised, stored_layout
 from hf_mel.kb.manifest import MANIFEST_NAME, damage_error
 from hf_mel.schema import entity_features
 
@@ -53,6 +55,7 @@ class ShardWriter:
         step (`int`): A full shard has a multiple of so many rows.
         notes (`Path`, *optional*): A folder in which finished shards are recorded. Shards recorded there by an
             interrupted build are kept, and `num_finished` counts their rows.
+        masks (mapping, *optional*): The [`~hf_mel.protocols.entity_token_masks`] of the model. A given layout has them.
     """
 
     def __init__(
@@ -64,13 +67,14 @@ class ShardWriter:
         *,
         step: int = 1,
         notes: Path | None = None,
+        masks: Mapping[str, str] | None = None,
     ):
         self.folder, self.first, self.layout, self.notes, self.dtype = folder, first, layout, notes, dtype
-        self.step = step
+        self.step, self._masks = step, masks or {}
         self._shards: list[dict[str, Any]] = []
         self._encodings: list[dict[str, torch.Tensor]] = []
         self._tables: list[pa.Table] = []
-        self._rows = self._bytes = 0
+        self._rows = 0
         self._parquet: pq.ParquetWriter | None = None
         if notes is not None:
             self._resume(notes)
@@ -105,7 +109,8 @@ class ShardWriter:
         Raises:
             KnowledgeBaseError: dtypes or shapes differ from those of earlier batches, or a file cannot be written.
         """
-        stored, layout = _stored(encodings, self.dtype)
+        masks = self._masks if self.layout is None else padding.masks_of(self.layout)
+        stored, layout = _stored(encodings, self.dtype, masks)
         if self.layout is None:
             self.layout = layout
         elif layout != self.layout:
@@ -114,17 +119,21 @@ class ShardWriter:
                 f"{_layout_text(self.layout)}.",
                 remedy="Let the processor pad every batch to the same length (padding='max_length').",
             )
-        self.add_stored(stored, table)
+        self.add_stored(stored)
+        self.add_table(table)
 
-    def add_stored(self, stored: Mapping[str, torch.Tensor], table: pa.Table) -> None:
-        """Appends a batch of tensors as they are stored, which have the layout of this writer; see [`~ShardWriter.add`]."""
+    def add_stored(self, stored: Mapping[str, torch.Tensor]) -> None:
+        """Appends tensors as they are stored, which have the layout of this writer. Their tables follow."""
         self._encodings.append(dict(stored))
+
+    def add_table(self, table: pa.Table) -> None:
+        """Appends the table of rows whose encodings were appended."""
+        assert self.layout is not None
         self._tables.append(table)
         self._rows += table.num_rows
-        self._bytes += row_bytes(stored) * table.num_rows
         if sum(t.num_rows for t in self._tables) >= _GROUP_ROWS or sum(t.nbytes for t in self._tables) >= _GROUP_BYTES:
             self._write_group()
-        if self._bytes >= _SHARD_BYTES and self._rows % self.step == 0:
+        if self._rows * _padded_bytes(self.layout) >= _SHARD_BYTES and self._rows % self.step == 0:
             self._close_shard()
 
     def close(self) -> list[dict[str, Any]]:
@@ -152,8 +161,10 @@ class ShardWriter:
         with write_errors(entities):
             if self._parquet is not None:
                 self._parquet.close()
+        assert self.layout is not None
+        stored = concat_encodings(self._encodings)
         with write_errors(encodings):
-            save_file(concat_encodings(self._encodings), encodings)
+            save_file(stored | padding.first_vectors(stored, self.layout), encodings)
         shard = {
             "rows": self._rows,
             "encodings": fsync_and_describe(encodings),
@@ -164,24 +175,55 @@ class ShardWriter:
             write_text(note, [json.dumps({"shard": shard, "layout": self.layout})])
         self._shards.append(shard)
         self._encodings, self._parquet = [], None
-        self._rows = self._bytes = 0
+        self._rows = 0
 
 
-def layout_and_rows(encodings: Mapping[str, torch.Tensor], dtype: str, step: int) -> tuple[dict[str, Any], int]:
+def layout_and_rows(
+    encodings: Mapping[str, torch.Tensor], dtype: str, step: int, masks: Mapping[str, str]
+) -> tuple[dict[str, Any], int]:
     """Returns the layout that a [`ShardWriter`] finds in encodings, and the rows of a full shard, a multiple of `step`."""
-    stored, layout = _stored(encodings, dtype)
-    step_bytes = max(1, row_bytes(stored) * step)
+    _, layout = _stored(encodings, dtype, masks)
+    step_bytes = max(1, _padded_bytes(layout) * step)
     return layout, step * -(-_SHARD_BYTES // step_bytes)
 
 
-def _stored(encodings: Mapping[str, torch.Tensor], dtype: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Returns the tensors in which encodings are stored as `dtype`, and their layout."""
+def _padded_bytes(layout: Mapping[str, Any]) -> int:
+    """Returns the bytes of a stored row, with padding. They decide where a shard ends, so that all builds agree."""
+    unmasked = {name: {key: spec[key] for key in ("dtype", "shape")} for name, spec in layout.items()}
+    tensors = stored_layout(unmasked).values()
+    return sum(getattr(torch, spec["dtype"]).itemsize * math.prod(spec["shape"]) for spec in tensors)
+
+
+def _stored(
+    encodings: Mapping[str, torch.Tensor], dtype: str, masks: Mapping[str, str]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Returns the tensors in which encodings are stored as `dtype`, and their layout. Few bits leave padding out."""
     encodings = {name: tensor.to("cpu") for name, tensor in encodings.items()}
     if dtype in QUANTISED:
-        return quantised(encodings, dtype), layout_of(encodings, dtype)
+        _check_masks(encodings, masks)
+        layout = layout_of(encodings, dtype, masks)
+        return quantised(encodings, layout), layout
     of_torch = getattr(torch, dtype)
     stored = {k: tensor.to(of_torch) if tensor.is_floating_point() else tensor for k, tensor in encodings.items()}
     return stored, tensor_layout(stored)
+
+
+def _check_masks(encodings: Mapping[str, torch.Tensor], masks: Mapping[str, str]) -> None:
+    """Checks that the masks that a model names are masks of its encodings."""
+    for name, mask in masks.items():
+        tensor, kept = encodings.get(name), encodings.get(mask)
+        if (
+            tensor is None
+            or kept is None
+            or not tensor.is_floating_point()
+            or tensor.dim() < 3
+            or (kept.dtype, kept.shape) != (torch.bool, tensor.shape[:2])
+        ):
+            raise KnowledgeBaseError(
+                f"The model says that {mask!r} is the mask of {name!r}, but these are no encodings bool [N, L] and float "
+                "[N, L, d] of N entities.",
+                remedy="Correct entity_token_masks of the model.",
+            )
 
 
 def tensor_layout(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
@@ -289,11 +331,42 @@ def map_encodings(path: Path, rows: int, layout: Mapping[str, Any]) -> dict[str,
     with read_errors(path), safe_open(path, framework="pt") as file:
         # Pages are read on use, and the system drops them when memory is short.
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if any(tensor.shape[:1] != (rows,) for tensor in tensors.values()) or tensor_layout(tensors) != stored_layout(
-        layout
-    ):
+    if tensor_layout(tensors) != stored_layout(layout) or not _have_rows(tensors, rows, layout):
         raise damage_error(path, f"its tensors do not match {MANIFEST_NAME}")
     return tensors
+
+
+def _have_rows(tensors: Mapping[str, torch.Tensor], rows: int, layout: Mapping[str, Any]) -> bool:
+    """Whether tensors with the right shapes of a row have this number of rows, and the vectors of these rows."""
+    masks = padding.masks_of(layout)
+    per_row = [tensor for name, tensor in tensors.items() if name.removesuffix(SCALES) not in masks]
+    if any(tensor.shape[:1] != (rows,) for tensor in per_row):
+        return False
+    ends = padding.num_vectors(tensors, layout)
+    return all(len(tensors[name]) == len(tensors[name + SCALES]) == ends[mask] for name, mask in masks.items())
+
+
+def take_rows(
+    tensors: Mapping[str, torch.Tensor], rows: np.ndarray, layout: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Returns what [`map_encodings`] gave of some rows, for encodings of a layout: views, where rows follow one another.
+
+    Raises:
+        `ValueError`: The numbers of their vectors are not in the file.
+    """
+    masks, index = padding.masks_of(layout), as_index(rows)
+    vectors = {mask: as_index(n) for mask, n in padding.vectors_of_rows(tensors, index, layout).items()}
+    return {
+        name: tensors[name][vectors[masks[of]] if (of := name.removesuffix(SCALES)) in masks else index]
+        for name in stored_layout(layout)
+    }
+
+
+def as_index(rows: np.ndarray) -> slice | torch.Tensor:
+    """Returns row numbers as an index of tensors: a slice, which gives a view, if they follow one another."""
+    if len(rows) and (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows)
 
 
 class EntityTable:

@@ -34,7 +34,6 @@ import torch
 from hf_mel.errors import KnowledgeBaseError, LostProcessError, MelError
 from hf_mel.files import building_folder, building_path, read_json, write_errors, write_text
 from hf_mel.inference.encode import encode_batches, window_rows
-from hf_mel.inference.encodings import slice_encodings
 from hf_mel.inference.entity_sources import part_of
 from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
@@ -44,6 +43,7 @@ from hf_mel.kb.encoding import check_encodes_entities, iter_stored_tables, write
 from hf_mel.kb.folders import lock_existing
 from hf_mel.kb.manifest import MANIFEST_NAME
 from hf_mel.kb.shards import ShardWriter, layout_and_rows, map_encodings
+from hf_mel.protocols import entity_token_masks
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def _layout_of_entities(
     with evaluation_mode(inputs.model):
         encodings = next(encode_batches(inputs, source.select([0]), "entities", batch_size=1))
     inputs.left_out = LeftOutTexts(inputs.processor)  # the entity is counted with its batch
-    return layout_and_rows(encodings, dtype, window_rows(batch_size))
+    return layout_and_rows(encodings, dtype, window_rows(batch_size), entity_token_masks(inputs.model))
 
 
 def _start_run(stage: Path, units: Sequence[EncodingUnit], run: str) -> None:
@@ -444,10 +444,8 @@ class _SharedFolder:
             writer = ShardWriter(self.stage / "kb", number, self.dtype, self.layout, step=self.step)
             for unit, entry in parts:
                 path = self.stage / unit.folder / entry["encodings"]["file"]
-                encodings = map_encodings(path, len(unit.rows), self.layout)
-                first = 0
+                writer.add_stored(map_encodings(path, len(unit.rows), self.layout))
                 for table in iter_stored_tables(source.select(unit.rows), name, batch_size):
-                    writer.add_stored(slice_encodings(encodings, slice(first, first + table.num_rows)), table)
-                    first += table.num_rows
+                    writer.add_table(table)
             shards += writer.close()
         return shards

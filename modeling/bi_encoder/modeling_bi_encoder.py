@@ -581,6 +581,11 @@ class BiEncoderModel(PreTrainedModel):
                 )
             return self._query_vectors(mentions) @ self._index_vectors(entities).T
 
+    @property
+    def entity_token_masks(self) -> dict[str, str]:
+        """The mask of the tokens that MaxSim compares."""
+        return {"tokens": "token_mask"} if self.config.interaction == "maxsim" else {}
+
     @torch.no_grad()
     def query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Returns vectors [M, D] (float32), whose inner products with the [`~BiEncoderModel.index_vectors`] are the scores.

@@ -826,6 +826,12 @@ class MimicModel(MimicPreTrainedModel):
         return torch.cat(parts, -1)
 
     @property
+    def entity_token_masks(self) -> dict[str, str]:
+        """The mask outside of which TGLU reads no Q of eq. 9; none if padding counts, as in the published network."""
+        is_masked = "text" in (self.config.units or ()) and self.config.text_local and self.config.mask_padding
+        return {"text_queries": "text_mask"} if is_masked else {}
+
+    @property
     def bounds_scores(self) -> bool:
         """Whether [`~MimicModel.bound_queries`] works, as [`hf_mel.protocols.bounds_scores`] asks."""
         units = self.config.units or ()

@@ -74,12 +74,13 @@ def encodings(count: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", LARGEST)
 def test_rows_are_coded_alike_in_any_group_and_order(dtype):
     rows = encodings(12)
-    stored, layout = quantised(rows, dtype), layout_of(rows, dtype)
+    layout = layout_of(rows, dtype)
+    stored = quantised(rows, layout)
     restored = dequantised(stored, layout)
     assert is_quantised(layout)
     assert not is_quantised({"ids": {"dtype": "int8", "shape": []}})
     for chosen in (torch.arange(4), torch.tensor([7]), torch.randperm(12, generator=GENERATOR)):
-        part = quantised({name: tensor[chosen] for name, tensor in rows.items()}, dtype)
+        part = quantised({name: tensor[chosen] for name, tensor in rows.items()}, layout)
         for name, tensor in part.items():
             assert torch.equal(tensor, stored[name][chosen])
         for name, tensor in dequantised(part, layout).items():
@@ -89,7 +90,8 @@ def test_rows_are_coded_alike_in_any_group_and_order(dtype):
 @pytest.mark.parametrize("dtype", LARGEST)
 def test_layouts_say_what_is_stored(dtype):
     rows = encodings(2)
-    stored, layout = quantised(rows, dtype), layout_of(rows, dtype)
+    layout = layout_of(rows, dtype)
+    stored = quantised(rows, layout)
     expected = {
         name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape[1:])} for name, t in stored.items()
     }

@@ -1,7 +1,8 @@
 """A program that several processes run: it builds knowledge bases together, as its first argument says.
 
 At the end it links with the first knowledge base, if that was built. The argument is a JSON list. Each entry has the name of
-the output, optionally "window" (its batches) and "shard" (its entities), and changes of one process: "dtype", "model",
+the output, optionally "tokens" (a model that has them), "window" (its batches) and "shard" (its entities), and changes of
+one process: "dtype", "model",
 "folder" (another working folder), "entities" (their number), "batch_size", "locked" (it changes the knowledge base meanwhile),
 "reads" (seconds that it takes to read the entities), and at an entity "fails", "dies", "sleeps" and "full" (its disk is full
 from there on). "reranker" gives all processes a reranker, and "lost" is the number of seconds without a sign after which a
@@ -30,7 +31,7 @@ from hf_mel.kb import knowledge_base, shards, shared_build
 from hf_mel.kb.folders import kb_lock
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
-from tests.toy import ToyProcessor, toy_entities, toy_mentions, toy_model, toy_reranker
+from tests.toy import ToyConfig, ToyProcessor, ToyTokenRetriever, toy_entities, toy_mentions, toy_model, toy_reranker
 
 
 def fail() -> None:
@@ -73,6 +74,12 @@ def small_files(settings) -> None:
     shared_build._SIGN_SECONDS, shared_build._LOST_SECONDS = 0.2, settings.get("lost", 600.0)
 
 
+def token_model() -> ToyTokenRetriever:
+    """Returns a model with vectors of tokens."""
+    torch.manual_seed(0)
+    return ToyTokenRetriever(ToyConfig()).eval()
+
+
 def main() -> None:
     processes = PartialState(cpu=True, timeout=timedelta(seconds=float(os.environ.get("LIMIT", "1800"))))
     open_entities, save_file, mkdir = knowledge_base.open_entities, shards.save_file, os.mkdir
@@ -86,11 +93,13 @@ def main() -> None:
         knowledge_base.open_entities = lambda *args: time.sleep(change.get("reads", 0)) or open_entities(*args)  # noqa: B023
         outcome = {}
         try:
+            model = token_model() if settings.get("tokens") else toy_model(seed=change.get("model", 0))
+            model = toy_reranker() if "reranker" in settings else model
             with kb_lock(Path(settings["output"])) if "locked" in change else nullcontext():
                 processes.wait_for_everyone()
                 KnowledgeBase.build(
                     entities,
-                    toy_reranker() if "reranker" in settings else toy_model(seed=change.get("model", 0)),
+                    model,
                     processor,
                     output=settings["output"],
                     batch_size=change.get("batch_size", 4),

@@ -38,7 +38,7 @@ from hf_mel.kb.indexes import base as indexes_base
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.schema import entity_features, post_features
 from tests.processes import lock_holder
-from tests.toy import ToyProcessor, ToyRetriever, toy_entities, toy_model, write_toy_dataset
+from tests.toy import ToyProcessor, ToyRetriever, ToyTokenRetriever, toy_entities, toy_model, write_toy_dataset
 from tests.toy_posts import ToyPostsProcessor, toy_posts, toy_posts_model
 
 MODEL, PROCESSOR = toy_model(), ToyProcessor()
@@ -165,6 +165,141 @@ def test_few_bits_are_rounded_once_and_returned_as_float32(tmp_path, dtype):
         assert (other.dtype, other.info()["encodings"]) == (dtype, kb.info()["encodings"])
         for name, tensor in other.encodings(range(30)).items():
             assert torch.equal(tensor, stored[name][order])
+
+
+def token_models() -> tuple[ToyTokenRetriever, ToyTokenRetriever]:
+    """Returns a model that says which padding is not read, and the same one that does not."""
+    models = [ToyTokenRetriever(MODEL.config).eval() for _ in range(2)]
+    for model in models:
+        model.load_state_dict(MODEL.state_dict())
+    models[1].entity_token_masks = {}
+    return models[0], models[1]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_few_bits_leave_out_padding_that_no_score_reads(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 3_000)
+    masked, plain = token_models()
+    kb = build(WORLD, tmp_path / "kb", model=masked, dtype=dtype)
+    padded = build(WORLD, tmp_path / "padded", model=plain, dtype=dtype)
+    assert kb.info()["shards"] == padded.info()["shards"] > 2
+    expected = padded.encodings(range(30))
+    mask = expected["mask"]
+    assert {0, mask.shape[1]} < set(mask.sum(1).tolist())
+    expected["tokens"] = expected["tokens"] * mask[..., None]
+    assert kb.info()["encoding_bytes"] < padded.info()["encoding_bytes"]
+    sizes = [0, 0]
+    for number in range(kb.info()["shards"]):
+        with safe_open(kb.path / f"encodings-{number:05d}.safetensors", "pt") as file:
+            sizes[0] += len(file.get_tensor("tokens"))
+            sizes[1] += file.get_tensor("mask").nbytes
+    assert sizes == [int(mask.sum()), 30 * -(-mask.shape[1] // 8)]
+
+    def assert_equal(encodings, rows):
+        assert set(encodings) == set(expected)
+        for name, tensor in encodings.items():
+            assert tensor.dtype == expected[name].dtype
+            assert torch.equal(tensor, expected[name][rows])
+
+    for rows in ([7, 3, 29, 3], [], [4], [0, 10, 20, 29], range(5, 25), torch.randperm(30).tolist()):
+        assert_equal(kb.encodings(rows), list(rows))
+        assert_equal(kb.encodings(rows, as_stored=True), list(rows))
+        part = kb.encodings(rows, names=["tokens", "vision"])
+        assert list(part) == ["tokens", "vision"]
+        assert torch.equal(part["tokens"], expected["tokens"][list(rows)])
+    for chunk_size in (1, 7, 30):
+        for first, chunk in kb.iter_chunks(chunk_size):
+            assert_equal(chunk, slice(first, first + chunk_size))
+    kb.remove([kb.entity_ids[2], kb.entity_ids[29]])
+    kb.add(WORLD.select([2]), masked, PROCESSOR, progress=False)
+    order = [0, 1, *range(3, 29), 2]
+    for other in (kb, KnowledgeBase.from_pretrained(kb.path), kb.save(tmp_path / "copy", progress=False)):
+        assert other.info()["encodings"]["tokens"]["mask"] == "mask"
+        assert_equal(other.encodings(range(29)), order)
+
+
+def test_entities_are_added_in_the_form_of_those_that_are_there(tmp_path):
+    """A knowledge base that was made before padding was left out keeps it."""
+    masked, plain = token_models()
+    kb = build(WORLD, tmp_path / "kb", model=plain, dtype="int4")
+    expected, layout = kb.encodings(range(30)), kb.info()["encodings"]
+    kb.remove([kb.entity_ids[2]])
+    kb.add(WORLD.select([2]), masked, PROCESSOR, progress=False)
+    assert kb.info()["encodings"] == layout
+    for name, tensor in kb.encodings(range(30)).items():
+        assert torch.equal(tensor, expected[name][[0, 1, *range(3, 30), 2]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_padding_stays_where_encodings_are_mapped(tmp_path, dtype):
+    masked, plain = token_models()
+    kb = build(WORLD, tmp_path / "kb", model=masked, dtype=dtype)
+    padded = build(WORLD, tmp_path / "padded", model=plain, dtype=dtype)
+    assert files(kb.path).keys() == files(padded.path).keys()
+    for name, content in files(kb.path).items():
+        assert content == files(padded.path)[name]
+
+
+@pytest.mark.parametrize(
+    "masks", [{"tokens": "none"}, {"none": "mask"}, {"mask": "mask"}, {"text": "mask"}, {"tokens": "text"}]
+)
+def test_masks_that_are_none_are_refused(tmp_path, masks):
+    model, _ = token_models()
+    model.entity_token_masks = masks
+    with pytest.raises(KnowledgeBaseError, match=r"says that .* is the mask of .*entity_token_masks"):
+        build(WORLD, tmp_path / "kb", model=model, dtype="int4")
+    assert not (tmp_path / "kb").exists()
+
+
+def test_a_file_whose_vectors_are_not_those_of_its_rows_is_refused(tmp_path):
+    model, _ = token_models()
+    kb = build(WORLD, tmp_path / "kb", model=model, dtype="int4")
+    path = kb.path / "encodings-00000.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def write(changed):
+        save_file(changed, path)
+        edit_manifest(kb.path, lambda m: m["shards"][0]["encodings"].update(bytes=path.stat().st_size))
+
+    for changed in (
+        {name: tensor for name, tensor in tensors.items() if name != "mask.first"},
+        tensors | {"tokens": tensors["tokens"][:-1]},
+        tensors | {"tokens.scale": tensors["tokens.scale"][:-1]},
+        tensors | {"tokens": tensors["tokens"][:-1], "tokens.scale": tensors["tokens.scale"][:-1]},
+        tensors | {"mask": torch.full_like(tensors["mask"], 255)},
+        tensors | {"mask.first": tensors["mask.first"] + 1},
+        tensors | {"mask.first": tensors["mask.first"][:-1]},
+    ):
+        write(changed)
+        with pytest.raises(KnowledgeBaseError, match="do not match"):
+            KnowledgeBase.from_pretrained(kb.path)
+    first = tensors["mask.first"].clone()
+    first[3] = 10**9
+    write(tensors | {"mask.first": first})
+    kb = KnowledgeBase.from_pretrained(kb.path)
+    assert kb.encodings([2])["tokens"].shape[0] == 1
+    with pytest.raises(KnowledgeBaseError, match=r"encodings-00000.*damaged.*does not fit"):
+        kb.encodings(range(30))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(dtype="bfloat16"),
+        lambda m: m["encodings"]["tokens"].update(mask="text"),
+        lambda m: m["encodings"]["tokens"].update(mask=7),
+        lambda m: m["encodings"]["tokens"].update(dtype="float32"),
+        lambda m: m["encodings"]["tokens"].pop("mask"),
+        lambda m: m["encodings"]["mask"].update(shape=[47]),
+    ],
+)
+def test_a_manifest_with_a_mask_that_is_none_is_refused(tmp_path, change):
+    model, _ = token_models()
+    build(WORLD, tmp_path / "kb", model=model, dtype="int4")
+    edit_manifest(tmp_path / "kb", change)
+    with pytest.raises(KnowledgeBaseError, match="The knowledge base is damaged"):
+        KnowledgeBase.from_pretrained(tmp_path / "kb")
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])

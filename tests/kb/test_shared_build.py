@@ -20,7 +20,7 @@ from hf_mel.kb import build_index, shards
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.kb.shared_build import encoding_units
 from hf_mel.linking.linker import EntityLinker
-from tests.kb.shared_builds import WatchedProcessor
+from tests.kb.shared_builds import WatchedProcessor, token_model
 from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model
 
 ROOT = Path(__file__).parents[2]
@@ -79,8 +79,8 @@ def small_shards(monkeypatch):
 
 
 def build_alone(folder: Path, **options) -> KnowledgeBase:
-    options = {"batch_size": 4, "progress": False} | options
-    return KnowledgeBase.build(toy_entities(30), toy_model(), WatchedProcessor(), output=folder, **options)
+    options = {"model": toy_model(), "batch_size": 4, "progress": False} | options
+    return KnowledgeBase.build(toy_entities(30), processor=WatchedProcessor(), output=folder, **options)
 
 
 @given(st.integers(1, 400), st.integers(1, 9), st.integers(1, 12))
@@ -116,6 +116,8 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards, monkeypatc
         {"output": "failed"},
         {"output": "few_bits", "dtype": "int4"},
         {"output": "windows", "window": 2, "shard": 20},
+        {"output": "tokens", "dtype": "int4", "tokens": True},
+        {"output": "token_shards", "dtype": "int4", "tokens": True, "units": 1},
     )
     assert done.returncode == 0, done.stderr
     whole = files(build_alone(tmp_path / "whole").path)
@@ -123,6 +125,8 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards, monkeypatc
     assert files(tmp_path / "parts") == files(tmp_path / "shards") == files(tmp_path / "failed") == whole
     assert files(tmp_path / "half") == files(build_alone(tmp_path / "half_alone", dtype="bfloat16").path)
     assert files(tmp_path / "few_bits") == files(build_alone(tmp_path / "few_bits_alone", dtype="int4").path)
+    tokens = files(build_alone(tmp_path / "tokens_alone", dtype="int4", model=token_model()).path)
+    assert files(tmp_path / "tokens") == files(tmp_path / "token_shards") == tokens
     monkeypatch.setattr(encode, "_WINDOW_BATCHES", 2)
     monkeypatch.setattr(shards, "_SHARD_BYTES", 20 * 2 * 16 * 4)
     windows = build_alone(tmp_path / "windows_alone")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, CLIPConfig, CLIPModel, ViltConfig
 
 import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.hub.saving import save_model_repository
+from hf_mel.inference.quantisation import dequantised, layout_of, quantised
 from hf_mel.modeling.bi_encoder import BiEncoderConfig, BiEncoderModel, BiEncoderProcessor
 from hf_mel.modeling.bi_encoder.modeling_bi_encoder import cell_boxes
-from hf_mel.protocols import IndexVectors, MelProcessor, Retriever, leaves_out_missing_images
+from hf_mel.protocols import IndexVectors, MelProcessor, Retriever, entity_token_masks, leaves_out_missing_images
 from hf_mel.training.tokenizer import texts_of, train_wordpiece
 from tests.modeling import direct_bi_encoder as direct
 from tests.toy import toy_entities, toy_mentions
@@ -239,6 +242,27 @@ def test_maxsim_in_blocks_equals_maxsim_at_once(monkeypatch, tokenizer):
         whole = model(**batch).scores
         monkeypatch.setattr("hf_mel.modeling.bi_encoder.modeling_bi_encoder._BLOCK_SIMILARITIES", 1)
         torch.testing.assert_close(model(**batch).scores, whole)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(0, 32), min_size=6, max_size=6))
+def test_no_score_of_maxsim_reads_the_padding_that_few_bits_leave_out(tokenizer, lengths):
+    model = build(**VARIANTS["maxsim"])
+    batch = batch_of(model, tokenizer)
+    with torch.no_grad():
+        mentions = model.encode_mentions(**{k: v for k, v in batch.items() if k.startswith("mention")})
+        entities = dict(model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")}))
+        entities["token_mask"] = torch.arange(entities["tokens"].shape[1]) < torch.tensor(lengths)[:, None]
+        scores = []
+        for masks in ({}, entity_token_masks(model)):
+            layout = layout_of(entities, "int4", masks)
+            restored = dequantised(quantised(entities, layout), layout)
+            bounds = model.bound_vectors(restored)
+            scores.append((model.score(mentions, restored), model.index_vectors(restored), *bounds))
+    assert len(quantised(entities, layout)["tokens"]) == sum(min(n, entities["tokens"].shape[1]) for n in lengths)
+    for padded, packed in zip(*scores, strict=True):
+        assert torch.equal(padded, packed)
+    assert entity_token_masks(build()) == {}
 
 
 def test_training_equals_a_plain_training_loop(tokenizer):

@@ -9,11 +9,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, CLIPModel, ViTConfig
 
 import hf_mel  # noqa: F401 (registers the methods)
+from hf_mel.inference.quantisation import dequantised, layout_of, quantised
 from hf_mel.modeling.mimic import MimicConfig, MimicModel, modeling_mimic, scoring_mimic
-from hf_mel.protocols import BoundsPairs, Retriever, bounds_scores
+from hf_mel.protocols import BoundsPairs, Retriever, bounds_scores, entity_token_masks
 from tests.modeling import direct_mimic, published_mimic
 
 BERT = {
@@ -467,6 +470,40 @@ def test_padding_changes_scores_only_in_the_published_form_without_masks():
             encoded = model.encode_mentions(**{k: v for k, v in longer.items() if k.startswith("mention")})
         assert (difference < 1e-5) == masked
         assert encoded.text_keys.shape[1] == longer["mention_input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(0, 12), min_size=6, max_size=6), pruned=st.booleans())
+def test_scores_do_not_read_the_padding_that_few_bits_leave_out(dtype, lengths, pruned):
+    model = build(mask_padding=True)
+    batch = batch_for(model, entities=6)
+    width = batch["entity_input_ids"].shape[1]
+    with torch.no_grad():
+        mentions = model.encode_mentions(**{k: v for k, v in batch.items() if k.startswith("mention")})
+        entities = dict(model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")}))
+        entities["text_mask"] = torch.arange(width) < torch.tensor(lengths)[:, None]
+        masks = entity_token_masks(model)
+        assert masks == {"text_queries": "text_mask"}
+        scores = []
+        for given_masks in ({}, masks):
+            layout = layout_of(entities, dtype, given_masks)
+            stored = quantised(entities, layout)
+            assert len(stored["text_queries"]) == (sum(min(n, width) for n in lengths) if given_masks else 6)
+            restored = dequantised(stored, layout)
+            if pruned:
+                quick = model.quick_scores(mentions, restored)
+                scores.append(quick + model.remaining_scores(mentions, restored, quick.mean().expand_as(quick)))
+            else:
+                scores.append(model.score(mentions, restored))
+    assert torch.equal(*scores)
+
+
+def test_padding_counts_without_a_mask():
+    """The published network reads padding, so that none may be left out."""
+    assert entity_token_masks(build()) == {}
+    assert entity_token_masks(build(mask_padding=True, text_local=False)) == {}
+    assert entity_token_masks(build(mask_padding=True, units=["vision"])) == {}
 
 
 def test_encodings_contain_projections_but_no_token_states():
