@@ -1,14 +1,13 @@
 """A program that several processes run: it builds knowledge bases together, as its first argument says.
 
-At the end it links with the first knowledge base, if that was built. The argument is a JSON list. Each entry has the name of
-the output, optionally "tokens" (a model that has them), "window" (its batches) and "shard" (its entities), and changes of
-one process: "dtype", "model",
-"folder" (another working folder), "entities" (their number), "batch_size", "locked" (it changes the knowledge base meanwhile),
-"reads" (seconds that it takes to read the entities), and at an entity "fails", "dies", "sleeps" and "full" (its disk is full
-from there on). "reranker" gives all processes a reranker, and "lost" is the number of seconds without a sign after which a
-process is lost. The files of errors and of the number of encoded entities are written beside the output. LIMIT in the
-environment is the time limit of ordinary collective calls, and IDLE the seconds for which the first process does nothing
-before it links.
+At the end it links with the first knowledge base, if that was built. The argument is a JSON list. Each entry has the
+name of the output, optionally "tokens" (a model that has them), "window" (its batches) and "shard" (its entities), and
+changes of one process: "dtype", "model", "folder" (another working folder), "entities" (their number), "batch_size",
+"locked" (it changes the knowledge base meanwhile), "reads" (seconds that it takes to read the entities), and at an
+entity "fails", "dies", "sleeps" and "full" (its disk is full from there on). "reranker" gives all processes a reranker,
+and "lost" is the number of seconds without a sign after which a process is lost. The files of errors and of the number
+of encoded entities are written beside the output. LIMIT in the environment is the time limit of ordinary collective
+calls, and IDLE the seconds for which the first process does nothing before it links.
 """
 
 import errno

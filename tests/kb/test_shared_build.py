@@ -152,6 +152,7 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards, monkeypatc
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
         *("parts", "shards", "half", "half_alone", "whole", "failed", "elsewhere", "few_bits", "few_bits_alone"),
         *("windows", "windows_alone"),
+        *("tokens", "token_shards", "tokens_alone"),
     }
     linker = EntityLinker(toy_model(), WatchedProcessor(), tmp_path / "whole", name_weight=0.5)
     expected = []
