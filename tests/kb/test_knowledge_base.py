@@ -178,6 +178,7 @@ def token_models() -> tuple[ToyTokenRetriever, ToyTokenRetriever]:
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_few_bits_leave_out_padding_that_no_score_reads(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("hf_mel.inference.encode._WINDOW_BATCHES", 1)
     monkeypatch.setattr(shards, "_SHARD_BYTES", 3_000)
     masked, plain = token_models()
     kb = build(WORLD, tmp_path / "kb", model=masked, dtype=dtype)
