@@ -192,7 +192,8 @@ def run_suite(
     versions = data_versions(suite)
     failed: dict[Path, str] = {}
     grid = grid_cells(suite, runs)
-    wanted = {name for cell in grid if cell.row not in kept for name in cell.references}
+    running = [cell for cell in grid if cell.row not in kept and empty_reason(cell) is None]
+    wanted = {name for cell in running for name in cell.references}
     prepared = prepared_cells(suite, runs)
     for before in reversed(prepared):
         wanted |= set(before.references) if before.prepared.name in wanted else set()
