@@ -75,7 +75,7 @@ BRUTE = ("exact", "maxsim-cpu", "pylate rerank")
 
 @dataclass
 class Answer:
-    """What a system finds for one mention.
+    """The answer of a system for one mention.
 
     Args:
         rows (`list[int]`): The best entities.

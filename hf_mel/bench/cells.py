@@ -321,6 +321,14 @@ def grid_cells(suite: Suite, runs: Path) -> list[Cell]:
     return sorted(cells, key=lambda cell: order[cell.seed])
 
 
+def cells_by_row(suite: Suite, runs: Path) -> dict[RowKey, list[Cell]]:
+    """Returns the cells of each row of a suite, one for each seed; see [`grid_cells`]."""
+    rows: dict[RowKey, list[Cell]] = {}
+    for cell in grid_cells(suite, runs):
+        rows.setdefault(cell.row, []).append(cell)
+    return rows
+
+
 def data_values(suite: Suite, name: str) -> dict[str, Any]:
     """Returns the values of a recipe that name a data set of the suite."""
     data = suite.data[name]

@@ -192,12 +192,12 @@ def run_suite(
     versions = data_versions(suite)
     failed: dict[Path, str] = {}
     grid = grid_cells(suite, runs)
-    running = [cell for cell in grid if cell.row not in kept and empty_reason(cell) is None]
-    wanted = {name for cell in running for name in cell.references}
     prepared = prepared_cells(suite, runs)
-    for before in reversed(prepared):
-        wanted |= set(before.references) if before.prepared.name in wanted else set()
     if kept:  # a prepared run serves only the rows that are run
+        running = [cell for cell in grid if cell.row not in kept and empty_reason(cell) is None]
+        wanted = {name for cell in running for name in cell.references}
+        for before in reversed(prepared):
+            wanted |= set(before.references) if before.prepared.name in wanted else set()
         prepared = [cell for cell in prepared if cell.prepared.name in wanted]
     cells: list[PreparedCell | Cell] = [*prepared, *grid]
     progress = Progress()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_mel.bench.cells import Cell, RowKey, empty_reason, grid_cells, inputs_digest
+from hf_mel.bench.cells import Cell, RowKey, cells_by_row, empty_reason, inputs_digest
 from hf_mel.bench.suite import Suite
 from hf_mel.errors import DataFormatError
 from hf_mel.files import read_json
@@ -36,11 +36,8 @@ def rows_to_keep(suite: Suite, runs: Path, file: Path, versions: Mapping[str, An
             remedy="Give the <suite>.json that `hf-mel bench` wrote.",
         )
     earlier = {_identity(row): row for row in content["rows"] if isinstance(row, dict)}
-    cells: dict[RowKey, list[Cell]] = {}
-    for cell in grid_cells(suite, runs):
-        cells.setdefault(cell.row, []).append(cell)
     kept = {}
-    for key, group in cells.items():
+    for key, group in cells_by_row(suite, runs).items():
         sweep = None if key.field is None else key.value
         row = earlier.get((key.data, key.system, key.train_fraction, key.field, sweep))
         if row is None or not isinstance(row.get("ranks"), dict) or not isinstance(row.get("inputs"), dict):

@@ -16,7 +16,7 @@ from hf_mel.bench.cells import (
     Cell,
     PreparedCell,
     RowKey,
-    grid_cells,
+    cells_by_row,
     prepared_cells,
     read_record,
 )
@@ -66,11 +66,8 @@ def suite_results(
         ComparisonError: The seeds of a row were evaluated by different protocols.
         MissingExtraError: The packages for tests are not installed, and the suite has `compare_with`.
     """
-    cells: dict[RowKey, list[Cell]] = {}
-    for cell in grid_cells(suite, runs):
-        cells.setdefault(cell.row, []).append(cell)
     rows = []
-    for key, group in cells.items():
+    for key, group in cells_by_row(suite, runs).items():
         row = _row(key, group)
         rows.append(dict(kept[key]) if kept and key in kept and row["empty"] else row)
     return {

@@ -278,10 +278,11 @@ def _list_cells(suite: Any, folder: Path, kept: Collection[Any]) -> None:
     cells = grid_cells(suite, folder)
     listed: list[Any] = [*prepared_cells(suite, folder), *cells]
     for cell in listed:
-        reason = empty_reason(cell) if cell in cells else None
-        state = f"empty: {reason}" if reason else cell_state(cell, versions)
         if cell in cells and cell.row in kept:
             state = "kept"
+        else:
+            reason = empty_reason(cell) if cell in cells else None
+            state = f"empty: {reason}" if reason else cell_state(cell, versions)
         print_plain(f"{state:<12} {cell.label}")
     print_plain(f"{len(cells)} cells, {len(suite.prepare)} prepared runs, in {folder}")
 

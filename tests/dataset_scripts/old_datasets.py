@@ -27,7 +27,7 @@ def filled(value: Any, folder: Path) -> Any:
 
 
 def check(name: str, layout: str, write: Any, splits: dict[str, dict[str, int]], options: dict[str, Any]) -> list[str]:
-    """What is wrong with one layout of one data set."""
+    """A fault in one layout of one data set."""
     module = importlib.import_module(f"hf_mel.dataset_scripts.{name}.{name}")
     wrong = []
     with tempfile.TemporaryDirectory() as temporary:

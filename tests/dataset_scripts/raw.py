@@ -1,4 +1,4 @@
-"""What the tests of several builders share: rows as `datasets` gets them, and files with a few bytes changed."""
+"""Helpers of the tests of several builders: rows as `datasets` gets them, and files with a few bytes changed."""
 
 from __future__ import annotations
 

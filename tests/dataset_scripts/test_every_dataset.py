@@ -1,4 +1,4 @@
-"""What every data set must do, whatever its release looks like.
+"""Laws that every data set keeps, whatever its release looks like.
 
 Beside this file stands `<name>_release.py` for each: `write(folder)` writes a small invented release in the exact layout,
 malformed data included; `OPTIONS` are keyword arguments of `build_dataset` ("{folder}" in a text is that folder); `SPLITS` are the

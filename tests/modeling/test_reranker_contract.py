@@ -1,4 +1,4 @@
-"""What every reranker among the baselines keeps: batches, padding and order change nothing, and it loads without hf_mel."""
+"""Laws that every reranker among the baselines keeps: batches, padding and order change nothing, and it loads without hf_mel."""
 
 from __future__ import annotations
 
