@@ -305,8 +305,9 @@ def grid_cells(suite: Suite, runs: Path) -> list[Cell]:
                 for value in [None] if sweep is None else sweep.values:
                     field = None if sweep is None else sweep.field
                     row = RowKey(name, system.name, fraction, field, None if sweep is None else json.dumps(value))
-                    # An order depends on a seed only if it is drawn, which its own `seeds` say.
-                    seeds = system.seeds or (suite.seeds if system.order is None else [0])
+                    # An order depends on a seed only if it is drawn, which its own `seeds` say. Otherwise the suite's first
+                    # seed stands for all, whose prepared runs exist.
+                    seeds = system.seeds or (suite.seeds if system.order is None else suite.seeds[:1])
                     for seed in seeds:
                         values: dict[str, Any] = {**data_values(suite, name), **suite.set, **system.set}
                         if fraction != 1:

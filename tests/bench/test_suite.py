@@ -140,6 +140,15 @@ def test_a_prepared_run_of_every_seed(tmp_path):
     assert whole.recipe().candidates.retriever == str(Path("runs/prepared/retriever-seed3/run"))
 
 
+def test_an_order_has_one_cell_of_the_suites_first_seed(tmp_path):
+    text = SUITE.replace("    data: wikimel\nevaluate", "    data: wikimel\n    per_seed: true\nevaluate")
+    suite = load(tmp_path, text, "seeds=[4, 5]")
+    orders = [cell for cell in grid_cells(suite, Path("runs")) if cell.system.name == "order of the list"]
+    assert [cell.seed for cell in orders] == [4]
+    assert "runs/prepared/retriever-seed4/run" in " ".join(orders[0].commands()[-1])
+    assert "retriever-seed4" in {cell.folder.name for cell in prepared_cells(suite, Path("runs"))}
+
+
 def test_a_system_may_have_its_recipes_own_length(tmp_path):
     text = SUITE.replace("  - name: MMEL\n", "  - name: MMEL\n    budget: none\n")
     cells = grid_cells(load(tmp_path, text, "budget={minutes: 2}"), Path("runs"))
