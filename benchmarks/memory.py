@@ -46,7 +46,9 @@ def measure(recipe: str, overrides: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="data/flags_mel", help="built by hf-mel data build flags_mel --output data/flags_mel")
+    parser.add_argument(
+        "--dataset", default="data/flags_mel", help="built by hf-mel data build flags_mel --output data/flags_mel"
+    )
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--set", action="append", default=[], help="as in hf-mel train")
     parser.add_argument("--one", help=argparse.SUPPRESS)
