@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,7 +32,7 @@ from hf_mel.data.loading import dataset_version, load_entities, load_mentions
 from hf_mel.errors import MelError
 from hf_mel.inference.checkpoints import load_retriever
 from hf_mel.inference.encode import encode_rows
-from hf_mel.inference.encodings import slice_encodings
+from hf_mel.inference.encodings import num_rows, slice_encodings
 from hf_mel.inference.execution import to_model
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.precision import native_bf16
@@ -217,6 +217,13 @@ class _RowProcessor:
         return {f"entity_{name}": tensor for name, tensor in self._inputs(rows).items()}
 
 
+def _numbered(size: int) -> datasets.Dataset:
+    """Returns entities with the ids Q0, Q1, …, and no texts."""
+    empty = {name: [""] * size for name in ("name", "description", "attributes")}
+    rows = {"entity_id": [f"Q{row}" for row in range(size)], "aliases": [[]] * size, "images": [[]] * size}
+    return datasets.Dataset.from_dict({**rows, **empty}, features=entity_features())
+
+
 class Source:
     """Base of the sources: a model, mentions with golds, and knowledge bases of any size in a scratch folder.
 
@@ -253,11 +260,8 @@ class Source:
         except MelError:
             pass
         say(f"building a knowledge base of {size:,} entities, {self.name}")
-        empty = {name: [""] * size for name in ("name", "description", "attributes")}
-        rows = {"entity_id": [f"Q{row}" for row in range(size)], "aliases": [[]] * size, "images": [[]] * size}
-        source = datasets.Dataset.from_dict({**rows, **empty}, features=entity_features())
         return KnowledgeBase.build(
-            source, model, processor, output=folder, batch_size=256, dtype=dtype, progress=False
+            _numbered(size), model, processor, output=folder, batch_size=256, dtype=dtype, progress=False
         )
 
     def builder(self, size: int) -> tuple[Any, Any]:
@@ -470,6 +474,14 @@ class _LookupModel:
 
     def unit_scores(self, mentions: Any, entities: Any) -> Any:
         return self._model.unit_scores(mentions, entities)
+
+
+def stored_kb(model: Any, encodings: Mapping[str, torch.Tensor], dtype: str) -> KnowledgeBase:
+    """Returns a temporary knowledge base of the encodings [N, …] of a model."""
+    lookup = _LookupModel(model, lambda rows: slice_encodings(encodings, rows.cpu()))
+    processor = _RowProcessor(lambda rows: {"rows": rows})
+    size = num_rows(encodings)
+    return KnowledgeBase.build(_numbered(size), lookup, processor, batch_size=256, dtype=dtype, progress=False)
 
 
 def open_source(

@@ -137,7 +137,8 @@ def report_training(result: dict[str, Any]) -> Report:
 
 
 def report_precision(result: dict[str, Any]) -> Report:
-    """Returns a row for each form."""
+    """Returns a row for each form. Only forms of knowledge bases have a CPU time."""
+    timed = next((row["cpu_of_bfloat16"] for row in result["rows"] if "cpu_of_bfloat16" in row), {})
     columns = [
         "stored as",
         "smaller than float32",
@@ -147,6 +148,7 @@ def report_precision(result: dict[str, Any]) -> Report:
         "H@1",
         "MRR",
         "MR",
+        *(f"CPU / bfloat16, {count} mention{'s' * (count != '1')}" for count in timed),
     ]
     lines = [
         [
@@ -158,6 +160,7 @@ def report_precision(result: dict[str, Any]) -> Report:
             f"{row['metrics']['hits@1']:.4f}",
             f"{row['metrics']['mrr']:.4f}",
             f"{row['metrics']['mr']:.3f}",
+            *(f"{row['cpu_of_bfloat16'][count]:.2f}" if "cpu_of_bfloat16" in row else "–" for count in timed),
         ]
         for row in result["rows"]
     ]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from benchmarks import precision, summary
+from benchmarks.sources import Generated
 from hf_mel.data.loading import load_mentions
 from hf_mel.evaluation.full_evaluator import FullEvaluator
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.quantisation import dequantise, quantise
+from hf_mel.inference.ranking import rank
 from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.kb.manifest import DTYPES
 from tests.toy import ToyProcessor, register, toy_entities, toy_model, write_toy_dataset
 
 
@@ -43,10 +48,15 @@ def test_rows_equal_an_evaluation_with_rounded_entities(tmp_path):
     assert result["rows"][1]["bytes_per_entity"] < result["rows"][0]["bytes_per_entity"]
     _, columns, lines, _ = summary.report_precision(result)
     assert [len(line) for line in lines] == [len(columns)] * len(precision.FORMS)
+    for row in result["rows"]:
+        assert ("cpu_of_bfloat16" in row) == (row["dtype"] in DTYPES)
+    assert result["rows"][2]["cpu_of_bfloat16"] == {"1": 1, "8": 1}
 
 
 def rounded_as(vectors: torch.Tensor, dtype: str) -> torch.Tensor:
     """Rounds an entity's single vectors [N, d] as a knowledge base of a dtype does: int4 keeps them in 8 bits."""
+    if dtype.endswith("in float32"):
+        return vectors
     if dtype in ("float32", "float16", "bfloat16"):
         return vectors.to(getattr(torch, dtype)).float()
     form = "int4" if dtype.startswith("int4,") else "int8"
@@ -79,3 +89,28 @@ def test_the_knowledge_base_of_the_entities_replaces_their_encoding(tmp_path):
         assert rows[0]["metrics"] == rows[1]["metrics"]
         assert rows[0]["bytes_per_entity"] == rows[1]["bytes_per_entity"]
     assert results[0]["mentions"] == 3
+
+
+def test_forms_of_generated_people_are_stored_as_a_knowledge_base_stores_them(tmp_path, monkeypatch):
+    small = {"length": 24, "text_width": 32, "unit_width": 8, "image_size": 16, "patch_size": 8, "vision_width": 16}
+    monkeypatch.setattr(precision, "Generated", partial(Generated, sizes=small))
+    args = ["--people", "1000", "--steps", "0", "--mentions", "6", "--repeats", "1", "--scratch", str(tmp_path)]
+    result = precision.run(precision.arguments().parse_args(args))
+    assert (result["mentions"], result["entities"]) == (6, 1000)
+    source = Generated(tmp_path, 1000, steps=0, sizes=small, mask_padding=True)
+    mentions, _, golds = source.mentions(6)
+    for row in result["rows"]:
+        if row["dtype"] in DTYPES:
+            kb = source.knowledge_base(1000, row["dtype"])
+            ranks = rank(source.model, mentions, kb, gold_rows=golds)
+            assert row["metrics"]["mrr"] == pytest.approx((2 / (ranks.best_rank + ranks.worst_rank)).mean().item())
+            assert row["bytes_per_entity"] == pytest.approx(kb.info()["encoding_bytes"] / 1000, rel=0.02)
+    sizes = {row["dtype"]: row["bytes_per_entity"] for row in result["rows"]}
+    assert (
+        sizes["int4, single vectors too"] < sizes["int4"] < sizes["int4, single vectors in float32"] < sizes["float32"]
+    )
+
+
+def test_a_run_needs_its_data_set(tmp_path):
+    with pytest.raises(SystemExit, match="--model and --dataset must be given together"):
+        precision.run(precision.arguments().parse_args(["--model", str(tmp_path)]))
