@@ -338,6 +338,9 @@ def index(
     After adding many entities, or after an interruption, run the command again: it continues from the existing index.
     Removing entities needs no new index. An index is not published with its knowledge base.
 
+    With [b]accelerate launch -m hf_mel kb index …[/b], several processes share the entities of codes. An index of another
+    kind is built by one of them.
+
     Examples:
 
       hf-mel kb index kb/wikimel --model runs/mimic_wikimel
@@ -348,15 +351,21 @@ def index(
     """
     from hf_mel.cli.printing import print_plain
     from hf_mel.inference.checkpoints import load_retriever
+    from hf_mel.inference.ranking import process_group
     from hf_mel.kb.indexes import build_index
     from hf_mel.kb.knowledge_base import KnowledgeBase
+    from hf_mel.kb.shared_work import held_by_first
 
+    processes, device = shared_processes(device)
     opened = KnowledgeBase(kb)
-    with opened.writing(wait=wait):
+    with held_by_first(opened.writing(wait=wait), process_group(processes)):
         retriever, processor = load_retriever(
             model, revision=revision, device=device, trust_remote_code=trust_remote_code
         )
-        build_index(opened, kind, retriever, processor, uri=uri)
+        is_first = processes.is_main_process
+        build_index(opened, kind, retriever, processor, uri=uri, processes=processes, progress=is_first)
+    if not is_first:
+        return
     if kind == "codes":
         print_plain(
             f"The codes of {kb} cover its {_count_entities(len(opened))}.\n"

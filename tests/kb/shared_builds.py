@@ -26,7 +26,7 @@ from accelerate import PartialState
 
 from hf_mel.errors import ScoreError
 from hf_mel.inference import encode
-from hf_mel.kb import knowledge_base, shards, shared_build
+from hf_mel.kb import knowledge_base, shards, shared_work
 from hf_mel.kb.folders import kb_lock
 from hf_mel.kb.knowledge_base import KnowledgeBase
 from hf_mel.linking.linker import EntityLinker
@@ -68,9 +68,9 @@ def small_files(settings) -> None:
     """Makes shards of eight entities and windows of one batch, unless the settings say otherwise."""
     shards._SHARD_BYTES, shards._GROUP_ROWS = settings.get("shard", 8) * 2 * 16 * 4, 4
     encode._WINDOW_BATCHES = settings.get("window", 1)
-    shared_build._MIN_UNITS, shared_build._SEEN_SECONDS = settings.get("units", 64), 1.0
-    shared_build._POLL_SECONDS = 0.05
-    shared_build._SIGN_SECONDS, shared_build._LOST_SECONDS = 0.2, settings.get("lost", 600.0)
+    shared_work._MIN_UNITS, shared_work._SEEN_SECONDS = settings.get("units", 64), 1.0
+    shared_work._POLL_SECONDS = 0.05
+    shared_work._SIGN_SECONDS, shared_work._LOST_SECONDS = 0.2, settings.get("lost", 600.0)
 
 
 def token_model() -> ToyTokenRetriever:

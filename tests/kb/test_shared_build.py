@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hf_mel.inference import encode
 from hf_mel.kb import build_index, shards
 from hf_mel.kb.knowledge_base import KnowledgeBase
-from hf_mel.kb.shared_build import encoding_units
+from hf_mel.kb.shared_work import work_units
 from hf_mel.linking.linker import EntityLinker
 from tests.kb.shared_builds import WatchedProcessor, token_model
 from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_model
@@ -26,10 +26,12 @@ from tests.toy import ToyProcessor, register, toy_entities, toy_mentions, toy_mo
 ROOT = Path(__file__).parents[2]
 
 
-def launch(folder: Path, processes: int, *builds: dict, **variables: str) -> subprocess.CompletedProcess:
-    """Runs the program of `shared_builds` in processes, with variables in their environment."""
+def launch(
+    folder: Path, processes: int, *builds: dict, program: str = "tests.kb.shared_builds", **variables: str
+) -> subprocess.CompletedProcess:
+    """Runs a program, by default that of `shared_builds`, in processes, with variables in their environment."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    words += ["-m", "tests.kb.shared_builds", json.dumps(builds), str(folder)]
+    words += ["-m", program, json.dumps(builds), str(folder)]
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -87,7 +89,7 @@ def build_alone(folder: Path, **options) -> KnowledgeBase:
 @settings(max_examples=100, deadline=None)
 def test_units_hold_every_row_once_in_windows_of_one_process(num_rows, step, windows_per_shard):
     shard_rows = step * windows_per_shard
-    units = encoding_units(num_rows, shard_rows, step)
+    units = work_units(num_rows, shard_rows, step)
     assert [row for unit in units for row in unit.rows] == list(range(num_rows))
     assert [unit.number for unit in units] == list(range(len(units)))
     for unit in units:
@@ -96,7 +98,7 @@ def test_units_hold_every_row_once_in_windows_of_one_process(num_rows, step, win
         whole = range(unit.shard * shard_rows, min((unit.shard + 1) * shard_rows, num_rows))
         assert unit.is_shard == (unit.rows == whole)
     full = -(-num_rows // shard_rows) * shard_rows  # the last shard may have fewer batches than the others have units
-    assert len(encoding_units(full, shard_rows, step)) >= min(64, full // step)
+    assert len(work_units(full, shard_rows, step)) >= min(64, full // step)
 
 
 def test_two_processes_write_the_files_of_one(tmp_path, small_shards, monkeypatch):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from hf_mel.errors import KnowledgeBaseError
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from hf_mel.kb.indexes.base import Index
     from hf_mel.kb.knowledge_base import KnowledgeBase
     from hf_mel.protocols import MelProcessor
@@ -34,8 +36,9 @@ def build_index(
     processor: MelProcessor,
     *,
     uri: str | None = None,
+    processes: PartialState | None = None,
     progress: bool = True,
-) -> Index:
+) -> Index | None:
     """Builds an index, which finds candidates much faster than scoring every entity.
 
     The index is stored beside the knowledge base and replaces one of the same kind. If the old index covers part of the
@@ -49,10 +52,13 @@ def build_index(
         processor ([`~hf_mel.protocols.MelProcessor`]): Its processor.
         uri (`str`, *optional*): The address of a Milvus server, for "milvus". Default: a file in the folder of the
             knowledge base.
+        processes (`accelerate.PartialState`, *optional*): Processes that share the entities of "codes", whose file is that of
+            one process if it has as many threads as each of them. An index of another kind is built by the first process,
+            for which the others wait. All of them make this call with the same arguments.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
-        [`~hf_mel.kb.indexes.base.Index`]: The index.
+        [`~hf_mel.kb.indexes.base.Index`]: The index; `None` in all processes but the first.
 
     Raises:
         KnowledgeBaseError: The kind is unknown, another model built the knowledge base, the model returns no vectors,
@@ -67,19 +73,30 @@ def build_index(
         )
     if uri is not None and kind != "milvus":
         raise KnowledgeBaseError(f"The index {kind!r} has no server.", remedy="Omit the URI, or build 'milvus'.")
-    with kb.writing():
-        kb.check_made_by(model, processor)
+    from hf_mel.inference.ranking import process_group
+    from hf_mel.kb.shared_work import held_by_first
+
+    group = process_group(processes)
+    with held_by_first(kb.writing(), group):
+        with group.raise_together():
+            kb.check_made_by(model, processor)
         if kind == "codes":
             from hf_mel.kb.indexes.certified import CertifiedIndex
 
-            return CertifiedIndex.build(kb, model, progress=progress)
-        if kind == "milvus":
-            from hf_mel.kb.indexes.milvus import MilvusIndex
+            return CertifiedIndex.build(kb, model, group, progress=progress)
+        with group.without_limit(), group.raise_together():
+            return _build_alone(kb, kind, model, uri, progress) if group.index == 0 else None
 
-            return MilvusIndex.build(kb, model, uri=uri, progress=progress)
-        from hf_mel.kb.indexes.faiss import FaissIndex
 
-        return FaissIndex.build(kb, model, kind, progress=progress)
+def _build_alone(kb: KnowledgeBase, kind: str, model: Any, uri: str | None, progress: bool) -> Index:
+    """Builds an index of vectors in one process."""
+    if kind == "milvus":
+        from hf_mel.kb.indexes.milvus import MilvusIndex
+
+        return MilvusIndex.build(kb, model, uri=uri, progress=progress)
+    from hf_mel.kb.indexes.faiss import FaissIndex
+
+    return FaissIndex.build(kb, model, kind, progress=progress)
 
 
 def open_index(

@@ -435,8 +435,7 @@ def iter_computed(
     """
     device = model_device(model)
     if chunk_size is None:
-        _, one_row = next(kb.iter_physical(0, 1, as_stored=as_stored))
-        chunk_size = rows_per_chunk(row_bytes(one_row), most_rows)
+        chunk_size = default_chunk_size(kb, most_rows, as_stored=as_stored)
     for start, encodings in kb.iter_physical(first, chunk_size, as_stored=as_stored):
         with torch.inference_mode():
             arrays = [part.float().cpu().numpy() for part in compute(to_device(encodings, device))]
@@ -456,6 +455,12 @@ def iter_computed(
             )
         yield start, arrays
         del encodings, arrays
+
+
+def default_chunk_size(kb: KnowledgeBase, most_rows: int, *, as_stored: bool) -> int:
+    """Returns the rows that [`iter_computed`] reads at a time by default."""
+    _, one_row = next(kb.iter_physical(0, 1, as_stored=as_stored))
+    return rows_per_chunk(row_bytes(one_row), most_rows)
 
 
 def rows_per_chunk(bytes_per_row: int, most_rows: int) -> int:

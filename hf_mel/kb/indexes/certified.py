@@ -19,7 +19,9 @@ for every mention until the codes are built again.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,19 +29,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
 from hf_mel.errors import KnowledgeBaseError, ScoreError
-from hf_mel.files import building_folder, write_errors
+from hf_mel.files import fsync_and_describe, write_errors
 from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
 from hf_mel.inference.execution import model_device
-from hf_mel.inference.ranking import RankingResult
+from hf_mel.inference.ranking import RankingResult, SingleProcess
 from hf_mel.inference.score_bounds import BoundCodes, BoundQueries, encode, head_width, make_rotation
 from hf_mel.inference.sparse_scores import SparseScores
 from hf_mel.kb.indexes.base import (
     ExactIndex,
     IndexRecord,
     damaged_index_error,
+    default_chunk_size,
     install_file,
     iter_computed,
     rank_rows,
@@ -48,6 +52,7 @@ from hf_mel.kb.indexes.base import (
     stale_index_error,
     verified_path,
 )
+from hf_mel.kb.shared_work import SharedFolder, WorkUnit, check_same_settings, work_together, work_units
 from hf_mel.protocols import BoundsPairs, Encodings, bounds_scores
 
 if TYPE_CHECKING:
@@ -70,6 +75,12 @@ _LARGEST_SHARE = 0.25
 #: Most rows that are coded or bounded at a time, and rows of the sample that gives the directions.
 _CHUNK_ROWS = 1 << 13
 _SAMPLE_ROWS, _SAMPLE_RUN = 1 << 14, 1 << 10
+#: Rows of a unit that a process codes, but for a smaller knowledge base.
+_UNIT_ROWS = 1 << 17
+#: The file of mean and rotation in the working folder.
+_DIRECTIONS = f"directions{_SUFFIX}"
+#: The axis of the rows in each tensor of codes.
+_ROW_AXES = {"norms": 1, "tail_norms": 1, "head": 0, "tail": 0}
 _DTYPES = {"int8": "I8", "float32": "F32", "float64": "F64"}
 
 
@@ -103,15 +114,45 @@ class CertifiedIndex(ExactIndex):
             raise stale_index_error(self.kb, CODES, "they were made of other encodings")
 
     @classmethod
-    def build(cls, kb: KnowledgeBase, model: Any, *, progress: bool = True) -> CertifiedIndex:
-        """Codes all physical rows; see [`~hf_mel.kb.indexes.build_index`]. Older codes stay until the new ones are complete."""
-        check_bounds_scores(model)
+    def build(
+        cls, kb: KnowledgeBase, model: Any, group: SingleProcess | None = None, *, progress: bool = True
+    ) -> CertifiedIndex | None:
+        """Codes all physical rows; see [`~hf_mel.kb.indexes.build_index`]. Older codes stay until the new ones are complete.
+
+        The processes of `group` share the rows. The file is that of one process.
+        """
+        group = group or SingleProcess()
         target = kb.path / f"index-{CODES}"
-        with building_folder(target, json.dumps([CODES, kb.shards])) as stage, write_errors(target):
-            path = stage / f"codes{_SUFFIX}"
-            record = _write_codes(path, kb, model, progress)
-            install_file(kb, record, path, _SUFFIX)
-        return cls(kb, model)
+        with group.raise_together():
+            check_bounds_scores(model)
+            step = default_chunk_size(kb, _CHUNK_ROWS, as_stored=True)
+            probe = [part[0] for part in next(iter_bound_vectors(kb, model, 0, 1))[1:]]
+        check_same_settings(group, {"knowledge base": kb.shards}, target)
+        units = work_units(kb.num_physical_rows, step * max(1, _UNIT_ROWS // step), step)
+
+        def write_units(work: SharedFolder, chosen: list[WorkUnit]) -> None:
+            with tqdm(
+                total=sum(len(unit.rows) for unit in chosen), desc=CODES, unit="entity", delay=1, disable=not progress
+            ) as bar:
+                for unit in chosen:
+                    _write_unit(work, unit, kb, model, step, bar)
+
+        def install(work: SharedFolder) -> None:
+            path = work.stage / f"codes{_SUFFIX}"
+            with write_errors(target):
+                install_file(kb, _join(path, work, units, kb, probe), path, _SUFFIX)
+
+        work_together(
+            target,
+            {"shards": kb.shards, "step": step, "probe": np.concatenate(probe).tolist()},
+            units,
+            group,
+            write_units,
+            install,
+            lock=nullcontext,  # the caller holds that of the knowledge base
+            prepare=lambda stage: [_write_directions(stage, kb, model, len(probe[1]))],
+        )
+        return cls(kb, model) if group.index == 0 else None
 
     def find(
         self,
@@ -316,14 +357,50 @@ def _sample(kb: KnowledgeBase, model: Any) -> np.ndarray:
     return np.concatenate(parts).astype(np.float64)
 
 
-def _write_codes(path: Path, kb: KnowledgeBase, model: Any, progress: bool) -> IndexRecord:
-    """Writes the codes into a safetensors file, a chunk at a time, and returns their record without `store`."""
-    _, probe_vectors, probe_extras = next(iter_bound_vectors(kb, model, 0, 1))
-    sample = _sample(kb, model)
-    mean, dim, num_extras = sample.mean(0), sample.shape[1], probe_extras.shape[1]
+def _write_directions(stage: Path, kb: KnowledgeBase, model: Any, num_extras: int) -> Path:
+    """Writes the mean and the rotation of the codes, unless units of an interrupted build were made with those there are."""
+    path = stage / _DIRECTIONS
+    if not path.exists():
+        with write_errors(path):
+            shutil.rmtree(stage / "notes", ignore_errors=True)
+            sample = _sample(kb, model)
+            mean = sample.mean(0)
+            rotation = make_rotation(sample - mean, head_width(sample.shape[1], num_extras))
+            unfinished = stage / f"unfinished-{_DIRECTIONS}"
+            save_file({"mean": mean, "rotation": rotation}, unfinished)
+            fsync_and_describe(unfinished)
+            unfinished.replace(path)
+    return path
+
+
+def _write_unit(work: SharedFolder, unit: WorkUnit, kb: KnowledgeBase, model: Any, step: int, bar: Any) -> None:
+    """Writes the codes of the rows of a unit, which are in chunks of `step`."""
+    directions = load_file(work.stage / _DIRECTIONS)
+    chunks = []
+    for start, vectors, extras in iter_bound_vectors(kb, model, unit.rows.start, step):
+        work.stop_with_others()
+        width = head_width(vectors.shape[1], extras.shape[1])
+        codes = encode(vectors, directions["mean"], directions["rotation"], width)
+        chunks.append(codes | {"norms": np.concatenate([codes["norms"], extras.T])})
+        bar.update(len(vectors))
+        if start + len(vectors) == unit.rows.stop:
+            break
+    tensors = {name: np.concatenate([codes[name] for codes in chunks], axis) for name, axis in _ROW_AXES.items()}
+    path = work.own / f"{unit.number:07d}{_SUFFIX}"
+    with write_errors(path):
+        save_file(tensors, path)
+    longest = np.max([codes["longest"] for codes in chunks], 0)
+    work.finish(unit, {"codes": fsync_and_describe(path), "longest": longest.tolist()})
+
+
+def _join(
+    path: Path, work: SharedFolder, units: Sequence[WorkUnit], kb: KnowledgeBase, probe: list[np.ndarray]
+) -> IndexRecord:
+    """Writes the codes of all units into one safetensors file, and returns their record without `store`."""
+    directions = load_file(work.stage / _DIRECTIONS)
+    mean, rotation = directions["mean"], directions["rotation"]
+    dim, num_extras, total = len(mean), len(probe[1]), kb.num_physical_rows
     width = head_width(dim, num_extras)
-    rotation = make_rotation(sample - mean, width)
-    total = kb.num_physical_rows
     shapes: dict[str, tuple[str, tuple[int, int]]] = {
         "rotation": ("float64", (dim, dim)),
         "norms": ("float32", (3 + num_extras, total)),
@@ -340,29 +417,29 @@ def _write_codes(path: Path, kb: KnowledgeBase, model: Any, progress: bool) -> I
     text += b" " * (-len(text) % 8)
     longest = np.zeros(2)
     # Written a part at a time, because safetensors' own writer needs all tensors in memory.
-    with path.open("wb") as file, tqdm(total=total, desc=CODES, unit="entity", delay=1, disable=not progress) as bar:
+    with path.open("wb") as file:
 
-        def write(name: str, row: int, values: np.ndarray) -> None:
-            """Writes values at a row of a tensor; `row` counts in its first axis if it has as many as the values."""
-            file.seek(8 + len(text) + offsets[name] + row * values.itemsize)
+        def write(name: str, first: int, values: np.ndarray) -> None:
+            """Writes values from the number `first` of a tensor on, counted row by row."""
+            file.seek(8 + len(text) + offsets[name] + first * values.itemsize)
             file.write(np.ascontiguousarray(values).tobytes())
 
         file.write(len(text).to_bytes(8, "little") + text)
         write("rotation", 0, rotation)
-        for start, vectors, extras in iter_bound_vectors(kb, model, 0):
-            codes = encode(vectors, mean, rotation, width)
-            for name in ("head", "tail"):
-                write(name, start * codes[name].shape[1], codes[name])
-            for number, values in enumerate([*codes["norms"], *extras.T]):
-                write("norms", number * total + start, values)
-            for number, values in enumerate(codes["tail_norms"]):
-                write("tail_norms", number * total + start, values)
-            longest = np.maximum(longest, codes["longest"])
-            bar.update(len(vectors))
+        for unit in units:
+            entry, start = work.entry_of(unit), unit.rows.start
+            codes = load_file(work.stage / unit.folder / entry["codes"]["file"])
+            for name, axis in _ROW_AXES.items():
+                if axis == 0:
+                    write(name, start * codes[name].shape[1], codes[name])
+                else:
+                    for number, values in enumerate(codes[name]):
+                        write(name, number * total + start, values)
+            longest = np.maximum(longest, entry["longest"])
         file.truncate(8 + len(text) + end)
-    probe = np.concatenate([probe_vectors[0], probe_extras[0]]).tolist()
     settings = {"dim": dim, "extras": num_extras, "head": width, "longest": longest.tolist()}
-    return IndexRecord(CODES, kb.shards, probe, [*mean.tolist(), *[0.0] * num_extras], 0.0, settings)
+    first = np.concatenate(probe).tolist()
+    return IndexRecord(CODES, kb.shards, first, [*mean.tolist(), *[0.0] * num_extras], 0.0, settings)
 
 
 def _read_codes(kb: KnowledgeBase, record: IndexRecord) -> BoundCodes:
