@@ -25,6 +25,8 @@ def read_entity_file(
     *,
     mapping: ColumnMapping | None = None,
     bad_images: list[ImageError] | None = None,
+    share: tuple[int, int] = (0, 1),
+    gather: Callable[[Any], list[Any]] = lambda outcome: [outcome],
 ) -> datasets.Dataset:
     """Reads a user's entities from a JSONL, JSON, CSV or TSV file (UTF-8, with or without BOM, any line ends).
 
@@ -37,6 +39,8 @@ def read_entity_file(
         mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in the file.
         bad_images (list of [`~hf_mel.errors.ImageError`], *optional*): Receives an error for each missing or damaged image,
             which its entity then goes without. Without a list, the first one is raised.
+        share (`tuple[int, int]`): The number of this process, and that of all processes. Each opens the images of its share.
+        gather (callable): Returns what each process passes to it.
 
     Returns:
         `datasets.Dataset` of N entities (columns: [`~hf_mel.schema.entity_features`], and those that the mapping keeps:
@@ -52,12 +56,21 @@ def read_entity_file(
         KnowledgeBaseError: The file has no rows.
     """
     bad_rows: list[MelError] = []
-    images: list[ImageError] = [] if bad_images is None else bad_images
-    rows = _read(Path(path), mapping, bad_rows, images)
+    own_errors: list[ImageError] = []
+    rows = _read(Path(path), mapping, bad_rows, own_errors, share=share)
     if bad_rows:
         raise bad_rows_error(bad_rows)
+    own_images = {number: row["images"] for number, row in enumerate(rows) if row["images"]}
+    images: list[ImageError] = []
+    for good, errors in gather((own_images, own_errors)):
+        images += errors
+        for number in good.keys() & range(len(rows)):  # another process may have more rows, which its caller finds out
+            rows[number]["images"] = good[number]
+    images.sort(key=lambda error: int(error.row or 0))  # by line; those of one are in order
     if bad_images is None and images:
         raise images[0]
+    if bad_images is not None:
+        bad_images += images
     undecoded = [
         {**row, "images": [{"path": str(image.absolute()), "bytes": None} for image in row["images"]]} for row in rows
     ]
@@ -138,6 +151,7 @@ def _read(
     bad_rows: list[MelError],
     bad_images: list[MelError] | list[ImageError] | None,
     image_folder: Path | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[dict[str, Any]]:
     """Returns the good rows of a file of entities.
 
@@ -146,6 +160,7 @@ def _read(
         bad_rows (`list`): Receives the errors of bad rows.
         bad_images (`list`, *optional*): Receives the errors of images. Default: no image is opened.
         image_folder (`Path`, *optional*): Rows with images outside this folder are bad.
+        share: As in [`read_entity_file`]. The rows of other processes have no images.
 
     Raises:
         MelError: An error of the whole file.
@@ -167,7 +182,9 @@ def _read(
             if image_folder is not None:
                 _check_inside(path, line, record, image_folder)
             further = {name: _further_cell(path, line, record, name) for name in mapping.kept}
-            rows.append({**_checked_entity(path, line, record, lines, mapping.inverted_names, bad_images), **further})
+            is_own = len(rows) % share[1] == share[0]
+            row = _checked_entity(path, line, record, lines, mapping.inverted_names, bad_images if is_own else None)
+            rows.append({**row, **further})
         except MelError as error:
             bad_rows.append(error)
     mapping.check_used(path)

@@ -65,7 +65,8 @@ def without_bad_images(
                     bad += errors
                     kept[number] = good if column == "images" else next(iter(good), None)
     parts = gather((kept, bad, num_good))
-    kept = {number: good for rows_of_part, _, _ in parts for number, good in rows_of_part.items()}
+    # Another process may have more rows, which its caller finds out.
+    kept = {number: good for of_part, _, _ in parts for number, good in of_part.items() if number < len(rows)}
     bad = [error for _, errors, _ in parts for error in errors]
     if every and bad and not any(good for _, _, good in parts):
         raise bad[0]

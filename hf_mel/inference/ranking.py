@@ -195,7 +195,7 @@ class SingleProcess:
     def raise_together(self) -> Iterator[None]:
         """If one process raises in the block, all raise, so that no collective call hangs.
 
-        A [`~hf_mel.errors.LostProcessError`] is raised at once: no collective call reaches the lost process.
+        The others raise where they gather next, in the block or at its end. A [`~hf_mel.errors.LostProcessError`] is raised at once: no collective call reaches the lost process.
         """
         yield
 
@@ -211,14 +211,18 @@ class ProcessGroup(SingleProcess):
     def __init__(self, processes: PartialState):
         self.index, self.size = processes.process_index, processes.num_processes
         self._unlimited: dist.ProcessGroup | None = None
+        #: Number of blocks of `raise_together` that this process is in.
+        self._depth = 0
 
     def gather(self, value: Any) -> list[Any]:
         """See [`SingleProcess.gather`]."""
-        if isinstance(value, torch.Tensor):
-            return [tensor.to(value.device) for tensor in self._gather_object(value.cpu())]
-        return self._gather_object(value)
+        values = self._exchange(value.cpu() if isinstance(value, torch.Tensor) else value)
+        if failures := [other for other in values if isinstance(other, _Failure)]:
+            raise _ProcessFailed(failures)
+        return [tensor.to(value.device) for tensor in values] if isinstance(value, torch.Tensor) else values
 
-    def _gather_object(self, value: Any) -> list[Any]:
+    def _exchange(self, value: Any) -> list[Any]:
+        """Returns what every process gives."""
         if self._unlimited is None:
             return gather_object([value])
         values = [None] * self.size
@@ -238,16 +242,41 @@ class ProcessGroup(SingleProcess):
     @contextmanager
     def raise_together(self) -> Iterator[None]:
         """See [`SingleProcess.raise_together`]."""
-        local_error: Exception | None = None
+        self._depth += 1
+        depth, own_error, error_of_all = self._depth, None, None
         try:
-            yield
-        except LostProcessError:
-            raise
-        except Exception as error:  # any kind, because the other processes wait for this one
-            local_error = error
-        for process_error in self.gather(local_error and portable(local_error)):
-            if process_error is not None:
-                raise local_error or process_error
+            try:
+                yield
+            except (LostProcessError, _ProcessFailed):
+                raise
+            except Exception as error:  # any kind, because the other processes wait for this one
+                own_error = error
+            self.gather(own_error and _Failure(portable(own_error), depth))
+        except _ProcessFailed as failed:
+            if failed.depth < depth:
+                raise
+            error_of_all = own_error or failed.error
+        finally:
+            self._depth -= 1
+        if error_of_all is not None:
+            raise error_of_all
+
+
+@dataclass
+class _Failure:
+    """What a process gathers that has an error: the error, and the number of blocks of `raise_together` that it is in."""
+
+    error: Exception
+    depth: int
+
+
+class _ProcessFailed(Exception):
+    """A process has an error, which all raise at the end of the block of the least `depth` in which one has an error."""
+
+    def __init__(self, failures: list[_Failure]):
+        super().__init__()
+        self.depth = min(failure.depth for failure in failures)
+        self.error = next(failure.error for failure in failures if failure.depth == self.depth)
 
 
 def unlimited_group() -> dist.ProcessGroup:

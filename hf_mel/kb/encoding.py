@@ -11,13 +11,13 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from hf_mel.data.image_checks import without_bad_images
 from hf_mel.errors import ImageError, KnowledgeBaseError
 from hf_mel.inference.encode import encode_batches
 from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.probe import unread_columns
-from hf_mel.kb.entities import EntitiesLike, columns_to_store, describe_bad_images, row_digest
+from hf_mel.inference.ranking import SingleProcess
+from hf_mel.kb.entities import EntitiesLike, checked_images, columns_to_store, describe_bad_images, row_digest
 from hf_mel.kb.shards import check_finite, entity_schema, further_columns
 from hf_mel.protocols import MelProcessor, Retriever, knows_posts
 from hf_mel.schema import DESCRIBING_COLUMNS
@@ -42,12 +42,17 @@ def open_inputs(
     processor: MelProcessor,
     posts: str | datasets.Dataset | None,
     bad_images: list[ImageError] | None,
+    group: SingleProcess | None = None,
 ) -> ModelInputs:
-    """Returns the inputs of a model, with posts whose images have been checked as those of the entities have."""
+    """Returns the inputs of a model, with posts whose images have been checked as those of the entities have.
+
+    `group` is that of [`~hf_mel.kb.entities.open_entities`].
+    """
     inputs = ModelInputs.from_data(None if name is None else entities, model, processor, posts)  # type: ignore[arg-type]
     if inputs.prototypes is None or inputs.prototypes.posts is None:
         return inputs
-    return ModelInputs(model, processor, without_bad_images(inputs.prototypes.posts, file=name, bad_images=bad_images))
+    posts = checked_images(inputs.prototypes.posts, name, bad_images, group or SingleProcess())
+    return ModelInputs(model, processor, posts)
 
 
 def report_bad_images(bad_images: list[ImageError] | None) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ from hf_mel.data.image_checks import without_bad_images
 from hf_mel.data.loading import load_entities
 from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, KnowledgeBaseError
 from hf_mel.files import write_text
+from hf_mel.inference.entity_sources import part_of
+from hf_mel.inference.ranking import SingleProcess
 from hf_mel.row_columns import ColumnMapping
 from hf_mel.row_files import ROW_SUFFIXES
 from hf_mel.schema import NIL, entity_features
@@ -42,7 +44,10 @@ def is_row_file(entities: EntitiesLike) -> TypeGuard[str | os.PathLike[str]]:
 
 
 def open_entities(
-    entities: EntitiesLike, bad_images: list[ImageError] | None = None, mapping: ColumnMapping | None = None
+    entities: EntitiesLike,
+    bad_images: list[ImageError] | None = None,
+    mapping: ColumnMapping | None = None,
+    group: SingleProcess | None = None,
 ) -> tuple[datasets.Dataset, str | None]:
     """Opens a source of entities, and checks their images.
 
@@ -51,6 +56,8 @@ def open_entities(
         bad_images (list of [`~hf_mel.errors.ImageError`], *optional*): Receives an error for each missing or damaged image,
             which its entity then goes without. Without a list, the first one is raised.
         mapping ([`~hf_mel.row_columns.ColumnMapping`], *optional*): Columns that have other names in a file of entities.
+        group (*optional*): The processes that open the same source, in a block of `raise_together`. Each opens its share of
+            the images.
 
     Returns:
         `tuple[datasets.Dataset, str | None]`: The rows, and the name of their source for error messages.
@@ -61,12 +68,19 @@ def open_entities(
         ImageError: An image is missing or damaged, and there is no list `bad_images`.
         MelError: As in [`~hf_mel.data.loading.load_entities`] and [`~hf_mel.data.entity_files.read_entity_file`].
     """
+    group = group or SingleProcess()
     from_file = is_row_file(entities)
     if isinstance(entities, datasets.Dataset):
         rows, name = entities.with_format(None), None
     else:
         name = os.fspath(entities)
-        read_file = partial(read_entity_file, mapping=mapping, bad_images=bad_images)
+        read_file = partial(
+            read_entity_file,
+            mapping=mapping,
+            bad_images=bad_images,
+            share=(group.index, group.size),
+            gather=group.gather,
+        )
         rows = read_file(name) if from_file else load_entities(name)
     if mapping is not None and not from_file:
         raise DataFormatError(
@@ -86,8 +100,16 @@ def open_entities(
     if rows.features["images"] != datasets.List(datasets.Image()):
         rows = rows.cast_column("images", datasets.List(datasets.Image()))
     if not from_file:  # the images of a file have been checked with its rows
-        rows = without_bad_images(rows, file=name, bad_images=bad_images)
+        rows = checked_images(rows, name, bad_images, group)
     return rows, name
+
+
+def checked_images(
+    rows: datasets.Dataset, name: str | None, bad_images: list[ImageError] | None, group: SingleProcess
+) -> datasets.Dataset:
+    """Returns rows without bad images; each process of a group opens its part of them."""
+    part = part_of(len(rows), group.index, group.size)
+    return without_bad_images(rows, file=name, bad_images=bad_images, part=part, gather=group.gather)
 
 
 def check_ids(rows: datasets.Dataset, name: str | None) -> list[str]:

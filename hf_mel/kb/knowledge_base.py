@@ -259,10 +259,10 @@ class KnowledgeBase:
         with group.without_limit(), group.raise_together():  # hosts may read the entities at very different speeds
             target = writable_target(Path(temporary.name, "kb") if temporary else Path(os.fspath(output)))  # type: ignore[arg-type]
             bad_images: list[ImageError] | None = None if strict else []
-            source, name = open_entities(entities, bad_images, mapping)
+            source, name = open_entities(entities, bad_images, mapping, group)
             if group.index == 0:  # it holds all ids in memory
                 check_ids(source, name)
-            inputs = open_inputs(entities, name, model, processor, posts, bad_images)
+            inputs = open_inputs(entities, name, model, processor, posts, bad_images, group)
             left_out = report_bad_images(bad_images)
             prototypes = inputs.prototypes
             fingerprints = {

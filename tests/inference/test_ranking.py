@@ -83,7 +83,7 @@ def test_chunks_and_batches_equal_brute_force(scores, budget, k, data):
 class ThreadGroup(ranking.ProcessGroup):
     """Processes of a ranking as threads."""
 
-    def gather(self, value):
+    def _exchange(self, value):
         board, barrier = self.processes.board, self.processes.barrier
         board[self.index] = value
         barrier.wait()
@@ -139,6 +139,44 @@ def test_an_error_that_cannot_be_pickled_reaches_the_other_processes(monkeypatch
     mentions, entities = table([[1, 2, 3]])
     with pytest.raises(RuntimeError, match="OddError in another process: no memory"):
         rank_in_threads(2, Broken(entities.entity_ids, entities.tensors), mention_encodings=mentions)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 4), st.data())
+def test_an_error_anywhere_ends_the_block_of_every_process_and_they_go_on_together(count, data):
+    """Blocks and gathers are nested at random, the same in all processes, and each process may fail at one step."""
+    steps = data.draw(st.lists(st.sampled_from(["open", "close", "gather"]), max_size=12))
+    failing = data.draw(st.lists(st.none() | st.integers(0, len(steps)), min_size=count, max_size=count))
+    board, barrier = [None] * count, threading.Barrier(count, timeout=60)
+
+    def follow(group, numbered, fails):
+        """Follows steps up to the end of a block."""
+        for number, step in numbered:
+            if number == fails:
+                raise KeyError(f"{group.index} at {number}")
+            if step == "close":
+                return
+            if step == "gather":
+                assert group.gather((group.index, number)) == [(index, number) for index in range(count)]
+            else:
+                with group.raise_together():
+                    follow(group, numbered, fails)
+
+    def run(index):
+        processes = SimpleNamespace(process_index=index, num_processes=count, board=board, barrier=barrier)
+        group = ThreadGroup(processes)
+        outcome = None
+        try:
+            with group.raise_together():
+                follow(group, iter(enumerate(steps)), failing[index])
+        except KeyError as error:
+            outcome = error
+        assert group.gather(index) == list(range(count))
+        return outcome
+
+    with ThreadPoolExecutor(count) as threads:
+        outcomes = list(threads.map(run, range(count)))
+    assert len({outcome is None for outcome in outcomes}) == 1
 
 
 @settings(max_examples=100, deadline=None)

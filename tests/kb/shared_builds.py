@@ -1,12 +1,12 @@
 """A program that several processes run: it builds knowledge bases together, as its first argument says.
 
 At the end it links with the first knowledge base, if that was built. The argument is a JSON list. Each entry has the
-name of the output, optionally "tokens" (a model that has them), "window" (its batches) and "shard" (its entities), and
-changes of one process: "dtype", "model", "folder" (another working folder), "entities" (their number), "batch_size",
+name of the output, optionally "file" (of entities, in place of 30 made ones), "strict", "tokens" (a model that has them), "window" (its batches) and "shard" (its entities), and
+changes of one process: "file", "dtype", "model", "folder" (another working folder), "entities" (their number), "batch_size",
 "locked" (it changes the knowledge base meanwhile), "reads" (seconds that it takes to read the entities), and at an
 entity "fails", "dies", "sleeps" and "full" (its disk is full from there on). "reranker" gives all processes a reranker,
-and "lost" is the number of seconds without a sign after which a process is lost. The files of errors and of the number
-of encoded entities are written beside the output. LIMIT in the environment is the time limit of ordinary collective
+and "lost" is the number of seconds without a sign after which a process is lost. The files of errors and of the numbers
+of encoded entities and opened images are written beside the output. LIMIT in the environment is the time limit of ordinary collective
 calls, and IDLE the seconds for which the first process does nothing before it links.
 """
 
@@ -24,6 +24,7 @@ from unittest import mock
 import torch
 from accelerate import PartialState
 
+from hf_mel.data import entity_files, image_checks, images
 from hf_mel.errors import ScoreError
 from hf_mel.inference import encode
 from hf_mel.kb import knowledge_base, shards, shared_work
@@ -86,7 +87,9 @@ def main() -> None:
     for number, settings in enumerate(json.loads(sys.argv[1])):
         small_files(settings)
         change = settings.get("change", {}) if processes.process_index == settings.get("process", 1) else {}
-        entities = toy_entities(change.get("entities", 30))
+        opened = mock.Mock(side_effect=images.verify_image)
+        entity_files.verify_image = image_checks.verify_image = opened
+        entities = change.get("file", settings.get("file")) or toy_entities(change.get("entities", 30))
         processor = WatchedProcessor({change[name]: event for name, event in EVENTS.items() if name in change})
         os.chdir(change.get("folder", root))
         knowledge_base.open_entities = lambda *args: time.sleep(change.get("reads", 0)) or open_entities(*args)  # noqa: B023
@@ -103,13 +106,14 @@ def main() -> None:
                     output=settings["output"],
                     batch_size=change.get("batch_size", 4),
                     dtype=change.get("dtype", settings.get("dtype", "float32")),
+                    strict=settings.get("strict", False),
                     processes=processes,
                     progress=False,
                 )
         except Exception as error:
             outcome = {"error": " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])}
         shards.save_file, os.mkdir = save_file, mkdir
-        outcome["num_seen"] = processor.num_seen
+        outcome |= {"num_seen": processor.num_seen, "num_opened": opened.call_count}
         (root / f"outcome-{number}-{processes.process_index}.json").write_text(json.dumps(outcome))
         processes.wait_for_everyone()
     link_together(root, processes)

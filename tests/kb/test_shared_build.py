@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from hf_mel.inference import encode
 from hf_mel.kb import build_index, shards
@@ -81,8 +82,9 @@ def small_shards(monkeypatch):
 
 
 def build_alone(folder: Path, **options) -> KnowledgeBase:
+    entities = options.pop("entities", None) or toy_entities(30)
     options = {"model": toy_model(), "batch_size": 4, "progress": False} | options
-    return KnowledgeBase.build(toy_entities(30), processor=WatchedProcessor(), output=folder, **options)
+    return KnowledgeBase.build(entities, processor=WatchedProcessor(), output=folder, **options)
 
 
 @given(st.integers(1, 400), st.integers(1, 9), st.integers(1, 12))
@@ -177,6 +179,42 @@ def test_two_processes_write_the_files_of_one(tmp_path, small_shards, monkeypatc
         assert last_read <= half.stop
     for number in range(2):
         assert "is nan" in json.loads((tmp_path / f"error-{number}.json").read_text())
+
+
+def test_every_image_is_opened_by_one_process(tmp_path, small_shards):
+    lines = []
+    for number in range(30):
+        Image.new("RGB", (4, 4), (8 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        names = [f"{number}.png", *["7.png"] * (number == 5)]
+        lines.append({"id": f"Q{number}", "name": f"Entity {number}", "image": names})
+    for number in (3, 4, 20):
+        (tmp_path / f"{number}.png").write_bytes(b"no image")
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "fewer.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:10]))
+    done = launch(
+        tmp_path,
+        2,
+        {"output": "made"},
+        {"output": "file", "file": str(mine)},
+        {"output": "strict", "file": str(mine), "strict": True},
+        {"output": "lost", "file": str(mine), "change": {"file": str(tmp_path / "lost.jsonl")}},
+        {"output": "fewer", "file": str(mine), "change": {"file": str(tmp_path / "fewer.jsonl")}},
+    )
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "made") == files(build_alone(tmp_path / "made_alone").path)
+    alone = build_alone(tmp_path / "file_alone", entities=mine)
+    assert files(tmp_path / "file") == files(alone.path)
+    assert [entry["row"] for entry in alone.left_out_images] == [4, 5, 21]
+    assert [outcome["num_opened"] for outcome in outcomes(tmp_path, 0)] == [12, 12]  # 24 have one
+    assert [outcome["num_opened"] for outcome in outcomes(tmp_path, 1)] == [15, 16]
+    for number, message in {
+        2: "row 4: 3.png: ",
+        3: "lost.jsonl",
+        4: "Process 1 has another entities than process 0",
+    }.items():
+        for outcome in outcomes(tmp_path, number):
+            assert message in outcome["error"]
 
 
 def test_finished_units_survive_an_error_and_the_same_call_goes_on(tmp_path, small_shards):
