@@ -272,6 +272,7 @@ def test_a_process_waits_longer_for_another_than_the_limit_of_collective_calls(t
 
 @pytest.mark.slow
 def test_the_commands_of_two_processes_write_what_those_of_one_write(tmp_path):
+    pytest.importorskip("faiss")
     register()
     toy_model().save_pretrained(tmp_path / "model")
     mentions = [{"text": f"Here Entity {letter} met b.", "mention": f"Entity {letter}"} for letter in "abcdefgh"]
@@ -288,6 +289,7 @@ def test_the_commands_of_two_processes_write_what_those_of_one_write(tmp_path):
     for name, start in starts.items():
         for words in (
             ["kb", "build", "model", "--entities", "mine.jsonl", "--output", name, "--batch-size", "3"],
+            ["kb", "index", name, "--model", "model", "--kind", "faiss-flat"],
             ["link", "model", "--kb", name, "--input", "mentions.jsonl", "--output", f"{name}.jsonl"],
         ):
             command = [*start, "program.py", *words, "--device", "cpu"]
