@@ -12,7 +12,8 @@ missing.
     python -m benchmarks.latency --model runs/mimic-text_wikimel --dataset data/wikimel --sizes 100000
     python -m benchmarks.latency --model runs/mimic-text_wikimel --dataset data/wikimel --sizes 1000000 --kinds exact,codes,faiss-pq --top-k 10
 
-"exact" scores every entity; "codes" is the same ranking, proven by codes (`docs/guides/exact.md`).
+"exact" scores every entity; "codes" is the same ranking, proven by codes (`docs/guides/exact.md`). For codes, the shares of
+the entities that each step leaves are reported too, and the bytes that the first step reads for every mention.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -29,14 +31,14 @@ import torch
 from benchmarks import harness
 from benchmarks.sources import open_source
 from hf_mel.errors import MissingExtraError
-from hf_mel.inference.encodings import slice_encodings
-from hf_mel.kb.indexes import KINDS, build_index, open_index
+from hf_mel.inference.encodings import num_rows, slice_encodings
+from hf_mel.kb.indexes import KINDS, build_index, certified, open_index
 from hf_mel.kb.indexes.base import FIRST_STAGE, ExactIndex, Index
 from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.protocols import Encodings, bounds_scores
 
 TOP_K = 64
-#: The kind under which codes are opened.
-CODES = "codes"
+CODES = certified.CODES
 #: Indexes that build an HNSW graph, in minutes per 100,000 entities.
 GRAPHS = ("milvus",)
 
@@ -86,6 +88,48 @@ def index_bytes(kb: KnowledgeBase, kind: str) -> int:
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
+def left_by_steps(index: certified.CertifiedIndex, encoded: Encodings, top_k: int) -> dict[str, dict[str, float]]:
+    """Returns the shares of the entities that the steps leave, p50 and p95 of encoded mentions.
+
+    "heads" and "codes" are those that the two steps of codes leave, "scored" those that the model scores. "codes" is only
+    there for a model that bounds pairs: otherwise it is "scored".
+    """
+    bound, may_reach, rank_all, rank_rows = index._tight_bounds, index._may_reach, index._rank, certified.rank_rows
+    left: dict[str, list[np.ndarray]] = {}
+
+    def tight_bounds(query: Any, chosen: torch.Tensor, *rest: Any) -> torch.Tensor:
+        left["heads"] = [chosen.numpy()]  # the last call has those that the heads leave
+        return bound(query, chosen, *rest)
+
+    def reaching(mention: Any, chosen: torch.Tensor, *rest: Any) -> Any:
+        left.setdefault("codes", []).append(chosen.numpy())
+        return may_reach(mention, chosen, *rest)
+
+    def ranked(model: Any, mention: Any, kb: Any, rows: np.ndarray, **options: Any) -> Any:
+        left.setdefault("scored", []).append(rows)
+        return rank_rows(model, mention, kb, rows, **options)
+
+    def ranked_all(*args: Any) -> Any:
+        left.setdefault("scored", []).append(np.arange(len(index.kb)))
+        return rank_all(*args)
+
+    shares: dict[str, list[float]] = {"heads": [], "codes": [], "scored": []}
+    with (
+        mock.patch.object(index, "_tight_bounds", tight_bounds),
+        mock.patch.object(index, "_may_reach", reaching),
+        mock.patch.object(index, "_rank", ranked_all),
+        mock.patch.object(certified, "rank_rows", ranked),
+    ):
+        for row in range(num_rows(encoded)):
+            left.clear()
+            index.find(slice_encodings(encoded, slice(row, row + 1)), top_k)
+            for step, parts in left.items():
+                shares[step].append(len(np.unique(np.concatenate(parts))) / len(index.kb))
+    return {
+        step: {f"p{q}": float(np.percentile(values, q)) for q in (50, 95)} for step, values in shares.items() if values
+    }
+
+
 def measure(
     source: Any,
     kb: KnowledgeBase,
@@ -113,6 +157,9 @@ def measure(
     """
     left_out, build, indexes = [], {}, {}
     for kind in kinds:
+        if kind == CODES and not bounds_scores(source.model):
+            left_out.append("codes: the model has no bounds of its scores")
+            continue
         try:
             build[kind] = 0.0 if kind == "exact" else build_once(kb, kind, *source.builder(len(kb)))
             indexes[kind] = opened(kb, kind, source.model, first_stage)
@@ -148,7 +195,13 @@ def measure(
         times |= {f"cpu_p{q}_s": float(np.percentile(cpu_seconds[kind], q)) for q in (50, 95)}
         size = 0 if kind == "exact" else index_bytes(kb, kind)
         row = {"entities": len(kb), "index": kind, **times, "recall": recalls, "build_s": build[kind]}
-        rows.append(row | {"index_bytes": size, "mentions": counts[kind]})
+        row |= {"index_bytes": size, "mentions": counts[kind], "kb_bytes": kb.info()["encoding_bytes"]}
+        index = indexes[kind]
+        if isinstance(index, certified.CertifiedIndex):
+            settings = index.record.settings
+            row["first_step_bytes"] = (settings["head"] + 4 * (3 + settings["extras"])) * index.record.rows
+            row["left"] = left_by_steps(index, encoded, k)
+        rows.append(row)
     return rows, left_out
 
 

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from transformers import BertConfig, ViTConfig
@@ -34,11 +35,16 @@ from hf_mel.inference.checkpoints import load_retriever
 from hf_mel.inference.encode import encode_rows
 from hf_mel.inference.encodings import num_rows, slice_encodings
 from hf_mel.inference.execution import to_model
+from hf_mel.inference.fingerprint import describe_model, describe_processor
 from hf_mel.inference.inputs import ModelInputs
 from hf_mel.inference.precision import native_bf16
 from hf_mel.inference.ranking import rank
+from hf_mel.kb.folders import install_kb, temporary_folder_beside
 from hf_mel.kb.knowledge_base import KnowledgeBase
+from hf_mel.kb.manifest import FORMAT, VERSION, write_manifest
+from hf_mel.kb.shards import ShardWriter, entity_schema
 from hf_mel.modeling.mimic import MimicConfig, MimicModel
+from hf_mel.protocols import entity_token_masks
 from hf_mel.schema import entity_features
 
 #: Sizes of the paper's runs on CLIP ViT-B/32, and of small encoders with outputs of the same shapes.
@@ -52,6 +58,8 @@ Mentions: TypeAlias = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], to
 
 #: People are drawn in blocks of this size with a seed for each block. So a small world is the start of a larger one.
 _BLOCK = 10_000
+#: Entities that are encoded together.
+_BATCH = 1024
 _GIVEN, _FAMILY, _WORDS = 500, 3000, 4000
 _PAD, _START, _END, _UNNAMED = 0, 1, 2, 3
 _FIRST_GIVEN = 4
@@ -224,6 +232,35 @@ def _numbered(size: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({**rows, **empty}, features=entity_features())
 
 
+def _write_kb(folder: Path, size: int, model: Any, processor: Any, dtype: str) -> None:
+    """Writes a knowledge base of `size` entities that have ids and encodings only, a batch at a time.
+
+    [`KnowledgeBase.build`] reads, checks and hashes every row of a data set first. For blank rows that takes longer than all else.
+    """
+    fingerprints = {"model": describe_model(model), "processor": describe_processor(processor)}
+    with temporary_folder_beside(folder) as work:
+        writer = ShardWriter(work, 0, dtype, masks=entity_token_masks(model))
+        for first in range(0, size, _BATCH):
+            ids = [f"Q{row}" for row in range(first, min(first + _BATCH, size))]
+            inputs = processor(entities=[{"entity_id": entity_id} for entity_id in ids])
+            with torch.inference_mode():
+                encoded = model.encode_entities(**to_model(model, inputs))
+            writer.add(encoded, _blank_rows(ids))
+        shards = writer.close()
+        manifest = {"format": FORMAT, "version": VERSION, **fingerprints, "dtype": dtype, "encodings": writer.layout}
+        write_manifest(work, manifest | {"shards": shards, "removed": []})
+        install_kb(work, folder)
+
+
+def _blank_rows(ids: list[str]) -> pa.Table:
+    """Returns entities without texts and images as a knowledge base stores them."""
+    blanks = {
+        field.name: pa.repeat(pa.scalar([] if pa.types.is_list(field.type) else "", field.type), len(ids))
+        for field in entity_schema()
+    }
+    return pa.table(blanks | {"entity_id": pa.array(ids)}, schema=entity_schema())
+
+
 class Source:
     """Base of the sources: a model, mentions with golds, and knowledge bases of any size in a scratch folder.
 
@@ -260,9 +297,8 @@ class Source:
         except MelError:
             pass
         say(f"building a knowledge base of {size:,} entities, {self.name}")
-        return KnowledgeBase.build(
-            _numbered(size), model, processor, output=folder, batch_size=256, dtype=dtype, progress=False
-        )
+        _write_kb(folder, size, model, processor, dtype)
+        return KnowledgeBase.from_pretrained(folder)
 
     def builder(self, size: int) -> tuple[Any, Any]:
         """Returns a model and a processor that encode entities by row number."""

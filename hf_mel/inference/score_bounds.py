@@ -33,8 +33,8 @@ _HEAD_MULTIPLE = 16
 _UNIT_ROUNDOFF = 2.0**-24
 _LARGEST_CODE = 127
 _LARGEST_DEFECT = 1e-10
-#: Rows of codes that are multiplied at a time by floating-point numbers.
-_BLOCK_ROWS = 4096
+#: Rows of codes that are multiplied at a time by floating-point numbers, which stay in the cache.
+_BLOCK_ROWS = 1024
 #: Rows of heads that are multiplied at a time: their bounds stay in the cache.
 _QUICK_ROWS = 1 << 16
 
@@ -193,9 +193,11 @@ class BoundCodes:
         head_norm, tail_norm = rotated[:width].norm(), rotated[width:].norm()
         parts = []
         for block in rows.split(_BLOCK_ROWS):
-            norms, (steps, errors) = self.norms[:, block], self.tail_norms[:, block]
-            of_head = (self.head[block].float() @ rotated[:width]) * norms[0] + norms[1] * head_norm
-            of_tail = (self.tail[block].float() @ rotated[width:]) * steps + errors * tail_norm
+            # Several times as fast as indexing by a tensor.
+            head, tail = (codes.index_select(0, block).float() for codes in (self.head, self.tail))
+            norms, (steps, errors) = self.norms.index_select(1, block), self.tail_norms.index_select(1, block)
+            of_head = (head @ rotated[:width]) * norms[0] + norms[1] * head_norm
+            of_tail = (tail @ rotated[width:]) * steps + errors * tail_norm
             parts.append((of_head + of_tail + weights @ norms[3:]).double() + float(query.constants[0]))
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import __main__ as all_benchmarks
 from benchmarks import harness, latency, ranking, sources, summary
-from hf_mel.kb.indexes import open_index
+from hf_mel.kb.indexes import certified, open_index
 from tests.benchmarks.test_sources import SIZES
+from tests.kb.test_certified import kb_of_vectors
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,37 @@ def test_an_index_that_retrieves_half_has_a_recall_of_one_half(generated, monkey
     assert rows[0]["recall"] == {"1": 1.0, "10": 0.5, "64": 0.5}
     assert rows[0]["build_s"] == 3.0
     assert len(best) == 4
+
+
+def test_codes_of_a_model_without_bounds_are_left_out(generated):
+    kb = generated.knowledge_base(1000)
+    rows, left_out = latency.measure(
+        generated, kb, ["exact", "codes"], mentions=2, exact_mentions=2, first_stage=9, rounds=1
+    )
+    assert [row["index"] for row in rows] == ["exact"]
+    assert left_out == ["codes: the model has no bounds of its scores"]
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_the_entities_that_each_step_leaves_are_counted(spread, tmp_path, monkeypatch):
+    """All of them where all scores are equal. Otherwise the best alone, and those whose bounds are above the best."""
+    for name, value in {"_LEAST_ENTITIES": 0, "_LEAST_PER_RESULT": 0, "_FIRST_SCORED": 2, "_BATCH": 3}.items():
+        monkeypatch.setattr(certified, name, value)
+    vectors = np.ones((150, 3)) + spread * np.random.default_rng(0).standard_normal((150, 3))
+    model, kb = kb_of_vectors(vectors, tmp_path)
+    mentions = {"text": torch.tensor([[1.0, 0.0, 0.0]]), "vision": torch.zeros(1, 1)}
+    index = certified.CertifiedIndex(kb, model)
+    left = latency.left_by_steps(index, mentions, 1)
+    assert set(left) == {"heads", "scored"}
+    assert left["scored"]["p50"] == left["scored"]["p95"]
+    if spread:
+        bounds = index._quick_bounds(index._queries(mentions), None, 0, None)[0]
+        open_at_best = int((bounds >= float(vectors[:, 0].max())).sum())
+        assert 2 <= left["scored"]["p50"] * 150 <= 2 + open_at_best < 150
+        assert left["heads"]["p50"] * 150 <= open_at_best
+    else:
+        assert left["heads"]["p50"] == pytest.approx(148 / 150)  # the others are scored first
+        assert left["scored"]["p50"] == 1
 
 
 def record(rows: list[dict]) -> dict:

@@ -55,6 +55,17 @@ def test_a_knowledge_base_has_the_encodings_of_the_model(generated):
     assert generated.knowledge_base(30, dtype="float32").path == kb.path
 
 
+def test_a_knowledge_base_of_several_batches_is_whole(generated, monkeypatch):
+    monkeypatch.setattr(sources, "_BATCH", 7)
+    kb = generated.knowledge_base(24, dtype="float32")
+    kb.verify()
+    assert list(kb.entity_ids) == [f"Q{row}" for row in range(24)]
+    monkeypatch.undo()
+    at_once = generated.knowledge_base(25, dtype="float32").encodings(range(24))
+    for name, tensor in kb.encodings(range(24)).items():
+        torch.testing.assert_close(tensor, at_once[name], rtol=1e-4, atol=1e-5)
+
+
 def test_the_trained_model_is_kept(generated):
     again = sources.Generated(generated.scratch.parent, 60, steps=3, sizes=SIZES)
     for name, tensor in again.model.state_dict().items():

@@ -2,7 +2,8 @@
 
 The codes of [`~hf_mel.inference.score_bounds`] bound the score of every entity from above. For a mention,
 
-1. the entities with the highest bounds are scored by the model, and their k-th best score is the floor;
+1. of the entities with the highest bounds, those with the highest tighter bounds are scored by the model, and their k-th
+   best score is the floor;
 2. every entity whose bound is below the floor is left out: it cannot be among the k best;
 3. the others get tighter bounds from the rest of their codes, and are scored in the order of these, a batch at a time.
    The floor rises, and when the next bound is below it, the answer is proven;
@@ -68,12 +69,15 @@ _LEAST_ENTITIES, _LEAST_PER_RESULT = 20_000, 300
 _BOUNDED_TOGETHER = 8
 #: Entities that are scored first, and in the first batch after them; each further batch is four times as large.
 _FIRST_SCORED, _BATCH = 64, 512
+#: Those that are scored first are the best of this many times as many. The better they are, the fewer are left open.
+_FIRST_SURPLUS = 16
 #: Rounding of float32 scores and of bounds of pairs, relative to the largest.
 _PAIR_ROUNDING = 2e-5
 #: If more than this share of the entities may be among the best, all are ranked.
 _LARGEST_SHARE = 0.25
-#: Most rows that are coded or bounded at a time, and rows of the sample that gives the directions.
-_CHUNK_ROWS = 1 << 13
+#: Most rows that are coded or bounded at a time: more do not stay in the cache.
+_CHUNK_ROWS = 1 << 11
+#: Rows of the sample that gives the directions, and consecutive rows in it.
 _SAMPLE_ROWS, _SAMPLE_RUN = 1 << 14, 1 << 10
 #: Rows of a unit that a process codes, but for a smaller knowledge base.
 _UNIT_ROWS = 1 << 17
@@ -247,7 +251,10 @@ class CertifiedIndex(ExactIndex):
             return rank_rows(self.model, mention, self.kb, ordered, top_k=top_k, added=added, floor=floor)
 
         uncovered = np.arange(len(bounds), len(self.kb)) if rows is None else rows[rows >= len(bounds)]
-        scored = bounds.topk(min(max(_FIRST_SCORED, 2 * top_k), len(bounds))).indices
+        num_first = max(_FIRST_SCORED, 2 * top_k)
+        scored = bounds.topk(min(_FIRST_SURPLUS * num_first, len(bounds))).indices
+        tight = self._tight_bounds(query, scored, bounds, added)
+        scored = scored[tight.topk(min(num_first, len(scored))).indices]
         best = ranked(torch.cat([scored[bounds[scored] > -torch.inf], torch.from_numpy(uncovered)]))
         bounds[scored] = -torch.inf
         floor = float(best.top_scores[0, -1]) if best.top_scores.shape[1] == top_k else -torch.inf
@@ -266,6 +273,7 @@ class CertifiedIndex(ExactIndex):
             batch = still_open[first:stop][tight[first:stop] >= floor]
             first += len(batch)
             size *= 4
+            batch = batch.sort().values  # so that they are read in the order of the file
             if reads_less:
                 batch, of_others = self._may_reach(mention, batch, floor, added)
                 highest = max(highest, of_others)
