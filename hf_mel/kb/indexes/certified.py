@@ -69,8 +69,9 @@ _LEAST_ENTITIES, _LEAST_PER_RESULT = 20_000, 300
 _BOUNDED_TOGETHER = 8
 #: Entities that are scored first, and in the first batch after them; each further batch is four times as large.
 _FIRST_SCORED, _BATCH = 64, 512
-#: Those that are scored first are the best of this many times as many. The better they are, the fewer are left open.
-_FIRST_SURPLUS = 16
+#: Those that are scored first are the best of this many times as many by their codes, and of these times as many by bounds
+#: of pairs. The better they are, the fewer are left open.
+_FIRST_SURPLUS, _FIRST_BOUNDED = 16, 4
 #: Rounding of float32 scores and of bounds of pairs, relative to the largest.
 _PAIR_ROUNDING = 2e-5
 #: If more than this share of the entities may be among the best, all are ranked.
@@ -251,11 +252,9 @@ class CertifiedIndex(ExactIndex):
             return rank_rows(self.model, mention, self.kb, ordered, top_k=top_k, added=added, floor=floor)
 
         uncovered = np.arange(len(bounds), len(self.kb)) if rows is None else rows[rows >= len(bounds)]
-        num_first = max(_FIRST_SCORED, 2 * top_k)
-        scored = bounds.topk(min(_FIRST_SURPLUS * num_first, len(bounds))).indices
-        tight = self._tight_bounds(query, scored, bounds, added)
-        scored = scored[tight.topk(min(num_first, len(scored))).indices]
-        best = ranked(torch.cat([scored[bounds[scored] > -torch.inf], torch.from_numpy(uncovered)]))
+        reads_less = isinstance(self.model, BoundsPairs) and bool(self.model.pair_bound_encodings)
+        scored = self._first(mention, query, bounds, top_k, added, reads_less)
+        best = ranked(torch.cat([scored, torch.from_numpy(uncovered)]))
         bounds[scored] = -torch.inf
         floor = float(best.top_scores[0, -1]) if best.top_scores.shape[1] == top_k else -torch.inf
         still_open = (bounds >= floor).nonzero()[:, 0]
@@ -264,7 +263,6 @@ class CertifiedIndex(ExactIndex):
             return replace(super().find(mention, top_k, added=added, rows=rows), bounds=torch.full((1,), -torch.inf))
         bounds[still_open] = -torch.inf
         highest = float(bounds.amax())
-        reads_less = isinstance(self.model, BoundsPairs) and bool(self.model.pair_bound_encodings)
         order = tight.argsort(descending=True)
         still_open, tight = still_open[order], tight[order]
         first, size = 0, _BATCH
@@ -283,23 +281,47 @@ class CertifiedIndex(ExactIndex):
         highest = max(highest, *tight[first : first + 1].tolist(), -torch.inf)
         return replace(best, bounds=torch.tensor([highest]))
 
-    def _may_reach(
-        self, mention: Encodings, chosen: torch.Tensor, floor: float, added: SparseScores | None
-    ) -> tuple[torch.Tensor, float]:
-        """Returns those of the rows `chosen` [n] whose small encodings leave it open, and the highest bound of the others."""
+    def _first(
+        self,
+        mention: Encodings,
+        query: BoundQueries,
+        bounds: torch.Tensor,
+        top_k: int,
+        added: SparseScores | None,
+        reads_less: bool,
+    ) -> torch.Tensor:
+        """Returns the rows [n] to score first, from quick bounds: by their k-th best score, few others are left open."""
+        count = max(_FIRST_SCORED, 2 * top_k)
+        chosen = bounds.topk(min(_FIRST_SURPLUS * count, len(bounds))).indices
+        chosen = chosen[bounds[chosen] > -torch.inf]
+        tight = self._tight_bounds(query, chosen, bounds, added)
+        if not reads_less:
+            return chosen[tight.topk(min(count, len(chosen))).indices]
+        chosen = chosen[tight.topk(min(_FIRST_BOUNDED * count, len(chosen))).indices].sort().values
+        # Bounds of pairs come close to scores, so the k best of them do nearly as well, and are read whole.
+        of_pairs = torch.from_numpy(self._pair_bounds(mention, chosen, added))
+        return chosen[of_pairs.topk(min(max(_FIRST_SCORED, top_k), len(chosen))).indices]
+
+    def _pair_bounds(self, mention: Encodings, chosen: torch.Tensor, added: SparseScores | None) -> np.ndarray:
+        """Returns the bounds [n] of the rows `chosen` [n] from their small encodings, without rounding."""
         rows, model = chosen.numpy(), self.model
         device, names = model_device(model), model.pair_bound_encodings
         mention = to_device(mention, device)
         bytes_per_row = row_bytes(self.kb.encodings(rows[:1], as_stored=True, names=names))
-        parts = []
+        parts = [torch.empty(0)]
         for part in np.split(rows, range(0, len(rows), rows_per_chunk(bytes_per_row, _CHUNK_ROWS))[1:]):
             entities = self.kb.encodings(part, as_stored=True, names=names)
             with torch.inference_mode():
                 parts.append(model.pair_bounds(mention, to_device(entities, device))[0].float().cpu())
             del entities  # two parts are never in memory
         bounds = torch.cat(parts).double().numpy()
-        if added is not None:
-            bounds = bounds + added.of(0, rows)
+        return bounds if added is None else bounds + added.of(0, rows)
+
+    def _may_reach(
+        self, mention: Encodings, chosen: torch.Tensor, floor: float, added: SparseScores | None
+    ) -> tuple[torch.Tensor, float]:
+        """Returns those of the rows `chosen` [n] whose small encodings leave it open, and the highest bound of the others."""
+        bounds = self._pair_bounds(mention, chosen, added)
         bounds = bounds + _PAIR_ROUNDING * (np.abs(bounds).max() + abs(floor))
         below = bounds < floor  # False for nan, which scoring reports
         return chosen[torch.from_numpy(~below)], bounds[below].max(initial=-np.inf)
