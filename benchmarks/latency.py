@@ -252,6 +252,8 @@ def main() -> None:
         name += f"-top{args.top_k}"
     if CODES in args.kinds.split(","):
         name += "-codes"
+    if args.sizes.isdigit():
+        name += f"-{args.sizes}"
     path = harness.write(args.output, name, run(args))
     show(args.output, [path.stem])
 

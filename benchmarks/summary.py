@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,8 @@ def report_latency(result: dict[str, Any]) -> Report:
         "build",
         "index kB/entity",
     ]
+    steps = ("heads", "codes", "scored") if any("left" in row for row in result["rows"]) else ()
+    columns += ["heads leave", "codes leave", "scored"][: len(steps)]
     exact = {row["entities"]: row["p50_s"] for row in result["rows"] if row["index"] == "exact"}
     times = ["p50_s", "p95_s", *(["cpu_p50_s", "cpu_p95_s"] if has_cpu else [])]
     lines = [
@@ -106,6 +108,7 @@ def report_latency(result: dict[str, Any]) -> Report:
             *(f"{row['recall'][str(k)]:.3f}" for k in recalls),
             f"{row['build_s']:.0f} s",
             f"{row['index_bytes'] / row['entities'] / 1e3:.1f}",
+            *(_shares(row.get("left", {}).get(step)) for step in steps),
         ]
         for row in result["rows"]
     ]
@@ -114,7 +117,13 @@ def report_latency(result: dict[str, Any]) -> Report:
         f"each; an index other than codes has {result['candidates']} candidates scored. "
         f"{' '.join(f'Left out: {reason}.' for reason in result['left_out'])}"
     ).strip()
+    if steps:
+        caption += " The last columns: shares of the entities that the steps of codes leave, p50 (p95)."
     return "One mention", columns, lines, caption
+
+
+def _shares(share: Mapping[str, float] | None) -> str:
+    return "" if share is None else f"{100 * share['p50']:.2g}% ({100 * share['p95']:.2g}%)"
 
 
 def report_building(result: dict[str, Any]) -> Report:
@@ -216,6 +225,8 @@ def report_peers(result: dict[str, Any]) -> Report:
         "build",
         "index kB/entity",
     ]
+    steps = ("heads", "codes", "scored") if any("left" in row for row in result["rows"]) else ()
+    columns += ["heads leave", "codes leave", "scored"][: len(steps)]
     exact = {(row["vectors"], row["entities"]): row["cpu_p50_s"] for row in result["rows"] if row["system"] == "exact"}
     lines = [
         [

@@ -153,12 +153,20 @@ def test_tables_and_plot(tmp_path):
     training |= {"mentions_per_second": 18.6, "plain_mentions_per_second": 20.0, "share_of_pair_scoring": 0.021}
     harness.write(tmp_path, "training", training)
 
+    exact = {"entities": 2_000_000, "index": "exact", "p50_s": 1.0, "p95_s": 2.0, "build_s": 0.0, "index_bytes": 0}
+    exact |= {"recall": {"1": 1.0}}
+    left = {"heads": {"p50": 0.0125, "p95": 0.25}, "scored": {"p50": 0.000064, "p95": 0.00032}}
+    codes = exact | {"index": "codes", "p50_s": 0.05, "index_bytes": 10_000_000, "left": left}
+    latency_result = record([exact, codes]) | {"mentions": 9, "top_k": 1, "candidates": 256, "left_out": []}
+    harness.write(tmp_path, "latency", latency_result)
+
     text = summary.markdown(tmp_path)
+    assert "| codes | 20.0× | 50.0 ms | 2000.0 ms | 1.000 | 0 s | 0.0 | 1.2% (25%) |  | 0.0064% (0.032%) |" in text
     assert "| 10,000 | pruned | 50.5 | 505,000 | 0.76 | 12.5% | 0.050 | 0.40 GB | 9.7 |" in text
     assert "| 0.93 | 18.6 | 20.0 | 2% |" in text
     assert text.index("**Ranking") < text.index("**Training")
     for line in text.splitlines():
-        assert not line.startswith("|") or line.count("|") in (10, 5)
+        assert not line.startswith("|") or line.count("|") in (10, 5, 12)
     summary.plot(tmp_path, tmp_path / "ranking.png")
     assert (tmp_path / "ranking.png").stat().st_size > 5_000
     assert json.loads((tmp_path / "ranking.json").read_text())["rows"] == rows

@@ -244,6 +244,31 @@ def test_bounds_of_pairs_spare_reading_entities_and_change_nothing(world, tmp_pa
         assert counts[0] < 0.8 * counts[1]
 
 
+@pytest.mark.parametrize("reads_less", [True, False])
+def test_the_first_to_be_scored_have_the_highest_of_the_tightest_bounds(reads_less, tmp_path, monkeypatch):
+    model, kb, mentions = pairs_of_world("plain", tmp_path / "kb")
+    monkeypatch.setattr(Pairs, "pair_bound_encodings", ["text"] if reads_less else [])
+    monkeypatch.setattr(certified, "_FIRST_SURPLUS", 1000)
+    monkeypatch.setattr(certified, "_FIRST_BOUNDED", 1000)
+    index, scored, original = CertifiedIndex(kb, model), [], certified.rank_rows
+    monkeypatch.setattr(
+        certified, "rank_rows", lambda *args, **options: scored.append(args[3]) or original(*args, **options)
+    )
+    monkeypatch.setattr(certified, "_LARGEST_SHARE", 1.0)
+    every = torch.arange(len(kb))
+    for number in range(len(mentions["text"])):
+        mention = {name: tensor[number : number + 1] for name, tensor in mentions.items()}
+        scored.clear()
+        index.find(mention, 3)
+        if reads_less:
+            stored = kb.encodings(every.numpy(), as_stored=True, names=["text"])
+            bounds, count = model.pair_bounds(mention, stored)[0], 4
+        else:
+            bounds, count = index._codes.bounds(index._queries(mention), every), 6
+        assert bounds[scored[0]].min() >= bounds.topk(count).values[-1] - 1e-5
+        assert len(scored[0]) == count
+
+
 def test_equal_scores_are_all_computed_and_the_result_says_so(tmp_path):
     model, kb = kb_of_vectors(np.tile(WORLDS["plain"][:1], (200, 1)), tmp_path)
     mentions = {"text": torch.from_numpy(WORLDS["plain"][:3].astype(np.float32)), "vision": torch.zeros(3, 1)}
