@@ -19,6 +19,7 @@ from hf_mel.errors import DataFormatError, DuplicateIdError, ImageError, Knowled
 from hf_mel.files import write_text
 from hf_mel.inference.entity_sources import part_of
 from hf_mel.inference.ranking import SingleProcess
+from hf_mel.kb.shared_work import check_same_settings
 from hf_mel.row_columns import ColumnMapping
 from hf_mel.row_files import ROW_SUFFIXES
 from hf_mel.schema import NIL, entity_features
@@ -70,10 +71,11 @@ def open_entities(
     """
     group = group or SingleProcess()
     from_file = is_row_file(entities)
+    name = None if isinstance(entities, datasets.Dataset) else os.fspath(entities)
+    check_same_settings(group, {"entities": from_file}, name)
     if isinstance(entities, datasets.Dataset):
-        rows, name = entities.with_format(None), None
+        rows = entities.with_format(None)
     else:
-        name = os.fspath(entities)
         read_file = partial(
             read_entity_file,
             mapping=mapping,
@@ -81,7 +83,7 @@ def open_entities(
             share=(group.index, group.size),
             gather=group.gather,
         )
-        rows = read_file(name) if from_file else load_entities(name)
+        rows = read_file(entities) if from_file else load_entities(entities)
     if mapping is not None and not from_file:
         raise DataFormatError(
             "Columns are assigned, but the entities do not come from a file of rows.",

@@ -160,7 +160,7 @@ def held_by_first(lock: AbstractContextManager[None], group: SingleProcess) -> I
         yield
 
 
-def check_same_settings(group: SingleProcess, settings: Mapping[str, Any], target: Path) -> None:
+def check_same_settings(group: SingleProcess, settings: Mapping[str, Any], target: str | Path | None) -> None:
     """Checks that all processes work on the same.
 
     Raises:

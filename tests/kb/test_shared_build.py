@@ -200,6 +200,7 @@ def test_every_image_is_opened_by_one_process(tmp_path, small_shards):
         {"output": "strict", "file": str(mine), "strict": True},
         {"output": "lost", "file": str(mine), "change": {"file": str(tmp_path / "lost.jsonl")}},
         {"output": "fewer", "file": str(mine), "change": {"file": str(tmp_path / "fewer.jsonl")}},
+        {"output": "kind", "change": {"file": str(mine)}},
     )
     assert done.returncode == 0, done.stderr
     assert files(tmp_path / "made") == files(build_alone(tmp_path / "made_alone").path)
@@ -212,6 +213,7 @@ def test_every_image_is_opened_by_one_process(tmp_path, small_shards):
         2: "row 4: 3.png: ",
         3: "lost.jsonl",
         4: "Process 1 has another entities than process 0",
+        5: "Process 1 has another entities than process 0",
     }.items():
         for outcome in outcomes(tmp_path, number):
             assert message in outcome["error"]
