@@ -82,6 +82,7 @@ from hf_mel.kb.folders import (
 )
 from hf_mel.kb.manifest import DTYPES, FORMAT, MANIFEST_NAME, VERSION, damage_error, read_manifest, write_manifest
 from hf_mel.kb.shards import (
+    DecodedGroups,
     EntityTable,
     ShardWriter,
     as_index,
@@ -150,6 +151,7 @@ class KnowledgeBase:
         self._writer: tuple[int, int] | None = None  # process and thread that hold the lock
         self._encodings: list[dict[str, torch.Tensor]] = []
         self._tables: list[EntityTable] = []
+        self._kept = DecodedGroups()
         self._files: list[tuple[str, str]] = []  # name and sha256 of the encodings of each mapped shard
         self.path = Path(path)
         self._reload()
@@ -184,7 +186,7 @@ class KnowledgeBase:
             key = (shard["encodings"]["file"], shard["encodings"]["sha256"])
             tensors, table = mapped.get(key) or (
                 map_encodings(self.path / key[0], shard["rows"], self._manifest["encodings"]),
-                EntityTable(self.path / shard["entities"]["file"], shard["rows"]),
+                EntityTable(self.path / shard["entities"]["file"], shard["rows"], self._kept),
             )
             files.append(key)
             encodings.append(tensors)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -39,6 +40,8 @@ _GROUP_BYTES = 16 << 20
 #: Limits for untrusted files: values per column of a row group, and decoded bytes per read.
 _MAX_GROUP_VALUES = 1 << 22
 _MAX_READ_BYTES = 1 << 30
+#: Decoded row groups that a knowledge base keeps, and the largest of them: texts have fewer bytes, and images more.
+_KEPT_BYTES, _KEPT_GROUP_BYTES = 64 << 20, 1 << 20
 #: A `ParquetFile` that two threads read at once can crash the process.
 _READING = threading.Lock()
 
@@ -369,6 +372,35 @@ def as_index(rows: np.ndarray) -> slice | torch.Tensor:
     return torch.from_numpy(rows)
 
 
+class DecodedGroups:
+    """The decoded row groups that were read last, up to a number of bytes. Threads may share them.
+
+    Candidates of successive mentions lie in the same row groups, and decoding one takes a millisecond.
+    """
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[Any, pa.Table] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: Any) -> pa.Table | None:
+        """Returns what was kept under a key."""
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+            return self._tables.get(key)
+
+    def keep(self, key: Any, table: pa.Table) -> None:
+        """Keeps a row group, and drops those that were not read for the longest time."""
+        with self._lock:
+            if key in self._tables:
+                return
+            self._tables[key] = table
+            self._bytes += table.nbytes
+            while self._bytes > _KEPT_BYTES:
+                self._bytes -= self._tables.popitem(last=False)[1].nbytes
+
+
 class EntityTable:
     """The entities of a shard, mapped into memory. They stay readable when the file is deleted.
 
@@ -377,13 +409,14 @@ class EntityTable:
     Args:
         path (`Path`): The Parquet file.
         rows (`int`): The number of rows in the manifest.
+        kept ([`DecodedGroups`], *optional*): Row groups that the tables of a knowledge base keep.
 
     Raises:
         KnowledgeBaseError: The file cannot be read. Its content is checked when rows are read.
     """
 
-    def __init__(self, path: Path, rows: int):
-        self.path, self.num_rows = path, rows
+    def __init__(self, path: Path, rows: int, kept: DecodedGroups | None = None):
+        self.path, self.num_rows, self._kept = path, rows, kept or DecodedGroups()
         with read_errors(path), pa.memory_map(str(path)) as file:
             self._bytes = file.read_buffer()  # keeps the mapping, and needs no open file
 
@@ -427,11 +460,19 @@ class EntityTable:
             file, starts = self._parquet
             columns = [column for column in columns if column in self.schema.names]
             for group, positions in group_by_block(rows, starts):
-                # Decoding a row group of texts takes less time than starting threads.
-                with _READING:
-                    table = file.read_row_group(group, columns=columns, use_threads=False).select(columns)
-                taken = table.take(pa.array(rows[positions] - starts[group]))
-                yield decode_table(taken, self.schema, self.path), positions
+                inside = pa.array(rows[positions] - starts[group])
+                key = (self, group, *columns)
+                decoded = self._kept.get(key)
+                if decoded is None:
+                    # Decoding a row group of texts takes less time than starting threads.
+                    with _READING:
+                        table = file.read_row_group(group, columns=columns, use_threads=False).select(columns)
+                    if _decoded_size(table) > _KEPT_GROUP_BYTES:
+                        yield decode_table(table.take(inside), self.schema, self.path), positions
+                        continue
+                    decoded = decode_table(table, self.schema, self.path)
+                    self._kept.keep(key, decoded)
+                yield decoded.take(inside), positions
 
     def read_column(self, column: str) -> list[Any]:
         """Reads one column of all rows.
@@ -484,12 +525,16 @@ def decode_table(table: pa.Table, schema: pa.Schema, path: Path) -> pa.Table:
     Raises:
         KnowledgeBaseError: The decoded size exceeds the limit, as in a decompression bomb.
     """
-    size = sum(_decoded_bytes(chunk) for column in table.columns for chunk in column.chunks)
-    if size > _MAX_READ_BYTES:
+    if (size := _decoded_size(table)) > _MAX_READ_BYTES:
         raise damage_error(path, f"texts and images of {table.num_rows:,} rows decode to {size:,} bytes")
     table = table.cast(pa.schema([schema.field(name) for name in table.column_names], metadata=schema.metadata))
     table.validate(full=True)  # of damaged texts, too, which Arrow would return
     return table
+
+
+def _decoded_size(table: pa.Table) -> int:
+    """Returns the bytes of a table whose dictionaries are decoded."""
+    return sum(_decoded_bytes(chunk) for column in table.columns for chunk in column.chunks)
 
 
 def _decoded_bytes(array: pa.Array) -> int:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -1257,6 +1258,39 @@ def test_names_and_lists_are_read_from_several_row_groups(tmp_path, monkeypatch)
     assert kb._tables[0]._parquet[0].num_row_groups > 1
     assert [*kb.names()] == [[row["name"], *row["aliases"]] for row in rows]
     assert len(kb.where("aliases = 'alias 7'")) == 1
+
+
+@pytest.mark.parametrize(("kept_bytes", "group_bytes"), [(1 << 20, 1 << 20), (2000, 1 << 20), (1 << 20, 0)])
+def test_rows_are_the_same_whatever_is_kept_of_them(tmp_path, monkeypatch, kept_bytes, group_bytes):
+    monkeypatch.setattr(shards, "_GROUP_ROWS", 16)
+    monkeypatch.setattr(shards, "_KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(shards, "_KEPT_GROUP_BYTES", group_bytes)
+    rows = [{"entity_id": f"Q{k}", "name": f"name {k}", "aliases": ["same"] * (k % 3)} for k in range(300)]
+    kb = build(dataset(*rows[:200]), tmp_path / "kb", batch_size=50)
+    kb.add(dataset(*rows[200:]), MODEL, PROCESSOR)
+    assert len(kb._tables) == 2
+    generator = np.random.default_rng(0)
+    for _ in range(30):
+        chosen = generator.integers(300, size=5).tolist()
+        for row, entity in zip(chosen, kb.rows(chosen), strict=True):
+            assert {name: entity[name] for name in rows[row]} == rows[row]
+        assert [row["name"] for row in kb.rows(chosen, further=True)] == [rows[row]["name"] for row in chosen]
+    held = sum(table.nbytes for table in kb._kept._tables.values())
+    assert kb._kept._bytes == held <= kept_bytes
+    assert bool(held) == bool(group_bytes)
+
+
+def test_a_row_group_is_read_once_by_threads_that_ask_for_its_rows(tmp_path, monkeypatch):
+    kb = build(WORLD, tmp_path / "kb")
+    expected = kb.rows(range(30))
+    read: list[int] = []
+    decode = shards.decode_table
+    monkeypatch.setattr(shards, "decode_table", lambda *args: read.append(1) or decode(*args))
+    kb = KnowledgeBase.from_pretrained(kb.path)
+    kb.rows([0])
+    with ThreadPoolExecutor(4) as pool:
+        assert [row for rows in pool.map(kb.rows, [[k] for k in range(30)]) for row in rows] == expected
+    assert read == [1]
 
 
 # Updating
