@@ -3,7 +3,7 @@
     python -m benchmarks                            # small sizes: about 20 minutes on two cores
     python -m benchmarks --only growth,latency      # some benchmarks; trained models and built indexes are reused
     python -m benchmarks --full                     # all sizes up to a million entities: hours, 40 GB of scratch space
-    python -m benchmarks --model runs/mimic-text_wikimel --dataset data/wikimel   # also ranking and latency of this run
+    python -m benchmarks --model runs/mimic-text_wikimel --dataset data/wikimel   # also ranking, latency and throughput
     python -m benchmarks --device cuda --dtype bfloat16 --output results-gpu
 
 Each benchmark writes a JSON file as soon as it is finished, so you can continue an interrupted run with `--only`. The
@@ -24,6 +24,7 @@ SHORT: dict[str, list[str]] = {
     "ranking": ["--mentions", "8"],
     "growth": ["--sizes", "10000,50000,110000", "--mentions-sizes", "16,64,128"],
     "latency": ["--sizes", "10000,50000", "--graph-limit", "10000"],
+    "throughput": ["--sizes", "2000", "--mentions", "256"],
     "building": ["--entities", "64"],
     "training": [],
 }
@@ -31,6 +32,7 @@ FULL: dict[str, list[str]] = {
     "ranking": ["--mentions", "128"],
     "growth": ["--sizes", "10000,20000,50000,110000,200000", "--mentions-sizes", "16,32,64,128,256,512"],
     "latency": ["--sizes", "100000,1000000", "--graph-limit", "1000000", "--mentions", "200"],
+    "throughput": ["--sizes", "20000", "--mentions", "1024"],
     "building": ["--entities", "512"],
     "training": ["--encoders", "clip"],
 }
@@ -54,7 +56,7 @@ def commands(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
         runs.append(("ranking, random weights", ["benchmarks.ranking", "--steps", "0", "--sizes", "10000", *shared]))
     if args.model:
         run = ["--model", args.model, "--dataset", args.dataset]
-        for name in ("ranking", "latency"):
+        for name in ("ranking", "latency", "throughput"):
             if name in chosen:
                 runs.append((f"{name} of {args.model}", [f"benchmarks.{name}", *sizes[name], *run, *shared]))
         if args.full and not args.only:
@@ -66,7 +68,7 @@ def main() -> int:
     parser = harness.parser(__doc__)
     parser.add_argument("--full", action="store_true", help="run all sizes, up to a million entities")
     parser.add_argument("--only", metavar="NAMES", help=f"run only these, separated by commas: {', '.join(SHORT)}")
-    parser.add_argument("--model", help="folder of a MIMIC run; ranking and latency measure it, too")
+    parser.add_argument("--model", help="folder of a MIMIC run; ranking, latency and throughput measure it, too")
     parser.add_argument("--dataset", help="data-set folder of that run")
     args = parser.parse_args()
     if bool(args.model) != bool(args.dataset):

@@ -196,7 +196,7 @@ def test_a_short_and_a_full_run(tmp_path):
             benchmark = importlib.import_module(module)
             assert benchmark.arguments().parse_args(words).repeats == 7
             names.append(name)
-        assert names[:5] == ["ranking", "growth", "latency", "building", "training"]
-        assert len(names) == (9 if "--full" in options else 7)
+        assert names[:6] == ["ranking", "growth", "latency", "throughput", "building", "training"]
+        assert len(names) == (11 if "--full" in options else 9)
     with pytest.raises(SystemExit, match="Unknown benchmark: speed"):
         all_benchmarks.commands(parser.parse_args(["--only", "speed"]))
