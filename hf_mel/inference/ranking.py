@@ -195,7 +195,8 @@ class SingleProcess:
     def raise_together(self) -> Iterator[None]:
         """If one process raises in the block, all raise, so that no collective call hangs.
 
-        The others raise where they gather next, in the block or at its end. A [`~hf_mel.errors.LostProcessError`] is raised at once: no collective call reaches the lost process.
+        The others raise where they gather next, in the block or at its end. A [`~hf_mel.errors.LostProcessError`] is raised
+        at once: no collective call reaches the lost process.
         """
         yield
 
