@@ -15,7 +15,7 @@ Without a run, texts are generated, and the weights of MIMIC with a small text e
 as in `benchmarks.latency` ([`benchmarks.sources.Resampled.named_kb`]).
 
     python -m benchmarks.throughput
-    python -m benchmarks.throughput --model runs/mimic-text_wikimel --dataset data/wikimel --threads 1
+    python -m benchmarks.throughput --model runs/mimic-text_wikimel --dataset data/wikimel --mentions 1024 --threads 1
     python -m benchmarks.throughput … --sizes 18880,100000 --indexes exact,faiss-pq
 """
 

@@ -482,14 +482,24 @@ class EntityLinker:
         def prepared() -> Iterator[tuple[list[list[int]], _Prepared]]:
             for window in _windows(todo, mentions):
                 positions = [k for batch in window for k in batch]
-                of_window = [mentions[k] for k in positions], [spans[k] for k in positions]
-                yield window, self._prepare(*of_window, positions)
+                yield (
+                    window,
+                    self._prepare([mentions[k] for k in positions], [spans[k] for k in positions], positions),
+                )
 
-        with closing(computed_ahead(prepared())) as prepared_windows:  # type: ignore[type-var]
-            for window, inputs in prepared_windows:
-                encoded, first = self._encode(inputs, names_count=not units), 0
+        def encoded() -> Iterator[tuple[list[list[int]], _Prepared, dict[str, torch.Tensor]]]:
+            with closing(computed_ahead(prepared())) as prepared_windows:  # type: ignore[type-var]
+                for window, inputs in prepared_windows:
+                    yield window, inputs, self._encodings(inputs)
+
+        # Encoding has few large operations, and ranking many small ones, which a second processor speeds up little.
+        with closing(computed_ahead(encoded())) as encoded_windows:  # type: ignore[type-var]
+            for window, inputs, encodings in encoded_windows:
+                of_window, first = self._batch(inputs, encodings, names_count=not units), 0
                 for batch in window:
-                    chosen = encoded if len(window) == 1 else encoded.select(list(range(first, first + len(batch))))
+                    chosen = (
+                        of_window if len(window) == 1 else of_window.select(list(range(first, first + len(batch))))
+                    )
                     first += len(batch)
                     yield batch, self.link_encoded(chosen, top_k=top_k, units=units, traced=traced)
 
@@ -511,7 +521,8 @@ class EntityLinker:
         Raises:
             ImageError: An image is missing or damaged.
         """
-        return self._encode(self._prepare(mentions, spans, positions), names_count=names_count)
+        prepared = self._prepare(mentions, spans, positions)
+        return self._batch(prepared, self._encodings(prepared), names_count=names_count)
 
     def added_scores(
         self, surfaces: Sequence[str], *, names_count: bool = True
@@ -638,15 +649,18 @@ class EntityLinker:
         inputs = [slice_encodings(tensors, part.tolist()) for part in parts]
         return _Prepared(mentions, rows, self._left_out_warnings(rows), order.tolist(), inputs)
 
-    def _encode(self, prepared: _Prepared, *, names_count: bool) -> MentionBatch:
-        """Encodes mentions, and computes what ranking adds to their scores."""
+    def _encodings(self, prepared: _Prepared) -> dict[str, torch.Tensor]:
+        """Returns the encodings of mentions, in their order."""
         # One context for all parts: each converts the weights once.
         device = model_device(self.model).type
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             encoded = concat_encodings(as_float(self.model.encode_mentions(**part)) for part in prepared.inputs)
-            encoded = slice_encodings(encoded, np.argsort(prepared.order).tolist())
+            return slice_encodings(encoded, np.argsort(prepared.order).tolist())
+
+    def _batch(self, prepared: _Prepared, encodings: Mapping[str, torch.Tensor], *, names_count: bool) -> MentionBatch:
+        """Returns encoded mentions with what ranking adds to their scores."""
         names, added = self.added_scores([row["mention"] for row in prepared.rows], names_count=names_count)
-        return MentionBatch(prepared.mentions, prepared.rows, prepared.warnings, encoded, names, added)
+        return MentionBatch(prepared.mentions, prepared.rows, prepared.warnings, encodings, names, added)
 
     def _name_index(self) -> NameIndex:
         """Returns the index of the names, made again when the knowledge base has changed."""
