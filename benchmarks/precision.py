@@ -96,7 +96,7 @@ FORMS: dict[str, Callable[[Mapping[str, torch.Tensor], Mapping[str, str]], Store
 
 @dataclass
 class Measured:
-    """What is measured: M mentions with golds, and N entities.
+    """M mentions with golds, and N entities, which the benchmark ranks.
 
     Args:
         described (`dict`): Words for the result: `model`, `split` and `dataset`.

@@ -265,7 +265,7 @@ class ProcessGroup(SingleProcess):
 
 @dataclass
 class _Failure:
-    """What a process gathers that has an error: the error, and the number of blocks of `raise_together` that it is in."""
+    """The error of a process, which it gathers in place of a value, and the number of blocks of `raise_together` that it is in."""
 
     error: Exception
     depth: int

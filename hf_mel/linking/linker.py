@@ -482,10 +482,8 @@ class EntityLinker:
         def prepared() -> Iterator[tuple[list[list[int]], _Prepared]]:
             for window in _windows(todo, mentions):
                 positions = [k for batch in window for k in batch]
-                yield (
-                    window,
-                    self._prepare([mentions[k] for k in positions], [spans[k] for k in positions], positions),
-                )
+                of_window = [mentions[k] for k in positions], [spans[k] for k in positions]
+                yield window, self._prepare(*of_window, positions)
 
         def encoded() -> Iterator[tuple[list[list[int]], _Prepared, dict[str, torch.Tensor]]]:
             with closing(computed_ahead(prepared())) as prepared_windows:  # type: ignore[type-var]
@@ -495,11 +493,9 @@ class EntityLinker:
         # Encoding has few large operations, and ranking many small ones, which a second processor speeds up little.
         with closing(computed_ahead(encoded())) as encoded_windows:  # type: ignore[type-var]
             for window, inputs, encodings in encoded_windows:
-                of_window, first = self._batch(inputs, encodings, names_count=not units), 0
+                whole, first = self._batch(inputs, encodings, names_count=not units), 0
                 for batch in window:
-                    chosen = (
-                        of_window if len(window) == 1 else of_window.select(list(range(first, first + len(batch))))
-                    )
+                    chosen = whole if len(window) == 1 else whole.select(list(range(first, first + len(batch))))
                     first += len(batch)
                     yield batch, self.link_encoded(chosen, top_k=top_k, units=units, traced=traced)
 
