@@ -103,7 +103,8 @@ class Retriever(Protocol):
     each mention's gold. Several mentions may share a column, so the same entity is never a negative of itself.
 
     Optional abilities: [`TwoStepScores`], [`IndexVectors`], [`BoundsScores`], [`Explains`], [`KnowsPosts`], [`FrozenMentions`]. Optional
-    attributes: `learns_nil` (see [`learns_nil`]) and `entity_token_masks` (see [`entity_token_masks`]).
+    attributes: `learns_nil` (see [`learns_nil`]), `entity_token_masks` (see [`entity_token_masks`]) and
+    `takes_half_precision` (see [`takes_half_precision`]).
     """
 
     def encode_mentions(self, **mention_inputs: Any) -> Encodings:
@@ -169,6 +170,13 @@ def entity_token_masks(model: Any) -> Mapping[str, str]:
     in few bits leaves that padding out, and gives zeros in its place. Default: none.
     """
     return getattr(model, "entity_token_masks", {})
+
+
+def takes_half_precision(model: Any) -> bool:
+    """Returns whether the `score` of a retriever takes entities in half precision, as a knowledge base stores them (its
+    attribute of this name). The scores are float32 all the same. Otherwise ranking converts them before.
+    """
+    return bool(getattr(model, "takes_half_precision", False))
 
 
 @runtime_checkable

@@ -22,7 +22,7 @@ from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_
 from hf_mel.inference.entity_sources import EntitySource
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.sparse_scores import SparseScores
-from hf_mel.protocols import Encodings, TwoStepScores, leaves_out_missing_images
+from hf_mel.protocols import Encodings, TwoStepScores, leaves_out_missing_images, takes_half_precision
 
 ScoreFunction = Callable[[Encodings, Encodings], torch.Tensor]
 
@@ -126,6 +126,7 @@ def rank(
     """
     two_steps = score is None and prune and isinstance(model, TwoStepScores)
     scorer = _Pruned(model, added, among, floor) if two_steps else _Plain(score or model.score, added, among)
+    as_stored = two_steps or (score is None and takes_half_precision(model))
     device = model_device(model)
     group = process_group(processes)
     mentions, sizes = num_rows(mention_encodings), group.gather(len(entity_chunks))
@@ -140,7 +141,7 @@ def rank(
 
     with group.raise_together():
         bytes_per_entity = next(
-            (row_bytes(chunk) for _, chunk in entity_chunks.iter_chunks(1, as_stored=two_steps)), 0
+            (row_bytes(chunk) for _, chunk in entity_chunks.iter_chunks(1, as_stored=as_stored)), 0
         )
         mention_encodings = to_device(mention_encodings, device)
     half_budget, min_scoring_bytes = byte_budget // 2, _SCORING_BYTES_PER_PAIR * min(mentions, 64)
@@ -167,7 +168,7 @@ def rank(
                 scores = _gold_scores(scorer, mention_encodings, local_golds, entity_chunks, start)
             state.golds = _GoldCounts.start(golds, group.smallest(scores), tie_tolerance)
         with group.raise_together():
-            for first, chunk in _checked_chunks(entity_chunks, chunk_size, two_steps):
+            for first, chunk in _checked_chunks(entity_chunks, chunk_size, as_stored):
                 chunk = to_device(chunk, device)
                 for m in range(0, mentions, batch_size):
                     selection = slice(m, min(m + batch_size, mentions))

@@ -7,7 +7,7 @@ encoder and a few options. `modeling/bi_encoder/README.md` says what each of the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ from transformers.utils import ModelOutput
 
 from .configuration_bi_encoder import JOINT_ENCODERS, BiEncoderConfig
 
-#: Token similarities that `max_similarities` holds in memory at a time: as many as stay in the cache of a core.
-_BLOCK_SIMILARITIES = 2**20
+#: Token similarities that `max_similarities` holds in memory at a time, and values of entities that a CPU converts from half
+#: precision at a time: as many as stay in the cache of a core.
+_BLOCK_SIMILARITIES, _BLOCK_VALUES = 2**20, 2**19
 #: Lowest temperature that is learned: CLIP's logit scale is at most 100.
 _LEAST_TEMPERATURE = 0.01
 _HALF = (torch.float16, torch.bfloat16)
@@ -570,7 +571,7 @@ class BiEncoderModel(PreTrainedModel):
 
     def score(self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Returns the scores [M, N] in float32: similarities, or with late fusion the mean over a mention's units."""
-        mentions, entities = _to_float32(mentions), _to_float32(entities)
+        mentions = _to_float32(mentions)
         with torch.autocast(self.device.type, enabled=False):
             if self.config.interaction == "maxsim":
                 return max_similarities(
@@ -579,7 +580,11 @@ class BiEncoderModel(PreTrainedModel):
                     entities["tokens"],
                     entities["token_mask"].bool(),
                 )
-            return self._query_vectors(mentions) @ self._index_vectors(entities).T
+            queries = self._query_vectors(mentions)
+            return _joined([queries @ self._index_vectors(block).T for block in _float32_blocks(entities)])
+
+    #: [`~BiEncoderModel.score`] converts half precision itself.
+    takes_half_precision = True
 
     @property
     def entity_token_masks(self) -> dict[str, str]:
@@ -640,14 +645,14 @@ class BiEncoderModel(PreTrainedModel):
         parts: dict[str, Any] = {}
         for name, (first, second) in self.units.items():
             parts[second] = parts.get(second, 0) + shares[name] * mentions[first]
-        return torch.cat([parts[name] for name in sorted(parts)], -1)
+        return _joined([parts[name] for name in sorted(parts)])
 
     def _index_vectors(self, entities: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if self.config.interaction == "maxsim":
             return masked_mean(entities["tokens"], entities["token_mask"])
         if not self.units:
             return entities["fused"]
-        return torch.cat([entities[name] for name in sorted({second for _, second in self.units.values()})], -1)
+        return _joined([entities[name] for name in sorted({second for _, second in self.units.values()})])
 
     def forward(
         self,
@@ -702,21 +707,23 @@ def max_similarities(
     """Sums over the tokens of a mention of their best similarity with a token of an entity, [M, N] (ColBERT's MaxSim).
 
     Args:
-        mention_tokens ([M, L, d]), entity_tokens ([N, K, d]): Vectors of the tokens.
+        mention_tokens ([M, L, d]), entity_tokens ([N, K, d]): Vectors of the tokens; those of the entities also in half
+            precision.
         mention_mask ([M, L]), entity_mask ([N, K]): True for a token.
     """
     lengths = mention_mask.sum(1)
     flat = mention_tokens[mention_mask]  # the tokens of all mentions one after another, without padding
     mention_of = torch.arange(len(lengths), device=flat.device).repeat_interleave(lengths)
-    padding = flat.new_zeros(entity_mask.shape).masked_fill(~entity_mask, -torch.inf)
     columns = []
     step = max(1, _BLOCK_SIMILARITIES // max(1, len(flat) * entity_tokens.shape[1]))
-    for first in range(0, max(1, len(entity_tokens)), step):
-        tokens, out = entity_tokens[first : first + step], padding[first : first + step]
-        similarities = torch.addmm(out.flatten(), flat, tokens.flatten(0, 1).T)
-        best = similarities.unflatten(1, out.shape).amax(-1)
-        columns.append(best.new_zeros(len(lengths), len(tokens)).index_add(0, mention_of, best))
-    return torch.cat(columns, 1)
+    for block in _float32_blocks({"tokens": entity_tokens, "mask": entity_mask}):
+        padding = flat.new_zeros(block["mask"].shape).masked_fill(~block["mask"], -torch.inf)
+        for first in range(0, max(1, len(padding)), step):
+            tokens, out = block["tokens"][first : first + step], padding[first : first + step]
+            similarities = torch.addmm(out.flatten(), flat, tokens.flatten(0, 1).T)
+            best = similarities.unflatten(1, out.shape).amax(-1)
+            columns.append(best.new_zeros(len(lengths), len(tokens)).index_add(0, mention_of, best))
+    return _joined(columns)
 
 
 def cell_boxes(height: int, width: int) -> torch.Tensor:
@@ -732,6 +739,32 @@ def _to_float32(encodings: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
         for name, tensor in encodings.items()
         if tensor is not None
     }
+
+
+def _float32_blocks(entities: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields the encodings of N entities as float32: all at once, or what a CPU converts from half precision in blocks.
+
+    To convert all at once takes longer than to compare them with a mention. A block is valid until the next one.
+    """
+    given = {name: tensor for name, tensor in entities.items() if tensor is not None}
+    halves = {name: tensor for name, tensor in given.items() if tensor.dtype in _HALF}
+    values = sum(tensor[:1].numel() for tensor in halves.values())
+    if not values or any(tensor.device.type != "cpu" or tensor.requires_grad for tensor in halves.values()):
+        yield _to_float32(given)
+        return
+    count = len(next(iter(halves.values())))
+    step = min(count, max(1, _BLOCK_VALUES // values))
+    converted = {
+        name: tensor.new_empty(step, *tensor.shape[1:], dtype=torch.float32) for name, tensor in halves.items()
+    }
+    for first in range(0, count, step):
+        block = {name: tensor[first : first + step] for name, tensor in given.items()}
+        yield block | {name: converted[name][: len(block[name])].copy_(block[name]) for name in halves}
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Joins matrices with the same rows. One alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 # Copied from modeling/mimic/scoring_mimic.py

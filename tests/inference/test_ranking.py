@@ -564,3 +564,23 @@ def test_scores_of_another_type_are_ranked_as_float32(dtype):
     torch.testing.assert_close(
         in_float.top_scores, (mentions["x"] @ halves["x"].float().T).sort(descending=True, dim=1).values
     )
+
+
+@pytest.mark.parametrize("takes_half", [True, False])
+def test_half_precision_is_converted_for_a_model_that_does_not_take_it(takes_half):
+    class Watched(DotProduct):
+        takes_half_precision = takes_half
+        dtypes: set = set()
+
+        def score(self, mentions, entities):
+            self.dtypes.add(entities["x"].dtype)
+            return super().score(mentions, {"x": entities["x"].float()})
+
+    mentions, entities = table(np.arange(12).reshape(3, 4))
+    halves = source({"x": entities.tensors["x"].half()})
+    model = Watched()
+    assert rank(model, mentions, halves).top_rows.tolist() == [[3, 2, 1, 0]] * 3
+    assert model.dtypes == {torch.float16 if takes_half else torch.float32}
+    model.dtypes.clear()
+    rank(model, mentions, halves, score=model.score)  # a score that is given says nothing about half precision
+    assert model.dtypes == {torch.float32}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, CLIPCo
 import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.hub.saving import save_model_repository
 from hf_mel.inference.quantisation import dequantised, layout_of, quantised
-from hf_mel.modeling.bi_encoder import BiEncoderConfig, BiEncoderModel, BiEncoderProcessor
+from hf_mel.modeling.bi_encoder import BiEncoderConfig, BiEncoderModel, BiEncoderProcessor, modeling_bi_encoder
 from hf_mel.modeling.bi_encoder.modeling_bi_encoder import cell_boxes
 from hf_mel.protocols import IndexVectors, MelProcessor, Retriever, entity_token_masks, leaves_out_missing_images
 from hf_mel.training.tokenizer import texts_of, train_wordpiece
@@ -235,13 +237,35 @@ def test_no_score_is_above_its_bound(name, tokenizer):
         assert (bounds <= vectors.norm(dim=1, keepdim=True) + 2 * weights).all()
 
 
-def test_maxsim_in_blocks_equals_maxsim_at_once(monkeypatch, tokenizer):
-    model = build(**VARIANTS["maxsim"])
-    batch = batch_of(model, tokenizer)
-    with torch.no_grad():
-        whole = model(**batch).scores
-        monkeypatch.setattr("hf_mel.modeling.bi_encoder.modeling_bi_encoder._BLOCK_SIMILARITIES", 1)
-        torch.testing.assert_close(model(**batch).scores, whole)
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    limits=st.tuples(st.sampled_from([1, 50, 2**20]), st.sampled_from([1, 60, 2**19])),
+    lengths=st.tuples(st.lists(st.integers(0, 4), max_size=3), st.lists(st.integers(1, 5), max_size=9)),
+    seed=st.integers(0, 99),
+)
+def test_maxsim_in_blocks_of_stored_vectors_equals_a_loop_over_pairs(dtype, limits, lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    masks = [torch.rand(len(of_side), 6, generator=generator) for of_side in lengths]  # tokens may be anywhere
+    masks = [
+        mask.argsort(1).argsort(1) < torch.tensor(of_side, dtype=torch.long)[:, None]
+        for mask, of_side in zip(masks, lengths, strict=True)
+    ]
+    mentions, entities = (torch.randn(*mask.shape, 3, generator=generator) for mask in masks)
+    stored = entities.to(dtype)
+    of_mentions, of_entities = (
+        [row[kept].double() for row, kept in zip(tokens, mask, strict=True)]
+        for tokens, mask in zip((mentions, stored), masks, strict=True)
+    )
+    expected = [
+        [sum(max(float(t @ e) for e in entity) for t in mention) for entity in of_entities] for mention in of_mentions
+    ]
+    before = stored.clone()
+    with mock.patch.multiple(modeling_bi_encoder, _BLOCK_SIMILARITIES=limits[0], _BLOCK_VALUES=limits[1]):
+        scores = modeling_bi_encoder.max_similarities(mentions, masks[0], stored, masks[1])
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, torch.tensor(expected).view(len(mentions), len(stored)).float())
+    assert torch.equal(stored, before)
 
 
 @settings(max_examples=25, deadline=None)
