@@ -22,6 +22,8 @@ def with_scores(entity: Row, prior: float | None = None, list_score: float | Non
     """
     scores = {"prior": prior, "list_score": list_score}
     given = {name: value for name, value in scores.items() if value is not None}
+    if isinstance(entity, LazyRow):  # many times per batch, and a chain is slow to read
+        return entity.with_values(given)
     return ChainMap(given, entity) if given else entity  # type: ignore[arg-type]
 
 
@@ -37,7 +39,7 @@ class LazyRow(Mapping[str, Any]):
         self._values, self._features = values, features
 
     def __getitem__(self, column: str) -> Any:
-        value, feature = self._values[column], self._features[column]
+        value, feature = self._values[column], self._features.get(column)
         if isinstance(feature, datasets.Image):
             return self._decode(value)
         if isinstance(getattr(feature, "feature", None), datasets.Image):
@@ -49,6 +51,14 @@ class LazyRow(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        """Returns a value, or `default` if the row has no such column."""
+        return self[column] if column in self._values else default
+
+    def with_values(self, values: Mapping[str, Any]) -> LazyRow:
+        """Returns the row with further values, none of which is an image."""
+        return LazyRow({**self._values, **values}, self._features)
 
     def with_image(self, column: str, index: int) -> LazyRow:
         """Returns the row with only image number `index` in the list `column`."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_mel.errors import RecipeError, TrainingError
 from hf_mel.files import write_text
+from hf_mel.inference.prefetch import computed_ahead
 from hf_mel.locks import LOADING
 from hf_mel.protocols import MelProcessor
 from hf_mel.training.arguments import MelTrainingArguments
@@ -33,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 class BaseTrainer(Trainer):
     """`transformers.Trainer` with the sampler, the optimizer, and the saving and loading that all tasks share.
+
+    Without workers (`dataloader_num_workers: 0`), a second thread prepares the next batch during a step. It rests while the
+    trainer evaluates or saves, because processors cannot run in two threads at once. A callback that calls the processor
+    needs `dataloader_num_workers: 1`.
 
     Args:
         model (`nn.Module`): The model.
@@ -86,6 +92,9 @@ class BaseTrainer(Trainer):
         self._parts_of_loss: dict[str, tuple[torch.Tensor, int]] = {}
         self._rows_since_log = 0
         self._since: float | None = None
+        #: The batches of an epoch, which a second thread prepares.
+        self._ahead: Any = None
+        self._preparing = threading.Lock()
         self.processor: Any = processor
         self.collator, self.sampler = collator, sampler
         config = getattr(model, "config", None)
@@ -132,6 +141,38 @@ class BaseTrainer(Trainer):
             return super().get_train_dataloader()
         finally:
             self.data_collator = plain
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Returns the batches of a step, which a second thread has prepared during the step before it."""
+        if self.args.dataloader_num_workers == 0 and self.args.world_size == 1:
+            if self._ahead is None:
+                self._ahead = computed_ahead(self._one_by_one(epoch_iterator), ahead=0)
+            epoch_iterator = self._ahead
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._run_epoch(*args, **kwargs)
+        finally:
+            if self._ahead is not None:
+                self._ahead.close()  # The loader counts its epochs when it ends, which must not be during the next one.
+            self._ahead = None
+
+    def _one_by_one(self, batches: Iterator[Any]) -> Iterator[Any]:
+        end = object()
+        while True:
+            with self._preparing:
+                batch = next(batches, end)
+            if batch is end:
+                return
+            yield batch
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if not (self.control.should_evaluate or self.control.should_save):
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            return
+        with self._preparing:  # by the processor, which evaluation and saving need, too
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Creates the Trainer's scheduler, or with `max_minutes` one that also falls with the time.

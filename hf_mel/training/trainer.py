@@ -10,6 +10,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ from hf_mel.evaluation.full_evaluator import FullEvaluator, FullResult
 from hf_mel.evaluation.strata import has_image, names_by_id
 from hf_mel.inference.execution import evaluation_mode
 from hf_mel.inference.inputs import ModelInputs
+from hf_mel.inference.prefetch import computed_ahead
 from hf_mel.names import namesakes_of
 from hf_mel.protocols import (
     FitsFeatures,
@@ -327,15 +329,16 @@ class MelTrainer(BaseTrainer):
                     "Fitting has no batch: the training mentions are fewer than a batch, and smaller ones are dropped.",
                     remedy="Lower training.per_device_train_batch_size, or leave out training.dataloader_drop_last.",
                 )
-            batches = tqdm(loader, desc="Features", unit="batch", delay=1, disable=not self.shows_progress)
-            for number, batch in enumerate(batches, 1):
-                yield batch
-                read += 1
-                self.state.epoch = epoch + number / len(loader)
-                if self.clock is not None:
-                    self.clock.on_step_end(self.args, self.state, self.control)
-                if read == limit or self.control.should_training_stop:
-                    return
+            with closing(computed_ahead(loader, ahead=0)) as ahead:  # type: ignore[type-var]
+                batches = tqdm(ahead, "Features", len(loader), unit="batch", delay=1, disable=not self.shows_progress)
+                for number, batch in enumerate(batches, 1):
+                    yield batch
+                    read += 1
+                    self.state.epoch = epoch + number / len(loader)
+                    if self.clock is not None:
+                        self.clock.on_step_end(self.args, self.state, self.control)
+                    if read == limit or self.control.should_training_stop:
+                        return
 
     def evaluate(  # type: ignore[override]
         self,

@@ -121,20 +121,24 @@ class CandidateGraphProcessor(ProcessorMixin):
         lists = [list(candidates) for _, candidates in pairs]
         shape = (len(rows), max([1, *map(len, lists)]))
         mask = torch.zeros(shape, dtype=torch.bool)
-        features = torch.zeros(*shape, len(FEATURES))
         entity = torch.full(shape, -1)
         entity_rows: dict[Any, Mapping[str, Any]] = {}
         entity_numbers: dict[Any, int] = {}
+        described: list[list[float]] = []  # of all pairs, because a tensor of each takes long
         for m, candidates in enumerate(lists):
             priors = [self._prior(row, rows[m]) for row in candidates]
             surface = _folded(str(rows[m].get("mention") or ""))
-            for c, row in enumerate(candidates):
+            numbers = []
+            for prior, row in zip(priors, candidates, strict=True):
                 key = row.get("entity_id") or (row.get("name"), self._facts(row))
-                entity[m, c] = entity_numbers.setdefault(key, len(entity_numbers))
+                numbers.append(entity_numbers.setdefault(key, len(entity_numbers)))
                 entity_rows.setdefault(key, row)
-                numbers = [math.log1p(len(candidates)), priors[c], max(priors)]
-                features[m, c] = torch.tensor([*numbers, *_name_features(surface, _folded(row.get("name") or ""))])
+                shared = [math.log1p(len(candidates)), prior, max(priors)]
+                described.append([*shared, *_name_features(surface, _folded(row.get("name") or ""))])
+            entity[m, : len(candidates)] = torch.tensor(numbers, dtype=torch.int64)
             mask[m, : len(candidates)] = True
+        features = torch.zeros(*shape, len(FEATURES))
+        features[mask] = torch.tensor(described).reshape(-1, len(FEATURES))
         documents: dict[Any, int] = {}
         context = [documents.setdefault(self._document(row, m), len(documents)) for m, row in enumerate(rows)]
         words, spans = self._context_words(rows, [False] * len(rows))
@@ -229,7 +233,8 @@ class CandidateGraphProcessor(ProcessorMixin):
         if not texts:
             return []
         unknown = self.tokenizer.unk_token_id
-        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        unread = {"return_attention_mask": False, "return_token_type_ids": False}  # which take as long as the ids
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False, **unread)["input_ids"]
         return [[i for i in ids if i != unknown] for ids in encoded]
 
 

@@ -264,7 +264,8 @@ class ContextRnnProcessor(ProcessorMixin):
         if not texts:
             return []
         unknown = self.tokenizer.unk_token_id
-        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        unread = {"return_attention_mask": False, "return_token_type_ids": False}  # which take as long as the ids
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False, **unread)["input_ids"]
         return [[i for i in ids if i != unknown] for ids in encoded]
 
     # Copied from modeling/mm_nel/processing_mm_nel.py

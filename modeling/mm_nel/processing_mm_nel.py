@@ -154,11 +154,13 @@ class MmNelProcessor(ProcessorMixin):
         entity_rows: dict[Any, Mapping[str, Any]] = {}
         entity_numbers: dict[Any, int] = {}
         for m, candidates in enumerate(lists):
-            for c, row in enumerate(candidates):
+            numbers = []
+            for row in candidates:
                 key = row.get("entity_id") or (row.get("name"), self._facts(row))
-                entity[m, c] = entity_numbers.setdefault(key, len(entity_numbers))
+                numbers.append(entity_numbers.setdefault(key, len(entity_numbers)))
                 entity_rows.setdefault(key, row)
-                prior[m, c] = self._prior(row, rows[m])
+            entity[m, : len(candidates)] = torch.tensor(numbers, dtype=torch.int64)
+            prior[m, : len(candidates)] = torch.tensor([self._prior(row, rows[m]) for row in candidates])
             mask[m, : len(candidates)] = True
         visual = [self._modality(row) == "image" for row in rows]
         documents: dict[Any, int] = {}
@@ -282,7 +284,8 @@ class MmNelProcessor(ProcessorMixin):
         if not texts:
             return []
         unknown = self.tokenizer.unk_token_id
-        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        unread = {"return_attention_mask": False, "return_token_type_ids": False}  # which take as long as the ids
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False, **unread)["input_ids"]
         return [[i for i in ids if i != unknown] for ids in encoded]
 
     def _image_tensors(self, rows, lists, visual: list[bool], shape: tuple[int, int]) -> dict[str, torch.Tensor]:

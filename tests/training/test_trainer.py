@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import threading
+import time
 
 import pytest
 import torch
@@ -325,3 +327,100 @@ def test_the_trainer_adds_no_field_to_the_configuration(tmp_path):
     before = model.config.to_dict()
     trainer(tmp_path, model)
     assert model.config.to_dict() == before
+
+
+class _Watched:
+    """A collator that keeps which threads called it, and whether it is being called."""
+
+    def __init__(self, collator, seconds=0.0):
+        self.collator, self.seconds = collator, seconds
+        self.threads, self.inside, self.called = [], False, threading.Condition()
+
+    def __getattr__(self, name):
+        return getattr(self.collator, name)
+
+    def __call__(self, rows):
+        self.inside = True
+        time.sleep(self.seconds)
+        batch = self.collator(rows)
+        with self.called:
+            self.threads.append(threading.current_thread())
+            self.called.notify_all()
+        self.inside = False
+        return batch
+
+
+def _runs_ahead() -> bool:
+    return any(thread.name.startswith("ahead") for thread in threading.enumerate())
+
+
+def test_a_second_thread_prepares_the_next_batch_during_a_step(tmp_path, monkeypatch):
+    trained = trainer(tmp_path, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
+    watched = trained.data_collator = _Watched(trained.data_collator)
+    plain_step, steps = trained.training_step, []
+
+    def step(*args, **kwargs):
+        steps.append(len(steps))
+        with watched.called:  # the loader itself holds the batch after this one
+            assert watched.called.wait_for(lambda: len(watched.threads) >= min(len(steps) + 2, 4), timeout=60)
+        return plain_step(*args, **kwargs)
+
+    monkeypatch.setattr(trained, "training_step", step)
+    trained.train()
+    assert len(steps) == len(watched.threads) == 4
+    assert threading.main_thread() not in watched.threads
+    assert not _runs_ahead()
+
+
+def test_no_batch_is_prepared_while_the_trainer_evaluates_or_saves(tmp_path, monkeypatch):
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    trained = trainer(tmp_path, train=toy_mentions(24), **options)
+    watched = trained.data_collator = _Watched(trained.data_collator, seconds=0.1)
+    seen = []
+    for name in ("evaluate", "save_model"):
+
+        def using_the_processor(*args, plain=getattr(trained, name), **kwargs):
+            seen.append(watched.inside)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(trained, name, using_the_processor)
+    trained.train()
+    assert len(seen) >= 2 * 6
+    assert not any(seen)
+
+
+def test_training_that_stops_early_leaves_no_thread(tmp_path):
+    options = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    trained = trainer(tmp_path, train=toy_mentions(24), max_steps=2, **options)
+    trained.train()
+    assert not _runs_ahead()
+
+
+def test_batches_are_those_of_a_loader_without_a_second_thread(tmp_path, monkeypatch):
+    """Also those of an epoch that a checkpoint interrupts, and after an epoch whose end the thread reads late."""
+    options = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 3, "load_best_model_at_end": False}
+    options |= {"save_total_limit": None, "num_train_epochs": 2, "max_steps": 9}
+    batches = {}
+
+    def slowly(items):
+        end = object()
+        while (item := time.sleep(0.1) or next(items, end)) is not end:
+            yield item
+
+    for name in ("ahead", "plain"):
+        if name == "plain":
+            monkeypatch.setattr("hf_mel.training.base_trainer.computed_ahead", lambda items, ahead: items)
+        for resume in (None, str(tmp_path / name / "checkpoints" / "checkpoint-3")):
+            trained = trainer(tmp_path / name, train=toy_mentions(24), **options)
+            monkeypatch.setattr(trained, "_one_by_one", slowly)
+            plain_step, ids = trained.training_step, batches.setdefault((name, resume is None), [])
+
+            def step(model, inputs, *args, plain_step=plain_step, ids=ids, **kwargs):
+                ids.append(list(inputs["batch_ids"]))
+                return plain_step(model, inputs, *args, **kwargs)
+
+            monkeypatch.setattr(trained, "training_step", step)
+            trained.train(resume_from_checkpoint=resume)
+    assert batches["ahead", True] == batches["plain", True]
+    assert batches["ahead", False] == batches["plain", False] == batches["plain", True][3:]
+    assert len(batches["plain", True]) == 9
