@@ -231,6 +231,41 @@ def bounds_scores(model: Any) -> bool:
 
 
 @runtime_checkable
+class BoundsByProducts(Protocol):
+    """A retriever of [`BoundsScores`] whose scores also depend on products in another way than a sum, with a closer bound.
+
+    Each entity has a few vectors with names, and numbers. A mention has K vectors for each of these names, and a state. From
+    their inner products, which are known up to a radius, the model bounds what is too much in the bound of [`BoundsScores`].
+    Check with [`bounds_by_products`].
+    """
+
+    def product_queries(self, mentions: Encodings) -> Any:
+        """Returns name → vectors [M, K, D], and states [M, S], of encoded mentions (float32)."""
+        ...
+
+    def product_vectors(self, entities: Encodings) -> Any:
+        """Returns name → vectors [N, D], and numbers [N, R], of encoded entities (float32), which may be in half precision."""
+        ...
+
+    def product_bounds(self, state: Any, products: Mapping[str, tuple[Any, Any]], numbers: Any) -> Any:
+        """Returns numbers f [n] that are at most 0 (float32), on the CPU. score ≤ ⟨q, x⟩ + ⟨w, b⟩ + c + f for n entities.
+
+        `state` [S] is that of one mention, and `numbers` [R, n] are those of the entities. `products` has inner products
+        [K, n] under each name, and radii [K, n]: no true product is further from the given one. Rounding of float32 is in f.
+        """
+        ...
+
+
+def bounds_by_products(model: Any) -> bool:
+    """Returns whether the model is [`BoundsByProducts`]; its attribute `bounds_by_products = False` turns the ability off."""
+    return (
+        bounds_scores(model)
+        and isinstance(model, BoundsByProducts)
+        and bool(getattr(model, "bounds_by_products", True))
+    )
+
+
+@runtime_checkable
 class BoundsPairs(Protocol):
     """A retriever that bounds a score from above by a part of the entity's encodings, so that few entities are read whole."""
 

@@ -30,7 +30,7 @@ import torch
 _HEAD_BYTES = 200
 _HEAD_MULTIPLE = 16
 #: Half the distance of two float32 numbers near 1.
-_UNIT_ROUNDOFF = 2.0**-24
+UNIT_ROUNDOFF = 2.0**-24
 _LARGEST_CODE = 127
 _LARGEST_DEFECT = 1e-10
 #: Rows of codes that are multiplied at a time by floating-point numbers, which stay in the cache.
@@ -65,6 +65,17 @@ def make_rotation(sample: np.ndarray, head: int, seed: int = 0) -> np.ndarray:
         for start, stop in ((0, head), (head, dim))
     ]
     return np.concatenate(parts)
+
+
+def check_rotation(rotation: np.ndarray) -> None:
+    """Checks that a matrix [D, D] is orthogonal, up to a defect that the slack covers.
+
+    Raises:
+        ValueError: It is not.
+    """
+    defect = np.linalg.norm(np.eye(len(rotation)) - rotation.T @ rotation)
+    if not defect < _LARGEST_DEFECT:
+        raise ValueError(f"the rotation is not orthogonal: |I - RᵀR| is {defect:.2g}")
 
 
 def rounded_up(values: np.ndarray) -> np.ndarray:
@@ -149,9 +160,7 @@ class BoundCodes:
     longest: float
 
     def __post_init__(self):
-        defect = np.linalg.norm(np.eye(len(self.rotation)) - self.rotation.T @ self.rotation)
-        if not defect < _LARGEST_DEFECT:
-            raise ValueError(f"the rotation is not orthogonal: |I - RᵀR| is {defect:.2g}")
+        check_rotation(self.rotation)
         self._largest_extras = self.norms[3:].abs().amax(1).double().numpy() if len(self) else np.zeros(0)
 
     def __len__(self) -> int:
@@ -163,7 +172,7 @@ class BoundCodes:
         constants = constants.astype(np.float64)
         norms = np.linalg.norm(vectors, axis=1)
         reach = norms * (self.longest + np.linalg.norm(self.mean)) + np.abs(weights) @ self._largest_extras
-        slack = 2 * (vectors.shape[1] + 64) * _UNIT_ROUNDOFF * (reach + np.abs(constants))
+        slack = 2 * (vectors.shape[1] + 64) * UNIT_ROUNDOFF * (reach + np.abs(constants))
         return BoundQueries(vectors @ self.rotation.T, weights, constants + vectors @ self.mean + slack)
 
     def quick_bounds(self, queries: BoundQueries) -> torch.Tensor:
@@ -243,7 +252,7 @@ class QueryCodes:
         reach = (
             longest * lengths.max(initial=0) + np.abs(weights) @ np.abs(extras).max(0, initial=0) + np.abs(constants)
         )
-        slack = 2 * (vectors.shape[1] + 64) * _UNIT_ROUNDOFF * reach
+        slack = 2 * (vectors.shape[1] + 64) * UNIT_ROUNDOFF * reach
         products = (torch.from_numpy(self.integers).float() @ torch.from_numpy(vectors).T).numpy().astype(np.float64)
         products *= steps[:, None]
         products += errors[:, None] * lengths + weights @ extras.T + (constants + slack)[:, None]

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
 from .configuration_mimic import MimicConfig
+from .dual_bounds_mimic import Gate, caps, entity_products, highest_dual_scores, mention_products
 from .scoring_mimic import (
     centred,
     global_to_local_bounds,
@@ -232,6 +233,11 @@ class DualGate(nn.Module):
     def query_vectors(self, query: torch.Tensor) -> torch.Tensor:
         """The factor of A in eq. 14, [A, d_v]."""
         return self.layer_norm(query) if self.query_norm else query
+
+    def caps(self, query: torch.Tensor) -> torch.Tensor:
+        """Scores [A] that S_V^A2B exceeds for no B."""
+        gate = Gate(self)
+        return caps(gate.constants.dim, gate.asking(query)[2])
 
     def target_vectors(self, pooled: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """v_B^L of eq. 13 if v_A^G is zero in eq. 12, [B, d_v]: the part that depends on B alone."""
@@ -831,12 +837,6 @@ class MimicModel(MimicPreTrainedModel):
         is_masked = "text" in (self.config.units or ()) and self.config.text_local and self.config.mask_padding
         return {"text_queries": "text_mask"} if is_masked else {}
 
-    @property
-    def bounds_scores(self) -> bool:
-        """Whether [`~MimicModel.bound_queries`] works, as [`hf_mel.protocols.bounds_scores`] asks."""
-        units = self.config.units or ()
-        return bool(units) and "vision" not in units
-
     @torch.no_grad()
     def bound_queries(self, mentions: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [M, D], w [M, R] and c [M] (float32), which bound the scores from above.
@@ -845,28 +845,37 @@ class MimicModel(MimicPreTrainedModel):
 
         - TGLU: S_T^G2G is the inner product of the global features (eq. 8). S_T^G2L (eq. 9–10) is at most b = √d_t |q'|
           and the constant of its LayerNorm ([`~scoring_mimic.global_to_local_scores_above`]).
+        - VDLU: each direction of S_V (eq. 5) is at most the cap of its A in eq. 14 ([`~dual_bounds_mimic.caps`]), of which
+          the entity's is in b and the mention's in c. [`~MimicModel.product_bounds`] brings the bound close to S_V.
         - CMFU: S_C is an inner product (eq. 19).
 
-        c is less the NIL score of a model that learns it. A bound of VDLU is not derived, so a model with it has none
-        (`bounds_scores`).
+        c is less the NIL score of a model that learns it.
         """
         mentions = _to_float32(mentions)
         vectors, extras = [], []
         with torch.autocast(self.device.type, enabled=False):
+            first = next(iter(mentions.values()))
+            constant = first.new_zeros(len(first), dtype=torch.float32)
+            if hasattr(self, "nil"):
+                constant = self._nil_rounding(mentions) - self.nil(self._nil_vectors(mentions))
             for unit, weight in self._unit_weights(mentions).items():
                 if unit == "text":
                     share = weight / 2 if self.config.text_local else weight  # eq. 4
                     vectors.append(mentions["text_global"] * _column(share))
                     if self.config.text_local:
-                        extras.append(_repeated(share, mentions["text_global"]))
+                        extras.append(_repeated(share, constant))
+                elif unit == "vision":
+                    share = weight / 2  # eq. 5
+                    extras.append(_repeated(share, constant))
+                    constant = constant + share * self.vdlu.mention_to_entity.caps(mentions["vision_query"])
                 else:
                     vectors.append(mentions["cross_modal"] * _column(weight))
-            first = next(iter(mentions.values()))
-            zero = first.new_zeros(len(first), dtype=torch.float32)
-            constant = zero
-            if hasattr(self, "nil"):
-                constant = self._nil_rounding(mentions) - self.nil(self._nil_vectors(mentions))
-        return torch.cat(vectors, -1), torch.stack([*extras, zero], 1)[:, : len(extras)], constant
+        # A model with VDLU alone has no inner products, and a vector of one zero.
+        return (
+            torch.cat(vectors or [constant.new_zeros(len(constant), 1)], -1),
+            torch.stack([*extras, constant], 1)[:, : len(extras)],
+            constant,
+        )
 
     @torch.no_grad()
     def bound_vectors(self, entities: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -879,11 +888,49 @@ class MimicModel(MimicPreTrainedModel):
                     vectors.append(entities["text_global"])
                     if self.config.text_local:
                         extras.append(highest_global_to_local_scores(entities, self.tglu.layer_norm))
+                elif unit == "vision":
+                    extras.append(self.vdlu.entity_to_mention.caps(entities["vision_query"]))
                 else:
                     vectors.append(entities["cross_modal"])
         first = next(iter(entities.values()))
         zero = first.new_zeros(len(first), dtype=torch.float32)
-        return torch.cat(vectors, -1), torch.stack([*extras, zero], 1)[:, : len(extras)]
+        return torch.cat(vectors or [zero[:, None]], -1), torch.stack([*extras, zero], 1)[:, : len(extras)]
+
+    @property
+    def bounds_by_products(self) -> bool:
+        """Whether [`~MimicModel.product_bounds`] improves the bound, as [`hf_mel.protocols.bounds_by_products`] asks."""
+        return "vision" in (self.config.units or ())
+
+    @torch.no_grad()
+    def product_queries(self, mentions: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Vectors [M, K, d_v] of each of VDLU's three products, and a state [M, S]; see [`dual_bounds_mimic`]."""
+        mentions = _to_float32(mentions)
+        with torch.autocast(self.device.type, enabled=False):
+            vectors, state = mention_products(self.vdlu, mentions)
+            weight = _repeated(self._unit_weights(mentions)["vision"], state)
+        return vectors, torch.cat([weight[:, None], state], 1)
+
+    @torch.no_grad()
+    def product_vectors(self, entities: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Vectors [N, d_v] of each of VDLU's three products, and numbers [N, R]; see [`dual_bounds_mimic`]."""
+        entities = _to_float32(entities, without="text_queries")
+        with torch.autocast(self.device.type, enabled=False):
+            return entity_products(self.vdlu, entities)
+
+    @staticmethod
+    @torch.no_grad()
+    def product_bounds(
+        state: torch.Tensor, products: Mapping[str, tuple[torch.Tensor, torch.Tensor]], numbers: torch.Tensor
+    ) -> torch.Tensor:
+        """At most 0: what the bound of [`~MimicModel.bound_queries`] has too much, by the products of VDLU, [n].
+
+        Args:
+            state (`torch.Tensor` [S]): Of one mention.
+            products (`dict`): Name → inner products [K, n] of the vectors of mention and entities, and their radii [K, n].
+            numbers (`torch.Tensor` [R, n]): Of n entities.
+        """
+        highest, cap = highest_dual_scores(state[1:], products, numbers)
+        return (highest - cap).clamp(max=0) * float(state[0])
 
     @property
     def pair_bound_encodings(self) -> list[str]:

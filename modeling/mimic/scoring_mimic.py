@@ -8,7 +8,7 @@ printed equations give, up to rounding (`tests/modeling/test_mimic.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ _BLOCK_MENTIONS = 4
 _SMALLEST_SUM = 2.0**-100
 #: If more than this share of the pairs is left after the first bound, computing all pairs is faster.
 _DENSE = 0.4
-#: The second bound holds for a mention whose values have at least this component along their mean direction, relative
+#: The bound by rays holds for a mention whose values have at least this component along their mean direction, relative
 #: to the longest value.
 _NARROW = 0.05
 #: Relative margin added to a bound: many times the rounding error of float32 scores.
@@ -94,12 +94,13 @@ def global_to_local_scores_above(
 ) -> torch.Tensor:
     """S_T^G2L [M, N] (eq. 9–10) wherever it may reach `floor` [M, N], and -inf where it cannot.
 
-    Two upper bounds spare the attention. Both bound h·q', where h is the context of eq. 10 after LayerNorm without γ
-    and β, and q' = γ·FC(t_E^G), centred like h:
+    Upper bounds spare the attention. They bound h·q', where h is the context of eq. 10 after LayerNorm without γ and β,
+    and q' = γ·FC(t_E^G), centred like h:
 
     - |h| ≤ √d_t, so h·q' ≤ √d_t |q'| for every mention.
     - h is parallel to a mean Σ wₗvₗ of the centred values. For a unit vector c with vₗ·c > 0 for all l,
       |Σ wₗvₗ| ≥ Σ wₗ(vₗ·c), so h·q' ≤ √d_t max(0, maxₗ (vₗ·q')/(vₗ·c)). The direction of the mean of the values is c.
+    - Where there is no such c, h is at least in the span of the values: h·q' ≤ √d_t |U q'|, with an orthonormal basis U.
 
     Args:
         mentions, entities, layer_norm: See [`global_to_local_scores`]. `text_queries` may be in half precision: few of
@@ -114,15 +115,15 @@ def global_to_local_scores_above(
     keys, values, key_mask = _keys_and_values(mentions)
     queries, query_mask = entities["text_queries"], entities.get("text_mask")
     lengths, tokens = _lengths(queries, query_mask), queries.flatten(0, 1)
-    rays, bounded = _rays(values, key_mask)
+    bounds_of = _closer_bounds(values, key_mask)
     positions = torch.arange(queries.shape[1], device=queries.device)[:, None]
     step = max(1, _BLOCK_ELEMENTS.get(keys.device.type, 2**24) // (keys.shape[1] * queries.shape[1]))
     scores = torch.full_like(floor, -torch.inf)
     for m in candidates.any(1).nonzero()[:, 0].tolist():
         k, v = (keys[m], values[m]) if key_mask is None else (keys[m, key_mask[m]], values[m, key_mask[m]])
         columns = candidates[m].nonzero()[:, 0]
-        if bounded[m]:
-            highest = (target.index_select(0, columns) @ rays[m].T).amax(1).clamp(min=0)
+        highest = bounds_of(m, target.index_select(0, columns))
+        if highest is not None:
             columns = columns[~(highest + margin[columns] < floor[m, columns])]
         columns = columns[lengths[columns].argsort()]
         for first in range(0, len(columns), step):
@@ -146,17 +147,15 @@ def highest_global_to_local_scores(entities: Mapping[str, torch.Tensor], layer_n
 def global_to_local_bounds(
     mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor], layer_norm: nn.LayerNorm
 ) -> torch.Tensor:
-    """Upper bounds of S_T^G2L [M, N] without the tokens of entities: both bounds of [`global_to_local_scores_above`].
+    """Upper bounds of S_T^G2L [M, N] without the tokens of entities: those of [`global_to_local_scores_above`].
 
     Args: as there; `text_queries` is not needed.
     """
     target, _, reach, margin = _reach(entities, layer_norm)
     _, values, key_mask = _keys_and_values(mentions)
-    rays, bounded = _rays(values, key_mask)
-    rows = [
-        torch.minimum(reach, (target @ rays[m].T).amax(1).clamp(min=0)) if bounded[m] else reach
-        for m in range(len(values))
-    ]
+    bounds_of = _closer_bounds(values, key_mask)
+    closer = (bounds_of(m, target) for m in range(len(values)))
+    rows = [reach if highest is None else torch.minimum(reach, highest) for highest in closer]
     return torch.stack(rows) + margin if rows else target.new_zeros(0, len(target))
 
 
@@ -231,6 +230,29 @@ def _context_scores(attention: torch.Tensor, values: torch.Tensor, target: torch
     """
     context = values.transpose(1, 2) @ attention  # h̃_t [m, d_t, n]
     return (context * target).sum(1) * torch.rsqrt(context.square().mean(1) + eps)
+
+
+def _closer_bounds(
+    values: torch.Tensor, mask: torch.Tensor | None
+) -> Callable[[int, torch.Tensor], torch.Tensor | None]:
+    """Returns a function that bounds h·q' of [`global_to_local_scores_above`] by the values of one mention.
+
+    It takes the number of the mention and q' [n, d_t], and returns the bounds [n], or `None` if the values bound nothing.
+    """
+    rays, is_narrow = _rays(values, mask)
+    dim = values.shape[-1]
+
+    def bounds_of(m: int, target: torch.Tensor) -> torch.Tensor | None:
+        if is_narrow[m]:
+            return (target @ rays[m].T).amax(1).clamp(min=0)
+        of_mention = values[m] if mask is None else values[m, mask[m]]
+        if len(of_mention) >= dim - 1:  # centred vectors are in dim - 1 dimensions
+            return None
+        # The columns of Q span the values whatever their rank. Q is as exact as they are: rounding is in the margin.
+        basis = torch.linalg.qr(of_mention.T)[0]
+        return (target @ basis).norm(dim=-1) * dim**0.5
+
+    return bounds_of
 
 
 def _rays(values: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[bool]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, CLIPModel
 import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.inference.quantisation import dequantised, layout_of, quantised
 from hf_mel.modeling.mimic import MimicConfig, MimicModel, modeling_mimic, scoring_mimic
-from hf_mel.protocols import BoundsPairs, Retriever, bounds_scores, entity_token_masks
+from hf_mel.protocols import BoundsPairs, Retriever, bounds_by_products, bounds_scores, entity_token_masks
 from tests.modeling import direct_mimic, published_mimic
 
 BERT = {
@@ -284,6 +285,8 @@ def bounds(model, mentions, entities):
         {"units": ["text"], "vision_config": None, "text_local": False},
         {"units": ["cross_modal"]},
         {"units": ["text", "cross_modal"], "unit_weights": [3, 1]},
+        {},
+        {"units": ["vision"], "text_config": None, "query_norm": False},
         {
             "units": ["text", "cross_modal"],
             "unit_weights": [3, 1],
@@ -308,7 +311,8 @@ def test_no_score_is_above_its_bound(fields):
         highest = bounds(model, mentions, entities)
     rounding = 1e-5 * scores.abs().max()
     assert (highest >= scores - rounding).all()
-    if "text" not in model.config.units or not model.config.text_local:  # the score is an inner product
+    # Without the local half and images, the score is an inner product.
+    if "vision" not in model.config.units and ("text" not in model.config.units or not model.config.text_local):
         torch.testing.assert_close(highest, scores, atol=float(10 * rounding), rtol=1e-4)
     halves = {k: v.half() if v.is_floating_point() else v for k, v in entities.items()}
     assert {part.dtype for part in model.bound_vectors(halves)} == {torch.float32}
@@ -415,8 +419,81 @@ def test_bounds_of_pairs_are_of_no_use_without_tokens():
     assert build(units=["cross_modal"]).pair_bound_encodings == []
 
 
-def test_a_model_with_the_vision_unit_has_no_bounds():
-    assert not bounds_scores(build())
+def encoded_images(model, generator, scale=1.0):
+    """Returns encodings of 6 mentions and 40 entities with images, whose vectors have `scale`, some of them along one another."""
+    dim = model.config.vision_dim
+    names = ("vision_query", "vision_pooled", "vision_key")
+    mentions, entities = (
+        {name: scale * torch.randn(count, dim, generator=generator) for name in names} for count in (6, 40)
+    )
+    for row in range(6):  # what eq. 14 multiplies is nearly the same on both sides
+        entities["vision_key"][row] = mentions["vision_query"][row] * 3
+        entities["vision_query"][row + 6] = mentions["vision_key"][row] * 3
+    entities["vision_key"][12:14] = entities["vision_pooled"][12:14] = 0
+    entities["vision_query"][14:16] = 1.0  # centred, it is zero
+    return mentions, entities
+
+
+def images_only(query_norm, generator):
+    """Returns a model of the vision unit alone, whose LayerNorms and gates are far from their initial values."""
+    model = build(units=["vision"], text_config=None, query_norm=query_norm)
+    with torch.no_grad():
+        for parameter in model.vdlu.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return model
+
+
+@pytest.mark.parametrize("query_norm", [True, False])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("radius", [0.0, 1e-3, 0.05, 1.0])
+def test_no_score_of_images_is_above_the_bound_that_its_products_give(query_norm, scale, radius):
+    generator = torch.Generator().manual_seed(0)
+    model = images_only(query_norm, generator)
+    mentions, entities = encoded_images(model, generator, scale)
+    assert bounds_by_products(model)
+    with torch.no_grad():
+        doubles = [{name: tensor.double() for name, tensor in side.items()} for side in (mentions, entities)]
+        exact = copy.deepcopy(model).double().vdlu(*doubles)
+        caps = bounds(model, mentions, entities)
+        queries, states = model.product_queries(mentions)
+        vectors, numbers = model.product_vectors(entities)
+        for m, state in enumerate(states):
+            products = {}
+            for name, of_entities in vectors.items():
+                true = queries[name][m] @ of_entities.T
+                radii = radius * queries[name][m].norm(dim=1, keepdim=True) * of_entities.norm(dim=1)
+                # The known product is anywhere within the radius, its ends included.
+                moves = (2 * torch.rand(true.shape, generator=generator) - 1).mul(3).clamp(-1, 1)
+                products[name] = true + radii * moves, radii * (1 + 1e-6)
+            closer = model.product_bounds(state, products, numbers.T)
+            assert (closer <= 0).all()
+            highest = caps[m] + closer
+            size = caps[m].abs().max()
+            assert (highest >= exact[m] - 1e-6 * size).all()
+            if not radius and scale == 1.0:  # the products give the score
+                torch.testing.assert_close(highest, exact[m], atol=float(1e-3 * size), rtol=0)
+
+
+def test_the_bound_by_products_closes_in_as_the_radius_falls():
+    generator = torch.Generator().manual_seed(0)
+    model = images_only(True, generator)
+    mentions, entities = encoded_images(model, generator)
+    queries, states = model.product_queries(mentions)
+    vectors, numbers = model.product_vectors(entities)
+    gaps = []
+    for radius in (1.0, 0.1, 0.01, 0.001):
+        products = {}
+        for name, of_entities in vectors.items():
+            true = queries[name][0] @ of_entities.T
+            products[name] = true, radius * queries[name][0].norm(dim=1, keepdim=True) * of_entities.norm(dim=1)
+        gaps.append(float(model.product_bounds(states[0], products, numbers.T).mean()))
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[3] < gaps[0] - 1
+
+
+def test_a_model_without_the_vision_unit_has_no_products():
+    assert not bounds_by_products(build(units=["text", "cross_modal"]))
+    assert bounds_by_products(build())
 
 
 @pytest.mark.parametrize("name", ["published", "vision unit", "fusion unit", "global text only", "aligned"])

@@ -23,7 +23,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from hf_mel.errors import KnowledgeBaseError, ScoreError
 from hf_mel.files import fsync_and_describe, write_errors
 from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
 from hf_mel.inference.execution import model_device
+from hf_mel.inference.product_codes import EntityProducts, MentionProducts, ProductCodes, product_head_width
 from hf_mel.inference.ranking import RankingResult, SingleProcess
 from hf_mel.inference.score_bounds import BoundCodes, BoundQueries, encode, head_width, make_rotation
 from hf_mel.inference.sparse_scores import SparseScores
@@ -54,7 +55,7 @@ from hf_mel.kb.indexes.base import (
     verified_path,
 )
 from hf_mel.kb.shared_work import SharedFolder, WorkUnit, check_same_settings, work_together, work_units
-from hf_mel.protocols import BoundsPairs, Encodings, bounds_scores
+from hf_mel.protocols import BoundsPairs, Encodings, bounds_by_products, bounds_scores
 
 if TYPE_CHECKING:
     from hf_mel.kb.knowledge_base import KnowledgeBase
@@ -84,9 +85,18 @@ _SAMPLE_ROWS, _SAMPLE_RUN = 1 << 14, 1 << 10
 _UNIT_ROWS = 1 << 17
 #: The file of mean and rotation in the working folder.
 _DIRECTIONS = f"directions{_SUFFIX}"
-#: The axis of the rows in each tensor of codes.
+#: The axis of the rows in each tensor of codes. Tensors of products have their name before these, and a full stop.
 _ROW_AXES = {"norms": 1, "tail_norms": 1, "head": 0, "tail": 0}
+_NUMBERS = "numbers"
 _DTYPES = {"int8": "I8", "float32": "F32", "float64": "F64"}
+
+
+@dataclass
+class _Query:
+    """A mention in the forms that its bounds read. `products` is `None` with a model that has no products."""
+
+    sums: BoundQueries
+    products: MentionProducts | None
 
 
 class CertifiedIndex(ExactIndex):
@@ -105,7 +115,7 @@ class CertifiedIndex(ExactIndex):
         check_bounds_scores(model)
         self.record = read_record(kb.path, CODES)
         self._check_covers()
-        self._codes = _read_codes(kb, self.record)
+        self._codes, self._products = _read_codes(kb, self.record, model)
         vectors, extras = next(iter_bound_vectors(kb, model, 0, 1))[1:]
         recorded = np.array(self.record.probe, dtype=np.float32)
         current = np.concatenate([vectors[0], extras[0]])
@@ -177,15 +187,16 @@ class CertifiedIndex(ExactIndex):
         self._check_covers()
         queries = self._queries(mentions)
         results: list[RankingResult] = []
+        products = self._product_queries(mentions)
         for first in range(0, len(queries), _BOUNDED_TOGETHER):
             group = slice(first, first + _BOUNDED_TOGETHER)
-            bounds = self._quick_bounds(queries[group], added, first, rows)
+            bounds = self._quick_bounds(queries[group], products[group], added, first, rows)
             for number, of_mention in enumerate(bounds, first):
                 mention = slice(number, number + 1)
                 results.append(
                     self._find_one(
                         slice_encodings(mentions, mention),
-                        queries[mention],
+                        _Query(queries[mention], products[number] if products else None),
                         of_mention,
                         top_k,
                         None if added is None else added.select([number]),
@@ -203,14 +214,34 @@ class CertifiedIndex(ExactIndex):
             raise ScoreError("bound_queries of the model returned a weight below 0.", remedy="Return w ≥ 0.")
         return self._codes.queries(vectors, weights, constants)
 
+    def _product_queries(self, mentions: Encodings) -> list[MentionProducts]:
+        """Returns the products of the mentions; none with a model that has no products."""
+        if self._products is None:
+            return []
+        with torch.inference_mode():
+            vectors, states = self.model.product_queries(to_device(mentions, model_device(self.model)))
+        arrays = {name: part.float().cpu().numpy() for name, part in {**vectors, "": states}.items()}
+        if not all(np.isfinite(part).all() for part in arrays.values()):
+            raise ScoreError("The vector of a mention is nan or infinite.", remedy="Check the weights of the model.")
+        states = arrays.pop("")
+        return self._products.mentions(arrays, states)
+
     def _quick_bounds(
-        self, queries: BoundQueries, added: SparseScores | None, first: int, rows: np.ndarray | None
+        self,
+        queries: BoundQueries,
+        products: Sequence[MentionProducts],
+        added: SparseScores | None,
+        first: int,
+        rows: np.ndarray | None,
     ) -> torch.Tensor:
         """Returns the bounds [m, n] of the first n rows of the knowledge base, which the codes cover.
 
         Added scores are in them, and rows that may not be found have -inf. `first` is the number of the first mention.
         """
         bounds = self._codes.quick_bounds(queries)
+        if self._products is not None:
+            for of_mention, mention in zip(bounds, products, strict=True):
+                self._products.add_quick(mention, of_mention)
         physical = self._physical()
         bounds = bounds if physical is None else bounds[:, physical]
         if added is not None:
@@ -232,7 +263,7 @@ class CertifiedIndex(ExactIndex):
     def _find_one(
         self,
         mention: Encodings,
-        query: BoundQueries,
+        query: _Query,
         bounds: torch.Tensor,
         top_k: int,
         added: SparseScores | None,
@@ -284,7 +315,7 @@ class CertifiedIndex(ExactIndex):
     def _first(
         self,
         mention: Encodings,
-        query: BoundQueries,
+        query: _Query,
         bounds: torch.Tensor,
         top_k: int,
         added: SparseScores | None,
@@ -327,11 +358,14 @@ class CertifiedIndex(ExactIndex):
         return chosen[torch.from_numpy(~below)], bounds[below].max(initial=-np.inf)
 
     def _tight_bounds(
-        self, query: BoundQueries, chosen: torch.Tensor, quick: torch.Tensor, added: SparseScores | None
+        self, query: _Query, chosen: torch.Tensor, quick: torch.Tensor, added: SparseScores | None
     ) -> torch.Tensor:
         """Returns the bounds [n] of the rows `chosen` [n] from their whole codes, none above their quick ones."""
         physical = self._physical()
-        tight = self._codes.bounds(query, chosen if physical is None else physical[chosen])
+        covered = chosen if physical is None else physical[chosen]
+        tight = self._codes.bounds(query.sums, covered)
+        if self._products is not None and query.products is not None:
+            tight += self._products.closer(query.products, covered)
         if added is not None:
             tight += torch.from_numpy(added.of(0, chosen.numpy()).astype(np.float64))
         return torch.minimum(tight, quick[chosen].double())
@@ -378,26 +412,60 @@ def iter_bound_vectors(
         yield start, vectors, extras
 
 
-def _sample(kb: KnowledgeBase, model: Any) -> np.ndarray:
-    """Returns the vectors of up to 16,384 physical rows, in runs spread over the knowledge base, [n, D] (float64)."""
+def _iter_coded(
+    kb: KnowledgeBase, model: Any, first: int, chunk_size: int | None = None
+) -> Iterator[tuple[int, dict[str, np.ndarray], np.ndarray, np.ndarray]]:
+    """Yields (first row, name → vectors [n, D], b [n, R], numbers of products [n, S]) of physical rows, starting at `first`.
+
+    The name of x is empty. The other vectors, and the numbers, are those of the products, if the model has them.
+    """
+    names = [""]
+
+    def compute(encodings: Encodings) -> list[torch.Tensor]:
+        vectors, extras = model.bound_vectors(encodings)
+        products, numbers = model.product_vectors(encodings) if bounds_by_products(model) else ({}, extras[:, :0])
+        names[1:] = products
+        return [extras, numbers, vectors, *products.values()]
+
+    for start, (extras, numbers, *vectors) in iter_computed(
+        kb, model, compute, first, chunk_size, most_rows=_CHUNK_ROWS, as_stored=True
+    ):
+        yield start, dict(zip(names, vectors, strict=True)), extras, numbers
+
+
+def _named(vectors: str, tensor: str) -> str:
+    """Returns the name of a tensor of the codes of some vectors; those of x have no name."""
+    return f"{vectors}.{tensor}" if vectors else tensor
+
+
+def _width(name: str, dim: int, num_extras: int) -> int:
+    """Returns the width of the head of some vectors."""
+    return product_head_width(dim) if name else head_width(dim, num_extras)
+
+
+def _sample(kb: KnowledgeBase, model: Any) -> dict[str, np.ndarray]:
+    """Returns the vectors of up to 16,384 physical rows, in runs spread over the knowledge base: name → [n, D] (float64)."""
     total = kb.num_physical_rows
     count = -(-min(total, _SAMPLE_ROWS) // _SAMPLE_RUN)
     starts = np.linspace(0, max(0, total - _SAMPLE_RUN), count).astype(int)
-    parts = [next(iter_bound_vectors(kb, model, int(start), _SAMPLE_RUN))[1] for start in starts]
-    return np.concatenate(parts).astype(np.float64)
+    parts = [next(_iter_coded(kb, model, int(start), _SAMPLE_RUN))[1] for start in starts]
+    return {name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in parts[0]}
 
 
 def _write_directions(stage: Path, kb: KnowledgeBase, model: Any, num_extras: int) -> Path:
-    """Writes the mean and the rotation of the codes, unless units of an interrupted build were made with those there are."""
+    """Writes the means and the rotations of the codes, unless units of an interrupted build were made with those there are."""
     path = stage / _DIRECTIONS
     if not path.exists():
         with write_errors(path):
             shutil.rmtree(stage / "notes", ignore_errors=True)
-            sample = _sample(kb, model)
-            mean = sample.mean(0)
-            rotation = make_rotation(sample - mean, head_width(sample.shape[1], num_extras))
+            directions = {}
+            for name, sample in _sample(kb, model).items():
+                mean = sample.mean(0)
+                width = _width(name, sample.shape[1], num_extras)
+                directions[_named(name, "mean")] = mean
+                directions[_named(name, "rotation")] = make_rotation(sample - mean, width)
             unfinished = stage / f"unfinished-{_DIRECTIONS}"
-            save_file({"mean": mean, "rotation": rotation}, unfinished)
+            save_file(directions, unfinished)
             fsync_and_describe(unfinished)
             unfinished.replace(path)
     return path
@@ -406,21 +474,58 @@ def _write_directions(stage: Path, kb: KnowledgeBase, model: Any, num_extras: in
 def _write_unit(work: SharedFolder, unit: WorkUnit, kb: KnowledgeBase, model: Any, step: int, bar: Any) -> None:
     """Writes the codes of the rows of a unit, which are in chunks of `step`."""
     directions = load_file(work.stage / _DIRECTIONS)
-    chunks = []
-    for start, vectors, extras in iter_bound_vectors(kb, model, unit.rows.start, step):
+    chunks: dict[str, list[np.ndarray]] = {}
+    longest: dict[str, np.ndarray] = {}
+    for start, of_rows, extras, numbers in _iter_coded(kb, model, unit.rows.start, step):
         work.stop_with_others()
-        width = head_width(vectors.shape[1], extras.shape[1])
-        codes = encode(vectors, directions["mean"], directions["rotation"], width)
-        chunks.append(codes | {"norms": np.concatenate([codes["norms"], extras.T])})
-        bar.update(len(vectors))
-        if start + len(vectors) == unit.rows.stop:
+        for name, vectors in of_rows.items():
+            mean, rotation = (directions[_named(name, part)] for part in ("mean", "rotation"))
+            codes = encode(vectors, mean, rotation, _width(name, len(mean), extras.shape[1]))
+            if not name:
+                codes["norms"] = np.concatenate([codes["norms"], extras.T])
+            longest[name] = np.maximum(codes["longest"], longest.get(name, 0))
+            for tensor in _ROW_AXES:
+                chunks.setdefault(_named(name, tensor), []).append(codes[tensor])
+        if numbers.shape[1]:
+            chunks.setdefault(_NUMBERS, []).append(numbers.T)
+        bar.update(len(extras))
+        if start + len(extras) == unit.rows.stop:
             break
-    tensors = {name: np.concatenate([codes[name] for codes in chunks], axis) for name, axis in _ROW_AXES.items()}
+    # safetensors writes the memory of an array, whatever its strides.
+    tensors = {name: np.ascontiguousarray(np.concatenate(parts, _row_axis(name))) for name, parts in chunks.items()}
     path = work.own / f"{unit.number:07d}{_SUFFIX}"
     with write_errors(path):
         save_file(tensors, path)
-    longest = np.max([codes["longest"] for codes in chunks], 0)
-    work.finish(unit, {"codes": fsync_and_describe(path), "longest": longest.tolist()})
+    lengths = [[name, *values.tolist()] for name, values in longest.items()]
+    work.finish(unit, {"codes": fsync_and_describe(path), "longest": lengths})
+
+
+def _row_axis(name: str) -> int:
+    """Returns the axis of the rows in a tensor of codes."""
+    return 1 if name == _NUMBERS else _ROW_AXES[name.rpartition(".")[2]]
+
+
+def _shapes(
+    dims: dict[str, int], heads: dict[str, int], num_extras: int, num_numbers: int, total: int
+) -> dict[str, tuple[str, tuple[int, int]]]:
+    """Returns dtype and shape of each tensor of the codes. `dims` and `heads` have the widths by the name of the vectors."""
+    shapes: dict[str, tuple[str, tuple[int, int]]] = {}
+    for name, dim in dims.items():
+        width = heads[name]
+        of_name: dict[str, tuple[str, tuple[int, int]]] = {
+            "rotation": ("float64", (dim, dim)),
+            "norms": ("float32", (3 if name else 3 + num_extras, total)),
+            "tail_norms": ("float32", (2, total)),
+            "head": ("int8", (total, width)),
+            "tail": ("int8", (total, dim - width)),
+        }
+        if name:
+            of_name["mean"] = ("float64", (1, dim))
+        shapes |= {_named(name, tensor): spec for tensor, spec in of_name.items()}
+    if num_numbers:
+        shapes[_NUMBERS] = ("float32", (num_numbers, total))
+    # Numbers of 8 bytes come first, and those of one byte last, so that each tensor begins at a multiple of its size.
+    return dict(sorted(shapes.items(), key=lambda item: -np.dtype(item[1][0]).itemsize))
 
 
 def _join(
@@ -428,16 +533,17 @@ def _join(
 ) -> IndexRecord:
     """Writes the codes of all units into one safetensors file, and returns their record without `store`."""
     directions = load_file(work.stage / _DIRECTIONS)
-    mean, rotation = directions["mean"], directions["rotation"]
-    dim, num_extras, total = len(mean), len(probe[1]), kb.num_physical_rows
-    width = head_width(dim, num_extras)
-    shapes: dict[str, tuple[str, tuple[int, int]]] = {
-        "rotation": ("float64", (dim, dim)),
-        "norms": ("float32", (3 + num_extras, total)),
-        "tail_norms": ("float32", (2, total)),
-        "head": ("int8", (total, width)),
-        "tail": ("int8", (total, dim - width)),
+    dims = {
+        name.removesuffix("mean").removesuffix("."): len(values)
+        for name, values in directions.items()
+        if name.endswith("mean")
     }
+    dims = {"": dims.pop(""), **dims}
+    num_extras, total = len(probe[1]), kb.num_physical_rows
+    with safe_open(work.stage / units[0].folder / work.entry_of(units[0])["codes"]["file"], framework="np") as file:
+        num_numbers = file.get_slice(_NUMBERS).get_shape()[0] if _NUMBERS in file.keys() else 0  # noqa: SIM118
+    heads = {name: _width(name, dim, num_extras) for name, dim in dims.items()}
+    shapes = _shapes(dims, heads, num_extras, num_numbers, total)
     offsets, header = {}, {}
     end = 0
     for name, (dtype, shape) in shapes.items():
@@ -445,7 +551,7 @@ def _join(
         header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [offsets[name], end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    longest = np.zeros(2)
+    longest = {name: np.zeros(2) for name in dims}
     # Written a part at a time, because safetensors' own writer needs all tensors in memory.
     with path.open("wb") as file:
 
@@ -455,24 +561,32 @@ def _join(
             file.write(np.ascontiguousarray(values).tobytes())
 
         file.write(len(text).to_bytes(8, "little") + text)
-        write("rotation", 0, rotation)
+        for name in directions.keys() & shapes.keys():
+            write(name, 0, directions[name])
         for unit in units:
             entry, start = work.entry_of(unit), unit.rows.start
-            codes = load_file(work.stage / unit.folder / entry["codes"]["file"])
-            for name, axis in _ROW_AXES.items():
-                if axis == 0:
-                    write(name, start * codes[name].shape[1], codes[name])
+            for name, codes in load_file(work.stage / unit.folder / entry["codes"]["file"]).items():
+                if _row_axis(name) == 0:
+                    write(name, start * codes.shape[1], codes)
                 else:
-                    for number, values in enumerate(codes[name]):
+                    for number, values in enumerate(codes):
                         write(name, number * total + start, values)
-            longest = np.maximum(longest, entry["longest"])
+            for name, *lengths in entry["longest"]:
+                longest[name] = np.maximum(longest[name], lengths)
         file.truncate(8 + len(text) + end)
-    settings = {"dim": dim, "extras": num_extras, "head": width, "longest": longest.tolist()}
+    settings = {
+        "dims": dims,
+        "extras": num_extras,
+        "numbers": num_numbers,
+        "heads": heads,
+        "longest": {name: lengths.tolist() for name, lengths in longest.items()},
+    }
     first = np.concatenate(probe).tolist()
-    return IndexRecord(CODES, kb.shards, first, [*mean.tolist(), *[0.0] * num_extras], 0.0, settings)
+    mean = [*directions["mean"].tolist(), *[0.0] * num_extras]
+    return IndexRecord(CODES, kb.shards, first, mean, 0.0, settings)
 
 
-def _read_codes(kb: KnowledgeBase, record: IndexRecord) -> BoundCodes:
+def _read_codes(kb: KnowledgeBase, record: IndexRecord, model: Any) -> tuple[BoundCodes, EntityProducts | None]:
     """Maps the codes into memory after checking their file.
 
     Raises:
@@ -480,23 +594,36 @@ def _read_codes(kb: KnowledgeBase, record: IndexRecord) -> BoundCodes:
     """
     path = verified_path(kb.path, record, _SUFFIX)
     try:
+        settings = record.settings
+        dims, heads = ({name: int(width) for name, width in settings[key].items()} for key in ("dims", "heads"))
+        extras, numbers = int(settings["extras"]), int(settings["numbers"])
+        longest = {name: tuple(float(value) for value in settings["longest"][name]) for name in dims}
+        shapes = {name: shape for name, (_, shape) in _shapes(dims, heads, extras, numbers, record.rows).items()}
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in ("rotation", "norms", "tail_norms", "head", "tail")}
-        dim, extras, width = (int(record.settings[name]) for name in ("dim", "extras", "head"))
-        longest_head, longest = (float(value) for value in record.settings["longest"])
-        shapes = {"rotation": (dim, dim), "norms": (3 + extras, record.rows), "tail_norms": (2, record.rows)}
-        shapes |= {"head": (record.rows, width), "tail": (record.rows, dim - width)}
+            tensors = {name: file.get_tensor(name) for name in shapes}
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
             raise ValueError("its tensors have other shapes than the record says")
-        return BoundCodes(
-            np.array(record.mean[:dim]),
-            tensors["rotation"].numpy(),
-            tensors["head"],
-            tensors["tail"],
-            tensors["norms"],
-            tensors["tail_norms"],
-            longest_head,
-            longest,
+        tensors["mean"] = torch.tensor(record.mean[: dims[""]], dtype=torch.float64)
+        of_vectors = {
+            name: {tensor: tensors[_named(name, tensor)] for tensor in (*_ROW_AXES, "mean", "rotation")}
+            for name in dims
+        }
+        codes = BoundCodes(
+            mean=of_vectors[""].pop("mean").numpy(),
+            rotation=of_vectors[""].pop("rotation").numpy(),
+            longest_head=longest[""][0],
+            longest=longest[""][1],
+            **of_vectors.pop(""),
         )
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        products = {
+            name: ProductCodes(
+                mean=parts.pop("mean")[0].numpy(),
+                rotation=parts.pop("rotation").numpy(),
+                longest=longest[name][1],
+                **parts,
+            )
+            for name, parts in of_vectors.items()
+        }
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged_index_error(path, CODES, f"{type(error).__name__}: {error}") from error
+    return codes, EntityProducts(products, tensors[_NUMBERS], model.product_bounds) if products else None
