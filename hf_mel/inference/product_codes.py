@@ -1,13 +1,9 @@
 """Codes of vectors of entities that give their inner products with few vectors of a mention, up to a radius.
 
-The codes are those of [`~hf_mel.inference.score_bounds`]: a vector x is centred and rotated, y = R(x - mean), its first
-coordinates, the head, are rounded to 8 bits, and so are the others, the tail. With p = Rv for a vector v of a mention,
-⟨v, x⟩ = ⟨v, mean⟩ + ⟨p₁, y₁⟩ + ⟨p₂, y₂⟩. By Cauchy and Schwarz,
-
-- from the head and the norm of the tail, ⟨p₁, ŷ₁⟩ is within |p₁| e₁ + |p₂||y₂|, with e₁ for the error of the head;
-- from the whole code, ⟨p₁, ŷ₁⟩ + ⟨p₂, ŷ₂⟩ is within |p₁| e₁ + |p₂| e₂.
-
-A radius has the rounding of float32, and the defect of R, in it.
+A vector x is centred, y = x - mean, and rounded to 8 bits, ŷ = s·(integers); the code keeps e ≥ |y - ŷ| and |y|. A vector v of a
+mention is rounded too, v̂, so that ⟨v̂, ŷ⟩ is a product of integers, which has no rounding error. By Cauchy and Schwarz,
+⟨v, x⟩ = ⟨v, mean⟩ + ⟨v̂, ŷ⟩ + ⟨v̂, y - ŷ⟩ + ⟨v - v̂, y⟩ is within |v̂| e + |v - v̂||y| of ⟨v, mean⟩ + ⟨v̂, ŷ⟩. The radius has the
+rounding of float32 in it.
 """
 
 from __future__ import annotations
@@ -19,17 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_mel.inference.score_bounds import UNIT_ROUNDOFF, check_rotation
+from hf_mel.inference.score_bounds import UNIT_ROUNDOFF, integer_products, lengths_of, rounded, rounded_up
 
 #: Rows whose products are in memory at a time: they stay in the cache.
 _BLOCK_ROWS = 1 << 14
-#: Heads have this share of the coordinates, and a multiple of this number.
-_HEAD_SHARE, _HEAD_MULTIPLE = 4, 8
 
 
-def product_head_width(dim: int) -> int:
-    """Returns how many of `dim` coordinates are in the head: a quarter, and at least 16."""
-    return min(dim, max(2 * _HEAD_MULTIPLE, dim // _HEAD_SHARE // _HEAD_MULTIPLE * _HEAD_MULTIPLE))
+def encode_product_vectors(vectors: np.ndarray, mean: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the codes of n vectors [n, D]: `integers` [n, D] (int8); `norms` [3, n]: step, error, and norm (float32)."""
+    centred = vectors.astype(np.float64) - mean
+    integers, steps, errors = rounded(centred)
+    return {"integers": integers, "norms": np.stack([steps, errors, rounded_up(np.linalg.norm(centred, axis=1))])}
 
 
 @dataclass
@@ -37,14 +33,13 @@ class ProductQueries:
     """K vectors of a mention in the form that [`ProductCodes`] multiply.
 
     Args:
-        heads (`torch.Tensor` `[K, H]`), tails (`torch.Tensor` `[K, D - H]`): The rotated vectors (float32).
-        constants (`torch.Tensor` `[K, 1]`): Their products with the mean (float32).
-        lengths (`torch.Tensor` `[K, 2]`): Norms of heads and tails (float32).
-        slack (`torch.Tensor` `[K, 1]`): The rounding (float32).
+        integers (`torch.Tensor` `[K, D]`): v̂ in units of the step (int8).
+        steps, constants, slack (`torch.Tensor` `[K, 1]`): The step, ⟨v, mean⟩, and the rounding (float32).
+        lengths (`torch.Tensor` `[K, 2]`): |v̂| and |v - v̂| (float32).
     """
 
-    heads: torch.Tensor
-    tails: torch.Tensor
+    integers: torch.Tensor
+    steps: torch.Tensor
     constants: torch.Tensor
     lengths: torch.Tensor
     slack: torch.Tensor
@@ -55,51 +50,33 @@ class ProductCodes:
     """The codes of one vector of each of N entities.
 
     Args:
-        mean (`np.ndarray` `[D]`), rotation (`np.ndarray` `[D, D]`): Of the coordinates (float64).
-        head (`torch.Tensor` `[N, H]`), tail (`torch.Tensor` `[N, D - H]`): Integers (int8).
-        norms (`torch.Tensor` `[3, N]`): Step and error of the head, and norm of the tail (float32).
-        tail_norms (`torch.Tensor` `[2, N]`): Step and error of the tail (float32).
-        longest (`float`): The largest norm of a vector.
+        mean (`np.ndarray` `[D]`): The mean (float64).
+        integers (`torch.Tensor` `[N, D]`): ŷ in units of the step (int8).
+        norms (`torch.Tensor` `[3, N]`): Step, error e, and norm |y| (float32).
     """
 
     mean: np.ndarray
-    rotation: np.ndarray
-    head: torch.Tensor
-    tail: torch.Tensor
+    integers: torch.Tensor
     norms: torch.Tensor
-    tail_norms: torch.Tensor
-    longest: float
-
-    def __post_init__(self):
-        check_rotation(self.rotation)
 
     def queries(self, vectors: np.ndarray) -> ProductQueries:
         """Returns the form that the products read of K vectors [K, D]."""
         vectors = vectors.astype(np.float64)
-        rotated, width = vectors @ self.rotation.T, self.head.shape[1]
-        lengths = np.stack([np.linalg.norm(part, axis=1) for part in (rotated[:, :width], rotated[:, width:])], 1)
-        reach = np.linalg.norm(vectors, axis=1) * (self.longest + np.linalg.norm(self.mean))
+        integers, steps, errors = rounded(vectors)
+        lengths = np.stack([lengths_of(integers, steps), errors], 1)
+        longest = float(self.norms[2].max()) if len(self.integers) else 0.0
+        reach = np.linalg.norm(vectors, axis=1) * (longest + 2 * np.linalg.norm(self.mean))
         slack = 2 * (vectors.shape[1] + 64) * UNIT_ROUNDOFF * reach
-        heads, tails, constants, lengths, slack = (
-            torch.from_numpy(part).float()
-            for part in (rotated[:, :width], rotated[:, width:], vectors @ self.mean, lengths, slack)
-        )
-        return ProductQueries(heads, tails, constants[:, None], lengths, slack[:, None])
+        columns = (torch.from_numpy(part).float()[:, None] for part in (steps, vectors @ self.mean, slack))
+        steps, constants, slack = columns
+        return ProductQueries(torch.from_numpy(integers), steps, constants, torch.from_numpy(lengths).float(), slack)
 
-    def from_heads(self, queries: ProductQueries, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the products [K, n] with consecutive entities, and radii [K, n], from the heads and the norms alone."""
-        norms = self.norms[:, rows]
-        values = (queries.heads @ self.head[rows].float().T).mul_(norms[0]).add_(queries.constants)
-        return values, torch.addmm(queries.slack, queries.lengths, norms[1:])
-
-    def from_all(self, queries: ProductQueries, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the products [K, n] with the entities `rows` [n], and radii [K, n], from the whole codes."""
-        norms, tail_norms = self.norms.index_select(1, rows), self.tail_norms.index_select(1, rows)
+    def products(self, queries: ProductQueries, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the products [K, n] with the entities `rows` [n], and radii [K, n]."""
         # Several times as fast as indexing by a tensor.
-        head, tail = (codes.index_select(0, rows).float() for codes in (self.head, self.tail))
-        values = (queries.heads @ head.T).mul_(norms[0]).add_((queries.tails @ tail.T).mul_(tail_norms[0]))
-        errors = torch.stack([norms[1], tail_norms[1]])
-        return values.add_(queries.constants), torch.addmm(queries.slack, queries.lengths, errors)
+        integers, norms = self.integers.index_select(0, rows), self.norms.index_select(1, rows)
+        values = torch.stack(integer_products(integers, queries.integers)).mul_(queries.steps).mul_(norms[0])
+        return values.add_(queries.constants), torch.addmm(queries.slack, queries.lengths, norms[1:])
 
 
 @dataclass
@@ -132,17 +109,10 @@ class EntityProducts:
             for number, state in enumerate(states)
         ]
 
-    def add_quick(self, mention: MentionProducts, bounds: torch.Tensor) -> None:
-        """Lowers the bounds [N] of all entities in place, from the heads."""
-        for first in range(0, len(bounds), _BLOCK_ROWS):
-            rows = slice(first, min(first + _BLOCK_ROWS, len(bounds)))
-            products = {name: codes.from_heads(mention.queries[name], rows) for name, codes in self.codes.items()}
-            bounds[rows] += self._bound(mention.state, products, self.numbers[:, rows])
-
-    def closer(self, mention: MentionProducts, rows: torch.Tensor) -> torch.Tensor:
-        """Returns how much lower the bounds of the entities `rows` are [n] (float64, at most 0), from the whole codes."""
-        parts = [torch.empty(0, dtype=torch.float64)]
+    def bounds(self, mention: MentionProducts, rows: torch.Tensor) -> torch.Tensor:
+        """Returns f [n] (float32, at most 0) of the entities `rows` [n], which lowers the bounds of their scores."""
+        parts = [torch.empty(0)]
         for block in rows.split(_BLOCK_ROWS):
-            products = {name: codes.from_all(mention.queries[name], block) for name, codes in self.codes.items()}
-            parts.append(self._bound(mention.state, products, self.numbers.index_select(1, block)).double())
+            products = {name: codes.products(mention.queries[name], block) for name, codes in self.codes.items()}
+            parts.append(self._bound(mention.state, products, self.numbers.index_select(1, block)))
         return torch.cat(parts)

@@ -10,7 +10,7 @@ mention, with score ≤ ⟨q, x⟩ + ⟨w, b⟩ + c. A code is a short form of x
    With p = Rq, ⟨p, y⟩ = ⟨p₁, ŷ₁⟩ + ⟨p₁, y₁ - ŷ₁⟩ + ⟨p₂, y₂⟩ ≤ ⟨p₁, ŷ₁⟩ + |p₁| e₁ + |p₂||y₂| by Cauchy and Schwarz.
 3. The head of p is rounded to 8 bits as well, p̂₁, so that ⟨p̂₁, ŷ₁⟩ is a product of integers, which has no rounding
    error. That costs |p₁ - p̂₁|·max|y₁| ([`BoundCodes.quick_bounds`]).
-4. The second step has 8 bits of the tail too, and does not round p: ⟨p₁, ŷ₁⟩ + |p₁| e₁ + ⟨p₂, ŷ₂⟩ + |p₂| e₂
+4. The second step has 8 bits of the tail too, and rounds the tail of p: ⟨p₂, y₂⟩ ≤ ⟨p̂₂, ŷ₂⟩ + |p̂₂| e₂ + |p₂ - p̂₂||y₂|
    ([`BoundCodes.bounds`]).
 
 Every norm is rounded up to float32. The *slack* covers all other rounding: that of the model, whose float32 score may be
@@ -95,8 +95,8 @@ def encode(vectors: np.ndarray, mean: np.ndarray, rotation: np.ndarray, head: in
     vectors = vectors.astype(np.float64)
     rotated = (vectors - mean) @ rotation.T
     first, second = rotated[:, :head], rotated[:, head:]
-    head_codes, head_steps, head_errors = _rounded(first)
-    tail_codes, tail_steps, tail_errors = _rounded(second)
+    head_codes, head_steps, head_errors = rounded(first)
+    tail_codes, tail_steps, tail_errors = rounded(second)
     tail_norm = rounded_up(np.linalg.norm(second, axis=1))
     longest = [np.linalg.norm(part, axis=1).max(initial=0) for part in (first, vectors)]
     return {
@@ -108,7 +108,12 @@ def encode(vectors: np.ndarray, mean: np.ndarray, rotation: np.ndarray, head: in
     }
 
 
-def _rounded(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def lengths_of(integers: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Returns the norms [n] (float64) of the rows [n, d] that [`rounded`] gave."""
+    return np.linalg.norm(integers.astype(np.float64), axis=1) * steps
+
+
+def rounded(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rounds rows [n, d] to integers times a step: int8 [n, d], the steps [n], and norms of the errors, rounded up [n]."""
     steps = (np.abs(part).max(1, initial=0) / _LARGEST_CODE).astype(np.float32)
     divisors = np.where(steps > 0, steps, 1).astype(np.float64)[:, None]
@@ -179,11 +184,9 @@ class BoundCodes:
         """Returns bounds [M, N] (float32) from the heads and the norms alone: the first step."""
         width = self.head.shape[1]
         heads, tails = queries.rotated[:, :width], queries.rotated[:, width:]
-        integers, steps, errors = _rounded(heads)
-        norms_of_parts = np.stack(
-            [np.linalg.norm(integers * steps[:, None].astype(np.float64), axis=1), np.linalg.norm(tails, axis=1)], 1
-        )
-        factors = torch.from_numpy(np.concatenate([norms_of_parts, queries.weights], 1)).float()
+        integers, steps, errors = rounded(heads)
+        lengths = np.stack([lengths_of(integers, steps), np.linalg.norm(tails, axis=1)], 1)
+        factors = torch.from_numpy(np.concatenate([lengths, queries.weights], 1)).float()
         constants = torch.from_numpy(queries.constants + errors.astype(np.float64) * self.longest_head).float()
         codes = torch.from_numpy(integers)
         bounds = torch.empty(len(queries), len(self))
@@ -191,24 +194,43 @@ class BoundCodes:
             block = slice(first, first + _QUICK_ROWS)
             norms = self.norms[:, block]
             part = torch.addmm(constants[:, None], factors, norms[1:], out=bounds[:, block])
-            for number, products in enumerate(_integer_products(self.head[block], codes)):
+            for number, products in enumerate(integer_products(self.head[block], codes)):
                 part[number].addcmul_(products, norms[0], value=float(steps[number]))
         return bounds
 
-    def bounds(self, query: BoundQueries, rows: torch.Tensor) -> torch.Tensor:
-        """Returns bounds [n] (float64) of one mention and the entities `rows` [n] from their whole codes: the second step."""
+    def bounds(self, query: BoundQueries, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns bounds [n] (float32) of one mention and the entities `rows` [n] from their whole codes: the second step.
+
+        By default, all entities are bounded. That is faster than choosing many of them.
+        """
         width = self.head.shape[1]
-        rotated, weights = torch.from_numpy(query.rotated[0]).float(), torch.from_numpy(query.weights[0]).float()
-        head_norm, tail_norm = rotated[:width].norm(), rotated[width:].norm()
-        parts = []
-        for block in rows.split(_BLOCK_ROWS):
-            # Several times as fast as indexing by a tensor.
-            head, tail = (codes.index_select(0, block).float() for codes in (self.head, self.tail))
-            norms, (steps, errors) = self.norms.index_select(1, block), self.tail_norms.index_select(1, block)
-            of_head = (head @ rotated[:width]) * norms[0] + norms[1] * head_norm
-            of_tail = (tail @ rotated[width:]) * steps + errors * tail_norm
-            parts.append((of_head + of_tail + weights @ norms[3:]).double() + float(query.constants[0]))
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+        parts, factors, constant = [], [], float(query.constants[0])
+        for rotated, longest in ((query.rotated[:, :width], self.longest_head), (query.rotated[:, width:], None)):
+            integers, steps, errors = rounded(rotated)
+            parts.append((torch.from_numpy(integers), float(steps[0])))
+            # What the rounding of the mention costs is less than this for a head. For a tail, the norm is known.
+            factors.append([float(lengths_of(integers, steps)[0]), float(errors[0])])
+            constant += 0 if longest is None else float(errors[0]) * longest
+        of_norms = torch.tensor([factors[0][0], factors[1][1], *query.weights[0].tolist()], dtype=torch.float32)
+        bounds = torch.empty(len(self) if rows is None else len(rows))
+        for first in range(0, len(bounds), _QUICK_ROWS):
+            block = slice(first, first + _QUICK_ROWS)
+            if rows is None:
+                head, tail, norms, tail_norms = (
+                    self.head[block],
+                    self.tail[block],
+                    self.norms[:, block],
+                    self.tail_norms[:, block],
+                )
+            else:
+                # Several times as fast as indexing by a tensor.
+                head, tail = (codes.index_select(0, rows[block]) for codes in (self.head, self.tail))
+                norms, tail_norms = (codes.index_select(1, rows[block]) for codes in (self.norms, self.tail_norms))
+            part = torch.addmv(torch.tensor(constant, dtype=torch.float32), norms[1:].T, of_norms, out=bounds[block])
+            part.add_(tail_norms[1], alpha=factors[1][0])
+            for (integers, step), codes, steps in ((parts[0], head, norms[0]), (parts[1], tail, tail_norms[0])):
+                part.addcmul_(integer_products(codes, integers)[0], steps, value=step)
+        return bounds
 
 
 @dataclass
@@ -233,7 +255,7 @@ class QueryCodes:
     @classmethod
     def of(cls, vectors: np.ndarray, weights: np.ndarray, constants: np.ndarray) -> QueryCodes:
         """Codes q [M, D], w [M, R] and c [M] (float32)."""
-        return cls(*_rounded(vectors.astype(np.float64)), weights, constants)
+        return cls(*rounded(vectors.astype(np.float64)), weights, constants)
 
     def __getitem__(self, mentions: slice) -> QueryCodes:
         return QueryCodes(*(part[mentions] for part in vars(self).values()))
@@ -259,12 +281,12 @@ class QueryCodes:
         return products
 
 
-def _integer_products(codes: torch.Tensor, queries: torch.Tensor) -> list[torch.Tensor]:
+def integer_products(codes: torch.Tensor, queries: torch.Tensor) -> list[torch.Tensor]:
     """Returns the exact inner products, [N] (float32) for each of M queries, of codes [N, H] and queries [M, H] (int8).
 
     Integers below 2²⁴ are exact in float32, and so are sums of up to 1,040 products of codes.
     """
-    if _multiplies_exactly() and queries.shape[1] <= 1040 and len(codes):
+    if _multiplies_exactly() and 0 < queries.shape[1] <= 1040 and len(codes):
         # Of all shapes, one query at a time is the fastest on the processors that were measured.
         return [torch._int_mm(codes, query[:, None]).squeeze(1).float() for query in queries]
     products = torch.empty(len(queries), len(codes))

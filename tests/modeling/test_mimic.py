@@ -446,7 +446,9 @@ def images_only(query_norm, generator):
 @pytest.mark.parametrize("query_norm", [True, False])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("radius", [0.0, 1e-3, 0.05, 1.0])
-def test_no_score_of_images_is_above_the_bound_that_its_products_give(query_norm, scale, radius):
+@pytest.mark.parametrize("unknown", ["all", "the first"])
+def test_no_score_of_images_is_above_the_bound_that_its_products_give(query_norm, scale, radius, unknown):
+    """The first product of "patches" and "asking" is in 1/σ₁ alone, so that u and the gate move and nothing else does."""
     generator = torch.Generator().manual_seed(0)
     model = images_only(query_norm, generator)
     mentions, entities = encoded_images(model, generator, scale)
@@ -462,6 +464,8 @@ def test_no_score_of_images_is_above_the_bound_that_its_products_give(query_norm
             for name, of_entities in vectors.items():
                 true = queries[name][m] @ of_entities.T
                 radii = radius * queries[name][m].norm(dim=1, keepdim=True) * of_entities.norm(dim=1)
+                if unknown == "the first":
+                    radii[(0 if name == "key" else 1) :] = 0
                 # The known product is anywhere within the radius, its ends included.
                 moves = (2 * torch.rand(true.shape, generator=generator) - 1).mul(3).clamp(-1, 1)
                 products[name] = true + radii * moves, radii * (1 + 1e-6)

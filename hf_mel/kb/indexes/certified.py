@@ -20,6 +20,7 @@ for every mention until the codes are built again.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -37,7 +38,7 @@ from hf_mel.errors import KnowledgeBaseError, ScoreError
 from hf_mel.files import fsync_and_describe, write_errors
 from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
 from hf_mel.inference.execution import model_device
-from hf_mel.inference.product_codes import EntityProducts, MentionProducts, ProductCodes, product_head_width
+from hf_mel.inference.product_codes import EntityProducts, MentionProducts, ProductCodes, encode_product_vectors
 from hf_mel.inference.ranking import RankingResult, SingleProcess
 from hf_mel.inference.score_bounds import BoundCodes, BoundQueries, encode, head_width, make_rotation
 from hf_mel.inference.sparse_scores import SparseScores
@@ -75,6 +76,8 @@ _FIRST_SCORED, _BATCH = 64, 512
 _FIRST_SURPLUS, _FIRST_BOUNDED = 16, 4
 #: Rounding of float32 scores and of bounds of pairs, relative to the largest.
 _PAIR_ROUNDING = 2e-5
+#: If the heads leave more than this share, the whole codes of all entities are read.
+_CHOSEN_SHARE = 0.25
 #: If more than this share of the entities may be among the best, all are ranked.
 _LARGEST_SHARE = 0.25
 #: Most rows that are coded or bounded at a time: more do not stay in the cache.
@@ -86,7 +89,8 @@ _UNIT_ROWS = 1 << 17
 #: The file of mean and rotation in the working folder.
 _DIRECTIONS = f"directions{_SUFFIX}"
 #: The axis of the rows in each tensor of codes. Tensors of products have their name before these, and a full stop.
-_ROW_AXES = {"norms": 1, "tail_norms": 1, "head": 0, "tail": 0}
+_ROW_AXES = {"norms": 1, "tail_norms": 1, "head": 0, "tail": 0, "integers": 0, "numbers": 1}
+_OF_SUMS, _OF_PRODUCTS = ("norms", "tail_norms", "head", "tail"), ("integers", "norms")
 _NUMBERS = "numbers"
 _DTYPES = {"int8": "I8", "float32": "F32", "float64": "F64"}
 
@@ -190,7 +194,7 @@ class CertifiedIndex(ExactIndex):
         products = self._product_queries(mentions)
         for first in range(0, len(queries), _BOUNDED_TOGETHER):
             group = slice(first, first + _BOUNDED_TOGETHER)
-            bounds = self._quick_bounds(queries[group], products[group], added, first, rows)
+            bounds = self._quick_bounds(queries[group], added, first, rows)
             for number, of_mention in enumerate(bounds, first):
                 mention = slice(number, number + 1)
                 results.append(
@@ -227,21 +231,13 @@ class CertifiedIndex(ExactIndex):
         return self._products.mentions(arrays, states)
 
     def _quick_bounds(
-        self,
-        queries: BoundQueries,
-        products: Sequence[MentionProducts],
-        added: SparseScores | None,
-        first: int,
-        rows: np.ndarray | None,
+        self, queries: BoundQueries, added: SparseScores | None, first: int, rows: np.ndarray | None
     ) -> torch.Tensor:
         """Returns the bounds [m, n] of the first n rows of the knowledge base, which the codes cover.
 
         Added scores are in them, and rows that may not be found have -inf. `first` is the number of the first mention.
         """
         bounds = self._codes.quick_bounds(queries)
-        if self._products is not None:
-            for of_mention, mention in zip(bounds, products, strict=True):
-                self._products.add_quick(mention, of_mention)
         physical = self._physical()
         bounds = bounds if physical is None else bounds[:, physical]
         if added is not None:
@@ -284,16 +280,35 @@ class CertifiedIndex(ExactIndex):
 
         uncovered = np.arange(len(bounds), len(self.kb)) if rows is None else rows[rows >= len(bounds)]
         reads_less = isinstance(self.model, BoundsPairs) and bool(self.model.pair_bound_encodings)
+
+        def floor_of(best: RankingResult) -> float:
+            return float(best.top_scores[0, -1]) if best.top_scores.shape[1] == top_k else -torch.inf
+
         scored = self._first(mention, query, bounds, top_k, added, reads_less)
         best = ranked(torch.cat([scored, torch.from_numpy(uncovered)]))
         bounds[scored] = -torch.inf
-        floor = float(best.top_scores[0, -1]) if best.top_scores.shape[1] == top_k else -torch.inf
-        still_open = (bounds >= floor).nonzero()[:, 0]
-        tight = self._tight_bounds(query, still_open, bounds, added)
-        if floor == -torch.inf or int((tight >= floor).sum()) > _LARGEST_SHARE * len(bounds):
-            return replace(super().find(mention, top_k, added=added, rows=rows), bounds=torch.full((1,), -torch.inf))
+        num_scored = len(scored)
+        still_open = (bounds >= floor_of(best)).nonzero()[:, 0]
+        if len(still_open) <= _CHOSEN_SHARE * len(bounds):
+            tight = self._tight_bounds(query, still_open, bounds, added)
+        else:
+            # The heads leave many. To read all codes in their order is faster than to choose, and gives a better start.
+            bounds = torch.minimum(bounds, self._all_tight_bounds(query, added))
+            scored = self._first(mention, query, bounds, top_k, added, reads_less)
+            best = ranked(torch.cat([scored, best.top_rows[0]]))
+            bounds[scored] = -torch.inf
+            num_scored += len(scored)
+            still_open = (bounds >= floor_of(best)).nonzero()[:, 0]
+            tight = bounds[still_open]
+        floor = floor_of(best)
         bounds[still_open] = -torch.inf
         highest = float(bounds.amax())
+        still_open, tight, highest = _split(still_open, tight, floor, highest)
+        if self._products is not None:
+            tight = tight + self._product_bounds(query, still_open)
+            still_open, tight, highest = _split(still_open, tight, floor, highest)
+        if floor == -torch.inf or num_scored + len(still_open) > _LARGEST_SHARE * len(bounds):
+            return replace(super().find(mention, top_k, added=added, rows=rows), bounds=torch.full((1,), -torch.inf))
         order = tight.argsort(descending=True)
         still_open, tight = still_open[order], tight[order]
         first, size = 0, _BATCH
@@ -326,6 +341,8 @@ class CertifiedIndex(ExactIndex):
         chosen = bounds.topk(min(_FIRST_SURPLUS * count, len(bounds))).indices
         chosen = chosen[bounds[chosen] > -torch.inf]
         tight = self._tight_bounds(query, chosen, bounds, added)
+        if self._products is not None:
+            tight = tight + self._product_bounds(query, chosen)
         if not reads_less:
             return chosen[tight.topk(min(count, len(chosen))).indices]
         chosen = chosen[tight.topk(min(_FIRST_BOUNDED * count, len(chosen))).indices].sort().values
@@ -361,14 +378,39 @@ class CertifiedIndex(ExactIndex):
         self, query: _Query, chosen: torch.Tensor, quick: torch.Tensor, added: SparseScores | None
     ) -> torch.Tensor:
         """Returns the bounds [n] of the rows `chosen` [n] from their whole codes, none above their quick ones."""
-        physical = self._physical()
-        covered = chosen if physical is None else physical[chosen]
-        tight = self._codes.bounds(query.sums, covered)
-        if self._products is not None and query.products is not None:
-            tight += self._products.closer(query.products, covered)
+        tight = self._codes.bounds(query.sums, self._of_codes(chosen))
         if added is not None:
-            tight += torch.from_numpy(added.of(0, chosen.numpy()).astype(np.float64))
-        return torch.minimum(tight, quick[chosen].double())
+            tight += torch.from_numpy(added.of(0, chosen.numpy()))
+        return torch.minimum(tight, quick[chosen])
+
+    def _all_tight_bounds(self, query: _Query, added: SparseScores | None) -> torch.Tensor:
+        """Returns the bounds [n] of all rows that the codes cover, from their whole codes."""
+        physical = self._physical()
+        tight = self._codes.bounds(query.sums)
+        tight = tight if physical is None else tight[physical]
+        if added is not None:
+            added.add_to(tight[None], 0, 0)
+        return tight
+
+    def _product_bounds(self, query: _Query, chosen: torch.Tensor) -> torch.Tensor:
+        """Returns what the products take from the bounds of the rows `chosen` [n], at most 0 each."""
+        assert self._products is not None
+        assert query.products is not None
+        return self._products.bounds(query.products, self._of_codes(chosen))
+
+    def _of_codes(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Returns the physical rows [n] of the rows `chosen` [n]."""
+        physical = self._physical()
+        return chosen if physical is None else physical[chosen]
+
+
+def _split(
+    rows: torch.Tensor, bounds: torch.Tensor, floor: float, highest: float
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Returns the rows and bounds [n] that are not below the floor, and the highest bound of all others."""
+    is_open = bounds >= floor
+    below = bounds[~is_open]
+    return rows[is_open], bounds[is_open], max(highest, float(below.amax()) if len(below) else -torch.inf)
 
 
 def bound_queries_of(model: Any, mentions: Encodings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -438,11 +480,6 @@ def _named(vectors: str, tensor: str) -> str:
     return f"{vectors}.{tensor}" if vectors else tensor
 
 
-def _width(name: str, dim: int, num_extras: int) -> int:
-    """Returns the width of the head of some vectors."""
-    return product_head_width(dim) if name else head_width(dim, num_extras)
-
-
 def _sample(kb: KnowledgeBase, model: Any) -> dict[str, np.ndarray]:
     """Returns the vectors of up to 16,384 physical rows, in runs spread over the knowledge base: name → [n, D] (float64)."""
     total = kb.num_physical_rows
@@ -453,17 +490,17 @@ def _sample(kb: KnowledgeBase, model: Any) -> dict[str, np.ndarray]:
 
 
 def _write_directions(stage: Path, kb: KnowledgeBase, model: Any, num_extras: int) -> Path:
-    """Writes the means and the rotations of the codes, unless units of an interrupted build were made with those there are."""
+    """Writes the means and the rotation of the codes, unless units of an interrupted build were made with those there are."""
     path = stage / _DIRECTIONS
     if not path.exists():
         with write_errors(path):
             shutil.rmtree(stage / "notes", ignore_errors=True)
             directions = {}
             for name, sample in _sample(kb, model).items():
-                mean = sample.mean(0)
-                width = _width(name, sample.shape[1], num_extras)
-                directions[_named(name, "mean")] = mean
-                directions[_named(name, "rotation")] = make_rotation(sample - mean, width)
+                directions[_named(name, "mean")] = sample.mean(0)
+                if not name:
+                    width = head_width(sample.shape[1], num_extras)
+                    directions["rotation"] = make_rotation(sample - sample.mean(0), width)
             unfinished = stage / f"unfinished-{_DIRECTIONS}"
             save_file(directions, unfinished)
             fsync_and_describe(unfinished)
@@ -475,19 +512,21 @@ def _write_unit(work: SharedFolder, unit: WorkUnit, kb: KnowledgeBase, model: An
     """Writes the codes of the rows of a unit, which are in chunks of `step`."""
     directions = load_file(work.stage / _DIRECTIONS)
     chunks: dict[str, list[np.ndarray]] = {}
-    longest: dict[str, np.ndarray] = {}
+    longest = np.zeros(2)
     for start, of_rows, extras, numbers in _iter_coded(kb, model, unit.rows.start, step):
         work.stop_with_others()
+        vectors = of_rows.pop("")
+        width = head_width(vectors.shape[1], extras.shape[1])
+        codes = encode(vectors, directions["mean"], directions["rotation"], width)
+        longest = np.maximum(longest, codes.pop("longest"))
+        codes["norms"] = np.concatenate([codes["norms"], extras.T])
         for name, vectors in of_rows.items():
-            mean, rotation = (directions[_named(name, part)] for part in ("mean", "rotation"))
-            codes = encode(vectors, mean, rotation, _width(name, len(mean), extras.shape[1]))
-            if not name:
-                codes["norms"] = np.concatenate([codes["norms"], extras.T])
-            longest[name] = np.maximum(codes["longest"], longest.get(name, 0))
-            for tensor in _ROW_AXES:
-                chunks.setdefault(_named(name, tensor), []).append(codes[tensor])
-        if numbers.shape[1]:
-            chunks.setdefault(_NUMBERS, []).append(numbers.T)
+            of_name = encode_product_vectors(vectors, directions[_named(name, "mean")])
+            codes |= {_named(name, tensor): values for tensor, values in of_name.items()}
+        if of_rows:
+            codes[_NUMBERS] = numbers.T
+        for name, values in codes.items():
+            chunks.setdefault(name, []).append(values)
         bar.update(len(extras))
         if start + len(extras) == unit.rows.stop:
             break
@@ -496,33 +535,32 @@ def _write_unit(work: SharedFolder, unit: WorkUnit, kb: KnowledgeBase, model: An
     path = work.own / f"{unit.number:07d}{_SUFFIX}"
     with write_errors(path):
         save_file(tensors, path)
-    lengths = [[name, *values.tolist()] for name, values in longest.items()]
-    work.finish(unit, {"codes": fsync_and_describe(path), "longest": lengths})
+    work.finish(unit, {"codes": fsync_and_describe(path), "longest": longest.tolist()})
 
 
 def _row_axis(name: str) -> int:
     """Returns the axis of the rows in a tensor of codes."""
-    return 1 if name == _NUMBERS else _ROW_AXES[name.rpartition(".")[2]]
+    return _ROW_AXES[name.rpartition(".")[2]]
 
 
 def _shapes(
-    dims: dict[str, int], heads: dict[str, int], num_extras: int, num_numbers: int, total: int
-) -> dict[str, tuple[str, tuple[int, int]]]:
-    """Returns dtype and shape of each tensor of the codes. `dims` and `heads` have the widths by the name of the vectors."""
-    shapes: dict[str, tuple[str, tuple[int, int]]] = {}
+    dims: dict[str, int], head: int, num_extras: int, num_numbers: int, total: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Returns dtype and shape of each tensor of the codes. `dims` has the widths by the name of the vectors."""
+    dim = dims[""]
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "rotation": ("float64", (dim, dim)),
+        "norms": ("float32", (3 + num_extras, total)),
+        "tail_norms": ("float32", (2, total)),
+        "head": ("int8", (total, head)),
+        "tail": ("int8", (total, dim - head)),
+    }
     for name, dim in dims.items():
-        width = heads[name]
-        of_name: dict[str, tuple[str, tuple[int, int]]] = {
-            "rotation": ("float64", (dim, dim)),
-            "norms": ("float32", (3 if name else 3 + num_extras, total)),
-            "tail_norms": ("float32", (2, total)),
-            "head": ("int8", (total, width)),
-            "tail": ("int8", (total, dim - width)),
-        }
         if name:
-            of_name["mean"] = ("float64", (1, dim))
-        shapes |= {_named(name, tensor): spec for tensor, spec in of_name.items()}
-    if num_numbers:
+            shapes[_named(name, "mean")] = ("float64", (dim,))
+            shapes[_named(name, "norms")] = ("float32", (3, total))
+            shapes[_named(name, "integers")] = ("int8", (total, dim))
+    if len(dims) > 1:
         shapes[_NUMBERS] = ("float32", (num_numbers, total))
     # Numbers of 8 bytes come first, and those of one byte last, so that each tensor begins at a multiple of its size.
     return dict(sorted(shapes.items(), key=lambda item: -np.dtype(item[1][0]).itemsize))
@@ -533,25 +571,25 @@ def _join(
 ) -> IndexRecord:
     """Writes the codes of all units into one safetensors file, and returns their record without `store`."""
     directions = load_file(work.stage / _DIRECTIONS)
+    # The vector x has no name.
     dims = {
-        name.removesuffix("mean").removesuffix("."): len(values)
-        for name, values in directions.items()
-        if name.endswith("mean")
+        name.removesuffix("mean").removesuffix("."): len(directions[name])
+        for name in sorted(directions)
+        if "mean" in name
     }
-    dims = {"": dims.pop(""), **dims}
     num_extras, total = len(probe[1]), kb.num_physical_rows
     with safe_open(work.stage / units[0].folder / work.entry_of(units[0])["codes"]["file"], framework="np") as file:
-        num_numbers = file.get_slice(_NUMBERS).get_shape()[0] if _NUMBERS in file.keys() else 0  # noqa: SIM118
-    heads = {name: _width(name, dim, num_extras) for name, dim in dims.items()}
-    shapes = _shapes(dims, heads, num_extras, num_numbers, total)
+        num_numbers = file.get_slice(_NUMBERS).get_shape()[0] if len(dims) > 1 else 0
+    head = head_width(dims[""], num_extras)
+    shapes = _shapes(dims, head, num_extras, num_numbers, total)
     offsets, header = {}, {}
     end = 0
     for name, (dtype, shape) in shapes.items():
-        offsets[name], end = end, end + np.dtype(dtype).itemsize * shape[0] * shape[1]
+        offsets[name], end = end, end + np.dtype(dtype).itemsize * math.prod(shape)
         header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [offsets[name], end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    longest = {name: np.zeros(2) for name in dims}
+    longest = np.zeros(2)
     # Written a part at a time, because safetensors' own writer needs all tensors in memory.
     with path.open("wb") as file:
 
@@ -571,15 +609,14 @@ def _join(
                 else:
                     for number, values in enumerate(codes):
                         write(name, number * total + start, values)
-            for name, *lengths in entry["longest"]:
-                longest[name] = np.maximum(longest[name], lengths)
+            longest = np.maximum(longest, entry["longest"])
         file.truncate(8 + len(text) + end)
     settings = {
         "dims": dims,
+        "head": head,
         "extras": num_extras,
         "numbers": num_numbers,
-        "heads": heads,
-        "longest": {name: lengths.tolist() for name, lengths in longest.items()},
+        "longest": longest.tolist(),
     }
     first = np.concatenate(probe).tolist()
     mean = [*directions["mean"].tolist(), *[0.0] * num_extras]
@@ -595,34 +632,27 @@ def _read_codes(kb: KnowledgeBase, record: IndexRecord, model: Any) -> tuple[Bou
     path = verified_path(kb.path, record, _SUFFIX)
     try:
         settings = record.settings
-        dims, heads = ({name: int(width) for name, width in settings[key].items()} for key in ("dims", "heads"))
-        extras, numbers = int(settings["extras"]), int(settings["numbers"])
-        longest = {name: tuple(float(value) for value in settings["longest"][name]) for name in dims}
-        shapes = {name: shape for name, (_, shape) in _shapes(dims, heads, extras, numbers, record.rows).items()}
+        dims = {name: int(dim) for name, dim in settings["dims"].items()}
+        head, extras, numbers = (int(settings[name]) for name in ("head", "extras", "numbers"))
+        longest_head, longest = (float(value) for value in settings["longest"])
+        shapes = {name: shape for name, (_, shape) in _shapes(dims, head, extras, numbers, record.rows).items()}
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in shapes}
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
             raise ValueError("its tensors have other shapes than the record says")
-        tensors["mean"] = torch.tensor(record.mean[: dims[""]], dtype=torch.float64)
-        of_vectors = {
-            name: {tensor: tensors[_named(name, tensor)] for tensor in (*_ROW_AXES, "mean", "rotation")}
-            for name in dims
-        }
         codes = BoundCodes(
-            mean=of_vectors[""].pop("mean").numpy(),
-            rotation=of_vectors[""].pop("rotation").numpy(),
-            longest_head=longest[""][0],
-            longest=longest[""][1],
-            **of_vectors.pop(""),
+            np.array(record.mean[: dims[""]]),
+            tensors["rotation"].numpy(),
+            **{name: tensors[name] for name in _OF_SUMS},
+            longest_head=longest_head,
+            longest=longest,
         )
         products = {
             name: ProductCodes(
-                mean=parts.pop("mean")[0].numpy(),
-                rotation=parts.pop("rotation").numpy(),
-                longest=longest[name][1],
-                **parts,
+                tensors[_named(name, "mean")].numpy(), **{part: tensors[_named(name, part)] for part in _OF_PRODUCTS}
             )
-            for name, parts in of_vectors.items()
+            for name in dims
+            if name
         }
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged_index_error(path, CODES, f"{type(error).__name__}: {error}") from error
