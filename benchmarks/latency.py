@@ -91,43 +91,48 @@ def index_bytes(kb: KnowledgeBase, kind: str) -> int:
 def left_by_steps(index: certified.CertifiedIndex, encoded: Encodings, top_k: int) -> dict[str, dict[str, float]]:
     """Returns the shares of the entities that the steps leave, p50 and p95 of encoded mentions.
 
-    "heads" and "codes" are those that the two steps of codes leave, "scored" those that the model scores. "codes" is only
-    there for a model that bounds pairs: otherwise it is "scored".
+    "heads" are those whose whole codes are read, "codes" those that the codes leave, and "scored" those that the model
+    scores.
     """
-    bound, may_reach, rank_all, rank_rows = index._tight_bounds, index._may_reach, index._rank, certified.rank_rows
-    left: dict[str, list[np.ndarray]] = {}
+    every, split, rank_rows = index._all_tight_bounds, certified._split, certified.rank_rows
+    rank_all, num_entities = index._rank, len(index.kb)
+    read: list[float] = []
+    left: list[float] = []
+    scored: list[np.ndarray] = []
 
-    def tight_bounds(query: Any, chosen: torch.Tensor, *rest: Any) -> torch.Tensor:
-        left["heads"] = [chosen.numpy()]  # the last call has those that the heads leave
-        return bound(query, chosen, *rest)
+    def all_bounds(*args: Any) -> torch.Tensor:
+        read.append(1.0)
+        return every(*args)
 
-    def reaching(mention: Any, chosen: torch.Tensor, *rest: Any) -> Any:
-        left.setdefault("codes", []).append(chosen.numpy())
-        return may_reach(mention, chosen, *rest)
+    def splitting(rows: torch.Tensor, *rest: Any) -> Any:
+        read.append(len(rows) / num_entities)
+        found = split(rows, *rest)
+        left.append(len(found[0]) / num_entities)
+        return found
 
     def ranked(model: Any, mention: Any, kb: Any, rows: np.ndarray, **options: Any) -> Any:
-        left.setdefault("scored", []).append(rows)
+        scored.append(rows)
         return rank_rows(model, mention, kb, rows, **options)
 
     def ranked_all(*args: Any) -> Any:
-        left.setdefault("scored", []).append(np.arange(len(index.kb)))
+        scored.append(np.arange(num_entities))
         return rank_all(*args)
 
     shares: dict[str, list[float]] = {"heads": [], "codes": [], "scored": []}
     with (
-        mock.patch.object(index, "_tight_bounds", tight_bounds),
-        mock.patch.object(index, "_may_reach", reaching),
+        mock.patch.object(index, "_all_tight_bounds", all_bounds),
         mock.patch.object(index, "_rank", ranked_all),
+        mock.patch.object(certified, "_split", splitting),
         mock.patch.object(certified, "rank_rows", ranked),
     ):
         for row in range(num_rows(encoded)):
-            left.clear()
+            for of_step in (read, left, scored):
+                of_step.clear()
             index.find(slice_encodings(encoded, slice(row, row + 1)), top_k)
-            for step, parts in left.items():
-                shares[step].append(len(np.unique(np.concatenate(parts))) / len(index.kb))
-    return {
-        step: {f"p{q}": float(np.percentile(values, q)) for q in (50, 95)} for step, values in shares.items() if values
-    }
+            shares["heads"].append(max(read, default=1.0))
+            shares["codes"].append(left[-1] if left else 1.0)
+            shares["scored"].append(len(np.unique(np.concatenate(scored))) / num_entities)
+    return {step: {f"p{q}": float(np.percentile(values, q)) for q in (50, 95)} for step, values in shares.items()}
 
 
 def measure(

@@ -67,9 +67,10 @@ class ProductCodes:
         longest = float(self.norms[2].max()) if len(self.integers) else 0.0
         reach = np.linalg.norm(vectors, axis=1) * (longest + 2 * np.linalg.norm(self.mean))
         slack = 2 * (vectors.shape[1] + 64) * UNIT_ROUNDOFF * reach
-        columns = (torch.from_numpy(part).float()[:, None] for part in (steps, vectors @ self.mean, slack))
-        steps, constants, slack = columns
-        return ProductQueries(torch.from_numpy(integers), steps, constants, torch.from_numpy(lengths).float(), slack)
+        columns = [torch.from_numpy(part).float()[:, None] for part in (steps, vectors @ self.mean, slack)]
+        return ProductQueries(
+            torch.from_numpy(integers), columns[0], columns[1], torch.from_numpy(lengths).float(), columns[2]
+        )
 
     def products(self, queries: ProductQueries, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the products [K, n] with the entities `rows` [n], and radii [K, n]."""

@@ -204,7 +204,9 @@ class BoundCodes:
         By default, all entities are bounded. That is faster than choosing many of them.
         """
         width = self.head.shape[1]
-        parts, factors, constant = [], [], float(query.constants[0])
+        parts: list[tuple[torch.Tensor, float]] = []
+        factors: list[list[float]] = []
+        constant = float(query.constants[0])
         for rotated, longest in ((query.rotated[:, :width], self.longest_head), (query.rotated[:, width:], None)):
             integers, steps, errors = rounded(rotated)
             parts.append((torch.from_numpy(integers), float(steps[0])))
@@ -228,8 +230,8 @@ class BoundCodes:
                 norms, tail_norms = (codes.index_select(1, rows[block]) for codes in (self.norms, self.tail_norms))
             part = torch.addmv(torch.tensor(constant, dtype=torch.float32), norms[1:].T, of_norms, out=bounds[block])
             part.add_(tail_norms[1], alpha=factors[1][0])
-            for (integers, step), codes, steps in ((parts[0], head, norms[0]), (parts[1], tail, tail_norms[0])):
-                part.addcmul_(integer_products(codes, integers)[0], steps, value=step)
+            for (query_codes, step), codes, scales in ((parts[0], head, norms[0]), (parts[1], tail, tail_norms[0])):
+                part.addcmul_(integer_products(codes, query_codes)[0], scales, value=step)
         return bounds
 
 

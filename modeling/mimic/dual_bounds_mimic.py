@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -30,8 +30,8 @@ from .scoring_mimic import centred
 
 #: Inner products [n], and the radii [n] of the intervals around them that hold the true ones.
 Products: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-#: A number of one mention, or of each of n entities.
-Number: TypeAlias = "float | torch.Tensor"
+#: A number of one mention (`float`), or of each of n entities (`torch.Tensor` [n]).
+Number: TypeAlias = Any
 #: Rounding of float32 sums, relative to the largest score, and to the terms of |y|².
 _ROUNDING, _LENGTH_ROUNDING = 1e-4, 1e-5
 
@@ -104,7 +104,7 @@ class Gate:
         constants ([`Constants`]): Its numbers.
     """
 
-    def __init__(self, dual_gate: nn.Module):
+    def __init__(self, dual_gate: Any):
         inner, outer, fc = dual_gate.add_layer_norm, dual_gate.layer_norm, dual_gate.fc
         weight, constant = fc.weight * inner.weight, fc.weight @ inner.bias + fc.bias
         gate = dual_gate.fc_gate.weight[0]
@@ -167,9 +167,7 @@ def caps(dim: float, of_a: Asking) -> Number:
     return reach + of_a.bias + _ROUNDING * (reach + abs(of_a.bias))
 
 
-def mention_products(
-    vdlu: nn.Module, mentions: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def mention_products(vdlu: Any, mentions: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Returns the vectors [M, K, d] to multiply with those of entities, and what [`highest_dual_scores`] reads of mentions [M, S]."""
     asks, answers = Gate(vdlu.mention_to_entity), Gate(vdlu.entity_to_mention)
     a, factor, of_a = asks.asking(mentions["vision_query"])
@@ -185,9 +183,7 @@ def mention_products(
     return {name: torch.stack(parts, 1) for name, parts in vectors.items()}, state
 
 
-def entity_products(
-    vdlu: nn.Module, entities: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def entity_products(vdlu: Any, entities: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Returns the vectors [N, d] and the numbers [N, R] of entities."""
     p, k, of_b = Gate(vdlu.mention_to_entity).answering(entities["vision_pooled"], entities["vision_key"])
     a, _, of_a = Gate(vdlu.entity_to_mention).asking(entities["vision_query"])
