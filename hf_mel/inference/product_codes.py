@@ -1,8 +1,8 @@
 """Codes of vectors of entities that give their inner products with few vectors of a mention, up to a radius.
 
 A vector x is centred, y = x - mean, and rounded to 8 bits, ŷ = s·(integers); the code keeps e ≥ |y - ŷ| and |y|. A vector v of a
-mention is rounded too, v̂, so that ⟨v̂, ŷ⟩ is a product of integers, which has no rounding error. By Cauchy and Schwarz,
-⟨v, x⟩ = ⟨v, mean⟩ + ⟨v̂, ŷ⟩ + ⟨v̂, y - ŷ⟩ + ⟨v - v̂, y⟩ is within |v̂| e + |v - v̂||y| of ⟨v, mean⟩ + ⟨v̂, ŷ⟩. The radius has the
+mention is rounded too, and what that leaves again, v̂, so that ⟨v̂, ŷ⟩ is made of products of integers, which have no rounding
+error. By Cauchy and Schwarz, ⟨v, x⟩ = ⟨v, mean⟩ + ⟨v̂, ŷ⟩ + ⟨v̂, y - ŷ⟩ + ⟨v - v̂, y⟩ is within |v̂| e + |v - v̂||y| of ⟨v, mean⟩ + ⟨v̂, ŷ⟩. The radius has the
 rounding of float32 in it.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_mel.inference.score_bounds import UNIT_ROUNDOFF, integer_products, lengths_of, rounded, rounded_up
+from hf_mel.inference.score_bounds import UNIT_ROUNDOFF, RoundedVectors, rounded, rounded_up
 
 #: Rows whose products are in memory at a time: they stay in the cache.
 _BLOCK_ROWS = 1 << 14
@@ -33,13 +33,12 @@ class ProductQueries:
     """K vectors of a mention in the form that [`ProductCodes`] multiply.
 
     Args:
-        integers (`torch.Tensor` `[K, D]`): v̂ in units of the step (int8).
-        steps, constants, slack (`torch.Tensor` `[K, 1]`): The step, ⟨v, mean⟩, and the rounding (float32).
+        rounded ([`~hf_mel.inference.score_bounds.RoundedVectors`]): v̂.
+        constants, slack (`torch.Tensor` `[K, 1]`): ⟨v, mean⟩ and the rounding (float32).
         lengths (`torch.Tensor` `[K, 2]`): |v̂| and |v - v̂| (float32).
     """
 
-    integers: torch.Tensor
-    steps: torch.Tensor
+    rounded: RoundedVectors
     constants: torch.Tensor
     lengths: torch.Tensor
     slack: torch.Tensor
@@ -62,21 +61,19 @@ class ProductCodes:
     def queries(self, vectors: np.ndarray) -> ProductQueries:
         """Returns the form that the products read of K vectors [K, D]."""
         vectors = vectors.astype(np.float64)
-        integers, steps, errors = rounded(vectors)
-        lengths = np.stack([lengths_of(integers, steps), errors], 1)
+        twice = RoundedVectors.of(vectors, 2)
         longest = float(self.norms[2].max()) if len(self.integers) else 0.0
         reach = np.linalg.norm(vectors, axis=1) * (longest + 2 * np.linalg.norm(self.mean))
         slack = 2 * (vectors.shape[1] + 64) * UNIT_ROUNDOFF * reach
-        columns = [torch.from_numpy(part).float()[:, None] for part in (steps, vectors @ self.mean, slack)]
-        return ProductQueries(
-            torch.from_numpy(integers), columns[0], columns[1], torch.from_numpy(lengths).float(), columns[2]
-        )
+        constants, slack = (torch.from_numpy(part).float()[:, None] for part in (vectors @ self.mean, slack))
+        lengths = torch.from_numpy(np.stack([twice.lengths, twice.errors], 1)).float()
+        return ProductQueries(twice, constants, lengths, slack)
 
     def products(self, queries: ProductQueries, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the products [K, n] with the entities `rows` [n], and radii [K, n]."""
         # Several times as fast as indexing by a tensor.
         integers, norms = self.integers.index_select(0, rows), self.norms.index_select(1, rows)
-        values = torch.stack(integer_products(integers, queries.integers)).mul_(queries.steps).mul_(norms[0])
+        values = queries.rounded.products(integers).mul_(norms[0])
         return values.add_(queries.constants), torch.addmm(queries.slack, queries.lengths, norms[1:])
 
 

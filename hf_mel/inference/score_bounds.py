@@ -10,8 +10,8 @@ mention, with score ≤ ⟨q, x⟩ + ⟨w, b⟩ + c. A code is a short form of x
    With p = Rq, ⟨p, y⟩ = ⟨p₁, ŷ₁⟩ + ⟨p₁, y₁ - ŷ₁⟩ + ⟨p₂, y₂⟩ ≤ ⟨p₁, ŷ₁⟩ + |p₁| e₁ + |p₂||y₂| by Cauchy and Schwarz.
 3. The head of p is rounded to 8 bits as well, p̂₁, so that ⟨p̂₁, ŷ₁⟩ is a product of integers, which has no rounding
    error. That costs |p₁ - p̂₁|·max|y₁| ([`BoundCodes.quick_bounds`]).
-4. The second step has 8 bits of the tail too, and rounds the tail of p: ⟨p₂, y₂⟩ ≤ ⟨p̂₂, ŷ₂⟩ + |p̂₂| e₂ + |p₂ - p̂₂||y₂|
-   ([`BoundCodes.bounds`]).
+4. The second step has 8 bits of the tail too: ⟨p₂, y₂⟩ ≤ ⟨p̂₂, ŷ₂⟩ + |p̂₂| e₂ + |p₂ - p̂₂||y₂|. It rounds p, and what that
+   leaves again, so that p̂ is close ([`BoundCodes.bounds`]).
 
 Every norm is rounded up to float32. The *slack* covers all other rounding: that of the model, whose float32 score may be
 above the exact one, and that of the bounds. A sum of D float32 products, in any order, is off by at most
@@ -35,8 +35,8 @@ _LARGEST_CODE = 127
 _LARGEST_DEFECT = 1e-10
 #: Rows of codes that are multiplied at a time by floating-point numbers, which stay in the cache.
 _BLOCK_ROWS = 1024
-#: Rows of heads that are multiplied at a time: their bounds stay in the cache.
-_QUICK_ROWS = 1 << 16
+#: Rows of heads that are multiplied at a time: their bounds stay in the cache. Of whole codes, the codes do.
+_QUICK_ROWS, _WHOLE_ROWS = 1 << 16, 1 << 14
 
 
 def head_width(dim: int, extras: int) -> int:
@@ -106,6 +106,44 @@ def encode(vectors: np.ndarray, mean: np.ndarray, rotation: np.ndarray, head: in
         "tail_norms": np.stack([tail_steps, tail_errors]),
         "longest": np.array(longest),
     }
+
+
+@dataclass
+class RoundedVectors:
+    """Vectors [K, d] as integers of 8 bits times a step, and what that leaves in the same way, as often as is asked.
+
+    Args:
+        integers (`torch.Tensor` `[rounds · K, d]`): Those of the K vectors, those of what they leave, and so on (int8).
+        steps (`torch.Tensor` `[rounds · K]`): Their steps (float32).
+        lengths (`np.ndarray` `[K]`): No shorter than the rounded vectors v̂ (float64).
+        errors (`np.ndarray` `[K]`): |v - v̂|, rounded up (float32).
+    """
+
+    integers: torch.Tensor
+    steps: torch.Tensor
+    lengths: np.ndarray
+    errors: np.ndarray
+
+    @classmethod
+    def of(cls, vectors: np.ndarray, rounds: int) -> RoundedVectors:
+        """Rounds vectors [K, d] (float64)."""
+        left, parts = vectors, []
+        for _ in range(rounds):
+            integers, steps, errors = rounded(left)
+            left = left - integers * steps[:, None].astype(np.float64)
+            parts.append((torch.from_numpy(integers), torch.from_numpy(steps)))
+        lengths = np.linalg.norm(vectors, axis=1) + errors
+        return cls(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), lengths, errors)
+
+    def products(self, codes: torch.Tensor) -> torch.Tensor:
+        """Returns the inner products [K, n] (float32) of v̂ with codes [n, d] (int8)."""
+        count = len(self.lengths)
+        total = torch.zeros(count, len(codes))
+        for number, (products, step) in enumerate(
+            zip(integer_products(codes, self.integers), self.steps.tolist(), strict=True)
+        ):
+            total[number % count].add_(products, alpha=step)
+        return total
 
 
 def lengths_of(integers: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -201,37 +239,32 @@ class BoundCodes:
     def bounds(self, query: BoundQueries, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Returns bounds [n] (float32) of one mention and the entities `rows` [n] from their whole codes: the second step.
 
-        By default, all entities are bounded. That is faster than choosing many of them.
+        By default, all entities are bounded. That is faster than choosing many of them, and rounds p once.
         """
         width = self.head.shape[1]
-        parts: list[tuple[torch.Tensor, float]] = []
-        factors: list[list[float]] = []
-        constant = float(query.constants[0])
-        for rotated, longest in ((query.rotated[:, :width], self.longest_head), (query.rotated[:, width:], None)):
-            integers, steps, errors = rounded(rotated)
-            parts.append((torch.from_numpy(integers), float(steps[0])))
-            # What the rounding of the mention costs is less than this for a head. For a tail, the norm is known.
-            factors.append([float(lengths_of(integers, steps)[0]), float(errors[0])])
-            constant += 0 if longest is None else float(errors[0]) * longest
-        of_norms = torch.tensor([factors[0][0], factors[1][1], *query.weights[0].tolist()], dtype=torch.float32)
+        head_query, tail_query = (
+            RoundedVectors.of(part, 1 if rows is None else 2)
+            for part in (query.rotated[:, :width], query.rotated[:, width:])
+        )
+        constant = float(query.constants[0]) + float(head_query.errors[0]) * self.longest_head
+        # Of the rows of the norms after the steps: the error of the head, the norm of the tail, and b.
+        factors = torch.tensor(
+            [head_query.lengths[0], tail_query.errors[0], *query.weights[0].tolist()], dtype=torch.float32
+        )
         bounds = torch.empty(len(self) if rows is None else len(rows))
-        for first in range(0, len(bounds), _QUICK_ROWS):
-            block = slice(first, first + _QUICK_ROWS)
+        for first in range(0, len(bounds), _WHOLE_ROWS):
+            block = slice(first, first + _WHOLE_ROWS)
             if rows is None:
-                head, tail, norms, tail_norms = (
-                    self.head[block],
-                    self.tail[block],
-                    self.norms[:, block],
-                    self.tail_norms[:, block],
-                )
+                head, tail = self.head[block], self.tail[block]
+                norms, tail_norms = self.norms[:, block], self.tail_norms[:, block]
             else:
                 # Several times as fast as indexing by a tensor.
                 head, tail = (codes.index_select(0, rows[block]) for codes in (self.head, self.tail))
                 norms, tail_norms = (codes.index_select(1, rows[block]) for codes in (self.norms, self.tail_norms))
-            part = torch.addmv(torch.tensor(constant, dtype=torch.float32), norms[1:].T, of_norms, out=bounds[block])
-            part.add_(tail_norms[1], alpha=factors[1][0])
-            for (query_codes, step), codes, scales in ((parts[0], head, norms[0]), (parts[1], tail, tail_norms[0])):
-                part.addcmul_(integer_products(codes, query_codes)[0], scales, value=step)
+            part = torch.addmv(torch.tensor(constant, dtype=torch.float32), norms[1:].T, factors, out=bounds[block])
+            part.add_(tail_norms[1], alpha=float(tail_query.lengths[0]))
+            for of_query, codes, steps in ((head_query, head, norms[0]), (tail_query, tail, tail_norms[0])):
+                part.addcmul_(of_query.products(codes)[0], steps)
         return bounds
 
 

@@ -24,7 +24,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import nn
 
 from .scoring_mimic import centred
 

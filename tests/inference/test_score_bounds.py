@@ -66,7 +66,6 @@ def test_bounds_are_above_the_scores_and_the_second_ones_are_tighter(world, exac
     assert quick.shape == exact.shape
     tight = np.stack([codes.bounds(asked[m : m + 1], torch.arange(count)).numpy() for m in range(len(queries))])
     of_all = np.stack([codes.bounds(asked[m : m + 1]).numpy() for m in range(len(queries))])
-    np.testing.assert_allclose(of_all, tight, rtol=1e-5, atol=1e-6 * np.abs(tight).max())
     for bounds in (quick, tight, of_all):
         assert (bounds >= exact).all()
         assert (bounds >= single).all()
@@ -75,6 +74,7 @@ def test_bounds_are_above_the_scores_and_the_second_ones_are_tighter(world, exac
         np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(entities, axis=1).max() + np.abs(constants)[:, None]
     )
     assert (tight - exact <= 0.05 * reach + 1e-6).all()
+    assert (of_all - exact <= 0.05 * reach + 1e-6).all()
     assert tight.mean() <= quick.mean() + 1e-6 * reach.mean()
     alone = [codes.quick_bounds(asked[m : m + 1]).numpy()[0] for m in range(len(queries))]
     np.testing.assert_allclose(np.stack(alone), quick, rtol=1e-6, atol=1e-6 * reach.max())

@@ -5,8 +5,9 @@ The codes of [`~hf_mel.inference.score_bounds`] bound the score of every entity 
 1. of the entities with the highest bounds, those with the highest tighter bounds are scored by the model, and their k-th
    best score is the floor;
 2. every entity whose bound is below the floor is left out: it cannot be among the k best;
-3. the others get tighter bounds from the rest of their codes, and are scored in the order of these, a batch at a time.
-   The floor rises, and when the next bound is below it, the answer is proven;
+3. the others get tighter bounds from the rest of their codes, and from the products of a model of
+   [`~hf_mel.protocols.BoundsByProducts`]. They are scored in the order of these, a batch at a time. The floor rises, and when
+   the next bound is below it, the answer is proven;
 4. of a batch, a model of [`~hf_mel.protocols.BoundsPairs`] reads whole only the entities whose small encodings do not prove
    that they are below the floor.
 
