@@ -123,7 +123,9 @@ def report_latency(result: dict[str, Any]) -> Report:
 
 
 def _shares(share: Mapping[str, float] | None) -> str:
-    return "" if share is None else f"{100 * share['p50']:.2g}% ({100 * share['p95']:.2g}%)"
+    percent = {name: 100 * value for name, value in (share or {}).items()}
+    texts = {name: f"{value:.0f}" if value >= 10 else f"{value:.2g}" for name, value in percent.items()}
+    return f"{texts['p50']}% ({texts['p95']}%)" if texts else ""
 
 
 def report_building(result: dict[str, Any]) -> Report:
