@@ -102,7 +102,7 @@ class Retriever(Protocol):
     `scores` [M, N] and `unit_scores` (a dict of [M, N], one per interaction unit). `labels` [M] holds the column of
     each mention's gold. Several mentions may share a column, so the same entity is never a negative of itself.
 
-    Optional abilities: [`TwoStepScores`], [`IndexVectors`], [`BoundsScores`], [`Explains`], [`KnowsPosts`], [`FrozenMentions`]. Optional
+    Optional abilities: [`TwoStepScores`], [`TellsWhatToRead`], [`IndexVectors`], [`BoundsScores`], [`Explains`], [`KnowsPosts`], [`FrozenMentions`]. Optional
     attributes: `learns_nil` (see [`learns_nil`]), `entity_token_masks` (see [`entity_token_masks`]) and
     `takes_half_precision` (see [`takes_half_precision`]).
     """
@@ -192,6 +192,23 @@ class TwoStepScores(Protocol):
 
     def remaining_scores(self, mentions: Encodings, entities: Encodings, floor: Any) -> Any:
         """Returns the expensive part [M, N]: exact wherever it is at least `floor` [M, N], -inf where it is below."""
+        ...
+
+
+@runtime_checkable
+class TellsWhatToRead(Protocol):
+    """A retriever of [`TwoStepScores`] that tells from a part of the entities' encodings which of them the second step needs.
+
+    Ranking then reads the others only of these entities, where reading takes time.
+    """
+
+    @property
+    def pair_bound_encodings(self) -> Sequence[str]:
+        """Names of the encodings of entities that `quick_scores` and `may_reach` need; none if all are needed."""
+        ...
+
+    def may_reach(self, mentions: Encodings, entities: Encodings, floor: Any) -> Any:
+        """Returns a mask [M, N] of pairs: False where `remaining_scores` is surely below `floor` [M, N]."""
         ...
 
 

@@ -19,10 +19,16 @@ from tqdm.auto import tqdm
 
 from hf_mel.errors import KnowledgeBaseError, LostProcessError, RecipeError, ScoreError, UnknownEntityError
 from hf_mel.inference.encodings import num_rows, row_bytes, slice_encodings, to_device
-from hf_mel.inference.entity_sources import EntitySource
+from hf_mel.inference.entity_sources import EntitySource, PartlyRead
 from hf_mel.inference.execution import model_device
 from hf_mel.inference.sparse_scores import SparseScores
-from hf_mel.protocols import Encodings, TwoStepScores, leaves_out_missing_images, takes_half_precision
+from hf_mel.protocols import (
+    Encodings,
+    TellsWhatToRead,
+    TwoStepScores,
+    leaves_out_missing_images,
+    takes_half_precision,
+)
 
 ScoreFunction = Callable[[Encodings, Encodings], torch.Tensor]
 
@@ -33,6 +39,8 @@ _CHUNK_ROWS = 8192
 _BLOCK_PAIRS = {"cpu": 2**19, "cuda": 2**25}
 # Mentions that are scored with their golds at a time. Of m² scored pairs only m are used, so the number is small.
 _GOLD_MENTIONS = 16
+# If more than this part of a chunk must be read whole, all of it is: the next mentions then need not read it again.
+_LARGEST_PART = 0.5
 #: Scores are equal if they differ by at most this times max(1, |score|). Rounding depends on the shape of a chunk.
 TIE_TOLERANCE = 1e-6
 # Rounding error of float32 between two orders of adding up a score, relative to its largest part.
@@ -87,7 +95,9 @@ def rank(
     in float32, also inside an autocast context.
 
     For [`~hf_mel.protocols.TwoStepScores`], the second step is computed only for pairs that may enter the k best so far
-    or reach the gold. The skipped pairs change neither the k best nor any rank.
+    or reach the gold. The skipped pairs change neither the k best nor any rank. If the model tells what to read
+    ([`~hf_mel.protocols.TellsWhatToRead`]) and the source converts what it reads, the encodings that only the second step
+    needs are read of the entities in these pairs alone.
 
     Rounding in matrix products depends on the shape of a chunk, so identical entities may score slightly differently. An
     entity is *equal* to the gold if its score differs by at most `tie_tolerance` * max(1, |gold score|), and *better* if
@@ -125,6 +135,8 @@ def rank(
         `ValueError`: `top_k` is below 1, the number of gold rows is not M, or `among` is given with golds or processes.
     """
     two_steps = score is None and prune and isinstance(model, TwoStepScores)
+    reads_partly = two_steps and entity_chunks.converts and isinstance(model, TellsWhatToRead)
+    names = list(model.pair_bound_encodings) or None if reads_partly else None
     scorer = _Pruned(model, added, among, floor) if two_steps else _Plain(score or model.score, added, among)
     as_stored = two_steps or (score is None and takes_half_precision(model))
     device = model_device(model)
@@ -140,9 +152,8 @@ def rank(
     golds = None if gold_rows is None else _checked_golds(gold_rows, mentions, entities).to(device)
 
     with group.raise_together():
-        bytes_per_entity = next(
-            (row_bytes(chunk) for _, chunk in entity_chunks.iter_chunks(1, as_stored=as_stored)), 0
-        )
+        one_row = next((chunk for _, chunk in entity_chunks.iter_chunks(1, as_stored=as_stored)), {})
+        bytes_per_entity = row_bytes(one_row) if one_row else 0
         mention_encodings = to_device(mention_encodings, device)
     half_budget, min_scoring_bytes = byte_budget // 2, _SCORING_BYTES_PER_PAIR * min(mentions, 64)
     chunk_size = max(
@@ -168,8 +179,10 @@ def rank(
                 scores = _gold_scores(scorer, mention_encodings, local_golds, entity_chunks, start)
             state.golds = _GoldCounts.start(golds, group.smallest(scores), tie_tolerance)
         with group.raise_together():
-            for first, chunk in _checked_chunks(entity_chunks, chunk_size, as_stored):
-                chunk = to_device(chunk, device)
+            for first, read in _checked_chunks(entity_chunks, chunk_size, as_stored, names):
+                chunk: Encodings = to_device(read, device)
+                if names is not None:
+                    chunk = PartlyRead(entity_chunks, first, chunk, [name for name in one_row if name not in names])
                 for m in range(0, mentions, batch_size):
                     selection = slice(m, min(m + batch_size, mentions))
                     batch, part = slice_encodings(mention_encodings, selection), state.slice(selection)
@@ -517,19 +530,33 @@ class _Pruned:
             best = quick.topk(k).indices
             floor = torch.full_like(quick, torch.inf).scatter_(1, best, -torch.inf)
             floor = floor if left_out is None else floor.masked_fill_(left_out, torch.inf)
-            best_remaining = self.model.remaining_scores(mentions, entities, floor).gather(1, best)
+            best_remaining = self._remaining(mentions, entities, floor).gather(1, best)
             threshold = torch.maximum(threshold, (quick.gather(1, best) + best_remaining).amin(1))
         if state.golds is not None:
             threshold = torch.minimum(threshold, state.golds.below)
         floor = (threshold - rounding - _ROUNDING * threshold.abs())[:, None] - quick
         floor = floor if left_out is None else floor.masked_fill_(left_out, torch.inf)
         if best is None or best_remaining is None:
-            remaining = self.model.remaining_scores(mentions, entities, floor)
+            remaining = self._remaining(mentions, entities, floor)
         else:
-            remaining = self.model.remaining_scores(mentions, entities, floor.scatter_(1, best, torch.inf))
+            remaining = self._remaining(mentions, entities, floor.scatter_(1, best, torch.inf))
             remaining = remaining.scatter_(1, best, best_remaining)
         self._check(quick, remaining, mentions, entities, firsts)
         return quick.add_(remaining)
+
+    def _remaining(self, mentions: Encodings, entities: Encodings, floor: torch.Tensor) -> torch.Tensor:
+        """Returns the second part [M, n] of the scores, after reading what it needs; -inf where it is below `floor`."""
+        if not isinstance(entities, PartlyRead) or entities.is_whole:
+            return self.model.remaining_scores(mentions, entities, floor)
+        may_reach = self.model.may_reach(mentions, entities, floor)
+        rows = may_reach.any(0).nonzero()[:, 0]
+        if len(rows) > _LARGEST_PART * floor.shape[1]:
+            return self.model.remaining_scores(mentions, entities.read_all(), floor)
+        remaining = torch.full_like(floor, -torch.inf)
+        if len(rows):
+            floor_of_rows = floor[:, rows].masked_fill_(~may_reach[:, rows], torch.inf)
+            remaining[:, rows] = self.model.remaining_scores(mentions, entities.whole(rows), floor_of_rows)
+        return remaining
 
     def diagonal(self, mentions: Encodings, entities: Encodings, numbers: tuple[Any, Any]) -> torch.Tensor:
         """See [`_Plain.diagonal`]."""
@@ -583,10 +610,12 @@ def _left_out(block: torch.Tensor, among: torch.Tensor | None, firsts: tuple[int
     return ~among[first_mention : first_mention + m, first_entity : first_entity + n].to(block.device)
 
 
-def _checked_chunks(chunks: EntitySource, chunk_size: int, as_stored: bool) -> Iterator[tuple[int, Encodings]]:
+def _checked_chunks(
+    chunks: EntitySource, chunk_size: int, as_stored: bool, names: Sequence[str] | None
+) -> Iterator[tuple[int, Encodings]]:
     """Yields the chunks, and raises an error if they do not follow one another up to the last entity."""
     seen, total = 0, len(chunks)
-    for first, chunk in chunks.iter_chunks(chunk_size, as_stored=as_stored):
+    for first, chunk in chunks.iter_chunks(chunk_size, as_stored=as_stored, names=names):
         if first != seen or first + num_rows(chunk) > total:
             break
         yield first, chunk

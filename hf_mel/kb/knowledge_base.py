@@ -796,8 +796,18 @@ class KnowledgeBase:
         encodings = self._gather(self._active[np.asarray(indices, dtype=np.int64)], names)
         return encodings if as_stored else as_float(encodings)
 
+    @property
+    def converts(self) -> bool:
+        """Whether reading converts what is stored in few bits, so that it takes less time to read fewer encodings."""
+        return is_quantised(self._manifest["encodings"])
+
     def iter_chunks(
-        self, chunk_size: int, *, rows: range | None = None, as_stored: bool = False
+        self,
+        chunk_size: int,
+        *,
+        rows: range | None = None,
+        as_stored: bool = False,
+        names: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Iterates over the encodings in row order.
 
@@ -806,6 +816,7 @@ class KnowledgeBase:
             rows (`range`, *optional*): Only these rows; a range with step 1.
             as_stored (`bool`): Whether floating-point tensors keep the dtype of the file. A chunk within one shard is
                 then a view of the mapped file. Otherwise, and if they are stored in few bits, they are float32.
+            names (sequence of `str`, *optional*): Only these encodings are read. Default: all.
 
         Yields:
             `tuple[int, dict[str, torch.Tensor]]`: The first row of the chunk, and CPU tensors with first axis up to
@@ -813,7 +824,7 @@ class KnowledgeBase:
         """
         rows = range(len(self)) if rows is None else rows
         for first in range(rows.start, rows.stop, chunk_size):
-            encodings = self._gather(self._active[first : min(first + chunk_size, rows.stop)])
+            encodings = self._gather(self._active[first : min(first + chunk_size, rows.stop)], names)
             yield first, encodings if as_stored else as_float(encodings)
 
     @property

@@ -28,6 +28,7 @@ from .scoring_mimic import (
     highest_global_to_local_scores,
     masked_mean,
     mention_attention,
+    pairs_above,
 )
 
 #: Pairs in one block of `quick_scores` on the CPU, so that the two dozen steps of VDLU stay in the cache.
@@ -767,17 +768,41 @@ class MimicModel(MimicPreTrainedModel):
         """
         if "text" not in (self.config.units or ()) or not self.config.text_local:
             return torch.zeros_like(floor)
-        weight = self._unit_weights(mentions)["text"] / 2  # eq. 4 and 7
         mentions, entities = _to_float32(mentions), {**entities, **_to_float32(entities, without="text_queries")}
-        if isinstance(weight, torch.Tensor):
-            weight = weight[:, None]
-            without_text = weight == 0
-            floor = torch.where(without_text, torch.inf, floor / weight.masked_fill(without_text, 1))
-        else:
-            without_text, floor = None, floor / weight
+        weight, without_text, floor = self._local_floor(mentions, floor)
         with torch.autocast(self.device.type, enabled=False):
             scores = global_to_local_scores_above(mentions, entities, floor, self.tglu.layer_norm)
         return scores * weight if without_text is None else torch.where(without_text, 0, scores * weight)
+
+    @torch.no_grad()
+    def may_reach(
+        self, mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor], floor: torch.Tensor
+    ) -> torch.Tensor:
+        """Mask [M, N] of pairs: False where [`~MimicModel.remaining_scores`] is surely below `floor` [M, N].
+
+        Args:
+            mentions ([`MimicMentionEncodings`]): Of M mentions.
+            entities: `pair_bound_encodings` of N entities; half precision is read as stored.
+            floor: As in [`~MimicModel.remaining_scores`].
+        """
+        if not self.pair_bound_encodings:
+            return floor <= 0
+        mentions, entities = _to_float32(mentions), _to_float32(entities, without="text_queries")
+        _, without_text, local_floor = self._local_floor(mentions, floor)
+        with torch.autocast(self.device.type, enabled=False):
+            candidates = pairs_above(mentions, entities, local_floor, self.tglu.layer_norm)
+        return candidates if without_text is None else torch.where(without_text, floor <= 0, candidates)
+
+    def _local_floor(
+        self, mentions: Mapping[str, torch.Tensor], floor: torch.Tensor
+    ) -> tuple[torch.Tensor | float, torch.Tensor | None, torch.Tensor]:
+        """Weight of S_T^G2L in S (a number, or [M, 1]), mentions for which it is 0 [M, 1], and `floor` [M, N] for S_T^G2L."""
+        weight = self._unit_weights(mentions)["text"] / 2  # eq. 4 and 7
+        if not isinstance(weight, torch.Tensor):
+            return weight, None, floor / weight
+        weight = weight[:, None]
+        without_text = weight == 0
+        return weight, without_text, torch.where(without_text, torch.inf, floor / weight.masked_fill(without_text, 1))
 
     @torch.no_grad()
     def query_vectors(self, mentions: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -934,7 +959,10 @@ class MimicModel(MimicPreTrainedModel):
 
     @property
     def pair_bound_encodings(self) -> list[str]:
-        """Names of the entities' encodings that [`~MimicModel.pair_bounds`] needs: all but the tokens and their mask."""
+        """Names of the entities' encodings that [`~MimicModel.pair_bounds`] and [`~MimicModel.may_reach`] need.
+
+        These are all but the tokens and their mask.
+        """
         units = self.config.units or ()
         if "text" not in units or not self.config.text_local:
             return []

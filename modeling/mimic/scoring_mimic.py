@@ -1,7 +1,7 @@
 """Scores all pairs by TGLU's global-to-local half (eq. 9–10), fast and exactly.
 
 [`global_to_local_scores`] computes every pair. [`global_to_local_scores_above`] skips the pairs that an upper bound
-proves to be below a floor. Both take the encodings of mentions and entities and TGLU's LayerNorm, and give what the
+proves to be below a floor ([`pairs_above`]). All take the encodings of mentions and entities and TGLU's LayerNorm, and give what the
 printed equations give, up to rounding (`tests/modeling/test_mimic.py`).
 """
 
@@ -92,39 +92,29 @@ def global_to_local_scores_above(
     floor: torch.Tensor,
     layer_norm: nn.LayerNorm,
 ) -> torch.Tensor:
-    """S_T^G2L [M, N] (eq. 9–10) wherever it may reach `floor` [M, N], and -inf where it cannot.
+    """S_T^G2L [M, N] (eq. 9–10) wherever [`pairs_above`] says that it may reach `floor` [M, N], and -inf where it cannot.
 
-    Upper bounds spare the attention. They bound h·q', where h is the context of eq. 10 after LayerNorm without γ and β,
-    and q' = γ·FC(t_E^G), centred like h:
-
-    - |h| ≤ √d_t, so h·q' ≤ √d_t |q'| for every mention.
-    - h is parallel to a mean Σ wₗvₗ of the centred values. For a unit vector c with vₗ·c > 0 for all l,
-      |Σ wₗvₗ| ≥ Σ wₗ(vₗ·c), so h·q' ≤ √d_t max(0, maxₗ (vₗ·q')/(vₗ·c)). The direction of the mean of the values is c.
-    - Where there is no such c, h is at least in the span of the values: h·q' ≤ √d_t |U q'|, with an orthonormal basis U.
+    If most pairs may, all are computed.
 
     Args:
         mentions, entities, layer_norm: See [`global_to_local_scores`]. `text_queries` may be in half precision: few of
             them are read.
         floor (`torch.Tensor` [M, N]): Scores below it are not needed.
     """
-    target, offset, reach, margin = _reach(entities, layer_norm)
-    candidates = ~(reach + margin < floor)  # also True where either is nan
+    candidates = pairs_above(mentions, entities, floor, layer_norm)
     if candidates.sum() > _DENSE * candidates.numel():
         return _infinite_to_nan(global_to_local_scores(mentions, entities, layer_norm))
 
+    target, offset, _, _ = _reach(entities, layer_norm)
     keys, values, key_mask = _keys_and_values(mentions)
     queries, query_mask = entities["text_queries"], entities.get("text_mask")
     lengths, tokens = _lengths(queries, query_mask), queries.flatten(0, 1)
-    bounds_of = _closer_bounds(values, key_mask)
     positions = torch.arange(queries.shape[1], device=queries.device)[:, None]
     step = max(1, _BLOCK_ELEMENTS.get(keys.device.type, 2**24) // (keys.shape[1] * queries.shape[1]))
     scores = torch.full_like(floor, -torch.inf)
     for m in candidates.any(1).nonzero()[:, 0].tolist():
         k, v = (keys[m], values[m]) if key_mask is None else (keys[m, key_mask[m]], values[m, key_mask[m]])
         columns = candidates[m].nonzero()[:, 0]
-        highest = bounds_of(m, target.index_select(0, columns))
-        if highest is not None:
-            columns = columns[~(highest + margin[columns] < floor[m, columns])]
         columns = columns[lengths[columns].argsort()]
         for first in range(0, len(columns), step):
             rows = columns[first : first + step]
@@ -138,8 +128,42 @@ def global_to_local_scores_above(
     return scores
 
 
+def pairs_above(
+    mentions: Mapping[str, torch.Tensor],
+    entities: Mapping[str, torch.Tensor],
+    floor: torch.Tensor,
+    layer_norm: nn.LayerNorm,
+) -> torch.Tensor:
+    """Whether S_T^G2L of a pair (eq. 9–10) may reach `floor` [M, N]: a mask [M, N], without the tokens of entities.
+
+    Upper bounds spare the attention. They bound h·q', where h is the context of eq. 10 after LayerNorm without γ and β,
+    and q' = γ·FC(t_E^G), centred like h:
+
+    - |h| ≤ √d_t, so h·q' ≤ √d_t |q'| for every mention.
+    - h is parallel to a mean Σ wₗvₗ of the centred values. For a unit vector c with vₗ·c > 0 for all l,
+      |Σ wₗvₗ| ≥ Σ wₗ(vₗ·c), so h·q' ≤ √d_t max(0, maxₗ (vₗ·q')/(vₗ·c)). The direction of the mean of the values is c.
+    - Where there is no such c, h is at least in the span of the values: h·q' ≤ √d_t |U q'|, with an orthonormal basis U.
+
+    If the first leaves most pairs, the others are not computed.
+
+    Args: as in [`global_to_local_scores_above`]; `text_queries` is not needed.
+    """
+    target, _, reach, margin = _reach(entities, layer_norm)
+    candidates = ~(reach + margin < floor)  # also True where either is nan
+    if candidates.sum() > _DENSE * candidates.numel():
+        return candidates
+    _, values, key_mask = _keys_and_values(mentions)
+    bounds_of = _closer_bounds(values, key_mask)
+    for m in candidates.any(1).nonzero()[:, 0].tolist():
+        columns = candidates[m].nonzero()[:, 0]
+        highest = bounds_of(m, target.index_select(0, columns))
+        if highest is not None:
+            candidates[m, columns] = ~(highest + margin[columns] < floor[m, columns])
+    return candidates
+
+
 def highest_global_to_local_scores(entities: Mapping[str, torch.Tensor], layer_norm: nn.LayerNorm) -> torch.Tensor:
-    """The first bound of [`global_to_local_scores_above`]: scores [N] that no mention exceeds, rounding included."""
+    """The first bound of [`pairs_above`]: scores [N] that no mention exceeds, rounding included."""
     _, _, reach, margin = _reach(entities, layer_norm)
     return reach + margin
 
@@ -147,7 +171,7 @@ def highest_global_to_local_scores(entities: Mapping[str, torch.Tensor], layer_n
 def global_to_local_bounds(
     mentions: Mapping[str, torch.Tensor], entities: Mapping[str, torch.Tensor], layer_norm: nn.LayerNorm
 ) -> torch.Tensor:
-    """Upper bounds of S_T^G2L [M, N] without the tokens of entities: those of [`global_to_local_scores_above`].
+    """Upper bounds of S_T^G2L [M, N] without the tokens of entities: those of [`pairs_above`].
 
     Args: as there; `text_queries` is not needed.
     """
@@ -162,7 +186,7 @@ def global_to_local_bounds(
 def _reach(
     entities: Mapping[str, torch.Tensor], layer_norm: nn.LayerNorm
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q' [N, d_t] of [`global_to_local_scores_above`], the constant of LayerNorm [N], √d_t |q'| [N], and the constant with
+    """q' [N, d_t] of [`pairs_above`], the constant of LayerNorm [N], √d_t |q'| [N], and the constant with
     the margin for rounding [N].
     """
     target = centred(entities["text_query_global"] * layer_norm.weight)
@@ -235,7 +259,7 @@ def _context_scores(attention: torch.Tensor, values: torch.Tensor, target: torch
 def _closer_bounds(
     values: torch.Tensor, mask: torch.Tensor | None
 ) -> Callable[[int, torch.Tensor], torch.Tensor | None]:
-    """Returns a function that bounds h·q' of [`global_to_local_scores_above`] by the values of one mention.
+    """Returns a function that bounds h·q' of [`pairs_above`] by the values of one mention.
 
     It takes the number of the mention and q' [n, d_t], and returns the bounds [n], or `None` if the values bound nothing.
     """

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -210,6 +211,83 @@ class TwoSteps:
         self.pairs += below.numel()
         self.left_out += int(below.sum())
         return rest.masked_fill(below, -torch.inf)
+
+
+class Foreseeing(TwoSteps):
+    """Knows |y'| of each entity, and so which pairs may reach a floor. It computes all pairs, also those that cannot."""
+
+    pair_bound_encodings = ("x", "lengths")
+
+    def __init__(self):
+        super().__init__(cautious=True)
+
+    def may_reach(self, mentions, entities, floor):
+        return mentions["y"].norm(dim=1)[:, None] * entities["lengths"] >= floor
+
+    def remaining_scores(self, mentions, entities, floor):
+        return mentions["y"] @ entities["y"].T
+
+
+@dataclass
+class Converting(EncodedEntities):
+    """Entities that are converted when they are read. `read` has the rows whose vectors y were read."""
+
+    converts = True
+    read: list[int] = field(default_factory=list)
+
+    def iter_chunks(self, chunk_size, *, rows=None, as_stored=False, names=None):
+        for first, chunk in super().iter_chunks(chunk_size, rows=rows, as_stored=as_stored, names=names):
+            if names is None and chunk_size > 1:
+                self.read += range(first, first + len(chunk["y"]))
+            yield first, chunk
+
+    def encodings(self, indices, *, as_stored=False, names=None):
+        if names is not None and "y" in names:
+            self.read += list(indices)
+        return super().encodings(indices, as_stored=as_stored, names=names)
+
+
+@settings(max_examples=300, deadline=None)
+@given(matrices, budgets, st.integers(1, 12), st.sampled_from(["golds", "among", "floor"]), st.data())
+def test_a_source_that_converts_is_read_where_pairs_may_matter_and_gives_the_same(scores, budget, k, form, data):
+    count, size = scores.shape
+    added, quick = (data.draw(hnp.arrays(np.int64, scores.shape, elements=st.integers(-2, 2))) for _ in range(2))
+    lengths = torch.from_numpy(data.draw(hnp.arrays(np.int64, size, elements=st.integers(0, 3)))).float()
+    mentions = {"x": torch.tensor(quick).float(), "y": torch.tensor(scores - quick).float()}
+    encodings = {"x": torch.eye(size), "y": torch.diag(lengths), "lengths": lengths}
+    expected = quick + added + (scores - quick) * lengths.numpy()
+    options = {"top_k": k, "byte_budget": budget, "added": sparse(added)}
+    kept = np.ones(scores.shape, bool)
+    if form == "golds":
+        options["gold_rows"] = data.draw(st.lists(st.integers(0, size - 1), min_size=count, max_size=count))
+    elif form == "among":
+        kept = data.draw(hnp.arrays(bool, scores.shape))
+        options["among"] = torch.from_numpy(kept)
+    else:
+        options["floor"] = data.draw(st.integers(-3, 3))
+        kept = expected >= options["floor"]
+    entities = Converting([f"Q{row}" for row in range(size)], encodings)
+    result = rank(Foreseeing(), mentions, entities, **options)
+    for row, chosen, rows, tops in zip(expected, kept, result.top_rows, result.top_scores.tolist(), strict=True):
+        best = sorted(np.flatnonzero(chosen), key=lambda i: (-row[i], i))[:k]
+        assert rows[: len(best)].tolist() == best
+        assert tops[: len(best)] == [row[i] for i in best]
+    if form == "golds":
+        _, best, worst = brute_force(expected, options["gold_rows"], k)
+        assert (result.best_rank.tolist(), result.worst_rank.tolist()) == (best, worst)
+
+
+@pytest.mark.parametrize("converts", [True, False])
+def test_the_rows_that_cannot_be_among_the_best_are_not_read(converts):
+    size = 50
+    lengths = torch.where(torch.arange(size) % 5 == 0, 1.0, 0.1)
+    encodings = {"x": torch.zeros(size, 2), "y": lengths[:, None] * torch.ones(size, 2), "lengths": 1.5 * lengths}
+    entities = Converting([f"Q{row}" for row in range(size)], encodings)
+    entities.converts = converts
+    result = rank(Foreseeing(), {"x": torch.zeros(1, 2), "y": torch.ones(1, 2)}, entities, top_k=2, byte_budget=3000)
+    assert result.top_rows.tolist() == [[0, 5]]
+    # The first chunk gives the threshold. Of later ones, only the rows that may reach it are read.
+    assert {row for row in entities.read if row >= 20} == set(range(20, size, 5 if converts else 1))
 
 
 def sparse(matrix):

@@ -17,7 +17,14 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, CLIPModel
 import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.inference.quantisation import dequantised, layout_of, quantised
 from hf_mel.modeling.mimic import MimicConfig, MimicModel, modeling_mimic, scoring_mimic
-from hf_mel.protocols import BoundsPairs, Retriever, bounds_by_products, bounds_scores, entity_token_masks
+from hf_mel.protocols import (
+    BoundsPairs,
+    Retriever,
+    TellsWhatToRead,
+    bounds_by_products,
+    bounds_scores,
+    entity_token_masks,
+)
 from tests.modeling import direct_mimic, published_mimic
 
 BERT = {
@@ -268,6 +275,53 @@ def test_the_second_step_scores_all_pairs_that_reach_the_floor(fields, shape, mo
         expected = model.score(mentions, halves) - model.quick_scores(mentions, halves)
     scores = model.remaining_scores(mentions, halves, expected)  # the floor is the score itself
     torch.testing.assert_close(scores, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, {"mask_padding": True}], ids=str)
+@pytest.mark.parametrize("shape", TEXTS)
+@pytest.mark.parametrize("dense", [0.0, 0.4, 1.0])
+def test_pairs_that_cannot_reach_the_floor_are_told_without_the_tokens(fields, shape, dense, monkeypatch):
+    monkeypatch.setattr(scoring_mimic, "_DENSE", dense)
+    model = build(units=["text"], vision_config=None, **fields)
+    mentions, entities = texts_near_the_bound(model, shape)
+    read = {name: entities[name] for name in model.pair_bound_encodings}
+    rest = model.score(mentions, entities).detach() - model.quick_scores(mentions, read)
+    left_out = []
+    for quantile in (0.0, 0.5, 0.99, 1.0):
+        floor = rest.quantile(quantile, dim=1, keepdim=True).expand_as(rest)
+        may_reach = model.may_reach(mentions, read, floor)
+        assert may_reach[rest >= floor + 1e-4].all()
+        left_out.append((~may_reach).float().mean().item())
+        scores = model.remaining_scores(mentions, entities, floor)
+        again = model.remaining_scores(mentions, entities, floor.masked_fill(~may_reach, torch.inf))
+        assert torch.equal(scores[may_reach], again[may_reach])  # the same to the last bit
+        tokens = torch.where(may_reach.any(0)[:, None, None], entities["text_queries"], 0)
+        unread = model.remaining_scores(mentions, {**entities, "text_queries": tokens}, floor)
+        assert torch.equal(scores[may_reach], unread[may_reach])
+    assert isinstance(model, TellsWhatToRead)
+    assert left_out == sorted(left_out)
+    if dense == 1.0 and shape in ("narrow", "one direction"):
+        assert left_out[2] > 0.8
+    everything = torch.full_like(rest, torch.inf)
+    assert not model.may_reach(mentions, read, everything).any()
+    assert model.may_reach(mentions, read, -everything).all()
+
+
+def test_a_mention_without_text_needs_no_tokens():
+    model = build(missing_images="absent", mask_padding=True)
+    batch = batch_for(model, mentions=4, entities=7)
+    batch |= {"mention_image_mask": torch.arange(4) != 1, "entity_image_mask": torch.arange(7) != 2}
+    batch |= {"mention_text_mask": torch.arange(4) != 3}
+    with torch.no_grad():
+        mentions = model.encode_mentions(**{k: v for k, v in batch.items() if k.startswith("mention")})
+        entities = model.encode_entities(**{k: v for k, v in batch.items() if k.startswith("entity")})
+    read = {name: entities[name] for name in model.pair_bound_encodings}
+    floor = torch.full((4, 7), 1e-6)
+    may_reach = model.may_reach(mentions, read, floor)
+    assert not may_reach[3].any()
+    assert may_reach[:3].any()
+    assert model.may_reach(mentions, read, -floor)[3].all()
+    assert (model.remaining_scores(mentions, entities, floor)[3] == 0).all()
 
 
 def bounds(model, mentions, entities):
