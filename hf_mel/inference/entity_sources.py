@@ -217,12 +217,14 @@ class PartlyRead(Mapping[str, torch.Tensor]):
     def __init__(self, source: EntitySource, first: int, read: Encodings, others: Sequence[str]):
         self._source, self._first, self._others = source, first, others
         self._tensors, self._count = dict(read), num_rows(read)
+        #: How many rows were read whole, each as often as it was.
+        self.num_read = 0
         self._device = next(iter(read.values())).device
 
     def whole(self, rows: torch.Tensor) -> Encodings:
         """Returns all encodings of the rows [r], counted from the first."""
-        numbers = rows.cpu().numpy() + self._first
-        return slice_encodings(self._tensors, rows) | self._read(numbers)
+        self.num_read += len(rows)
+        return slice_encodings(self._tensors, rows) | self._read(rows.cpu().numpy() + self._first)
 
     def read_all(self) -> Encodings:
         """Reads the others of all rows, and returns all encodings."""

@@ -39,8 +39,6 @@ _CHUNK_ROWS = 8192
 _BLOCK_PAIRS = {"cpu": 2**19, "cuda": 2**25}
 # Mentions that are scored with their golds at a time. Of m² scored pairs only m are used, so the number is small.
 _GOLD_MENTIONS = 16
-# If more than this part of a chunk must be read whole, all of it is: the next mentions then need not read it again.
-_LARGEST_PART = 0.5
 #: Scores are equal if they differ by at most this times max(1, |score|). Rounding depends on the shape of a chunk.
 TIE_TOLERANCE = 1e-6
 # Rounding error of float32 between two orders of adding up a score, relative to its largest part.
@@ -508,7 +506,8 @@ class _Pruned:
         among: torch.Tensor | None = None,
         floor: float = -torch.inf,
     ):
-        self.model, self.added, self.among, self.floor = model, added, among, floor
+        self.model: Any = model  # also TellsWhatToRead where chunks are PartlyRead
+        self.added, self.among, self.floor = added, among, floor
 
     def block(
         self, mentions: Encodings, entities: Encodings, state: _RankingState, firsts: tuple[int, int]
@@ -550,7 +549,7 @@ class _Pruned:
             return self.model.remaining_scores(mentions, entities, floor)
         may_reach = self.model.may_reach(mentions, entities, floor)
         rows = may_reach.any(0).nonzero()[:, 0]
-        if len(rows) > _LARGEST_PART * floor.shape[1]:
+        if entities.num_read + len(rows) > floor.shape[1]:  # the next mentions may need them again
             return self.model.remaining_scores(mentions, entities.read_all(), floor)
         remaining = torch.full_like(floor, -torch.inf)
         if len(rows):

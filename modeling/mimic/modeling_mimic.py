@@ -869,7 +869,7 @@ class MimicModel(MimicPreTrainedModel):
         With x and b of [`~MimicModel.bound_vectors`], S ≤ ⟨q, x⟩ + ⟨w, b⟩ + c (eq. 7) for every pair. Unit by unit:
 
         - TGLU: S_T^G2G is the inner product of the global features (eq. 8). S_T^G2L (eq. 9–10) is at most b = √d_t |q'|
-          and the constant of its LayerNorm ([`~scoring_mimic.global_to_local_scores_above`]).
+          and the constant of its LayerNorm ([`~scoring_mimic.pairs_above`]).
         - VDLU: each direction of S_V (eq. 5) is at most the cap of its A in eq. 14 ([`~dual_bounds_mimic.caps`]), of which
           the entity's is in b and the mention's in c. [`~MimicModel.product_bounds`] brings the bound close to S_V.
         - CMFU: S_C is an inner product (eq. 19).
