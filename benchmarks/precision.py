@@ -5,6 +5,9 @@ float16, bfloat16, int8, int4 (vectors of tokens in 4 bits, single vectors in 8)
 bits, and every vector in 4 bits. Without a run, the entities are generated people, and MIMIC with three units is trained on
 them (`benchmarks/sources.py`).
 
+Of the best entities by float32, it counts those among the 64 best by a form: they are what scoring these 64 again by full
+encodings would find.
+
 The CPU time is that of ranking a knowledge base of each form, for 1 and for 8 mentions, as a ratio to bfloat16. The forms
 take turns in one process.
 
@@ -60,6 +63,9 @@ def arguments() -> argparse.ArgumentParser:
 
 #: Numbers of mentions that are ranked at once where time is measured.
 NUM_TIMED = (1, 8)
+
+#: Numbers of the best entities by float32 that are looked for among the best by a form, and number of these.
+NUM_BEST, NUM_AMONG = (1, 10), 64
 
 #: Encodings as a knowledge base gives them, and their stored bytes per entity.
 Stored: TypeAlias = tuple[dict[str, torch.Tensor], float]
@@ -169,6 +175,11 @@ def cpu_seconds_of_ranking(measured: Measured, repeats: int, device: str) -> dic
     }
 
 
+def share_found(best: torch.Tensor, among: torch.Tensor) -> float:
+    """Returns the share of entity rows [M, k] that are among other rows [M, n] of the same mention."""
+    return (best[:, :, None] == among[:, None, :]).any(-1).double().mean().item()
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluates each form and returns the result."""
     if (args.model is None) != (args.dataset is None):
@@ -185,7 +196,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         stored, size = form(measured.encodings, masks)
         begin = time.process_time()
         entities = EncodedEntities(measured.ids, stored)
-        ranking = rank(model, measured.mentions, entities, gold_rows=golds, top_k=1, progress=True)
+        ranking = rank(model, measured.mentions, entities, gold_rows=golds, top_k=NUM_AMONG, progress=True)
         assert ranking.best_rank is not None
         assert ranking.worst_rank is not None
         exact = exact or ranking
@@ -200,6 +211,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "changed_ranks": int((ranks[0] != ranks[1]).sum()),
             "changed_first_places": int((ranking.top_rows[:, 0] != exact.top_rows[:, 0]).sum()),
             "metrics": ranking_metrics(ranking.best_rank[linked].numpy(), ranking.worst_rank[linked].numpy()),
+            "best_among_64": {str(k): share_found(exact.top_rows[:, :k], ranking.top_rows) for k in NUM_BEST},
             "cpu_seconds": time.process_time() - begin,
         }
         if name in cpu_seconds:

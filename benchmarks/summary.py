@@ -188,6 +188,7 @@ def report_precision(result: dict[str, Any]) -> Report:
         "H@1",
         "MRR",
         "MR",
+        "10 best of float32 among 64 best",
         *(f"CPU / bfloat16, {count} mention{'s' * (count != '1')}" for count in timed),
     ]
     lines = [
@@ -200,6 +201,7 @@ def report_precision(result: dict[str, Any]) -> Report:
             f"{row['metrics']['hits@1']:.4f}",
             f"{row['metrics']['mrr']:.4f}",
             f"{row['metrics']['mr']:.3f}",
+            f"{row['best_among_64']['10']:.4f}",
             *(f"{row['cpu_of_bfloat16'][count]:.2f}" if "cpu_of_bfloat16" in row else "–" for count in timed),
         ]
         for row in result["rows"]

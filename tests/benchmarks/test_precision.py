@@ -44,6 +44,7 @@ def test_rows_equal_an_evaluation_with_rounded_entities(tmp_path):
         ranks.append(expected.ranking.best_rank + expected.ranking.worst_rank)
         assert row["metrics"]["mrr"] == pytest.approx(expected.metrics["mrr"])
         assert row["changed_ranks"] == int((ranks[-1] != ranks[0]).sum())
+        assert row["best_among_64"] == {"1": 1, "10": 1}  # of fewer entities than 64
     assert result["rows"][0]["changed_ranks"] == result["rows"][0]["changed_first_places"] == 0
     assert result["rows"][1]["bytes_per_entity"] < result["rows"][0]["bytes_per_entity"]
     _, columns, lines, _ = summary.report_precision(result)
@@ -109,6 +110,14 @@ def test_forms_of_generated_people_are_stored_as_a_knowledge_base_stores_them(tm
     assert (
         sizes["int4, single vectors too"] < sizes["int4"] < sizes["int4, single vectors in float32"] < sizes["float32"]
     )
+
+
+def test_the_share_of_rows_that_are_found_is_that_of_sets():
+    generator = torch.Generator().manual_seed(0)
+    best, among = (torch.stack([torch.randperm(30, generator=generator)[:k] for _ in range(50)]) for k in (5, 12))
+    expected = [len({*a} & {*b}) / 5 for a, b in zip(best.tolist(), among.tolist(), strict=True)]
+    assert 0 < sum(expected) < 50
+    assert precision.share_found(best, among) == pytest.approx(sum(expected) / 50)
 
 
 def test_a_run_needs_its_data_set(tmp_path):
