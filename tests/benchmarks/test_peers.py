@@ -35,7 +35,7 @@ def options(tmp_path) -> list[str]:
     data = write_toy_dataset(tmp_path / "data", toy_entities(40))
     given = {"dataset": data, "encoder": tmp_path / "encoder", "scratch": tmp_path / "scratch", "output": tmp_path}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    return [*words, "--sizes", "50", "--mentions", "5", "--brute-mentions", "5"]
+    return [*words, "--sizes", "50", "--single-sizes", "50", "--mentions", "5", "--brute-mentions", "5"]
 
 
 def python_with(folder: Path, code: str) -> Path:

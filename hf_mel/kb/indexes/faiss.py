@@ -142,7 +142,9 @@ def _padded_dim(record: IndexRecord) -> int:
 
 def _pad(vectors: np.ndarray, index: Any) -> np.ndarray:
     """Appends zeros up to the dimension of an index."""
-    return np.pad(vectors, ((0, 0), (0, index.d - vectors.shape[1])))
+    padded = np.zeros((len(vectors), index.d), dtype=vectors.dtype)  # np.pad takes 20 times as long
+    padded[:, : vectors.shape[1]] = vectors
+    return padded
 
 
 def _load_to_extend(kb: KnowledgeBase, model: Any, kind: str) -> tuple[IndexRecord, Any] | None:
