@@ -105,9 +105,12 @@ PEERS = {
 
 
 def read_vectors(folder: Path, prefix: str = "") -> list[np.ndarray]:
-    """Returns an array [L, d] of each entity, or with "mention_" of each mention."""
+    """Returns an array [L, d] of each entity, or with "mention_" of each mention.
+
+    Each has memory of its own: maxsim-cpu takes up to four times as long for parts of one large array.
+    """
     tokens, starts = (np.load(folder / f"{prefix}{name}.npy") for name in ("tokens", "starts"))
-    return [tokens[first:last] for first, last in pairwise(starts)]
+    return [tokens[first:last].copy() for first, last in pairwise(starts)]
 
 
 def main() -> None:
