@@ -13,6 +13,7 @@ files are written to `benchmarks/results`, which is committed.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -64,6 +65,12 @@ def commands(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
     return runs
 
 
+def _child_cpu_seconds() -> float:
+    """Returns the CPU seconds of all finished child processes."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def main() -> int:
     parser = harness.parser(__doc__)
     parser.add_argument("--full", action="store_true", help="run all sizes, up to a million entities")
@@ -76,10 +83,11 @@ def main() -> int:
     args.scratch, args.output = args.scratch.resolve(), args.output.resolve()
     failed = []
     for name, command in commands(args):
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), _child_cpu_seconds()
         harness.say(f"[b]{name}[/b]: python -m {' '.join(command)}")
         code = subprocess.run([sys.executable, "-m", *command], cwd=harness.ROOT).returncode
-        harness.say(f"{name}: {time.perf_counter() - begin:.0f} s")
+        seconds, cpu_seconds = time.perf_counter() - begin, _child_cpu_seconds() - cpu_begin
+        harness.say(f"{name}: {seconds:.0f} s, {cpu_seconds:.0f} s of CPU time")
         if code:
             failed.append(name)
     if (args.output / "ranking.json").exists():

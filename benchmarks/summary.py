@@ -176,6 +176,29 @@ def report_training(result: dict[str, Any]) -> Report:
     return "Training", columns, [[*line, f"{result['share_of_pair_scoring']:.0%}"]], caption
 
 
+def report_methods(result: dict[str, Any]) -> Report:
+    """Returns a row for each recipe."""
+    columns = ["recipe", "method", "batch", "waiting", "data", "pair scoring", "trainer / plain loop"]
+    columns += ["step, CPU", "data, CPU", "pair scoring, CPU", "plain loop, CPU"]
+    lines = [
+        [
+            row["recipe"],
+            row["method"],
+            f"{row['batch_size']}" + ("" if row["pairs"] is None else f" ({row['pairs']:,} pairs)"),
+            f"{row['waiting_s'] / row['step_s']:.1%}",
+            *(f"{row[name] / row['step_cpu_s']:.1%}" for name in ("data_cpu_s", "scoring_cpu_s")),
+            f"{row['step_cpu_s'] / row['plain_cpu_s']:.2f}",
+            *(f"{row[f'{name}_cpu_s'] * 1e3:,.0f} ms" for name in ("step", "data", "scoring", "plain")),
+        ]
+        for row in result["rows"]
+    ]
+    caption = (
+        f"Recipes with smaller encoders of random weights, {result['entities']} generated entities, {result['dtype']}. Waiting for "
+        "data by the clock, preparing data and scoring pairs in CPU time, as shares of a step of the trainer."
+    )
+    return "Training, every method", columns, lines, caption
+
+
 def report_precision(result: dict[str, Any]) -> Report:
     """Returns a row for each form. Only forms of knowledge bases have a CPU time."""
     timed = next((row["cpu_of_bfloat16"] for row in result["rows"] if "cpu_of_bfloat16" in row), {})
@@ -291,6 +314,7 @@ _REPORTS: dict[str, Callable[[dict[str, Any]], Report]] = {
     "throughput": report_throughput,
     "building": report_building,
     "training": report_training,
+    "methods": report_methods,
     "precision": report_precision,
     "relinking": report_relinking,
     "peers": report_peers,
