@@ -36,7 +36,6 @@ from typing import Any
 
 import datasets
 import torch
-from torch import nn
 from torch.utils import _pytree
 from transformers import (
     BartConfig,
@@ -127,7 +126,7 @@ def _text_sizes() -> dict[str, Any]:
     return sizes
 
 
-def _clip() -> nn.Module:
+def _clip() -> Any:
     text, vision = encoder_configs("small")["text_config"], encoder_configs("small")["vision_config"]
     text, vision = ({**part, "projection_dim": 256} for part in (text, vision))
     for part in (text, vision):
@@ -135,14 +134,15 @@ def _clip() -> nn.Module:
     return CLIPModel(CLIPConfig(text_config=text | {"eos_token_id": 3}, vision_config=vision, projection_dim=256))
 
 
-def _bart() -> nn.Module:
-    layers = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in _BART_LAYERS.items()}
-    return BartForConditionalGeneration(BartConfig(vocab_size=30522, d_model=384, **layers))
+def _bart() -> Any:
+    sizes: dict[str, Any] = {}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 6, f"{side}_attention_heads": 12, f"{side}_ffn_dim": 1536}
+    return BartForConditionalGeneration(BartConfig(vocab_size=30522, d_model=384, **sizes))
 
 
-_BART_LAYERS = {"layers": 6, "attention_heads": 12, "ffn_dim": 1536}
 #: What takes the place of a pretrained encoder, by the first of these words that its name has; otherwise the first.
-_ENCODERS: dict[str, Callable[[], nn.Module]] = {
+_ENCODERS: dict[str, Callable[[], Any]] = {
     "bert": lambda: BertForNextSentencePrediction(BertConfig(**_text_sizes())),
     "clip": _clip,
     "bart": _bart,
@@ -172,7 +172,10 @@ def encoder(reference: str, folder: Path, texts: list[str]) -> str:
 
 def accounts(entities: datasets.Dataset) -> datasets.Dataset:
     """Returns entities with the columns of accounts."""
-    columns = {"screen_name": [f"user{row}" for row in range(len(entities))], "location": ["Here"] * len(entities)}
+    columns: dict[str, list[Any]] = {
+        "screen_name": [f"user{row}" for row in range(len(entities))],
+        "location": ["Here"] * len(entities),
+    }
     columns |= {"recent_posts": [[text[:60], text[-60:]] for text in entities["attributes"]]}
     for name, values in columns.items():
         entities = entities.add_column(name, values)
@@ -226,7 +229,8 @@ def posts_about(entities: datasets.Dataset, count: int = 4) -> datasets.Dataset:
 
 def drawn_candidates(mentions: datasets.Dataset, entities: datasets.Dataset, count: int) -> CandidateLists:
     """Returns a list for each mention: its gold and others, with scores of all sources that a model may read."""
-    draw, ids, lists = random.Random(0), list(entities["entity_id"]), []
+    draw, ids = random.Random(0), list(entities["entity_id"])
+    lists: list[list[str]] = []
     for gold in mentions["entity_id"]:
         lists.append(list(dict.fromkeys([gold, *draw.sample(ids, min(count, len(ids)))]))[:count])
     falling = [[1 / (place + 2) for place in range(len(each))] for each in lists]
@@ -237,7 +241,8 @@ class _Watch(TrainerCallback):
     """Times of the trainer's loop: when steps end, by the clock and in processor time, and how long it waits for batches."""
 
     def __init__(self, device: str):
-        self.device, self.waits = device, []
+        self.device = device
+        self.waits: list[float] = []
         self.ends: list[tuple[float, float]] = []
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -390,7 +395,8 @@ def measure(name: str, args: argparse.Namespace, entities: datasets.Dataset, fol
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-6) if learned else None
     batches = list(torch.arange((args.steps + 1) * batch_size).split(batch_size))
-    collate, rows, fitted = trainer.data_collator, trainer.train_dataset, isinstance(model, FitsFeatures)
+    rows: Any = trainer.train_dataset
+    collate, fitted = trainer.data_collator, isinstance(model, FitsFeatures)
 
     def step(batch: dict[str, Any]) -> None:
         with torch.autocast(args.device, getattr(torch, args.dtype), enabled=half):
