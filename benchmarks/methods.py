@@ -2,8 +2,9 @@
 
 A row is a recipe, trained by `MelTrainer` with the batch, the negatives and the lengths that the recipe has. Pretrained encoders
 are replaced by smaller ones of their kind with random weights: texts 6 layers of width 384, images 12 layers of width 192 with 50
-patches or a ResNet-18, word vectors of width 300. Entities have 20 to 40 words and a 256 × 256 PNG image, as in
-`benchmarks.building`; a context has 2 mentions, a document 24. Candidates are drawn at random. Everything is generated.
+patches or a ResNet-18, word vectors of width 300. `--encoders base` takes the sizes of BERT base, ViT-B/32 and ResNet-50. Entities
+have 20 to 40 words and a 256 × 256 PNG image, as in `benchmarks.building`; a context has 2 mentions, a document 24. Candidates are
+drawn at random. Everything is generated.
 
 - "waiting" is the time by the clock that the trainer waits for its next batch, as a share of the step. A second thread prepares it
   during the step before, as the trainer does by default. "data" is the processor time of that work, as a share of the step's.
@@ -16,7 +17,8 @@ Processor time counts all threads, and hardly depends on what else runs. The ste
 forward pass of a batch; its fit at the end is not measured.
 
     python -m benchmarks.methods
-    python -m benchmarks.methods --recipes mimic_wikimel,mmel_wikimel --steps 4
+    python -m benchmarks.methods --batch-size 16 --repeats 2 --threads 1
+    python -m benchmarks.methods --recipes mmel_wikimel --encoders base --batch-size 4
 """
 
 from __future__ import annotations
@@ -116,42 +118,52 @@ def arguments() -> argparse.ArgumentParser:
     parser = harness.parser(__doc__)
     parser.add_argument("--recipes", default=",".join(RECIPES), help="recipes to measure, separated by commas")
     parser.add_argument("--steps", type=int, default=3, help="steps of a recipe, at least 2; the first is not timed")
+    parser.add_argument("--encoders", choices=["base", "small"], default="small", help="see above")
     parser.add_argument("--batch-size", type=int, help="largest batch; a recipe may have a smaller one")
     return parser
 
 
-def _text_sizes() -> dict[str, Any]:
-    sizes = dict(encoder_configs("small")["text_config"])
+def _sizes(side: str, encoders: str) -> dict[str, Any]:
+    """Returns the sizes of an encoder of texts or images: small ones, or those of BERT base and ViT-B/32."""
+    sizes = dict(encoder_configs("small")[f"{side}_config"])
     sizes.pop("model_type")
-    return sizes
+    base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    return sizes if encoders == "small" else sizes | base
 
 
-def _clip() -> Any:
-    text, vision = encoder_configs("small")["text_config"], encoder_configs("small")["vision_config"]
-    text, vision = ({**part, "projection_dim": 256} for part in (text, vision))
-    for part in (text, vision):
-        part.pop("model_type")
+def _clip(encoders: str) -> Any:
+    text, vision = ({**_sizes(side, encoders), "projection_dim": 256} for side in ("text", "vision"))
     return CLIPModel(CLIPConfig(text_config=text | {"eos_token_id": 3}, vision_config=vision, projection_dim=256))
 
 
-def _bart() -> Any:
-    sizes: dict[str, Any] = {}
+def _bart(encoders: str) -> Any:
+    text, sizes = _sizes("text", encoders), {}
     for side in ("encoder", "decoder"):
-        sizes |= {f"{side}_layers": 6, f"{side}_attention_heads": 12, f"{side}_ffn_dim": 1536}
-    return BartForConditionalGeneration(BartConfig(vocab_size=30522, d_model=384, **sizes))
+        sizes |= {
+            f"{side}_layers": text["num_hidden_layers"],
+            f"{side}_attention_heads": text["num_attention_heads"],
+            f"{side}_ffn_dim": text["intermediate_size"],
+        }
+    config = BartConfig(vocab_size=text["vocab_size"], d_model=text["hidden_size"], **sizes)
+    return BartForConditionalGeneration(config)
+
+
+def _resnet(encoders: str) -> Any:
+    small = {"hidden_sizes": [64, 128, 256, 512], "depths": [2] * 4, "layer_type": "basic"}
+    return ResNetModel(ResNetConfig(**(small if encoders == "small" else {})))
 
 
 #: What takes the place of a pretrained encoder, by the first of these words that its name has; otherwise the first.
-_ENCODERS: dict[str, Callable[[], Any]] = {
-    "bert": lambda: BertForNextSentencePrediction(BertConfig(**_text_sizes())),
+_ENCODERS: dict[str, Callable[[str], Any]] = {
+    "bert": lambda encoders: BertForNextSentencePrediction(BertConfig(**_sizes("text", encoders))),
     "clip": _clip,
     "bart": _bart,
-    "vilt": lambda: ViltModel(ViltConfig(**_text_sizes(), image_size=224, patch_size=32)),
-    "resnet": lambda: ResNetModel(ResNetConfig(hidden_sizes=[64, 128, 256, 512], depths=[2] * 4, layer_type="basic")),
+    "vilt": lambda encoders: ViltModel(ViltConfig(**_sizes("text", encoders), image_size=224, patch_size=32)),
+    "resnet": _resnet,
 }
 
 
-def encoder(reference: str, folder: Path, texts: list[str]) -> str:
+def encoder(reference: str, folder: Path, texts: list[str], encoders: str) -> str:
     """Saves a smaller encoder of the kind of a pretrained one, or word vectors, and returns where it is."""
     if reference.endswith(".txt"):
         path, generator = folder / "vectors.txt", random.Random(0)
@@ -163,7 +175,7 @@ def encoder(reference: str, folder: Path, texts: list[str]) -> str:
     kind = next((kind for kind in _ENCODERS if kind in reference.lower()), "bert")
     if not (folder / kind).exists():
         torch.manual_seed(0)
-        _ENCODERS[kind]().save_pretrained(folder / kind)
+        _ENCODERS[kind](encoders).save_pretrained(folder / kind)
         train_wordpiece(texts, 2000).save_pretrained(folder / kind)
         sizes = {"size": {"height": 224, "width": 224}, "do_center_crop": False}
         CLIPImageProcessorPil(**sizes).save_pretrained(folder / kind)
@@ -349,12 +361,12 @@ def scoring(model: Any, run: Callable[[], None]) -> Callable[[], None]:
     return score
 
 
-def small_recipe(name: str, folder: Path, texts: list[str], batch_size: int | None) -> Recipe:
+def small_recipe(name: str, folder: Path, texts: list[str], batch_size: int | None, encoders: str) -> Recipe:
     """Loads a recipe with smaller encoders, for a few steps."""
     recipe = Recipe.load(name)
     for side in ("text", "vision"):
         if reference := getattr(recipe.model, side):
-            setattr(recipe.model, side, encoder(reference, folder, texts))
+            setattr(recipe.model, side, encoder(reference, folder, texts, encoders))
     own = recipe.training["per_device_train_batch_size"]
     recipe.training |= _QUICK | {"per_device_train_batch_size": min(own, batch_size or own)}
     return recipe
@@ -362,7 +374,7 @@ def small_recipe(name: str, folder: Path, texts: list[str], batch_size: int | No
 
 def measure(name: str, args: argparse.Namespace, entities: datasets.Dataset, folder: Path) -> dict[str, Any]:
     """Trains by a recipe for some steps, in a plain loop too, and returns the row."""
-    recipe = small_recipe(name, folder, list(entities["attributes"]), args.batch_size)
+    recipe = small_recipe(name, folder, list(entities["attributes"]), args.batch_size, args.encoders)
     set_seed(0)
     model, processor = build_model(recipe, texts_of(mentions_of(entities, 64, 1), entities))
     model.to(args.device)
@@ -454,6 +466,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "rows": rows,
         "entities": len(entities),
+        "encoders": args.encoders,
         "dtype": args.dtype,
         "repeats": args.repeats,
         "device": args.device,
@@ -465,7 +478,8 @@ def main() -> None:
     args = arguments().parse_args()
     from benchmarks.summary import show
 
-    path = harness.write(args.output, "methods", run(args))
+    name = "methods" + ("" if args.encoders == "small" else f"-{args.encoders}")
+    path = harness.write(args.output, name, run(args))
     show(args.output, [path.stem])
 
 

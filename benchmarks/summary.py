@@ -193,7 +193,7 @@ def report_methods(result: dict[str, Any]) -> Report:
         for row in result["rows"]
     ]
     caption = (
-        f"Recipes with smaller encoders of random weights, {result['entities']} generated entities, {result['dtype']}. Waiting for "
+        f"Recipes with {result['encoders']} encoders of random weights, {result['entities']} generated entities, {result['dtype']}. Waiting for "
         "data by the clock, preparing data and scoring pairs in CPU time, as shares of a step of the trainer."
     )
     return "Training, every method", columns, lines, caption

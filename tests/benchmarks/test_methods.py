@@ -107,7 +107,7 @@ def test_mentions_stand_in_their_texts_and_share_contexts():
 )
 def test_a_recipe_is_measured(name, kind, pairs, tmp_path, monkeypatch):
     pytest.importorskip("sklearn")  # which fits the trees
-    bert = lambda: BertForNextSentencePrediction(BertConfig(vocab_size=30522, **TINY))  # noqa: E731
+    bert = lambda encoders: BertForNextSentencePrediction(BertConfig(vocab_size=30522, **TINY))  # noqa: E731
     monkeypatch.setattr(methods, "_ENCODERS", {"bert": bert, "resnet": methods._ENCODERS["resnet"]})
     options = ["--batch-size", "4", "--steps", "2", "--repeats", "1", "--scratch", str(tmp_path)]
     entities = methods.accounts(generated_entities(20))
@@ -123,7 +123,14 @@ def test_a_table_of_shares(tmp_path):
     row = {"recipe": "a_data", "method": "a", "batch_size": 16, "pairs": 1600, "step_s": 0.5, "waiting_s": 0.005}
     row |= {"step_cpu_s": 2.0, "data_cpu_s": 0.05, "scoring_cpu_s": 0.125, "plain_cpu_s": 1.6}
     machine = {"cpu": "a CPU", "cores": 2, "threads": 1, "load_at_start": 0.1, "gemm_gflops": 200.0, "software": {}}
-    result = {"rows": [row], "entities": 512, "dtype": "float32", "repeats": 2, "machine": machine}
+    result = {
+        "rows": [row],
+        "entities": 512,
+        "encoders": "small",
+        "dtype": "float32",
+        "repeats": 2,
+        "machine": machine,
+    }
     harness.write(tmp_path, "methods", json.loads(json.dumps(result)))
     expected = "| a_data | a | 16 (1,600 pairs) | 1.0% | 2.5% | 6.2% | 1.25 | 2,000 ms | 50 ms | 125 ms | 1,600 ms |"
     assert expected in summary.markdown(tmp_path)
