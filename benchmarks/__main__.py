@@ -28,6 +28,8 @@ SHORT: dict[str, list[str]] = {
     "throughput": ["--sizes", "2000", "--mentions", "256"],
     "building": ["--entities", "64"],
     "training": [],
+    "methods": ["--batch-size", "4", "--steps", "2"],
+    "precision": ["--people", "5000"],
 }
 FULL: dict[str, list[str]] = {
     "ranking": ["--mentions", "128"],
@@ -36,6 +38,8 @@ FULL: dict[str, list[str]] = {
     "throughput": ["--sizes", "20000", "--mentions", "1024"],
     "building": ["--entities", "512"],
     "training": ["--encoders", "clip"],
+    "methods": [],
+    "precision": [],
 }
 
 

@@ -448,30 +448,23 @@ def measure(name: str, args: argparse.Namespace, entities: datasets.Dataset, fol
     }
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures each recipe, and returns the result."""
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measures each recipe, and yields the result after each, so that an interrupted run is not lost."""
     harness.start(args)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     entities = accounts(generated_entities(_ENTITIES))
-    machine, rows = harness.machine(args.device), []
+    result: dict[str, Any] = {"rows": [], "entities": len(entities), "machine": harness.machine(args.device)}
+    result |= {name: getattr(args, name) for name in ("encoders", "dtype", "repeats", "device")}
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         for name in args.recipes.split(","):
-            rows.append(measure(name, args, entities, Path(folder)))
-            row = rows[-1]
-            shares = [f"{key} {row[f'{key}_cpu_s'] / row['step_cpu_s']:.0%}" for key in ("data", "scoring", "plain")]
-            shares.append(f"waiting {row['waiting_s'] / row['step_s']:.0%}")
+            row = measure(name, args, entities, Path(folder))
+            result["rows"].append(row)
+            shares = [f"{key} {row[f'{key}_cpu_s'] / row['step_cpu_s']:.1%}" for key in ("data", "scoring", "plain")]
+            shares.append(f"waiting {row['waiting_s'] / row['step_s']:.1%}")
             harness.say(f"{name}: {row['step_cpu_s']:.2f} s of CPU time a step, {', '.join(shares)}")
+            yield result
             gc.collect()
-    return {
-        "rows": rows,
-        "entities": len(entities),
-        "encoders": args.encoders,
-        "dtype": args.dtype,
-        "repeats": args.repeats,
-        "device": args.device,
-        "machine": machine,
-    }
 
 
 def main() -> None:
@@ -479,8 +472,9 @@ def main() -> None:
     from benchmarks.summary import show
 
     name = "methods" + ("" if args.encoders == "small" else f"-{args.encoders}")
-    path = harness.write(args.output, name, run(args))
-    show(args.output, [path.stem])
+    for result in run(args):
+        harness.write(args.output, name, result)
+    show(args.output, [name])
 
 
 if __name__ == "__main__":

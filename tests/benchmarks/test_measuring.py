@@ -197,7 +197,7 @@ def test_a_short_and_a_full_run(tmp_path):
             benchmark = importlib.import_module(module)
             assert benchmark.arguments().parse_args(words).repeats == 7
             names.append(name)
-        assert names[:6] == ["ranking", "growth", "latency", "throughput", "building", "training"]
-        assert len(names) == (11 if "--full" in options else 9)
+        assert names[:8] == list(all_benchmarks.SHORT)
+        assert len(names) == (13 if "--full" in options else 11)
     with pytest.raises(SystemExit, match="Unknown benchmark: speed"):
         all_benchmarks.commands(parser.parse_args(["--only", "speed"]))
