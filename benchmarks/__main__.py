@@ -1,6 +1,6 @@
 """Runs all benchmarks, then prints their tables and draws the plot. `make bench` calls this.
 
-    python -m benchmarks                            # small sizes: about 20 minutes on two cores
+    python -m benchmarks                            # small sizes: less than 25 minutes on two cores
     python -m benchmarks --only growth,latency      # some benchmarks; trained models and built indexes are reused
     python -m benchmarks --full                     # all sizes up to a million entities: hours, 40 GB of scratch space
     python -m benchmarks --model runs/mimic-text_wikimel --dataset data/wikimel   # also ranking, latency and throughput

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from string import Formatter
 from typing import Any
 
@@ -206,11 +207,11 @@ class AutoregressiveProcessor(ProcessorMixin):
 
 
 # Copied from modeling/mm_nel/processing_mm_nel.py
-def _padded(rows: list[list[int]]) -> torch.Tensor:
+def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """Returns R lists of numbers as a tensor [R, longest], padded with -1."""
     out = torch.full((len(rows), max([1, *map(len, rows)])), -1)
-    for row, ids in enumerate(rows):
-        out[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    is_number = torch.arange(out.shape[1]) < torch.tensor(list(map(len, rows)))[:, None]
+    out[is_number] = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64)
     return out
 
 

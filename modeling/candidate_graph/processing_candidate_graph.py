@@ -6,10 +6,13 @@ import functools
 import math
 import re
 import unicodedata
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
@@ -30,6 +33,11 @@ FEATURES = (
     "name_ends_with_mention",
     "mention_ends_with_name",
 )
+
+
+#: Ids of the words of texts that were read lately, by tokenizer and text, because entities are candidates again and again.
+_READ: WeakKeyDictionary[Any, dict[str, Sequence[int]]] = WeakKeyDictionary()
+_MOST_READ = 2**15
 
 
 class CandidateGraphProcessor(ProcessorMixin):
@@ -228,14 +236,18 @@ class CandidateGraphProcessor(ProcessorMixin):
         return result  # type: ignore[return-value]
 
     # Copied from modeling/mm_nel/processing_mm_nel.py
-    def _word_ids(self, texts: list[str]) -> list[list[int]]:
-        """Returns the ids of the words of each text that have a vector."""
-        if not texts:
-            return []
-        unknown = self.tokenizer.unk_token_id
-        unread = {"return_attention_mask": False, "return_token_type_ids": False}  # which take as long as the ids
-        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False, **unread)["input_ids"]
-        return [[i for i in ids if i != unknown] for ids in encoded]
+    def _word_ids(self, texts: list[str]) -> list[Sequence[int]]:
+        """Returns the ids of the words of each text that have a vector. Texts that were read lately are not read again."""
+        known = _READ.setdefault(self.tokenizer, {})
+        if len(known) > _MOST_READ:
+            known.clear()
+        if unread := [text for text in dict.fromkeys(texts) if text not in known]:
+            unknown = self.tokenizer.unk_token_id
+            unused = {"return_attention_mask": False, "return_token_type_ids": False}  # which take as long as the ids
+            encoded = self.tokenizer(unread, add_special_tokens=False, verbose=False, **unused)["input_ids"]
+            for text, ids in zip(unread, encoded, strict=True):
+                known[text] = array("i", [i for i in ids if i != unknown])
+        return [known[text] for text in texts]
 
 
 def _name_features(surface: str, name: str) -> list[float]:
@@ -280,11 +292,11 @@ def _similarity(first: str, second: str) -> float:
 
 
 # Copied from modeling/mm_nel/processing_mm_nel.py
-def _padded(rows: list[list[int]]) -> torch.Tensor:
+def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """Returns R lists of numbers as a tensor [R, longest], padded with -1."""
     out = torch.full((len(rows), max([1, *map(len, rows)])), -1)
-    for row, ids in enumerate(rows):
-        out[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    is_number = torch.arange(out.shape[1]) < torch.tensor(list(map(len, rows)))[:, None]
+    out[is_number] = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64)
     return out
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import (
@@ -18,6 +21,10 @@ from transformers import (
 )
 
 from .glove_context_rnn import glove_tokenizer
+
+#: Ids of the words of texts that were read lately, by tokenizer and text, because entities are candidates again and again.
+_READ: WeakKeyDictionary[Any, dict[str, Sequence[int]]] = WeakKeyDictionary()
+_MOST_READ = 2**15
 
 
 class ContextRnnProcessor(ProcessorMixin):
@@ -167,7 +174,7 @@ class ContextRnnProcessor(ProcessorMixin):
         names = self._word_ids([str(row.get("name") or "") for row in entity_rows.values()])
         facts = self._word_ids([self._facts(row) for row in entity_rows.values()])
         if self.special_tokens:
-            texts = [(name + fact)[: self.entity_words] for name, fact in zip(names, facts, strict=True)]
+            texts = [[*name, *fact][: self.entity_words] for name, fact in zip(names, facts, strict=True)]
             batch["pair_entity_ids"] = _padded([self._with_special(ids) for ids in texts])
         else:
             batch["pair_name_ids"] = _padded(names)
@@ -259,14 +266,18 @@ class ContextRnnProcessor(ProcessorMixin):
         return result  # type: ignore[return-value]
 
     # Copied from modeling/mm_nel/processing_mm_nel.py
-    def _word_ids(self, texts: list[str]) -> list[list[int]]:
-        """Returns the ids of the words of each text that have a vector."""
-        if not texts:
-            return []
-        unknown = self.tokenizer.unk_token_id
-        unread = {"return_attention_mask": False, "return_token_type_ids": False}  # which take as long as the ids
-        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False, **unread)["input_ids"]
-        return [[i for i in ids if i != unknown] for ids in encoded]
+    def _word_ids(self, texts: list[str]) -> list[Sequence[int]]:
+        """Returns the ids of the words of each text that have a vector. Texts that were read lately are not read again."""
+        known = _READ.setdefault(self.tokenizer, {})
+        if len(known) > _MOST_READ:
+            known.clear()
+        if unread := [text for text in dict.fromkeys(texts) if text not in known]:
+            unknown = self.tokenizer.unk_token_id
+            unused = {"return_attention_mask": False, "return_token_type_ids": False}  # which take as long as the ids
+            encoded = self.tokenizer(unread, add_special_tokens=False, verbose=False, **unused)["input_ids"]
+            for text, ids in zip(unread, encoded, strict=True):
+                known[text] = array("i", [i for i in ids if i != unknown])
+        return [known[text] for text in texts]
 
     # Copied from modeling/mm_nel/processing_mm_nel.py
     def _image_tensors(self, rows, lists, visual: list[bool], shape: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -306,11 +317,11 @@ class ContextRnnProcessor(ProcessorMixin):
 
 
 # Copied from modeling/mm_nel/processing_mm_nel.py
-def _padded(rows: list[list[int]]) -> torch.Tensor:
+def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """Returns R lists of numbers as a tensor [R, longest], padded with -1."""
     out = torch.full((len(rows), max([1, *map(len, rows)])), -1)
-    for row, ids in enumerate(rows):
-        out[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    is_number = torch.arange(out.shape[1]) < torch.tensor(list(map(len, rows)))[:, None]
+    out[is_number] = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64)
     return out
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoProcessor, BertConfig, BertModel, PreTrainedTokenizerFast
 
 import hf_mel  # noqa: F401 (registers the methods)
-from hf_mel.modeling.mm_nel import MmNelModel, MmNelProcessor
+from hf_mel.modeling.mm_nel import MmNelModel, MmNelProcessor, processing_mm_nel
 from hf_mel.modeling.mm_nel.glove_mm_nel import glove_tokenizer, glove_vectors
 from hf_mel.protocols import MelProcessor
 
@@ -115,6 +115,19 @@ def test_distinct_entities_are_prepared_once(processor):
     assert batch["pair_prior"].tolist() == [[0.25, 0], [0.5, 0], [0, 0]]
     assert [words(ids) for ids in batch["pair_name_ids"]] == [["police", "gordon", "the"], ["gotham"]]
     assert [words(ids) for ids in batch["pair_fact_ids"]] == [["hero", *["w1"] * 63], ["city"]]
+
+
+@pytest.mark.parametrize("most_read", [0, 2**15])
+def test_texts_that_were_read_before_have_the_same_words(processor, glove, monkeypatch, most_read):
+    monkeypatch.setattr(processing_mm_nel, "_MOST_READ", most_read)
+    texts = ["Bruce Wayne", "unheard-of", "", "Gotham city", "Bruce Wayne", *(f"w{i} the w{i}" for i in range(9))]
+    plain = MmNelProcessor.from_backbones(text=glove)._word_ids(texts)
+    for order in (texts, texts[::-1], texts[3:]):
+        words = processor._word_ids(order)
+        assert [list(ids) for ids in words] == [list(plain[texts.index(text)]) for text in order]
+        assert [list(ids) for ids in words] == [
+            [processor.tokenizer.vocab[word] for word in text.lower().split() if word in WORDS] for text in order
+        ]
 
 
 def test_documents_are_grouped_by_document_id_or_context_id(processor):
