@@ -32,7 +32,7 @@ Products: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 #: A number of one mention (`float`), or of each of n entities (`torch.Tensor` [n]).
 Number: TypeAlias = Any
 #: Rounding of float32 sums, relative to the largest score, and to the terms of |y|².
-_ROUNDING, _LENGTH_ROUNDING = 1e-4, 1e-5
+_ROUNDING, _LENGTH_ROUNDING, _TOP_ROUNDING, _GATE_ROUNDING = 1e-4, 1e-5, 3e-6, 1e-6
 
 
 class Asking(NamedTuple):
@@ -83,13 +83,17 @@ class Answering(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """Numbers of a DualGate: d, ε of its two LayerNorms, the constant of the gate's argument, and |c'|."""
+    """Numbers of a DualGate: d, ε of its two LayerNorms, the constant of the gate's argument, |c'|, and the rounding of the
+    gate's argument: of its constant, and for each unit of |a| + |p|.
+    """
 
     dim: float
     inner_eps: float
     outer_eps: float
     gate_bias: float
     length: float
+    constant_rounding: float
+    gate_rounding: float
 
 
 class Gate:
@@ -114,7 +118,16 @@ class Gate:
         self.slope = outer.weight.square() if self.query_norm else outer.weight
         self.base = outer.weight * outer.bias if self.query_norm else outer.weight
         gate_bias = float(constant @ gate + dual_gate.fc_gate.bias[0])
-        self.constants = Constants(len(self.map), inner.eps, outer.eps, gate_bias, float(self.constant.norm()))
+        length = float(gate.norm())
+        self.constants = Constants(
+            len(self.map),
+            inner.eps,
+            outer.eps,
+            gate_bias,
+            float(self.constant.norm()),
+            _GATE_ROUNDING * (float(constant.norm()) * length + abs(float(dual_gate.fc_gate.bias[0]))),
+            _GATE_ROUNDING * float(weight.norm()) * length,
+        )
 
     def asking(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Asking]:
         """Returns a [B, d], r [B, d] and the numbers [B] of A, from v_A^G [B, d]."""
@@ -127,7 +140,8 @@ class Gate:
             scale, shift = torch.ones_like(query[:, 0]), query.mean(-1)
             bias = query @ self.bias
         factor = scale[:, None] * self.slope * a + shift[:, None] * self.base
-        mapped = a @ self.map.T
+        # All that it multiplies is centred.
+        factor, mapped = centred(factor), a @ self.map.T
         numbers = Asking(
             a.square().sum(-1),
             a @ self.gate,
@@ -135,7 +149,7 @@ class Gate:
             mapped @ self.constant,
             (factor * mapped).sum(-1),
             factor @ self.constant,
-            centred(factor).norm(dim=-1),
+            factor.norm(dim=-1),
             bias,
             scale,
             shift,
@@ -174,7 +188,7 @@ def mention_products(vdlu: Any, mentions: Mapping[str, torch.Tensor]) -> tuple[d
     mapped_a, mapped_p = a @ asks.map.T, p @ answers.map.T
     vectors = {
         "patches": [a, mapped_a @ asks.map, factor @ asks.map],
-        "key": [mapped_a, centred(factor)],
+        "key": [mapped_a, factor],
         "asking": [p, mapped_p @ answers.map, k @ answers.map, answers.slope * mapped_p, answers.slope * k],
     }
     constants = a.new_tensor([*asks.constants, *answers.constants]).expand(len(a), -1)
@@ -240,8 +254,10 @@ def highest_scores(
     largest = torch.rsqrt((variance - spread).clamp(min=gate.inner_eps))
     smallest = torch.rsqrt((variance + spread).clamp(min=gate.inner_eps))
     argument = of_a.gate + of_b.gate
-    ends = [torch.tanh(inverse * argument + gate.gate_bias) for inverse in (largest, smallest)]
-    gated, gated_radius = (ends[0] + ends[1]) / 2, (ends[0] - ends[1]).abs() / 2
+    ends = [inverse * argument + gate.gate_bias for inverse in (largest, smallest)]
+    margin = largest * gate.gate_rounding * (of_a.square**0.5 + of_b.square**0.5) + gate.constant_rounding
+    low, high = torch.tanh(torch.minimum(*ends) - margin), torch.tanh(torch.maximum(*ends) + margin)
+    gated, gated_radius = (high + low) / 2, (high - low) / 2
     inverse, inverse_radius = (largest + smallest) / 2, (largest - smallest) / 2
     u, u_radius = gated * inverse, gated.abs() * inverse_radius + gated_radius * largest
     size = u.abs()
@@ -259,6 +275,7 @@ def highest_scores(
     )
     squared = squared + of_b.key_square
     terms = size.square() * mapped + of_b.key_square + gate.length**2
+    top = top + _TOP_ROUNDING * of_a.factor_length * terms.sqrt()
     squared_radius = 2 * size * (size * qp[1] + qk[1]) + _LENGTH_ROUNDING * terms
     moved = u_radius * (both + 2 * qp[1]).clamp(min=0).sqrt() + gated_radius * gate.length
     shortest = ((squared - squared_radius).clamp(min=0).sqrt() - moved).clamp(min=0)

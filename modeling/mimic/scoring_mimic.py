@@ -26,6 +26,8 @@ _DENSE = 0.4
 _NARROW = 0.05
 #: Relative margin added to a bound: many times the rounding error of float32 scores.
 _ROUNDING = 1e-4
+#: Rounding of values and of the basis of their span, relative to the longest value.
+_SPAN_ROUNDING = 1e-6
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -153,7 +155,7 @@ def pairs_above(
     if candidates.sum() > _DENSE * candidates.numel():
         return candidates
     _, values, key_mask = _keys_and_values(mentions)
-    bounds_of = _closer_bounds(values, key_mask)
+    bounds_of = _closer_bounds(values, key_mask, layer_norm.eps)
     for m in candidates.any(1).nonzero()[:, 0].tolist():
         columns = candidates[m].nonzero()[:, 0]
         highest = bounds_of(m, target.index_select(0, columns))
@@ -177,7 +179,7 @@ def global_to_local_bounds(
     """
     target, _, reach, margin = _reach(entities, layer_norm)
     _, values, key_mask = _keys_and_values(mentions)
-    bounds_of = _closer_bounds(values, key_mask)
+    bounds_of = _closer_bounds(values, key_mask, layer_norm.eps)
     closer = (bounds_of(m, target) for m in range(len(values)))
     rows = [reach if highest is None else torch.minimum(reach, highest) for highest in closer]
     return torch.stack(rows) + margin if rows else target.new_zeros(0, len(target))
@@ -257,7 +259,7 @@ def _context_scores(attention: torch.Tensor, values: torch.Tensor, target: torch
 
 
 def _closer_bounds(
-    values: torch.Tensor, mask: torch.Tensor | None
+    values: torch.Tensor, mask: torch.Tensor | None, eps: float
 ) -> Callable[[int, torch.Tensor], torch.Tensor | None]:
     """Returns a function that bounds h·q' of [`pairs_above`] by the values of one mention.
 
@@ -272,9 +274,11 @@ def _closer_bounds(
         of_mention = values[m] if mask is None else values[m, mask[m]]
         if len(of_mention) >= dim - 1:  # centred vectors are in dim - 1 dimensions
             return None
-        # The columns of Q span the values whatever their rank. Q is as exact as they are: rounding is in the margin.
+        # The columns of Q span the values whatever their rank, up to rounding. A context that is a small difference of
+        # values has that of the values, which LayerNorm divides by no less than √ε.
         basis = torch.linalg.qr(of_mention.T)[0]
-        return (target @ basis).norm(dim=-1) * dim**0.5
+        outside = of_mention.norm(dim=-1).amax() * (_SPAN_ROUNDING / eps**0.5)
+        return (target @ basis).norm(dim=-1) * dim**0.5 + target.norm(dim=-1) * outside
 
     return bounds_of
 

@@ -53,3 +53,15 @@ def test_bounds_of_blocks_are_those_of_single_entities(monkeypatch):
         alone = torch.cat([entities.bounds(mention, rows[i : i + 1]) for i in range(len(rows))])
         torch.testing.assert_close(alone, whole, rtol=1e-5, atol=1e-5)
         assert len(entities.bounds(mention, rows[:0])) == 0
+
+
+def test_what_is_nan_proves_nothing():
+    codes = codes_of(WORLDS["plain"].astype(np.float32))
+
+    def bound(state, products, numbers):
+        return torch.where(numbers[0] > 0, torch.nan, -1.0)
+
+    numbers = torch.tensor([[0.0, 1.0] * 150])
+    entities = EntityProducts({"only": codes}, numbers, bound)
+    mention = entities.mentions({"only": normal(1, 2, 40)}, np.zeros((1, 1)))[0]
+    assert entities.bounds(mention, torch.arange(4)).tolist() == [-1, 0, -1, 0]

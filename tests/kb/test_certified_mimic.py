@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from benchmarks.sources import stored_kb
 from hf_mel.errors import KnowledgeBaseError, ScoreError
 from hf_mel.inference.encodings import slice_encodings
 from hf_mel.inference.sparse_scores import SparseScores
+from hf_mel.kb import shared_work
 from hf_mel.kb.indexes import certified
 from hf_mel.kb.indexes.base import ExactIndex
 from hf_mel.kb.indexes.certified import CertifiedIndex
@@ -139,6 +142,54 @@ def test_mentions_without_an_image_have_no_share_of_the_products():
     torch.testing.assert_close(found.top_scores, expected.top_scores, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_build_that_goes_on_with_other_products_begins_again(before, monkeypatch):
+    model, kb, mentions = world(units=["vision", "cross_modal"])
+    monkeypatch.setattr(certified, "_UNIT_ROWS", 16)
+    monkeypatch.setattr(certified, "_CHUNK_ROWS", 16)
+    finish = shared_work.SharedFolder.finish
+
+    def interrupted(self, unit, entry):
+        if unit.number == 3:
+            raise KeyboardInterrupt
+        finish(self, unit, entry)
+
+    monkeypatch.setattr(MimicModel, "bounds_by_products", before)
+    monkeypatch.setattr(shared_work.SharedFolder, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        CertifiedIndex.build(kb, model, progress=False)
+    monkeypatch.setattr(shared_work.SharedFolder, "finish", finish)
+    monkeypatch.setattr(MimicModel, "bounds_by_products", not before)
+    CertifiedIndex.build(kb, model, progress=False)
+    found, expected = CertifiedIndex(kb, model).find(mentions, 4), ExactIndex(kb, model).find(mentions, 4)
+    torch.testing.assert_close(found.top_scores, expected.top_scores, rtol=1e-5, atol=1e-4)
+
+
+def test_codes_of_other_products_are_stale():
+    model, kb, _ = world(units=["vision", "cross_modal"])
+    with torch.no_grad():
+        model.vdlu.mention_to_entity.fc.weight.mul_(-3)  # neither x nor b has it
+    with pytest.raises(KnowledgeBaseError, match="the vectors of this model are others"):
+        CertifiedIndex(kb, model)
+
+
+def test_codes_with_products_are_stale_for_a_model_without(monkeypatch):
+    model, kb, _ = world(units=["vision", "cross_modal"])
+    monkeypatch.setattr(MimicModel, "bounds_by_products", False)
+    with pytest.raises(KnowledgeBaseError, match="they have products, and this model has none"):
+        CertifiedIndex(kb, model)
+
+
+def test_codes_of_an_older_form_are_stale():
+    model, kb, _ = world(units=["vision", "cross_modal"])
+    path = kb.path / "index-codes.json"
+    record = json.loads(path.read_text())
+    del record["settings"]["dims"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(KnowledgeBaseError, match="they are of an older form"):
+        CertifiedIndex(kb, model)
+
+
 def test_bad_products_are_reported(monkeypatch):
     model, kb, mentions = world(units=["vision", "cross_modal"])
     index = CertifiedIndex(kb, model)
@@ -157,6 +208,7 @@ def test_bad_products_are_reported(monkeypatch):
     monkeypatch.setattr(MimicModel, "product_vectors", infinite)
     with pytest.raises(KnowledgeBaseError, match="nan or infinite"):
         CertifiedIndex.build(kb, model, progress=False)
+    monkeypatch.setattr(MimicModel, "product_vectors", vectors)
     CertifiedIndex(kb, model)  # the codes of before are still there
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, CLIPModel
 
 import hf_mel  # noqa: F401 (registers the methods)
 from hf_mel.inference.quantisation import dequantised, layout_of, quantised
-from hf_mel.modeling.mimic import MimicConfig, MimicModel, modeling_mimic, scoring_mimic
+from hf_mel.modeling.mimic import MimicConfig, MimicModel, dual_bounds_mimic, modeling_mimic, scoring_mimic
 from hf_mel.protocols import (
     BoundsPairs,
     Retriever,
@@ -530,6 +530,73 @@ def test_no_score_of_images_is_above_the_bound_that_its_products_give(query_norm
             assert (highest >= exact[m] - 1e-6 * size).all()
             if not radius and scale == 1.0:  # the products give the score
                 torch.testing.assert_close(highest, exact[m], atol=float(1e-3 * size), rtol=0)
+
+
+@pytest.mark.parametrize("factor", [1, 1e3, 1e4])
+def test_a_gate_whose_parts_cancel_is_in_the_bound(factor):
+    """The argument of the gate is a difference of large numbers, so that its rounding is as large as it is."""
+    generator = torch.Generator().manual_seed(0)
+    model = images_only(True, generator)
+    mentions, entities = encoded_images(model, generator)
+    dual_gate = model.vdlu.mention_to_entity
+    with torch.no_grad():
+        for part in (dual_gate.fc_gate, dual_gate.fc, dual_gate.add_layer_norm):
+            part.bias.zero_()
+        dual_gate.fc_gate.weight.mul_(factor)
+        direction = dual_bounds_mimic.Gate(dual_gate).gate
+        direction = direction - direction.mean()
+        sums = (mentions["vision_query"][0] + entities["vision_pooled"]) @ direction
+        entities["vision_pooled"] -= sums[:, None] * direction / direction.square().sum()
+        entities["vision_key"] *= 0.01
+        doubles = [{name: tensor.double() for name, tensor in side.items()} for side in (mentions, entities)]
+        exact = copy.deepcopy(model).double().vdlu(*doubles)[0]
+        caps = bounds(model, mentions, entities)[0]
+        queries, states = model.product_queries(mentions)
+        vectors, numbers = model.product_vectors(entities)
+        for radius in (0, 1e-3):
+            products = {}
+            for name, of_entities in vectors.items():
+                true = queries[name][0] @ of_entities.T
+                sizes = queries[name][0].norm(dim=1, keepdim=True) * of_entities.norm(dim=1)
+                products[name] = true, sizes * radius
+            highest = caps + model.product_bounds(states[0], products, numbers.T)
+            assert (highest >= exact - 1e-6 * caps.abs().max()).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_no_score_of_images_is_above_its_cap_where_the_sides_cancel(scale):
+    """Of y in eq. 13 nothing but rounding is left, which the second LayerNorm enlarges."""
+    generator = torch.Generator().manual_seed(0)
+    model = images_only(True, generator)
+    mentions, entities = encoded_images(model, generator, scale)
+    with torch.no_grad():
+        for part in (model.vdlu.mention_to_entity.fc, model.vdlu.mention_to_entity.add_layer_norm):
+            part.bias.zero_()
+        entities["vision_key"].zero_()
+        noise = torch.randn(entities["vision_pooled"].shape, generator=generator)
+        entities["vision_pooled"] = -mentions["vision_query"][:1] + 1e-4 * scale * noise
+        scores, highest = model.score(mentions, entities).double(), bounds(model, mentions, entities)
+    assert (scores <= highest + 1e-6 * highest.abs().max()).all()
+
+
+def test_the_bound_by_the_span_holds_for_a_small_difference_of_large_values():
+    generator = torch.Generator().manual_seed(0)
+    model = build(units=["text"], vision_config=None)
+    mentions = texts(model, 3, "mention", generator)
+    entities = texts(model, 50, "entity", generator)
+    large = 1e7 * torch.randn(3, model.config.text_dim, generator=generator)
+    small = 10 * torch.randn(3, model.config.text_dim, generator=generator)
+    mentions["text_values"] = torch.stack([large, -large + small], 1)
+    mentions["text_keys"] = mentions["text_keys"][:, :2]
+    mentions["text_keys"] = mentions["text_keys"] * 0  # uniform attention
+    sides = [{name: tensor.double() for name, tensor in side.items()} for side in (mentions, entities)]
+    with torch.no_grad():
+        context = mentions["text_values"].mean(1) - mentions["text_values"].mean((1, 2), keepdim=True)[:, 0]
+        entities["text_query_global"][:3] = context / context.norm(dim=1, keepdim=True)
+        sides[1]["text_query_global"] = entities["text_query_global"].double()
+        exact = copy.deepcopy(model).double().score(*sides)
+        highest = model.pair_bounds(mentions, {name: entities[name] for name in model.pair_bound_encodings})
+    assert (highest.double() >= exact - 1e-6 * exact.abs().max()).all()
 
 
 def test_the_bound_by_products_closes_in_as_the_radius_falls():

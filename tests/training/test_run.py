@@ -48,7 +48,7 @@ def results_of(folder: Path) -> dict:
 def test_the_folder_contains_a_model_repository_and_the_record_of_its_run(finished, dataset):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        "README.md", "config.json", "configuration_mimic.py", "environment.json", "model.safetensors", "modeling_mimic.py",
+        "README.md", "config.json", "configuration_mimic.py", "dual_bounds_mimic.py", "environment.json", "model.safetensors", "modeling_mimic.py",
         "processing_mimic.py", "processor_config.json", "recipe.yaml", "results.json", "scoring_mimic.py",
         "tokenizer.json", "tokenizer_config.json", "training.png", "training_log.json",
     }  # fmt: skip

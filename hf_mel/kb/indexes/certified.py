@@ -121,9 +121,8 @@ class CertifiedIndex(ExactIndex):
         self.record = read_record(kb.path, CODES)
         self._check_covers()
         self._codes, self._products = _read_codes(kb, self.record, model)
-        vectors, extras = next(iter_bound_vectors(kb, model, 0, 1))[1:]
         recorded = np.array(self.record.probe, dtype=np.float32)
-        current = np.concatenate([vectors[0], extras[0]])
+        current = np.concatenate(_probe(kb, model, with_products=self._products is not None))
         if current.shape != recorded.shape or not np.allclose(current, recorded, rtol=1e-5, atol=1e-6):
             raise stale_index_error(kb, CODES, "the vectors of this model are others")
         #: Number of removed entities, and the physical rows that stay.
@@ -146,7 +145,7 @@ class CertifiedIndex(ExactIndex):
         with group.raise_together():
             check_bounds_scores(model)
             step = default_chunk_size(kb, _CHUNK_ROWS, as_stored=True)
-            probe = [part[0] for part in next(iter_bound_vectors(kb, model, 0, 1))[1:]]
+            probe = _probe(kb, model)
         check_same_settings(group, {"knowledge base": kb.shards}, target)
         units = work_units(kb.num_physical_rows, step * max(1, _UNIT_ROWS // step), step)
 
@@ -476,6 +475,13 @@ def _iter_coded(
         yield start, dict(zip(names, vectors, strict=True)), extras, numbers
 
 
+def _probe(kb: KnowledgeBase, model: Any, with_products: bool = True) -> list[np.ndarray]:
+    """Returns x, b, and what the products have of the first physical row, whose change reveals that of a model."""
+    _, of_rows, extras, numbers = next(_iter_coded(kb, model, 0, 1))
+    products = [vectors[0] for name, vectors in of_rows.items() if name] if with_products else []
+    return [of_rows[""][0], extras[0], *products, *([numbers[0]] if products else [])]
+
+
 def _named(vectors: str, tensor: str) -> str:
     """Returns the name of a tensor of the codes of some vectors; those of x have no name."""
     return f"{vectors}.{tensor}" if vectors else tensor
@@ -493,7 +499,8 @@ def _sample(kb: KnowledgeBase, model: Any) -> dict[str, np.ndarray]:
 def _write_directions(stage: Path, kb: KnowledgeBase, model: Any, num_extras: int) -> Path:
     """Writes the means and the rotation of the codes, unless units of an interrupted build were made with those there are."""
     path = stage / _DIRECTIONS
-    if not path.exists():
+    names = {_named(name, "mean") for name in next(_iter_coded(kb, model, 0, 1))[1]} | {"rotation"}
+    if not path.exists() or load_file(path).keys() != names:
         with write_errors(path):
             shutil.rmtree(stage / "notes", ignore_errors=True)
             directions = {}
@@ -620,7 +627,7 @@ def _join(
         "longest": longest.tolist(),
     }
     first = np.concatenate(probe).tolist()
-    mean = [*directions["mean"].tolist(), *[0.0] * num_extras]
+    mean = [*directions["mean"].tolist(), *[0.0] * (len(first) - dims[""])]  # as long as the probe
     return IndexRecord(CODES, kb.shards, first, mean, 0.0, settings)
 
 
@@ -633,6 +640,8 @@ def _read_codes(kb: KnowledgeBase, record: IndexRecord, model: Any) -> tuple[Bou
     path = verified_path(kb.path, record, _SUFFIX)
     try:
         settings = record.settings
+        if "dims" not in settings:
+            raise stale_index_error(kb, CODES, "they are of an older form")
         dims = {name: int(dim) for name, dim in settings["dims"].items()}
         head, extras, numbers = (int(settings[name]) for name in ("head", "extras", "numbers"))
         longest_head, longest = (float(value) for value in settings["longest"])
@@ -657,4 +666,8 @@ def _read_codes(kb: KnowledgeBase, record: IndexRecord, model: Any) -> tuple[Bou
         }
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged_index_error(path, CODES, f"{type(error).__name__}: {error}") from error
-    return codes, EntityProducts(products, tensors[_NUMBERS], model.product_bounds) if products else None
+    if not products:
+        return codes, None
+    if not bounds_by_products(model):
+        raise stale_index_error(kb, CODES, "they have products, and this model has none")
+    return codes, EntityProducts(products, tensors[_NUMBERS], model.product_bounds)
