@@ -157,10 +157,10 @@ def count_ties_together(folder: Path, root: Path, processes: PartialState) -> No
     model.encode_mentions = lambda **inputs: {name: tensor * 0 for name, tensor in encode(**inputs).items()}
     iter_chunks = linker.kb.iter_chunks
 
-    def watched(chunk_size, *, rows=None, as_stored=False):
+    def watched(chunk_size, *, rows=None, **options):
         chosen = range(len(linker.kb)) if rows is None else rows
         read.extend([chosen.start, chosen.stop])
-        return iter_chunks(chunk_size, rows=rows, as_stored=as_stored)
+        return iter_chunks(chunk_size, rows=rows, **options)
 
     linker.kb.iter_chunks = watched
     for where in (None, "name != 'Entity c'"):
