@@ -1,6 +1,6 @@
 """Runs all benchmarks, then prints their tables and draws the plot. `make bench` calls this.
 
-    python -m benchmarks                            # small sizes: less than 25 minutes on two cores
+    python -m benchmarks                            # small sizes: about 23 minutes of CPU time
     python -m benchmarks --only growth,latency      # some benchmarks; trained models and built indexes are reused
     python -m benchmarks --full                     # all sizes up to a million entities: hours, 40 GB of scratch space
     python -m benchmarks --model runs/mimic-text_wikimel --dataset data/wikimel   # also ranking, latency and throughput
@@ -20,6 +20,8 @@ import time
 
 from benchmarks import harness, summary
 
+#: Recipes of the short run, one of each kind of method: IMN, PFMEL and MMEL take most of the time of all.
+_QUICK_RECIPES = "mimic_wikimel,bert_wikimel,ghmfc_wikimel,cholan_tweets,genre_wikimel,mulrel_aida,et_tweets"
 #: Arguments of each benchmark, for a short run and for a full one.
 SHORT: dict[str, list[str]] = {
     "ranking": ["--mentions", "8"],
@@ -28,7 +30,7 @@ SHORT: dict[str, list[str]] = {
     "throughput": ["--sizes", "2000", "--mentions", "256"],
     "building": ["--entities", "64"],
     "training": [],
-    "methods": ["--batch-size", "4", "--steps", "2"],
+    "methods": ["--batch-size", "4", "--steps", "2", "--recipes", _QUICK_RECIPES],
     "precision": ["--people", "5000"],
 }
 FULL: dict[str, list[str]] = {

@@ -96,6 +96,8 @@ def library_steps(args: argparse.Namespace, model: Any, processor: Any, mentions
             use_cpu=args.device == "cpu",
             bf16=args.dtype == "bfloat16",
             fp16=args.dtype == "float16",
+            # Memory that the repeats before have freed still counts as used by this process.
+            check_memory=False,
         )
         trainer = MelTrainer(
             model, options, train_dataset=mentions, entities=entities, processing_class=processor, callbacks=[clock]
