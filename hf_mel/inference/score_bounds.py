@@ -67,17 +67,6 @@ def make_rotation(sample: np.ndarray, head: int, seed: int = 0) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def check_rotation(rotation: np.ndarray) -> None:
-    """Checks that a matrix [D, D] is orthogonal, up to a defect that the slack covers.
-
-    Raises:
-        ValueError: It is not.
-    """
-    defect = np.linalg.norm(np.eye(len(rotation)) - rotation.T @ rotation)
-    if not defect < _LARGEST_DEFECT:
-        raise ValueError(f"the rotation is not orthogonal: |I - RᵀR| is {defect:.2g}")
-
-
 def rounded_up(values: np.ndarray) -> np.ndarray:
     """Returns float32 numbers that are at least `values` (float64), which must not be negative."""
     nearest = values.astype(np.float32)
@@ -115,7 +104,7 @@ class RoundedVectors:
     Args:
         integers (`torch.Tensor` `[rounds · K, d]`): Those of the K vectors, those of what they leave, and so on (int8).
         steps (`torch.Tensor` `[rounds · K]`): Their steps (float32).
-        lengths (`np.ndarray` `[K]`): No shorter than the rounded vectors v̂ (float64).
+        lengths (`np.ndarray` `[K]`): |v̂| of the rounded vectors (float64).
         errors (`np.ndarray` `[K]`): |v - v̂|, rounded up (float32).
     """
 
@@ -132,7 +121,7 @@ class RoundedVectors:
             integers, steps, errors = rounded(left)
             left = left - integers * steps[:, None].astype(np.float64)
             parts.append((torch.from_numpy(integers), torch.from_numpy(steps)))
-        lengths = np.linalg.norm(vectors, axis=1) + errors
+        lengths = np.linalg.norm(vectors - left, axis=1)
         return cls(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), lengths, errors)
 
     def products(self, codes: torch.Tensor) -> torch.Tensor:
@@ -144,11 +133,6 @@ class RoundedVectors:
         ):
             total[number % count].add_(products, alpha=step)
         return total
-
-
-def lengths_of(integers: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Returns the norms [n] (float64) of the rows [n, d] that [`rounded`] gave."""
-    return np.linalg.norm(integers.astype(np.float64), axis=1) * steps
 
 
 def rounded(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -203,7 +187,9 @@ class BoundCodes:
     longest: float
 
     def __post_init__(self):
-        check_rotation(self.rotation)
+        defect = np.linalg.norm(np.eye(len(self.rotation)) - self.rotation.T @ self.rotation)
+        if not defect < _LARGEST_DEFECT:
+            raise ValueError(f"the rotation is not orthogonal: |I - RᵀR| is {defect:.2g}")
         self._largest_extras = self.norms[3:].abs().amax(1).double().numpy() if len(self) else np.zeros(0)
 
     def __len__(self) -> int:
@@ -221,19 +207,17 @@ class BoundCodes:
     def quick_bounds(self, queries: BoundQueries) -> torch.Tensor:
         """Returns bounds [M, N] (float32) from the heads and the norms alone: the first step."""
         width = self.head.shape[1]
-        heads, tails = queries.rotated[:, :width], queries.rotated[:, width:]
-        integers, steps, errors = rounded(heads)
-        lengths = np.stack([lengths_of(integers, steps), np.linalg.norm(tails, axis=1)], 1)
+        heads = RoundedVectors.of(queries.rotated[:, :width], 1)
+        lengths = np.stack([heads.lengths, np.linalg.norm(queries.rotated[:, width:], axis=1)], 1)
         factors = torch.from_numpy(np.concatenate([lengths, queries.weights], 1)).float()
-        constants = torch.from_numpy(queries.constants + errors.astype(np.float64) * self.longest_head).float()
-        codes = torch.from_numpy(integers)
+        constants = torch.from_numpy(queries.constants + heads.errors.astype(np.float64) * self.longest_head).float()
         bounds = torch.empty(len(queries), len(self))
         for first in range(0, len(self), _QUICK_ROWS):
             block = slice(first, first + _QUICK_ROWS)
             norms = self.norms[:, block]
             part = torch.addmm(constants[:, None], factors, norms[1:], out=bounds[:, block])
-            for number, products in enumerate(integer_products(self.head[block], codes)):
-                part[number].addcmul_(products, norms[0], value=float(steps[number]))
+            for number, products in enumerate(integer_products(self.head[block], heads.integers)):
+                part[number].addcmul_(products, norms[0], value=float(heads.steps[number]))
         return bounds
 
     def bounds(self, query: BoundQueries, rows: torch.Tensor | None = None) -> torch.Tensor:

@@ -284,7 +284,7 @@ class DualGate(nn.Module):
         final = norm2(query) if self.query_norm else query
         r = final * norm2.weight
         dot = u * ((q_map * r).sum(-1)[:, None] + r @ p_map.T) + gate * (r @ constant)[:, None] + r @ k.T
-        # Where |ỹ| is nothing but rounding, the quotient is, too. By Cauchy and Schwarz, no score exceeds `reach`.
+        # If rounding is all that is left of |ỹ|, the quotient means nothing. By Cauchy and Schwarz, no score exceeds `reach`.
         reach = (centred(r).norm(dim=-1) * dim**0.5)[:, None]
         return (dot * inverse2).clamp(-reach, reach) + (final @ norm2.bias)[:, None]
 

@@ -57,14 +57,18 @@ MODEL = bounded()
 WORLD = toy_entities(150)
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
+def use_codes_for_few(monkeypatch, batch: int = 3, largest_share: float = 0.9) -> None:
     """Uses codes whatever the size of the knowledge base, and small steps."""
     monkeypatch.setattr(certified, "_LEAST_ENTITIES", 0)
     monkeypatch.setattr(certified, "_LEAST_PER_RESULT", 0)
     monkeypatch.setattr(certified, "_FIRST_SCORED", 4)
-    monkeypatch.setattr(certified, "_BATCH", 3)
-    monkeypatch.setattr(certified, "_LARGEST_SHARE", 0.9)
+    monkeypatch.setattr(certified, "_BATCH", batch)
+    monkeypatch.setattr(certified, "_LARGEST_SHARE", largest_share)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    use_codes_for_few(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ from benchmarks.sources import stored_kb
 from hf_mel.errors import KnowledgeBaseError, ScoreError
 from hf_mel.inference.encodings import slice_encodings
 from hf_mel.inference.sparse_scores import SparseScores
-from hf_mel.kb import shared_work
 from hf_mel.kb.indexes import certified
 from hf_mel.kb.indexes.base import ExactIndex
 from hf_mel.kb.indexes.certified import CertifiedIndex
 from hf_mel.modeling.mimic import MimicModel
+from tests.kb.test_certified import use_codes_for_few
+from tests.kb.test_shared_codes import interrupted_at
 from tests.modeling.test_mimic import build, texts
 
 ENTITIES = 400
@@ -24,12 +25,7 @@ ENTITIES = 400
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    """Uses codes whatever the size of the knowledge base, and small steps."""
-    monkeypatch.setattr(certified, "_LEAST_ENTITIES", 0)
-    monkeypatch.setattr(certified, "_LEAST_PER_RESULT", 0)
-    monkeypatch.setattr(certified, "_FIRST_SCORED", 4)
-    monkeypatch.setattr(certified, "_BATCH", 8)
-    monkeypatch.setattr(certified, "_LARGEST_SHARE", 1.0)
+    use_codes_for_few(monkeypatch, batch=8, largest_share=1.0)
 
 
 def encodings(model, count: int, side: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -147,18 +143,9 @@ def test_a_build_that_goes_on_with_other_products_begins_again(before, monkeypat
     model, kb, mentions = world(units=["vision", "cross_modal"])
     monkeypatch.setattr(certified, "_UNIT_ROWS", 16)
     monkeypatch.setattr(certified, "_CHUNK_ROWS", 16)
-    finish = shared_work.SharedFolder.finish
-
-    def interrupted(self, unit, entry):
-        if unit.number == 3:
-            raise KeyboardInterrupt
-        finish(self, unit, entry)
-
     monkeypatch.setattr(MimicModel, "bounds_by_products", before)
-    monkeypatch.setattr(shared_work.SharedFolder, "finish", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(3):
         CertifiedIndex.build(kb, model, progress=False)
-    monkeypatch.setattr(shared_work.SharedFolder, "finish", finish)
     monkeypatch.setattr(MimicModel, "bounds_by_products", not before)
     CertifiedIndex.build(kb, model, progress=False)
     found, expected = CertifiedIndex(kb, model).find(mentions, 4), ExactIndex(kb, model).find(mentions, 4)
@@ -216,7 +203,6 @@ def test_codes_that_were_made_without_products_prove_the_same(monkeypatch):
     monkeypatch.setattr(MimicModel, "bounds_by_products", False)
     model, kb, mentions = world(units=["vision", "cross_modal"])
     monkeypatch.undo()
-    monkeypatch.setattr(certified, "_LEAST_ENTITIES", 0)
-    monkeypatch.setattr(certified, "_LEAST_PER_RESULT", 0)
+    use_codes_for_few(monkeypatch, batch=8, largest_share=1.0)
     expected = ExactIndex(kb, model).find(mentions, 3)
     torch.testing.assert_close(CertifiedIndex(kb, model).find(mentions, 3).top_scores, expected.top_scores)

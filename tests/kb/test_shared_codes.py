@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -112,19 +114,24 @@ def test_four_processes_write_the_codes_of_one_after_one_was_killed(root, alone)
     assert codes_of(root / "kb") == alone
 
 
-def test_an_interrupted_build_of_one_process_goes_on_with_the_directions_of_its_units(root, alone, monkeypatch):
-    monkeypatch.setattr(certified, "_UNIT_ROWS", 8)
+@contextmanager
+def interrupted_at(number: int):
+    """Expects that a build of codes is interrupted where it finishes the unit `number`."""
     finish = shared_work.SharedFolder.finish
 
     def interrupted(self, unit, entry):
-        if unit.number == 3:
+        if unit.number == number:
             raise KeyboardInterrupt
         finish(self, unit, entry)
 
-    monkeypatch.setattr(shared_work.SharedFolder, "finish", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(shared_work.SharedFolder, "finish", interrupted), pytest.raises(KeyboardInterrupt):
+        yield
+
+
+def test_an_interrupted_build_of_one_process_goes_on_with_the_directions_of_its_units(root, alone, monkeypatch):
+    monkeypatch.setattr(certified, "_UNIT_ROWS", 8)
+    with interrupted_at(3):
         build_index(KnowledgeBase(root / "kb"), "codes", bounded(), PROCESSOR, progress=False)
-    monkeypatch.setattr(shared_work.SharedFolder, "finish", finish)
     # Other directions, as those of another processor may be in their last digits, would not fit the finished units.
     monkeypatch.setattr(certified, "make_rotation", lambda sample, head: np.eye(sample.shape[1]))
     build_index(KnowledgeBase(root / "kb"), "codes", bounded(), PROCESSOR, progress=False)

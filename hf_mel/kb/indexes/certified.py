@@ -304,9 +304,8 @@ class CertifiedIndex(ExactIndex):
         bounds[still_open] = -torch.inf
         highest = float(bounds.amax())
         still_open, tight, highest = _split(still_open, tight, floor, highest)
-        if self._products is not None:
-            tight = tight + self._product_bounds(query, still_open)
-            still_open, tight, highest = _split(still_open, tight, floor, highest)
+        tight = self._lowered(query, still_open, tight)
+        still_open, tight, highest = _split(still_open, tight, floor, highest)
         if floor == -torch.inf or num_scored + len(still_open) > _LARGEST_SHARE * len(bounds):
             return replace(super().find(mention, top_k, added=added, rows=rows), bounds=torch.full((1,), -torch.inf))
         order = tight.argsort(descending=True)
@@ -340,9 +339,7 @@ class CertifiedIndex(ExactIndex):
         count = max(_FIRST_SCORED, 2 * top_k)
         chosen = bounds.topk(min(_FIRST_SURPLUS * count, len(bounds))).indices
         chosen = chosen[bounds[chosen] > -torch.inf]
-        tight = self._tight_bounds(query, chosen, bounds, added)
-        if self._products is not None:
-            tight = tight + self._product_bounds(query, chosen)
+        tight = self._lowered(query, chosen, self._tight_bounds(query, chosen, bounds, added))
         if not reads_less:
             return chosen[tight.topk(min(count, len(chosen))).indices]
         chosen = chosen[tight.topk(min(_FIRST_BOUNDED * count, len(chosen))).indices].sort().values
@@ -392,11 +389,11 @@ class CertifiedIndex(ExactIndex):
             added.add_to(tight[None], 0, 0)
         return tight
 
-    def _product_bounds(self, query: _Query, chosen: torch.Tensor) -> torch.Tensor:
-        """Returns what the products take from the bounds of the rows `chosen` [n], at most 0 each."""
-        assert self._products is not None
-        assert query.products is not None
-        return self._products.bounds(query.products, self._of_codes(chosen))
+    def _lowered(self, query: _Query, chosen: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+        """Returns the bounds [n] of the rows `chosen` [n], which the products lower if the model has them."""
+        if self._products is None or query.products is None:
+            return bounds
+        return bounds + self._products.bounds(query.products, self._of_codes(chosen))
 
     def _of_codes(self, chosen: torch.Tensor) -> torch.Tensor:
         """Returns the physical rows [n] of the rows `chosen` [n]."""
@@ -586,8 +583,7 @@ def _join(
         if "mean" in name
     }
     num_extras, total = len(probe[1]), kb.num_physical_rows
-    with safe_open(work.stage / units[0].folder / work.entry_of(units[0])["codes"]["file"], framework="np") as file:
-        num_numbers = file.get_slice(_NUMBERS).get_shape()[0] if len(dims) > 1 else 0
+    num_numbers = len(probe[-1]) if len(dims) > 1 else 0
     head = head_width(dims[""], num_extras)
     shapes = _shapes(dims, head, num_extras, num_numbers, total)
     offsets, header = {}, {}
